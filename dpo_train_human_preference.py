@@ -1,0 +1,402 @@
+"""Train a language model on preference pairs with DPO or any loss of its family (TRL's DPOTrainer is the engine).
+
+    python dpo_train_human_preference.py --config configs/quickstart.yaml                       # CPU, 2 cores
+    python dpo_train_human_preference.py --config configs/gemma-2b-it-dpo.yaml                  # one GPU
+    accelerate launch --config_file configs/accelerate/multi_gpu.yaml \\
+        dpo_train_human_preference.py --config configs/gemma-2b-it-dpo.yaml                     # eight GPUs
+    python dpo_train_human_preference.py --config configs/quickstart.yaml --limit 16 --max_steps 4   # a trial run
+
+Answers: does the policy learn to rank held-out answers as people did? Writes weights and a model card to
+checkpoints/<run_name>/, and preflight.json, train.json, train_log.jsonl, heldout_rows.jsonl, samples.md and
+dpo_training_curves.png to eval_out/<run_name>/.
+
+The keys that matter (YAML keys and flags are the same; the command line wins; --help_all lists every key):
+
+  model    --model_name_or_path ID|FOLDER|builtin:smollm2-135m-instruct   --model_revision  --dtype float32|bfloat16
+           --use_peft --lora_r 16 --lora_alpha 32 --lora_target_modules q_proj v_proj ...   --load_in_4bit
+           --attn_implementation sdpa|eager|flash_attention_2   --bf16 | --fp16   --chat_template_path FILE
+  data     --dataset_name HUB_ID|FILE|FOLDER   --dataset_train_split train   --dataset_test_split test (or none)
+           --test_dataset_name OTHER   --drop_ties   --min_score_margin X   --keep_duplicate_prompts
+           --train_test_overlap refuse|drop|keep   --prompt_format auto|chat   --limit N
+           several datasets: a `datasets:` list in the YAML, each {path, split, test_split, fraction}
+  loss     --loss_type sigmoid ipo hinge robust sppo_hard apo_zero ...   --beta 0.1   --label_smoothing 0
+  length   --max_length 1024   --max_prompt_length 512 (used only in pairs longer than max_length)
+  steps    --per_device_train_batch_size 2  --gradient_accumulation_steps 4  or  --global_batch_size 8
+           --num_train_epochs 1 | --max_steps N   --learning_rate 1e-6   --lr_scheduler_type cosine  --warmup_steps N
+  run      --run_name NAME   --output_dir checkpoints   --eval_out eval_out   --resume auto|PATH|never   --overwrite
+           --eval_strategy steps --eval_steps N   --save_steps N   --preflight_only   --report_to none|tensorboard|...
+"""
+
+from utils.cli import quick_help
+from utils.errors import UserError, is_main_process, run
+
+
+def parse_arguments():
+    """(DataArguments, PreferenceConfig, ModelConfig) from YAML and command line, checked before anything is loaded."""
+    from trl import ModelConfig
+
+    from utils.cli import parse
+    from utils.preference_trainer import LOSS_TYPES, PreferenceConfig
+    from utils.preferences import DataArguments
+
+    data, args, model = parse((DataArguments, PreferenceConfig, ModelConfig))
+    unknown = [loss for loss in args.loss_type if loss not in LOSS_TYPES]
+    if unknown:
+        raise UserError(f"--loss_type {unknown[0]}: unknown; one or several of {', '.join(LOSS_TYPES)}")
+    if args.max_length is not None:
+        if args.max_prompt_length is None:
+            args.max_prompt_length = args.max_length // 2
+        if not 0 < args.max_prompt_length < args.max_length:
+            raise UserError(
+                f"--max_prompt_length {args.max_prompt_length} must be above 0 and below --max_length"
+                f" {args.max_length}, so that an answer always keeps a token"
+            )
+    for holder, keys in ((args, POSITIVE), (data, ("limit",)), (model, ("lora_r", "lora_alpha"))):
+        for key in keys:
+            value = getattr(holder, key)
+            if value is not None and not value > 0:
+                raise UserError(f"--{key} {value}: must be above 0")
+    if args.max_steps <= 0 and not args.num_train_epochs > 0:
+        raise UserError(f"--num_train_epochs {args.num_train_epochs}: must be above 0 (or give --max_steps)")
+    if not 0 <= args.label_smoothing < 0.5:
+        raise UserError(f"--label_smoothing {args.label_smoothing}: must be at least 0 and below 0.5")
+    if "exo_pair" in args.loss_type and args.label_smoothing == 0:
+        raise UserError("--loss_type exo_pair needs --label_smoothing above 0 (its paper recommends 1e-3)")
+    if model.model_name_or_path is None:
+        raise UserError("--model_name_or_path is missing: a hub id, a folder, or builtin:smollm2-135m-instruct")
+    if not data.datasets and data.dataset_name is None:
+        raise UserError("--dataset_name is missing: a hub id, a local file or a folder (see --help)")
+    if (model.load_in_4bit or model.load_in_8bit) and not model.use_peft:
+        raise UserError("--load_in_4bit and --load_in_8bit need --use_peft: quantised weights cannot be trained")
+    if args.resume_from_checkpoint:
+        raise UserError("--resume_from_checkpoint: here the flag is --resume auto|PATH|never")
+    return data, args, model
+
+
+POSITIVE = (
+    "beta", "learning_rate", "per_device_train_batch_size", "per_device_eval_batch_size",
+    "gradient_accumulation_steps", "global_batch_size", "max_length",
+)  # fmt: skip
+
+
+def say(text: str) -> None:
+    """Print from rank 0 alone."""
+    if is_main_process():
+        print(text, flush=True)
+
+
+def fit_global_batch(args) -> list[str]:
+    """Derive accumulation (and, where needed, the per-process batch) from `global_batch_size`; returns what to note."""
+    world, wanted = args.world_size, args.global_batch_size
+    before = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    if wanted is None:
+        one = before[0] * before[1]
+        return [f"global batch is {one * world} on {world} processes; on one it is {one}"] if world > 1 else []
+    if wanted % world:
+        raise UserError(f"--global_batch_size {wanted} does not divide over {world} processes; choose a multiple")
+    share = wanted // world
+    args.per_device_train_batch_size = next(n for n in range(min(before[0], share), 0, -1) if share % n == 0)
+    args.gradient_accumulation_steps = share // args.per_device_train_batch_size
+    after = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    if after == before:
+        return []
+    return [
+        f"batch {before[0]} × {before[1]} became {after[0]} × {after[1]} on {world} processes: the global batch stays"
+        f" {wanted}"
+    ]
+
+
+def load_data(data, args, tokenizer):
+    """Read, filter and tokenise both splits.
+
+    Returns:
+        (train, train_ids, test, test_ids, truncation): PreferenceData and Dataset a split (test: None where there is
+        none), and the train split's truncation counts.
+    """
+    from utils.preferences import load_pairs, remove_overlap, tokenize
+
+    filters = {
+        "drop_ties": data.drop_ties,
+        "min_score_margin": data.min_score_margin,
+        "keep_duplicate_prompts": data.keep_duplicate_prompts,
+        "plain_as_chat": data.prompt_format == "chat",
+        "limit": data.limit,
+    }
+    train_sources, test_sources = data.sources()
+    lengths = args.max_length, args.max_prompt_length
+    train, test, test_ids = load_pairs(train_sources, **filters), None, None
+    if test_sources:
+        test = load_pairs(test_sources, **filters)
+        remove_overlap(train, test, data.train_test_overlap)
+        test_ids, _ = tokenize(test, tokenizer, *lengths, desc="test")
+    train_ids, truncation = tokenize(train, tokenizer, *lengths, desc="train")
+    return train, train_ids, test, test_ids, truncation
+
+
+def build_trainer(args, model_args, tokenizer, train_ids, test_ids, row_log):
+    """Policy, reference and trainer."""
+    import torch
+    from trl import get_peft_config
+
+    from utils.models import load_model, quantization
+    from utils.preference_trainer import PreferenceTrainer
+
+    compute = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[args.precision]
+    quantized = quantization(
+        model_args.load_in_4bit,
+        model_args.load_in_8bit,
+        model_args.bnb_4bit_quant_type,
+        model_args.use_bnb_nested_quant,
+        compute,
+        model_args.bnb_4bit_quant_storage,
+    )
+
+    def load():
+        return load_model(
+            model_args.model_name_or_path,
+            model_args.model_revision if model_args.model_revision != "main" else None,
+            model_args.dtype,
+            model_args.attn_implementation,
+            quantized,
+            trust_remote_code=args.trust_remote_code,
+        )
+
+    if test_ids is None:
+        args.eval_strategy = "no"
+    try:
+        return PreferenceTrainer(
+            model=load(),
+            # With LoRA the reference is the policy with its adapter switched off; precomputed, none is kept.
+            ref_model=None if model_args.use_peft or args.precompute_ref_log_probs else load(),
+            args=args,
+            train_dataset=train_ids,
+            eval_dataset=test_ids,
+            processing_class=tokenizer,
+            peft_config=get_peft_config(model_args),
+            row_log=row_log,
+        )
+    except ValueError as error:
+        raise UserError(f"{model_args.model_name_or_path}: {str(error).splitlines()[0]}") from error
+
+
+def run_preflight(trainer, args, model_args, train, train_ids, test, truncation, notes) -> dict:
+    """Everything that can be checked before the first step; stops where the policy is not the reference."""
+    import time
+
+    from utils.preference_trainer import check_step0, step0_tolerance
+    from utils.preflight import estimate, first_pair, plan, special_tokens, token_counts, trainable
+
+    tokens = token_counts(train_ids)
+    special = special_tokens(train_ids, trainer.processing_class)
+    if special["leading_bos_max"] > 1:
+        raise UserError(f"{special['leading_bos_max']} BOS tokens open a prompt: the template and the text both add one")
+    dropout = "0"
+    if model_args.use_peft and model_args.lora_dropout and args.disable_dropout:
+        dropout = f"0 (lora_dropout {model_args.lora_dropout} is switched off by disable_dropout: true)"
+    elif not args.disable_dropout:
+        dropout = f"on (lora_dropout {model_args.lora_dropout if model_args.use_peft else 'none'})"
+    step0 = {"largest_margin": None, "pairs": 0, "tolerance": step0_tolerance(args)}
+    seconds = None
+    if trainer.is_sharded:
+        step0["checked"] = "checked on the first micro-batch: a sharded model exists only inside training"
+    else:
+        count = min(len(train_ids), 4 * trainer.accelerator.num_processes)
+        started = time.monotonic()
+        scores = trainer.score(trainer.train_dataset, range(count), args.per_device_train_batch_size)
+        seconds = (time.monotonic() - started) / -(-count // trainer.accelerator.num_processes)
+        sides = [args.beta * (s[side] - s[f"ref_{side}"]) for s in scores for side in ("chosen", "rejected")]
+        step0 |= {"largest_margin": max(map(abs, sides)), "pairs": count, "checked": "before training"}
+    steps = plan(args, len(train_ids), tokens["tokens_per_epoch"], trainer.accelerator.num_processes)
+    cached = args.precompute_ref_log_probs
+    flight = {
+        "first_pair": first_pair(train_ids, trainer.processing_class),
+        "special_tokens": special,
+        "train": train.summary(),
+        "test": test.summary() if test else None,
+        "tokens": tokens,
+        "truncation": truncation,
+        "parameters": trainable(trainer.model),
+        "precision": args.precision,
+        "dropout": dropout,
+        "plan": steps,
+        "estimate": estimate(args, trainer.model, steps, seconds, tokens["longest_sequence"], cached),
+        "step0": step0,
+        "notes": notes,
+    }
+    if step0["largest_margin"] is not None:
+        check_step0(step0["largest_margin"], args)
+    return flight
+
+
+def train_or_resume(trainer, checkpoint, run_) -> None:
+    """Train to the last step; leave with code 130 where Ctrl-C stopped it, after saving a checkpoint."""
+    import sys
+
+    if checkpoint:
+        say(f"resuming from {checkpoint}")
+        trainer.continue_from(checkpoint)
+    with trainer.stopper:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if trainer.stopper.asked and trainer.state.global_step < trainer.state.max_steps:
+        say(
+            f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}, saved in {run_.folder}; the"
+            " same command goes on from there"
+        )
+        sys.exit(130)
+
+
+def evaluate(trainer, args, train, test) -> tuple[list[dict], dict]:
+    """Rows and metrics of the held-out pairs: implicit rewards, the base's ranking, and what the surface gives away."""
+    from utils.rewards import reward_metrics, reward_rows
+    from utils.surface import surface_scores
+
+    rows = reward_rows(trainer.score(trainer.eval_dataset), args.beta)
+    texts = [[(pair.chosen, pair.rejected) for pair in split.pairs] for split in (train, test)]
+    for row, pair in zip(rows, test.pairs, strict=True):
+        row.update(where=pair.where, score_chosen=pair.score_chosen, score_rejected=pair.score_rejected)
+    return rows, reward_metrics(rows, surface_scores(*texts, seed=args.seed), args.seed)
+
+
+def training_summary(log: list[dict], trainer, plan: dict) -> dict:
+    """Figures of the training itself: steps, tokens, speed, first and last losses, from train_log.jsonl."""
+    steps = [row for row in log if row["split"] == "train"]
+    return {
+        "steps": trainer.state.global_step,
+        "seconds": round(trainer.seconds, 1),
+        "num_tokens": trainer._total_train_tokens,
+        "pairs_per_second": round(plan["pairs_seen"] / trainer.seconds, 3),
+        "loss_first": steps[0]["loss"] if steps else None,
+        "loss_last_tenth": sum(r["loss"] for r in steps[-(-9 * len(steps) // 10) :]) / max(1, len(steps) - -(-9 * len(steps) // 10))
+        if steps
+        else None,
+    }
+
+
+def write_samples(trainer, test, count: int, path) -> None:
+    """A few held-out prompts answered greedily by base and tuned, side by side, to be read."""
+    from contextlib import nullcontext
+
+    from utils.artifacts import write_text
+    from utils.generation import generate
+
+    # A sharded model cannot answer from rank 0 alone, and text-only pairs are no questions.
+    prompts = [pair.messages for pair in test.pairs if pair.messages][:count]
+    if not prompts or trainer.is_sharded or not is_main_process():
+        return
+    policy = trainer.accelerator.unwrap_model(trainer.model)
+    peft = hasattr(policy, "disable_adapter")
+    if not peft and trainer.ref_model is None:
+        return
+    sides = {
+        "base": (policy if peft else trainer.ref_model, policy.disable_adapter() if peft else nullcontext()),
+        "tuned": (policy, nullcontext()),
+    }
+    answers = {}
+    for side, (model, context) in sides.items():
+        with context, trainer.accelerator.autocast():
+            found = sorted(generate(model, trainer.processing_class, prompts, 96), key=lambda a: a["index"])
+        answers[side] = found
+    parts = ["# Held-out prompts, answered greedily (at most 96 tokens)\n"]
+    for i, messages in enumerate(prompts):
+        parts += [f"**{m['role']}**: {m['content']}\n" for m in messages]
+        parts += [f"- **{side}** ({a[i]['finish_reason']}): {a[i]['text']}\n" for side, a in answers.items()]
+        parts.append("---\n")
+    write_text(path, "\n".join(parts))
+
+
+def main():
+    quick_help(__doc__)
+
+    from utils.logs import quiet_libraries
+
+    quiet_libraries()
+    data_args, args, model_args = parse_arguments()
+
+    import time
+
+    from accelerate import PartialState
+
+    from utils.artifacts import RowFile, envelope, read_json, write_json, write_rows, write_text
+    from utils.card import model_card
+    from utils.models import describe, load_tokenizer, locate
+    from utils.plots import training_curves
+    from utils.preflight import report
+    from utils.provenance import run_record, sha256_of
+    from utils.rewards import claim, displacement, table
+    from utils.runs import checkpoint_to_resume, claim_run, identity, run_name
+
+    # The run: its name, its folders, and whether it stands there already.
+    started = time.monotonic()
+    notes = fit_global_batch(args)
+    args.run_name = run_name(args.run_name, model_args.model_name_or_path, args.loss_type, data_args.limit)
+    locate(model_args.model_name_or_path, model_args.model_revision)
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    arguments = identity([data_args, args, model_args], batch)
+    with PartialState().main_process_first():
+        how = (args.resume, args.overwrite) if is_main_process() else ("auto", False)
+        current = claim_run(args.run_name, args.output_dir, args.eval_out, arguments, *how)
+    if current.finished:
+        results = read_json(current.out / "train.json")
+        return say(f"{current.folder} is finished, nothing to train; from {current.out}/train.json:\n\n{results['text']}")
+    checkpoint = checkpoint_to_resume(current, args.resume)
+    args.output_dir = str(current.folder)
+
+    # Data and model.
+    tokenizer = load_tokenizer(
+        model_args.model_name_or_path, model_args.model_revision, data_args.chat_template_path
+    )
+    train, train_ids, test, test_ids, truncation = load_data(data_args, args, tokenizer)
+    current.pin(sha256_of(train.summary()["text_sha256"], test.summary()["text_sha256"] if test else ""))
+    row_log = RowFile(current.out / "train_log.jsonl")
+    trainer = build_trainer(args, model_args, tokenizer, train_ids, test_ids, row_log)
+
+    # Preflight.
+    flight = run_preflight(trainer, args, model_args, train, train_ids, test, truncation, notes)
+    write_json(current.out / "preflight.json", flight)
+    say(report(flight))
+    if args.preflight_only:
+        return say(f"\npreflight only: see {current.out}/preflight.json")
+
+    # Train, then save weights and tokenizer.
+    train_or_resume(trainer, checkpoint, current)
+    trainer.save_model(args.output_dir)
+
+    # Evaluate on the held-out pairs.
+    rows, metrics = evaluate(trainer, args, train, test) if test else ([], {})
+    write_samples(trainer, test, args.sample_prompts, current.out / "samples.md")
+    if not is_main_process():
+        return
+    lora = "LoRA" if model_args.use_peft else "full fine-tuning"
+    title = f"{args.run_name}: {model_args.model_name_or_path}, {lora}, {'+'.join(args.loss_type)}, {len(train_ids)} pairs"
+    rewards = [metrics[f"reward_{side}"]["value"] for side in ("chosen", "rejected")] if metrics else [0.0, 0.0]
+    warning = displacement(*rewards, args.beta)
+    verdict = claim(metrics)[1] if metrics else "No claim: there is no test split."
+    text = "\n\n".join([*([table(metrics, title)] if metrics else [title]), verdict, *([f"warning: {warning}"] if warning else [])])
+
+    # Write: rows, curves, card, and last the summary that declares the run complete.
+    summary = envelope(
+        "train",
+        describe(model_args.model_name_or_path, trainer.model, tokenizer),
+        metrics,
+        arguments,
+        run_record(args.seed, trainer.seconds, run_name=args.run_name, limit=data_args.limit),
+        claim=verdict,
+        warning=warning,
+        text=text,
+        training=training_summary(row_log.read(), trainer, flight["plan"]),
+        **{key: flight[key] for key in ("plan", "dropout", "precision", "parameters")},
+        data={"train": train.summary(), "test": test.summary() if test else None},
+    )
+    if rows:
+        write_rows(current.out / "heldout_rows.jsonl", rows)
+    training_curves(current.out / "dpo_training_curves.png", row_log.read(), title, warning)
+    write_text(current.folder / "README.md", model_card(summary, row_log.read(), str(current.folder), model_args.use_peft))
+    write_json(current.out / "train.json", summary)
+    current.finish()
+    say(f"\n{text}\n\nwrote {current.folder}/ (weights, tokenizer, card) and {current.out}/:")
+    say("\n".join(f"  {path.name}" for path in sorted(current.out.iterdir())))
+    say(f"training took {trainer.seconds:.0f} s, the whole command {time.monotonic() - started:.0f} s")
+
+
+if __name__ == "__main__":
+    run(main)

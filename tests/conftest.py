@@ -1,0 +1,179 @@
+"""Fixtures: tiny random models under real tokenizers, the scripts in-process and as commands, and small data."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+MIRROR = ROOT.parent / "shared" / "hub"
+# The suite must pass offline: a test that needs a hub starts its own.
+os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", HF_HUB_DISABLE_TELEMETRY="1")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="also run what is too long for every commit")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--slow"):
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
+
+
+@pytest.fixture(scope="session")
+def smol_tokenizer():
+    """SmolLM2's real tokenizer: its pad is its end-of-turn, its BOS opens every turn."""
+    from utils.models import BUILTIN, load_tokenizer
+
+    return load_tokenizer(BUILTIN)
+
+
+GEMMA_TEMPLATE = (
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
+    "{{ '<start_of_turn>' + ('model' if m['role'] == 'assistant' else m['role']) + '\n' + m['content'] | trim"
+    " + '<end_of_turn>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def gemma_like_tokenizer():
+    """SmolLM2's vocabulary with Gemma's special tokens and template: a BOS, its own pad, no system role."""
+    from utils.models import BUILTIN, load_tokenizer
+
+    tokenizer = load_tokenizer(BUILTIN)
+    tokenizer.add_special_tokens(
+        {
+            "bos_token": "<bos>",
+            "eos_token": "<eos>",
+            "pad_token": "<pad>",
+            "additional_special_tokens": ["<start_of_turn>", "<end_of_turn>"],
+        }
+    )
+    tokenizer.chat_template = GEMMA_TEMPLATE
+    return tokenizer
+
+
+def save_tiny(folder: Path, tokenizer, kind: str = "Llama", **extra) -> Path:
+    """A tiny random model of the given architecture, saved with its tokenizer."""
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=len(tokenizer), num_key_value_heads=2, head_dim=8, max_position_embeddings=2048, **{**size, **extra}
+    )
+    for key in ("bos", "eos", "pad"):
+        setattr(config, f"{key}_token_id", getattr(tokenizer, f"{key}_token_id"))
+    getattr(transformers, f"{kind}ForCausalLM")(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory, smol_tokenizer):
+    """Folder of a tiny Llama under SmolLM2's tokenizer."""
+    return save_tiny(tmp_path_factory.mktemp("models") / "tiny-llama", smol_tokenizer)
+
+
+@pytest.fixture(scope="session")
+def tiny_gemma2(tmp_path_factory, gemma_like_tokenizer):
+    """Folder of a tiny Gemma 2: sliding window, attention and final-logit softcaps, no system role."""
+    return save_tiny(
+        tmp_path_factory.mktemp("models") / "tiny-gemma2", gemma_like_tokenizer, "Gemma2", sliding_window=16
+    )
+
+
+def make_pairs(count: int, offset: int = 0) -> list[dict]:
+    """Short UltraFeedback-style rows with distinct prompts and responses of different lengths."""
+    words = "river stone cloud paper lamp garden winter music".split()
+    rows = []
+    for i in range(offset, offset + count):
+        prompt = f"Tell me about {words[i % 8]} number {i}."
+        turns = [{"role": "user", "content": prompt}]
+        chosen = f"The {words[i % 8]} is number {i}. " + "It is quite plain. " * (i % 4)
+        rejected = f"I like {words[(i + 3) % 8]}. " * (1 + (i + 1) % 3)
+        rows.append(
+            {
+                "prompt": prompt,
+                "prompt_id": str(i),
+                "chosen": [*turns, {"role": "assistant", "content": chosen.strip()}],
+                "rejected": [*turns, {"role": "assistant", "content": rejected.strip()}],
+                "score_chosen": 8.0,
+                "score_rejected": 3.0 + i % 3,
+            }
+        )
+    return rows
+
+
+def write_jsonl(path: Path, rows: list) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="session")
+def prefs(tmp_path_factory):
+    """A folder with train.jsonl (24 pairs) and test.jsonl (8 pairs)."""
+    folder = tmp_path_factory.mktemp("prefs")
+    write_jsonl(folder / "train.jsonl", make_pairs(24))
+    write_jsonl(folder / "test.jsonl", make_pairs(8, 100))
+    return folder
+
+
+def train_args(model, data, folder: Path, *extra) -> list[str]:
+    """Arguments of a small, fast LoRA run on CPU in float32."""
+    return [
+        *("--model_name_or_path", str(model), "--dataset_name", str(data), "--use_peft", "--lora_r", "4"),
+        *("--lora_target_modules", "q_proj", "v_proj", "--learning_rate", "1e-2", "--max_length", "128"),
+        *("--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2", "--max_steps", "4"),
+        *("--gradient_checkpointing", "false", "--sample_prompts", "0", "--disable_tqdm", "true"),
+        *("--output_dir", str(folder / "ck"), "--eval_out", str(folder / "out"), "--run_name", "r", *map(str, extra)),
+    ]
+
+
+@pytest.fixture
+def train(monkeypatch, capsys):
+    """Run dpo_train_human_preference.py in this process; returns (exit code, stdout, stderr)."""
+    import dpo_train_human_preference as script
+    from utils.errors import run
+
+    def call(*args):
+        monkeypatch.setattr(sys, "argv", ["dpo_train_human_preference.py", *map(str, args)])
+        code = 0
+        try:
+            run(script.main)
+        except SystemExit as stop:
+            code = stop.code or 0
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+def command(*args, env: dict | None = None, **kwargs) -> subprocess.CompletedProcess:
+    """Run a command of the repository from its root, as a user would."""
+    return subprocess.run(
+        [sys.executable, *map(str, args)],
+        cwd=ROOT,
+        env={**os.environ, **(env or {})},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        **kwargs,
+    )
+
+
+def assert_one_line(err: str, *words: str) -> None:
+    """The error is one `error: ...` line that holds all `words`, and no traceback came with it."""
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "Traceback" not in err, err
+    for word in words:
+        assert word in lines[0], lines[0]

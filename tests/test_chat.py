@@ -1,0 +1,55 @@
+"""The chat renderer: the template's own ids, one BOS, system text never lost."""
+
+import pytest
+
+from utils.chat import ChatRenderer, TemplateRefused, shared_prefix
+from utils.errors import UserError
+
+TURNS = [
+    {"role": "system", "content": "Speak like a sailor."},
+    {"role": "user", "content": "Hello?"},
+    {"role": "assistant", "content": "Ahoy."},
+    {"role": "user", "content": "Where to?"},
+]
+
+
+@pytest.mark.parametrize("which", ["smol_tokenizer", "gemma_like_tokenizer"])
+def test_ids_are_the_templates(which, request):
+    tokenizer = request.getfixturevalue(which)
+    chat = ChatRenderer(tokenizer)
+    for messages in (TURNS[1:], TURNS[1:2]):
+        direct = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
+        assert chat.ids([chat.prompt_text(messages)])[0] == direct["input_ids"]
+        answered = [*messages, {"role": "assistant", "content": "West."}]
+        direct = tokenizer.apply_chat_template(answered, tokenize=True, return_dict=True)["input_ids"]
+        assert chat.ids([chat.full_text(messages, "West.")])[0] == direct
+
+
+def test_bos_stands_once_and_end_of_turn_is_learned(gemma_like_tokenizer):
+    chat = ChatRenderer(gemma_like_tokenizer)
+    ids = chat.ids([chat.full_text(TURNS[1:], "West.")])[0]
+    assert ids[0] == gemma_like_tokenizer.bos_token_id and ids.count(ids[0]) == 1
+    end = gemma_like_tokenizer.convert_tokens_to_ids("<end_of_turn>")
+    assert chat.tail_ids()[0] == end and ids[-len(chat.tail_ids()) :] == chat.tail_ids()
+
+
+def test_system_text_is_kept_or_folded(smol_tokenizer, gemma_like_tokenizer):
+    kept, folded = ChatRenderer(smol_tokenizer), ChatRenderer(gemma_like_tokenizer)
+    assert not kept.folds_system and folded.folds_system
+    assert "<|im_start|>system\nSpeak like a sailor.<|im_end|>" in kept.prompt_text(TURNS)
+    assert "<start_of_turn>user\nSpeak like a sailor.\n\nHello?<end_of_turn>" in folded.prompt_text(TURNS)
+
+
+def test_refusals_and_missing_templates(gemma_like_tokenizer, smol_tokenizer):
+    with pytest.raises(TemplateRefused, match="alternate"):
+        ChatRenderer(gemma_like_tokenizer).prompt_text([TURNS[1], TURNS[3]])
+    template, smol_tokenizer.chat_template = smol_tokenizer.chat_template, None
+    try:
+        with pytest.raises(UserError, match="no chat template.*--chat_template_path"):
+            ChatRenderer(smol_tokenizer)
+    finally:
+        smol_tokenizer.chat_template = template
+
+
+def test_shared_prefix():
+    assert shared_prefix([1, 2, 3], [1, 2, 4]) == 2 and shared_prefix([1], [1, 2]) == 1 and shared_prefix([], [1]) == 0

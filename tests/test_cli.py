@@ -1,0 +1,141 @@
+"""Command lines: strict YAML, strict flags, a fast help page."""
+
+import sys
+import time
+
+import pytest
+from conftest import ROOT, assert_one_line, command
+
+from utils.cli import parse
+from utils.errors import UserError
+
+
+def parsed(tmp_path, yaml: str, *flags):
+    from trl import ModelConfig
+
+    from utils.preference_trainer import PreferenceConfig
+    from utils.preferences import DataArguments
+
+    (tmp_path / "x.yaml").write_text(yaml)
+    return parse((DataArguments, PreferenceConfig, ModelConfig), ["--config", str(tmp_path / "x.yaml"), *flags])
+
+
+def test_yaml_gives_defaults_and_the_command_line_wins(tmp_path):
+    data, args, model = parsed(
+        tmp_path, "beta: 0.3\nlearning_rate: 5e-7\nmax_steps: 7\nuse_peft: true\nloss_type: ipo\n", "--beta", "0.2"
+    )
+    assert (args.beta, args.learning_rate, args.max_steps, args.loss_type) == (0.2, 5e-7, 7, ["ipo"])
+    assert model.use_peft and not args.bf16
+    assert parsed(tmp_path, "beta: 0.3", "--max-steps=3")[1].max_steps == 3
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["max_steps: 1.5", "max_steps: [1]", "beta: true", "beta:", "use_peft: 1", "run_name: 7", "loss_type: 3",
+     "max_steps: many", "use_peft: 'yes'", "lora_target_modules: 5", "report_to: true"],
+)  # fmt: skip
+def test_values_of_a_wrong_type_are_refused_by_name(tmp_path, line):
+    with pytest.raises(UserError) as error:
+        parsed(tmp_path, line)
+    assert "x.yaml" in str(error.value) and line.split(":")[0] in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("yaml", "flags", "words"),
+    [
+        ("learning_rat: 1", (), ("x.yaml", "'learning_rat'", "learning_rate")),
+        ("beta: 1\nbeta: 2", (), ("line 2", "twice")),
+        ("- a", (), ("x.yaml",)),
+        ("a: [", (), ("x.yaml", "YAML")),
+        ("beta: 0.1", ("--bet", "1"), ("--bet", "did you mean --beta")),
+        ("beta: 0.1", ("--beta", "x"), ("--beta", "'x'")),
+        ("beta: 0.1", ("stray",), ("stray",)),
+        ("beta: 0.1", ("--config", "y.yaml"), ("twice",)),
+        ("datasets: 3", (), ("'datasets'",)),
+    ],
+)
+def test_unknown_and_malformed_input_is_named(tmp_path, yaml, flags, words):
+    with pytest.raises(UserError) as error:
+        parsed(tmp_path, yaml, *flags)
+    assert all(word in str(error.value) for word in words), error.value
+
+
+def test_missing_config_file():
+    with pytest.raises(UserError, match="none.yaml: No such file"):
+        parse((), ["--config", "none.yaml"])
+
+
+def test_help_is_a_page_within_two_seconds():
+    started = time.monotonic()
+    done = command("dpo_train_human_preference.py", "--help")
+    assert time.monotonic() - started < 2
+    assert done.returncode == 0 and "accelerate launch" in done.stdout and "--beta" in done.stdout
+    assert len(done.stdout.splitlines()) < 60
+
+
+def test_help_all_lists_every_key(train):
+    code, out, _ = train("--help_all")
+    assert code == 0 and "--adam_beta1" in out and "--max_prompt_length" in out
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--max_prompt_length", "64", "--max_length", "64"), ("--max_prompt_length 64", "--max_length 64")),
+        (("--beta", "0"), ("--beta 0.0",)),
+        (("--beta", "-1"), ("--beta -1.0",)),
+        (("--beta", "nan"), ("--beta nan",)),
+        (("--loss_type", "sigmoyd"), ("--loss_type sigmoyd", "sigmoid")),
+        (("--loss_type", "exo_pair"), ("--label_smoothing",)),
+        (("--num_train_epochs", "0"), ("--num_train_epochs",)),
+        (("--limit", "0"), ("--limit",)),
+        (("--load_in_4bit",), ("--use_peft",)),
+        (("--run_name", "../x"), ("--run_name",)),
+        (("--resume_from_checkpoint", "x"), ("--resume",)),
+        (("--global_batch_size", "0"), ("--global_batch_size",)),
+    ],
+)
+def test_impossible_values_stop_before_anything_loads(train, tmp_path, flags, words):
+    base = ["--model_name_or_path", "nobody/nothing", "--dataset_name", "nowhere"]
+    code, _, err = train(*base, "--output_dir", tmp_path, "--eval_out", tmp_path, *flags)
+    assert code == 2
+    assert_one_line(err, *words)
+
+
+def test_missing_model_and_data_are_named(train):
+    for flags, word in ((("--beta", "1"), "--model_name_or_path"), (("--model_name_or_path", "x"), "--dataset_name")):
+        code, _, err = train(*flags)
+        assert code == 2
+        assert_one_line(err, word)
+
+
+def test_every_training_config_parses_and_names_its_keys():
+    from trl import ModelConfig
+
+    from utils.preference_trainer import PreferenceConfig
+    from utils.preferences import DataArguments
+
+    configs = sorted((ROOT / "configs").glob("*.yaml"))
+    assert len(configs) >= 2
+    for config in configs:
+        data, args, model = parse((DataArguments, PreferenceConfig, ModelConfig), ["--config", str(config), "--bf16", "false"])
+        assert model.model_name_or_path and data.dataset_name, config
+
+
+def test_no_import_does_work():
+    """Importing utils and the scripts reads no arguments, starts no device and prints nothing."""
+    modules = [f"utils.{p.stem}" for p in (ROOT / "utils").glob("*.py")] + [p.stem for p in ROOT.glob("*.py")]
+    code = f"import importlib; [importlib.import_module(m) for m in {modules!r}]"
+    done = command("-c", code)
+    assert done.returncode == 0 and done.stdout == ""
+    assert "error" not in done.stderr.lower(), done.stderr
+
+
+def test_utils_know_no_script():
+    scripts = {p.stem for p in ROOT.glob("*.py")}
+    for path in (ROOT / "utils").glob("*.py"):
+        for line in path.read_text().splitlines():
+            words = line.split()
+            if words[:1] in (["import"], ["from"]):
+                assert words[1].split(".")[0] not in scripts, (path, line)
+    assert sys.version_info >= (3, 11)

@@ -1,0 +1,262 @@
+"""Preference data: every format to the same pair, filters that count, truncation that never empties an answer."""
+
+import gzip
+import json
+
+import pytest
+from conftest import make_pairs, write_jsonl
+
+from utils.errors import UserError
+from utils.preferences import Pair, load_pairs, read_rows, remove_overlap, to_pair, tokenize, truncate
+
+USER = {"role": "user", "content": "Two plus two?"}
+GOOD, BAD = {"role": "assistant", "content": "Four."}, {"role": "assistant", "content": "Five."}
+EXPECTED = ([USER], "Four.", "Five.")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "Two plus two?", "chosen": [USER, GOOD], "rejected": [USER, BAD]},  # UltraFeedback-binarized
+        {"chosen": [USER, GOOD], "rejected": [USER, BAD]},  # TRL, implicit prompt
+        {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]},  # TRL, explicit prompt
+        {"prompt": [USER], "chosen": [USER, GOOD], "rejected": [USER, BAD]},
+        {"prompt": [USER], "chosen": "Four.", "rejected": "Five."},
+        {"prompt": "Two plus two?", "chosen": [GOOD], "rejected": [BAD]},
+        {
+            "chosen": "\n\nHuman: Two plus two?\n\nAssistant: Four.",
+            "rejected": "\n\nHuman: Two plus two?\n\nAssistant: Five.",
+        },
+        {"prompt": "\n\nHuman: Two plus two?\n\nAssistant:", "chosen": " Four.", "rejected": " Five."},
+    ],
+)
+def test_conversational_formats_give_the_same_pair(row):
+    pair = to_pair(row, "row 0")
+    assert (pair.messages, pair.chosen, pair.rejected) == EXPECTED
+
+
+def test_plain_text_formats():
+    explicit = to_pair({"prompt": "The sky is", "chosen": " blue.", "rejected": " green."}, "row 0")
+    implicit = to_pair({"chosen": "The sky is blue.", "rejected": "The sky is green."}, "row 0")
+    assert explicit.text == implicit.text == "The sky is"
+    assert (implicit.chosen, implicit.rejected) == (" blue.", " green.") == (explicit.chosen, explicit.rejected)
+    as_chat = to_pair({"prompt": "Sky?", "chosen": "Blue.", "rejected": "Green."}, "row 0", plain_as_chat=True)
+    assert as_chat.messages == [{"role": "user", "content": "Sky?"}]
+
+
+def test_plain_implicit_prompt_is_trls(monkeypatch):
+    from trl.data_utils import extract_prompt
+
+    row = {"chosen": "Question: why? Answer: because A.", "rejected": "Question: why? Answer: because of B."}
+    theirs, ours = extract_prompt(dict(row)), to_pair(row, "row 0")
+    assert (ours.text, ours.chosen, ours.rejected) == (theirs["prompt"], theirs["chosen"], theirs["rejected"])
+
+
+def test_multi_turn_and_system_messages_stay_in_the_prompt():
+    system = {"role": "system", "content": "Be brief."}
+    turns = [system, USER, GOOD, {"role": "user", "content": "And three?"}]
+    pair = to_pair({"prompt": "Two plus two?", "chosen": [*turns, GOOD], "rejected": [*turns, BAD]}, "row 0")
+    assert pair.messages == turns
+    transcript = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"
+    pair = to_pair({"chosen": transcript + " d", "rejected": transcript + " e"}, "row 0")
+    assert [m["role"] for m in pair.messages] == ["user", "assistant", "user"] and pair.chosen == "d"
+
+
+def test_transcripts_that_part_early_are_dropped_by_name():
+    chosen = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: d"
+    rejected = "\n\nHuman: a\n\nAssistant: x\n\nHuman: y\n\nAssistant: z"
+    assert to_pair({"chosen": chosen, "rejected": rejected}, "row 0") == "diverges_before_last_turn"
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"prompt": "a", "chosen": "b"}, ("row 7", "'rejected'", "missing", "chosen, prompt")),
+        ({"prompt": "a", "chosen": "b", "rejected": ["c"]}, ("row 7", "both")),
+        ({"prompt": 3, "chosen": "b", "rejected": "c"}, ("row 7", "'prompt'", "int")),
+        ({"chosen": [USER, {"role": "bot", "content": "x"}], "rejected": [USER, BAD]}, ("row 7", "'chosen'", "bot")),
+        ({"chosen": [USER, {"text": "x"}], "rejected": [USER, BAD]}, ("row 7", "message 1", "role")),
+        ({"chosen": [USER, GOOD], "rejected": [USER, {"role": "assistant", "content": None}]}, ("content must be text",)),
+        ({"prompt": "a", "chosen": "b", "rejected": "c", "score_chosen": "high"}, ("'score_chosen'", "number")),
+        ("text", ("row 7", "str")),
+    ],
+)
+def test_wrong_schema_names_row_and_key(row, words):
+    with pytest.raises(UserError) as error:
+        to_pair(row, "row 7")
+    assert all(word in str(error.value) for word in words), error.value
+
+
+def test_local_files_of_every_kind_give_the_same_rows(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = make_pairs(3)
+    write_jsonl(tmp_path / "a.jsonl", rows)
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    with gzip.open(tmp_path / "b.jsonl.gz", "wt") as f:
+        f.writelines(json.dumps(row) + "\n" for row in rows)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    write_jsonl(tmp_path / "folder" / "train-00000.jsonl", rows)
+    for name in ("a.jsonl", "a.json", "b.jsonl.gz", "a.parquet", "folder"):
+        found, source = read_rows(str(tmp_path / name), "train")
+        assert [row for _, row in found] == rows, name
+        assert source["rows"] == 3 and len(source["sha256"]) == 64
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("a.jsonl", '{"chosen": 1}\n{oops\n', ("a.jsonl line 2", "JSON")),
+        ("a.json", '{"chosen": 1}', ("a.json", "list")),
+        ("a.parquet", "nope", ("a.parquet", "parquet")),
+        ("a.csv", "x", ("a.csv", ".jsonl")),
+        ("a.jsonl", "", ("a.jsonl", "no rows")),
+    ],
+)
+def test_damaged_files_are_named(tmp_path, name, text, words):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError) as error:
+        read_rows(str(tmp_path / name), "train")
+    assert all(word in str(error.value) for word in words), error.value
+
+
+def test_missing_files_and_splits_are_named(tmp_path, prefs):
+    with pytest.raises(UserError, match="no such file"):
+        read_rows(str(tmp_path / "none.jsonl"), "train")
+    with pytest.raises(UserError, match="validation.*test, train"):
+        read_rows(str(prefs), "validation")
+
+
+def test_filters_are_counted(tmp_path):
+    rows = make_pairs(8)
+    rows[1]["rejected"] = rows[1]["chosen"]  # identical
+    rows[2]["chosen"] = [*rows[2]["chosen"][:1], {"role": "assistant", "content": "  "}]  # empty
+    rows[3] = {**make_pairs(1)[0], "chosen": rows[3]["chosen"][:0] + make_pairs(1)[0]["chosen"]}  # prompt of row 0 again
+    rows[4]["score_rejected"] = 8.0  # tie
+    rows[5]["score_rejected"] = 7.5  # small margin
+    file = str(write_jsonl(tmp_path / "x.jsonl", rows))
+    data = load_pairs([{"name": file, "split": "train"}], drop_ties=True, min_score_margin=1.0)
+    assert data.dropped == {
+        "identical_responses": 1,
+        "empty_response": 1,
+        "duplicate_prompt": 1,
+        "tied_scores": 1,
+        "score_margin_below_threshold": 1,
+    }
+    assert len(data.pairs) == 3 and data.rows == 8
+    assert len(load_pairs([{"name": file, "split": "train"}], keep_duplicate_prompts=True).pairs) == 6
+    del rows[0]["score_chosen"]
+    with pytest.raises(UserError, match="line 1.*score_chosen"):
+        load_pairs([{"name": str(write_jsonl(tmp_path / "y.jsonl", rows)), "split": "train"}], drop_ties=True)
+
+
+def test_overlap_is_refused_dropped_or_kept(tmp_path):
+    shouted = make_pairs(6, 4)
+    shouted[0]["chosen"][0]["content"] = shouted[0]["chosen"][0]["content"].upper()
+    shouted[0]["rejected"][0]["content"] = shouted[0]["chosen"][0]["content"]
+    train_file, test_file = write_jsonl(tmp_path / "a.jsonl", make_pairs(6)), write_jsonl(tmp_path / "b.jsonl", shouted)
+
+    def load():
+        return [load_pairs([{"name": str(f), "split": "x"}]) for f in (train_file, test_file)]
+
+    with pytest.raises(UserError, match="^2 train prompts.*a.jsonl line 5.*train_test_overlap"):
+        remove_overlap(*load(), "refuse")
+    train, test = load()
+    remove_overlap(train, test, "drop")
+    assert len(train.pairs) == 4 and train.dropped == {"prompt_in_test_split": 2}
+    train, test = load()
+    remove_overlap(train, test, "keep")
+    assert len(train.pairs) == 6 and train.dropped == {"prompt_in_test_split_kept": 2}
+
+
+def test_mixing_takes_shares_and_repeats_nothing(tmp_path):
+    a, b = write_jsonl(tmp_path / "a.jsonl", make_pairs(30)), write_jsonl(tmp_path / "b.jsonl", make_pairs(10, 100))
+    plain = load_pairs([{"name": str(a), "split": "x"}, {"name": str(b), "split": "x"}])
+    assert len(plain.pairs) == 40
+    shares = [{"name": str(a), "split": "x", "fraction": 0.5}, {"name": str(b), "split": "x", "fraction": 0.5}]
+    assert [s["rows"] for s in load_pairs(shares).sources] == [30, 10] and len(load_pairs(shares).pairs) == 20
+    with pytest.raises(UserError, match="fraction"):
+        load_pairs([{**shares[0]}, {**shares[1], "fraction": None}])
+
+
+@pytest.mark.parametrize("n_prompt", [1, 5, 9, 40])
+@pytest.mark.parametrize("n_chosen", [1, 3, 30])
+@pytest.mark.parametrize("n_rejected", [2, 25])
+@pytest.mark.parametrize("bos", [None, 0])
+def test_truncation_only_where_longer_and_never_to_nothing(n_prompt, n_chosen, n_rejected, bos):
+    prompt, chosen, rejected = list(range(n_prompt)), list(range(100, 100 + n_chosen)), list(range(200, 200 + n_rejected))
+    p, c, r = truncate(prompt, chosen, rejected, 20, 8, bos)
+    if n_prompt + max(n_chosen, n_rejected) <= 20:
+        assert (p, c, r) == (prompt, chosen, rejected)
+        return
+    assert len(p) + max(len(c), len(r)) <= 20 and c and r
+    assert c == chosen[: len(c)] and r == rejected[: len(r)]
+    assert p[-1] == prompt[-1] and len(p) == min(n_prompt, 8)
+    assert p[0] == (0 if bos == 0 or n_prompt <= 8 else n_prompt - 8)
+
+
+def pairs_of(rows) -> list[Pair]:
+    return [to_pair(row, f"row {i}") for i, row in enumerate(rows)]
+
+
+@pytest.mark.parametrize("which", ["smol_tokenizer", "gemma_like_tokenizer"])
+def test_token_ids_are_trls(which, request, tmp_path):
+    """TRL's own tokenising step, on the same rows, gives the same ids."""
+    from types import SimpleNamespace
+
+    from datasets import Dataset
+    from trl import DPOTrainer
+
+    tokenizer = request.getfixturevalue(which)
+    rows = make_pairs(6)
+    data = load_pairs([{"name": str(write_jsonl(tmp_path / "x.jsonl", rows)), "split": "train"}])
+    ours, counts = tokenize(data, tokenizer, None, None)
+    trl_rows = [{"prompt": r["chosen"][:1], "chosen": r["chosen"][1:], "rejected": r["rejected"][1:]} for r in rows]
+    args = SimpleNamespace(dataset_num_proc=None, max_length=None, truncation_mode="keep_start")
+    this = SimpleNamespace(_tokenizer=tokenizer)
+    theirs = DPOTrainer._prepare_dataset(this, Dataset.from_list(trl_rows), tokenizer, args, "train")
+    for key in ("prompt_ids", "chosen_ids", "rejected_ids"):
+        assert ours[key] == theirs[key], key
+    assert counts["prompt_end_rendered_differently"] == 0
+
+
+def test_plain_text_ids_are_trls(smol_tokenizer, tmp_path):
+    from types import SimpleNamespace
+
+    from datasets import Dataset
+    from trl import DPOTrainer
+
+    rows = [{"prompt": "The sky is", "chosen": " blue today.", "rejected": " green."}]
+    data = load_pairs([{"name": str(write_jsonl(tmp_path / "x.jsonl", rows)), "split": "train"}])
+    ours, _ = tokenize(data, smol_tokenizer, None, None)
+    args = SimpleNamespace(dataset_num_proc=None, max_length=None, truncation_mode="keep_start")
+    theirs = DPOTrainer._prepare_dataset(
+        SimpleNamespace(_tokenizer=smol_tokenizer), Dataset.from_list(rows), smol_tokenizer, args, "train"
+    )
+    for key in ("prompt_ids", "chosen_ids", "rejected_ids"):
+        assert ours[key] == theirs[key], key
+    assert ours["chosen_ids"][0][-1] == smol_tokenizer.eos_token_id
+
+
+def test_tokenizing_drops_what_the_template_refuses_and_counts_it(gemma_like_tokenizer, tmp_path):
+    twice = [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]
+    rows = [*make_pairs(2), {"chosen": [*twice, GOOD], "rejected": [*twice, BAD]}]
+    data = load_pairs([{"name": str(write_jsonl(tmp_path / "x.jsonl", rows)), "split": "train"}])
+    ids, _ = tokenize(data, gemma_like_tokenizer, None, None)
+    assert len(ids) == len(data.pairs) == 2 and data.dropped == {"template_refused": 1}
+    data = load_pairs([{"name": str(write_jsonl(tmp_path / "y.jsonl", rows[2:])), "split": "train"}])
+    with pytest.raises(UserError, match="0 train pairs.*line 1.*alternate"):
+        tokenize(data, gemma_like_tokenizer, None, None, desc="train")
+
+
+def test_truncated_prompt_keeps_bos_and_end(gemma_like_tokenizer, tmp_path):
+    long = [{"role": "user", "content": "word " * 200}]
+    rows = [{"chosen": [*long, GOOD], "rejected": [*long, {"role": "assistant", "content": "no " * 100}]}]
+    data = load_pairs([{"name": str(write_jsonl(tmp_path / "x.jsonl", rows)), "split": "train"}])
+    ids, counts = tokenize(data, gemma_like_tokenizer, 64, 32)
+    row, end = ids[0], gemma_like_tokenizer.encode("<start_of_turn>model\n", add_special_tokens=False)
+    assert row["prompt_ids"][0] == gemma_like_tokenizer.bos_token_id and row["prompt_ids"].count(row["prompt_ids"][0]) == 1
+    assert len(row["prompt_ids"]) == 32 and row["prompt_ids"][-len(end) :] == end
+    assert len(row["rejected_ids"]) == 32 and 0 < len(row["chosen_ids"]) < 32
+    assert (counts["truncated_prompt"], counts["truncated_chosen"], counts["truncated_rejected"]) == (1, 0, 1)

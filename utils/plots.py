@@ -1,0 +1,92 @@
+"""Pictures: one style, titles and axis units on all, written atomically."""
+
+from utils.artifacts import atomic_write
+from utils.errors import is_main_process
+
+CHOSEN, REJECTED, NEUTRAL, EVAL = "#0b7a75", "#c8553d", "#3d405b", "#e09f3e"
+
+
+def figure(rows: int, columns: int, title: str):
+    """A figure and its flat list of axes, in the project's style."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update({"font.size": 9, "axes.grid": True, "grid.alpha": 0.25, "axes.spines.top": False})
+    plt.rcParams.update({"axes.spines.right": False, "axes.titlesize": 10, "axes.titleweight": "bold"})
+    fig, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, 2.9 * rows), layout="constrained", squeeze=False)
+    fig.suptitle(title, fontsize=12, fontweight="bold")
+    return fig, list(axes.flat)
+
+
+def save(fig, path) -> None:
+    """Write the figure as PNG, atomically, and free it."""
+    import matplotlib.pyplot as plt
+
+    atomic_write(path, lambda p: fig.savefig(p, dpi=130, format="png"))
+    plt.close(fig)
+
+
+def _smooth(values: list[float]) -> list[float]:
+    """Running mean over a twentieth of the run, so that single steps do not hide the trend."""
+    span = max(1, len(values) // 20)
+    return [sum(values[max(0, i - span + 1) : i + 1]) / (i + 1 - max(0, i - span + 1)) for i in range(len(values))]
+
+
+def training_curves(path, rows: list[dict], title: str, warning: str | None = None) -> None:
+    """Six panels from train_log.jsonl: loss, accuracy, margin, rewards, log-probs, learning rate and gradient norm.
+
+    Thin lines are single logged steps, thick lines their running mean, dots the test split. Draws nothing where no
+    step was logged.
+    """
+    train = [r for r in rows if r["split"] == "train"]
+    test = [r for r in rows if r["split"] == "eval"]
+    if not train or not is_main_process():
+        return
+    fig, axes = figure(2, 3, title)
+
+    def draw(ax, key, colour, label):
+        points = [(r["step"], r[key]) for r in train if r.get(key) is not None]
+        if points:
+            x, y = zip(*points, strict=True)
+            ax.plot(x, y, color=colour, alpha=0.25, lw=0.8)
+            ax.plot(x, _smooth(y), color=colour, lw=1.8, label=f"{label}, train")
+        points = [(r["step"], r[key]) for r in test if r.get(key) is not None]
+        if points:
+            ax.plot(*zip(*points, strict=True), "o-", color=colour, mec="black", ms=5, lw=1, label=f"{label}, test")
+
+    def finish(ax, name, unit, legend=True):
+        ax.set(title=name, xlabel="optimiser step", ylabel=unit)
+        if legend:
+            ax.legend(fontsize=7, framealpha=0.6)
+
+    draw(axes[0], "loss", NEUTRAL, "loss")
+    finish(axes[0], "Loss", "loss per pair")
+    draw(axes[1], "rewards/accuracies", NEUTRAL, "accuracy")
+    axes[1].axhline(0.5, color="grey", ls=":", lw=1)
+    axes[1].set_ylim(-0.02, 1.02)
+    finish(axes[1], "Reward accuracy", "share of pairs with chosen above rejected")
+    draw(axes[2], "rewards/margins", NEUTRAL, "margin")
+    axes[2].axhline(0, color="grey", ls=":", lw=1)
+    finish(axes[2], "Reward margin", "chosen - rejected (beta x nats)")
+    for side, colour in (("chosen", CHOSEN), ("rejected", REJECTED)):
+        draw(axes[3], f"rewards/{side}", colour, side)
+        draw(axes[4], f"logps/{side}", colour, side)
+    axes[3].axhline(0, color="grey", ls=":", lw=1)
+    finish(axes[3], "Rewards", "beta x log ratio to the reference (nats)")
+    finish(axes[4], "Log-probabilities", "summed over the answer (nats)")
+    steps = [r["step"] for r in train]
+    axes[5].plot(steps, [r.get("learning_rate") for r in train], color=NEUTRAL, label="learning rate")
+    norm = axes[5].twinx()
+    norm.plot(steps, [r.get("grad_norm") for r in train], color=EVAL, lw=0.9, label="gradient norm")
+    norm.set_ylabel("gradient norm")
+    norm.grid(False)
+    axes[5].set(title="Learning rate and gradient norm", xlabel="optimiser step", ylabel="learning rate")
+    lines = [*axes[5].get_lines(), *norm.get_lines()]
+    axes[5].legend(lines, [line.get_label() for line in lines], fontsize=7, framealpha=0.6)
+    if warning:
+        fig.text(0.5, -0.03, f"Warning: {warning}", ha="center", color=REJECTED, fontsize=9)
+        fig.set_layout_engine("constrained", rect=(0, 0.03, 1, 0.97))
+        fig.texts[-1].set_y(0.005)
+    save(fig, path)

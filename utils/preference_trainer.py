@@ -1,0 +1,261 @@
+"""TRL's DPOTrainer as the engine, with this project's token ids, checkpoints that survive kill -9, and logs."""
+
+import shutil
+import signal
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate.utils import gather_object
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from trl import DPOConfig, DPOTrainer
+
+from utils.artifacts import RowFile, read_json
+from utils.errors import UserError, is_main_process
+from utils.logps import pair_batches, score_responses_only, sequence_logps
+from utils.rewards import displacement
+from utils.runs import MANIFEST, seal
+
+LOSS_TYPES = (
+    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
+    "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
+)  # fmt: skip
+SCORE_KEYS = ("row", "chosen", "rejected", "ref_chosen", "ref_rejected")
+STEP0_TOLERANCE = {"float32": 1e-3, "16-bit": 0.5}
+
+
+@dataclass
+class PreferenceConfig(DPOConfig):
+    """TRL's DPOConfig with this project's keys; every other key is TRL's or transformers' own."""
+
+    output_dir: str = field(default="checkpoints", metadata={"help": "Weights go to <output_dir>/<run_name>/."})
+    eval_out: str = field(default="eval_out", metadata={"help": "Results go to <eval_out>/<run_name>/."})
+    max_prompt_length: int | None = field(
+        default=None,
+        metadata={"help": "In pairs longer than max_length the prompt is cut to this (default: half of max_length)."},
+    )
+    global_batch_size: int | None = field(
+        default=None,
+        metadata={"help": "Pairs per optimiser step over all processes; gradient accumulation is derived from it."},
+    )
+    resume: str = field(default="auto", metadata={"help": "auto, never, or the path of a checkpoint."})
+    overwrite: bool = field(default=False, metadata={"help": "Delete what an earlier run of this name wrote."})
+    preflight_only: bool = field(default=False, metadata={"help": "Stop after the preflight."})
+    sample_prompts: int = field(default=4, metadata={"help": "Test prompts answered by base and tuned at the end."})
+    logging_steps: float = field(default=1, metadata={"help": "Log every so many optimiser steps."})
+    report_to: None | str | list[str] = field(default="none", metadata={"help": "tensorboard, trackio, wandb or none."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept; the oldest are deleted."})
+
+    def __post_init__(self):
+        # transformers asks for use_cpu before it allows bf16 there; without an accelerator nothing else can be meant.
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        self.disable_tqdm = bool(self.disable_tqdm)
+        if self.bf16 is None and not self.fp16:
+            # TRL's default is bf16 everywhere; a plain CPU run is float32 unless asked otherwise.
+            self.bf16 = not self.use_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        super().__post_init__()
+
+    @property
+    def precision(self) -> str:
+        """The precision that the forward pass runs in."""
+        return "bf16" if self.bf16 else "fp16" if self.fp16 else "fp32"
+
+
+# ---------------------------------------------------------------------------------------------------------- trainer
+
+
+class PreferenceTrainer(DPOTrainer):
+    """DPOTrainer on rows that utils.preferences tokenised. Adds whole checkpoints, exact resume and per-pair scores."""
+
+    def __init__(self, *args, row_log: RowFile, **kwargs):
+        score_responses_only()
+        self.row_log = row_log
+        self.started, self.seconds_before = time.monotonic(), 0.0
+        super().__init__(*args, **kwargs)
+        for param in self.model.parameters():
+            # TRL casts QLoRA adapters to bf16, where an Adam update of 2e-6 on a weight of 1e-2 rounds to nothing.
+            if param.requires_grad and param.dtype in (torch.bfloat16, torch.float16) and self.is_quantized:
+                param.data = param.data.float()
+        self.remove_callback(ProgressCallback)
+        self.remove_callback(PrinterCallback)
+        if not self.args.disable_tqdm:
+            self.add_callback(QuietProgress())
+        self.add_callback(RowLog(row_log))
+        self.stopper = GracefulStop(self.accelerator)
+        self.add_callback(self.stopper)
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the base's weights are quantised by bitsandbytes."""
+        return getattr(self.model, "is_loaded_in_4bit", False) or getattr(self.model, "is_loaded_in_8bit", False)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether parameters are spread over processes once training starts (FSDP, DeepSpeed ZeRO-3)."""
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
+
+    def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
+        # TRL would tokenise here, with no max_prompt_length; the rows come tokenised by utils.preferences.
+        return dataset
+
+    def create_model_card(self, *args, **kwargs):
+        """Nothing: utils.card writes the card once, at the end, with the results in it."""
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of training so far, in seconds, summed over interruptions."""
+        return self.seconds_before + time.monotonic() - self.started
+
+    def _save_checkpoint(self, model, trial):
+        # The manifest comes last and is renamed into place, so a folder without it is half-written. Older checkpoints
+        # go only after that: a kill at any point leaves one whole checkpoint.
+        folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if is_main_process() and folder.exists():
+            shutil.rmtree(folder)
+        self.accelerator.wait_for_everyone()
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()
+        if is_main_process():
+            seal(folder, step=self.state.global_step, num_tokens=self._total_train_tokens, seconds=self.seconds)
+            rotate_checkpoints(str(folder.parent), limit, self.state.best_model_checkpoint, use_mtime=True)
+        self.accelerator.wait_for_everyone()
+
+    def continue_from(self, checkpoint: Path) -> None:
+        """Take over what transformers does not restore: TRL's token count, and the wall time so far."""
+        state = read_json(checkpoint / MANIFEST)
+        self._total_train_tokens = state["num_tokens"]
+        self.seconds_before = state["seconds"]
+
+    def _compute_loss(self, model, inputs, return_outputs):
+        result = super()._compute_loss(model, inputs, return_outputs)
+        if self.is_sharded and self.model.training and self.state.global_step == 0 and not hasattr(self, "_step0"):
+            # Sharded models exist only inside training, so their step-0 margin is read off the first micro-batch.
+            self._step0 = abs(self._metrics["train"]["rewards/margins"][-1])
+            check_step0(self._step0, self.args)
+        return result
+
+    @torch.no_grad()
+    def score(self, dataset, indices=None, batch_size: int | None = None) -> list[dict]:
+        """Policy and reference log-probabilities of pairs, sharded over the processes; the same list on each.
+
+        Returns:
+            `{"row", "chosen", "rejected", "ref_chosen", "ref_rejected"}` in row order: summed response
+            log-probabilities in nats.
+        """
+        indices = list(range(len(dataset)) if indices is None else indices)
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        # A sharded forward is collective, so every process gets equally many rows: the last are repeated.
+        share = -(-len(indices) // world)
+        mine = [indices[min(k, len(indices) - 1)] for k in range(rank, share * world, world)]
+        cached = "ref_chosen_logps" in dataset.column_names
+        model = self.model_wrapped if self.is_deepspeed_enabled else self.model
+        was_training = self.model.training
+        self.model.eval()
+        rows = []
+        for take, batch in pair_batches(dataset, self.data_collator, batch_size or self.args.eval_batch_size, mine):
+            batch = self._prepare_inputs(batch)
+            ids = {k: batch[k] for k in ("input_ids", "attention_mask", "completion_mask")}
+            with self.accelerator.autocast():
+                policy = sequence_logps(model, **ids).chunk(2)
+            if cached:
+                reference = batch["ref_chosen_logps"], batch["ref_rejected_logps"]
+            else:
+                reference = self.compute_ref_log_probs(self.ref_model or model, ids)
+            values = zip(take, *(t.float().tolist() for t in (*policy, *reference)), strict=True)
+            rows += [dict(zip(SCORE_KEYS, v, strict=True)) for v in values]
+        self.model.train(was_training)
+        if world > 1:
+            rows = gather_object(rows)
+        unique = {row["row"]: row for row in rows}
+        return [unique[i] for i in sorted(unique)]
+
+
+def check_step0(margin: float, args: PreferenceConfig) -> None:
+    """Stop unless the largest |reward margin| before the first step is 0 within the precision's tolerance."""
+    tolerance = step0_tolerance(args)
+    if not margin <= tolerance:
+        raise UserError(
+            f"the margins at step 0 must be 0 but reach {margin:.4g} (tolerance {tolerance}): the policy is not the"
+            " reference; look for dropout left on, an adapter that does not start at zero, or a stale reference"
+        )
+
+
+def step0_tolerance(args: PreferenceConfig) -> float:
+    """Tolerance of the step-0 reward margin: 1e-3 in float32; beta x 0.5 nats in 16 bits, where the batch's shape
+    moves a log-probability by up to about 0.1 nats a side."""
+    if args.precision == "fp32":
+        return STEP0_TOLERANCE["float32"]
+    return max(STEP0_TOLERANCE["float32"], args.beta * STEP0_TOLERANCE["16-bit"])
+
+
+# -------------------------------------------------------------------------------------------------------- callbacks
+
+
+class RowLog(TrainerCallback):
+    """Every metric of every logged step in train_log.jsonl, each step once, also after a resume."""
+
+    def __init__(self, rows: RowFile):
+        self.rows = rows
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.rows.keep(lambda row: row["step"] <= state.global_step)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "train_runtime" in logs or not state.is_world_process_zero:
+            return
+        split = "eval" if any(k.startswith("eval_") for k in logs) else "train"
+        row = {"split": split, "step": state.global_step, **{k.removeprefix("eval_"): v for k, v in logs.items()}}
+        self.rows.append(row)
+        if split == "eval":
+            warning = displacement(row.get("rewards/chosen", 0.0), row.get("rewards/rejected", 0.0), args.beta)
+            if warning:
+                print(f"\nwarning: step {state.global_step}: {warning}", file=sys.stderr)
+
+
+class QuietProgress(ProgressCallback):
+    """A progress bar that carries the latest loss, accuracy and margin instead of printing each log."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero and self.training_bar is not None and "loss" in logs:
+            names = {"loss": "loss", "accuracy": "rewards/accuracies", "margin": "rewards/margins"}
+            self.training_bar.set_postfix({k: f"{logs[v]:.3f}" for k, v in names.items() if v in logs})
+
+
+class GracefulStop(TrainerCallback):
+    """Ctrl-C or SIGTERM: finish the optimiser step, save a checkpoint, stop. A second Ctrl-C stops at once."""
+
+    def __init__(self, accelerator):
+        self.accelerator = accelerator
+        self.asked = False
+
+    def __enter__(self):
+        self.previous = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *exc):
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number, frame):
+        if self.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.asked = True
+        if is_main_process():
+            print("\nstopping after this step, with a checkpoint (Ctrl-C again: stop at once)", file=sys.stderr)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        asked = self.asked
+        if self.accelerator.num_processes > 1:
+            # The signal reaches the processes at different moments; all must leave at the same step.
+            flag = torch.tensor([int(asked)], device=self.accelerator.device)
+            asked = bool(self.accelerator.reduce(flag, "sum").item())
+        if asked:
+            self.asked = control.should_save = control.should_training_stop = True
+            control.should_evaluate = False

@@ -1,0 +1,483 @@
+"""Preference data: any of the field's formats to pairs of texts, filters, and token ids.
+
+Formats: UltraFeedback-binarized (a prompt string beside message lists that repeat the prompt), TRL's explicit and
+implicit prompts as messages or plain text, and Anthropic's `\\n\\nHuman: ... \\n\\nAssistant: ...` transcripts.
+"""
+
+import gzip
+import json
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from utils.chat import ChatRenderer, TemplateRefused, shared_prefix
+from utils.errors import UserError
+from utils.provenance import sha256_of, sha256_of_files
+
+ROLES = ("system", "user", "assistant")
+LOCAL_SUFFIXES = (".jsonl", ".json", ".parquet", ".jsonl.gz", ".json.gz")
+
+
+@dataclass
+class DatasetSource:
+    """One entry of a `datasets:` mix."""
+
+    path: str
+    name: str | None = None
+    split: str = "train"
+    test_split: str | None = None
+    revision: str | None = None
+    fraction: float | None = None
+
+
+@dataclass
+class DataArguments:
+    """Where preference pairs come from and which are left out."""
+
+    dataset_name: str | None = field(default=None, metadata={"help": "Hub id, local file, or folder."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
+    dataset_revision: str | None = field(default=None, metadata={"help": "Revision of a hub dataset."})
+    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    dataset_test_split: str = field(default="test", metadata={"help": "Split to evaluate on; none for none."})
+    test_dataset_name: str | None = field(default=None, metadata={"help": "Dataset of the test split, if another."})
+    datasets: list[DatasetSource] = field(default_factory=list, metadata={"help": "A mix of datasets, in YAML."})
+    drop_ties: bool = field(default=False, metadata={"help": "Drop pairs with equal scores."})
+    min_score_margin: float | None = field(default=None, metadata={"help": "Drop pairs with a smaller score margin."})
+    keep_duplicate_prompts: bool = field(default=False, metadata={"help": "Keep pairs that share a prompt."})
+    train_test_overlap: str = field(
+        default="refuse",
+        metadata={"help": "What to do with train prompts of the test split.", "choices": ["refuse", "drop", "keep"]},
+    )
+    prompt_format: str = field(
+        default="auto",
+        metadata={"help": "Plain-text pairs: auto keeps them text, chat makes turns.", "choices": ["auto", "chat"]},
+    )
+    chat_template_path: str | None = field(default=None, metadata={"help": "Jinja file that replaces the template."})
+    limit: int | None = field(default=None, metadata={"help": "Use only the first pairs; marks every name."})
+
+    def sources(self) -> tuple[list[dict], list[dict]]:
+        """The train and the test sources that `load_pairs` reads. Raises UserError for an unusable mix."""
+        if self.datasets:
+            try:
+                mix = [d if isinstance(d, DatasetSource) else DatasetSource(**d) for d in self.datasets]
+            except TypeError as error:
+                raise UserError(f"datasets: {error}; an entry has {list(DatasetSource.__dataclass_fields__)}") from None
+            common = [{"name": d.path, "config": d.name, "revision": d.revision} for d in mix]
+            train = [{**c, "split": d.split, "fraction": d.fraction} for c, d in zip(common, mix, strict=True)]
+            test = [{**c, "split": d.test_split} for c, d in zip(common, mix, strict=True) if d.test_split]
+        else:
+            one = {"name": self.dataset_name, "config": self.dataset_config, "revision": self.dataset_revision}
+            train = [{**one, "split": self.dataset_train_split}]
+            test = [{**one, "split": self.dataset_test_split}]
+        if self.test_dataset_name:
+            test = [{"name": self.test_dataset_name, "split": self.dataset_test_split}]
+        return train, [] if self.dataset_test_split.lower() == "none" else test
+
+
+@dataclass
+class Pair:
+    """One preference pair as text. `messages` is the prompt of a conversation, `text` that of plain text."""
+
+    chosen: str
+    rejected: str
+    messages: list[dict] | None = None
+    text: str | None = None
+    score_chosen: float | None = None
+    score_rejected: float | None = None
+    where: str = ""
+
+    @property
+    def prompt_key(self) -> str:
+        """A key that equal prompts share, whatever their case and spacing."""
+        whole = self.text if self.messages is None else " ".join(f"{m['role']}: {m['content']}" for m in self.messages)
+        return sha256_of(" ".join(whole.lower().split()))
+
+
+@dataclass
+class PreferenceData:
+    """The pairs of one split, with where they came from and what the filters dropped."""
+
+    pairs: list[Pair]
+    sources: list[dict]
+    rows: int
+    dropped: Counter = field(default_factory=Counter)
+
+    def summary(self) -> dict:
+        """Counts and provenance for an artifact."""
+        return {
+            "rows": self.rows,
+            "pairs": len(self.pairs),
+            "dropped": dict(self.dropped),
+            "sources": self.sources,
+            "text_sha256": sha256_of(*[f"{p.prompt_key}\0{p.chosen}\0{p.rejected}" for p in self.pairs]),
+        }
+
+
+# ---------------------------------------------------------------------------------------------------------- reading
+
+
+def _suffix(path: Path) -> str:
+    return next((s for s in LOCAL_SUFFIXES if path.name.endswith(s)), "")
+
+
+def _read_file(path: Path) -> list[tuple[str, dict]]:
+    """Rows of a local file, each with the place to name in an error."""
+    suffix = _suffix(path)
+    if not suffix:
+        raise UserError(f"{path}: unknown kind of file; give one of {', '.join(LOCAL_SUFFIXES)}")
+    if suffix == ".parquet":
+        import pyarrow.parquet
+
+        try:
+            return [(f"{path} row {i}", row) for i, row in enumerate(pyarrow.parquet.read_table(path).to_pylist())]
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]})") from None
+    opener = gzip.open if suffix.endswith(".gz") else open
+    try:
+        with opener(path, "rt", encoding="utf-8") as f:
+            text = f.read()
+    except (UnicodeDecodeError, gzip.BadGzipFile) as error:
+        raise UserError(f"{path}: not UTF-8 text ({error}); save it as UTF-8") from None
+    if suffix.startswith(".jsonl"):
+        rows = []
+        for number, line in enumerate(text.split("\n"), 1):
+            if line.strip():
+                try:
+                    rows.append((f"{path} line {number}", json.loads(line)))
+                except ValueError as error:
+                    raise UserError(f"{path} line {number}: not valid JSON ({error}); mend or delete the line") from None
+        return rows
+    try:
+        data = json.loads(text)
+    except ValueError as error:
+        hint = "; is it JSON lines? then name it .jsonl" if text.lstrip().startswith("{") else ""
+        raise UserError(f"{path}: not valid JSON ({error}){hint}") from None
+    if not isinstance(data, list):
+        raise UserError(f"{path}: expected a JSON list of rows, found {type(data).__name__}")
+    return [(f"{path} row {i}", row) for i, row in enumerate(data)]
+
+
+def _read_local(path: Path, split: str) -> tuple[list[tuple[str, dict]], dict]:
+    if path.is_dir():
+        files = [f for f in sorted(path.iterdir()) if _suffix(f) and re.split(r"[.\-]", f.name)[0] == split]
+        if not files:
+            names = sorted({re.split(r"[.\-]", f.name)[0] for f in path.iterdir() if _suffix(f)})
+            raise UserError(f"{path}: no file of split {split!r} there; splits found: {', '.join(names) or 'none'}")
+    else:
+        files = [path]
+    rows = [row for f in files for row in _read_file(f)]
+    return rows, {"name": str(path), "split": split, "files": [f.name for f in files], "sha256": sha256_of_files(files)}
+
+
+def _read_hub(name: str, split: str, config: str | None, revision: str | None) -> tuple[list[tuple[str, dict]], dict]:
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetNotFoundError
+    from huggingface_hub import errors as hub
+
+    try:
+        dataset = load_dataset(name, config, split=split, revision=revision)
+    except DatasetNotFoundError as error:
+        mend = "run `hf auth login` after accepting its licence" if "gated" in str(error) else "check the spelling"
+        raise UserError(f"dataset {name}: not found on the hub, and no such local file or folder; {mend}") from None
+    except (hub.LocalEntryNotFoundError, hub.HfHubHTTPError, ConnectionError, hub.OfflineModeIsEnabled) as error:
+        raise UserError(f"dataset {name}: the hub cannot be reached ({str(error).splitlines()[0]})") from None
+    except ValueError as error:
+        raise UserError(f"dataset {name}: {str(error).splitlines()[0]}") from None
+    except Exception as error:
+        raise UserError(f"dataset {name} split {split}: {type(error).__name__}: {str(error).splitlines()[0]}") from error
+    files = sorted(dataset.info.download_checksums or {})
+    commits = {m.group(1) for f in files if (m := re.search(r"@([0-9a-f]{40})/", f))}
+    source = {"name": name, "config": config, "split": split, "revision": ", ".join(sorted(commits)) or revision}
+    return [(f"{name} {split} row {i}", row) for i, row in enumerate(dataset)], source
+
+
+def read_rows(name: str, split: str, config: str | None = None, revision: str | None = None):
+    """Rows of a local .jsonl, .json or .parquet file, of a folder with a file per split, or of a hub dataset.
+
+    Returns:
+        (rows, source): rows as `(where, dict)`, and what identifies them in an artifact.
+    """
+    path = Path(name).expanduser()
+    if path.exists():
+        rows, source = _read_local(path, split)
+    elif _suffix(path) or name.startswith((".", "/", "~")):
+        raise UserError(f"dataset {name}: no such file or folder")
+    else:
+        rows, source = _read_hub(name, split, config, revision)
+    if not rows:
+        raise UserError(f"dataset {name} split {split}: no rows")
+    return rows, {**source, "rows": len(rows)}
+
+
+# ------------------------------------------------------------------------------------------------------ normalising
+
+
+def _transcript(text: str, where: str, key: str) -> list[dict]:
+    """Messages of an Anthropic transcript."""
+    parts = re.split(r"\n\n(Human|Assistant):", text)
+    if parts[0].strip():
+        raise UserError(f"{where}: key {key!r}: text stands before the first '\\n\\nHuman:' of the transcript")
+    roles = {"Human": "user", "Assistant": "assistant"}
+    return [{"role": roles[r], "content": c.strip()} for r, c in zip(parts[1::2], parts[2::2], strict=True)]
+
+
+def _messages(value, where: str, key: str) -> list[dict]:
+    for i, message in enumerate(value):
+        if not isinstance(message, dict) or not {"role", "content"} <= set(message):
+            raise UserError(f"{where}: key {key!r}, message {i}: expected {{'role': ..., 'content': ...}}")
+        if message["role"] not in ROLES:
+            raise UserError(f"{where}: key {key!r}, message {i}: role {message['role']!r} is not one of {ROLES}")
+        if not isinstance(message["content"], str):
+            raise UserError(f"{where}: key {key!r}, message {i}: content must be text")
+    return [{"role": m["role"], "content": m["content"]} for m in value]
+
+
+def _number(row: dict, key: str, where: str) -> float | None:
+    value = row.get(key)
+    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+        raise UserError(f"{where}: key {key!r} must be a number, found {value!r}")
+    return None if value is None else float(value)
+
+
+def to_pair(row: dict, where: str, plain_as_chat: bool = False) -> Pair | str:
+    """One row of any known format as a Pair, or the name of the filter that drops it.
+
+    Raises UserError, naming row and key, where the row fits no format.
+    """
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: expected an object with 'chosen' and 'rejected', found {type(row).__name__}")
+    for key in ("chosen", "rejected"):
+        if row.get(key) is None:
+            raise UserError(
+                f"{where}: key {key!r} is missing (keys there: {', '.join(sorted(map(str, row)))}); a preference row"
+                " has 'chosen' and 'rejected', as text or as message lists, and perhaps 'prompt'"
+            )
+    chosen, rejected, prompt = row["chosen"], row["rejected"], row.get("prompt")
+    if type(chosen) is not type(rejected) or not isinstance(chosen, (str, list)):
+        raise UserError(f"{where}: 'chosen' and 'rejected' must both be text or both be message lists")
+    if prompt is not None and not isinstance(prompt, (str, list)):
+        raise UserError(f"{where}: key 'prompt' must be text or a message list, found {type(prompt).__name__}")
+    scores = {k: _number(row, k, where) for k in ("score_chosen", "score_rejected")}
+
+    if isinstance(chosen, str):
+        if prompt is None and chosen.startswith("\n\nHuman:") and rejected.startswith("\n\nHuman:"):
+            chosen, rejected = _transcript(chosen, where, "chosen"), _transcript(rejected, where, "rejected")
+        elif isinstance(prompt, str) and prompt.startswith("\n\nHuman:"):
+            prompt = re.sub(r"\n\nAssistant:\s*$", "", prompt)
+            prompt = _transcript(prompt, where, "prompt")
+            chosen, rejected = ([{"role": "assistant", "content": t.strip()}] for t in (chosen, rejected))
+        elif isinstance(prompt, list):
+            chosen, rejected = ([{"role": "assistant", "content": t}] for t in (chosen, rejected))
+        else:
+            if prompt is None:
+                # As TRL's extract_prompt: the common prefix, less a space that belongs to the answer's first token.
+                cut = shared_prefix(chosen, rejected)
+                cut -= cut > 0 and chosen[cut - 1] == " "
+                prompt, chosen, rejected = chosen[:cut], chosen[cut:], rejected[cut:]
+            if plain_as_chat:
+                return Pair(chosen, rejected, messages=[{"role": "user", "content": prompt}], where=where, **scores)
+            return Pair(chosen, rejected, text=prompt, where=where, **scores)
+
+    chosen, rejected = _messages(chosen, where, "chosen"), _messages(rejected, where, "rejected")
+    if isinstance(prompt, list):
+        prompt = _messages(prompt, where, "prompt")
+        n = len(prompt)
+        chosen = chosen[n:] if chosen[:n] == prompt else chosen
+        rejected = rejected[n:] if rejected[:n] == prompt else rejected
+    else:
+        n = min(shared_prefix(chosen, rejected), len(chosen) - 1, len(rejected) - 1)
+        if n <= 0 and isinstance(prompt, str):
+            prompt = [{"role": "user", "content": prompt}]
+        else:
+            prompt, chosen, rejected = chosen[:n], chosen[n:], rejected[n:]
+    if not prompt:
+        raise UserError(f"{where}: 'chosen' and 'rejected' share no opening turn and there is no 'prompt'")
+    if not chosen or not rejected:
+        return "empty_response"
+    if len(chosen) > 1 or len(rejected) > 1:
+        return "diverges_before_last_turn"
+    for key, answer in (("chosen", chosen), ("rejected", rejected)):
+        if answer[0]["role"] != "assistant":
+            return "last_turn_not_assistant"
+    return Pair(chosen[0]["content"], rejected[0]["content"], messages=prompt, where=where, **scores)
+
+
+# -------------------------------------------------------------------------------------------------------- filtering
+
+
+def load_pairs(
+    sources: list[dict],
+    drop_ties: bool = False,
+    min_score_margin: float | None = None,
+    keep_duplicate_prompts: bool = False,
+    plain_as_chat: bool = False,
+    limit: int | None = None,
+) -> PreferenceData:
+    """Read, normalise and filter the rows of one or several sources, in order, up to `limit` pairs.
+
+    Args:
+        sources: `{"name", "split"}` each, with optional "config", "revision" and "fraction" (its share of the mix;
+            the first rows of each are taken, so many that none is used twice).
+    """
+    read = [read_rows(s["name"], s["split"], s.get("config"), s.get("revision")) for s in sources]
+    fractions = [s.get("fraction") for s in sources]
+    if any(f is not None for f in fractions):
+        if not all(f is not None and f > 0 for f in fractions):
+            raise UserError("datasets: give every dataset of the mix a fraction above 0, or none of them")
+        total = min(len(rows) * sum(fractions) / f for (rows, _), f in zip(read, fractions, strict=True))
+        read = [
+            (rows[: round(total * f / sum(fractions))], {**source, "fraction": f})
+            for (rows, source), f in zip(read, fractions, strict=True)
+        ]
+    data = PreferenceData([], [source for _, source in read], sum(len(rows) for rows, _ in read))
+    seen = set()
+    for where, row in (row for rows, _ in read for row in rows):
+        if limit is not None and len(data.pairs) == limit:
+            break
+        pair = to_pair(row, where, plain_as_chat)
+        reason = pair if isinstance(pair, str) else _drop_reason(pair, drop_ties, min_score_margin)
+        if reason is None and not keep_duplicate_prompts:
+            reason = "duplicate_prompt" if pair.prompt_key in seen else None
+            seen.add(pair.prompt_key)
+        if reason is None:
+            data.pairs.append(pair)
+        else:
+            data.dropped[reason] += 1
+    return data
+
+
+def _drop_reason(pair: Pair, drop_ties: bool, min_score_margin: float | None) -> str | None:
+    if not pair.chosen.strip() or not pair.rejected.strip():
+        return "empty_response"
+    if pair.chosen == pair.rejected:
+        return "identical_responses"
+    if drop_ties or min_score_margin is not None:
+        if pair.score_chosen is None or pair.score_rejected is None:
+            raise UserError(
+                f"{pair.where}: --drop_ties and --min_score_margin need 'score_chosen' and 'score_rejected' in each row"
+            )
+        margin = pair.score_chosen - pair.score_rejected
+        if drop_ties and margin == 0:
+            return "tied_scores"
+        if min_score_margin is not None and margin < min_score_margin:
+            return "score_margin_below_threshold"
+    return None
+
+
+def remove_overlap(train: PreferenceData, test: PreferenceData, policy: str) -> None:
+    """Deal with train prompts that also stand in the test split: "refuse" them, "drop" them from train, or "keep"."""
+    held_out = {pair.prompt_key for pair in test.pairs}
+    shared = [pair for pair in train.pairs if pair.prompt_key in held_out]
+    if not shared:
+        return
+    if policy == "refuse":
+        raise UserError(
+            f"{len(shared)} train prompts also stand in the test split (first: {shared[0].where}): pass"
+            " --train_test_overlap drop to train without them, or keep to leave them in"
+        )
+    train.dropped["prompt_in_test_split" if policy == "drop" else "prompt_in_test_split_kept"] += len(shared)
+    if policy == "drop":
+        train.pairs = [pair for pair in train.pairs if pair.prompt_key not in held_out]
+
+
+# ------------------------------------------------------------------------------------------------------- tokenising
+
+
+def truncate(prompt: list[int], chosen: list[int], rejected: list[int], max_length, max_prompt_length, bos_id):
+    """Cut a pair to `max_length`, only where it is longer: first the prompt to `max_prompt_length`, then the answers.
+
+    The prompt keeps its BOS (its first id, where that is `bos_id`) and its end; the answers keep their start.
+    `max_prompt_length < max_length`, so that no answer is ever cut to nothing.
+
+    Returns:
+        (prompt, chosen, rejected) ids.
+    """
+    if max_length is None or len(prompt) + max(len(chosen), len(rejected)) <= max_length:
+        return prompt, chosen, rejected
+    if len(prompt) > max_prompt_length:
+        keeps_bos = bos_id is not None and prompt[0] == bos_id and max_prompt_length > 1
+        prompt = prompt[:1] + prompt[-(max_prompt_length - 1) :] if keeps_bos else prompt[-max_prompt_length:]
+    room = max_length - len(prompt)
+    return prompt, chosen[:room], rejected[:room]
+
+
+def tokenize(data: PreferenceData, tokenizer, max_length: int | None, max_prompt_length: int | None, desc: str = ""):
+    """Token ids of every pair, in order, as a Dataset, and the counts that the preflight shows.
+
+    The answer starts where the rendered prompt and the rendered conversation diverge, as in TRL, which is the
+    prompt's end in all templates but a few. A conversation that the template refuses is dropped and counted.
+
+    Returns:
+        (dataset, counts): columns prompt_ids, chosen_ids, rejected_ids and `pair` (index into `data.pairs`).
+    """
+    from datasets import Dataset
+    from tqdm import tqdm
+
+    from utils.errors import is_main_process
+
+    chat = ChatRenderer(tokenizer) if any(p.messages is not None for p in data.pairs) else None
+    columns = {"prompt_ids": [], "chosen_ids": [], "rejected_ids": [], "pair": []}
+    counts = Counter()
+    kept, refusal = [], None
+    progress = tqdm(total=len(data.pairs), desc=f"tokenizing {desc}", disable=not is_main_process(), leave=False)
+    for start in range(0, len(data.pairs), 256):
+        batch, texts = [], []
+        for pair in data.pairs[start : start + 256]:
+            try:
+                texts += _texts(pair, chat, tokenizer)
+                batch.append(pair)
+            except TemplateRefused as error:
+                refusal = refusal or f"{pair.where}: {error}"
+                data.dropped["template_refused"] += 1
+        ids = _ids(batch, texts, chat, tokenizer)
+        for i, pair in enumerate(batch):
+            prompt, full_chosen, full_rejected = ids[3 * i : 3 * i + 3]
+            start_of_answer = min(shared_prefix(prompt, full_chosen), shared_prefix(prompt, full_rejected))
+            counts["prompt_end_rendered_differently"] += start_of_answer < len(prompt)
+            prompt, chosen, rejected = (
+                full_chosen[:start_of_answer],
+                full_chosen[start_of_answer:],
+                full_rejected[start_of_answer:],
+            )
+            cut = truncate(prompt, chosen, rejected, max_length, max_prompt_length, tokenizer.bos_token_id)
+            counts["truncated_prompt"] += len(cut[0]) < len(prompt)
+            counts["truncated_chosen"] += len(cut[1]) < len(chosen)
+            counts["truncated_rejected"] += len(cut[2]) < len(rejected)
+            if not cut[0] or cut[1] == cut[2]:
+                data.dropped["empty_prompt" if not cut[0] else "identical_after_truncation"] += 1
+                continue
+            for name, value in zip(columns, (*cut, len(kept)), strict=True):
+                columns[name].append(value)
+            kept.append(pair)
+        progress.update(min(256, len(data.pairs) - start))
+    progress.close()
+    if not kept:
+        why = f"; the chat template refused e.g. {refusal}" if refusal else ""
+        raise UserError(f"0 {desc} pairs are left of {data.rows} rows; dropped: {dict(data.dropped)}{why}")
+    data.pairs = kept
+    return Dataset.from_dict(columns), dict(counts)
+
+
+def _texts(pair: Pair, chat: ChatRenderer | None, tokenizer) -> list[str]:
+    if pair.messages is not None:
+        return [
+            chat.prompt_text(pair.messages),
+            chat.full_text(pair.messages, pair.chosen),
+            chat.full_text(pair.messages, pair.rejected),
+        ]
+    # Plain text, as TRL: the tokenizer puts its own BOS, the answer ends with EOS; a BOS in the text is not doubled.
+    text, eos = pair.text, tokenizer.eos_token or ""
+    if tokenizer.bos_token and text.startswith(tokenizer.bos_token):
+        text = text[len(tokenizer.bos_token) :]
+    ended = [answer if answer.endswith(eos) else answer + eos for answer in (pair.chosen, pair.rejected)]
+    return [text, text + ended[0], text + ended[1]]
+
+
+def _ids(batch: list[Pair], texts: list[str], chat: ChatRenderer | None, tokenizer) -> list[list[int]]:
+    """Token ids of three texts a pair: rendered conversations get no further special tokens, plain texts the usual."""
+    is_chat = [pair.messages is not None for pair in batch for _ in range(3)]
+    rendered = iter(chat.ids([t for t, c in zip(texts, is_chat, strict=True) if c]) if any(is_chat) else [])
+    plain = [t for t, c in zip(texts, is_chat, strict=True) if not c]
+    plain = iter(tokenizer(plain)["input_ids"] if plain else [])
+    return [next(rendered) if c else next(plain) for c in is_chat]

@@ -1,0 +1,152 @@
+"""The preflight: everything about a preference run that can be known, and be wrong, before its first step."""
+
+import math
+
+import numpy as np
+
+
+def token_counts(dataset) -> dict:
+    """Token lengths of a tokenised split: totals, means, margins of chosen over rejected."""
+    prompt, chosen, rejected = (
+        np.array([len(ids) for ids in dataset[key]]) for key in ("prompt_ids", "chosen_ids", "rejected_ids")
+    )
+    return {
+        "pairs": len(dataset),
+        "prompt_tokens_mean": float(prompt.mean()),
+        "chosen_tokens_mean": float(chosen.mean()),
+        "rejected_tokens_mean": float(rejected.mean()),
+        "longest_sequence": int((prompt + np.maximum(chosen, rejected)).max()),
+        "tokens_per_epoch": int((2 * prompt + chosen + rejected).sum()),
+        "margin_tokens_mean": float((chosen - rejected).mean()),
+        "margin_tokens_quartiles": [float(q) for q in np.percentile(chosen - rejected, [25, 50, 75])],
+        "chosen_longer_share": float((chosen > rejected).mean()),
+        "equal_length_share": float((chosen == rejected).mean()),
+    }
+
+
+def special_tokens(dataset, tokenizer) -> dict:
+    """Leading BOS tokens per sequence, and the share of answers that end with an end-of-turn or EOS token."""
+    bos = tokenizer.bos_token_id
+    leading = [next((i for i, t in enumerate(ids) if t != bos), len(ids)) for ids in dataset["prompt_ids"]]
+    ends = {tokenizer.eos_token_id}
+    if tokenizer.chat_template:
+        from utils.chat import ChatRenderer
+
+        ends.update(ChatRenderer(tokenizer).tail_ids()[:1])
+    ended = {
+        side: float(np.mean([any(t in ends for t in ids[-3:]) for ids in dataset[f"{side}_ids"]]))
+        for side in ("chosen", "rejected")
+    }
+    return {
+        "bos_token": tokenizer.bos_token,
+        "end_tokens": sorted(tokenizer.convert_ids_to_tokens(sorted(ends - {None}))),
+        "leading_bos_min": int(min(leading)),
+        "leading_bos_max": int(max(leading)),
+        "chosen_with_end_token": ended["chosen"],
+        "rejected_with_end_token": ended["rejected"],
+    }
+
+
+def first_pair(dataset, tokenizer) -> dict:
+    """The first pair decoded, with its loss mask: what is only read, and what is scored."""
+    row = dataset[0]
+    return {
+        "prompt_not_scored": tokenizer.decode(row["prompt_ids"]),
+        "chosen_scored": tokenizer.decode(row["chosen_ids"]),
+        "rejected_scored": tokenizer.decode(row["rejected_ids"]),
+        "tokens": {k: len(row[f"{k}_ids"]) for k in ("prompt", "chosen", "rejected")},
+    }
+
+
+def plan(args, pairs: int, tokens_per_epoch: int, world_size: int) -> dict:
+    """Steps, pairs and tokens that training will see, as transformers' Trainer counts them."""
+    per_device = -(-pairs // world_size)
+    micro = -(-per_device // args.per_device_train_batch_size)
+    steps_per_epoch = max(-(-micro // args.gradient_accumulation_steps), 1)
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * world_size
+    seen = min(steps * batch, round(pairs * steps / steps_per_epoch))
+    return {
+        "steps": steps,
+        "steps_per_epoch": steps_per_epoch,
+        "epochs": round(steps / steps_per_epoch, 3),
+        "global_batch_size": batch,
+        "batch": {
+            "per_device": args.per_device_train_batch_size,
+            "accumulation": args.gradient_accumulation_steps,
+            "processes": world_size,
+        },
+        "pairs_seen": seen,
+        "tokens_seen": round(seen * tokens_per_epoch / pairs),
+    }
+
+
+def trainable(model) -> dict:
+    """Parameters in all and those trained."""
+    numel = [(p.requires_grad, p.ds_numel if hasattr(p, "ds_numel") else p.numel()) for p in model.parameters()]
+    return {"trainable": sum(n for on, n in numel if on), "total": sum(n for _, n in numel)}
+
+
+def estimate(args, model, plan_: dict, pair_seconds: float | None, longest: int, cached: bool) -> dict:
+    """A rough estimate of time and memory, to be read as an order of magnitude.
+
+    Time: one forward of policy and reference was timed; a backward costs two forwards, checkpointing one more.
+    Memory: weights as loaded, 12 bytes a trained parameter (gradient and Adam in float32), and activations of about
+    34 hidden values a token and layer (Korthikanti et al. 2022), a sixteenth of that under checkpointing.
+    """
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    config = model.config.get_text_config()
+    tokens = 2 * args.per_device_train_batch_size * longest
+    activations = tokens * config.hidden_size * config.num_hidden_layers * 34 * (4 if args.precision == "fp32" else 2)
+    memory = weights + 12 * trainable(model)["trainable"] + activations / (16 if args.gradient_checkpointing else 1)
+    found = {"memory_gib": round(memory / 2**30, 2)}
+    if pair_seconds is not None:
+        forwards = 3 + bool(args.gradient_checkpointing) + (not cached)
+        per_process = plan_["pairs_seen"] / plan_["batch"]["processes"]
+        found["minutes"] = round(per_process * pair_seconds * forwards / (2 - cached) / 60, 1)
+    return found
+
+
+def report(flight: dict) -> str:
+    """The preflight as a person reads it."""
+    train, tokens, special, pair = (flight[k] for k in ("train", "tokens", "special_tokens", "first_pair"))
+    cut = flight["truncation"]
+
+    def short(text, end=False):
+        text = text.replace("\n", "⏎")
+        return text if len(text) <= 300 else ("… " + text[-300:] if end else text[:300] + " …")
+
+    def share(count):
+        return f"{100 * count / train['pairs']:.1f}%"
+
+    dropped = ", ".join(f"{k} {v}" for k, v in train["dropped"].items()) or "nothing"
+    steps, estimate_, margin = flight["plan"], flight["estimate"], flight["step0"]
+    batch = steps["batch"]
+    lines = [
+        "preflight",
+        f"  prompt    {pair['tokens']['prompt']:>4} tokens, not scored | {short(pair['prompt_not_scored'], end=True)}",
+        f"  chosen    {pair['tokens']['chosen']:>4} tokens, scored     | {short(pair['chosen_scored'])}",
+        f"  rejected  {pair['tokens']['rejected']:>4} tokens, scored     | {short(pair['rejected_scored'])}",
+        f"  data      {train['rows']} rows, {train['pairs']} train pairs; dropped: {dropped}",
+        f"  lengths   chosen {tokens['chosen_tokens_mean']:.0f}, rejected {tokens['rejected_tokens_mean']:.0f} tokens on"
+        f" average; chosen longer in {100 * tokens['chosen_longer_share']:.1f}% of pairs",
+        f"  cut       prompt {share(cut.get('truncated_prompt', 0))}, chosen {share(cut.get('truncated_chosen', 0))},"
+        f" rejected {share(cut.get('truncated_rejected', 0))} of pairs; answers that keep their end token: chosen"
+        f" {100 * special['chosen_with_end_token']:.1f}%, rejected {100 * special['rejected_with_end_token']:.1f}%",
+        f"  special   leading BOS {special['leading_bos_min']} to {special['leading_bos_max']} ({special['bos_token']}),"
+        f" end {' '.join(special['end_tokens'])}",
+        f"  model     {flight['parameters']['trainable']:,} of {flight['parameters']['total']:,} parameters trained,"
+        f" {flight['precision']}, dropout {flight['dropout']}",
+        f"  plan      {steps['steps']} steps ({steps['epochs']} epochs) of {steps['global_batch_size']} pairs"
+        f" ({batch['per_device']} a process × {batch['accumulation']} accumulation × {batch['processes']} processes),"
+        f" about {steps['tokens_seen']:,} tokens",
+        f"  estimate  {estimate_.get('minutes', '?')} minutes, {estimate_['memory_gib']} GiB (rough)",
+    ]
+    if margin["largest_margin"] is not None:
+        lines.append(
+            f"  step 0    largest reward margin {margin['largest_margin']:.2g} over {margin['pairs']} pairs (must be 0"
+            f" within {margin['tolerance']:g})"
+        )
+    else:
+        lines.append(f"  step 0    {margin['checked']}")
+    return "\n".join(lines + [f"  note      {note}" for note in flight["notes"]])

@@ -1,0 +1,114 @@
+"""What is needed to repeat a run: commit, command, versions, hardware, hashes of model and data."""
+
+import hashlib
+import importlib.metadata
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "bitsandbytes", "numpy", "scipy")
+
+
+def git_commit() -> str | None:
+    """The repository's commit, with `-dirty` where tracked files differ from it; None outside a checkout."""
+
+    def git(*args):
+        return subprocess.run(["git", "-C", str(ROOT), *args], capture_output=True, text=True, timeout=30)
+
+    try:
+        head = git("rev-parse", "HEAD")
+        if head.returncode:
+            return None
+        # eval_out holds what runs write: a result that is about to be committed does not make the code dirty.
+        status = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!eval_out")
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return head.stdout.strip() + ("-dirty" if status.stdout.strip() else "")
+
+
+def versions() -> dict:
+    """Installed versions of Python and of the packages that can move a figure."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            pass
+    return found
+
+
+def cpu_name() -> str:
+    """The processor's name as the system tells it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def hardware() -> dict:
+    """Processor, usable cores, memory in GiB and GPUs."""
+    import torch
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {"cpu": cpu_name(), "cores": cores, "memory_gib": round(memory, 1), "gpus": gpus}
+
+
+def peak_memory_gib() -> dict:
+    """Peak resident memory of this process and peak allocation on its GPU, in GiB."""
+    import torch
+
+    peak = {"host": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)}
+    if torch.cuda.is_available():
+        peak["gpu"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+    return peak
+
+
+def tidy_argv() -> list[str]:
+    """The command line, with paths below the repository written relative to it."""
+    return [str(a).replace(str(ROOT) + os.sep, "") for a in [Path(sys.argv[0]).name, *sys.argv[1:]]]
+
+
+def run_record(seed: int, wall_seconds: float, **extra) -> dict:
+    """The envelope's `run`: commit, command, seed, versions, hardware, processes, UTC time and wall time in seconds."""
+    return {
+        "git_commit": git_commit(),
+        "command": tidy_argv(),
+        "seed": seed,
+        "versions": versions(),
+        "hardware": hardware(),
+        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+        "finished_utc": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "wall_seconds": round(wall_seconds, 1),
+        "peak_memory_gib": peak_memory_gib(),
+        **extra,
+    }
+
+
+def sha256_of(*parts: str | bytes) -> str:
+    """SHA-256 of the parts, each fenced by its length so that no two lists of parts collide."""
+    digest = hashlib.sha256()
+    for part in parts:
+        raw = part.encode() if isinstance(part, str) else part
+        digest.update(len(raw).to_bytes(8, "little"))
+        digest.update(raw)
+    return digest.hexdigest()
+
+
+def sha256_of_files(paths) -> str:
+    """SHA-256 over the names and contents of files, in name order."""
+    digest = hashlib.sha256()
+    for path in sorted(map(Path, paths)):
+        digest.update(path.name.encode())
+        with path.open("rb") as f:
+            digest.update(hashlib.file_digest(f, "sha256").digest())
+    return digest.hexdigest()

@@ -1,0 +1,132 @@
+"""Implicit rewards on held-out pairs: r(x, y) = beta (log pi(y|x) - log pi_ref(y|x)) (Rafailov et al. 2023, eq. 5)."""
+
+import numpy as np
+
+from utils.artifacts import metric
+from utils.stats import bootstrap, mcnemar, ranked_right, sign_test
+
+
+def reward_rows(scores: list[dict], beta: float) -> list[dict]:
+    """Each scored pair (`PreferenceTrainer.score`) with its rewards and margin, in beta x nats."""
+    rows = []
+    for s in scores:
+        chosen, rejected = beta * (s["chosen"] - s["ref_chosen"]), beta * (s["rejected"] - s["ref_rejected"])
+        rows.append({**s, "reward_chosen": chosen, "reward_rejected": rejected, "margin": chosen - rejected})
+    return rows
+
+
+def reward_metrics(rows: list[dict], surface=None, seed: int = 42) -> dict:
+    """Held-out metrics, base beside tuned, each with standard error and 95% bootstrap interval over pairs.
+
+    Args:
+        rows: from `reward_rows`.
+        surface: shape (len(rows),), scores of the words-and-length classifier; None leaves it out.
+
+    Returns:
+        `{name: metric}`. reward_accuracy counts a margin of 0 as half; reward_accuracy_strict counts it as wrong, as
+        TRL does. likelihood_ranking_* is the share of pairs whose chosen answer is the likelier one. `p_*` are exact
+        two-sided tests: sign test against 50%, McNemar for paired differences.
+    """
+    columns = {key: np.array([row[key] for row in rows]) for key in rows[0]}
+    zero = np.zeros(len(rows))
+    right = ranked_right(columns["margin"], zero)
+    base = ranked_right(columns["ref_chosen"], columns["ref_rejected"])
+    tuned = ranked_right(columns["chosen"], columns["rejected"])
+
+    def mean(values):
+        return bootstrap(values, seed)
+
+    metrics = {
+        "reward_accuracy": mean(right),
+        "reward_accuracy_strict": mean(columns["margin"] > 0),
+        "reward_margin": mean(columns["margin"]),
+        "reward_chosen": mean(columns["reward_chosen"]),
+        "reward_rejected": mean(columns["reward_rejected"]),
+        "exact_ties": metric(int((columns["margin"] == 0).sum()), n=len(rows)),
+        "likelihood_ranking_base": mean(base),
+        "likelihood_ranking_tuned": mean(tuned),
+        "likelihood_ranking_difference": mean(np.stack([tuned, base], 1)),
+        "reward_accuracy_minus_base_ranking": mean(np.stack([right, base], 1)),
+        "p_reward_accuracy_is_half": metric(sign_test(right), n=len(rows)),
+        "p_likelihood_ranking_difference": metric(mcnemar(tuned, base), n=len(rows)),
+        "p_reward_accuracy_is_base_ranking": metric(mcnemar(right, base), n=len(rows)),
+    }
+    for side in ("chosen", "rejected"):
+        metrics[f"logps_{side}_base"] = mean(columns[f"ref_{side}"])
+        metrics[f"logps_{side}_tuned"] = mean(columns[side])
+        metrics[f"logps_{side}_difference"] = mean(np.stack([columns[side], columns[f"ref_{side}"]], 1))
+    if surface is not None:
+        surface_right = ranked_right(surface, zero)
+        metrics["surface_classifier_accuracy"] = mean(surface_right)
+        metrics["reward_accuracy_minus_surface"] = mean(np.stack([right, surface_right], 1))
+        metrics["p_reward_accuracy_is_surface"] = metric(mcnemar(right, surface_right), n=len(rows))
+    return metrics
+
+
+def claim(metrics: dict) -> tuple[bool, str]:
+    """Whether held-out reward accuracy is shown to lie above 50%, and the sentence that says so either way."""
+    accuracy = metrics["reward_accuracy"]
+    if accuracy["ci95"] is None:
+        return False, f"No claim: {accuracy['n']} held-out pair is too few for an interval."
+    low, high = (100 * x for x in accuracy["ci95"])
+    figure = f"held-out reward accuracy is {100 * accuracy['value']:.1f}% (95% interval {low:.1f} to {high:.1f})"
+    if low > 50:
+        return True, f"Training helped: {figure}, above 50%."
+    return False, f"No claim that training helped: {figure}, which does not lie above 50%."
+
+
+def displacement(reward_chosen: float, reward_rejected: float, beta: float) -> str | None:
+    """A warning where both mean rewards are negative: likelihood displacement (Razin et al. 2024), else None."""
+    if not (reward_chosen < 0 and reward_rejected < 0):
+        return None
+    return (
+        "likelihood displacement: on the test split the log-probability of chosen answers fell by"
+        f" {-reward_chosen / beta:.2f} nats and that of rejected ones by {-reward_rejected / beta:.2f}: the margin grows"
+        " by making both less likely"
+    )
+
+
+def table(metrics: dict, title: str) -> str:
+    """The one table that a training run prints: base beside tuned, with differences and their 95% intervals."""
+
+    def cell(name, scale, digits):
+        m = metrics[name]
+        error = "" if m["stderr"] is None else f" ± {scale * m['stderr']:.{digits}f}"
+        return f"{scale * m['value']:.{digits}f}{error}"
+
+    def difference(name, scale, digits, p=None):
+        m = metrics[name]
+        interval = "" if m["ci95"] is None else " [{:+.{d}f}, {:+.{d}f}]".format(*(scale * x for x in m["ci95"]), d=digits)
+        return f"{scale * m['value']:+.{digits}f}{interval}" + (f" p={metrics[p]['value']:.2g}" if p else "")
+
+    chance = {
+        **metrics["reward_accuracy"],
+        "value": metrics["reward_accuracy"]["value"] - 0.5,
+        "ci95": [x - 0.5 for x in metrics["reward_accuracy"]["ci95"] or []] or None,
+    }
+    metrics = {**metrics, "_above_chance": chance}
+    lines = [
+        (f"on {metrics['reward_accuracy']['n']} held-out pairs", "base", "tuned", "tuned - base [95% interval]"),
+        (
+            "reward accuracy, % (ties half)",
+            "50.0 by definition",
+            cell("reward_accuracy", 100, 1),
+            difference("_above_chance", 100, 1, "p_reward_accuracy_is_half"),
+        ),
+        (
+            "likelier answer is chosen, %",
+            cell("likelihood_ranking_base", 100, 1),
+            cell("likelihood_ranking_tuned", 100, 1),
+            difference("likelihood_ranking_difference", 100, 1, "p_likelihood_ranking_difference"),
+        ),
+        ("reward margin, beta x nats", "0 by definition", cell("reward_margin", 1, 3), difference("reward_margin", 1, 3)),
+    ]
+    for side in ("chosen", "rejected"):
+        names = [f"logps_{side}_{k}" for k in ("base", "tuned", "difference")]
+        row = (cell(names[0], 1, 2), cell(names[1], 1, 2), difference(names[2], 1, 2))
+        lines.append((f"log-prob of {side}, nats", *row))
+    if "surface_classifier_accuracy" in metrics:
+        lines.append(("words and length alone, % right", cell("surface_classifier_accuracy", 100, 1), "", "no model at all"))
+    widths = [max(len(line[i]) for line in lines) for i in range(4)]
+    text = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines]
+    return "\n".join([title, "-" * len(text[0]), text[0], "-" * len(text[0]), *text[1:]])

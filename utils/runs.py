@@ -1,0 +1,138 @@
+"""A run's two folders (weights and results), what identifies the run, and its checkpoints."""
+
+import dataclasses
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from utils.artifacts import check_writable, dumps, limited, read_json, write_json
+from utils.errors import UserError, is_main_process
+
+MANIFEST = "checkpoint_manifest.json"
+# Arguments that move no weight may differ between a run's first call and the one that resumes it. The batch's three
+# factors may differ too, as long as their product, which stands in the identity, stays.
+FREE_ARGUMENTS = {
+    "output_dir", "eval_out", "run_name", "resume", "overwrite", "preflight_only", "sample_prompts", "report_to",
+    "disable_tqdm", "dataloader_num_workers", "dataset_num_proc", "save_total_limit", "resume_from_checkpoint",
+    "logging_dir", "local_rank", "accelerator_config", "parallelism_config", "deepspeed", "fsdp", "fsdp_config",
+    "global_batch_size", "per_device_train_batch_size", "gradient_accumulation_steps",
+}  # fmt: skip
+
+
+@dataclasses.dataclass
+class Run:
+    """Where a run keeps its weights (`folder`) and its results (`out`), and whether it is finished already."""
+
+    name: str
+    folder: Path
+    out: Path
+    finished: bool = False
+
+    def pin(self, data_sha256: str) -> None:
+        """Tie the run to its data: a resumed run whose data changed is refused. Call on every rank, data in hand."""
+        manifest = read_json(self.folder / "run.json")
+        if manifest.setdefault("data_sha256", data_sha256) != data_sha256:
+            raise UserError(f"{self.folder}: the data changed since this run began; choose another --run_name")
+        write_json(self.folder / "run.json", manifest)
+
+    def finish(self) -> None:
+        """Record that the run is complete, so that the same command prints its results instead of training again."""
+        write_json(self.folder / "run.json", {**read_json(self.folder / "run.json"), "finished": True})
+
+
+def run_name(asked: str | None, model_name: str, loss_type: list[str], limit: int | None) -> str:
+    """--run_name, else the config's name, else model and loss; marked where --limit is on."""
+    name = asked
+    if not name and "--config" in sys.argv:
+        name = Path(sys.argv[sys.argv.index("--config") + 1]).stem
+    name = name or f"{Path(model_name.split(':')[-1]).name}-{'-'.join(loss_type)}"
+    if "/" in name or name.startswith("."):
+        raise UserError(f"--run_name {name}: give a plain name, without / and without a leading dot")
+    return limited(name, limit)
+
+
+def identity(parts: list, batch: int) -> dict:
+    """The arguments that define a run: every one that can move a weight, and the global batch."""
+    values = {"batch": batch}
+    for part in parts:
+        fields = {f.name: getattr(part, f.name, None) for f in dataclasses.fields(part)}
+        values.update({k: v for k, v in fields.items() if k not in FREE_ARGUMENTS})
+    return json.loads(dumps(values))
+
+
+def claim_run(name: str, output_dir: str, eval_out: str, wanted: dict, resume: str, overwrite: bool) -> Run:
+    """The folders of run `name`, made or taken up again. Rank 0 alone; the others wait for it.
+
+    Args:
+        wanted: the run's `identity`.
+
+    Raises:
+        UserError: where another run stands there, or this one and `resume` is "never", without `overwrite`.
+    """
+    run = Run(name, Path(output_dir) / name, Path(eval_out) / name)
+    check_writable(output_dir, "--output_dir")
+    check_writable(eval_out, "--eval_out")
+    manifest = run.folder / "run.json"
+    occupied = [folder for folder in (run.folder, run.out) if folder.exists() and any(folder.iterdir())]
+    if occupied and not manifest.exists() and any(folder == run.folder for folder in occupied):
+        raise UserError(f"{run.folder} holds files but no run.json, so no run of ours: choose another --run_name")
+    if occupied and overwrite:
+        for folder in occupied:
+            shutil.rmtree(folder)
+    elif manifest.exists():
+        before = read_json(manifest)
+        changed = sorted(k for k in {*wanted, *before["args"]} if wanted.get(k) != before["args"].get(k))
+        if changed:
+            what = ", ".join(f"{k} {before['args'].get(k)!r} -> {wanted.get(k)!r}" for k in changed[:4])
+            raise UserError(f"{run.folder} holds another run ({what}): choose another --run_name, or --overwrite it")
+        if resume == "never":
+            raise UserError(f"{run.folder} holds this run already: --overwrite starts afresh, --resume auto goes on")
+        run.finished = before["finished"]
+        return run
+    elif occupied:
+        raise UserError(f"{run.out} holds another run's results: choose another --run_name, or --overwrite them")
+    write_json(manifest, {"args": wanted, "finished": False})
+    run.out.mkdir(parents=True, exist_ok=True)
+    return run
+
+
+# ------------------------------------------------------------------------------------------------------ checkpoints
+
+
+def checkpoints(folder: str | os.PathLike) -> list[Path]:
+    """The checkpoint folders of a run, newest step first, whole or not."""
+    found = [p for p in Path(folder).glob("checkpoint-*") if p.name.rpartition("-")[2].isdigit()]
+    return sorted(found, key=lambda p: -int(p.name.rpartition("-")[2]))
+
+
+def seal(checkpoint: Path, **state) -> None:
+    """Declare a checkpoint whole: write the manifest of its files and sizes, with `state`, as its last file."""
+    files = {str(p.relative_to(checkpoint)): p.stat().st_size for p in sorted(checkpoint.rglob("*")) if p.is_file()}
+    write_json(checkpoint / MANIFEST, {**state, "files": files})
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether the checkpoint is sealed and every file of its manifest is there at its full size."""
+    try:
+        files = read_json(checkpoint / MANIFEST)["files"]
+    except (UserError, KeyError):
+        return False
+    return all((checkpoint / n).is_file() and (checkpoint / n).stat().st_size == size for n, size in files.items())
+
+
+def checkpoint_to_resume(run: Run, resume: str) -> Path | None:
+    """The checkpoint that `resume` (auto, never, or a path) stands for; half-written ones are skipped by name."""
+    if resume == "never":
+        return None
+    if resume != "auto":
+        if not is_whole(Path(resume)):
+            raise UserError(f"--resume {resume}: no whole checkpoint there; there are {checkpoints(run.folder) or 'none'}")
+        return Path(resume)
+    for checkpoint in checkpoints(run.folder):
+        if is_whole(checkpoint):
+            return checkpoint
+        if is_main_process():
+            print(f"skipping half-written checkpoint {checkpoint}", file=sys.stderr)
+    return None

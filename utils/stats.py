@@ -1,0 +1,53 @@
+"""Statistics on per-row figures: the one bootstrap, and the tests. Rows are the unit that is resampled."""
+
+import numpy as np
+
+from utils.artifacts import metric
+
+RESAMPLES = 2000
+
+
+def bootstrap(values, seed: int = 42, resamples: int = RESAMPLES) -> dict:
+    """Mean of `values` with its bootstrap standard error and 95% percentile interval (Efron & Tibshirani 1993).
+
+    Args:
+        values: one figure per row, shape (n,); two columns (n, 2) are resampled together and give mean(a - b).
+
+    Returns:
+        A metric: `{value, stderr, ci95, n}`; stderr and ci95 are None for fewer than two rows.
+    """
+    from scipy.stats import bootstrap as scipy_bootstrap
+
+    values = np.asarray(values, dtype=np.float64)
+    if values.ndim == 2:
+        values = values[:, 0] - values[:, 1]
+    n = len(values)
+    if n < 2:
+        return metric(float(values.mean()) if n else float("nan"), None, None, n)
+    result = scipy_bootstrap(
+        (values,), np.mean, n_resamples=resamples, method="percentile", rng=np.random.default_rng(seed), batch=256
+    )
+    interval = result.confidence_interval
+    return metric(float(values.mean()), float(result.standard_error), (float(interval.low), float(interval.high)), n)
+
+
+def ranked_right(chosen, rejected) -> np.ndarray:
+    """Per row: 1 where chosen scores above rejected, 0 where below, 0.5 where they tie. Shape (n,)."""
+    chosen, rejected = np.asarray(chosen, dtype=np.float64), np.asarray(rejected, dtype=np.float64)
+    return 0.5 * ((chosen > rejected).astype(float) + (chosen >= rejected).astype(float))
+
+
+def sign_test(right) -> float:
+    """Two-sided p-value of the exact sign test that `right` (1, 0, ties 0.5 left out) is 50% on average."""
+    from scipy.stats import binomtest
+
+    right = np.asarray(right, dtype=np.float64)
+    decided = right[right != 0.5]
+    return float(binomtest(int(decided.sum()), len(decided), 0.5).pvalue) if len(decided) else 1.0
+
+
+def mcnemar(right_a, right_b) -> float:
+    """Two-sided p-value of the exact McNemar test on paired 1/0 figures (rows where either ties are left out)."""
+    a, b = np.asarray(right_a, dtype=np.float64), np.asarray(right_b, dtype=np.float64)
+    keep = (a != 0.5) & (b != 0.5)
+    return sign_test((a[keep] - b[keep] + 1) / 2)
