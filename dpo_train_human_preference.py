@@ -198,11 +198,11 @@ def run_preflight(trainer, args, model_args, train, train_ids, test, truncation,
     step0 = {"largest_margin": None, "pairs": 0, "tolerance": step0_tolerance(args)}
     seconds = None
     if trainer.is_sharded:
-        step0["checked"] = "checked on the first micro-batch: a sharded model exists only inside training"
+        step0["checked"] = "will be checked on the first micro-batch: a sharded model exists only inside training"
     else:
         count = min(len(train_ids), 4 * trainer.accelerator.num_processes)
         started = time.monotonic()
-        scores = trainer.score(trainer.train_dataset, range(count), args.per_device_train_batch_size)
+        scores = trainer.score(trainer.train_dataset, range(count))
         seconds = (time.monotonic() - started) / -(-count // trainer.accelerator.num_processes)
         sides = [args.beta * (s[side] - s[f"ref_{side}"]) for s in scores for side in ("chosen", "rejected")]
         step0 |= {"largest_margin": max(map(abs, sides)), "pairs": count, "checked": "before training"}
@@ -250,7 +250,9 @@ def evaluate(trainer, args, train, test) -> tuple[list[dict], dict]:
     from utils.rewards import reward_metrics, reward_rows
     from utils.surface import surface_scores
 
-    rows = reward_rows(trainer.score(trainer.eval_dataset), args.beta)
+    logged = [row["step"] for row in trainer.row_log.read() if row["split"] == "eval"]
+    scores = trainer.score(trainer.eval_dataset, log=trainer.state.global_step not in logged)
+    rows = reward_rows(scores, args.beta)
     texts = [[(pair.chosen, pair.rejected) for pair in split.pairs] for split in (train, test)]
     for row, pair in zip(rows, test.pairs, strict=True):
         row.update(where=pair.where, score_chosen=pair.score_chosen, score_rejected=pair.score_rejected)
@@ -280,7 +282,7 @@ def write_samples(trainer, test, count: int, path) -> None:
     from utils.generation import generate
 
     # A sharded model cannot answer from rank 0 alone, and text-only pairs are no questions.
-    prompts = [pair.messages for pair in test.pairs if pair.messages][:count]
+    prompts = [pair.messages for pair in test.pairs if pair.messages][:count] if test else []
     if not prompts or trainer.is_sharded or not is_main_process():
         return
     policy = trainer.accelerator.unwrap_model(trainer.model)
@@ -307,10 +309,12 @@ def write_samples(trainer, test, count: int, path) -> None:
 def main():
     quick_help(__doc__)
 
+    from utils.distributed import keep_fsdp_on_cpu
     from utils.logs import quiet_libraries
 
     quiet_libraries()
     data_args, args, model_args = parse_arguments()
+    keep_fsdp_on_cpu()
 
     import time
 
@@ -360,6 +364,9 @@ def main():
     # Train, then save weights and tokenizer.
     train_or_resume(trainer, checkpoint, current)
     trainer.save_model(args.output_dir)
+    if trainer.step0_margin is not None:
+        flight["step0"] |= {"largest_margin": trainer.step0_margin, "checked": "on the first micro-batch of training"}
+        write_json(current.out / "preflight.json", flight)
 
     # Evaluate on the held-out pairs.
     rows, metrics = evaluate(trainer, args, train, test) if test else ([], {})
@@ -368,8 +375,7 @@ def main():
         return
     lora = "LoRA" if model_args.use_peft else "full fine-tuning"
     title = f"{args.run_name}: {model_args.model_name_or_path}, {lora}, {'+'.join(args.loss_type)}, {len(train_ids)} pairs"
-    rewards = [metrics[f"reward_{side}"]["value"] for side in ("chosen", "rejected")] if metrics else [0.0, 0.0]
-    warning = displacement(*rewards, args.beta)
+    warning = displacement(metrics) if metrics else None
     verdict = claim(metrics)[1] if metrics else "No claim: there is no test split."
     text = "\n\n".join([*([table(metrics, title)] if metrics else [title]), verdict, *([f"warning: {warning}"] if warning else [])])
 

@@ -68,6 +68,10 @@ def test_the_claim_needs_the_interval_above_one_half():
     assert not claim({"reward_accuracy": {**accuracy, "ci95": None, "n": 1}})[0]
 
 
-def test_displacement_only_where_both_fell():
-    assert displacement(-0.2, -0.5, beta=0.1) and "2.00" in displacement(-0.2, -0.5, beta=0.1)
-    assert displacement(0.1, -0.5, 0.1) is None and displacement(-0.1, 0.5, 0.1) is None
+def test_displacement_only_where_both_fell_beyond_chance():
+    def told(chosen, rejected):
+        sides = {"chosen": chosen, "rejected": rejected}
+        return displacement({f"logps_{k}_difference": {"value": sum(v) / 2, "ci95": v} for k, v in sides.items()})
+
+    assert "-2.00 nats" in told((-3, -1), (-5, -4))
+    assert told((-3, 0.1), (-5, -4)) is None and told((1, 3), (-5, -4)) is None and told((-3, -1), (-1, 2)) is None

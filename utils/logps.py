@@ -43,7 +43,12 @@ def sequence_logps(model, input_ids, attention_mask, completion_mask):
     """
     labels = input_ids.masked_fill(completion_mask == 0, -100)
     out = model(input_ids=input_ids, attention_mask=attention_mask, labels=labels, use_cache=False, fused_lm_head=True)
-    return out.log_probs.float().sum(dim=1)
+    return sum_logps(out)
+
+
+def sum_logps(output):
+    """The sum over response tokens, float32, shape (batch,), of what the fused head returned."""
+    return output.log_probs.float().sum(dim=1)
 
 
 def pair_batches(dataset, collator, batch_size: int, indices=None) -> Iterator[tuple[list[int], dict]]:

@@ -187,6 +187,11 @@ def load_model(
         )
     except (ValueError, ImportError) as error:
         raise UserError(f"model {name} cannot be loaded as a causal LM: {str(error).splitlines()[0]}") from error
+    for module in model.modules():
+        # On CPUs with AVX512-BF16 bitsandbytes repacks a weight at its first inference pass and rounds its scales to
+        # bf16: training, evaluation and a resumed run would each see another base.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     # The name a user can load again, never the cache folder of this machine: it goes into adapters and cards.
     model.name_or_path = model.config._name_or_path = name
     if adapter is not None:

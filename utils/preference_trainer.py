@@ -4,6 +4,7 @@ import shutil
 import signal
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,8 +16,8 @@ from trl import DPOConfig, DPOTrainer
 
 from utils.artifacts import RowFile, read_json
 from utils.errors import UserError, is_main_process
-from utils.logps import pair_batches, score_responses_only, sequence_logps
-from utils.rewards import displacement
+from utils.logps import pair_batches, score_responses_only, sum_logps
+from utils.rewards import displacement_text
 from utils.runs import MANIFEST, seal
 
 LOSS_TYPES = (
@@ -47,6 +48,7 @@ class PreferenceConfig(DPOConfig):
     sample_prompts: int = field(default=4, metadata={"help": "Test prompts answered by base and tuned at the end."})
     logging_steps: float = field(default=1, metadata={"help": "Log every so many optimiser steps."})
     report_to: None | str | list[str] = field(default="none", metadata={"help": "tensorboard, trackio, wandb or none."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Replace NaN losses in the log."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept; the oldest are deleted."})
 
     def __post_init__(self):
@@ -72,7 +74,7 @@ class PreferenceTrainer(DPOTrainer):
 
     def __init__(self, *args, row_log: RowFile, **kwargs):
         score_responses_only()
-        self.row_log = row_log
+        self.row_log, self.step0_margin = row_log, None
         self.started, self.seconds_before = time.monotonic(), 0.0
         super().__init__(*args, **kwargs)
         for param in self.model.parameters():
@@ -127,6 +129,13 @@ class PreferenceTrainer(DPOTrainer):
             rotate_checkpoints(str(folder.parent), limit, self.state.best_model_checkpoint, use_mtime=True)
         self.accelerator.wait_for_everyone()
 
+    def _run_epoch(self, **kwargs):
+        # transformers takes one step too many where the checkpoint it resumes from is the last.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(**kwargs)
+
     def continue_from(self, checkpoint: Path) -> None:
         """Take over what transformers does not restore: TRL's token count, and the wall time so far."""
         state = read_json(checkpoint / MANIFEST)
@@ -135,46 +144,68 @@ class PreferenceTrainer(DPOTrainer):
 
     def _compute_loss(self, model, inputs, return_outputs):
         result = super()._compute_loss(model, inputs, return_outputs)
-        if self.is_sharded and self.model.training and self.state.global_step == 0 and not hasattr(self, "_step0"):
+        if self.is_sharded and self.model.training and self.state.global_step == 0 and self.step0_margin is None:
             # Sharded models exist only inside training, so their step-0 margin is read off the first micro-batch.
-            self._step0 = abs(self._metrics["train"]["rewards/margins"][-1])
-            check_step0(self._step0, self.args)
+            self.step0_margin = abs(self._metrics["train"]["rewards/margins"][-1])
+            check_step0(self.step0_margin, self.args)
         return result
 
     @torch.no_grad()
-    def score(self, dataset, indices=None, batch_size: int | None = None) -> list[dict]:
-        """Policy and reference log-probabilities of pairs, sharded over the processes; the same list on each.
+    def score(self, dataset, indices=None, log: bool = False) -> list[dict]:
+        """Policy and reference log-probabilities of pairs, from TRL's own loss computation, sharded over processes.
+
+        Args:
+            indices: the rows of `dataset` to score (default: all).
+            log: also log TRL's metrics of this pass, as an evaluation does.
 
         Returns:
-            `{"row", "chosen", "rejected", "ref_chosen", "ref_rejected"}` in row order: summed response
-            log-probabilities in nats.
+            `{"row", "chosen", "rejected", "ref_chosen", "ref_rejected"}` in row order, on every process: summed
+            response log-probabilities in nats.
         """
         indices = list(range(len(dataset)) if indices is None else indices)
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        # A sharded forward is collective, so every process gets equally many rows: the last are repeated.
+        # Every process must run equally many forwards (they may be collective): the last rows are repeated.
         share = -(-len(indices) // world)
         mine = [indices[min(k, len(indices) - 1)] for k in range(rank, share * world, world)]
         cached = "ref_chosen_logps" in dataset.column_names
         model = self.model_wrapped if self.is_deepspeed_enabled else self.model
         was_training = self.model.training
         self.model.eval()
-        rows = []
-        for take, batch in pair_batches(dataset, self.data_collator, batch_size or self.args.eval_batch_size, mine):
-            batch = self._prepare_inputs(batch)
-            ids = {k: batch[k] for k in ("input_ids", "attention_mask", "completion_mask")}
-            with self.accelerator.autocast():
-                policy = sequence_logps(model, **ids).chunk(2)
-            if cached:
-                reference = batch["ref_chosen_logps"], batch["ref_rejected_logps"]
-            else:
-                reference = self.compute_ref_log_probs(self.ref_model or model, ids)
-            values = zip(take, *(t.float().tolist() for t in (*policy, *reference)), strict=True)
-            rows += [dict(zip(SCORE_KEYS, v, strict=True)) for v in values]
-        self.model.train(was_training)
+        rows, losses = [], []
+        with self._captured_logps() as captured:
+            for take, batch in pair_batches(dataset, self.data_collator, self.args.per_device_eval_batch_size, mine):
+                captured.clear()
+                batch = self._prepare_inputs(batch)
+                with self.accelerator.autocast():
+                    losses += [self.compute_loss(model, batch).item()] * len(take)
+                reference = torch.cat([batch["ref_chosen_logps"], batch["ref_rejected_logps"]]) if cached else captured[1]
+                sides = (*captured[0].chunk(2), *reference.float().chunk(2))
+                values = zip(take, *(side.tolist() for side in sides), strict=True)
+                rows += [dict(zip(SCORE_KEYS, v, strict=True)) for v in values]
         if world > 1:
-            rows = gather_object(rows)
+            rows, losses = gather_object(rows), gather_object(losses)
+        if log:
+            epoch = {} if self.state.epoch is None else {"epoch": self.state.epoch}
+            self.log({"eval_loss": sum(losses) / len(losses), **epoch})
+        self._metrics["eval"].clear()
+        self.model.train(was_training)
         unique = {row["row"]: row for row in rows}
         return [unique[i] for i in sorted(unique)]
+
+    @contextmanager
+    def _captured_logps(self):
+        """A list that receives `sequence_logps` of each forward through the head: the policy's, then the reference's."""
+        captured = []
+        policy = self.accelerator.unwrap_model(self.model)
+        heads = [policy.get_base_model() if hasattr(policy, "get_base_model") else policy]
+        if self.ref_model is not None:
+            heads.append(self.accelerator.unwrap_model(self.ref_model))
+        hooks = [m.register_forward_hook(lambda _m, _a, out: captured.append(sum_logps(out))) for m in heads]
+        try:
+            yield captured
+        finally:
+            for hook in hooks:
+                hook.remove()
 
 
 def check_step0(margin: float, args: PreferenceConfig) -> None:
@@ -214,9 +245,9 @@ class RowLog(TrainerCallback):
         row = {"split": split, "step": state.global_step, **{k.removeprefix("eval_"): v for k, v in logs.items()}}
         self.rows.append(row)
         if split == "eval":
-            warning = displacement(row.get("rewards/chosen", 0.0), row.get("rewards/rejected", 0.0), args.beta)
-            if warning:
-                print(f"\nwarning: step {state.global_step}: {warning}", file=sys.stderr)
+            falls = [row[f"rewards/{side}"] / args.beta for side in ("chosen", "rejected")]
+            if max(falls) < 0:
+                print(f"\nwarning: step {state.global_step}: {displacement_text(*falls)}", file=sys.stderr)
 
 
 class QuietProgress(ProgressCallback):
@@ -258,4 +289,3 @@ class GracefulStop(TrainerCallback):
             asked = bool(self.accelerator.reduce(flag, "sum").item())
         if asked:
             self.asked = control.should_save = control.should_training_stop = True
-            control.should_evaluate = False

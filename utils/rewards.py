@@ -75,14 +75,20 @@ def claim(metrics: dict) -> tuple[bool, str]:
     return False, f"No claim that training helped: {figure}, which does not lie above 50%."
 
 
-def displacement(reward_chosen: float, reward_rejected: float, beta: float) -> str | None:
-    """A warning where both mean rewards are negative: likelihood displacement (Razin et al. 2024), else None."""
-    if not (reward_chosen < 0 and reward_rejected < 0):
+def displacement(metrics: dict) -> str | None:
+    """A warning where both mean log-probabilities fell on the held-out pairs beyond chance (likelihood displacement,
+    Razin et al. 2024): the 95% intervals of both differences lie below 0. Else None."""
+    falls = [metrics[f"logps_{side}_difference"] for side in ("chosen", "rejected")]
+    if any((fall["ci95"] or [None, fall["value"]])[1] >= 0 for fall in falls):
         return None
+    return displacement_text(*(fall["value"] for fall in falls))
+
+
+def displacement_text(chosen: float, rejected: float) -> str:
+    """The warning for mean log-probability changes of chosen and rejected, in nats."""
     return (
-        "likelihood displacement: on the test split the log-probability of chosen answers fell by"
-        f" {-reward_chosen / beta:.2f} nats and that of rejected ones by {-reward_rejected / beta:.2f}: the margin grows"
-        " by making both less likely"
+        f"likelihood displacement: on the test split the log-probability of chosen answers changed by {chosen:+.2f} nats"
+        f" and that of rejected ones by {rejected:+.2f}: the margin grows by making both less likely"
     )
 
 

@@ -1,0 +1,84 @@
+"""Two CPU processes, DDP and FSDP2 with LoRA: the single process's losses at the same global batch."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT, train_args
+
+from utils.artifacts import RowFile, read_json
+
+CPU = ROOT / "configs" / "accelerate" / "cpu_2proc.yaml"
+ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch"]
+
+
+def launch(config: Path, *args) -> subprocess.CompletedProcess:
+    command = [*ACCELERATE, "--config_file", str(config), "dpo_train_human_preference.py", *args]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env, timeout=600)
+
+
+@pytest.fixture
+def shipped_config(tmp_path):
+    """A config of configs/accelerate, made to run on two CPU processes and nothing else changed."""
+
+    def make(name: str) -> Path:
+        config = yaml.safe_load((ROOT / "configs" / "accelerate" / f"{name}.yaml").read_text())
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump({**config, "num_processes": 2, "use_cpu": True}))
+        return path
+
+    return make
+
+
+def rows(folder, split):
+    return [r for r in RowFile(folder / "out/r/train_log.jsonl").read() if r["split"] == split]
+
+
+@pytest.fixture(scope="module")
+def single(tiny, prefs, tmp_path_factory):
+    """The single-process run: global batch 4."""
+    folder = tmp_path_factory.mktemp("single")
+    args = train_args(tiny, prefs, folder, "--global_batch_size", 4, "--eval_strategy", "steps", "--eval_steps", 4)
+    done = subprocess.run(
+        [sys.executable, "dpo_train_human_preference.py", *args], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.parametrize("name", ["cpu_2proc", "multi_gpu", "fsdp2"])
+def test_two_processes_give_the_single_process_run(tiny, prefs, tmp_path, single, shipped_config, name):
+    extra = ("--global_batch_size", 4, "--eval_strategy", "steps", "--eval_steps", 4)
+    done = launch(shipped_config(name), *train_args(tiny, prefs, tmp_path, *extra))
+    assert done.returncode == 0, done.stderr[-3000:]
+    summary = read_json(tmp_path / "out/r/train.json")
+    assert summary["run"]["world_size"] == 2 and summary["plan"]["batch"]["processes"] == 2
+    assert summary["plan"]["global_batch_size"] == 4 and "the global batch stays 4" in done.stdout
+    for split in ("train", "eval"):
+        for a, b in zip(rows(tmp_path, split), rows(single, split), strict=True):
+            for key in ("loss", "rewards/margins", "logps/chosen", "num_tokens"):
+                if split == "train" or key != "num_tokens":
+                    assert a[key] == pytest.approx(b[key], abs=1e-4), (split, a["step"], key)
+    alone = read_json(single / "out/r/train.json")
+    for key in ("reward_accuracy", "reward_margin", "logps_chosen_tuned", "logps_chosen_base"):
+        assert summary["metrics"][key]["value"] == pytest.approx(alone["metrics"][key]["value"], abs=1e-4), key
+    assert (tmp_path / "ck/r/adapter_model.safetensors").exists()
+    step0 = read_json(tmp_path / "out/r/preflight.json")["step0"]
+    assert step0["largest_margin"] <= 1e-3
+    assert ("first micro-batch" in step0["checked"]) == (name == "fsdp2")
+
+
+def test_a_global_batch_that_changed_is_told(tiny, prefs, tmp_path):
+    done = launch(CPU, *train_args(tiny, prefs, tmp_path, "--max_steps", 1))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "global batch is 8 on 2 processes; on one it is 4" in done.stdout
+    assert read_json(tmp_path / "out/r/preflight.json")["notes"] == ["global batch is 8 on 2 processes; on one it is 4"]
+
+
+def test_a_global_batch_that_does_not_divide_is_refused(tiny, prefs, tmp_path):
+    done = launch(CPU, *train_args(tiny, prefs, tmp_path, "--global_batch_size", 3))
+    assert done.returncode != 0 and "error: --global_batch_size 3 does not divide over 2 processes" in done.stderr

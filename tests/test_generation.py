@@ -1,0 +1,50 @@
+"""The generation loop: transformers' own greedy answers, whatever the batch; seeded samples; honest finish reasons."""
+
+import pytest
+import torch
+
+from utils.chat import ChatRenderer
+from utils.generation import generate
+from utils.models import BUILTIN, load_model, load_tokenizer
+
+PROMPTS = [
+    [{"role": "user", "content": "Name a colour."}],
+    [{"role": "user", "content": "Write one short sentence about the sea, please."}],
+    [{"role": "system", "content": "Answer in one word."}, {"role": "user", "content": "Capital of France?"}],
+]
+
+
+@pytest.fixture(scope="module")
+def builtin():
+    return load_model(BUILTIN).eval(), load_tokenizer(BUILTIN)
+
+
+def answers(model, tokenizer, **kwargs) -> list[dict]:
+    return sorted(generate(model, tokenizer, PROMPTS, **kwargs), key=lambda a: a["index"])
+
+
+def test_greedy_answers_are_transformers_own_one_by_one(builtin):
+    model, tokenizer = builtin
+    found = answers(model, tokenizer, max_new_tokens=12)
+    assert [a["index"] for a in found] == [0, 1, 2]
+    for messages, answer in zip(PROMPTS, found, strict=True):
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        out = model.generate(**ids, max_new_tokens=12, do_sample=False)[0, ids["input_ids"].shape[1] :]
+        assert answer["text"] == tokenizer.decode(out, skip_special_tokens=True).strip()
+        stopped = tokenizer.eos_token_id in out.tolist()
+        assert answer["finish_reason"] == ("stop" if stopped else "length")
+        assert answer["tokens"] == (out.tolist().index(tokenizer.eos_token_id) if stopped else 12)
+    assert answers(model, tokenizer, max_new_tokens=12, batch_tokens=1) == found
+
+
+def test_samples_follow_the_seed_and_leave_the_global_one_alone(builtin):
+    model, tokenizer = builtin
+    state = torch.get_rng_state()
+    first = answers(model, tokenizer, max_new_tokens=8, temperature=1.0, seed=1)
+    assert torch.equal(state, torch.get_rng_state())
+    assert first == answers(model, tokenizer, max_new_tokens=8, temperature=1.0, seed=1)
+    assert first != answers(model, tokenizer, max_new_tokens=8, temperature=1.0, seed=2)
+
+
+def test_prompts_end_where_the_answer_starts(smol_tokenizer):
+    assert ChatRenderer(smol_tokenizer).prompt_text(PROMPTS[0]).endswith("<|im_start|>assistant\n")

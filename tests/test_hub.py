@@ -1,0 +1,60 @@
+"""What the hub can refuse: unknown, gated and unreachable models and datasets, against a small server of our own."""
+
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from conftest import assert_one_line, command, train_args
+
+
+class Refusing(BaseHTTPRequestHandler):
+    """Answers as the hub does: gated for */gated*, not found for everything else."""
+
+    def do_GET(self):
+        gated = "/gated" in self.path
+        self.send_response(403 if gated else 404)
+        self.send_header("X-Error-Code", "GatedRepo" if gated else "RepoNotFound")
+        self.send_header("X-Error-Message", "Access to this repository is restricted" if gated else "Repository not found")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_HEAD = do_GET
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture(scope="module")
+def hub():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Refusing)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+def run_against(endpoint, tmp_path, model, data, **env):
+    environment = {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0", **env}
+    done = command("dpo_train_human_preference.py", *train_args(model, data, tmp_path), env=environment)
+    assert done.returncode == 2, done.stderr
+    return done.stderr
+
+
+def test_a_gated_model_says_how_to_log_in(hub, tmp_path, prefs):
+    assert_one_line(run_against(hub, tmp_path, "org/gated-model", prefs), "org/gated-model", "licence", "hf auth login")
+
+
+def test_an_unknown_model_is_named(hub, tmp_path, prefs):
+    assert_one_line(run_against(hub, tmp_path, "org/misspelt", prefs), "org/misspelt", "neither on the hub nor a local")
+
+
+def test_an_unknown_dataset_is_named(hub, tmp_path, tiny):
+    assert_one_line(run_against(hub, tmp_path, tiny, "org/misspelt-data"), "org/misspelt-data", "not found")
+
+
+def test_no_network_is_told(tmp_path, prefs, tiny):
+    nowhere = "http://127.0.0.1:9"
+    assert_one_line(run_against(nowhere, tmp_path, "org/model", prefs), "org/model", "cannot be reached")
+    err = run_against(nowhere, tmp_path, tiny, "org/data")
+    assert_one_line(err, "org/data")
+    offline = run_against(nowhere, tmp_path, "org/model", prefs, HF_HUB_OFFLINE="1")
+    assert_one_line(offline, "org/model", "cannot be reached")

@@ -1,0 +1,223 @@
+"""Runs that are killed, interrupted or out of room: nothing whole is lost, and resuming gives the unbroken run."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, assert_one_line, train_args
+
+from utils.artifacts import RowFile, atomic_write, latest_run, read_json, write_json
+from utils.errors import UserError
+from utils.runs import Run, checkpoint_to_resume, checkpoints, is_whole, seal
+
+SCRIPT = [sys.executable, "dpo_train_human_preference.py"]
+
+
+def log_rows(folder: Path) -> list[dict]:
+    return RowFile(folder / "out" / "r" / "train_log.jsonl").read()
+
+
+def run_args(model, prefs, folder, *extra):
+    # Eight steps, a checkpoint and an evaluation at every second.
+    every = ("--max_steps", 8, "--save_steps", 2, "--eval_strategy", "steps", "--eval_steps", 4)
+    return train_args(model, prefs, folder, *every, *extra)
+
+
+@pytest.fixture(scope="module")
+def unbroken(tiny, prefs, tmp_path_factory):
+    """The rows and summary of the run that nothing interrupts."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    done = subprocess.run([*SCRIPT, *run_args(tiny, prefs, folder)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return log_rows(folder), read_json(folder / "out/r/train.json")
+
+
+def assert_same_run(folder: Path, unbroken) -> None:
+    rows, summary = unbroken
+    found, again = log_rows(folder), read_json(folder / "out/r/train.json")
+    assert [(r["split"], r["step"]) for r in found] == [(r["split"], r["step"]) for r in rows]
+    for a, b in zip(found, rows, strict=True):
+        for key in ("loss", "rewards/margins", "logps/chosen", "grad_norm", "learning_rate"):
+            assert a.get(key) == pytest.approx(b.get(key), abs=1e-6), (a["step"], key)
+        assert a["num_tokens"] == b["num_tokens"]
+    for name, figure in summary["metrics"].items():
+        assert again["metrics"][name]["value"] == pytest.approx(figure["value"], abs=1e-6), name
+    assert again["training"]["num_tokens"] == summary["training"]["num_tokens"]
+
+
+def kill_when(args, condition, number=signal.SIGKILL, timeout=120):
+    """Start the script, send the signal as soon as `condition()` holds, and return (code, stdout, stderr)."""
+    process = subprocess.Popen([*SCRIPT, *args], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    start = time.monotonic()
+    while not condition() and process.poll() is None and time.monotonic() - start < timeout:
+        time.sleep(0.002)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=timeout)
+    return process.returncode, out, err
+
+
+@pytest.mark.parametrize("moment", ["between_saves", "during_a_save", "before_the_first_save"])
+def test_kill_9_and_resume_equal_the_unbroken_run(tiny, prefs, tmp_path, unbroken, moment):
+    ck = tmp_path / "ck" / "r"
+    condition = {
+        "between_saves": lambda: len(log_rows(tmp_path)) >= 5,
+        "during_a_save": lambda: (ck / "checkpoint-4").exists() and not is_whole(ck / "checkpoint-4"),
+        "before_the_first_save": lambda: len(log_rows(tmp_path)) >= 1,
+    }[moment]
+    args = run_args(tiny, prefs, tmp_path)
+    code, _, _ = kill_when(args, condition)
+    assert code == -signal.SIGKILL and not (tmp_path / "out/r/train.json").exists()
+    done = subprocess.run([*SCRIPT, *args], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    if moment == "during_a_save":
+        assert "skipping half-written checkpoint" in done.stderr and "checkpoint-4" in done.stderr
+    if moment != "before_the_first_save":
+        assert "resuming from" in done.stdout
+    assert_same_run(tmp_path, unbroken)
+
+
+def test_killed_after_the_last_step_only_the_evaluation_is_done_again(tiny, prefs, tmp_path, unbroken):
+    args = run_args(tiny, prefs, tmp_path)
+    code, _, _ = kill_when(args, lambda: is_whole(tmp_path / "ck/r/checkpoint-8"))
+    assert code == -signal.SIGKILL
+    done = subprocess.run([*SCRIPT, *args], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "checkpoint-8" in done.stdout, done.stderr
+    assert_same_run(tmp_path, unbroken)
+
+
+def test_ctrl_c_saves_a_checkpoint_and_says_how_to_go_on(tiny, prefs, tmp_path, unbroken):
+    args = run_args(tiny, prefs, tmp_path, "--save_steps", 100)
+    code, out, err = kill_when(args, lambda: len(log_rows(tmp_path)) >= 3, signal.SIGINT)
+    assert code == 130 and "the same command goes on" in out and "Traceback" not in err, err
+    (checkpoint,) = checkpoints(tmp_path / "ck/r")
+    assert is_whole(checkpoint)
+    done = subprocess.run([*SCRIPT, *args], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and f"resuming from {checkpoint}" in done.stdout, done.stderr
+    assert_same_run(tmp_path, unbroken)
+
+
+def test_resume_from_a_named_checkpoint(train, tiny, prefs, tmp_path):
+    args = run_args(tiny, prefs, tmp_path, "--save_total_limit", 5)
+    code, _, _ = kill_when(args, lambda: is_whole(tmp_path / "ck/r/checkpoint-4"))
+    named = tmp_path / "ck/r/checkpoint-2"
+    code, out, err = train(*args, "--resume", named)
+    assert code == 0 and f"resuming from {named}" in out, err
+    assert [r["step"] for r in log_rows(tmp_path) if r["split"] == "train"] == list(range(1, 9))
+
+
+def test_resume_refuses_what_is_no_whole_checkpoint_and_changed_data(train, tiny, prefs, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(prefs, data)
+    args = run_args(tiny, data, tmp_path)
+    kill_when(args, lambda: is_whole(tmp_path / "ck/r/checkpoint-2"))
+    code, _, err = train(*args, "--resume", tmp_path / "nowhere")
+    assert code == 2
+    assert_one_line(err, "--resume", "nowhere")
+    lines = (data / "train.jsonl").read_text().splitlines(keepends=True)
+    (data / "train.jsonl").write_text("".join(lines[:-1]))
+    code, _, err = train(*args)
+    assert code == 2
+    assert_one_line(err, "data changed", "--run_name")
+
+
+@pytest.mark.parametrize("limit_kib", [1500])
+def test_a_full_disk_is_one_line_and_keeps_what_is_whole(tiny, prefs, tmp_path, limit_kib):
+    """Under a file-size limit the optimiser state cannot be written: the error is told, earlier files stay."""
+
+    def small_files():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit_kib * 1024, limit_kib * 1024))
+
+    args = run_args(tiny, prefs, tmp_path, "--lora_r", 256)
+    done = subprocess.run([*SCRIPT, *args], cwd=ROOT, capture_output=True, text=True, preexec_fn=small_files)
+    assert done.returncode == 2, (done.returncode, done.stderr)
+    assert_one_line(done.stderr, "disk is full", "--output_dir")
+    assert (tmp_path / "out/r/preflight.json").exists() and log_rows(tmp_path)
+    assert not any(is_whole(c) for c in checkpoints(tmp_path / "ck/r"))
+    done = subprocess.run([*SCRIPT, *args], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small filesystem needs root")
+def test_a_really_full_filesystem(tiny, prefs, tmp_path):
+    mount = tmp_path / "small"
+    mount.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(mount)], capture_output=True).returncode:
+        pytest.skip("this machine does not let tests mount a filesystem")
+    try:
+        args = run_args(tiny, prefs, tmp_path, "--lora_r", 256, "--output_dir", mount)
+        done = subprocess.run([*SCRIPT, *args], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 2, done.stderr
+        assert_one_line(done.stderr, "disk is full")
+        assert log_rows(tmp_path)
+    finally:
+        subprocess.run(["umount", str(mount)], check=True)
+
+
+def test_out_of_memory_says_what_to_lower(tiny, prefs, tmp_path):
+    code = (
+        "import sys; from utils.errors import run; import utils.preference_trainer as t; import torch\n"
+        "t.PreferenceTrainer.train = lambda self, **k: torch.empty(1 << 50)\n"
+        "import dpo_train_human_preference as s; run(s.main)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *run_args(tiny, prefs, tmp_path)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 2, done.stderr
+    assert_one_line(done.stderr, "out of memory", "--per_device_train_batch_size", "--max_length")
+
+
+def test_whole_and_half_written_checkpoints(tmp_path, capsys):
+    for step in (2, 4, 6):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "weights").write_text("x" * step)
+        if step < 6:
+            seal(folder, step=step)
+    (tmp_path / "checkpoint-4" / "weights").write_text("x")
+    run = Run("r", tmp_path, tmp_path)
+    assert checkpoint_to_resume(run, "auto") == tmp_path / "checkpoint-2"
+    err = capsys.readouterr().err
+    assert "checkpoint-6" in err and "checkpoint-4" in err and "checkpoint-2" not in err
+    assert checkpoint_to_resume(run, "never") is None
+
+
+def test_atomic_write_never_leaves_half_a_file(tmp_path):
+    path = tmp_path / "a.json"
+    write_json(path, {"x": float("nan"), "y": 1})
+    assert json.loads(path.read_text()) == {"x": None, "y": 1}
+
+    def fails(p):
+        p.write_text("half")
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        atomic_write(path, fails)
+    assert json.loads(path.read_text())["y"] == 1 and list(tmp_path.iterdir()) == [path]
+
+
+def test_row_file_drops_a_cut_off_line(tmp_path):
+    rows = RowFile(tmp_path / "rows.jsonl")
+    for i in range(3):
+        rows.append({"i": i})
+    with rows.path.open("a") as f:
+        f.write('{"i": 3')
+    assert [r["i"] for r in rows.read()] == [0, 1, 2]
+    rows.keep(lambda r: r["i"] < 2)
+    assert rows.path.read_text() == '{"i": 0}\n{"i": 1}\n'
+
+
+def test_latest_run_is_found_or_its_lack_is_told(tmp_path):
+    with pytest.raises(UserError, match="train one first"):
+        latest_run(tmp_path)
+    for i, name in enumerate(("b", "a")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train.json").write_text("{}")
+        os.utime(tmp_path / name / "train.json", (i, i))
+    assert latest_run(tmp_path).name == "a"

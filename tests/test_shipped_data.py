@@ -1,0 +1,69 @@
+"""The shipped preference pairs keep the promises of data/README.md."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from utils.preferences import load_pairs
+from utils.stats import ranked_right
+from utils.surface import surface_scores
+
+FOLDER = ROOT / "data" / "quickstart_prefs"
+ROWS = {s: [json.loads(line) for line in (FOLDER / f"{s}.jsonl").read_text().splitlines()] for s in ("train", "test")}
+CATEGORIES = {
+    "facts", "explaining", "writing", "formatting", "code", "arithmetic", "advice", "refusing", "multi-turn", "system",
+}  # fmt: skip
+
+
+def answers(split):
+    return [(row["chosen"][-1]["content"], row["rejected"][-1]["content"]) for row in ROWS[split]]
+
+
+def prompt_words(row) -> set[str]:
+    return set(" ".join(m["content"] for m in row["chosen"][:-1] if m["role"] == "user").lower().split())
+
+
+def test_counts_schema_and_variety():
+    assert len(ROWS["train"]) >= 200 and len(ROWS["test"]) >= 100
+    for split, rows in ROWS.items():
+        assert {row["category"] for row in rows} == CATEGORIES, split
+        assert len({row["prompt_id"] for row in rows}) == len(rows)
+        for row in rows:
+            assert row["chosen"][:-1] == row["rejected"][:-1] and row["messages"] == row["chosen"] and row["flaw"]
+            assert row["score_chosen"] > row["score_rejected"]
+            assert row["prompt"] == next(m["content"] for m in row["chosen"] if m["role"] == "user")
+    turns = [len(row["chosen"]) for rows in ROWS.values() for row in rows]
+    assert sum(n > 3 for n in turns) >= 10
+    assert sum(row["chosen"][0]["role"] == "system" for rows in ROWS.values() for row in rows) >= 10
+
+
+def test_every_row_is_a_pair_and_no_filter_drops_one():
+    for split, rows in ROWS.items():
+        data = load_pairs([{"name": str(FOLDER), "split": split}])
+        assert len(data.pairs) == len(rows) and not data.dropped
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_answers_are_short_and_length_gives_nothing_away(split):
+    lengths = np.array([[len(text.split()) for text in pair] for pair in answers(split)])
+    assert lengths.max() <= 80
+    assert 0.45 <= (lengths[:, 0] > lengths[:, 1]).mean() <= 0.55
+
+
+def test_no_prompt_is_shared_or_nearly_shared_between_the_splits():
+    for test_row in ROWS["test"]:
+        ours = prompt_words(test_row)
+        for train_row in ROWS["train"]:
+            theirs = prompt_words(train_row)
+            assert len(ours & theirs) / len(ours | theirs) < 0.6, (test_row["prompt"], train_row["prompt"])
+
+
+def test_words_and_length_alone_stay_at_or_below_65_percent():
+    scores = surface_scores(answers("train"), answers("test"))
+    accuracy = ranked_right(scores, np.zeros(len(scores))).mean()
+    assert accuracy <= 0.65, accuracy
+    # The classifier itself works: where the label is a word, it finds it.
+    told = [(f"{c} good", f"{r} bad") for c, r in answers("train")], [(f"{c} good", f"{r} bad") for c, r in answers("test")]
+    assert ranked_right(surface_scores(*told), np.zeros(len(scores))).mean() > 0.95
