@@ -179,55 +179,6 @@ def build_trainer(args, model_args, tokenizer, train_ids, test_ids, row_log):
         raise UserError(f"{model_args.model_name_or_path}: {str(error).splitlines()[0]}") from error
 
 
-def run_preflight(trainer, args, model_args, train, train_ids, test, truncation, notes) -> dict:
-    """Everything that can be checked before the first step; stops where the policy is not the reference."""
-    import time
-
-    from utils.preference_trainer import check_step0, step0_tolerance
-    from utils.preflight import estimate, first_pair, plan, special_tokens, token_counts, trainable
-
-    tokens = token_counts(train_ids)
-    special = special_tokens(train_ids, trainer.processing_class)
-    if special["leading_bos_max"] > 1:
-        raise UserError(f"{special['leading_bos_max']} BOS tokens open a prompt: the template and the text both add one")
-    dropout = "0"
-    if model_args.use_peft and model_args.lora_dropout and args.disable_dropout:
-        dropout = f"0 (lora_dropout {model_args.lora_dropout} is switched off by disable_dropout: true)"
-    elif not args.disable_dropout:
-        dropout = f"on (lora_dropout {model_args.lora_dropout if model_args.use_peft else 'none'})"
-    step0 = {"largest_margin": None, "pairs": 0, "tolerance": step0_tolerance(args)}
-    seconds = None
-    if trainer.is_sharded:
-        step0["checked"] = "will be checked on the first micro-batch: a sharded model exists only inside training"
-    else:
-        count = min(len(train_ids), 4 * trainer.accelerator.num_processes)
-        started = time.monotonic()
-        scores = trainer.score(trainer.train_dataset, range(count))
-        seconds = (time.monotonic() - started) / -(-count // trainer.accelerator.num_processes)
-        sides = [args.beta * (s[side] - s[f"ref_{side}"]) for s in scores for side in ("chosen", "rejected")]
-        step0 |= {"largest_margin": max(map(abs, sides)), "pairs": count, "checked": "before training"}
-    steps = plan(args, len(train_ids), tokens["tokens_per_epoch"], trainer.accelerator.num_processes)
-    cached = args.precompute_ref_log_probs
-    flight = {
-        "first_pair": first_pair(train_ids, trainer.processing_class),
-        "special_tokens": special,
-        "train": train.summary(),
-        "test": test.summary() if test else None,
-        "tokens": tokens,
-        "truncation": truncation,
-        "parameters": trainable(trainer.model),
-        "precision": args.precision,
-        "dropout": dropout,
-        "plan": steps,
-        "estimate": estimate(args, trainer.model, steps, seconds, tokens["longest_sequence"], cached),
-        "step0": step0,
-        "notes": notes,
-    }
-    if step0["largest_margin"] is not None:
-        check_step0(step0["largest_margin"], args)
-    return flight
-
-
 def train_or_resume(trainer, checkpoint, run_) -> None:
     """Train to the last step; leave with code 130 where Ctrl-C stopped it, after saving a checkpoint."""
     import sys
@@ -260,17 +211,16 @@ def evaluate(trainer, args, train, test) -> tuple[list[dict], dict]:
 
 
 def training_summary(log: list[dict], trainer, plan: dict) -> dict:
-    """Figures of the training itself: steps, tokens, speed, first and last losses, from train_log.jsonl."""
-    steps = [row for row in log if row["split"] == "train"]
+    """Figures of the training itself, from train_log.jsonl: steps, tokens, speed, loss of its first and last tenth."""
+    losses = [row["loss"] for row in log if row["split"] == "train"]
+    tenth = max(1, len(losses) // 10)
     return {
         "steps": trainer.state.global_step,
         "seconds": round(trainer.seconds, 1),
         "num_tokens": trainer._total_train_tokens,
         "pairs_per_second": round(plan["pairs_seen"] / trainer.seconds, 3),
-        "loss_first": steps[0]["loss"] if steps else None,
-        "loss_last_tenth": sum(r["loss"] for r in steps[-(-9 * len(steps) // 10) :]) / max(1, len(steps) - -(-9 * len(steps) // 10))
-        if steps
-        else None,
+        "loss_first_tenth": sum(losses[:tenth]) / tenth if losses else None,
+        "loss_last_tenth": sum(losses[-tenth:]) / tenth if losses else None,
     }
 
 
@@ -324,10 +274,10 @@ def main():
     from utils.card import model_card
     from utils.models import describe, load_tokenizer, locate
     from utils.plots import training_curves
-    from utils.preflight import report
+    from utils.preflight import report, run_preflight
     from utils.provenance import run_record, sha256_of
-    from utils.rewards import claim, displacement, table
-    from utils.runs import checkpoint_to_resume, claim_run, identity, run_name
+    from utils.rewards import conclude
+    from utils.runs import all_arguments, checkpoint_to_resume, claim_run, identity, run_name
 
     # The run: its name, its folders, and whether it stands there already.
     started = time.monotonic()
@@ -341,14 +291,14 @@ def main():
         current = claim_run(args.run_name, args.output_dir, args.eval_out, arguments, *how)
     if current.finished:
         results = read_json(current.out / "train.json")
-        return say(f"{current.folder} is finished, nothing to train; from {current.out}/train.json:\n\n{results['text']}")
+        return say(
+            f"{current.folder} is finished, nothing to train; from {current.out}/train.json:\n\n{results['text']}"
+        )
     checkpoint = checkpoint_to_resume(current, args.resume)
     args.output_dir = str(current.folder)
 
     # Data and model.
-    tokenizer = load_tokenizer(
-        model_args.model_name_or_path, model_args.model_revision, data_args.chat_template_path
-    )
+    tokenizer = load_tokenizer(model_args.model_name_or_path, model_args.model_revision, data_args.chat_template_path)
     train, train_ids, test, test_ids, truncation = load_data(data_args, args, tokenizer)
     current.pin(sha256_of(train.summary()["text_sha256"], test.summary()["text_sha256"] if test else ""))
     row_log = RowFile(current.out / "train_log.jsonl")
@@ -374,18 +324,18 @@ def main():
     if not is_main_process():
         return
     lora = "LoRA" if model_args.use_peft else "full fine-tuning"
-    title = f"{args.run_name}: {model_args.model_name_or_path}, {lora}, {'+'.join(args.loss_type)}, {len(train_ids)} pairs"
-    warning = displacement(metrics) if metrics else None
-    verdict = claim(metrics)[1] if metrics else "No claim: there is no test split."
-    text = "\n\n".join([*([table(metrics, title)] if metrics else [title]), verdict, *([f"warning: {warning}"] if warning else [])])
+    title = (
+        f"{args.run_name}: {model_args.model_name_or_path}, {lora}, {'+'.join(args.loss_type)}, {len(train_ids)} pairs"
+    )
+    text, verdict, warning = conclude(metrics, title)
 
     # Write: rows, curves, card, and last the summary that declares the run complete.
     summary = envelope(
         "train",
         describe(model_args.model_name_or_path, trainer.model, tokenizer),
         metrics,
-        arguments,
-        run_record(args.seed, trainer.seconds, run_name=args.run_name, limit=data_args.limit),
+        all_arguments([data_args, args, model_args]),
+        run_record(args.seed, time.monotonic() - started, run_name=args.run_name, limit=data_args.limit),
         claim=verdict,
         warning=warning,
         text=text,
@@ -396,7 +346,9 @@ def main():
     if rows:
         write_rows(current.out / "heldout_rows.jsonl", rows)
     training_curves(current.out / "dpo_training_curves.png", row_log.read(), title, warning)
-    write_text(current.folder / "README.md", model_card(summary, row_log.read(), str(current.folder), model_args.use_peft))
+    write_text(
+        current.folder / "README.md", model_card(summary, row_log.read(), str(current.folder), model_args.use_peft)
+    )
     write_json(current.out / "train.json", summary)
     current.finish()
     say(f"\n{text}\n\nwrote {current.folder}/ (weights, tokenizer, card) and {current.out}/:")

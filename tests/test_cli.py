@@ -118,7 +118,9 @@ def test_every_training_config_parses_and_names_its_keys():
     configs = sorted((ROOT / "configs").glob("*.yaml"))
     assert len(configs) >= 2
     for config in configs:
-        data, args, model = parse((DataArguments, PreferenceConfig, ModelConfig), ["--config", str(config), "--bf16", "false"])
+        data, args, model = parse(
+            (DataArguments, PreferenceConfig, ModelConfig), ["--config", str(config), "--bf16", "false"]
+        )
         assert model.model_name_or_path and data.dataset_name, config
 
 

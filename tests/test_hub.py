@@ -14,7 +14,9 @@ class Refusing(BaseHTTPRequestHandler):
         gated = "/gated" in self.path
         self.send_response(403 if gated else 404)
         self.send_header("X-Error-Code", "GatedRepo" if gated else "RepoNotFound")
-        self.send_header("X-Error-Message", "Access to this repository is restricted" if gated else "Repository not found")
+        self.send_header(
+            "X-Error-Message", "Access to this repository is restricted" if gated else "Repository not found"
+        )
         self.send_header("Content-Length", "0")
         self.end_headers()
 
@@ -51,10 +53,12 @@ def test_an_unknown_dataset_is_named(hub, tmp_path, tiny):
     assert_one_line(run_against(hub, tmp_path, tiny, "org/misspelt-data"), "org/misspelt-data", "not found")
 
 
-def test_no_network_is_told(tmp_path, prefs, tiny):
-    nowhere = "http://127.0.0.1:9"
-    assert_one_line(run_against(nowhere, tmp_path, "org/model", prefs), "org/model", "cannot be reached")
-    err = run_against(nowhere, tmp_path, tiny, "org/data")
-    assert_one_line(err, "org/data")
-    offline = run_against(nowhere, tmp_path, "org/model", prefs, HF_HUB_OFFLINE="1")
-    assert_one_line(offline, "org/model", "cannot be reached")
+@pytest.mark.parametrize("offline", ["0", "1"])
+def test_no_network_is_told(tmp_path, prefs, offline):
+    err = run_against("http://127.0.0.1:9", tmp_path, "org/model", prefs, HF_HUB_OFFLINE=offline)
+    assert_one_line(err, "org/model", "cannot be reached")
+
+
+def test_no_network_for_the_data_is_told(tmp_path, tiny):
+    err = run_against("http://127.0.0.1:9", tmp_path, tiny, "org/data", HF_HUB_OFFLINE="1")
+    assert_one_line(err, "org/data", "cannot be reached")

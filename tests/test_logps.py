@@ -45,7 +45,10 @@ def scored(model, tokenizer, rows, batch_size, pad_to=None) -> dict[int, list[fl
 def test_equals_the_slow_loop_whatever_padding_and_batch(setup):
     model, tokenizer, rows = setup
     with torch.no_grad():
-        wanted = {i: [slow_logp(model, r["prompt_ids"], r[k]) for k in ("chosen_ids", "rejected_ids")] for i, r in enumerate(rows)}
+        wanted = {
+            i: [slow_logp(model, r["prompt_ids"], r[k]) for k in ("chosen_ids", "rejected_ids")]
+            for i, r in enumerate(rows)
+        }
     attach_head(model)
     for batch_size, pad_to in ((1, None), (2, None), (6, None), (3, 64)):
         found = scored(model, tokenizer, rows, batch_size, pad_to)

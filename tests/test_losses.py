@@ -35,7 +35,10 @@ def stock(folder, loss_type: str, tmp_path, rows) -> list[dict]:
     args = DPOConfig(str(tmp_path / "stock"), loss_type=[loss_type], bf16=False, **SETTINGS)
     return steps(
         DPOTrainer(
-            load_model(str(folder)), args=args, train_dataset=Dataset.from_list(data), processing_class=tokenizer,
+            load_model(str(folder)),
+            args=args,
+            train_dataset=Dataset.from_list(data),
+            processing_class=tokenizer,
             peft_config=lora(),
         )  # fmt: skip
     )
@@ -50,7 +53,12 @@ def ours(folder, loss_type: str, tmp_path, rows) -> list[dict]:
     args = PreferenceConfig(str(tmp_path / "ours"), loss_type=[loss_type], **SETTINGS)
     log = RowFile(tmp_path / "log.jsonl")
     trainer = PreferenceTrainer(
-        load_model(str(folder)), args=args, train_dataset=ids, processing_class=tokenizer, peft_config=lora(), row_log=log
+        load_model(str(folder)),
+        args=args,
+        train_dataset=ids,
+        processing_class=tokenizer,
+        peft_config=lora(),
+        row_log=log,
     )
     history = steps(trainer)
     logged = [json.loads(line) for line in log.path.read_text().splitlines()]
@@ -68,7 +76,9 @@ def test_every_loss_trains_as_stock_trl(loss_type, tiny, tmp_path):
 
 def test_softcapped_gemma_2_trains_as_stock_trl(tiny_gemma2, tmp_path):
     rows = make_pairs(24)
-    for a, b in zip(ours(tiny_gemma2, "sigmoid", tmp_path, rows), stock(tiny_gemma2, "sigmoid", tmp_path, rows), strict=True):
+    for a, b in zip(
+        ours(tiny_gemma2, "sigmoid", tmp_path, rows), stock(tiny_gemma2, "sigmoid", tmp_path, rows), strict=True
+    ):
         for key in KEYS:
             assert a[key] == pytest.approx(b[key], abs=1e-4, rel=1e-4), (a["step"], key)
 

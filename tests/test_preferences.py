@@ -76,7 +76,10 @@ def test_transcripts_that_part_early_are_dropped_by_name():
         ({"prompt": 3, "chosen": "b", "rejected": "c"}, ("row 7", "'prompt'", "int")),
         ({"chosen": [USER, {"role": "bot", "content": "x"}], "rejected": [USER, BAD]}, ("row 7", "'chosen'", "bot")),
         ({"chosen": [USER, {"text": "x"}], "rejected": [USER, BAD]}, ("row 7", "message 1", "role")),
-        ({"chosen": [USER, GOOD], "rejected": [USER, {"role": "assistant", "content": None}]}, ("content must be text",)),
+        (
+            {"chosen": [USER, GOOD], "rejected": [USER, {"role": "assistant", "content": None}]},
+            ("content must be text",),
+        ),
         ({"prompt": "a", "chosen": "b", "rejected": "c", "score_chosen": "high"}, ("'score_chosen'", "number")),
         ("text", ("row 7", "str")),
     ],
@@ -132,7 +135,10 @@ def test_filters_are_counted(tmp_path):
     rows = make_pairs(8)
     rows[1]["rejected"] = rows[1]["chosen"]  # identical
     rows[2]["chosen"] = [*rows[2]["chosen"][:1], {"role": "assistant", "content": "  "}]  # empty
-    rows[3] = {**make_pairs(1)[0], "chosen": rows[3]["chosen"][:0] + make_pairs(1)[0]["chosen"]}  # prompt of row 0 again
+    rows[3] = {
+        **make_pairs(1)[0],
+        "chosen": rows[3]["chosen"][:0] + make_pairs(1)[0]["chosen"],
+    }  # prompt of row 0 again
     rows[4]["score_rejected"] = 8.0  # tie
     rows[5]["score_rejected"] = 7.5  # small margin
     file = str(write_jsonl(tmp_path / "x.jsonl", rows))
@@ -185,7 +191,11 @@ def test_mixing_takes_shares_and_repeats_nothing(tmp_path):
 @pytest.mark.parametrize("n_rejected", [2, 25])
 @pytest.mark.parametrize("bos", [None, 0])
 def test_truncation_only_where_longer_and_never_to_nothing(n_prompt, n_chosen, n_rejected, bos):
-    prompt, chosen, rejected = list(range(n_prompt)), list(range(100, 100 + n_chosen)), list(range(200, 200 + n_rejected))
+    prompt, chosen, rejected = (
+        list(range(n_prompt)),
+        list(range(100, 100 + n_chosen)),
+        list(range(200, 200 + n_rejected)),
+    )
     p, c, r = truncate(prompt, chosen, rejected, 20, 8, bos)
     if n_prompt + max(n_chosen, n_rejected) <= 20:
         assert (p, c, r) == (prompt, chosen, rejected)
@@ -256,7 +266,9 @@ def test_truncated_prompt_keeps_bos_and_end(gemma_like_tokenizer, tmp_path):
     data = load_pairs([{"name": str(write_jsonl(tmp_path / "x.jsonl", rows)), "split": "train"}])
     ids, counts = tokenize(data, gemma_like_tokenizer, 64, 32)
     row, end = ids[0], gemma_like_tokenizer.encode("<start_of_turn>model\n", add_special_tokens=False)
-    assert row["prompt_ids"][0] == gemma_like_tokenizer.bos_token_id and row["prompt_ids"].count(row["prompt_ids"][0]) == 1
+    assert (
+        row["prompt_ids"][0] == gemma_like_tokenizer.bos_token_id and row["prompt_ids"].count(row["prompt_ids"][0]) == 1
+    )
     assert len(row["prompt_ids"]) == 32 and row["prompt_ids"][-len(end) :] == end
     assert len(row["rejected_ids"]) == 32 and 0 < len(row["chosen_ids"]) < 32
     assert (counts["truncated_prompt"], counts["truncated_chosen"], counts["truncated_rejected"]) == (1, 0, 1)

@@ -65,5 +65,8 @@ def test_words_and_length_alone_stay_at_or_below_65_percent():
     accuracy = ranked_right(scores, np.zeros(len(scores))).mean()
     assert accuracy <= 0.65, accuracy
     # The classifier itself works: where the label is a word, it finds it.
-    told = [(f"{c} good", f"{r} bad") for c, r in answers("train")], [(f"{c} good", f"{r} bad") for c, r in answers("test")]
+    told = (
+        [(f"{c} good", f"{r} bad") for c, r in answers("train")],
+        [(f"{c} good", f"{r} bad") for c, r in answers("test")],
+    )
     assert ranked_right(surface_scores(*told), np.zeros(len(scores))).mean() > 0.95

@@ -20,13 +20,24 @@ def losses(folder) -> list[float]:
 
 
 def test_a_run_writes_everything_it_promises(train, tiny, prefs, tmp_path):
-    code, out, err = train(*train_args(tiny, prefs, tmp_path, "--eval_strategy", "steps", "--eval_steps", 2, "--sample_prompts", 1))
+    code, out, err = train(
+        *train_args(tiny, prefs, tmp_path, "--eval_strategy", "steps", "--eval_steps", 2, "--sample_prompts", 1)
+    )
     assert code == 0, err
     assert "training helped" in out.lower() and "words and length alone" in out and "likelier answer" in out
     folder, weights = tmp_path / "out" / "r", tmp_path / "ck" / "r"
     found = {p.name for p in folder.iterdir()}
-    assert found == {"preflight.json", "train.json", "train_log.jsonl", "heldout_rows.jsonl", "samples.md", "dpo_training_curves.png"}
-    assert {"adapter_model.safetensors", "tokenizer.json", "README.md", "checkpoint-4"} <= {p.name for p in weights.iterdir()}
+    assert found == {
+        "preflight.json",
+        "train.json",
+        "train_log.jsonl",
+        "heldout_rows.jsonl",
+        "samples.md",
+        "dpo_training_curves.png",
+    }
+    assert {"adapter_model.safetensors", "tokenizer.json", "README.md", "checkpoint-4"} <= {
+        p.name for p in weights.iterdir()
+    }
 
     summary = read_json(folder / "train.json")
     assert {"stage", "model", "metrics", "args", "run"} <= set(summary)
@@ -62,7 +73,9 @@ def test_a_run_writes_everything_it_promises(train, tiny, prefs, tmp_path):
 def test_the_card_parses_and_its_snippet_runs(train, tiny, prefs, tmp_path):
     from huggingface_hub import ModelCard
 
-    code, _, err = train(*train_args(tiny, prefs, tmp_path, "--eval_strategy", "epoch", "--num_train_epochs", 1, "--max_steps", -1))
+    code, _, err = train(
+        *train_args(tiny, prefs, tmp_path, "--eval_strategy", "epoch", "--num_train_epochs", 1, "--max_steps", -1)
+    )
     assert code == 0, err
     card = ModelCard.load(tmp_path / "ck" / "r" / "README.md")
     assert card.data.base_model == str(tiny) and card.data.library_name == "peft" and "dpo" in card.data.tags
@@ -152,7 +165,9 @@ def test_qlora_trains_in_4_bit_and_small_steps_move_every_adapter(train, tiny, p
     """At lr 2e-6 (the seed recipe's) a bf16 adapter would round most of its updates away."""
     from safetensors.torch import load_file
 
-    args = train_args(tiny, prefs, tmp_path, "--load_in_4bit", "--learning_rate", "2e-6", "--max_steps", 3, "--save_steps", 1)
+    args = train_args(
+        tiny, prefs, tmp_path, "--load_in_4bit", "--learning_rate", "2e-6", "--max_steps", 3, "--save_steps", 1
+    )
     code, out, err = train(*args, "--save_total_limit", 5)
     assert code == 0, err
     assert read_json(tmp_path / "out/r/train.json")["model"]["quantized"] == "4bit"
@@ -199,24 +214,32 @@ def test_a_policy_that_is_not_the_reference_stops(train, tiny, prefs, tmp_path, 
 
 
 def test_likelihood_displacement_is_told(train, tiny, tmp_path):
-    """Train and test on pairs whose answers share their words: both log-probabilities fall, and the run says so."""
+    """The rejected answer repeats the chosen one's word: making it less likely drags the chosen one along."""
     rows = make_pairs(16)
+    for i, row in enumerate(rows):
+        word = ["river", "stone", "cloud", "paper"][i % 4]
+        row["chosen"][1]["content"], row["rejected"][1]["content"] = f"{word} {word}", " ".join([word] * 8)
     write_jsonl(tmp_path / "d/train.jsonl", rows[:8])
     write_jsonl(tmp_path / "d/test.jsonl", rows[8:])
-    args = train_args(tiny, tmp_path / "d", tmp_path, "--learning_rate", "0.3", "--eval_strategy", "steps", "--eval_steps", 4)
-    code, out, err = train(*args, "--loss_type", "apo_down")
+    often = ("--eval_strategy", "steps", "--eval_steps", 4, "--max_steps", 12)
+    full = ("--use_peft", "false", "--loss_type", "apo_down")
+    code, out, err = train(*train_args(tiny, tmp_path / "d", tmp_path, *full, *often))
     assert code == 0, err
-    rewards = [read_json(tmp_path / "out/r/train.json")["metrics"][f"reward_{s}"]["value"] for s in ("chosen", "rejected")]
-    assert max(rewards) < 0, "the set-up no longer displaces"
-    assert "likelihood displacement" in out and "likelihood displacement" in err
-    assert "likelihood displacement" in read_json(tmp_path / "out/r/train.json")["warning"]
+    summary = read_json(tmp_path / "out/r/train.json")
+    assert max(summary["metrics"][f"reward_{side}"]["value"] for side in ("chosen", "rejected")) < 0
+    assert "warning: likelihood displacement" in out and "likelihood displacement" in summary["warning"]
+    assert "step 12: likelihood displacement" in err
+    assert "> Warning: likelihood displacement" in (tmp_path / "ck/r/README.md").read_text()
 
 
 @pytest.mark.parametrize(
     ("make", "words"),
     [
         (lambda d: write_jsonl(d / "train.jsonl", [{"prompt": "a", "chosen": "b"}]), ("line 1", "'rejected'")),
-        (lambda d: write_jsonl(d / "train.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "b"}]), ("0 train pairs",)),
+        (
+            lambda d: write_jsonl(d / "train.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "b"}]),
+            ("0 train pairs",),
+        ),
         (lambda d: write_jsonl(d / "train.jsonl", make_pairs(3)), ("3 train prompts", "--train_test_overlap")),
         (lambda d: None, ("no file of split 'train'", "test")),
     ],

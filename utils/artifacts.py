@@ -14,7 +14,9 @@ from pathlib import Path
 from utils.errors import UserError, is_main_process
 
 
-def metric(value: float, stderr: float | None = None, ci95: Iterable[float] | None = None, n: int | None = None) -> dict:
+def metric(
+    value: float, stderr: float | None = None, ci95: Iterable[float] | None = None, n: int | None = None
+) -> dict:
     """One figure with its standard error, 95% interval and number of rows (None where it has none)."""
     return {"value": value, "stderr": stderr, "ci95": None if ci95 is None else list(ci95), "n": n}
 

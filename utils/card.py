@@ -18,14 +18,9 @@ def results_table(rows: list[dict]) -> str:
     for row in (row for row in rows if row["split"] == "eval"):
         before = [step for step in train_loss if step <= row["step"]]
         row = {**row, "train_loss": train_loss[max(before)] if before else None}
-        cells = []
-        for name, key in RESULT_COLUMNS:
-            value = row.get(key)
-            if value is None:
-                cells.append("-")
-            else:
-                cells.append(str(value) if key == "step" else f"{value:.2f}" if key == "epoch" else f"{value:.4f}")
-        lines.append(" | ".join(cells))
+        digits = {"step": 0, "epoch": 2}
+        values = [(key, row.get(key)) for _, key in RESULT_COLUMNS]
+        lines.append(" | ".join("-" if v is None else f"{v:.{digits.get(key, 4)}f}" for key, v in values))
     return "\n".join(f"| {line} |" for line in lines)
 
 
@@ -60,63 +55,94 @@ def usage_snippet(base: str, folder: str, peft: bool) -> str:
     ])  # fmt: skip
 
 
-def model_card(summary: dict, rows: list[dict], folder: str, peft: bool) -> str:
-    """The card's text. `summary` is the run's train.json, `rows` its train_log.jsonl; metadata is for ModelCard."""
+HYPERPARAMETERS = (
+    "loss_type", "beta", "label_smoothing", "learning_rate", "lr_scheduler_type", "warmup_steps", "optim",
+    "weight_decay", "max_length", "max_prompt_length", "seed", "use_peft", "lora_r", "lora_alpha",
+    "lora_target_modules", "load_in_4bit", "dtype",
+)  # fmt: skip
+
+
+def _metadata(summary: dict, peft: bool) -> str:
+    """The card's Hub metadata as YAML between dashes."""
     from huggingface_hub import ModelCardData
 
-    base, data, args = summary["model"]["name"], summary["data"], summary["args"]
-    sources = [s for split in ("train", "test") if data[split] for s in data[split]["sources"]]
-    hub_names = sorted({s["name"] for s in sources if "revision" in s})
-    metadata = ModelCardData(
+    base, args = summary["model"]["name"], summary["args"]
+    sources = [s for split in summary["data"].values() if split for s in split["sources"]]
+    data = ModelCardData(
         base_model=BUILTIN_HUB_ID if base.startswith("builtin:") else base,
-        datasets=hub_names or None,
+        # A local file has a hash, a hub dataset a revision; only the latter can be linked.
+        datasets=sorted({s["name"] for s in sources if "revision" in s}) or None,
         library_name="peft" if peft else "transformers",
         pipeline_tag="text-generation",
         tags=["trl", "dpo", "preference-tuning", *(["lora"] if peft else []), *args["loss_type"]],
         model_name=summary["run"]["run_name"],
     )
-    keys = (
-        "loss_type", "beta", "label_smoothing", "learning_rate", "lr_scheduler_type", "warmup_steps", "optim",
-        "weight_decay", "max_length", "max_prompt_length", "seed", "use_peft", "lora_r", "lora_alpha",
-        "lora_target_modules", "load_in_4bit", "dtype",
-    )  # fmt: skip
-    hyper = "\n".join(f"- {key}: {args[key]}" for key in keys if key in args)
-    batch = summary["plan"]["batch"]
-    metrics = "\n".join(
-        f"| {name} | {m['value']:.4f} | {'-' if m['stderr'] is None else format(m['stderr'], '.4f')} | "
-        f"{'-' if m['ci95'] is None else '{:.4f} to {:.4f}'.format(*m['ci95'])} | {m['n']} |"
-        for name, m in summary["metrics"].items()
-    )
-    provenance = "\n".join(
-        f"- {split}: {data[split]['pairs']} pairs of {data[split]['rows']} rows; dropped {data[split]['dropped'] or 'none'};"
-        f" text sha256 `{data[split]['text_sha256'][:16]}`; from "
-        + ", ".join(f"`{s['name']}` ({s.get('split')}, {s.get('revision') or s.get('sha256', '')[:16]})" for s in data[split]["sources"])
-        for split in ("train", "test")
-        if data[split]
-    )
-    run = summary["run"]
-    parts = [
-        f"---\n{metadata.to_yaml()}\n---",
-        f"# {run['run_name']}",
-        f"{base} trained on preference pairs with {', '.join(args['loss_type'])} loss"
-        f" ({'LoRA' if peft else 'full fine-tuning'}{', 4-bit base' if args['load_in_4bit'] else ''}).",
+    return f"---\n{data.to_yaml()}\n---"
+
+
+def _metrics(metrics: dict) -> str:
+    if not metrics:
+        return "There was no test split."
+    lines = ["| metric | value | standard error | 95% interval | n |", "| --- | --- | --- | --- | --- |"]
+    for name, m in metrics.items():
+        error = "-" if m["stderr"] is None else f"{m['stderr']:.4f}"
+        interval = "-" if m["ci95"] is None else f"{m['ci95'][0]:.4f} to {m['ci95'][1]:.4f}"
+        lines.append(f"| {name} | {m['value']:.4f} | {error} | {interval} | {m['n']} |")
+    return "\n".join(lines)
+
+
+def _hyperparameters(summary: dict) -> str:
+    plan, args = summary["plan"], summary["args"]
+    batch = plan["batch"]
+    lines = [f"- {key}: {args[key]}" for key in HYPERPARAMETERS if key in args]
+    lines += [
+        f"- dropout that ran: {summary['dropout']}",
+        f"- precision: {summary['precision']}",
+        f"- steps: {plan['steps']} of {plan['global_batch_size']} pairs ({batch['per_device']} a process ×"
+        f" {batch['accumulation']} accumulation × {batch['processes']} processes), {plan['epochs']} epochs",
+    ]
+    return "\n".join(lines)
+
+
+def _provenance(data: dict) -> str:
+    lines = []
+    for split, found in data.items():
+        if found:
+            lines.append(
+                f"- {split}: {found['pairs']} pairs of {found['rows']} rows; dropped: {found['dropped'] or 'none'};"
+                f" sha256 of the texts `{found['text_sha256'][:16]}`"
+            )
+            for source in found["sources"]:
+                version = source.get("revision") or f"sha256 {source.get('sha256', '?')[:16]}"
+                lines.append(f"  - `{source['name']}`, split {source['split']}, {version}")
+    return "\n".join(lines)
+
+
+def _made_by(run: dict) -> str:
+    hardware = run["hardware"]
+    machine = ", ".join([f"{hardware['cpu']} ({hardware['cores']} cores)", *hardware["gpus"]])
+    return "\n".join([
+        f"- commit `{run['git_commit']}`, {run['finished_utc']}",
+        f"- {run['wall_seconds']:.0f} s on {machine}, {run['world_size']} processes",
+        "- " + ", ".join(f"{name} {version}" for name, version in run["versions"].items()),
+    ])  # fmt: skip
+
+
+def model_card(summary: dict, rows: list[dict], folder: str, peft: bool) -> str:
+    """The card's text. `summary` is the run's train.json, `rows` its train_log.jsonl, `folder` holds the weights."""
+    base, args = summary["model"]["name"], summary["args"]
+    how = ("LoRA" if peft else "full fine-tuning") + (" on a 4-bit base" if args["load_in_4bit"] else "")
+    sections = [
+        _metadata(summary, peft),
+        f"# {summary['run']['run_name']}",
+        f"{base}, trained on preference pairs with the {' + '.join(args['loss_type'])} loss ({how}).",
         summary["claim"],
-        f"> {summary['warning']}" if summary["warning"] else "",
-        "## Use",
-        f"```python\n{usage_snippet(base, folder, peft)}\n```",
-        "## Held-out pairs",
-        f"| metric | value | standard error | 95% interval | n |\n| --- | --- | --- | --- | --- |\n{metrics}" if metrics else "No test split.",
-        "## Training results",
-        results_table(rows),
-        "## Hyperparameters",
-        f"{hyper}\n- dropout that ran: {summary['dropout']}\n- precision: {summary['precision']}\n"
-        f"- batch: {batch['per_device']} a process × {batch['accumulation']} accumulation × {batch['processes']} processes"
-        f" = {summary['plan']['global_batch_size']} pairs a step, {summary['plan']['steps']} steps",
-        "## Data",
-        provenance,
-        "## Made by",
-        f"- commit `{run['git_commit']}`, {run['finished_utc']}, {run['wall_seconds']:.0f} s on {run['hardware']['cpu']}"
-        f" ({run['hardware']['cores']} cores) {', '.join(run['hardware']['gpus'])}".rstrip()
-        + "\n- " + ", ".join(f"{k} {v}" for k, v in run["versions"].items()),
-    ]  # fmt: skip
-    return "\n\n".join(part for part in parts if part) + "\n"
+        f"> Warning: {summary['warning']}" if summary["warning"] else "",
+        f"## Use\n\n```python\n{usage_snippet(base, folder, peft)}\n```",
+        f"## Held-out pairs\n\n{_metrics(summary['metrics'])}",
+        f"## Training results\n\n{results_table(rows)}",
+        f"## Hyperparameters\n\n{_hyperparameters(summary)}",
+        f"## Data\n\n{_provenance(summary['data'])}",
+        f"## Made by\n\n{_made_by(summary['run'])}",
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"

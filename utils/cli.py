@@ -136,5 +136,3 @@ def _is_number(value, kind) -> bool:
     except (TypeError, ValueError):
         return False
     return isinstance(value, str)
-
-

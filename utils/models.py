@@ -93,8 +93,8 @@ def locate(name: str, revision: str | None = None) -> str:
 
 
 def _check_hub(name: str, revision: str | None) -> None:
-    from huggingface_hub import hf_hub_download
     from huggingface_hub import errors as hub
+    from huggingface_hub import hf_hub_download
 
     try:
         hf_hub_download(name, "config.json", revision=revision)

@@ -58,6 +58,7 @@ def training_curves(path, rows: list[dict], title: str, warning: str | None = No
 
     def finish(ax, name, unit, legend=True):
         ax.set(title=name, xlabel="optimiser step", ylabel=unit)
+        ax.xaxis.get_major_locator().set_params(integer=True)
         if legend:
             ax.legend(fontsize=7, framealpha=0.6)
 
@@ -66,15 +67,15 @@ def training_curves(path, rows: list[dict], title: str, warning: str | None = No
     draw(axes[1], "rewards/accuracies", NEUTRAL, "accuracy")
     axes[1].axhline(0.5, color="grey", ls=":", lw=1)
     axes[1].set_ylim(-0.02, 1.02)
-    finish(axes[1], "Reward accuracy", "share of pairs with chosen above rejected")
+    finish(axes[1], "Reward accuracy (chosen above rejected)", "share of pairs")
     draw(axes[2], "rewards/margins", NEUTRAL, "margin")
     axes[2].axhline(0, color="grey", ls=":", lw=1)
-    finish(axes[2], "Reward margin", "chosen - rejected (beta x nats)")
+    finish(axes[2], "Reward margin", "chosen − rejected (beta × nats)")
     for side, colour in (("chosen", CHOSEN), ("rejected", REJECTED)):
         draw(axes[3], f"rewards/{side}", colour, side)
         draw(axes[4], f"logps/{side}", colour, side)
     axes[3].axhline(0, color="grey", ls=":", lw=1)
-    finish(axes[3], "Rewards", "beta x log ratio to the reference (nats)")
+    finish(axes[3], "Rewards", "beta × log ratio (beta × nats)")
     finish(axes[4], "Log-probabilities", "summed over the answer (nats)")
     steps = [r["step"] for r in train]
     axes[5].plot(steps, [r.get("learning_rate") for r in train], color=NEUTRAL, label="learning rate")
@@ -82,6 +83,7 @@ def training_curves(path, rows: list[dict], title: str, warning: str | None = No
     norm.plot(steps, [r.get("grad_norm") for r in train], color=EVAL, lw=0.9, label="gradient norm")
     norm.set_ylabel("gradient norm")
     norm.grid(False)
+    axes[5].xaxis.get_major_locator().set_params(integer=True)
     axes[5].set(title="Learning rate and gradient norm", xlabel="optimiser step", ylabel="learning rate")
     lines = [*axes[5].get_lines(), *norm.get_lines()]
     axes[5].legend(lines, [line.get_label() for line in lines], fontsize=7, framealpha=0.6)

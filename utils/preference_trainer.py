@@ -75,7 +75,7 @@ class PreferenceTrainer(DPOTrainer):
     def __init__(self, *args, row_log: RowFile, **kwargs):
         score_responses_only()
         self.row_log, self.step0_margin = row_log, None
-        self.started, self.seconds_before = time.monotonic(), 0.0
+        self.seconds_before, self.started, self.ended = 0.0, None, None
         super().__init__(*args, **kwargs)
         for param in self.model.parameters():
             # TRL casts QLoRA adapters to bf16, where an Adam update of 2e-6 on a weight of 1e-2 rounds to nothing.
@@ -106,10 +106,18 @@ class PreferenceTrainer(DPOTrainer):
     def create_model_card(self, *args, **kwargs):
         """Nothing: utils.card writes the card once, at the end, with the results in it."""
 
+    def train(self, *args, **kwargs):
+        """transformers' train, timed."""
+        self.started = time.monotonic()
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self.ended = time.monotonic()
+
     @property
     def seconds(self) -> float:
-        """Wall time of training so far, in seconds, summed over interruptions."""
-        return self.seconds_before + time.monotonic() - self.started
+        """Wall time of training so far, its evaluations and saves included, in seconds, over all interruptions."""
+        return self.seconds_before + ((self.ended or time.monotonic()) - self.started if self.started else 0.0)
 
     def _save_checkpoint(self, model, trial):
         # The manifest comes last and is renamed into place, so a folder without it is half-written. Older checkpoints
@@ -178,7 +186,9 @@ class PreferenceTrainer(DPOTrainer):
                 batch = self._prepare_inputs(batch)
                 with self.accelerator.autocast():
                     losses += [self.compute_loss(model, batch).item()] * len(take)
-                reference = torch.cat([batch["ref_chosen_logps"], batch["ref_rejected_logps"]]) if cached else captured[1]
+                reference = (
+                    torch.cat([batch["ref_chosen_logps"], batch["ref_rejected_logps"]]) if cached else captured[1]
+                )
                 sides = (*captured[0].chunk(2), *reference.float().chunk(2))
                 values = zip(take, *(side.tolist() for side in sides), strict=True)
                 rows += [dict(zip(SCORE_KEYS, v, strict=True)) for v in values]
@@ -194,7 +204,7 @@ class PreferenceTrainer(DPOTrainer):
 
     @contextmanager
     def _captured_logps(self):
-        """A list that receives `sequence_logps` of each forward through the head: the policy's, then the reference's."""
+        """A list that gets the summed log-probabilities of each forward: the policy's, then the reference's."""
         captured = []
         policy = self.accelerator.unwrap_model(self.model)
         heads = [policy.get_base_model() if hasattr(policy, "get_base_model") else policy]

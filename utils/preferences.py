@@ -146,7 +146,9 @@ def _read_file(path: Path) -> list[tuple[str, dict]]:
                 try:
                     rows.append((f"{path} line {number}", json.loads(line)))
                 except ValueError as error:
-                    raise UserError(f"{path} line {number}: not valid JSON ({error}); mend or delete the line") from None
+                    raise UserError(
+                        f"{path} line {number}: not valid JSON ({error}); mend or delete the line"
+                    ) from None
         return rows
     try:
         data = json.loads(text)
@@ -163,7 +165,10 @@ def _read_local(path: Path, split: str) -> tuple[list[tuple[str, dict]], dict]:
         files = [f for f in sorted(path.iterdir()) if _suffix(f) and re.split(r"[.\-]", f.name)[0] == split]
         if not files:
             names = sorted({re.split(r"[.\-]", f.name)[0] for f in path.iterdir() if _suffix(f)})
-            raise UserError(f"{path}: no file of split {split!r} there; splits found: {', '.join(names) or 'none'}")
+            raise UserError(
+                f"{path}: no file of split {split!r} there (splits found: {', '.join(names) or 'none'}); set"
+                " --dataset_train_split and --dataset_test_split (none: no evaluation)"
+            )
     else:
         files = [path]
     rows = [row for f in files for row in _read_file(f)]
@@ -183,9 +188,14 @@ def _read_hub(name: str, split: str, config: str | None, revision: str | None) -
     except (hub.LocalEntryNotFoundError, hub.HfHubHTTPError, ConnectionError, hub.OfflineModeIsEnabled) as error:
         raise UserError(f"dataset {name}: the hub cannot be reached ({str(error).splitlines()[0]})") from None
     except ValueError as error:
-        raise UserError(f"dataset {name}: {str(error).splitlines()[0]}") from None
+        raise UserError(
+            f"dataset {name}: {str(error).splitlines()[0]} (--dataset_config, --dataset_train_split and"
+            " --dataset_test_split choose; none as test split: no evaluation)"
+        ) from None
     except Exception as error:
-        raise UserError(f"dataset {name} split {split}: {type(error).__name__}: {str(error).splitlines()[0]}") from error
+        raise UserError(
+            f"dataset {name} split {split}: {type(error).__name__}: {str(error).splitlines()[0]}"
+        ) from error
     files = sorted(dataset.info.download_checksums or {})
     commits = {m.group(1) for f in files if (m := re.search(r"@([0-9a-f]{40})/", f))}
     source = {"name": name, "config": config, "split": split, "revision": ", ".join(sorted(commits)) or revision}
@@ -297,9 +307,8 @@ def to_pair(row: dict, where: str, plain_as_chat: bool = False) -> Pair | str:
         return "empty_response"
     if len(chosen) > 1 or len(rejected) > 1:
         return "diverges_before_last_turn"
-    for key, answer in (("chosen", chosen), ("rejected", rejected)):
-        if answer[0]["role"] != "assistant":
-            return "last_turn_not_assistant"
+    if chosen[0]["role"] != "assistant" or rejected[0]["role"] != "assistant":
+        return "last_turn_not_assistant"
     return Pair(chosen[0]["content"], rejected[0]["content"], messages=prompt, where=where, **scores)
 
 

@@ -1,8 +1,11 @@
 """The preflight: everything about a preference run that can be known, and be wrong, before its first step."""
 
 import math
+import time
 
 import numpy as np
+
+from utils.errors import UserError
 
 
 def token_counts(dataset) -> dict:
@@ -81,6 +84,78 @@ def plan(args, pairs: int, tokens_per_epoch: int, world_size: int) -> dict:
     }
 
 
+def dropout_that_runs(args, model_args) -> str:
+    """The dropout that training really uses: TRL's disable_dropout makes lora_dropout 0 without a word."""
+    if not args.disable_dropout:
+        return f"on (lora_dropout {model_args.lora_dropout if model_args.use_peft else 'none'})"
+    if model_args.use_peft and model_args.lora_dropout:
+        return f"0 (lora_dropout {model_args.lora_dropout} is switched off by disable_dropout: true)"
+    return "0"
+
+
+def step0_margins(trainer, pairs: int) -> tuple[dict, float | None]:
+    """The largest reward and margin before the first step, over a few train pairs, and the seconds a pair took.
+
+    A sharded model exists only inside training: there the trainer checks the first micro-batch.
+    """
+    from utils.preference_trainer import step0_tolerance
+    from utils.rewards import reward_rows
+
+    found = {"largest_margin": None, "largest_reward": None, "pairs": 0, "tolerance": step0_tolerance(trainer.args)}
+    if trainer.is_sharded:
+        return {**found, "checked": "will be checked on the first micro-batch: a sharded model exists only there"}, None
+    world = trainer.accelerator.num_processes
+    count = min(pairs, 4 * world)
+    started = time.monotonic()
+    rows = reward_rows(trainer.score(trainer.train_dataset, range(count)), trainer.args.beta)
+    seconds = (time.monotonic() - started) / -(-count // world)
+    return {
+        **found,
+        "largest_margin": max(abs(row["margin"]) for row in rows),
+        "largest_reward": max(abs(row[f"reward_{side}"]) for row in rows for side in ("chosen", "rejected")),
+        "pairs": count,
+        "checked": "before training",
+    }, seconds
+
+
+def run_preflight(trainer, args, model_args, train, train_ids, test, truncation, notes) -> dict:
+    """The whole preflight, as preflight.json holds it.
+
+    Args:
+        train, test: PreferenceData of the splits (test may be None).
+        train_ids, truncation: from `utils.preferences.tokenize`.
+
+    Raises:
+        UserError: where a prompt opens with two BOS tokens, or the policy is not the reference at step 0.
+    """
+    from utils.preference_trainer import check_step0
+
+    tokens = token_counts(train_ids)
+    special = special_tokens(train_ids, trainer.processing_class)
+    if special["leading_bos_max"] > 1:
+        raise UserError(f"{special['leading_bos_max']} BOS tokens open a prompt: template and text both add one")
+    step0, seconds = step0_margins(trainer, len(train_ids))
+    if step0["largest_margin"] is not None:
+        check_step0(max(step0["largest_margin"], step0["largest_reward"]), args)
+    steps = plan(args, len(train_ids), tokens["tokens_per_epoch"], trainer.accelerator.num_processes)
+    longest, cached = tokens["longest_sequence"], args.precompute_ref_log_probs
+    return {
+        "first_pair": first_pair(train_ids, trainer.processing_class),
+        "special_tokens": special,
+        "train": train.summary(),
+        "test": test.summary() if test else None,
+        "tokens": tokens,
+        "truncation": truncation,
+        "parameters": trainable(trainer.model),
+        "precision": args.precision,
+        "dropout": dropout_that_runs(args, model_args),
+        "plan": steps,
+        "estimate": estimate(args, trainer.model, steps, seconds, longest, cached),
+        "step0": step0,
+        "notes": notes,
+    }
+
+
 def trainable(model) -> dict:
     """Parameters in all and those trained."""
     numel = [(p.requires_grad, p.ds_numel if hasattr(p, "ds_numel") else p.numel()) for p in model.parameters()]
@@ -116,25 +191,29 @@ def report(flight: dict) -> str:
         text = text.replace("\n", "⏎")
         return text if len(text) <= 300 else ("… " + text[-300:] if end else text[:300] + " …")
 
-    def share(count):
-        return f"{100 * count / train['pairs']:.1f}%"
+    def share(part):
+        return f"{cut.get(f'truncated_{part}', 0) / train['pairs']:.1%}"
 
-    dropped = ", ".join(f"{k} {v}" for k, v in train["dropped"].items()) or "nothing"
+    def drops(split):
+        return ", ".join(f"{k} {v}" for k, v in split["dropped"].items()) or "nothing"
+
     steps, estimate_, margin = flight["plan"], flight["estimate"], flight["step0"]
     batch = steps["batch"]
+    size, test = pair["tokens"], flight["test"]
+    held_out = f"{test['pairs']} test pairs; dropped: {drops(test)}" if test else "no test split"
     lines = [
         "preflight",
-        f"  prompt    {pair['tokens']['prompt']:>4} tokens, not scored | {short(pair['prompt_not_scored'], end=True)}",
-        f"  chosen    {pair['tokens']['chosen']:>4} tokens, scored     | {short(pair['chosen_scored'])}",
-        f"  rejected  {pair['tokens']['rejected']:>4} tokens, scored     | {short(pair['rejected_scored'])}",
-        f"  data      {train['rows']} rows, {train['pairs']} train pairs; dropped: {dropped}",
-        f"  lengths   chosen {tokens['chosen_tokens_mean']:.0f}, rejected {tokens['rejected_tokens_mean']:.0f} tokens on"
-        f" average; chosen longer in {100 * tokens['chosen_longer_share']:.1f}% of pairs",
-        f"  cut       prompt {share(cut.get('truncated_prompt', 0))}, chosen {share(cut.get('truncated_chosen', 0))},"
-        f" rejected {share(cut.get('truncated_rejected', 0))} of pairs; answers that keep their end token: chosen"
-        f" {100 * special['chosen_with_end_token']:.1f}%, rejected {100 * special['rejected_with_end_token']:.1f}%",
-        f"  special   leading BOS {special['leading_bos_min']} to {special['leading_bos_max']} ({special['bos_token']}),"
-        f" end {' '.join(special['end_tokens'])}",
+        f"  prompt    {size['prompt']:>4} tokens, not scored | {short(pair['prompt_not_scored'], end=True)}",
+        f"  chosen    {size['chosen']:>4} tokens, scored     | {short(pair['chosen_scored'])}",
+        f"  rejected  {size['rejected']:>4} tokens, scored     | {short(pair['rejected_scored'])}",
+        f"  data      {train['rows']} rows, {train['pairs']} train pairs; dropped: {drops(train)}; {held_out}",
+        f"  lengths   chosen {tokens['chosen_tokens_mean']:.0f}, rejected {tokens['rejected_tokens_mean']:.0f}"
+        f" tokens on average; chosen longer in {tokens['chosen_longer_share']:.1%} of pairs",
+        f"  cut       prompt {share('prompt')}, chosen {share('chosen')}, rejected {share('rejected')} of pairs; end"
+        f" token kept in {special['chosen_with_end_token']:.1%} of chosen, {special['rejected_with_end_token']:.1%} of"
+        " rejected",
+        f"  special   leading BOS {special['leading_bos_min']} to {special['leading_bos_max']}"
+        f" ({special['bos_token']}), end {' '.join(special['end_tokens'])}",
         f"  model     {flight['parameters']['trainable']:,} of {flight['parameters']['total']:,} parameters trained,"
         f" {flight['precision']}, dropout {flight['dropout']}",
         f"  plan      {steps['steps']} steps ({steps['epochs']} epochs) of {steps['global_batch_size']} pairs"

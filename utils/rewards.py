@@ -85,11 +85,25 @@ def displacement(metrics: dict) -> str | None:
 
 
 def displacement_text(chosen: float, rejected: float) -> str:
-    """The warning for mean log-probability changes of chosen and rejected, in nats."""
+    """The warning for mean changes of the log-probabilities of chosen and rejected answers, in nats."""
     return (
-        f"likelihood displacement: on the test split the log-probability of chosen answers changed by {chosen:+.2f} nats"
-        f" and that of rejected ones by {rejected:+.2f}: the margin grows by making both less likely"
+        f"likelihood displacement: on the test split the log-probability of chosen answers changed by {chosen:+.2f}"
+        f" nats and that of rejected ones by {rejected:+.2f} nats: the margin grows by making both less likely"
     )
+
+
+def conclude(metrics: dict, title: str) -> tuple[str, str, str | None]:
+    """What a run prints at its end.
+
+    Returns:
+        (text, verdict, warning): the table with verdict and warning below it, and these two alone.
+    """
+    if not metrics:
+        verdict = "No claim: there is no test split."
+        return f"{title}\n\n{verdict}", verdict, None
+    (_, verdict), warning = claim(metrics), displacement(metrics)
+    parts = [table(metrics, title), verdict, *([f"warning: {warning}"] if warning else [])]
+    return "\n\n".join(parts), verdict, warning
 
 
 def table(metrics: dict, title: str) -> str:
@@ -102,7 +116,9 @@ def table(metrics: dict, title: str) -> str:
 
     def difference(name, scale, digits, p=None):
         m = metrics[name]
-        interval = "" if m["ci95"] is None else " [{:+.{d}f}, {:+.{d}f}]".format(*(scale * x for x in m["ci95"]), d=digits)
+        interval = (
+            "" if m["ci95"] is None else " [{:+.{d}f}, {:+.{d}f}]".format(*(scale * x for x in m["ci95"]), d=digits)
+        )
         return f"{scale * m['value']:+.{digits}f}{interval}" + (f" p={metrics[p]['value']:.2g}" if p else "")
 
     chance = {
@@ -125,14 +141,21 @@ def table(metrics: dict, title: str) -> str:
             cell("likelihood_ranking_tuned", 100, 1),
             difference("likelihood_ranking_difference", 100, 1, "p_likelihood_ranking_difference"),
         ),
-        ("reward margin, beta x nats", "0 by definition", cell("reward_margin", 1, 3), difference("reward_margin", 1, 3)),
+        (
+            "reward margin, beta x nats",
+            "0 by definition",
+            cell("reward_margin", 1, 3),
+            difference("reward_margin", 1, 3),
+        ),
     ]
     for side in ("chosen", "rejected"):
         names = [f"logps_{side}_{k}" for k in ("base", "tuned", "difference")]
         row = (cell(names[0], 1, 2), cell(names[1], 1, 2), difference(names[2], 1, 2))
         lines.append((f"log-prob of {side}, nats", *row))
     if "surface_classifier_accuracy" in metrics:
-        lines.append(("words and length alone, % right", cell("surface_classifier_accuracy", 100, 1), "", "no model at all"))
+        lines.append(
+            ("words and length alone, % right", cell("surface_classifier_accuracy", 100, 1), "", "no model at all")
+        )
     widths = [max(len(line[i]) for line in lines) for i in range(4)]
     text = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines]
     return "\n".join([title, "-" * len(text[0]), text[0], "-" * len(text[0]), *text[1:]])

@@ -53,13 +53,15 @@ def run_name(asked: str | None, model_name: str, loss_type: list[str], limit: in
     return limited(name, limit)
 
 
+def all_arguments(parts: list) -> dict:
+    """Every argument of the run as JSON, for its artifacts; tokens and passwords are left out."""
+    fields = {f.name: getattr(part, f.name, None) for part in parts for f in dataclasses.fields(part)}
+    return json.loads(dumps({k: v for k, v in fields.items() if not k.endswith("token")}))
+
+
 def identity(parts: list, batch: int) -> dict:
     """The arguments that define a run: every one that can move a weight, and the global batch."""
-    values = {"batch": batch}
-    for part in parts:
-        fields = {f.name: getattr(part, f.name, None) for f in dataclasses.fields(part)}
-        values.update({k: v for k, v in fields.items() if k not in FREE_ARGUMENTS})
-    return json.loads(dumps(values))
+    return {"batch": batch, **{k: v for k, v in all_arguments(parts).items() if k not in FREE_ARGUMENTS}}
 
 
 def claim_run(name: str, output_dir: str, eval_out: str, wanted: dict, resume: str, overwrite: bool) -> Run:
@@ -128,7 +130,9 @@ def checkpoint_to_resume(run: Run, resume: str) -> Path | None:
         return None
     if resume != "auto":
         if not is_whole(Path(resume)):
-            raise UserError(f"--resume {resume}: no whole checkpoint there; there are {checkpoints(run.folder) or 'none'}")
+            raise UserError(
+                f"--resume {resume}: no whole checkpoint there; there are {checkpoints(run.folder) or 'none'}"
+            )
         return Path(resume)
     for checkpoint in checkpoints(run.folder):
         if is_whole(checkpoint):
