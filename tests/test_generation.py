@@ -37,8 +37,8 @@ def test_greedy_answers_are_transformers_own_one_by_one(builtin):
     assert answers(model, tokenizer, max_new_tokens=12, batch_tokens=1) == found
 
 
-def test_samples_follow_the_seed_and_leave_the_global_one_alone(builtin):
-    model, tokenizer = builtin
+def test_samples_follow_the_seed_and_leave_the_global_one_alone(tiny):
+    model, tokenizer = load_model(str(tiny)).eval(), load_tokenizer(str(tiny))
     state = torch.get_rng_state()
     first = answers(model, tokenizer, max_new_tokens=8, temperature=1.0, seed=1)
     assert torch.equal(state, torch.get_rng_state())
