@@ -62,6 +62,14 @@ def parse_arguments():
         raise UserError(f"--label_smoothing {args.label_smoothing}: must be at least 0 and below 0.5")
     if "exo_pair" in args.loss_type and args.label_smoothing == 0:
         raise UserError("--loss_type exo_pair needs --label_smoothing above 0 (its paper recommends 1e-3)")
+    if args.f_divergence_type not in F_DIVERGENCES:
+        raise UserError(f"--f_divergence_type {args.f_divergence_type}: unknown; one of {', '.join(F_DIVERGENCES)}")
+    if args.sync_ref_model:
+        raise UserError(
+            "--sync_ref_model: not supported, since every figure here is told against a reference that stays"
+        )
+    if args.ld_alpha is not None and args.precompute_ref_log_probs:
+        raise UserError("--ld_alpha with --precompute_ref_log_probs: leave one out; step 0 could not be checked")
     if model.model_name_or_path is None:
         raise UserError("--model_name_or_path is missing: a hub id, a folder, or builtin:smollm2-135m-instruct")
     if not data.datasets and data.dataset_name is None:
@@ -77,6 +85,9 @@ POSITIVE = (
     "beta", "learning_rate", "per_device_train_batch_size", "per_device_eval_batch_size",
     "gradient_accumulation_steps", "global_batch_size", "max_length",
 )  # fmt: skip
+
+
+F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 
 
 def say(text: str) -> None:
@@ -175,7 +186,7 @@ def build_trainer(args, model_args, tokenizer, train_ids, test_ids, row_log):
             peft_config=get_peft_config(model_args),
             row_log=row_log,
         )
-    except ValueError as error:
+    except (ValueError, NotImplementedError) as error:
         raise UserError(f"{model_args.model_name_or_path}: {str(error).splitlines()[0]}") from error
 
 
@@ -191,7 +202,7 @@ def train_or_resume(trainer, checkpoint, run_) -> None:
     if trainer.stopper.asked and trainer.state.global_step < trainer.state.max_steps:
         say(
             f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}, saved in {run_.folder}; the"
-            " same command goes on from there"
+            " same command (without --overwrite) goes on from there"
         )
         sys.exit(130)
 
@@ -246,9 +257,9 @@ def write_samples(trainer, test, count: int, path) -> None:
     answers = {}
     for side, (model, context) in sides.items():
         with context, trainer.accelerator.autocast():
-            found = sorted(generate(model, trainer.processing_class, prompts, 96), key=lambda a: a["index"])
+            found = sorted(generate(model, trainer.processing_class, prompts, 64), key=lambda a: a["index"])
         answers[side] = found
-    parts = ["# Held-out prompts, answered greedily (at most 96 tokens)\n"]
+    parts = ["# Held-out prompts, answered greedily (at most 64 tokens)\n"]
     for i, messages in enumerate(prompts):
         parts += [f"**{m['role']}**: {m['content']}\n" for m in messages]
         parts += [f"- **{side}** ({a[i]['finish_reason']}): {a[i]['text']}\n" for side, a in answers.items()]
@@ -259,7 +270,7 @@ def write_samples(trainer, test, count: int, path) -> None:
 def main():
     quick_help(__doc__)
 
-    from utils.distributed import keep_fsdp_on_cpu
+    from utils.distributed import keep_fsdp_on_cpu, on_main_process
     from utils.logs import quiet_libraries
 
     quiet_libraries()
@@ -268,12 +279,11 @@ def main():
 
     import time
 
-    from accelerate import PartialState
-
     from utils.artifacts import RowFile, envelope, read_json, write_json, write_rows, write_text
     from utils.card import model_card
     from utils.models import describe, load_tokenizer, locate
     from utils.plots import training_curves
+    from utils.preference_trainer import check_step0
     from utils.preflight import report, run_preflight
     from utils.provenance import run_record, sha256_of
     from utils.rewards import conclude
@@ -286,9 +296,8 @@ def main():
     locate(model_args.model_name_or_path, model_args.model_revision)
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     arguments = identity([data_args, args, model_args], batch)
-    with PartialState().main_process_first():
-        how = (args.resume, args.overwrite) if is_main_process() else ("auto", False)
-        current = claim_run(args.run_name, args.output_dir, args.eval_out, arguments, *how)
+    claim = (args.run_name, args.output_dir, args.eval_out, arguments, args.resume, args.overwrite)
+    current = on_main_process(lambda: claim_run(*claim))
     if current.finished:
         results = read_json(current.out / "train.json")
         return say(
@@ -298,7 +307,12 @@ def main():
     args.output_dir = str(current.folder)
 
     # Data and model.
-    tokenizer = load_tokenizer(model_args.model_name_or_path, model_args.model_revision, data_args.chat_template_path)
+    tokenizer = load_tokenizer(
+        model_args.model_name_or_path,
+        model_args.model_revision,
+        data_args.chat_template_path,
+        trust_remote_code=args.trust_remote_code,
+    )
     train, train_ids, test, test_ids, truncation = load_data(data_args, args, tokenizer)
     current.pin(sha256_of(train.summary()["text_sha256"], test.summary()["text_sha256"] if test else ""))
     row_log = RowFile(current.out / "train_log.jsonl")
@@ -308,14 +322,16 @@ def main():
     flight = run_preflight(trainer, args, model_args, train, train_ids, test, truncation, notes)
     write_json(current.out / "preflight.json", flight)
     say(report(flight))
+    if flight["step0"]["largest_reward"] is not None:
+        check_step0(max(flight["step0"]["largest_margin"], flight["step0"]["largest_reward"]), args)
     if args.preflight_only:
         return say(f"\npreflight only: see {current.out}/preflight.json")
 
     # Train, then save weights and tokenizer.
     train_or_resume(trainer, checkpoint, current)
     trainer.save_model(args.output_dir)
-    if trainer.step0_margin is not None:
-        flight["step0"] |= {"largest_margin": trainer.step0_margin, "checked": "on the first micro-batch of training"}
+    if trainer.step0_reward is not None:
+        flight["step0"] |= {"largest_reward": trainer.step0_reward, "checked": "on the first micro-batch of training"}
         write_json(current.out / "preflight.json", flight)
 
     # Evaluate on the held-out pairs.

@@ -9,6 +9,7 @@ source utils/env.sh
 
 prepare_environment requirements/tests.txt
 echo "lint: ruff"
-"$python" -m ruff check . && "$python" -m ruff format --check .
+"$python" -m ruff check .
+"$python" -m ruff format --check .
 echo "tests: pytest $*"
 "$python" -m pytest tests "$@"

@@ -30,7 +30,7 @@ def test_bos_stands_once_and_end_of_turn_is_learned(gemma_like_tokenizer):
     ids = chat.ids([chat.full_text(TURNS[1:], "West.")])[0]
     assert ids[0] == gemma_like_tokenizer.bos_token_id and ids.count(ids[0]) == 1
     end = gemma_like_tokenizer.convert_tokens_to_ids("<end_of_turn>")
-    assert chat.tail_ids()[0] == end and ids[-len(chat.tail_ids()) :] == chat.tail_ids()
+    assert chat.end_ids() == {end} and end in ids[-3:]
 
 
 def test_system_text_is_kept_or_folded(smol_tokenizer, gemma_like_tokenizer):
@@ -38,6 +38,18 @@ def test_system_text_is_kept_or_folded(smol_tokenizer, gemma_like_tokenizer):
     assert not kept.folds_system and folded.folds_system
     assert "<|im_start|>system\nSpeak like a sailor.<|im_end|>" in kept.prompt_text(TURNS)
     assert "<start_of_turn>user\nSpeak like a sailor.\n\nHello?<end_of_turn>" in folded.prompt_text(TURNS)
+
+
+def test_the_end_of_an_answer_is_a_special_token_never_a_space(smol_tokenizer):
+    template = smol_tokenizer.chat_template
+    try:
+        for tail in ("' ' + eos_token", "'\\n'"):
+            smol_tokenizer.chat_template = "{% for m in messages %}{{ m['content'] + " + tail + " }}{% endfor %}"
+            assert ChatRenderer(smol_tokenizer).end_ids() == {smol_tokenizer.eos_token_id}
+        smol_tokenizer.chat_template = "{{ raise_exception('a system turn is needed') }}"
+        assert ChatRenderer(smol_tokenizer).end_ids() == {smol_tokenizer.eos_token_id}
+    finally:
+        smol_tokenizer.chat_template = template
 
 
 def test_refusals_and_missing_templates(gemma_like_tokenizer, smol_tokenizer):

@@ -1,6 +1,5 @@
 """Command lines: strict YAML, strict flags, a fast help page."""
 
-import sys
 import time
 
 import pytest
@@ -32,7 +31,8 @@ def test_yaml_gives_defaults_and_the_command_line_wins(tmp_path):
 @pytest.mark.parametrize(
     "line",
     ["max_steps: 1.5", "max_steps: [1]", "beta: true", "beta:", "use_peft: 1", "run_name: 7", "loss_type: 3",
-     "max_steps: many", "use_peft: 'yes'", "lora_target_modules: 5", "report_to: true"],
+     "train_test_overlap: dropp", "dtype: floatt", "prompt_format: chatt", "max_steps: many", "use_peft: 'yes'",
+     "lora_target_modules: 5", "report_to: true"],
 )  # fmt: skip
 def test_values_of_a_wrong_type_are_refused_by_name(tmp_path, line):
     with pytest.raises(UserError) as error:
@@ -90,6 +90,9 @@ def test_help_all_lists_every_key(train):
         (("--num_train_epochs", "0"), ("--num_train_epochs",)),
         (("--limit", "0"), ("--limit",)),
         (("--load_in_4bit",), ("--use_peft",)),
+        (("--f_divergence_type", "foo"), ("--f_divergence_type foo", "reverse_kl")),
+        (("--sync_ref_model", "true"), ("--sync_ref_model",)),
+        (("--ld_alpha", "0.5", "--precompute_ref_log_probs", "true"), ("--ld_alpha",)),
         (("--run_name", "../x"), ("--run_name",)),
         (("--resume_from_checkpoint", "x"), ("--resume",)),
         (("--global_batch_size", "0"), ("--global_batch_size",)),
@@ -140,4 +143,3 @@ def test_utils_know_no_script():
             words = line.split()
             if words[:1] in (["import"], ["from"]):
                 assert words[1].split(".")[0] not in scripts, (path, line)
-    assert sys.version_info >= (3, 11)

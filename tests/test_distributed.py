@@ -1,8 +1,10 @@
 """Two CPU processes, DDP and FSDP2 with LoRA: the single process's losses at the same global batch."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import yaml
 from conftest import ROOT, train_args
 
 from utils.artifacts import RowFile, read_json
+from utils.runs import checkpoints, is_whole
 
 CPU = ROOT / "configs" / "accelerate" / "cpu_2proc.yaml"
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch"]
@@ -68,7 +71,7 @@ def test_two_processes_give_the_single_process_run(tiny, prefs, tmp_path, single
         assert summary["metrics"][key]["value"] == pytest.approx(alone["metrics"][key]["value"], abs=1e-4), key
     assert (tmp_path / "ck/r/adapter_model.safetensors").exists()
     step0 = read_json(tmp_path / "out/r/preflight.json")["step0"]
-    assert step0["largest_margin"] <= 1e-3
+    assert step0["largest_reward"] <= 1e-3
     assert ("first micro-batch" in step0["checked"]) == (name == "fsdp2")
 
 
@@ -79,6 +82,42 @@ def test_a_global_batch_that_changed_is_told(tiny, prefs, tmp_path):
     assert read_json(tmp_path / "out/r/preflight.json")["notes"] == ["global batch is 8 on 2 processes; on one it is 4"]
 
 
+def test_precomputed_reference_is_shared_by_the_processes(tiny, prefs, tmp_path, single):
+    args = train_args(tiny, prefs, tmp_path, "--global_batch_size", 4, "--precompute_ref_log_probs", "true")
+    done = launch(CPU, *args, "--sample_prompts", "1")
+    assert done.returncode == 0, done.stderr[-3000:]
+    for a, b in zip(rows(tmp_path, "train"), rows(single, "train"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-4)
+    assert (tmp_path / "out/r/samples.md").exists()
+
+
+def test_an_error_is_told_once_by_all_processes_together(tiny, prefs, tmp_path):
+    (tmp_path / "ck/r").mkdir(parents=True)
+    (tmp_path / "ck/r/thesis.txt").write_text("mine")
+    done = launch(CPU, *train_args(tiny, prefs, tmp_path))
+    assert done.returncode != 0 and done.stderr.count("error: ") == 1 and "holds files but no run.json" in done.stderr
+
+
 def test_a_global_batch_that_does_not_divide_is_refused(tiny, prefs, tmp_path):
     done = launch(CPU, *train_args(tiny, prefs, tmp_path, "--global_batch_size", 3))
     assert done.returncode != 0 and "error: --global_batch_size 3 does not divide over 2 processes" in done.stderr
+
+
+def test_ctrl_c_under_the_launcher_saves_one_checkpoint_and_the_run_goes_on(tiny, prefs, tmp_path):
+    """The terminal's Ctrl-C reaches launcher and processes, and the launcher passes it on once more."""
+    args = train_args(tiny, prefs, tmp_path, "--max_steps", 40)
+    command = [*ACCELERATE, "--config_file", str(CPU), "dpo_train_human_preference.py", *args]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    log = RowFile(tmp_path / "out/r/train_log.jsonl")
+    start = time.monotonic()
+    while len(log.read()) < 3 and process.poll() is None and time.monotonic() - start < 120:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    (checkpoint,) = checkpoints(tmp_path / "ck/r")
+    assert is_whole(checkpoint), err[-2000:]
+    done = launch(CPU, *args)
+    assert done.returncode == 0 and f"resuming from {checkpoint}" in done.stdout, done.stderr[-2000:]
+    assert [row["step"] for row in rows(tmp_path, "train")] == list(range(1, 41))

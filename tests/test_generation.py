@@ -25,16 +25,16 @@ def answers(model, tokenizer, **kwargs) -> list[dict]:
 
 def test_greedy_answers_are_transformers_own_one_by_one(builtin):
     model, tokenizer = builtin
-    found = answers(model, tokenizer, max_new_tokens=12)
+    found = answers(model, tokenizer, max_new_tokens=8)
     assert [a["index"] for a in found] == [0, 1, 2]
     for messages, answer in zip(PROMPTS, found, strict=True):
         ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-        out = model.generate(**ids, max_new_tokens=12, do_sample=False)[0, ids["input_ids"].shape[1] :]
+        out = model.generate(**ids, max_new_tokens=8, do_sample=False)[0, ids["input_ids"].shape[1] :]
         assert answer["text"] == tokenizer.decode(out, skip_special_tokens=True).strip()
         stopped = tokenizer.eos_token_id in out.tolist()
         assert answer["finish_reason"] == ("stop" if stopped else "length")
-        assert answer["tokens"] == (out.tolist().index(tokenizer.eos_token_id) if stopped else 12)
-    assert answers(model, tokenizer, max_new_tokens=12, batch_tokens=1) == found
+        assert answer["tokens"] == (out.tolist().index(tokenizer.eos_token_id) if stopped else 8)
+    assert answers(model, tokenizer, max_new_tokens=8, batch_tokens=1) == found
 
 
 def test_samples_follow_the_seed_and_leave_the_global_one_alone(tiny):

@@ -53,7 +53,8 @@ def test_an_unknown_dataset_is_named(hub, tmp_path, tiny):
     assert_one_line(run_against(hub, tmp_path, tiny, "org/misspelt-data"), "org/misspelt-data", "not found")
 
 
-@pytest.mark.parametrize("offline", ["0", "1"])
+# The hub client tries for half a minute before it gives up.
+@pytest.mark.parametrize("offline", [pytest.param("0", marks=pytest.mark.slow), "1"])
 def test_no_network_is_told(tmp_path, prefs, offline):
     err = run_against("http://127.0.0.1:9", tmp_path, "org/model", prefs, HF_HUB_OFFLINE=offline)
     assert_one_line(err, "org/model", "cannot be reached")

@@ -7,7 +7,7 @@ import pytest
 from conftest import make_pairs, write_jsonl
 
 from utils.errors import UserError
-from utils.preferences import Pair, load_pairs, read_rows, remove_overlap, to_pair, tokenize, truncate
+from utils.preferences import DataArguments, Pair, load_pairs, read_rows, remove_overlap, to_pair, tokenize, truncate
 
 USER = {"role": "user", "content": "Two plus two?"}
 GOOD, BAD = {"role": "assistant", "content": "Four."}, {"role": "assistant", "content": "Five."}
@@ -28,6 +28,11 @@ EXPECTED = ([USER], "Four.", "Five.")
             "rejected": "\n\nHuman: Two plus two?\n\nAssistant: Five.",
         },
         {"prompt": "\n\nHuman: Two plus two?\n\nAssistant:", "chosen": " Four.", "rejected": " Five."},
+        {
+            "prompt": "\n\nHuman: Two plus two?\n\nAssistant:",
+            "chosen": "\n\nHuman: Two plus two?\n\nAssistant: Four.",
+            "rejected": "\n\nHuman: Two plus two?\n\nAssistant: Five.",
+        },
     ],
 )
 def test_conversational_formats_give_the_same_pair(row):
@@ -60,6 +65,21 @@ def test_multi_turn_and_system_messages_stay_in_the_prompt():
     transcript = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"
     pair = to_pair({"chosen": transcript + " d", "rejected": transcript + " e"}, "row 0")
     assert [m["role"] for m in pair.messages] == ["user", "assistant", "user"] and pair.chosen == "d"
+
+
+def test_a_prompt_string_beside_a_shared_system_turn_is_not_lost():
+    system = {"role": "system", "content": "Be brief."}
+    row = {"prompt": "Two plus two?", "chosen": [system, GOOD], "rejected": [system, BAD]}
+    assert to_pair(row, "row 0").messages == [system, USER]
+
+
+def test_plain_text_edges():
+    same = {"chosen": "The sky is blue.", "rejected": "The sky is blue."}
+    assert to_pair(same, "row 0") == "identical_responses"
+    longer = to_pair({"chosen": "Is it? yes", "rejected": "Is it? yes, but no"}, "row 0")
+    assert longer.chosen and longer.rejected and longer.text + longer.chosen == "Is it? yes"
+    repeated = to_pair({"prompt": "The sky is", "chosen": "The sky is blue.", "rejected": "The sky is green."}, "row 0")
+    assert (repeated.text, repeated.chosen) == ("The sky is", " blue.")
 
 
 def test_transcripts_that_part_early_are_dropped_by_name():
@@ -122,6 +142,44 @@ def test_damaged_files_are_named(tmp_path, name, text, words):
     with pytest.raises(UserError) as error:
         read_rows(str(tmp_path / name), "train")
     assert all(word in str(error.value) for word in words), error.value
+
+
+def test_a_cut_off_archive_and_text_that_is_no_unicode_are_named(tmp_path):
+    whole = gzip.compress(b'{"prompt": "a", "chosen": "b", "rejected": "c"}' * 50)
+    (tmp_path / "a.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="a.jsonl.gz: damaged"):
+        read_rows(str(tmp_path / "a.jsonl.gz"), "train")
+    (tmp_path / "b.jsonl").write_text('{"prompt": "a", "chosen": "\\ud83d", "rejected": "c"}\n')
+    with pytest.raises(UserError, match="b.jsonl line 1.*Unicode"):
+        load_pairs([{"name": str(tmp_path / "b.jsonl"), "split": "train"}])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"dataset_name": "FILE"},
+        {"dataset_name": "FOLDER", "dataset_test_split": "train"},
+        {"dataset_name": "FILE", "test_dataset_name": "FILE"},
+    ],
+)
+def test_train_data_are_never_the_test_data(prefs, arguments):
+    names = {"FILE": str(prefs / "train.jsonl"), "FOLDER": str(prefs)}
+    with pytest.raises(UserError, match="both train and test.*--dataset_test_split none"):
+        DataArguments(**{k: names.get(v, v) for k, v in arguments.items()}).sources()
+
+
+@pytest.mark.parametrize(
+    "entry", [{"path": 3}, {"name": "x"}, {"path": "x", "fraction": "half"}, {"path": "x", "splt": "a"}, 7]
+)
+def test_a_malformed_mix_is_named(entry):
+    with pytest.raises(UserError, match="datasets: "):
+        DataArguments(datasets=[entry]).sources()
+
+
+def test_a_trial_run_sees_every_dataset_of_a_mix(tmp_path):
+    files = [write_jsonl(tmp_path / f"{i}.jsonl", make_pairs(9, 100 * i)) for i in range(2)]
+    data = load_pairs([{"name": str(f), "split": "x"} for f in files], limit=4)
+    assert [pair.where.split()[0] for pair in data.pairs] == [str(files[0])] * 2 + [str(files[1])] * 2
 
 
 def test_missing_files_and_splits_are_named(tmp_path, prefs):

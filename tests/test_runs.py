@@ -15,7 +15,7 @@ from conftest import ROOT, assert_one_line, train_args
 
 from utils.artifacts import RowFile, atomic_write, latest_run, read_json, write_json
 from utils.errors import UserError
-from utils.runs import Run, checkpoint_to_resume, checkpoints, is_whole, seal
+from utils.runs import Run, checkpoint_to_resume, checkpoints, claim_run, is_whole, seal
 
 SCRIPT = [sys.executable, "dpo_train_human_preference.py"]
 
@@ -95,7 +95,7 @@ def test_killed_after_the_last_step_only_the_evaluation_is_done_again(tiny, pref
 def test_ctrl_c_saves_a_checkpoint_and_says_how_to_go_on(tiny, prefs, tmp_path, unbroken):
     args = run_args(tiny, prefs, tmp_path, "--save_steps", 100)
     code, out, err = kill_when(args, lambda: len(log_rows(tmp_path)) >= 3, signal.SIGINT)
-    assert code == 130 and "the same command goes on" in out and "Traceback" not in err, err
+    assert code == 130 and "the same command (without --overwrite) goes on" in out and "Traceback" not in err, err
     (checkpoint,) = checkpoints(tmp_path / "ck/r")
     assert is_whole(checkpoint)
     done = subprocess.run([*SCRIPT, *args], cwd=ROOT, capture_output=True, text=True)
@@ -211,6 +211,87 @@ def test_row_file_drops_a_cut_off_line(tmp_path):
     assert [r["i"] for r in rows.read()] == [0, 1, 2]
     rows.keep(lambda r: r["i"] < 2)
     assert rows.path.read_text() == '{"i": 0}\n{"i": 1}\n'
+
+
+def test_row_file_survives_odd_text_and_a_cut_line(tmp_path):
+    rows = RowFile(tmp_path / "rows.jsonl")
+    for text in ("a\u2028b", "c\nd\x85e"):
+        rows.append({"text": text})
+    with rows.path.open("a") as f:
+        f.write('{"text": "cut')
+    rows.append({"text": "next"})
+    assert [r["text"] for r in rows.read()] == ["a\u2028b", "c\nd\x85e", "next"]
+
+
+def claim_here(tmp_path, beta=0.1, resume="auto", overwrite=False):
+    run = claim_run("r", str(tmp_path / "ck"), str(tmp_path / "out"), {"beta": beta, "batch": 4}, resume, overwrite)
+    run.lock.release()
+    return run
+
+
+def test_a_name_stays_free_until_something_is_trained(tmp_path):
+    """The mend that an error names (another flag) must work: the failed first try does not own the name."""
+    claim_here(tmp_path)
+    run = claim_here(tmp_path, beta=0.2)
+    RowFile(run.out / "train_log.jsonl").append({"step": 1})
+    with pytest.raises(UserError, match="another run .beta 0.2 -> 0.3"):
+        claim_here(tmp_path, beta=0.3)
+    assert claim_here(tmp_path, beta=0.2).folder == run.folder
+
+
+def test_results_without_weights_are_made_anew_by_the_same_run_alone(tmp_path):
+    """A fresh clone holds eval_out/quickstart but no checkpoints."""
+    write_json(tmp_path / "out/r/train.json", {"args": {"beta": 0.1}})
+    with pytest.raises(UserError, match="beta 0.1 -> 0.2"):
+        claim_here(tmp_path, beta=0.2)
+    assert not claim_here(tmp_path).finished and not (tmp_path / "out/r/train.json").exists()
+
+
+def test_overwrite_deletes_runs_and_nothing_else(tmp_path):
+    (tmp_path / "out/r").mkdir(parents=True)
+    (tmp_path / "out/r/thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match="no run's results"):
+        claim_here(tmp_path, overwrite=True)
+    assert (tmp_path / "out/r/thesis.txt").exists()
+    with pytest.raises(UserError, match="--overwrite would delete the checkpoint"):
+        claim_here(tmp_path, resume=str(tmp_path / "ck/r/checkpoint-4"), overwrite=True)
+
+
+def test_two_processes_cannot_train_one_run(tmp_path):
+    run = claim_run("r", str(tmp_path / "ck"), str(tmp_path / "out"), {"batch": 4}, "auto", False)
+    code = (
+        "from utils.runs import claim_run; import sys; from utils.errors import run\n"
+        "run(lambda: claim_run('r', sys.argv[1], sys.argv[2], {'batch': 4}, 'auto', False))"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "ck"), str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert_one_line(done.stderr, "another process is training this run")
+    run.lock.release()
+    assert subprocess.run(command, cwd=ROOT).returncode == 0
+
+
+def test_another_runs_checkpoint_is_not_resumed(tmp_path):
+    other = tmp_path / "other" / "checkpoint-2"
+    other.mkdir(parents=True)
+    seal(other, step=2)
+    with pytest.raises(UserError, match="no whole checkpoint"):
+        checkpoint_to_resume(Run("r", tmp_path / "r", tmp_path), str(other))
+
+
+def test_what_an_out_of_memory_error_advises_may_change_on_resume(train, tiny, prefs, tmp_path):
+    args = run_args(tiny, prefs, tmp_path)
+    kill_when(args, lambda: is_whole(tmp_path / "ck/r/checkpoint-4"))
+    smaller = ("--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 4)
+    code, out, err = train(*args, *smaller, "--per_device_eval_batch_size", 1, "--gradient_checkpointing", "true")
+    assert code == 0 and "resuming from" in out, err
+    assert [r["step"] for r in log_rows(tmp_path) if r["split"] == "train"] == list(range(1, 9))
+
+
+def test_a_loss_that_is_no_number_stops_the_run(train, tiny, prefs, tmp_path):
+    code, _, err = train(*run_args(tiny, prefs, tmp_path, "--learning_rate", "1e38"))
+    assert code == 2
+    assert_one_line(err, "loss at step", "--learning_rate")
 
 
 def test_latest_run_is_found_or_its_lack_is_told(tmp_path):

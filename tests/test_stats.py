@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from utils.rewards import claim, displacement, reward_metrics, reward_rows
-from utils.stats import bootstrap, mcnemar, ranked_right, sign_test
+from utils.stats import bootstrap, mcnemar, ranked_right, sign_test, signed_rank
 
 
 def test_bootstrap_of_a_mean_matches_the_normal_theory():
@@ -62,10 +62,19 @@ def test_rewards_by_hand():
 
 
 def test_the_claim_needs_the_interval_above_one_half():
-    accuracy = {"value": 0.6, "stderr": 0.04, "ci95": [0.51, 0.69], "n": 120}
-    assert claim({"reward_accuracy": accuracy})[0]
-    assert not claim({"reward_accuracy": {**accuracy, "ci95": [0.5, 0.69]}})[0]
-    assert not claim({"reward_accuracy": {**accuracy, "ci95": None, "n": 1}})[0]
+    def told(low, p, n=120):
+        accuracy = {"value": 0.6, "stderr": 0.04, "ci95": low and [low, 0.69], "n": n}
+        return claim({"reward_accuracy": accuracy, "p_reward_accuracy_is_half": {"value": p}})
+
+    assert told(0.51, 0.03) == (True, told(0.51, 0.03)[1]) and told(0.51, 0.03)[1].startswith("Training helped:")
+    assert not told(0.5, 0.03)[0] and not told(None, 0.03, 1)[0]
+    # Two pairs, both right: the bootstrap interval is a point at 100%, the sign test says p = 0.5.
+    assert not told(1.0, 0.5, 2)[0] and told(1.0, 0.5, 2)[1].startswith("No claim")
+
+
+def test_signed_rank_by_hand():
+    # All five differences positive: the most extreme of 2^5 sign patterns, on two sides.
+    assert signed_rank([1, 2, 3, 4, 5]) == pytest.approx(2 / 32) and signed_rank([0, 0]) == 1
 
 
 def test_displacement_only_where_both_fell_beyond_chance():

@@ -102,9 +102,8 @@ class RowFile:
         if not self.path.exists():
             return []
         rows = []
-        for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True):
-            if not line.endswith("\n"):
-                break
+        # Not splitlines: a row's text may hold other line separators.
+        for line in self.path.read_text(encoding="utf-8").split("\n")[:-1]:
             rows.append(json.loads(line))
         return rows
 
@@ -112,8 +111,13 @@ class RowFile:
         """Append one row and flush it. Rank 0 only."""
         if is_main_process():
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as f:
-                f.write(dumps(row, indent=None) + "\n")
+            with self.path.open("ab+") as f:
+                size = f.seek(0, os.SEEK_END)
+                f.seek(max(0, size - 1))
+                if size and f.read() != b"\n":
+                    f.seek(0)
+                    f.truncate(f.read().rfind(b"\n") + 1)
+                f.write((dumps(row, indent=None) + "\n").encode())
 
     def keep(self, wanted) -> None:
         """Drop the rows for which `wanted(row)` is false (a resumed run drops what came after its checkpoint)."""

@@ -118,12 +118,13 @@ def _provenance(data: dict) -> str:
     return "\n".join(lines)
 
 
-def _made_by(run: dict) -> str:
+def _made_by(run: dict, training: dict) -> str:
     hardware = run["hardware"]
     machine = ", ".join([f"{hardware['cpu']} ({hardware['cores']} cores)", *hardware["gpus"]])
+    speed = f"{training['seconds']:.0f} s of training, {training['pairs_per_second']} pairs a second"
     return "\n".join([
         f"- commit `{run['git_commit']}`, {run['finished_utc']}",
-        f"- {run['wall_seconds']:.0f} s on {machine}, {run['world_size']} processes",
+        f"- {speed}, on {machine}, {run['world_size']} processes",
         "- " + ", ".join(f"{name} {version}" for name, version in run["versions"].items()),
     ])  # fmt: skip
 
@@ -143,6 +144,6 @@ def model_card(summary: dict, rows: list[dict], folder: str, peft: bool) -> str:
         f"## Training results\n\n{results_table(rows)}",
         f"## Hyperparameters\n\n{_hyperparameters(summary)}",
         f"## Data\n\n{_provenance(summary['data'])}",
-        f"## Made by\n\n{_made_by(summary['run'])}",
+        f"## Made by\n\n{_made_by(summary['run'], summary['training'])}",
     ]
     return "\n\n".join(section for section in sections if section) + "\n"

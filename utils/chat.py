@@ -61,10 +61,15 @@ class ChatRenderer:
         """Token ids of rendered texts, with no special token beyond those in the text."""
         return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
 
-    def tail_ids(self) -> list[int]:
-        """The ids that the template puts after an answer: the end-of-turn token and what follows it."""
-        whole = self.full_text([{"role": "user", "content": "x"}], "ANSWER-PROBE")
-        return self.ids([whole.rpartition("ANSWER-PROBE")[2]])[0]
+    def end_ids(self) -> set[int]:
+        """The ids that end an answer: the first special token that the template puts after it, else EOS."""
+        try:
+            whole = self.full_text([{"role": "user", "content": "x"}], "ANSWER-PROBE")
+        except TemplateRefused:
+            whole = ""
+        tail = self.ids([whole.rpartition("ANSWER-PROBE")[2]])[0]
+        special = set(self.tokenizer.all_special_ids)
+        return set([i for i in tail if i in special][:1] or [self.tokenizer.eos_token_id]) - {None}
 
 
 def shared_prefix(a: list[int], b: list[int]) -> int:

@@ -33,14 +33,16 @@ def parse(dataclass_types: tuple, argv: list[str] | None = None) -> tuple:
         StrictParser(dataclass_types, allow_abbrev=False).print_help()
         sys.exit(0)
     hints = {name: hint for d in dataclass_types for name, hint in typing.get_type_hints(d).items()}
-    keys = {f.name for d in dataclass_types for f in dataclasses.fields(d) if f.init}
+    fields = [f for d in dataclass_types for f in dataclasses.fields(d) if f.init]
+    keys = {f.name for f in fields}
+    choices = {f.name: f.metadata["choices"] for f in fields if "choices" in f.metadata}
     if argv.count("--config") > 1:
         raise UserError("command line: --config is given twice; give one file")
     if "--config" in argv:
         at = argv.index("--config")
         if at + 1 == len(argv):
             raise UserError("command line: --config needs a file, e.g. --config configs/quickstart.yaml")
-        _check_yaml(argv[at + 1], keys, hints)
+        _check_yaml(argv[at + 1], keys, hints, choices)
     for arg in argv:
         name = arg.split("=")[0]
         known = name.removeprefix("--").replace("-", "_")
@@ -61,8 +63,8 @@ def _close(key: str, keys: set[str], dash: str = "") -> str:
     return f"; did you mean {dash}{found[0]}?" if found else "; see --help_all"
 
 
-def _check_yaml(path: str, keys: set[str], hints: dict) -> None:
-    """Refuse what TRL's parser lets pass: unknown keys named plainly, keys given twice, values of a wrong type."""
+def _check_yaml(path: str, keys: set[str], hints: dict, choices: dict) -> None:
+    """Refuse what TRL's parser lets pass in YAML: keys given twice, values of a wrong type or outside the choices."""
     import yaml
 
     class UniqueKeys(yaml.SafeLoader):
@@ -94,6 +96,8 @@ def _check_yaml(path: str, keys: set[str], hints: dict) -> None:
         if not _fits(value, hints[key]):
             kind = typing.get_origin(hints[key]) and str(hints[key]) or getattr(hints[key], "__name__", hints[key])
             raise UserError(f"{path}: key {key!r} must be {kind}, found {value!r}")
+        if key in choices and value is not None and value not in choices[key]:
+            raise UserError(f"{path}: key {key!r} must be one of {', '.join(choices[key])}, found {value!r}")
 
 
 def _fits(value, hint) -> bool:

@@ -2,6 +2,8 @@
 
 import os
 
+from utils.errors import UserError
+
 
 def keep_fsdp_on_cpu() -> None:
     """Let an FSDP launch shard on CPU processes too, where accelerate would fall back to DDP without a word.
@@ -16,3 +18,22 @@ def keep_fsdp_on_cpu() -> None:
     state = PartialState()
     if os.environ.get("ACCELERATE_USE_FSDP") == "true" and state.distributed_type == DistributedType.MULTI_CPU:
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+
+def on_main_process(call):
+    """`call()`'s result on every process, run on rank 0 alone; its UserError is raised on every process too."""
+    from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
+
+    outcome, result = [None, None], None
+    if PartialState().is_main_process:
+        try:
+            result = call()
+            outcome[0] = result
+        except UserError as error:
+            outcome[1] = str(error)
+    if PartialState().num_processes > 1:
+        broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise UserError(outcome[1])
+    return outcome[0] if result is None else result

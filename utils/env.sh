@@ -2,18 +2,19 @@
 # PYTHON= chooses the interpreter. A second call with unchanged requirements installs nothing and needs no network.
 
 prepare_environment() { # extra requirement files as arguments
-    local base="${PYTHON:-python3}" files=(requirements.txt "$@") stamp wanted log
+    local base="${PYTHON:-python3}" files=(requirements.txt "$@") stamp version wanted log
     command -v "$base" >/dev/null || fail "no interpreter '$base': install Python 3.11 or later, or set PYTHON="
     "$base" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
         fail "$("$base" --version) is too old: Python 3.11 or later is needed; set PYTHON= to one"
     python=.venv/bin/python
     stamp=.venv/requirements.stamp
-    wanted="$("$base" -c 'import sys; print(sys.version)') $(cat "${files[@]}" | cksum)"
+    version="$("$base" -c 'import sys; print(sys.version.replace("\n", " "))')"
+    wanted="$version $(cat "${files[@]}" | cksum)"
     if [ -f "$stamp" ] && grep -qxF -- "$wanted" "$stamp"; then
         echo "environment: .venv is up to date"
         return
     fi
-    if [ -x "$python" ] && [ "$("$python" -c 'import sys; print(sys.version)')" != "$("$base" -c 'import sys; print(sys.version)')" ]; then
+    if [ -x "$python" ] && [ "$("$python" -c 'import sys; print(sys.version.replace("\n", " "))')" != "$version" ]; then
         echo "environment: .venv was made by another Python, making it anew"
         rm -rf .venv
     fi
@@ -29,7 +30,8 @@ prepare_environment() { # extra requirement files as arguments
         tail -n 15 "$log" >&2
         fail "pip could not install the requirements (whole log: $log); is the package index reachable?"
     }
-    echo "$wanted" >>"$stamp"
+    # What holds for all files holds for requirements.txt alone.
+    printf '%s\n' "$wanted" "$version $(cksum <requirements.txt)" >"$stamp"
 }
 
 fail() {

@@ -3,6 +3,7 @@
 import errno
 import os
 import sys
+import time
 
 
 class UserError(Exception):
@@ -21,7 +22,7 @@ def run(main) -> None:
     except UserError as error:
         fail(str(error))
     except KeyboardInterrupt:
-        print("\ninterrupted: nothing that was written is lost; the same command goes on from there", file=sys.stderr)
+        print("\ninterrupted: the same command (without --overwrite) goes on from what is there", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
         message = explain(error)
@@ -31,8 +32,16 @@ def run(main) -> None:
 
 
 def fail(message: str) -> None:
-    """Print `error: message` on stderr as one line and leave with code 2."""
-    print("error: " + " ".join(message.split()), file=sys.stderr)
+    """Print `error: message` on stderr as one line and leave with code 2.
+
+    What stops every process of a launch is told by rank 0; another process speaks up only where it alone fails and
+    the launcher has not ended it by then.
+    """
+    rank = ""
+    if not is_main_process():
+        rank = f"[process {os.environ['RANK']}] "
+        time.sleep(5)
+    print(f"error: {rank}" + " ".join(message.split()), file=sys.stderr)
     sys.stderr.flush()
     sys.exit(2)
 
@@ -58,8 +67,9 @@ def explain(error: BaseException | None) -> str | None:
         memory_texts = ("out of memory", "can't allocate memory", "Cannot allocate memory", "not enough memory")
         if isinstance(error, MemoryError) or any(t in text for t in memory_texts):
             return (
-                "out of memory: lower --per_device_train_batch_size (raise --gradient_accumulation_steps to match) or"
-                " --max_length, set --gradient_checkpointing true, or load the base with --load_in_4bit"
+                "out of memory: lower --per_device_train_batch_size (raise --gradient_accumulation_steps to match)"
+                " and --per_device_eval_batch_size, or set --gradient_checkpointing true, and the same run goes on;"
+                " or begin another with a smaller --max_length or --load_in_4bit"
             )
         error = error.__cause__ or error.__context__
     return None

@@ -31,7 +31,7 @@ def generate(
     chat = ChatRenderer(tokenizer)
     prompt_ids = chat.ids([chat.prompt_text(messages) for messages in prompts])
     # The end-of-turn token ends an answer also where the model's own settings name only the end of the text.
-    stops = {tokenizer.eos_token_id, *chat.tail_ids()[:1]}
+    stops = {tokenizer.eos_token_id, *chat.end_ids()}
     own = model.generation_config.eos_token_id
     stops |= set(own if isinstance(own, list) else [own]) - {None}
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {}

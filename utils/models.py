@@ -7,7 +7,9 @@ import sys
 from contextlib import redirect_stderr
 from pathlib import Path
 
-from utils.errors import UserError
+from safetensors import SafetensorError
+
+from utils.errors import UserError, explain
 from utils.provenance import sha256_of, sha256_of_files
 
 BUILTIN = "builtin:smollm2-135m-instruct"
@@ -19,6 +21,17 @@ def cache_dir() -> Path:
     """Where dequantised weights are kept: $PREFERENCELAB_CACHE, else a folder below the user's cache."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("PREFERENCELAB_CACHE") or Path(base) / "preferencelab")
+
+
+LOAD_ERRORS = (ValueError, ImportError, OSError, KeyError, SafetensorError)
+
+
+def _unreadable(what: str, error: Exception) -> Exception:
+    """The UserError for files that transformers could not load; `error` itself where the machine is at its limit."""
+    if explain(error):
+        return error
+    first = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return UserError(f"{what} cannot be loaded ({first}): is the folder whole, and is it a causal LM?")
 
 
 def _builtin_gguf() -> Path:
@@ -126,7 +139,10 @@ def load_tokenizer(name: str, revision: str | None = None, chat_template_path: s
     """
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(locate(name, revision), revision=revision, **kwargs)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(locate(name, revision), revision=revision, **kwargs)
+    except LOAD_ERRORS as error:
+        raise _unreadable(f"tokenizer of {name}", error) from error
     tokenizer.padding_side = "right"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -134,7 +150,10 @@ def load_tokenizer(name: str, revision: str | None = None, chat_template_path: s
         path = Path(chat_template_path)
         if not path.is_file():
             raise UserError(f"--chat_template_path {path}: no such file")
-        tokenizer.chat_template = path.read_text(encoding="utf-8")
+        try:
+            tokenizer.chat_template = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise UserError(f"--chat_template_path {path}: not UTF-8 text") from None
     return tokenizer
 
 
@@ -185,8 +204,8 @@ def load_model(
             # A quantised base is placed while it loads; everything else is moved by the trainer or below.
             device_map={"": device} if quantization_config is not None else None,
         )
-    except (ValueError, ImportError) as error:
-        raise UserError(f"model {name} cannot be loaded as a causal LM: {str(error).splitlines()[0]}") from error
+    except LOAD_ERRORS as error:
+        raise _unreadable(f"model {name}", error) from error
     for module in model.modules():
         # On CPUs with AVX512-BF16 bitsandbytes repacks a weight at its first inference pass and rounds its scales to
         # bf16: training, evaluation and a resumed run would each see another base.
@@ -228,13 +247,15 @@ def describe(name: str, model, tokenizer) -> dict:
     if name.startswith("builtin:"):
         info["weights_sha256"] = sha256_of_files([_builtin_gguf()])
     elif Path(name).is_dir():
-        info["weights_sha256"] = sha256_of_files(Path(name).glob("*.safetensors"))
+        files = [*Path(name).glob("*.safetensors"), *Path(name).glob("*.bin")]
+        info["weights_sha256"] = sha256_of_files(files) if files else None
     else:
         info["revision"] = getattr(model.config, "_commit_hash", None)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     info["architecture"] = type(base).__name__
     info["dtype"] = str(base.dtype).removeprefix("torch.")
-    info["quantized"] = "4bit" if getattr(base, "is_loaded_in_4bit", False) else None
+    quantized = [bits for bits in ("4bit", "8bit") if getattr(base, f"is_loaded_in_{bits}", False)]
+    info["quantized"] = quantized[0] if quantized else None
     info["attn_implementation"] = base.config._attn_implementation
     info["chat_template_sha256"] = sha256_of(tokenizer.chat_template) if tokenizer.chat_template else None
     return info

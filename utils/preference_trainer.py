@@ -1,5 +1,6 @@
 """TRL's DPOTrainer as the engine, with this project's token ids, checkpoints that survive kill -9, and logs."""
 
+import math
 import shutil
 import signal
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
+from datasets import load_from_disk
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl import DPOConfig, DPOTrainer
@@ -74,7 +76,7 @@ class PreferenceTrainer(DPOTrainer):
 
     def __init__(self, *args, row_log: RowFile, **kwargs):
         score_responses_only()
-        self.row_log, self.step0_margin = row_log, None
+        self.row_log, self.step0_reward = row_log, None
         self.seconds_before, self.started, self.ended = 0.0, None, None
         super().__init__(*args, **kwargs)
         for param in self.model.parameters():
@@ -102,6 +104,17 @@ class PreferenceTrainer(DPOTrainer):
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         # TRL would tokenise here, with no max_prompt_length; the rows come tokenised by utils.preferences.
         return dataset
+
+    def _precompute_ref_logps(self, dataset, name, batch_size):
+        if self.accelerator.num_processes > 1:
+            # TRL lets rank 0 write a cache that the others open; rows in memory have another cache on each process.
+            shared = Path(self.args.output_dir) / ".tokenized" / name
+            if is_main_process():
+                shutil.rmtree(shared, ignore_errors=True)
+                dataset.save_to_disk(str(shared))
+            self.accelerator.wait_for_everyone()
+            dataset = load_from_disk(str(shared))
+        return super()._precompute_ref_logps(dataset, name, batch_size)
 
     def create_model_card(self, *args, **kwargs):
         """Nothing: utils.card writes the card once, at the end, with the results in it."""
@@ -151,11 +164,16 @@ class PreferenceTrainer(DPOTrainer):
         self.seconds_before = state["seconds"]
 
     def _compute_loss(self, model, inputs, return_outputs):
-        result = super()._compute_loss(model, inputs, return_outputs)
-        if self.is_sharded and self.model.training and self.state.global_step == 0 and self.step0_margin is None:
-            # Sharded models exist only inside training, so their step-0 margin is read off the first micro-batch.
-            self.step0_margin = abs(self._metrics["train"]["rewards/margins"][-1])
-            check_step0(self.step0_margin, self.args)
+        if not (self.is_sharded and self.model.training and self.state.global_step == 0 and self.step0_reward is None):
+            return super()._compute_loss(model, inputs, return_outputs)
+        # A sharded model exists only inside training, so its step-0 rewards are read off the first micro-batch.
+        with self._captured_logps() as captured:
+            result = super()._compute_loss(model, inputs, return_outputs)
+        cached = [inputs[k] for k in ("ref_chosen_logps", "ref_rejected_logps") if k in inputs]
+        reference = torch.cat(cached) if cached else captured[1]
+        rewards = self.args.beta * (captured[0].detach() - reference).abs().max()
+        self.step0_reward = self.accelerator.gather(rewards).max().item()
+        check_step0(self.step0_reward, self.args)
         return result
 
     @torch.no_grad()
@@ -218,12 +236,12 @@ class PreferenceTrainer(DPOTrainer):
                 hook.remove()
 
 
-def check_step0(margin: float, args: PreferenceConfig) -> None:
-    """Stop unless the largest |reward margin| before the first step is 0 within the precision's tolerance."""
+def check_step0(reward: float, args: PreferenceConfig) -> None:
+    """Stop unless the largest |reward| or |margin| before the first step is 0 within the precision's tolerance."""
     tolerance = step0_tolerance(args)
-    if not margin <= tolerance:
+    if not reward <= tolerance:
         raise UserError(
-            f"the margins at step 0 must be 0 but reach {margin:.4g} (tolerance {tolerance}): the policy is not the"
+            f"the margins at step 0 must be 0 but reach {reward:.4g} (tolerance {tolerance}): the policy is not the"
             " reference; look for dropout left on, an adapter that does not start at zero, or a stale reference"
         )
 
@@ -252,11 +270,18 @@ class RowLog(TrainerCallback):
         if "train_runtime" in logs or not state.is_world_process_zero:
             return
         split = "eval" if any(k.startswith("eval_") for k in logs) else "train"
+        loss = logs.get("loss", logs.get("eval_loss"))
+        if loss is not None and not math.isfinite(loss):
+            raise UserError(
+                f"the {split} loss at step {state.global_step} is {loss}: lower --learning_rate, or leave 16 bits"
+                " (--bf16 false --fp16 false); with --save_steps the checkpoints before it are kept"
+            )
         row = {"split": split, "step": state.global_step, **{k.removeprefix("eval_"): v for k, v in logs.items()}}
         self.rows.append(row)
         if split == "eval":
             falls = [row[f"rewards/{side}"] / args.beta for side in ("chosen", "rejected")]
-            if max(falls) < 0:
+            # Means without intervals: a fall of less than a hundredth of the log-probability is not told.
+            if falls[0] < -0.01 * abs(row["logps/chosen"]) and falls[1] < 0:
                 print(f"\nwarning: step {state.global_step}: {displacement_text(*falls)}", file=sys.stderr)
 
 
@@ -270,11 +295,16 @@ class QuietProgress(ProgressCallback):
 
 
 class GracefulStop(TrainerCallback):
-    """Ctrl-C or SIGTERM: finish the optimiser step, save a checkpoint, stop. A second Ctrl-C stops at once."""
+    """Ctrl-C or SIGTERM: finish the optimiser step, save a checkpoint, stop. A second Ctrl-C stops at once.
+
+    A launcher passes on the Ctrl-C that its processes got already: a second one counts only after some seconds.
+    """
+
+    SAME_KEYSTROKE_SECONDS = 3.0
 
     def __init__(self, accelerator):
         self.accelerator = accelerator
-        self.asked = False
+        self.asked, self.asked_at = False, 0.0
 
     def __enter__(self):
         self.previous = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -285,9 +315,11 @@ class GracefulStop(TrainerCallback):
             signal.signal(number, handler)
 
     def _ask(self, number, frame):
-        if self.asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.asked = True
+        if self.asked:
+            if number == signal.SIGINT and time.monotonic() - self.asked_at > self.SAME_KEYSTROKE_SECONDS:
+                raise KeyboardInterrupt
+            return
+        self.asked, self.asked_at = True, time.monotonic()
         if is_main_process():
             print("\nstopping after this step, with a checkpoint (Ctrl-C again: stop at once)", file=sys.stderr)
 

@@ -7,6 +7,7 @@ implicit prompts as messages or plain text, and Anthropic's `\\n\\nHuman: ... \\
 import gzip
 import json
 import re
+import zlib
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,10 +60,7 @@ class DataArguments:
     def sources(self) -> tuple[list[dict], list[dict]]:
         """The train and the test sources that `load_pairs` reads. Raises UserError for an unusable mix."""
         if self.datasets:
-            try:
-                mix = [d if isinstance(d, DatasetSource) else DatasetSource(**d) for d in self.datasets]
-            except TypeError as error:
-                raise UserError(f"datasets: {error}; an entry has {list(DatasetSource.__dataclass_fields__)}") from None
+            mix = [_dataset_source(entry) for entry in self.datasets]
             common = [{"name": d.path, "config": d.name, "revision": d.revision} for d in mix]
             train = [{**c, "split": d.split, "fraction": d.fraction} for c, d in zip(common, mix, strict=True)]
             test = [{**c, "split": d.test_split} for c, d in zip(common, mix, strict=True) if d.test_split]
@@ -72,7 +70,32 @@ class DataArguments:
             test = [{**one, "split": self.dataset_test_split}]
         if self.test_dataset_name:
             test = [{"name": self.test_dataset_name, "split": self.dataset_test_split}]
-        return train, [] if self.dataset_test_split.lower() == "none" else test
+        if self.dataset_test_split.lower() == "none":
+            return train, []
+        for held_out in test:
+            same = [s for s in train if all(s.get(k) == held_out.get(k) for k in ("name", "config"))]
+            if any(s["split"] == held_out["split"] or Path(s["name"]).is_file() for s in same):
+                raise UserError(
+                    f"{held_out['name']} would be both train and test data: name held-out pairs with"
+                    " --test_dataset_name or --dataset_test_split, or pass --dataset_test_split none"
+                )
+        return train, test
+
+
+def _dataset_source(entry) -> DatasetSource:
+    """One checked entry of a `datasets:` mix."""
+    if isinstance(entry, DatasetSource):
+        return entry
+    known = DatasetSource.__dataclass_fields__
+    if not isinstance(entry, dict) or "path" not in entry or not set(entry) <= set(known):
+        raise UserError(f"datasets: {entry!r} is no entry; one has path and perhaps {', '.join(list(known)[1:])}")
+    for key, value in entry.items():
+        kind = (int, float) if key == "fraction" else str
+        if value is not None and (isinstance(value, bool) or not isinstance(value, kind)):
+            raise UserError(
+                f"datasets: {key} of {entry['path']!r} must be a {'number' if key == 'fraction' else 'text'}"
+            )
+    return DatasetSource(**entry)
 
 
 @dataclass
@@ -88,10 +111,14 @@ class Pair:
     where: str = ""
 
     @property
+    def prompt_text(self) -> str:
+        """The whole prompt as one text, roles included."""
+        return self.text if self.messages is None else "\n".join(f"{m['role']}: {m['content']}" for m in self.messages)
+
+    @property
     def prompt_key(self) -> str:
-        """A key that equal prompts share, whatever their case and spacing."""
-        whole = self.text if self.messages is None else " ".join(f"{m['role']}: {m['content']}" for m in self.messages)
-        return sha256_of(" ".join(whole.lower().split()))
+        """A key that prompts share where they differ in nothing but case and spacing."""
+        return " ".join(self.prompt_text.lower().split())
 
 
 @dataclass
@@ -110,7 +137,7 @@ class PreferenceData:
             "pairs": len(self.pairs),
             "dropped": dict(self.dropped),
             "sources": self.sources,
-            "text_sha256": sha256_of(*[f"{p.prompt_key}\0{p.chosen}\0{p.rejected}" for p in self.pairs]),
+            "text_sha256": sha256_of(*[text for p in self.pairs for text in (p.prompt_text, p.chosen, p.rejected)]),
         }
 
 
@@ -137,8 +164,8 @@ def _read_file(path: Path) -> list[tuple[str, dict]]:
     try:
         with opener(path, "rt", encoding="utf-8") as f:
             text = f.read()
-    except (UnicodeDecodeError, gzip.BadGzipFile) as error:
-        raise UserError(f"{path}: not UTF-8 text ({error}); save it as UTF-8") from None
+    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: damaged, or not UTF-8 text ({error}); save it again as UTF-8") from None
     if suffix.startswith(".jsonl"):
         rows = []
         for number, line in enumerate(text.split("\n"), 1):
@@ -243,6 +270,13 @@ def _messages(value, where: str, key: str) -> list[dict]:
     return [{"role": m["role"], "content": m["content"]} for m in value]
 
 
+def _without_prompt(prompt: str, chosen: str, rejected: str) -> tuple[str, str]:
+    """Both answers without the prompt, where both repeat it."""
+    if prompt and chosen.startswith(prompt) and rejected.startswith(prompt):
+        return chosen[len(prompt) :], rejected[len(prompt) :]
+    return chosen, rejected
+
+
 def _number(row: dict, key: str, where: str) -> float | None:
     value = row.get(key)
     if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
@@ -274,6 +308,7 @@ def to_pair(row: dict, where: str, plain_as_chat: bool = False) -> Pair | str:
         if prompt is None and chosen.startswith("\n\nHuman:") and rejected.startswith("\n\nHuman:"):
             chosen, rejected = _transcript(chosen, where, "chosen"), _transcript(rejected, where, "rejected")
         elif isinstance(prompt, str) and prompt.startswith("\n\nHuman:"):
+            chosen, rejected = _without_prompt(prompt, chosen, rejected)
             prompt = re.sub(r"\n\nAssistant:\s*$", "", prompt)
             prompt = _transcript(prompt, where, "prompt")
             chosen, rejected = ([{"role": "assistant", "content": t.strip()}] for t in (chosen, rejected))
@@ -281,10 +316,13 @@ def to_pair(row: dict, where: str, plain_as_chat: bool = False) -> Pair | str:
             chosen, rejected = ([{"role": "assistant", "content": t}] for t in (chosen, rejected))
         else:
             if prompt is None:
+                if chosen == rejected:
+                    return "identical_responses"
                 # As TRL's extract_prompt: the common prefix, less a space that belongs to the answer's first token.
-                cut = shared_prefix(chosen, rejected)
+                cut = min(shared_prefix(chosen, rejected), len(chosen) - 1, len(rejected) - 1)
                 cut -= cut > 0 and chosen[cut - 1] == " "
                 prompt, chosen, rejected = chosen[:cut], chosen[cut:], rejected[cut:]
+            chosen, rejected = _without_prompt(prompt, chosen, rejected)
             if plain_as_chat:
                 return Pair(chosen, rejected, messages=[{"role": "user", "content": prompt}], where=where, **scores)
             return Pair(chosen, rejected, text=prompt, where=where, **scores)
@@ -300,7 +338,10 @@ def to_pair(row: dict, where: str, plain_as_chat: bool = False) -> Pair | str:
         if n <= 0 and isinstance(prompt, str):
             prompt = [{"role": "user", "content": prompt}]
         else:
-            prompt, chosen, rejected = chosen[:n], chosen[n:], rejected[n:]
+            asked = prompt
+            prompt, chosen, rejected = chosen[: max(n, 0)], chosen[max(n, 0) :], rejected[max(n, 0) :]
+            if isinstance(asked, str) and not any(m["role"] == "user" for m in prompt):
+                prompt = [*prompt, {"role": "user", "content": asked}]
     if not prompt:
         raise UserError(f"{where}: 'chosen' and 'rejected' share no opening turn and there is no 'prompt'")
     if not chosen or not rejected:
@@ -341,22 +382,31 @@ def load_pairs(
         ]
     data = PreferenceData([], [source for _, source in read], sum(len(rows) for rows, _ in read))
     seen = set()
-    for where, row in (row for rows, _ in read for row in rows):
-        if limit is not None and len(data.pairs) == limit:
-            break
+    taken = Counter()
+    for index, where, row in ((i, *row) for i, (rows, _) in enumerate(read) for row in rows):
+        # A trial run sees a little of every dataset of the mix.
+        if limit is not None and taken[index] >= -(-limit // len(read)):
+            continue
         pair = to_pair(row, where, plain_as_chat)
         reason = pair if isinstance(pair, str) else _drop_reason(pair, drop_ties, min_score_margin)
         if reason is None and not keep_duplicate_prompts:
-            reason = "duplicate_prompt" if pair.prompt_key in seen else None
-            seen.add(pair.prompt_key)
+            reason = "duplicate_prompt" if pair.prompt_text in seen else None
+            seen.add(pair.prompt_text)
         if reason is None:
             data.pairs.append(pair)
+            taken[index] += 1
         else:
             data.dropped[reason] += 1
     return data
 
 
 def _drop_reason(pair: Pair, drop_ties: bool, min_score_margin: float | None) -> str | None:
+    try:
+        "".join((pair.prompt_text, pair.chosen, pair.rejected)).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{pair.where}: text that is no valid Unicode ({error.reason}); mend or delete the row"
+        ) from None
     if not pair.chosen.strip() or not pair.rejected.strip():
         return "empty_response"
     if pair.chosen == pair.rejected:

@@ -35,7 +35,7 @@ def special_tokens(dataset, tokenizer) -> dict:
     if tokenizer.chat_template:
         from utils.chat import ChatRenderer
 
-        ends.update(ChatRenderer(tokenizer).tail_ids()[:1])
+        ends |= ChatRenderer(tokenizer).end_ids()
     ended = {
         side: float(np.mean([any(t in ends for t in ids[-3:]) for ids in dataset[f"{side}_ids"]]))
         for side in ("chosen", "rejected")
@@ -68,7 +68,8 @@ def plan(args, pairs: int, tokens_per_epoch: int, world_size: int) -> dict:
     steps_per_epoch = max(-(-micro // args.gradient_accumulation_steps), 1)
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * world_size
-    seen = min(steps * batch, round(pairs * steps / steps_per_epoch))
+    epochs, rest = divmod(steps, steps_per_epoch)
+    seen = epochs * pairs + min(rest * batch, pairs)
     return {
         "steps": steps,
         "steps_per_epoch": steps_per_epoch,
@@ -126,17 +127,13 @@ def run_preflight(trainer, args, model_args, train, train_ids, test, truncation,
         train_ids, truncation: from `utils.preferences.tokenize`.
 
     Raises:
-        UserError: where a prompt opens with two BOS tokens, or the policy is not the reference at step 0.
+        UserError: where a prompt opens with two BOS tokens.
     """
-    from utils.preference_trainer import check_step0
-
     tokens = token_counts(train_ids)
     special = special_tokens(train_ids, trainer.processing_class)
     if special["leading_bos_max"] > 1:
         raise UserError(f"{special['leading_bos_max']} BOS tokens open a prompt: template and text both add one")
     step0, seconds = step0_margins(trainer, len(train_ids))
-    if step0["largest_margin"] is not None:
-        check_step0(max(step0["largest_margin"], step0["largest_reward"]), args)
     steps = plan(args, len(train_ids), tokens["tokens_per_epoch"], trainer.accelerator.num_processes)
     longest, cached = tokens["longest_sequence"], args.precompute_ref_log_probs
     return {
@@ -170,6 +167,8 @@ def estimate(args, model, plan_: dict, pair_seconds: float | None, longest: int,
     34 hidden values a token and layer (Korthikanti et al. 2022), a sixteenth of that under checkpointing.
     """
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    if not (cached or hasattr(model, "peft_config")):
+        weights *= 2  # full fine-tuning keeps the reference beside the policy
     config = model.config.get_text_config()
     tokens = 2 * args.per_device_train_batch_size * longest
     activations = tokens * config.hidden_size * config.num_hidden_layers * 34 * (4 if args.precision == "fp32" else 2)

@@ -7,6 +7,8 @@ import shutil
 import sys
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from utils.artifacts import check_writable, dumps, limited, read_json, write_json
 from utils.errors import UserError, is_main_process
 
@@ -17,7 +19,9 @@ FREE_ARGUMENTS = {
     "output_dir", "eval_out", "run_name", "resume", "overwrite", "preflight_only", "sample_prompts", "report_to",
     "disable_tqdm", "dataloader_num_workers", "dataset_num_proc", "save_total_limit", "resume_from_checkpoint",
     "logging_dir", "local_rank", "accelerator_config", "parallelism_config", "deepspeed", "fsdp", "fsdp_config",
-    "global_batch_size", "per_device_train_batch_size", "gradient_accumulation_steps",
+    "global_batch_size", "per_device_train_batch_size", "gradient_accumulation_steps", "per_device_eval_batch_size",
+    "gradient_checkpointing", "gradient_checkpointing_kwargs", "activation_checkpointing", "use_cpu",
+    "save_strategy", "save_steps", "eval_strategy", "eval_steps", "logging_strategy", "logging_steps",
 }  # fmt: skip
 
 
@@ -29,6 +33,10 @@ class Run:
     folder: Path
     out: Path
     finished: bool = False
+    lock: FileLock | None = None
+
+    def __getstate__(self):
+        return {**self.__dict__, "lock": None}
 
     def pin(self, data_sha256: str) -> None:
         """Tie the run to its data: a resumed run whose data changed is refused. Call on every rank, data in hand."""
@@ -45,8 +53,9 @@ class Run:
 def run_name(asked: str | None, model_name: str, loss_type: list[str], limit: int | None) -> str:
     """--run_name, else the config's name, else model and loss; marked where --limit is on."""
     name = asked
-    if not name and "--config" in sys.argv:
-        name = Path(sys.argv[sys.argv.index("--config") + 1]).stem
+    argv = [part for arg in sys.argv for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
+    if not name and "--config" in argv:
+        name = Path(argv[argv.index("--config") + 1]).stem
     name = name or f"{Path(model_name.split(':')[-1]).name}-{'-'.join(loss_type)}"
     if "/" in name or name.startswith("."):
         raise UserError(f"--run_name {name}: give a plain name, without / and without a leading dot")
@@ -64,40 +73,69 @@ def identity(parts: list, batch: int) -> dict:
     return {"batch": batch, **{k: v for k, v in all_arguments(parts).items() if k not in FREE_ARGUMENTS}}
 
 
+RESULTS = ("train.json", "train_log.jsonl", "preflight.json")
+
+
 def claim_run(name: str, output_dir: str, eval_out: str, wanted: dict, resume: str, overwrite: bool) -> Run:
-    """The folders of run `name`, made or taken up again. Rank 0 alone; the others wait for it.
+    """The folders of run `name`, made or taken up again, and locked against a second process. For rank 0 alone.
 
     Args:
         wanted: the run's `identity`.
 
     Raises:
-        UserError: where another run stands there, or this one and `resume` is "never", without `overwrite`.
+        UserError: where another run, or anything that is no run of ours, stands there; where this run is being trained
+            by another process; where `resume` is "never" and there is something to resume; each without `overwrite`.
     """
     run = Run(name, Path(output_dir) / name, Path(eval_out) / name)
     check_writable(output_dir, "--output_dir")
     check_writable(eval_out, "--eval_out")
+    if overwrite and resume not in ("auto", "never"):
+        raise UserError(f"--overwrite would delete the checkpoint that --resume {resume} names: give one of the two")
+    run.lock = FileLock(run.folder.parent / f".{name}.lock", timeout=0)
+    try:
+        run.lock.acquire()
+    except Timeout:
+        raise UserError(
+            f"{run.folder}: another process is training this run; wait for it, or choose another --run_name"
+        ) from None
     manifest = run.folder / "run.json"
-    occupied = [folder for folder in (run.folder, run.out) if folder.exists() and any(folder.iterdir())]
-    if occupied and not manifest.exists() and any(folder == run.folder for folder in occupied):
+    if _holds_files(run.folder) and not manifest.exists():
         raise UserError(f"{run.folder} holds files but no run.json, so no run of ours: choose another --run_name")
-    if occupied and overwrite:
-        for folder in occupied:
-            shutil.rmtree(folder)
-    elif manifest.exists():
+    if _holds_files(run.out) and not any((run.out / f).exists() for f in RESULTS):
+        raise UserError(f"{run.out} holds files that are no run's results: choose another --run_name, or move them")
+    if overwrite:
+        shutil.rmtree(run.folder, ignore_errors=True)
+        shutil.rmtree(run.out, ignore_errors=True)
+    if manifest.exists():
         before = read_json(manifest)
-        changed = sorted(k for k in {*wanted, *before["args"]} if wanted.get(k) != before["args"].get(k))
-        if changed:
-            what = ", ".join(f"{k} {before['args'].get(k)!r} -> {wanted.get(k)!r}" for k in changed[:4])
-            raise UserError(f"{run.folder} holds another run ({what}): choose another --run_name, or --overwrite it")
-        if resume == "never":
-            raise UserError(f"{run.folder} holds this run already: --overwrite starts afresh, --resume auto goes on")
-        run.finished = before["finished"]
-        return run
-    elif occupied:
-        raise UserError(f"{run.out} holds another run's results: choose another --run_name, or --overwrite them")
+        # Nothing trained yet (the first try stopped at its data, say): the name is still free to take.
+        if before["finished"] or checkpoints(run.folder) or (run.out / "train_log.jsonl").exists():
+            _refuse_other(run.folder, before["args"], wanted)
+            if resume == "never":
+                raise UserError(
+                    f"{run.folder} holds this run already: --overwrite starts afresh, --resume auto goes on"
+                )
+            run.finished = before["finished"]
+            return run
+    elif _holds_files(run.out):
+        # Results without weights (a clone brings those of eval_out/quickstart): the same run makes them anew.
+        arguments = read_json(run.out / "train.json")["args"] if (run.out / "train.json").exists() else {}
+        _refuse_other(run.out, {**arguments, "batch": wanted["batch"]}, wanted)
+        shutil.rmtree(run.out)
     write_json(manifest, {"args": wanted, "finished": False})
     run.out.mkdir(parents=True, exist_ok=True)
     return run
+
+
+def _holds_files(folder: Path) -> bool:
+    return folder.exists() and any(folder.iterdir())
+
+
+def _refuse_other(folder: Path, before: dict, wanted: dict) -> None:
+    changed = sorted(k for k in wanted if wanted[k] != before.get(k))
+    if changed:
+        what = ", ".join(f"{k} {before.get(k)!r} -> {wanted[k]!r}" for k in changed[:4])
+        raise UserError(f"{folder} holds another run ({what}): choose another --run_name, or --overwrite it")
 
 
 # ------------------------------------------------------------------------------------------------------ checkpoints
@@ -129,7 +167,7 @@ def checkpoint_to_resume(run: Run, resume: str) -> Path | None:
     if resume == "never":
         return None
     if resume != "auto":
-        if not is_whole(Path(resume)):
+        if Path(resume).resolve().parent != run.folder.resolve() or not is_whole(Path(resume)):
             raise UserError(
                 f"--resume {resume}: no whole checkpoint there; there are {checkpoints(run.folder) or 'none'}"
             )

@@ -46,6 +46,14 @@ def sign_test(right) -> float:
     return float(binomtest(int(decided.sum()), len(decided), 0.5).pvalue) if len(decided) else 1.0
 
 
+def signed_rank(differences) -> float:
+    """Two-sided p-value of Wilcoxon's signed-rank test that paired differences are symmetric about 0."""
+    from scipy.stats import wilcoxon
+
+    differences = np.asarray(differences, dtype=np.float64)
+    return float(wilcoxon(differences).pvalue) if np.any(differences) else 1.0
+
+
 def mcnemar(right_a, right_b) -> float:
     """Two-sided p-value of the exact McNemar test on paired 1/0 figures (rows where either ties are left out)."""
     a, b = np.asarray(right_a, dtype=np.float64), np.asarray(right_b, dtype=np.float64)

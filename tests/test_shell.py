@@ -1,0 +1,62 @@
+"""quickstart.sh and run_tests.sh: what they refuse, and that an up-to-date environment is left alone."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+SCRIPTS = ["quickstart.sh", "run_tests.sh"]
+
+
+def bash(command: str, cwd=ROOT, **env) -> subprocess.CompletedProcess:
+    env = {**os.environ, **env}
+    return subprocess.run(["bash", "-c", command], cwd=cwd, capture_output=True, text=True, env=env)
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, "utils/env.sh", ".ci/run"])
+def test_scripts_parse(script):
+    assert bash(f"bash -n {script}").returncode == 0
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_missing_or_old_interpreter_is_told(script, tmp_path):
+    done = bash(f"bash {script}", PYTHON="python-that-is-not-there")
+    assert done.returncode == 2 and done.stderr.startswith("error: no interpreter 'python-that-is-not-there'")
+    old = tmp_path / "python-old"
+    old.write_text('#!/bin/sh\n[ "$1" = --version ] && echo Python 3.9.1 && exit 0\nexit 1\n')
+    old.chmod(0o755)
+    done = bash(f"bash {script}", PYTHON=str(old))
+    assert done.returncode == 2 and "Python 3.9.1 is too old" in done.stderr
+
+
+def prepared(tmp_path, *files):
+    """The environment function in a copy of the repository's requirement files, with a pip that installs nothing."""
+    (tmp_path / "requirements").mkdir(exist_ok=True)
+    for name in ("requirements.txt", "requirements/tests.txt"):
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    return bash(f"source {ROOT}/utils/env.sh; prepare_environment {' '.join(files)}", tmp_path, PYTHON=sys.executable)
+
+
+def test_an_install_that_fails_names_its_log_and_is_not_taken_for_done(tmp_path):
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    python = tmp_path / ".venv/bin/python"
+    python.write_text(f'#!/bin/sh\n[ "$1" = -c ] && exec {sys.executable} "$@"\necho no index; exit 1\n')
+    python.chmod(0o755)
+    done = prepared(tmp_path)
+    assert done.returncode == 2 and "no index" in done.stderr and ".venv/install.log" in done.stderr
+    assert not (tmp_path / ".venv/requirements.stamp").exists()
+
+
+def test_a_prepared_environment_is_reused_also_by_the_smaller_need(tmp_path):
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    python = tmp_path / ".venv/bin/python"
+    python.write_text(f'#!/bin/sh\n[ "$1" = -c ] && exec {sys.executable} "$@"\nexit 0\n')
+    python.chmod(0o755)
+    assert "installing requirements.txt requirements/tests.txt" in prepared(tmp_path, "requirements/tests.txt").stdout
+    for files in (("requirements/tests.txt",), ()):
+        assert prepared(tmp_path, *files).stdout == "environment: .venv is up to date\n"
+    (tmp_path / "requirements.txt").write_text("changed==1\n")
+    done = bash(f"source {ROOT}/utils/env.sh; prepare_environment", tmp_path, PYTHON=sys.executable)
+    assert "installing" in done.stdout
