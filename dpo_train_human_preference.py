@@ -348,7 +348,7 @@ def main():
     # Write: rows, curves, card, and last the summary that declares the run complete.
     summary = envelope(
         "train",
-        describe(model_args.model_name_or_path, trainer.model, tokenizer),
+        describe(model_args.model_name_or_path, trainer.model, tokenizer, model_args.model_revision),
         metrics,
         all_arguments([data_args, args, model_args]),
         run_record(args.seed, time.monotonic() - started, run_name=args.run_name, limit=data_args.limit),

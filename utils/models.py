@@ -10,7 +10,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from utils.errors import UserError, explain
-from utils.provenance import sha256_of, sha256_of_files
+from utils.provenance import hub_revision, sha256_of, sha256_of_files
 
 BUILTIN = "builtin:smollm2-135m-instruct"
 BUILTIN_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -241,7 +241,7 @@ def load_adapter(model, adapter: str):
     return tuned
 
 
-def describe(name: str, model, tokenizer) -> dict:
+def describe(name: str, model, tokenizer, revision: str | None = None) -> dict:
     """What identifies a model in an artifact: name, hub revision or weight hash, dtype, size, template hash."""
     info = {"name": name}
     if name.startswith("builtin:"):
@@ -250,7 +250,7 @@ def describe(name: str, model, tokenizer) -> dict:
         files = [*Path(name).glob("*.safetensors"), *Path(name).glob("*.bin")]
         info["weights_sha256"] = sha256_of_files(files) if files else None
     else:
-        info["revision"] = getattr(model.config, "_commit_hash", None)
+        info["revision"] = hub_revision(name, "model", revision)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     info["architecture"] = type(base).__name__
     info["dtype"] = str(base.dtype).removeprefix("torch.")

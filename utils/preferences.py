@@ -14,7 +14,7 @@ from pathlib import Path
 
 from utils.chat import ChatRenderer, TemplateRefused, shared_prefix
 from utils.errors import UserError
-from utils.provenance import sha256_of, sha256_of_files
+from utils.provenance import hub_revision, sha256_of, sha256_of_files
 
 ROLES = ("system", "user", "assistant")
 LOCAL_SUFFIXES = (".jsonl", ".json", ".parquet", ".jsonl.gz", ".json.gz")
@@ -223,9 +223,7 @@ def _read_hub(name: str, split: str, config: str | None, revision: str | None) -
         raise UserError(
             f"dataset {name} split {split}: {type(error).__name__}: {str(error).splitlines()[0]}"
         ) from error
-    files = sorted(dataset.info.download_checksums or {})
-    commits = {m.group(1) for f in files if (m := re.search(r"@([0-9a-f]{40})/", f))}
-    source = {"name": name, "config": config, "split": split, "revision": ", ".join(sorted(commits)) or revision}
+    source = {"name": name, "config": config, "split": split, "revision": hub_revision(name, "dataset", revision)}
     return [(f"{name} {split} row {i}", row) for i, row in enumerate(dataset)], source
 
 

@@ -112,3 +112,16 @@ def sha256_of_files(paths) -> str:
         with path.open("rb") as f:
             digest.update(hashlib.file_digest(f, "sha256").digest())
     return digest.hexdigest()
+
+
+def hub_revision(name: str, kind: str, revision: str | None = None) -> str | None:
+    """The commit of a hub repository (`kind` "model" or "dataset"): the hub's own word, offline the cached one."""
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub import errors as hub
+
+    try:
+        return HfApi().repo_info(name, repo_type=kind, revision=revision).sha
+    except (OSError, hub.HfHubHTTPError, hub.OfflineModeIsEnabled):
+        folder = Path(constants.HF_HUB_CACHE) / f"{kind}s--{name.replace('/', '--')}"
+        ref = folder / "refs" / (revision or "main")
+        return ref.read_text().strip() if ref.is_file() else None
