@@ -7,7 +7,8 @@ import pytest
 from conftest import make_pairs, write_jsonl
 
 from utils.errors import UserError
-from utils.preferences import DataArguments, Pair, load_pairs, read_rows, remove_overlap, to_pair, tokenize, truncate
+from utils.preferences import DataArguments, Pair, load_pairs, remove_overlap, to_pair, tokenize, truncate
+from utils.rows import read_rows
 
 USER = {"role": "user", "content": "Two plus two?"}
 GOOD, BAD = {"role": "assistant", "content": "Four."}, {"role": "assistant", "content": "Five."}

@@ -94,8 +94,8 @@ def read_json(path: str | os.PathLike) -> dict:
 class RowFile:
     """A `*_rows.jsonl` that is appended as rows come, so that a crash costs the row being written and no more."""
 
-    def __init__(self, path: str | os.PathLike):
-        self.path = Path(path)
+    def __init__(self, path: str | os.PathLike, every_rank: bool = False):
+        self.path, self.writes = Path(path), every_rank or is_main_process()
 
     def read(self) -> list[dict]:
         """The rows written so far; a last line that a crash cut off is left out."""
@@ -108,8 +108,8 @@ class RowFile:
         return rows
 
     def append(self, row: dict) -> None:
-        """Append one row and flush it. Rank 0 only."""
-        if is_main_process():
+        """Append one row and flush it. Rank 0 only, unless `every_rank` has a file of its own."""
+        if self.writes:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("ab+") as f:
                 size = f.seek(0, os.SEEK_END)

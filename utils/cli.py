@@ -10,9 +10,12 @@ import typing
 from utils.errors import UserError
 
 
-def quick_help(page: str) -> None:
-    """Print a script's docstring and leave, where `--help` or no argument was given: no heavy import comes first."""
-    if len(sys.argv) == 1 or {"-h", "--help"} & set(sys.argv[1:]):
+def quick_help(page: str, runs_bare: bool = False) -> None:
+    """Print a script's docstring and leave, where `--help` was given: no heavy import comes first.
+
+    So does a call with no argument, unless the script `runs_bare`.
+    """
+    if (len(sys.argv) == 1 and not runs_bare) or {"-h", "--help"} & set(sys.argv[1:]):
         print(page.strip())
         sys.exit(0)
 

@@ -37,3 +37,12 @@ def on_main_process(call):
     if outcome[1] is not None:
         raise UserError(outcome[1])
     return outcome[0] if result is None else result
+
+
+def join_processes():
+    """This process's place in the launch. A process may be hours ahead of another at a barrier before it gives up."""
+    from datetime import timedelta
+
+    from accelerate import PartialState
+
+    return PartialState(timeout=timedelta(hours=24))

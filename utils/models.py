@@ -10,6 +10,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from utils.errors import UserError, explain
+from utils.hub import fetch
 from utils.provenance import hub_revision, sha256_of, sha256_of_files
 
 BUILTIN = "builtin:smollm2-135m-instruct"
@@ -101,35 +102,8 @@ def locate(name: str, revision: str | None = None) -> str:
         if not (path / "config.json").exists():
             raise UserError(f"model folder {name} has no config.json: it is not a transformers model folder")
         return str(path)
-    _check_hub(name, revision)
+    fetch(name, "config.json", "model", revision, f"a local folder or {BUILTIN}")
     return name
-
-
-def _check_hub(name: str, revision: str | None) -> None:
-    from huggingface_hub import errors as hub
-    from huggingface_hub import hf_hub_download
-
-    try:
-        hf_hub_download(name, "config.json", revision=revision)
-    except hub.GatedRepoError:
-        raise UserError(
-            f"model {name} is gated: accept its licence at https://huggingface.co/{name}, then run `hf auth login`"
-            " (or set HF_TOKEN)"
-        ) from None
-    except (hub.RepositoryNotFoundError, hub.RevisionNotFoundError, hub.HFValidationError):
-        raise UserError(
-            f"model {name} (revision {revision or 'main'}) is neither on the hub nor a local folder: check the"
-            " spelling; for a private model run `hf auth login` first"
-        ) from None
-    except hub.LocalEntryNotFoundError:
-        raise UserError(
-            f"model {name} is not in the local cache and the hub cannot be reached: check the network, or give a"
-            f" local folder or {BUILTIN}"
-        ) from None
-    except hub.EntryNotFoundError:
-        raise UserError(f"model {name} on the hub has no config.json: it is not a transformers model") from None
-    except (OSError, hub.HfHubHTTPError) as error:
-        raise UserError(f"model {name}: the hub cannot be reached ({str(error).splitlines()[0]})") from None
 
 
 def load_tokenizer(name: str, revision: str | None = None, chat_template_path: str | None = None, **kwargs):
@@ -241,8 +215,8 @@ def load_adapter(model, adapter: str):
     return tuned
 
 
-def describe(name: str, model, tokenizer, revision: str | None = None) -> dict:
-    """What identifies a model in an artifact: name, hub revision or weight hash, dtype, size, template hash."""
+def identify(name: str, tokenizer, revision: str | None = None) -> dict:
+    """What identifies a model by its files: name, hub revision or weight hash, hash of the chat template."""
     info = {"name": name}
     if name.startswith("builtin:"):
         info["weights_sha256"] = sha256_of_files([_builtin_gguf()])
@@ -251,11 +225,18 @@ def describe(name: str, model, tokenizer, revision: str | None = None) -> dict:
         info["weights_sha256"] = sha256_of_files(files) if files else None
     else:
         info["revision"] = hub_revision(name, "model", revision)
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    info["architecture"] = type(base).__name__
-    info["dtype"] = str(base.dtype).removeprefix("torch.")
-    quantized = [bits for bits in ("4bit", "8bit") if getattr(base, f"is_loaded_in_{bits}", False)]
-    info["quantized"] = quantized[0] if quantized else None
-    info["attn_implementation"] = base.config._attn_implementation
     info["chat_template_sha256"] = sha256_of(tokenizer.chat_template) if tokenizer.chat_template else None
     return info
+
+
+def describe(name: str, model, tokenizer, revision: str | None = None) -> dict:
+    """What identifies a loaded model in an artifact: its files, architecture, dtype, quantisation and attention."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    quantized = [bits for bits in ("4bit", "8bit") if getattr(base, f"is_loaded_in_{bits}", False)]
+    return {
+        **identify(name, tokenizer, revision),
+        "architecture": type(base).__name__,
+        "dtype": str(base.dtype).removeprefix("torch."),
+        "quantized": quantized[0] if quantized else None,
+        "attn_implementation": base.config._attn_implementation,
+    }

@@ -92,3 +92,51 @@ def training_curves(path, rows: list[dict], title: str, warning: str | None = No
         fig.set_layout_engine("constrained", rect=(0, 0.03, 1, 0.97))
         fig.texts[-1].set_y(0.005)
     save(fig, path)
+
+
+def win_rate_figure(path, rows: list[dict], bins: list[dict], headline: str) -> None:
+    """Three panels: the margins' histogram, accuracy over the length difference, and calibration.
+
+    Args:
+        rows: of win_rate_rows.jsonl.
+        bins: from `utils.reward_analysis.calibration_bins`.
+    """
+    import numpy as np
+
+    if not is_main_process():
+        return
+    fig, axes = figure(1, 3, headline)
+    margin = np.array([row["margin"] for row in rows])
+    edges = np.histogram_bin_edges(margin, bins=min(40, max(8, len(rows) // 8)))
+    for part, colour, label in ((margin > 0, CHOSEN, "chosen above"), (margin <= 0, REJECTED, "chosen not above")):
+        axes[0].hist(margin[part], bins=edges, color=colour, alpha=0.8, label=f"{label} ({part.mean():.0%})")
+    axes[0].axvline(0, color="grey", ls=":", lw=1)
+    axes[0].axvline(margin.mean(), color=NEUTRAL, lw=1.5, label=f"mean {margin.mean():+.3f}")
+    axes[0].set(title="Reward margins", xlabel="margin (beta × nats)", ylabel="pairs")
+
+    longer = np.array([row["tokens_chosen"] - row["tokens_rejected"] for row in rows])
+    tuned = np.array([0.5 * ((m > 0) + (m >= 0)) for m in margin])
+    base = np.array(
+        [0.5 * ((r["ref_chosen"] > r["ref_rejected"]) + (r["ref_chosen"] >= r["ref_rejected"])) for r in rows]
+    )
+    parts = [p for p in np.array_split(np.argsort(longer, kind="stable"), min(8, max(1, len(rows) // 10))) if len(p)]
+    for right, colour, label in ((tuned, CHOSEN, "tuned, implicit reward"), (base, NEUTRAL, "base, likelihood")):
+        y, error = [right[p].mean() for p in parts], [1.96 * right[p].std() / len(p) ** 0.5 for p in parts]
+        axes[1].errorbar([longer[p].mean() for p in parts], y, error, fmt="o-", ms=4, lw=1, color=colour, label=label)
+    axes[1].axhline(0.5, color="grey", ls=":", lw=1)
+    axes[1].axvline(0, color="grey", ls=":", lw=1)
+    axes[1].set(
+        title="Accuracy by length difference",
+        xlabel="chosen - rejected (tokens)",
+        ylabel="share right",
+        ylim=(-0.02, 1.02),
+    )
+
+    x, y = [b["confidence"] for b in bins], [b["accuracy"]["value"] for b in bins]
+    low, high = ([abs((b["accuracy"]["ci95"] or [v, v])[i] - v) for b, v in zip(bins, y, strict=True)] for i in (0, 1))
+    axes[2].plot([0.5, 1], [0.5, 1], color="grey", ls=":", lw=1, label="calibrated")
+    axes[2].errorbar(x, y, [low, high], fmt="o-", ms=4, lw=1, color=CHOSEN, label="tuned, 95% interval")
+    axes[2].set(title="Calibration", xlabel="confidence, sigmoid(|margin|)", ylabel="share right", ylim=(-0.02, 1.02))
+    for ax in axes:
+        ax.legend(fontsize=7, framealpha=0.6)
+    save(fig, path)

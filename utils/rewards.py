@@ -4,6 +4,7 @@ import numpy as np
 
 from utils.artifacts import metric
 from utils.stats import bootstrap, mcnemar, ranked_right, sign_test, signed_rank
+from utils.tables import cell, difference, render
 
 
 def reward_rows(scores: list[dict], beta: float) -> list[dict]:
@@ -113,53 +114,42 @@ def conclude(metrics: dict, title: str) -> tuple[str, str, str | None]:
 def table(metrics: dict, title: str) -> str:
     """The one table that a training run prints: base beside tuned, with differences and their 95% intervals."""
 
-    def cell(name, scale, digits):
-        m = metrics[name]
-        error = "" if m["stderr"] is None else f" ± {scale * m['stderr']:.{digits}f}"
-        return f"{scale * m['value']:.{digits}f}{error}"
-
-    def difference(name, scale, digits, p=None):
-        m = metrics[name]
-        interval = (
-            "" if m["ci95"] is None else " [{:+.{d}f}, {:+.{d}f}]".format(*(scale * x for x in m["ci95"]), d=digits)
-        )
-        return f"{scale * m['value']:+.{digits}f}{interval}" + (f" p={metrics[p]['value']:.2g}" if p else "")
-
     chance = {
         **metrics["reward_accuracy"],
         "value": metrics["reward_accuracy"]["value"] - 0.5,
         "ci95": [x - 0.5 for x in metrics["reward_accuracy"]["ci95"] or []] or None,
     }
-    metrics = {**metrics, "_above_chance": chance}
     lines = [
         (f"on {metrics['reward_accuracy']['n']} held-out pairs", "base", "tuned", "tuned - base [95% interval]"),
         (
             "reward accuracy, % (ties half)",
             "50.0 by definition",
-            cell("reward_accuracy", 100, 1),
-            difference("_above_chance", 100, 1, "p_reward_accuracy_is_half"),
+            cell(metrics["reward_accuracy"], 100),
+            difference(chance, metrics["p_reward_accuracy_is_half"], 100),
         ),
         (
             "likelier answer is chosen, %",
-            cell("likelihood_ranking_base", 100, 1),
-            cell("likelihood_ranking_tuned", 100, 1),
-            difference("likelihood_ranking_difference", 100, 1, "p_likelihood_ranking_difference"),
+            cell(metrics["likelihood_ranking_base"], 100),
+            cell(metrics["likelihood_ranking_tuned"], 100),
+            difference(metrics["likelihood_ranking_difference"], metrics["p_likelihood_ranking_difference"], 100),
         ),
         (
             "reward margin, beta x nats",
             "0 by definition",
-            cell("reward_margin", 1, 3),
-            difference("reward_margin", 1, 3, "p_reward_margin_is_0"),
+            cell(metrics["reward_margin"], 1, 3),
+            difference(metrics["reward_margin"], metrics["p_reward_margin_is_0"], 1, 3),
         ),
     ]
     for side in ("chosen", "rejected"):
-        names = [f"logps_{side}_{k}" for k in ("base", "tuned", "difference")]
-        row = (cell(names[0], 1, 2), cell(names[1], 1, 2), difference(names[2], 1, 2, f"p_{names[2]}"))
+        base, tuned, moved = (f"logps_{side}_{k}" for k in ("base", "tuned", "difference"))
+        row = (
+            cell(metrics[base], 1, 2),
+            cell(metrics[tuned], 1, 2),
+            difference(metrics[moved], metrics[f"p_{moved}"], 1, 2),
+        )
         lines.append((f"log-prob of {side}, nats", *row))
     if "surface_classifier_accuracy" in metrics:
-        ahead = difference("reward_accuracy_minus_surface", 100, 1, "p_reward_accuracy_is_surface")
-        surface = cell("surface_classifier_accuracy", 100, 1)
+        ahead = difference(metrics["reward_accuracy_minus_surface"], metrics["p_reward_accuracy_is_surface"], 100)
+        surface = cell(metrics["surface_classifier_accuracy"], 100)
         lines.append(("words and length alone, % right", surface, "(no model at all)", f"rewards beat it by {ahead}"))
-    widths = [max(len(line[i]) for line in lines) for i in range(4)]
-    text = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines]
-    return "\n".join([title, "-" * len(text[0]), text[0], "-" * len(text[0]), *text[1:]])
+    return render(title, lines)

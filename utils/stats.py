@@ -7,11 +7,12 @@ from utils.artifacts import metric
 RESAMPLES = 2000
 
 
-def bootstrap(values, seed: int = 42, resamples: int = RESAMPLES) -> dict:
+def bootstrap(values, seed: int = 42, resamples: int = RESAMPLES, statistic=None) -> dict:
     """Mean of `values` with its bootstrap standard error and 95% percentile interval (Efron & Tibshirani 1993).
 
     Args:
         values: one figure per row, shape (n,); two columns (n, 2) are resampled together and give mean(a - b).
+        statistic: another figure than the mean: a function of the resampled rows, shape (n, columns) to a number.
 
     Returns:
         A metric: `{value, stderr, ci95, n}`; stderr and ci95 are None for fewer than two rows.
@@ -19,16 +20,41 @@ def bootstrap(values, seed: int = 42, resamples: int = RESAMPLES) -> dict:
     from scipy.stats import bootstrap as scipy_bootstrap
 
     values = np.asarray(values, dtype=np.float64)
-    if values.ndim == 2:
-        values = values[:, 0] - values[:, 1]
     n = len(values)
+    if statistic is None:
+        values = values[:, 0] - values[:, 1] if values.ndim == 2 else values
+        columns, function, vectorized = (values,), np.mean, True
+    else:
+        columns, vectorized = tuple(values.reshape(n, -1).T), False
+
+        def function(*resampled):
+            return statistic(np.stack(resampled, 1))
+
+    value = float(function(*columns)) if n else float("nan")
     if n < 2:
-        return metric(float(values.mean()) if n else float("nan"), None, None, n)
-    result = scipy_bootstrap(
-        (values,), np.mean, n_resamples=resamples, method="percentile", rng=np.random.default_rng(seed), batch=256
-    )
+        return metric(value, None, None, n)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        result = scipy_bootstrap(
+            columns, function, n_resamples=resamples, method="percentile", paired=True, vectorized=vectorized,
+            rng=np.random.default_rng(seed), batch=256,
+        )  # fmt: skip
     interval = result.confidence_interval
-    return metric(float(values.mean()), float(result.standard_error), (float(interval.low), float(interval.high)), n)
+    if not np.isfinite([interval.low, interval.high]).all():
+        return metric(value, None, None, n)
+    return metric(value, float(result.standard_error), (float(interval.low), float(interval.high)), n)
+
+
+def ratio_of_sums(rows) -> float:
+    """Sum of the first column over sum of the second: a mean weighted by the second, shape (n, 2) to a number."""
+    return float(rows[:, 0].sum() / rows[:, 1].sum())
+
+
+def rank_correlation(rows) -> float:
+    """Spearman's rank correlation of two columns, shape (n, 2); NaN where one is constant."""
+    from scipy.stats import rankdata
+
+    a, b = (rankdata(column) for column in rows.T)
+    return float(np.corrcoef(a, b)[0, 1]) if np.ptp(a) and np.ptp(b) else float("nan")
 
 
 def ranked_right(chosen, rejected) -> np.ndarray:

@@ -1,0 +1,316 @@
+"""What every evaluation compares: the base model, and the tuned one (a LoRA adapter on it, or a model of its own)."""
+
+import json
+import re
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from utils.errors import UserError
+from utils.models import identify, load_model, load_tokenizer, quantization
+from utils.provenance import sha256_of_files
+
+DEFAULT_RUN = "quickstart"
+ULTRAFEEDBACK = "HuggingFaceH4/ultrafeedback_binarized"
+
+
+def option(text: str, default=None, **extra):
+    """A dataclass field with its help text."""
+    return field(default=default, metadata={"help": text, **extra})
+
+
+@dataclass
+class ComparisonArguments:
+    """Which two models, on which data. What is left out comes from the run that trained the tuned model."""
+
+    run_name: str | None = option(f"A run below --checkpoints (default: {DEFAULT_RUN}, where no model is named).")
+    checkpoints: str = option("Where training wrote its runs.", "checkpoints")
+    base_model: str | None = option("Hub id, folder or builtin model (default: what the tuned one was trained from).")
+    adapter_path: str | None = option("LoRA folder: the tuned model is the base with this adapter.")
+    tuned_model: str | None = option("Hub id or folder of a tuned model of its own.")
+    base_revision: str | None = option("Hub revision of the base model.")
+    tuned_revision: str | None = option("Hub revision of --tuned_model.")
+    allow_other_base: bool = option("Accept an adapter that names another base model.", False)
+    dtype: str | None = option(
+        "Precision of the weights (default: as trained, else bfloat16 on a GPU and float32 on a CPU).",
+        choices=["float32", "bfloat16", "float16"],
+    )
+    attn_implementation: str | None = option("sdpa, eager or flash_attention_2.")
+    load_in_4bit: bool | None = option("Quantise the base to nf4 (default: as trained).")
+    trust_remote_code: bool = option("Run model code from the hub.", False)
+    dataset_name: str | None = option(f"Hub id, file or folder (default: the run's, else {ULTRAFEEDBACK}).")
+    dataset_config: str | None = option("Configuration of a hub dataset.")
+    dataset_revision: str | None = option("Revision of a hub dataset.")
+    split: str | None = option("Split to evaluate on (default: the run's test split, else test_prefs or test).")
+    prompt_format: str | None = option("Plain-text pairs: auto or chat (default: the run's).", choices=["auto", "chat"])
+    chat_template_path: str | None = option("Jinja file that replaces the chat template.")
+    max_length: int | None = option("Longest sequence in tokens (default: the run's, else 1024).")
+    max_prompt_length: int | None = option("In longer pairs the prompt is cut to this (default: as trained, or half).")
+    batch_size: int | None = option("Most sequences a batch, below the token budget (default: no limit).")
+    batch_tokens: int | None = option("Padded tokens a batch (default: 16384 on a GPU, 2048 on a CPU).")
+    limit: int | None = option("Use only the first rows; marks every file name.")
+    seed: int = option("Seed of the resampling and of sampled answers.", 42)
+    eval_out: str = option("Results go to <eval_out>/<run_name>/.", "eval_out")
+    output_dir: str | None = option("Folder of the results, if another.")
+    output_json: str | None = option("Path of the summary, if another; rows and picture land beside it.")
+    overwrite: bool = option("Compute everything again, whatever an earlier call kept.", False)
+
+
+@dataclass
+class Comparison:
+    """Two models by name, the run behind the tuned one, and where results go. See `resolve`."""
+
+    args: ComparisonArguments
+    name: str
+    base: str
+    adapter: str | None
+    tuned: str | None
+    trained: dict
+    out: Path
+
+    def path(self, stem: str, suffix: str, rows: bool = False) -> Path:
+        """Where an artifact goes: `<out>/<stem>.json`, or beside --output_json; marked where --limit is on."""
+        from utils.artifacts import limited
+
+        folder = self.out
+        if self.args.output_json:
+            folder, stem = Path(self.args.output_json).parent, Path(self.args.output_json).stem
+        return folder / f"{limited(stem, self.args.limit)}{'_rows' if rows else ''}{suffix}"
+
+
+def resolve(args: ComparisonArguments) -> Comparison:
+    """Fill what the command line left out from the run that trained the tuned model, and check it.
+
+    A run's folder below --checkpoints holds `run.json`: its base model, data, lengths and precision are the defaults,
+    for the run's name as for the path of its adapter or of one of its checkpoints.
+
+    Raises:
+        UserError: nothing to compare, two tuned models at once, a missing run, folder or base model.
+    """
+    from utils.artifacts import check_writable
+
+    if args.adapter_path and args.tuned_model:
+        raise UserError("--adapter_path and --tuned_model: give one of the two")
+    if args.limit is not None and args.limit <= 0:
+        raise UserError(f"--limit {args.limit}: must be above 0")
+    if args.output_json and args.output_dir:
+        raise UserError("--output_json and --output_dir: give one of the two")
+    for key in ("batch_size", "batch_tokens", "max_length", "max_prompt_length"):
+        if getattr(args, key) is not None and getattr(args, key) <= 0:
+            raise UserError(f"--{key} {getattr(args, key)}: must be above 0")
+    folder = _tuned_folder(args)
+    trained = _run_of(folder) if folder else {}
+    adapter = str(folder) if folder and (folder / "adapter_config.json").exists() else None
+    tuned = None if adapter else str(folder) if folder else args.tuned_model
+    base = args.base_model or trained.get("model_name_or_path") or (_base_of(adapter) if adapter else None)
+    if base is None:
+        raise UserError("--base_model is missing: the model that the tuned one is compared with")
+    if adapter and not args.allow_other_base:
+        _refuse_other_base(adapter, base)
+    _fill(args, trained)
+    name = args.run_name or _name_of(folder or Path(args.tuned_model))
+    out = Path(args.output_dir) if args.output_dir else Path(args.eval_out) / name
+    flag = "--output_json" if args.output_json else "--output_dir" if args.output_dir else "--eval_out"
+    check_writable(Path(args.output_json).parent if args.output_json else out, flag)
+    return Comparison(args, name, base, adapter, tuned, trained, out)
+
+
+def _tuned_folder(args) -> Path | None:
+    """The folder of the tuned model, None where --tuned_model is a hub id."""
+    if args.adapter_path:
+        folder = Path(args.adapter_path).expanduser()
+        if not (folder / "adapter_config.json").exists():
+            why = "holds no adapter_config.json" if folder.is_dir() else "is no folder"
+            raise UserError(f"--adapter_path {args.adapter_path} {why}: give the folder that training wrote")
+        return folder
+    if args.tuned_model:
+        folder = Path(args.tuned_model).expanduser()
+        return folder if folder.is_dir() else None
+    name = args.run_name or DEFAULT_RUN
+    folder = Path(args.checkpoints) / name
+    if not any((folder / f).exists() for f in ("adapter_config.json", "config.json")):
+        mend = "bash quickstart.sh trains it" if name == DEFAULT_RUN else "train it first"
+        raise UserError(f"{folder} holds no trained model: {mend}, or give --base_model and --adapter_path")
+    return folder
+
+
+def _run_of(folder: Path) -> dict:
+    """The arguments of the run that wrote `folder` (its weights, or one of its checkpoints); empty for a stranger's."""
+    from utils.artifacts import read_json
+
+    for place in (folder, folder.parent):
+        if (place / "run.json").exists():
+            return read_json(place / "run.json").get("args", {})
+    return {}
+
+
+def _name_of(folder: Path) -> str:
+    parts = [folder.parent.name] if (folder.parent / "run.json").exists() else []
+    return "-".join([*parts, re.sub(r"[^\w.\-]", "-", folder.name or folder.resolve().name)])
+
+
+def _base_of(adapter: str) -> str | None:
+    return json.loads((Path(adapter) / "adapter_config.json").read_text()).get("base_model_name_or_path")
+
+
+def _refuse_other_base(adapter: str, base: str) -> None:
+    """Refuse an adapter whose config names another base: its shapes may fit, and every figure would be wrong."""
+    trained_on = _base_of(adapter)
+    if trained_on and Path(trained_on).name.lower() != Path(base).name.lower():
+        raise UserError(
+            f"adapter {adapter} was trained on {trained_on}, not on {base}: give --base_model {trained_on}, or"
+            " --allow_other_base where the two are the same weights"
+        )
+
+
+def _fill(args: ComparisonArguments, trained: dict) -> None:
+    """The run's values where the command line gave none, then the field's."""
+    import torch
+
+    if args.dataset_name is None and trained:
+        args.dataset_name = trained.get("test_dataset_name") or trained.get("dataset_name")
+        mix = trained.get("datasets") or []
+        held_out = next((entry for entry in mix if entry.get("test_split")), None)
+        if args.dataset_name is None and held_out:
+            args.dataset_name, args.dataset_config = held_out["path"], held_out.get("name")
+            args.split = args.split or held_out["test_split"]
+        else:
+            args.dataset_config = args.dataset_config or trained.get("dataset_config")
+            args.dataset_revision = args.dataset_revision or trained.get("dataset_revision")
+        same = trained.get("dataset_test_split")
+        args.split = args.split or (same if same and same.lower() != "none" else None)
+    args.dataset_name = args.dataset_name or ULTRAFEEDBACK
+    args.split = args.split or ("test_prefs" if args.dataset_name == ULTRAFEEDBACK else "test")
+    args.prompt_format = args.prompt_format or trained.get("prompt_format") or "auto"
+    args.chat_template_path = args.chat_template_path or trained.get("chat_template_path")
+    args.attn_implementation = args.attn_implementation or trained.get("attn_implementation")
+    if args.max_length is None:
+        args.max_length = trained.get("max_length") or 1024
+        args.max_prompt_length = args.max_prompt_length or trained.get("max_prompt_length")
+    args.max_prompt_length = args.max_prompt_length or args.max_length // 2
+    if not args.max_prompt_length < args.max_length:
+        raise UserError(
+            f"--max_prompt_length {args.max_prompt_length} must be below --max_length {args.max_length}, so that an"
+            " answer always keeps a token"
+        )
+    if args.load_in_4bit is None:
+        args.load_in_4bit = bool(trained.get("load_in_4bit"))
+    if args.batch_tokens is None:
+        args.batch_tokens = 16384 if torch.cuda.is_available() else 2048
+
+
+class TwoModels:
+    """The two loaded models under one tokenizer: `with models.base() as model`, `with models.tuned() as model`.
+
+    With an adapter there is one set of weights, and the base is the tuned model with its adapter switched off.
+    """
+
+    sides = ("base", "tuned")
+
+    def __init__(self, comparison: Comparison):
+        import torch
+
+        args, trained = comparison.args, comparison.trained
+        self.comparison = comparison
+        # A run that trained under autocast is evaluated under it, so that its own figures come out again.
+        own = trained.get("dtype") if trained.get("dtype") not in (None, "auto") else None
+        compute = "bfloat16" if trained.get("bf16") else "float16" if trained.get("fp16") else None
+        self.autocast = getattr(torch, compute) if compute and args.dtype is None else None
+        self.dtype = args.dtype or own or ("bfloat16" if torch.cuda.is_available() and not trained else "float32")
+        self.tokenizer = load_tokenizer(
+            comparison.base, args.base_revision, args.chat_template_path, trust_remote_code=args.trust_remote_code
+        )
+        if comparison.tuned:
+            self._refuse_other_tokenizer()
+        self._base = self._tuned = None
+
+    def _refuse_other_tokenizer(self) -> None:
+        """Both models must read the same token ids."""
+        tuned = load_tokenizer(
+            self.comparison.tuned, self.comparison.args.tuned_revision, self.comparison.args.chat_template_path
+        )
+        if tuned.get_vocab() != self.tokenizer.get_vocab():
+            raise UserError(
+                f"{self.comparison.tuned} and {self.comparison.base} have different vocabularies, so they cannot read"
+                " the same token ids: compare models that share a tokenizer"
+            )
+
+    def load(self) -> "TwoModels":
+        """Load the weights, in eval mode, with the log-probability head on both."""
+        import torch
+
+        from utils.logps import attach_head
+
+        args, c = self.comparison.args, self.comparison
+        compute = self.autocast or getattr(torch, self.dtype)
+        config = quantization(args.load_in_4bit, False, "nf4", False, compute)
+        common = (self.dtype, args.attn_implementation, config)
+        remote = {"trust_remote_code": args.trust_remote_code}
+        self._base = load_model(c.base, args.base_revision, *common, adapter=c.adapter, **remote)
+        self._tuned = self._base if c.adapter else load_model(c.tuned, args.tuned_revision, *common, **remote)
+        for model in (self._base, self._tuned):
+            if not args.load_in_4bit:
+                model.to(self.device)
+            model.eval()
+            attach_head(model)
+        return self
+
+    @property
+    def is_float32(self) -> bool:
+        """Whether every matrix product runs in float32."""
+        return self.dtype == "float32" and self.autocast is None and not self.comparison.args.load_in_4bit
+
+    @property
+    def device(self):
+        from accelerate import PartialState
+
+        return PartialState().device
+
+    @contextmanager
+    def base(self):
+        """The base model, its adapter switched off."""
+        import torch
+
+        off = self._base.disable_adapter() if self.comparison.adapter else nullcontext()
+        with off, torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
+            yield self._base
+
+    @contextmanager
+    def tuned(self):
+        """The tuned model."""
+        import torch
+
+        with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
+            yield self._tuned
+
+    def side(self, name: str):
+        """`base()` or `tuned()` by name."""
+        return getattr(self, name)()
+
+    def identity(self, side: str) -> dict:
+        """What identifies one side's figures before its weights are loaded: names, hashes, precision, template."""
+        args, c = self.comparison.args, self.comparison
+        plain = side == "base" or c.adapter
+        name, revision = (c.base, args.base_revision) if plain else (c.tuned, args.tuned_revision)
+        return {
+            **identify(name, self.tokenizer, revision),
+            "adapter_sha256": adapter_sha256(c.adapter) if side == "tuned" and c.adapter else None,
+            "dtype": self.dtype,
+            "autocast": str(self.autocast),
+            "quantized": "4bit" if args.load_in_4bit else None,
+            "attn_implementation": args.attn_implementation,
+        }
+
+    def describe(self) -> dict:
+        """The `model` section of an artifact."""
+        base, tuned = self.identity("base"), self.identity("tuned")
+        return {"base": base, "tuned": {**tuned, "name": self.comparison.adapter or self.comparison.tuned}}
+
+
+def adapter_sha256(folder: str) -> str:
+    """SHA-256 of a LoRA folder's config and weights."""
+    files = [p for p in Path(folder).iterdir() if p.name in ADAPTER_FILES]
+    return sha256_of_files(files)
+
+
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")

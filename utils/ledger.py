@@ -1,0 +1,55 @@
+"""Work that is kept as it comes: a rerun, also after kill -9 and on another number of processes, does only the rest."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+from utils.artifacts import RowFile, dumps, write_json
+from utils.provenance import sha256_of
+
+
+class Ledger:
+    """Finished items below `<eval_out>/.cache/<kind>-<hash>/`, one JSON line each, one file a process.
+
+    The folder's name hashes what the items depend on (`identity`: weights, data, settings), so that an item is never
+    taken for that of another question; `identity.json` holds it in words.
+    """
+
+    def __init__(self, eval_out: str | os.PathLike, kind: str, identity: dict, overwrite: bool = False):
+        from accelerate import PartialState
+
+        self.state = PartialState()
+        self.folder = Path(eval_out) / ".cache" / f"{kind}-{sha256_of(dumps(identity))[:16]}"
+        if self.state.is_main_process:
+            if overwrite:
+                shutil.rmtree(self.folder, ignore_errors=True)
+            write_json(self.folder / "identity.json", identity)
+        self.state.wait_for_everyone()
+        self.mine = RowFile(self.folder / f"rows-{self.state.process_index}.jsonl", every_rank=True)
+
+    def read(self) -> dict[str, dict]:
+        """The items finished so far by any process, by key. A line that a crash cut off is left out."""
+        found = {}
+        for path in sorted(self.folder.glob("rows-*.jsonl")):
+            for row in RowFile(path).read():
+                found[row.pop("key")] = row
+        return found
+
+    def add(self, key: str, item: dict) -> None:
+        """Keep one finished item."""
+        self.mine.append({"key": key, **item})
+
+    def share(self, batches: list) -> list:
+        """This process's share of the work: every n-th batch."""
+        return batches[self.state.process_index :: self.state.num_processes]
+
+    def gather(self) -> dict[str, dict]:
+        """Every item, on every process, once all of them are through."""
+        self.state.wait_for_everyone()
+        return self.read()
+
+
+def key_of(*parts) -> str:
+    """A short key of JSON values."""
+    return sha256_of(*(json.dumps(part, sort_keys=True, ensure_ascii=False) for part in parts))[:24]

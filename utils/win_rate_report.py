@@ -1,0 +1,112 @@
+"""What eval_win_rate.py prints in reward mode."""
+
+from utils.length_bias import sentence
+from utils.tables import cell, difference, estimate, render
+
+
+def conclude(metrics: dict, parts: dict, bias: dict, expected: dict | None, title: str) -> tuple[str, str]:
+    """(text, verdict): the table with everything below it, and the one sentence that answers the question."""
+    verdict = claim(metrics)
+    blocks = [table(metrics, title), slices_table(parts), "\n".join(sentence(s, b) for s, b in bias.items())]
+    if expected:
+        blocks.append(expected_table(expected))
+    return "\n\n".join([*blocks, verdict]), verdict
+
+
+def claim(metrics: dict) -> str:
+    """Whether the rewards rank held-out pairs better than chance, and better than the base model does."""
+    rate = metrics["win_rate_ties_half"]
+    if rate["ci95"] is None:
+        return f"No claim: {rate['n']} held-out pair is too few for an interval."
+    figure = f"the reward win rate is {estimate(rate, 100)}% (95% interval; ties half)"
+    if not (rate["ci95"][0] > 0.5 and metrics["p_win_rate_is_half"]["value"] < 0.05):
+        return f"No claim that training helped: {figure}, which cannot be told from 50%."
+    ahead = metrics["win_rate_minus_base_ranking"]
+    base = f"the base model's own ranking ({cell(metrics['likelihood_ranking_base'], 100)}%)"
+    if ahead["ci95"][0] > 0 and metrics["p_win_rate_is_base_ranking"]["value"] < 0.05:
+        return f"Training helped: {figure}, above 50% and above {base}."
+    return f"Training moved the rewards the right way: {figure}, above 50%, but no better than {base}."
+
+
+def table(metrics: dict, title: str) -> str:
+    """Base beside tuned."""
+    chance = {**metrics["win_rate_ties_half"]}
+    chance["value"] -= 0.5
+    chance["ci95"] = [x - 0.5 for x in chance["ci95"]] if chance["ci95"] else None
+    m = metrics
+    lines = [
+        (f"on {m['evaluated_examples']['value']} held-out pairs", "base", "tuned", "tuned - base [95% interval]"),
+        (
+            "win rate by reward, % (ties half)",
+            "50.0 by definition",
+            cell(m["win_rate_ties_half"], 100),
+            difference(chance, m["p_win_rate_is_half"], 100),
+        ),
+        (
+            f"win rate, % ({m['exact_ties']['value']} exact ties lose)",
+            "0.0 by definition",
+            cell(m["win_rate"], 100),
+            "as the trainer counts",
+        ),
+        (
+            "the same, rewards per token, %",
+            "50.0 by definition",
+            cell(m["win_rate_length_normalised_ties_half"], 100),
+            f"p={m['p_win_rate_length_normalised_is_half']['value']:.2g}",
+        ),
+        (
+            "base likelihood against tuned reward, %",
+            cell(m["likelihood_ranking_base"], 100),
+            cell(m["win_rate_ties_half"], 100),
+            difference(m["win_rate_minus_base_ranking"], m["p_win_rate_is_base_ranking"], 100),
+        ),
+        (
+            "likelier answer is chosen, %",
+            cell(m["likelihood_ranking_base"], 100),
+            cell(m["likelihood_ranking_tuned"], 100),
+            difference(m["likelihood_ranking_difference"], m["p_likelihood_ranking_difference"], 100),
+        ),
+        (
+            "reward margin, beta x nats",
+            "0 by definition",
+            cell(m["avg_margin"], 1, 3),
+            difference(m["avg_margin"], m["p_avg_margin_is_0"], 1, 3),
+        ),
+        ("reward of chosen, beta x nats", "0 by definition", cell(m["avg_reward_chosen"], 1, 3), ""),
+        ("reward of rejected, beta x nats", "0 by definition", cell(m["avg_reward_rejected"], 1, 3), ""),
+        (
+            "log loss of sigmoid(margin)",
+            "0.693 by definition",
+            cell(m["calibration_log_loss"], 1, 3),
+            f"calibration error {m['calibration_ece']['value']:.3f}",
+        ),
+        (
+            "rank correlation, margin and length",
+            "",
+            estimate(m["margin_length_correlation"], 1, 2)
+            if m["margin_length_correlation"]["value"] is not None
+            else "-",
+            "",
+        ),
+    ]
+    return render(title, lines)
+
+
+def slices_table(parts: dict) -> str:
+    """Win rate and base ranking in every slice."""
+    lines = [("slice", "pairs", "base ranking, %", "win rate, % (ties half)", "tuned reward - base ranking")]
+    for groups in parts.values():
+        for label, s in groups.items():
+            ahead = difference(s["win_rate_minus_base_ranking"], {"value": s["p_win_rate_is_base_ranking"]}, 100)
+            lines.append((label, str(s["n"]), cell(s["base_ranking"], 100), cell(s["win_rate_ties_half"], 100), ahead))
+    return render("by length, longer side and score gap", lines)
+
+
+def expected_table(expected: dict) -> str:
+    """The trainer's own figures beside those recomputed from the rows."""
+    lines = [("metric", "trainer", "from our rows, its batches", "mean over rows", "")]
+    for key, f in expected["figures"].items():
+        numbers = [f"{f[k]:.4f}" for k in ("trainer", "recomputed", "mean_over_rows")]
+        lines.append((key, *numbers, "agrees" if f["agrees"] else "DIFFERS"))
+    batches = f"batches of {expected['batch_size']} on {expected['processes']} process(es)"
+    return render(f"the trainer's evaluation, {batches}, within {expected['tolerance']}", lines)
