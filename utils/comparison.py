@@ -236,11 +236,13 @@ class TwoModels:
             )
 
     def load(self) -> "TwoModels":
-        """Load the weights, in eval mode, with the log-probability head on both."""
+        """Load the weights, once, in eval mode, with the log-probability head on both."""
         import torch
 
         from utils.logps import attach_head
 
+        if self._base is not None:
+            return self
         args, c = self.comparison.args, self.comparison
         compute = self.autocast or getattr(torch, self.dtype)
         config = quantization(args.load_in_4bit, False, "nf4", False, compute)

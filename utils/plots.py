@@ -2,8 +2,17 @@
 
 from utils.artifacts import atomic_write
 from utils.errors import is_main_process
+from utils.stats import ranked_right
 
 CHOSEN, REJECTED, NEUTRAL, EVAL = "#0b7a75", "#c8553d", "#3d405b", "#e09f3e"
+
+SECTIONS = {
+    "response_chosen": "chosen\nanswer",
+    "response_rejected": "rejected\nanswer",
+    "whole_chosen": "prompt +\nchosen",
+    "whole_rejected": "prompt +\nrejected",
+    "text": "plain\ntext",
+}
 
 
 def figure(rows: int, columns: int, title: str):
@@ -107,7 +116,9 @@ def win_rate_figure(path, rows: list[dict], bins: list[dict], headline: str) -> 
         return
     fig, axes = figure(1, 3, headline)
     margin = np.array([row["margin"] for row in rows])
-    edges = np.histogram_bin_edges(margin, bins=min(40, max(8, len(rows) // 8)))
+    # An edge at 0, so that no bar holds both.
+    width = (np.ptp(margin) or 1.0) / min(40, max(8, len(rows) // 8))
+    edges = width * np.arange(np.floor(margin.min() / width), np.ceil(margin.max() / width) + 1.5)
     for part, colour, label in ((margin > 0, CHOSEN, "chosen above"), (margin <= 0, REJECTED, "chosen not above")):
         axes[0].hist(margin[part], bins=edges, color=colour, alpha=0.8, label=f"{label} ({part.mean():.0%})")
     axes[0].axvline(0, color="grey", ls=":", lw=1)
@@ -115,10 +126,8 @@ def win_rate_figure(path, rows: list[dict], bins: list[dict], headline: str) -> 
     axes[0].set(title="Reward margins", xlabel="margin (beta × nats)", ylabel="pairs")
 
     longer = np.array([row["tokens_chosen"] - row["tokens_rejected"] for row in rows])
-    tuned = np.array([0.5 * ((m > 0) + (m >= 0)) for m in margin])
-    base = np.array(
-        [0.5 * ((r["ref_chosen"] > r["ref_rejected"]) + (r["ref_chosen"] >= r["ref_rejected"])) for r in rows]
-    )
+    tuned = ranked_right(margin, np.zeros(len(rows)))
+    base = ranked_right([row["ref_chosen"] for row in rows], [row["ref_rejected"] for row in rows])
     parts = [p for p in np.array_split(np.argsort(longer, kind="stable"), min(8, max(1, len(rows) // 10))) if len(p)]
     for right, colour, label in ((tuned, CHOSEN, "tuned, implicit reward"), (base, NEUTRAL, "base, likelihood")):
         y, error = [right[p].mean() for p in parts], [1.96 * right[p].std() / len(p) ** 0.5 for p in parts]
@@ -139,4 +148,54 @@ def win_rate_figure(path, rows: list[dict], bins: list[dict], headline: str) -> 
     axes[2].set(title="Calibration", xlabel="confidence, sigmoid(|margin|)", ylabel="share right", ylim=(-0.02, 1.02))
     for ax in axes:
         ax.legend(fontsize=7, framealpha=0.6)
+    save(fig, path)
+
+
+def perplexity_figure(path, metrics: dict, rows: list[dict], text_rows: list[dict], headline: str) -> None:
+    """Three panels: perplexity of base and tuned, the histogram of what moved, and where chosen and rejected went.
+
+    Args:
+        metrics: of perplexity.json; rows and text_rows: of perplexity_rows.jsonl.
+    """
+    import numpy as np
+
+    if not is_main_process():
+        return
+    fig, axes = figure(1, 3, headline)
+    names = [n for n in SECTIONS if f"{n}_ppl_base" in metrics]
+    for side, colour, shift in (("base", NEUTRAL, -0.17), ("tuned", CHOSEN, 0.17)):
+        found = [metrics[f"{name}_ppl_{side}"] for name in names]
+        value = np.array([m["value"] for m in found])
+        ends = np.array([m["ci95"] or (m["value"], m["value"]) for m in found])
+        error = np.clip([value - ends[:, 0], ends[:, 1] - value], 0, None)
+        axes[0].bar(np.arange(len(names)) + shift, value, 0.32, yerr=error, color=colour, capsize=2, label=side)
+    axes[0].set_xticks(range(len(names)), [SECTIONS[name] for name in names], fontsize=7)
+    axes[0].set(title="Perplexity, 95% intervals", ylabel="exp(nats a token)")
+    axes[0].legend(fontsize=7)
+
+    moved = {
+        side: np.array([r[f"nll_response_{side}_difference"] / r[f"tokens_response_{side}"] for r in rows])
+        for side in ("chosen", "rejected")
+        if rows
+    }
+    if text_rows:
+        moved["text"] = np.array([r["nll_difference"] / r["tokens"] for r in text_rows])
+    colours = {"chosen": CHOSEN, "rejected": REJECTED, "text": NEUTRAL}
+    every = np.concatenate(list(moved.values()))
+    edges = np.linspace(every.min(), every.max() + 1e-9, min(40, max(8, len(every) // 8)))
+    for name, values in moved.items():
+        axes[1].hist(
+            values, bins=edges, histtype="step", lw=1.5, color=colours[name], label=f"{name}, {values.mean():+.4f}"
+        )
+    axes[1].axvline(0, color="grey", ls=":", lw=1)
+    axes[1].set(title="What moved, by row", xlabel="tuned - base (nats a token)", ylabel="rows")
+    axes[1].legend(fontsize=7, title="mean over rows", title_fontsize=7)
+
+    for side, values in moved.items():
+        key = "tokens" if side == "text" else f"tokens_response_{side}"
+        lengths = [row[key] for row in (text_rows if side == "text" else rows)]
+        axes[2].scatter(lengths, values, s=6, alpha=0.5, color=colours[side], label=side)
+    axes[2].axhline(0, color="grey", ls=":", lw=1)
+    axes[2].set(title="What moved, by length", xlabel="scored tokens of the row", ylabel="tuned - base (nats a token)")
+    axes[2].legend(fontsize=7)
     save(fig, path)

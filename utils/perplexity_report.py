@@ -1,0 +1,55 @@
+"""What eval_perplexity.py prints."""
+
+from utils.length_bias import sentence
+from utils.tables import cell, difference, render
+
+NAMES = {
+    "response_chosen": "chosen answers, given the prompt",
+    "response_rejected": "rejected answers, given the prompt",
+    "whole_chosen": "prompt and chosen answer",
+    "whole_rejected": "prompt and rejected answer",
+    "text": "plain text",
+}
+
+
+def table(metrics: dict, title: str) -> str:
+    """Base beside tuned, a line a section."""
+    lines = [("perplexity a token", "units", "tokens", "base", "tuned", "tuned - base [95% interval]", "bits per byte")]
+    for name, label in NAMES.items():
+        if f"{name}_ppl_base" in metrics:
+            m = {k.removeprefix(f"{name}_"): v for k, v in metrics.items() if k.startswith(f"{name}_")}
+            p = metrics[f"p_{name}_nll_difference"]
+            bits = f"{m['bits_per_byte_base']['value']:.4f} -> {m['bits_per_byte_tuned']['value']:.4f}"
+            sides = [cell(m[f"ppl_{side}"], 1, 3) for side in ("base", "tuned")]
+            moved = difference(m["ppl_difference"], p, 1, 3)
+            lines.append((label, str(m["tokens"]["n"]), str(m["tokens"]["value"]), *sides, moved, bits))
+            sides = [cell(m[f"ppl_mean_{side}"], 1, 3) for side in ("base", "tuned")]
+            lines.append(("  mean over units", "", "", *sides, "", ""))
+    return render(title, lines)
+
+
+def conclude(metrics: dict, bias: dict, title: str) -> tuple[str, str]:
+    """(text, verdict): table, divergence, length bias, and one sentence on what moved."""
+    blocks = [table(metrics, title)]
+    kls = [
+        f"{side} {metrics[f'kl_{side}']['value']:.4f} ± {metrics[f'kl_{side}']['stderr'] or 0:.4f}"
+        for side in ("chosen", "rejected")
+        if f"kl_{side}" in metrics
+    ]
+    if kls:
+        blocks.append(f"KL(tuned || base) on the data's answers, nats a token: {', '.join(kls)}")
+    if bias:
+        blocks.append("\n".join(sentence(s, b) for s, b in bias.items()))
+    verdict = " ".join(_moved(metrics, name, label) for name, label in NAMES.items() if f"{name}_ppl_base" in metrics)
+    return "\n\n".join([*blocks, verdict]), verdict
+
+
+def _moved(metrics: dict, name: str, label: str) -> str:
+    ratio, p = metrics[f"{name}_ppl_ratio"], metrics[f"p_{name}_nll_difference"]["value"]
+    change = f"{100 * (ratio['value'] - 1):+.2f}%"
+    if ratio["ci95"] is None:
+        return f"{label.capitalize()}: perplexity {change}, one unit, so no interval."
+    low, high = (100 * (x - 1) for x in ratio["ci95"])
+    clear = (low > 0 or high < 0) and p < 0.05
+    word = ("rose" if low > 0 else "fell") if clear else "did not move beyond chance"
+    return f"{label.capitalize()}: perplexity {word} ({change}, 95% interval {low:+.2f} to {high:+.2f}%)."
