@@ -50,6 +50,27 @@ class WinRateArguments:
     )
     expected_processes: int | None = option("Processes behind --expected (default: the run's, else 1).")
     length_bias_splits: list[str] | None = option("Further splits whose length bias is reported.")
+    prompts: str | None = option(
+        "Battle: prompts, a hub id, file or hf:// file (default: the held-out pairs' prompts)."
+    )
+    category_key: str = option("Battle: column that names a prompt's category.", "category")
+    models: list[str] | None = option("Battle: further models, name=PATH each.")
+    opponent_outputs: str | None = option("Battle: a file of given answers that base and tuned meet.")
+    published: str | None = option("Battle: YAML of published scores to print beside.")
+    judge: str = option(
+        "hf:MODEL, openai:MODEL@BASE_URL, rm:MODEL, longer or random.", "hf:builtin:smollm2-135m-instruct"
+    )
+    judge_prompt: str = option("What the judge is asked.", "configs/judges/pairwise.yaml")
+    judge_dtype: str | None = option(
+        "Precision of a local judge (default: bfloat16 on a GPU, else float32).",
+        choices=["float32", "bfloat16", "float16"],
+    )
+    judge_attempts: int = option("Further attempts where an endpoint fails or answers nonsense.", 4)
+    judge_timeout: float = option("Seconds that an endpoint has for one answer.", 120.0)
+    judge_concurrency: int = option("Questions that an endpoint gets at once.", 8)
+    max_new_tokens: int = option("Battle: longest answer in tokens.", 256)
+    temperature: float = option("Battle: 0 decodes greedily, above 0 samples with --seed.", 0.0)
+    top_p: float = option("Battle: nucleus of sampled answers.", 1.0)
 
 
 def implicit_rewards(comparison, models, args):
@@ -151,6 +172,103 @@ def reward_mode(comparison, args, started):
         raise UserError(f"--expected {args.expected}: the trainer's figures do not come out again (table above)")
 
 
+def answers_and_pairings(args, comparison, models):
+    """Prompts, every model's answers to them, who meets whom, and what was read: base and tuned come first."""
+    from utils.answers import answer_all, answerable, comparison_players, further_player, given_answers
+    from utils.battles import pairings, refuse_equal
+    from utils.prompts import load_answers, load_prompts
+
+    c = comparison.args
+    named = (args.prompts, "test") if args.prompts else (c.dataset_name, c.split, c.dataset_config, c.dataset_revision)
+    prompts, read = load_prompts(*named, category_key=args.category_key, limit=c.limit)
+    players = [*comparison_players(models), *(further_player(spec, models) for spec in args.models or [])]
+    prompts, refused = answerable(players, prompts)
+    read["left_out"] |= {"template_refused": refused} if refused else {}
+    names, opponent, answers, source = [player.name for player in players], None, {}, None
+    if args.opponent_outputs:
+        opponent, given, source = load_answers(args.opponent_outputs, prompts)
+        opponent = opponent if opponent not in names else f"{opponent} (given)"
+        answers[opponent] = given_answers(given, models.tokenizer)
+    settings = {key: getattr(args, key) for key in ("max_new_tokens", "temperature", "top_p")}
+    settings |= {"seed": c.seed, "batch_tokens": c.batch_tokens * GENERATION_BUDGET}
+    for player in players:
+        answers[player.name] = answer_all(player, prompts, settings, c.eval_out, c.overwrite)
+    refuse_equal(answers)
+    return prompts, players, answers, pairings(names, opponent), {**read, "opponent": source}
+
+
+def battle_mode(comparison, args, started):
+    """Battles under a judge: answer, judge in both orders, compute, write, print."""
+    import time
+
+    import torch
+
+    from utils.artifacts import envelope, write_json, write_rows
+    from utils.battle_report import battle_summary, conclude, published_rows
+    from utils.battles import judge_rows, two_orders
+    from utils.comparison import TwoModels
+    from utils.judges import make_judge
+    from utils.plots import battle_figure
+    from utils.provenance import run_record
+    from utils.runs import all_arguments
+
+    c, models = comparison.args, TwoModels(comparison)
+    published = published_rows(args.published) if args.published else None
+    options = {
+        "dtype": args.judge_dtype or ("bfloat16" if torch.cuda.is_available() else "float32"),
+        "batch_tokens": c.batch_tokens,
+        "attn_implementation": c.attn_implementation,
+        "seed": c.seed,
+        **{key: getattr(args, f"judge_{key}") for key in ("attempts", "timeout", "concurrency")},
+    }
+    judges = [make_judge(spec, args.judge_prompt, options) for spec in dict.fromkeys([args.judge, "longer", "random"])]
+    prompts, players, answers, pairs, read = answers_and_pairings(args, comparison, models)
+    models.unload()
+    items, rows = two_orders(prompts, answers, pairs)
+    judged = {judge.name: judge_rows(judge, items, rows, c.eval_out, c.overwrite) for judge in judges}
+    if not is_main_process():
+        return
+    sections = battle_summary(judged, answers, pairs, [p.name for p in players], c.seed)
+    title = f"{comparison.name}: {len(prompts)} prompts, judge {judges[0].name}, both orders"
+    text, verdict = conclude(sections, published, title, read)
+
+    path = comparison.path
+    kept = [
+        {**row, "controls": {j.name: judged[j.name][k]["consistent"] for j in judges[1:]}}
+        for k, row in enumerate(judged[judges[0].name])
+    ]
+    write_rows(path("battle", ".jsonl", rows=True), kept)
+    battle_figure(path("battle", ".png"), sections, title)
+    summary = envelope(
+        "battle",
+        {**models.describe(), "others": {p.name: p.identity for p in players[2:]}, "judge": judges[0].identity()},
+        sections.pop("metrics"),
+        all_arguments([c, args]),
+        run_record(c.seed, time.monotonic() - started, run_name=comparison.name, limit=c.limit),
+        claim=verdict,
+        text=text,
+        **sections,
+        published=published,
+        data=read,
+    )
+    write_json(path("battle", ".json"), summary)
+    print(text)
+    print(f"\nwrote {path('battle', '.json')}, {path('battle', '.jsonl', rows=True)}, {path('battle', '.png')}")
+
+
+# Answers are decoded a token at a time over a cache: far more tokens fit than in a scoring pass.
+GENERATION_BUDGET = 4
+
+
+def check_battle(args):
+    """Refuse what no battle can be fought with."""
+    for key in ("max_new_tokens", "judge_timeout", "judge_concurrency"):
+        if not getattr(args, key) > 0:
+            raise UserError(f"--{key} {getattr(args, key)}: must be above 0")
+    if args.temperature < 0 or not 0 < args.top_p <= 1 or args.judge_attempts < 0:
+        raise UserError("--temperature must be at least 0, --top_p above 0 and at most 1, --judge_attempts at least 0")
+
+
 def main():
     quick_help(__doc__, runs_bare=True)
 
@@ -168,8 +286,9 @@ def main():
     args.beta = args.beta if args.beta is not None else comparison.trained.get("beta") or 0.1
     if not args.beta > 0:
         raise UserError(f"--beta {args.beta}: must be above 0")
+    check_battle(args)
     join_processes()
-    reward_mode(comparison, args, started)
+    (battle_mode if args.battle else reward_mode)(comparison, args, started)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The one chat-template renderer: messages in, text and token ids out."""
 
+import re
 from dataclasses import dataclass, field
 
 from utils.errors import UserError
@@ -70,6 +71,16 @@ class ChatRenderer:
         tail = self.ids([whole.rpartition("ANSWER-PROBE")[2]])[0]
         special = set(self.tokenizer.all_special_ids)
         return set([i for i in tail if i in special][:1] or [self.tokenizer.eos_token_id]) - {None}
+
+
+def neutralise(text: str, tokenizer) -> str:
+    """`text` with a space put into every special token written out in it, so that it is read as text.
+
+    A prompt or answer that spells `<|im_end|>` could otherwise end its turn and speak in another's name.
+    """
+    special = {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special} | set(tokenizer.all_special_tokens)
+    found = [re.escape(token) for token in sorted(special, key=len, reverse=True) if len(token) > 1]
+    return re.sub("|".join(found), lambda m: f"{m[0][0]} {m[0][1:]}", text) if found else text
 
 
 def shared_prefix(a: list[int], b: list[int]) -> int:

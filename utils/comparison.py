@@ -257,6 +257,17 @@ class TwoModels:
             attach_head(model)
         return self
 
+    def unload(self) -> None:
+        """Let the weights go, so that a judge finds room."""
+        import gc
+
+        import torch
+
+        self._base = self._tuned = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
     @property
     def is_float32(self) -> bool:
         """Whether every matrix product runs in float32."""

@@ -1,8 +1,11 @@
 """The one generation loop: prompts in, answers with token counts and finish reasons out."""
 
+import json
 from collections.abc import Iterator
 
-from utils.chat import ChatRenderer
+from utils.batching import token_batches
+from utils.chat import ChatRenderer, neutralise
+from utils.provenance import sha256_of
 
 
 def generate(
@@ -17,47 +20,51 @@ def generate(
 ) -> Iterator[dict]:
     """Answer conversations, longest first, in batches of at most `batch_tokens` prompt and answer tokens.
 
+    A prompt's answer does not depend on the prompts beside it: rows are masked from each other, and a sampled answer
+    draws from a generator of its own, seeded from `seed` and the prompt. Special tokens spelt out in a prompt are text.
+
     Args:
         prompts: conversations that end with a user turn.
-        temperature: 0 decodes greedily; above 0 samples, seeded per batch from `seed`.
+        temperature: 0 decodes greedily; above 0 samples.
 
     Yields:
         `{"index", "text", "tokens", "finish_reason"}` per prompt, batch by batch (`index` into `prompts`);
         `finish_reason` is "stop" where an end-of-turn token came, "length" where `max_new_tokens` cut it.
     """
     import torch
-    from transformers import GenerationConfig
+    from transformers import GenerationConfig, LogitsProcessorList
 
     chat = ChatRenderer(tokenizer)
-    prompt_ids = chat.ids([chat.prompt_text(messages) for messages in prompts])
+    prompt_ids = chat.ids([chat.prompt_text(as_text(messages, tokenizer)) for messages in prompts])
     # The end-of-turn token ends an answer also where the model's own settings name only the end of the text.
     stops = {tokenizer.eos_token_id, *chat.end_ids()}
     own = model.generation_config.eos_token_id
     stops |= set(own if isinstance(own, list) else [own]) - {None}
-    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {}
     settings = GenerationConfig(
         max_new_tokens=max_new_tokens,
         eos_token_id=sorted(stops),
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
-        **(sampling or {"do_sample": False}),
+        do_sample=False,
     )
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompt_ids[i]))
-    start, was_training = 0, model.training
+    was_training = model.training
     model.eval()
     try:
-        while start < len(order):
-            width = len(prompt_ids[order[start]])
-            batch = order[start : start + max(1, batch_tokens // (width + max_new_tokens))]
+        for batch in token_batches([len(ids) + max_new_tokens for ids in prompt_ids], batch_tokens):
+            width = len(prompt_ids[batch[0]])
             ids = torch.full((len(batch), width), tokenizer.pad_token_id, device=model.device)
             mask = torch.zeros_like(ids)
             for row, i in enumerate(batch):
                 ids[row, width - len(prompt_ids[i]) :] = torch.tensor(prompt_ids[i])
                 mask[row, width - len(prompt_ids[i]) :] = 1
-            with torch.no_grad(), torch.random.fork_rng(enabled=bool(sampling)):
-                if sampling:
-                    torch.manual_seed(seed + start)
-                out = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
+            sampling = LogitsProcessorList()
+            if temperature:
+                seeds = [int(sha256_of(str(seed), json.dumps(prompts[i]))[:15], 16) for i in batch]
+                sampling.append(seeded_sampling(seeds, temperature, top_p, model.device))
+            with torch.no_grad():
+                out = model.generate(
+                    input_ids=ids, attention_mask=mask, generation_config=settings, logits_processor=sampling
+                )
             for i, answer in zip(batch, out[:, width:].tolist(), strict=True):
                 stop = next((k for k, token in enumerate(answer) if token in stops), None)
                 kept = answer if stop is None else answer[:stop]
@@ -67,6 +74,33 @@ def generate(
                     "tokens": len(kept),
                     "finish_reason": "length" if stop is None else "stop",
                 }
-            start += len(batch)
     finally:
         model.train(was_training)
+
+
+def as_text(messages: list[dict], tokenizer) -> list[dict]:
+    """`messages` with special tokens spelt out in them made plain text."""
+    return [{**m, "content": neutralise(m["content"], tokenizer)} for m in messages]
+
+
+def seeded_sampling(seeds: list[int], temperature: float, top_p: float, device):
+    """A logits processor under which the argmax is a sample: one generator a row, so that no row depends on another.
+
+    Gumbel-max: argmax_i (z_i - log E_i) with E_i ~ Exp(1) is distributed as softmax(z).
+
+    Args:
+        seeds: one a row of the batch.
+    """
+    import torch
+    from transformers import LogitsProcessor, TopPLogitsWarper
+
+    generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+    nucleus = TopPLogitsWarper(top_p)
+
+    class SeededSampling(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            scores = nucleus(input_ids, scores.float() / temperature)
+            draws = [torch.empty_like(scores[0]).exponential_(generator=g) for g in generators]
+            return scores - torch.stack(draws).log()
+
+    return SeededSampling()

@@ -199,3 +199,50 @@ def perplexity_figure(path, metrics: dict, rows: list[dict], text_rows: list[dic
     axes[2].set(title="What moved, by length", xlabel="scored tokens of the row", ylabel="tuned - base (nats a token)")
     axes[2].legend(fontsize=7)
     save(fig, path)
+
+
+def battle_figure(path, sections: dict, headline: str) -> None:
+    """Win rates of every pairing under the judge and its controls, by category, and answer lengths.
+
+    Args:
+        sections: from `utils.battle_report.battle_summary`.
+    """
+    import numpy as np
+
+    if not is_main_process():
+        return
+    fig, axes = figure(1, 3, headline)
+
+    def bars(ax, entries):
+        """entries: (label, metric, colour), drawn from the top."""
+        for y, (_, m, colour) in enumerate(reversed(entries)):
+            low, high = m["ci95"] or (m["value"], m["value"])
+            error = np.clip([[m["value"] - low], [high - m["value"]]], 0, None)
+            ax.barh(y, m["value"], xerr=error, color=colour, capsize=2, height=0.7)
+        ax.set_yticks(range(len(entries)), [label for label, _, _ in reversed(entries)], fontsize=7)
+        ax.axvline(0.5, color="grey", ls=":", lw=1)
+        ax.set(xlim=(0, 1), xlabel="win rate (ties half)")
+
+    rates = []
+    for match in sections["matches"]:
+        who = f"{match['a']} vs {match['b']}"
+        for k, (judge, m) in enumerate(match["judges"].items()):
+            if "win_rate" in m:
+                rates.append((f"{who}\n{judge[-28:]}", m["win_rate"], CHOSEN if k == 0 else NEUTRAL))
+            if k == 0 and "win_rate" in m:
+                rates.append((f"{who}\nstyle held equal", m["win_rate_style_controlled"], EVAL))
+    bars(axes[0], rates[:12])
+    axes[0].set_title("Win rate, 95% intervals")
+    main = sections["matches"][-1]
+    parts = [(f"{name} ({c['n']})", c["win_rate"], CHOSEN) for name, c in main["categories"].items()]
+    bars(axes[1], parts[:16])
+    axes[1].set_title(f"{main['a']} vs {main['b']}, by category")
+    names = list(sections["answers"])
+    length = [sections["answers"][name]["tokens"] for name in names]
+    cut = [sections["answers"][name].get("truncated_share", {}).get("value") for name in names]
+    axes[2].barh(range(len(names)), [m["value"] for m in length], color=NEUTRAL, height=0.6)
+    labels = [n if c is None else f"{n}\n{c:.0%} cut off" for n, c in zip(names, cut, strict=True)]
+    axes[2].set_yticks(range(len(names)), labels, fontsize=7)
+    axes[2].invert_yaxis()
+    axes[2].set(title="Answer length", xlabel="mean tokens an answer")
+    save(fig, path)

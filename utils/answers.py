@@ -1,0 +1,120 @@
+"""Answers of a model to prompts, cached on disk by model, prompt and settings."""
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from utils.chat import ChatRenderer, TemplateRefused
+from utils.comparison import TwoModels, adapter_sha256
+from utils.errors import UserError, is_main_process
+from utils.generation import generate
+from utils.ledger import Ledger, key_of
+from utils.prompts import Prompt
+
+
+@dataclass
+class Player:
+    """A model that answers: its name, what identifies its answers, its tokenizer, and `open()`, the loaded model."""
+
+    name: str
+    identity: dict
+    tokenizer: object
+    open: object
+
+
+def comparison_players(models: TwoModels) -> list[Player]:
+    """Base and tuned."""
+    return [
+        Player(side, models.identity(side), models.tokenizer, lambda side=side: models.load().side(side))
+        for side in models.sides
+    ]
+
+
+def further_player(spec: str, models: TwoModels) -> Player:
+    """The model of `name=path`: a hub id, a model's folder, or a LoRA folder, whose config names its base."""
+    from utils.models import identify, load_model, load_tokenizer
+
+    name, equals, path = spec.partition("=")
+    if not (name and equals and path) or name in models.sides:
+        raise UserError(f"--models {spec}: expected name=PATH, with a name other than {' and '.join(models.sides)}")
+    adapter = path if (Path(path) / "adapter_config.json").exists() else None
+    base = path
+    if adapter:
+        from utils.comparison import _base_of
+
+        base = _base_of(adapter) or models.comparison.base
+    tokenizer = load_tokenizer(base, chat_template_path=models.comparison.args.chat_template_path)
+    identity = {
+        **identify(base, tokenizer),
+        "adapter_sha256": adapter_sha256(adapter) if adapter else None,
+        "dtype": models.dtype,
+        "attn_implementation": models.comparison.args.attn_implementation,
+    }
+
+    @contextmanager
+    def opened():
+        model = load_model(
+            base, dtype=models.dtype, attn_implementation=models.comparison.args.attn_implementation, adapter=adapter
+        )
+        yield model.to(models.device).eval()
+
+    return Player(name, identity, tokenizer, opened)
+
+
+def answerable(players: list[Player], prompts: list[Prompt]) -> tuple[list[Prompt], int]:
+    """The prompts that every model's chat template takes, and how many were refused."""
+    chats = [ChatRenderer(player.tokenizer) for player in players]
+    kept = []
+    for prompt in prompts:
+        try:
+            for chat in chats:
+                chat.prompt_text(prompt.messages)
+            kept.append(prompt)
+        except TemplateRefused as error:
+            refusal = f"{prompt.where}: {error}"
+    if not kept:
+        raise UserError(f"the chat template refuses all {len(prompts)} prompts; the last: {refusal}")
+    return kept, len(prompts) - len(kept)
+
+
+def answer_all(player: Player, prompts: list[Prompt], settings: dict, eval_out: str, overwrite: bool) -> list[dict]:
+    """`{text, tokens, finish_reason}` of every prompt, in order, on every process: sharded, and kept batch by batch.
+
+    Args:
+        settings: max_new_tokens, temperature, top_p and seed, which decide an answer, and batch_tokens, which does not.
+    """
+    from tqdm import tqdm
+
+    decisive = {k: v for k, v in settings.items() if k != "batch_tokens"}
+    if not settings["temperature"]:
+        decisive |= {"top_p": None, "seed": None}
+    ledger = Ledger(eval_out, f"answers-{player.name}", {**player.identity, **decisive}, overwrite)
+    keys = [key_of(prompt.messages) for prompt in prompts]
+    done = ledger.read()
+    todo = list({key: i for i, key in enumerate(keys) if key not in done}.values())
+    # Dealt out by length, so that every process gets as much to do.
+    todo.sort(key=lambda i: (-len(prompts[i].text), i))
+    mine = ledger.share(todo)
+    if mine:
+        bar = tqdm(total=len(mine), desc=f"{player.name} answers", unit="prompt", disable=not is_main_process())
+        with player.open() as model:
+            for answer in generate(model, player.tokenizer, [prompts[i].messages for i in mine], **settings):
+                ledger.add(keys[mine[answer.pop("index")]], answer)
+                bar.update()
+        bar.close()
+    found = ledger.gather()
+    return [found[key] for key in keys]
+
+
+def given_answers(answers: list[str | None], tokenizer) -> list[dict | None]:
+    """Answers from a file in the same form, counted with `tokenizer`; how they ended is not known."""
+    return [
+        None
+        if text is None
+        else {
+            "text": text,
+            "tokens": len(tokenizer(text, add_special_tokens=False)["input_ids"]),
+            "finish_reason": None,
+        }
+        for text in answers
+    ]

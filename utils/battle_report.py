@@ -1,0 +1,152 @@
+"""The summary of battles, and what eval_win_rate.py --battle prints."""
+
+from pathlib import Path
+
+from utils.battles import against_opponent, answer_metrics, battle_metrics, bradley_terry, by_category
+from utils.errors import UserError
+from utils.tables import cell, difference, estimate, render
+
+
+def battle_summary(judged: dict, answers: dict, pairs: list[tuple[str, str]], players: list[str], seed: int) -> dict:
+    """Every section of battle.json.
+
+    Args:
+        judged: `{judge: rows}`, the judge first and its controls after it.
+        answers: `{model: answers}`. pairs: who met whom, as (a, b). players: the models that answered here.
+
+    Returns:
+        metrics (of tuned against base, or of each against the opponent), matches, answers, bradley_terry.
+    """
+    matches = []
+    for a, b in pairs:
+        mine = {name: [r for r in rows if (r["a"], r["b"]) == (a, b)] for name, rows in judged.items()}
+        first = next(iter(mine.values()))
+        matches.append(
+            {
+                "a": a,
+                "b": b,
+                "judges": {name: battle_metrics(rows, seed) for name, rows in mine.items()},
+                "categories": by_category(first, seed),
+            }
+        )
+    rows = next(iter(judged.values()))
+    opponent = pairs[0][1] if pairs[0][1] not in players else None
+    metrics = {}
+    for match in matches:
+        prefix = f"{match['a']}_" if opponent else "" if (match["a"], match["b"]) == ("tuned", "base") else None
+        if prefix is not None:
+            for k, (judge, found) in enumerate(match["judges"].items()):
+                metrics |= {f"{prefix}{key if k == 0 else f'{judge}_{key}'}": m for key, m in found.items()}
+    if opponent:
+        metrics |= against_opponent(rows, ["base", "tuned"], opponent, seed)
+    lengths = {name: answer_metrics(found, seed) for name, found in answers.items()}
+    decided = [row for row in rows if row["consistent"] is not None]
+    strengths = bradley_terry(decided, list(dict.fromkeys([*players, *lengths])), seed) if len(lengths) > 2 else None
+    return {"metrics": metrics, "matches": matches, "answers": lengths, "bradley_terry": strengths}
+
+
+def published_rows(path: str) -> dict:
+    """A file of published scores: source, setting and rows. Raises UserError naming the file."""
+    import yaml
+
+    try:
+        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"--published {path}: cannot be read ({error})") from None
+    if not isinstance(found, dict) or not {"source", "setting", "rows"} <= set(found):
+        raise UserError(f"--published {path}: needs source, setting and rows")
+    return found
+
+
+def conclude(sections: dict, published: dict | None, title: str, read: dict) -> tuple[str, str]:
+    """(text, verdict): the table with everything below it, and the one sentence that answers the question."""
+    blocks = [table(sections, title), models_table(sections, published)]
+    categories = [m for m in sections["matches"] if len(m["categories"]) > 1]
+    blocks += [categories_table(m) for m in categories]
+    left_out = ", ".join(f"{k} {v}" for k, v in read["left_out"].items())
+    if left_out:
+        blocks.append(f"left out: {left_out}")
+    if published:
+        blocks.append(
+            f"published: {published['source']}; {published['setting']}: not the judge above, so no difference"
+        )
+    verdict = claim(sections)
+    return "\n\n".join([*blocks, verdict]), verdict
+
+
+def claim(sections: dict) -> str:
+    """Who won, in one sentence that never goes beyond the judge's controls."""
+    m = sections["metrics"]
+    if "win_rate_difference" in m:
+        d, p = m["win_rate_difference"], m["p_win_rate_difference"]
+        shown = f"against the same opponent tuned scored {difference(d, p, 100)} points more than base"
+        clear = d["ci95"] and d["ci95"][0] > 0 and p["value"] < 0.05
+        return f"Tuned answers better under this judge: {shown}." if clear else f"No claim: {shown}."
+    if "win_rate" not in m:
+        return "No claim: no prompt has verdicts in both orders."
+    rate, p = m["win_rate"], m["p_win_rate_is_half"]["value"]
+    shown = f"tuned wins {estimate(rate, 100)}% against base (95% interval; ties half; sign test p={p:.2g})"
+    if not (rate["ci95"] and rate["ci95"][0] > 0.5 and p < 0.05):
+        return f"No claim that the judge prefers tuned: {shown}."
+    longer = m.get("longer_win_rate")
+    caution = ""
+    if longer and longer["value"] >= rate["value"]:
+        caution = f" A judge of nothing but length would say {100 * longer['value']:.1f}%."
+    return f"The judge prefers tuned: {shown}.{caution}"
+
+
+def table(sections: dict, title: str) -> str:
+    """A line a pairing and judge."""
+    head = ("pairing", "judge", "win rate, %", "p", "by probability", "style held equal", "won/tied/lost")
+    lines = [(*head, "flips", "first slot wins", "unparsed")]
+    for match in sections["matches"]:
+        for judge, m in match["judges"].items():
+            pairing = f"{match['a']} vs {match['b']}"
+            unparsed = f"{m['unparsed_verdicts']['value']} of {m['unparsed_verdicts']['n']}"
+            if "win_rate" not in m:
+                lines.append((pairing, judge, *["-"] * 7, unparsed))
+                continue
+            lines.append(
+                (
+                    pairing,
+                    judge,
+                    estimate(m["win_rate"], 100),
+                    f"{m['p_win_rate_is_half']['value']:.2g}",
+                    cell(m["win_rate_probability"], 100) if "win_rate_probability" in m else "-",
+                    estimate(m["win_rate_style_controlled"], 100),
+                    "/".join(str(m[k]["value"]) for k in ("wins", "ties", "losses")),
+                    f"{100 * m['flip_rate']['value']:.1f}%",
+                    cell(m["first_slot_wins"], 100),
+                    unparsed,
+                )
+            )
+    text = render(title, lines)
+    mass = next(iter(sections["matches"][0]["judges"].values())).get("verdict_mass_median")
+    if mass:
+        below = next(iter(sections["matches"][0]["judges"].values()))["verdict_mass_below_half"]["value"]
+        text += f"\nprobability on the verdict labels: median {mass['value']:.3f}, below a half in {below:.1%}"
+    return text
+
+
+def models_table(sections: dict, published: dict | None) -> str:
+    """A line a model: how long it answers, how often it was cut off; its strength and score where they mean something."""
+    strengths = sections["bradley_terry"]
+    scores = {m["a"]: next(iter(m["judges"].values())).get("win_rate_votes") for m in sections["matches"]}
+    lines = [("model", "answers", "tokens an answer", "cut off, %", "Bradley-Terry, logits", "score by votes, %")]
+    for name, m in sections["answers"].items():
+        cut = cell(m["truncated_share"], 100) if "truncated_share" in m else "-"
+        strength = estimate(strengths[name], 1, 2) if strengths else "-"
+        score = estimate(scores[name], 100) if published and scores.get(name) else "-"
+        lines.append((name, str(m["answers"]["value"]), cell(m["tokens"]), cut, strength, score))
+    for name, row in (published or {"rows": {}})["rows"].items():
+        lines.append((f"{name} (published)", "-", str(row.get("tokens", "-")), "-", "-", str(row["score"])))
+    width = 4 + bool(strengths) + bool(published)
+    return render("answers", [line[: 5 if width == 5 else width] for line in lines])
+
+
+def categories_table(match: dict) -> str:
+    """Win rate by category of prompts."""
+    lines = [("category", "prompts", f"{match['a']} wins, %", "p")]
+    for name, c in match["categories"].items():
+        lines.append((name, str(c["n"]), estimate(c["win_rate"], 100), f"{c['p_win_rate_is_half']:.2g}"))
+    return render(f"{match['a']} vs {match['b']} by category (no correction for many categories)", lines)

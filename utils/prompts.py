@@ -1,0 +1,138 @@
+"""Prompt sets and given answers, in the forms the field ships them."""
+
+from dataclasses import dataclass
+
+from utils.errors import UserError
+from utils.ledger import key_of
+from utils.preferences import to_pair
+from utils.rows import read_rows
+
+
+@dataclass
+class Prompt:
+    """A conversation that ends with a user turn, where it came from, and its category where the data names one."""
+
+    messages: list[dict]
+    where: str
+    uid: str | None = None
+    category: str | None = None
+
+    @property
+    def key(self) -> str:
+        """Equal for equal conversations."""
+        return key_of(self.messages)
+
+    @property
+    def text(self) -> str:
+        """The conversation as a judge reads it: a single question as it stands, else turn by turn."""
+        if len(self.messages) == 1:
+            return self.messages[0]["content"]
+        return "\n\n".join(f"{m['role'].capitalize()}: {m['content']}" for m in self.messages)
+
+
+def load_prompts(name, split, config=None, revision=None, category_key="category", limit=None) -> tuple[list, dict]:
+    """The prompts of preference pairs, or of rows with `prompt`, `instruction`, `question`, `messages` or `turns`.
+
+    Returns:
+        (prompts, summary): prompts that occur twice are taken once; what was left out is counted.
+    """
+    rows, source = read_rows(name, split, config, revision)
+    found, left_out = {}, {}
+    for where, row in rows:
+        messages = _conversation(row, where)
+        if isinstance(messages, str):
+            left_out[messages] = left_out.get(messages, 0) + 1
+            continue
+        category = row.get(category_key)
+        uid = row.get("uid") or row.get("question_id")
+        prompt = Prompt(messages, where, None if uid is None else str(uid), None if category is None else str(category))
+        if prompt.key in found:
+            left_out["duplicate_prompt"] = left_out.get("duplicate_prompt", 0) + 1
+        else:
+            found[prompt.key] = prompt
+        if limit is not None and len(found) >= limit:
+            break
+    if not found:
+        raise UserError(f"{name} split {split}: no prompt is left; left out: {left_out}")
+    return list(found.values()), {"prompts": len(found), "left_out": left_out, "source": source}
+
+
+def _conversation(row, where: str) -> list[dict] | str:
+    """The row's messages up to a last user turn, or the reason to leave it out."""
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: expected an object with a prompt, found {type(row).__name__}")
+    if row.get("chosen") is not None and row.get("rejected") is not None:
+        pair = to_pair(row, where, plain_as_chat=True)
+        if isinstance(pair, str):
+            return pair
+        messages = pair.messages
+    else:
+        keys = ("messages", "prompt", "instruction", "question", "turns")
+        value = next((row[k] for k in keys if row.get(k)), None)
+        if value is None:
+            raise UserError(f"{where}: no prompt (keys there: {', '.join(map(str, row))}); one of {', '.join(keys)}")
+        messages = _messages(value, where)
+        if isinstance(row.get("input"), str) and row["input"].strip() and isinstance(value, str):
+            messages = [{"role": "user", "content": f"{value}\n\n{row['input']}"}]
+    while messages and messages[-1]["role"] != "user":
+        messages = messages[:-1]
+    if not messages or not messages[-1]["content"].strip():
+        return "empty_prompt"
+    return messages
+
+
+def _messages(value, where: str) -> list[dict]:
+    if isinstance(value, str):
+        return [{"role": "user", "content": value}]
+    turns = [{"role": "user", **t} if isinstance(t, dict) else {"role": "user", "content": t} for t in value]
+    for turn in turns:
+        if not isinstance(turn.get("content"), str) or turn["role"] not in ("system", "user", "assistant"):
+            raise UserError(f"{where}: a turn needs a role (system, user or assistant) and content as text")
+    # A list of plain questions is asked one by one elsewhere; here the first is the prompt.
+    several = all(t["role"] == "user" for t in turns)
+    return turns[:1] if several else [{"role": t["role"], "content": t["content"]} for t in turns]
+
+
+def load_answers(name: str, prompts: list[Prompt]) -> tuple[str, list[str | None], dict]:
+    """Given answers to `prompts`: alpaca_eval's outputs, Arena-Hard's model_answer, or rows of prompt and answer.
+
+    They are matched by uid where both sides have one, else by the prompt's text.
+
+    Returns:
+        (model's name, an answer or None per prompt, source). Raises UserError where no prompt has an answer.
+    """
+    rows, source = read_rows(name, "test")
+    by_uid, by_text, model = {}, {}, None
+    for where, row in rows:
+        if not isinstance(row, dict):
+            raise UserError(f"{where}: expected an object with an answer, found {type(row).__name__}")
+        answer = _answer(row)
+        if not isinstance(answer, str):
+            raise UserError(f"{where}: no answer there; one of output, answer, response, or messages that end with one")
+        model = model or row.get("generator") or row.get("model") or row.get("model_id")
+        uid = row.get("uid") or row.get("question_id")
+        if uid is not None:
+            by_uid[str(uid)] = answer
+        asked = {k: row[k] for k in ("instruction", "prompt", "question", "input") if isinstance(row.get(k), str)}
+        if isinstance(row.get("messages"), list):
+            asked = {"messages": row["messages"][:-1]}
+        asked = _conversation(asked, where) if asked else None
+        if isinstance(asked, list):
+            by_text[key_of(asked)] = answer
+    found = [by_uid.get(p.uid) if p.uid in by_uid else by_text.get(p.key) for p in prompts]
+    if not any(answer is not None for answer in found):
+        raise UserError(f"{name}: holds an answer to none of the {len(prompts)} prompts; is it of another prompt set?")
+    return str(model or "opponent"), found, source
+
+
+def _answer(row: dict):
+    for key in ("output", "answer", "response"):
+        if row.get(key) is not None:
+            return row[key]
+    if isinstance(row.get("choices"), list) and row["choices"]:
+        content = row["choices"][0]["turns"][0]
+        return content["content"] if isinstance(content, dict) else content
+    if isinstance(row.get("messages"), list) and row["messages"] and row["messages"][-1].get("role") == "assistant":
+        content = row["messages"][-1]["content"]
+        return content.get("answer") if isinstance(content, dict) else content
+    return None
