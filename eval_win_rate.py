@@ -183,12 +183,14 @@ def answers_and_pairings(args, comparison, models):
     prompts, read = load_prompts(*named, category_key=args.category_key, limit=c.limit)
     players = [*comparison_players(models), *(further_player(spec, models) for spec in args.models or [])]
     prompts, refused = answerable(players, prompts)
-    read["left_out"] |= {"template_refused": refused} if refused else {}
+    read["left_out"] |= {"prompts refused by a chat template": refused} if refused else {}
     names, opponent, answers, source = [player.name for player in players], None, {}, None
     if args.opponent_outputs:
         opponent, given, source = load_answers(args.opponent_outputs, prompts)
         opponent = opponent if opponent not in names else f"{opponent} (given)"
         answers[opponent] = given_answers(given, models.tokenizer)
+        missing = sum(answer is None for answer in given)
+        read["left_out"] |= {f"prompts without an answer of {opponent}": missing} if missing else {}
     settings = {key: getattr(args, key) for key in ("max_new_tokens", "temperature", "top_p")}
     settings |= {"seed": c.seed, "batch_tokens": c.batch_tokens * GENERATION_BUDGET}
     for player in players:

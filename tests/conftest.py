@@ -141,22 +141,45 @@ def train_args(model, data, folder: Path, *extra) -> list[str]:
 
 
 @pytest.fixture
-def train(monkeypatch, capsys):
-    """Run dpo_train_human_preference.py in this process; returns (exit code, stdout, stderr)."""
-    import dpo_train_human_preference as script
+def call(monkeypatch, capsys):
+    """Run a script in this process: call("eval_win_rate", *arguments) gives (exit code, stdout, stderr)."""
+    import importlib
+
     from utils.errors import run
 
-    def call(*args):
-        monkeypatch.setattr(sys, "argv", ["dpo_train_human_preference.py", *map(str, args)])
+    def calling(script, *args):
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, args)])
         code = 0
         try:
-            run(script.main)
+            run(importlib.import_module(script).main)
         except SystemExit as stop:
             code = stop.code or 0
         out, err = capsys.readouterr()
         return code, out, err
 
-    return call
+    return calling
+
+
+@pytest.fixture
+def train(call):
+    """Run dpo_train_human_preference.py in this process; returns (exit code, stdout, stderr)."""
+    return lambda *args: call("dpo_train_human_preference", *args)
+
+
+@pytest.fixture(scope="session")
+def trained(tiny, prefs, tmp_path_factory):
+    """Folder of a finished tiny LoRA run, `ck/r` and `out/r`, evaluated every 2 steps in batches of 3 on 8 pairs."""
+    folder = tmp_path_factory.mktemp("trained")
+    extra = ("--eval_strategy", "steps", "--eval_steps", "2", "--per_device_eval_batch_size", "3", "--save_steps", "2")
+    done = command("dpo_train_human_preference.py", *train_args(tiny, prefs, folder, *extra))
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+def eval_args(folder: Path, out: Path, *extra) -> list[str]:
+    """Arguments that evaluate the run of `trained` into `out`."""
+    run = ("--run_name", "r", "--checkpoints", folder / "ck", "--eval_out", out)
+    return [*map(str, run), *map(str, extra)]
 
 
 def command(*args, env: dict | None = None, **kwargs) -> subprocess.CompletedProcess:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import make_pairs, write_jsonl
 
-from utils.logps import attach_head, pair_batches, sequence_logps
+from utils.logps import attach_head, captured_hidden, head_logits, kl_divergence, pair_batches, sequence_logps
 from utils.models import load_model, load_tokenizer
 from utils.preferences import load_pairs, tokenize
 
@@ -91,3 +91,44 @@ def test_prompt_positions_do_not_count(setup):
         trl.trainer.utils._use_triton = compact
     for i in ours:
         assert ours[i] == pytest.approx(theirs[i], abs=1e-4)
+
+
+def test_head_logits_are_the_models_own(setup):
+    """On hidden states taken from a padded batch, softcap included, with and without TRL's head attached."""
+    model, tokenizer, rows = setup
+    ids = torch.tensor([[5, 6, 7, 8, 9, 10], [11, 12, 13, 0, 0, 0]])
+    mask = torch.tensor([[1] * 6, [1, 1, 1, 0, 0, 0]])
+    with torch.no_grad():
+        wanted = model(input_ids=ids, attention_mask=mask).logits[mask.bool()].float()
+        attach_head(model)
+        with captured_hidden(model) as hidden:
+            model(input_ids=ids, attention_mask=mask)
+        found = head_logits(model, hidden[0][mask.bool()])
+    assert found.dtype == torch.float32 and torch.allclose(found, wanted, atol=1e-5)
+
+
+def test_kl_is_exact_over_the_vocabulary(setup):
+    from contextlib import contextmanager
+
+    model, tokenizer, rows = setup
+    ids = torch.arange(5, 25)[None]
+    other = load_model(model.name_or_path).eval()
+    with torch.no_grad():
+        for p in other.parameters():
+            p.add_(0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
+
+        def opened(m):
+            return contextmanager(lambda: (yield m))
+
+        states = []
+        for m in (model, other):
+            with captured_hidden(m) as hidden:
+                m(input_ids=ids)
+            states.append(hidden[0][0])
+        found = kl_divergence(opened(model), opened(other), *states, chunk=7)
+        p, q = (m(input_ids=ids).logits[0].double().softmax(-1) for m in (model, other))
+        wanted = (p * (p / q).log()).sum(-1)
+        same = kl_divergence(opened(model), opened(model), states[0], states[0])
+    assert found.shape == (20,) and wanted.min() > 1e-5
+    assert torch.allclose(found.double(), wanted, rtol=1e-3, atol=1e-6)
+    assert same.abs().max() < 1e-6

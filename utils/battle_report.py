@@ -63,9 +63,8 @@ def conclude(sections: dict, published: dict | None, title: str, read: dict) -> 
     blocks = [table(sections, title), models_table(sections, published)]
     categories = [m for m in sections["matches"] if len(m["categories"]) > 1]
     blocks += [categories_table(m) for m in categories]
-    left_out = ", ".join(f"{k} {v}" for k, v in read["left_out"].items())
-    if left_out:
-        blocks.append(f"left out: {left_out}")
+    if read["left_out"]:
+        blocks.append("LEFT OUT: " + ", ".join(f"{k} {v}" for k, v in read["left_out"].items()))
     if published:
         blocks.append(
             f"published: {published['source']}; {published['setting']}: not the judge above, so no difference"
@@ -129,7 +128,7 @@ def table(sections: dict, title: str) -> str:
 
 
 def models_table(sections: dict, published: dict | None) -> str:
-    """A line a model: how long it answers, how often it was cut off; its strength and score where they mean something."""
+    """A line a model: length of its answers, share cut off, and where they mean something its strength and score."""
     strengths = sections["bradley_terry"]
     scores = {m["a"]: next(iter(m["judges"].values())).get("win_rate_votes") for m in sections["matches"]}
     lines = [("model", "answers", "tokens an answer", "cut off, %", "Bradley-Terry, logits", "score by votes, %")]

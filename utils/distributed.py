@@ -43,6 +43,8 @@ def join_processes():
     """This process's place in the launch. A process may be hours ahead of another at a barrier before it gives up."""
     from datetime import timedelta
 
+    import torch
     from accelerate import PartialState
 
-    return PartialState(timeout=timedelta(hours=24))
+    # Unless it is told of the CPU, PartialState takes the processes of a CPU launch for strangers.
+    return PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(hours=24))

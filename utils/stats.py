@@ -1,5 +1,7 @@
 """Statistics on per-row figures: the one bootstrap, and the tests. Rows are the unit that is resampled."""
 
+import warnings
+
 import numpy as np
 
 from utils.artifacts import metric
@@ -33,7 +35,9 @@ def bootstrap(values, seed: int = 42, resamples: int = RESAMPLES, statistic=None
     value = float(function(*columns)) if n else float("nan")
     if n < 2:
         return metric(value, None, None, n)
-    with np.errstate(invalid="ignore", divide="ignore"):
+    with np.errstate(invalid="ignore", divide="ignore"), warnings.catch_warnings():
+        # Resamples that are all alike are told by what comes out: an interval of no width, or none.
+        warnings.simplefilter("ignore")
         result = scipy_bootstrap(
             columns, function, n_resamples=resamples, method="percentile", paired=True, vectorized=vectorized,
             rng=np.random.default_rng(seed), batch=256,

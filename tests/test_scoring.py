@@ -1,0 +1,137 @@
+"""Scoring under base and tuned: the slow loop's figures whatever the batch, kept work, and an adapter that is idle."""
+
+import pytest
+import torch
+from conftest import eval_args
+from test_logps import slow_logp
+
+from utils.cli import parse
+from utils.comparison import ComparisonArguments, TwoModels, resolve
+from utils.errors import UserError
+from utils.evaluation_data import held_out_pairs
+from utils.ledger import Ledger
+from utils.models import load_model
+from utils.scoring import Sequence, score_sequences
+
+
+def compare(trained, out, *extra):
+    (args,) = parse((ComparisonArguments,), eval_args(trained, out, *extra))
+    return resolve(args)
+
+
+def lora_of(base, folder, scale: float = 0.3):
+    """A LoRA folder for `base` with random weights, so that the tuned model differs."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(1)
+    model = get_peft_model(load_model(str(base)), LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            p.data.normal_(std=scale)
+    model.save_pretrained(folder)
+    return folder
+
+
+def sequences_of(comparison):
+    models = TwoModels(comparison)
+    _, ids = held_out_pairs(comparison, models.tokenizer)
+    return models, [
+        Sequence(row["prompt_ids"] + row[f"{side}_ids"], len(row["prompt_ids"]), len(row["prompt_ids"]))
+        for row in ids
+        for side in ("chosen", "rejected")
+    ]
+
+
+def summed(index, scores):
+    return {"base": float(scores.base.sum()), "tuned": float(scores.tuned.sum()), "kl": float(scores.kl.sum())}
+
+
+def slow_figures(trained, tiny, sequences):
+    """Base, tuned and KL of each sequence, one row at a time, from models loaded apart."""
+    base = load_model(str(tiny)).eval()
+    tuned = load_model(str(tiny), adapter=str(trained / "ck/r")).eval()
+    found = []
+    with torch.no_grad():
+        for s in sequences:
+            logps = [slow_logp(m, s.ids[: s.start], s.ids[s.start :]) for m in (base, tuned)]
+            b, t = (
+                m(input_ids=torch.tensor([s.ids])).logits[0, s.start - 1 : -1].double().log_softmax(-1)
+                for m in (base, tuned)
+            )
+            found.append([*logps, float((t.exp() * (t - b)).sum())])
+    return found
+
+
+@pytest.mark.parametrize("extra", [(), ("--batch_size", 1), ("--batch_tokens", 150), ("--batch_tokens", 100000)])
+def test_figures_are_the_slow_loops_whatever_the_batch(trained, tiny, tmp_path, extra):
+    models, sequences = sequences_of(compare(trained, tmp_path, *extra))
+    rows, speed = score_sequences(models, sequences, summed, "test")
+    assert speed["rows_kept_before"] == 0 and speed["tokens"] == sum(len(s.ids) for s in sequences)
+    for row, wanted in zip(rows, slow_figures(trained, tiny, sequences), strict=True):
+        assert [row["base"], row["tuned"], row["kl"]] == pytest.approx(wanted, abs=1e-4)
+        assert abs(row["tuned"] - row["base"]) > 1e-3
+
+
+def test_order_changes_nothing(trained, tmp_path):
+    models, sequences = sequences_of(compare(trained, tmp_path))
+    there, _ = score_sequences(models, sequences, summed, "there")
+    back, _ = score_sequences(models, sequences[::-1], summed, "back")
+    for a, b in zip(there, back[::-1], strict=True):
+        assert a == pytest.approx(b, abs=1e-4)
+
+
+def test_a_rerun_scores_only_what_is_missing_and_loads_nothing_where_nothing_is(trained, tmp_path, monkeypatch):
+    comparison = compare(trained, tmp_path, "--batch_size", 1)
+    models, sequences = sequences_of(comparison)
+    whole, _ = score_sequences(models, sequences, summed, "test")
+    (ledger,) = (tmp_path / ".cache").glob("test-*/rows-0.jsonl")
+    lines = ledger.read_text().splitlines(keepends=True)
+    ledger.write_text("".join(lines[:5]) + lines[5][:20])
+    again, speed = score_sequences(sequences_of(comparison)[0], sequences, summed, "test")
+    assert again == whole and speed["rows_kept_before"] == 5
+    monkeypatch.setattr(TwoModels, "load", lambda self: pytest.fail("nothing was left to score"))
+    third, speed = score_sequences(sequences_of(comparison)[0], sequences, summed, "test")
+    assert third == whole and speed["tokens"] == 0
+
+
+def test_other_weights_data_or_spans_are_another_ledger(trained, tmp_path):
+    models, sequences = sequences_of(compare(trained, tmp_path))
+    score_sequences(models, sequences[:2], summed, "test")
+    score_sequences(models, sequences[:3], summed, "test")
+    shorter = [Sequence(s.ids, s.start + 1, s.start + 1) for s in sequences[:2]]
+    score_sequences(models, shorter, summed, "test")
+    checkpoint = trained / "ck/r/checkpoint-2"
+    (args,) = parse((ComparisonArguments,), ["--adapter_path", str(checkpoint), "--eval_out", str(tmp_path)])
+    score_sequences(TwoModels(resolve(args)), sequences[:2], summed, "test")
+    assert len(list((tmp_path / ".cache").glob("test-*"))) == 4
+
+
+def test_an_adapter_that_does_nothing_stops(trained, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    idle = tmp_path / "idle"
+    idle.mkdir()
+    for name in ("adapter_config.json",):
+        (idle / name).write_text((trained / "ck/r" / name).read_text())
+    weights = load_file(trained / "ck/r/adapter_model.safetensors")
+    save_file({k: w * ("lora_A" in k) for k, w in weights.items()}, idle / "adapter_model.safetensors")
+    (args,) = parse((ComparisonArguments,), ["--adapter_path", str(idle), "--eval_out", str(tmp_path / "out")])
+    models, sequences = sequences_of(compare(trained, tmp_path / "other"))
+    with pytest.raises(UserError, match="the adapter was not applied"):
+        score_sequences(TwoModels(resolve(args)), sequences, summed, "test")
+
+
+def test_sixteen_bits_measure_their_own_spread(trained, tmp_path):
+    models, sequences = sequences_of(compare(trained, tmp_path, "--dtype", "bfloat16"))
+    rows, speed = score_sequences(models, sequences, summed, "test")
+    assert 0 <= speed["batch_spread_nats"] < 0.5
+    exact, _ = score_sequences(*sequences_of(compare(trained, tmp_path)), summed, "test")
+    moved = [abs(a["tuned"] - b["tuned"]) for a, b in zip(rows, exact, strict=True)]
+    assert 1e-4 < max(moved) < 1
+
+
+def test_kept_items_survive_in_another_number_of_processes(tmp_path):
+    one = Ledger(tmp_path, "x", {"a": 1})
+    one.add("0", {"v": 1})
+    (one.folder / "rows-1.jsonl").write_text('{"key": "1", "v": 2}\n{"key": "2", "v":')
+    assert Ledger(tmp_path, "x", {"a": 1}).read() == {"0": {"v": 1}, "1": {"v": 2}}

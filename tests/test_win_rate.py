@@ -1,0 +1,355 @@
+"""eval_win_rate.py: the trainer's own figures again, every figure recomputed by hand, and bad input."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from conftest import assert_one_line, eval_args, make_pairs, save_tiny, write_jsonl
+
+from utils.artifacts import RowFile, read_json
+from utils.reward_analysis import (
+    best_scale,
+    calibration_bins,
+    calibration_metrics,
+    compare_expected,
+    longest_first_batches,
+    slices,
+    trainer_batches,
+)
+
+
+@pytest.fixture
+def win_rate(call, trained, tmp_path):
+    """Run eval_win_rate.py on the tiny run; returns (summary, rows, stdout)."""
+
+    def calling(*extra):
+        code, out, err = call("eval_win_rate", *eval_args(trained, tmp_path, *extra))
+        assert code == 0, err
+        return read_json(tmp_path / "r/win_rate.json"), RowFile(tmp_path / "r/win_rate_rows.jsonl").read(), out
+
+    return calling
+
+
+# ----------------------------------------------------------------------------------------------------------- figures
+
+
+def test_the_trainers_held_out_figures_come_out_again(win_rate, trained, tmp_path):
+    summary, rows, out = win_rate("--expected", trained / "out/r/train_log.jsonl")
+    own, m = read_json(trained / "out/r/train.json")["metrics"], summary["metrics"]
+    for ours, theirs in {
+        "win_rate": "reward_accuracy_strict",
+        "win_rate_ties_half": "reward_accuracy",
+        "avg_margin": "reward_margin",
+        "avg_reward_chosen": "reward_chosen",
+        "avg_reward_rejected": "reward_rejected",
+        "likelihood_ranking_base": "likelihood_ranking_base",
+    }.items():
+        assert m[ours]["value"] == pytest.approx(own[theirs]["value"], abs=1e-4), ours
+        assert m[ours]["ci95"] == pytest.approx(own[theirs]["ci95"], abs=1e-3), ours
+    held_out = RowFile(trained / "out/r/heldout_rows.jsonl").read()
+    for ours, theirs in zip(rows, held_out, strict=True):
+        for key in ("chosen", "rejected", "ref_chosen", "ref_rejected"):
+            assert ours[key] == pytest.approx(theirs[key], abs=1e-4)
+    assert summary["expected"]["agrees"] and summary["expected"]["batch_size"] == 3
+    assert m["evaluated_examples"]["value"] == 8 and m["skipped_examples"]["value"] == 0
+    assert "DIFFERS" not in out and (tmp_path / "r/win_rate.png").stat().st_size > 10_000
+    for key in ("git_commit", "command", "seed", "versions", "hardware", "wall_seconds"):
+        assert key in summary["run"]
+    assert summary["model"]["tuned"]["adapter_sha256"] and summary["data"]["text_sha256"]
+
+
+def test_a_plain_mean_would_not_be_the_trainers_figure(win_rate, trained):
+    """8 pairs in batches of 3: the trainer's last batch holds 2 rows and weighs as much as the others."""
+    summary, _, _ = win_rate("--expected", trained / "out/r/train_log.jsonl")
+    figures = summary["expected"]["figures"]
+    assert abs(figures["rewards/margins"]["mean_over_rows"] - figures["rewards/margins"]["trainer"]) > 1e-3
+    assert figures["rewards/margins"]["recomputed"] == pytest.approx(figures["rewards/margins"]["trainer"], abs=1e-4)
+
+
+def test_transformers_own_state_file_is_read_too(call, trained, tmp_path):
+    """checkpoint-2's adapter against the evaluation of step 2 in its trainer_state.json."""
+    state = trained / "ck/r/checkpoint-2/trainer_state.json"
+    args = ("--adapter_path", trained / "ck/r/checkpoint-2", "--eval_out", tmp_path, "--expected", state)
+    code, out, err = call("eval_win_rate", *args, "--expected_batch_size", 3)
+    assert code == 0, err
+    assert read_json(tmp_path / "r-checkpoint-2/win_rate.json")["expected"]["agrees"]
+    code, out, err = call("eval_win_rate", *args, "--expected_batch_size", 4)
+    assert code == 2 and "DIFFERS" in out
+    assert_one_line(err, "--expected", "do not come out again")
+
+
+def test_rows_hold_what_the_summary_is_made_of(win_rate):
+    summary, rows, _ = win_rate("--beta", 0.5)
+    m = summary["metrics"]
+    margins = []
+    for row in rows:
+        chosen, rejected = (0.5 * (row[k] - row[f"ref_{k}"]) for k in ("chosen", "rejected"))
+        assert (row["reward_chosen"], row["reward_rejected"]) == pytest.approx((chosen, rejected))
+        margins.append(chosen - rejected)
+    assert m["win_rate"]["value"] == np.mean([x > 0 for x in margins])
+    assert m["avg_margin"]["value"] == pytest.approx(np.mean(margins))
+    per_token = [
+        (r["chosen"] - r["ref_chosen"]) / r["tokens_chosen"]
+        - (r["rejected"] - r["ref_rejected"]) / r["tokens_rejected"]
+        for r in rows
+    ]
+    assert m["win_rate_length_normalised"]["value"] == np.mean([x > 0 for x in per_token])
+    assert m["avg_margin_length_normalised"]["value"] == pytest.approx(0.5 * np.mean(per_token))
+    assert m["likelihood_ranking_base"]["value"] == np.mean([r["ref_chosen"] > r["ref_rejected"] for r in rows])
+    assert m["calibration_log_loss"]["value"] == pytest.approx(np.mean([math.log1p(math.exp(-x)) for x in margins]))
+    from scipy.stats import spearmanr
+
+    lengths = [r["tokens_chosen"] - r["tokens_rejected"] for r in rows]
+    assert m["margin_length_correlation"]["value"] == pytest.approx(spearmanr(margins, lengths).statistic)
+
+
+def fake_rows(margin, chosen, rejected, gap=None, base=None):
+    """Rows with given margins and token counts."""
+    n = len(margin)
+    gap, base = [None] * n if gap is None else gap, np.zeros(n) if base is None else base
+    return [
+        {
+            "margin": margin[i], "tokens_chosen": chosen[i], "tokens_rejected": rejected[i],
+            "score_chosen": None if gap[i] is None else 1.0 + gap[i], "score_rejected": None if gap[i] is None else 1.0,
+            "ref_chosen": base[i], "ref_rejected": 0.0,
+        }
+        for i in range(n)
+    ]  # fmt: skip
+
+
+def test_slices_hold_the_pairs_they_name():
+    margin = [1.0, -1.0, 0.0, 2.0, 1.0, -3.0]
+    rows = fake_rows(
+        margin, [10, 20, 30, 5, 10, 8], [10, 10, 29, 10, 11, 8], [0, 1, 2, 3, None, 4], [1, 1, 1, -1, -1, 0]
+    )
+    found = slices(rows, 1)
+    longer = found["by_longer_side"]
+    assert {k: v["n"] for k, v in longer.items()} == {"chosen longer": 2, "rejected longer": 2, "equal": 2}
+    assert longer["chosen longer"]["win_rate"]["value"] == 0
+    assert longer["chosen longer"]["win_rate_ties_half"]["value"] == 0.25
+    assert longer["rejected longer"]["base_ranking"]["value"] == 0
+    matched = found["by_length_match"]
+    assert {k: v["n"] for k, v in matched.items()} == {"lengths within 10%": 4, "lengths beyond 10%": 2}
+    assert sum(v["n"] for v in found["by_length"].values()) == 6
+    gaps = found["by_score_gap"]
+    assert gaps["without scores"]["n"] == 1 and sum(v["n"] for v in gaps.values()) == 6
+    assert "by_score_gap" not in slices(fake_rows(margin, [1] * 6, [2] * 6), 1)
+    same = slices(fake_rows(margin, [7] * 6, [7] * 6), 1)
+    assert list(same["by_length"]) == ["tokens 7"]
+
+
+def test_calibration_finds_the_scale_that_made_the_data():
+    """Outcomes drawn with P(chosen) = sigmoid(2 x): the stated margins are half as sure as they should be."""
+    rng = np.random.default_rng(0)
+    size = np.abs(rng.normal(size=4000))
+    right = rng.random(4000) < 1 / (1 + np.exp(-2 * size))
+    margin = np.where(right, size, -size)
+    assert best_scale(margin) == pytest.approx(2, abs=0.15)
+    bins = calibration_bins(2 * margin, 1)
+    assert len(bins) == 10 and sum(b["n"] for b in bins) == 4000
+    assert max(abs(b["accuracy"]["value"] - b["confidence"]) for b in bins) < 0.06
+    found = calibration_metrics(margin, 1)
+    assert found["calibration_ece"]["value"] > 0.08 > calibration_metrics(2 * margin, 1)["calibration_ece"]["value"]
+    assert found["calibration_brier"]["value"] == pytest.approx(np.mean((1 - 1 / (1 + np.exp(-margin))) ** 2))
+
+
+def test_trainer_batches_are_accelerates_own():
+    """Against accelerate's BatchSamplerShard, which deals out the batches of an evaluation."""
+    from accelerate.data_loader import BatchSamplerShard
+    from torch.utils.data import BatchSampler, SequentialSampler
+
+    for count in (1, 5, 7, 8, 12, 13):
+        for size in (1, 2, 3):
+            for world in (1, 2, 3):
+                sampler = BatchSampler(SequentialSampler(range(count)), size, drop_last=False)
+                ranks = (
+                    [list(BatchSamplerShard(sampler, world, r)) for r in range(world)] if world > 1 else [list(sampler)]
+                )
+                wanted = [sorted(i for batch in step for i in batch) for step in zip(*ranks, strict=True)]
+                found = [sorted(batch) for batch in trainer_batches(count, size, world)]
+                assert found == wanted, (count, size, world)
+
+
+def test_longest_first_batches_cover_every_row():
+    assert longest_first_batches([3, 9, 5, 7], 3, 1) == [[1, 3, 2], [0]]
+    found = longest_first_batches([3, 9, 5], 1, 2)
+    assert found == [[2, 1], [0, 2]]
+
+
+def test_expected_that_differs_is_named():
+    rows = [{"margin": 1.0, "reward_chosen": 1.0, "reward_rejected": 0.0, "chosen": -1.0, "rejected": -2.0}] * 4
+    found = compare_expected(rows, {"rewards/accuracies": 1.0, "rewards/margins": 1.002, "logps/chosen": -1.0}, 2, 1)
+    assert not found["agrees"] and set(found["figures"]) == {"rewards/accuracies", "rewards/margins", "logps/chosen"}
+    assert [f["agrees"] for f in found["figures"].values()] == [True, False, True]
+
+
+# ------------------------------------------------------------------------------------------------------- length bias
+
+
+def test_length_bias_counts_whitespace_words_of_the_answers(win_rate, prefs):
+    from scipy.stats import binomtest
+
+    summary, _, out = win_rate()
+    assert set(summary["length_bias"]) == {"test", "train"}
+    for split, found in summary["length_bias"].items():
+        rows = [json.loads(line) for line in (prefs / f"{split}.jsonl").read_text().splitlines()]
+        words = [[len(row[side][-1]["content"].split()) for side in ("chosen", "rejected")] for row in rows]
+        chosen, rejected = np.array(words).T
+        w = found["words"]
+        assert w["mean_chosen"]["value"] == chosen.mean() and w["mean_rejected"]["value"] == rejected.mean()
+        assert w["relative_difference"]["value"] == pytest.approx(chosen.mean() / rejected.mean() - 1)
+        assert w["share_chosen_longer"]["value"] == (chosen > rejected).mean()
+        assert w["share_equal"]["value"] == (chosen == rejected).mean()
+        test = binomtest(int((chosen > rejected).sum()), int((chosen != rejected).sum()))
+        assert w["p_chosen_longer_is_half"]["value"] == pytest.approx(test.pvalue)
+        assert f"length bias of {split} ({len(rows)} pairs)" in out
+        assert found["tokens"]["mean_chosen"]["value"] > 0
+
+
+# ------------------------------------------------------------------------------------------- models, data, bad input
+
+
+def test_a_merged_model_of_its_own_gives_the_adapters_figures(call, trained, tiny, prefs, tmp_path):
+    from utils.models import load_model, load_tokenizer
+
+    merged = tmp_path / "merged"
+    load_model(str(tiny), adapter=str(trained / "ck/r")).merge_and_unload().save_pretrained(merged)
+    load_tokenizer(str(tiny)).save_pretrained(merged)
+    args = (
+        "--base_model",
+        tiny,
+        "--tuned_model",
+        merged,
+        "--dataset_name",
+        prefs,
+        "--split",
+        "test",
+        "--max_length",
+        128,
+    )
+    code, out, err = call("eval_win_rate", *args, "--eval_out", tmp_path / "out")
+    assert code == 0, err
+    found, own = read_json(tmp_path / "out/merged/win_rate.json"), read_json(trained / "out/r/train.json")
+    assert found["metrics"]["avg_margin"]["value"] == pytest.approx(own["metrics"]["reward_margin"]["value"], abs=1e-3)
+
+
+def test_the_published_command_runs_with_dashes(call, trained, tiny, prefs, tmp_path):
+    args = ("--adapter-path", trained / "ck/r/checkpoint-4", "--base-model", tiny, "--batch-size", 4)
+    args += ("--max-length", 1024, "--output-json", tmp_path / "deep/dpo_winrate.json", "--eval-out", tmp_path)
+    code, out, err = call("eval_win_rate", *args)
+    assert code == 0, err
+    assert sorted(p.name for p in (tmp_path / "deep").iterdir()) == [
+        "dpo_winrate.json", "dpo_winrate.png", "dpo_winrate_rows.jsonl",
+    ]  # fmt: skip
+    assert read_json(tmp_path / "deep/dpo_winrate.json")["args"]["batch_size"] == 4
+
+
+def test_limit_marks_every_name(call, trained, tmp_path):
+    code, _, err = call("eval_win_rate", *eval_args(trained, tmp_path, "--limit", 3))
+    assert code == 0, err
+    names = {p.name for p in (tmp_path / "r").iterdir()}
+    assert names == {"win_rate_LIMIT3.json", "win_rate_LIMIT3.png", "win_rate_LIMIT3_rows.jsonl"}
+
+
+def test_one_pair_and_text_only_pairs_are_evaluated(call, trained, tmp_path):
+    data = write_jsonl(
+        tmp_path / "one.jsonl", [{"prompt": "Say yes.", "chosen": " Yes it is.", "rejected": " No, never."}]
+    )
+    code, out, err = call("eval_win_rate", *eval_args(trained, tmp_path, "--dataset_name", data))
+    assert code == 0, err
+    assert "No claim: 1 held-out pair is too few" in out
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
+        (("--run_name", "quickstart"), ("bash quickstart.sh", "quickstart")),
+        (("--run_name", "nowhere"), ("nowhere", "train it first")),
+        (("--adapter_path", "missing"), ("--adapter_path missing", "is no folder")),
+        (("--adapter_path", "x", "--tuned_model", "y"), ("give one of the two",)),
+        (("--limit", "0"), ("--limit 0",)),
+        (("--beta", "-1"), ("--beta -1",)),
+        (("--max_length", "10", "--max_prompt_length", "10"), ("--max_prompt_length 10",)),
+        (("--dataset_name", "gone.jsonl"), ("gone.jsonl", "no such file")),
+        (("--expected", "gone.json"), ("gone.json", "no such file")),
+        (("--no_such_flag", "1"), ("--no_such_flag",)),
+        (("--split", "validation"), ("validation", "test", "train")),
+    ],
+)
+def test_bad_input_is_one_line(call, trained, tmp_path, extra, words):
+    code, out, err = call("eval_win_rate", *eval_args(trained, tmp_path), *extra)
+    assert code == 2, out + err
+    assert_one_line(err, *words)
+
+
+def test_expected_without_an_evaluation_is_refused(call, trained, tmp_path):
+    for name, text in (("a.json", "{}"), ("b.jsonl", '{"split": "train"}\n'), ("c.jsonl", "nonsense\n")):
+        (tmp_path / name).write_text(text)
+        code, _, err = call("eval_win_rate", *eval_args(trained, tmp_path, "--expected", tmp_path / name))
+        assert code == 2
+        assert_one_line(err, "--expected", name)
+
+
+def test_an_adapter_of_another_base_is_refused(call, trained, tiny_gemma2, smol_tokenizer, tmp_path):
+    args = ("--adapter_path", trained / "ck/r", "--base_model", tiny_gemma2, "--eval_out", tmp_path)
+    code, _, err = call("eval_win_rate", *args)
+    assert code == 2
+    assert_one_line(err, "was trained on", "tiny-llama", "tiny-gemma2")
+    # The shapes fit, so a user who knows better may insist.
+    code, _, err = call("eval_win_rate", *args, "--allow_other_base")
+    assert code == 0, err
+    wide = save_tiny(tmp_path / "tiny-llama", smol_tokenizer, hidden_size=48)
+    code, _, err = call("eval_win_rate", *args[:2], "--base_model", wide, "--eval_out", tmp_path)
+    assert code == 2
+    assert_one_line(err, "does not fit", "tiny-llama")
+
+
+def test_data_without_pairs_is_refused(call, trained, tmp_path):
+    rows = [{**row, "rejected": row["chosen"]} for row in make_pairs(3)]
+    data = write_jsonl(tmp_path / "same.jsonl", rows)
+    code, _, err = call("eval_win_rate", *eval_args(trained, tmp_path, "--dataset_name", data))
+    assert code == 2
+    assert_one_line(err, "no pair is left", "identical_responses", "3")
+    data = write_jsonl(tmp_path / "none.jsonl", [{"instruction": "a", "output": "b"}])
+    code, _, err = call("eval_win_rate", *eval_args(trained, tmp_path, "--dataset_name", data))
+    assert code == 2
+    assert_one_line(err, "none.jsonl line 1", "'chosen' is missing")
+
+
+def test_a_model_without_chat_template_is_told_what_it_needs(call, trained, tiny, prefs, tmp_path):
+    import shutil
+
+    plain = tmp_path / "tiny-llama"
+    shutil.copytree(tiny, plain)
+    (plain / "chat_template.jinja").unlink(missing_ok=True)
+    config = json.loads((plain / "tokenizer_config.json").read_text())
+    config.pop("chat_template", None)
+    (plain / "tokenizer_config.json").write_text(json.dumps(config))
+    args = ("--adapter_path", trained / "ck/r", "--base_model", plain, "--dataset_name", prefs, "--eval_out", tmp_path)
+    code, _, err = call("eval_win_rate", *args)
+    assert code == 2
+    assert_one_line(err, "has no chat template", "--chat_template_path")
+
+
+def test_skipped_pairs_are_counted_with_their_reasons(call, trained, tmp_path):
+    rows = [*make_pairs(4), {**make_pairs(1, 9)[0], "chosen": make_pairs(1, 9)[0]["rejected"]}]
+    rows.append({"prompt": "p", "chosen": [{"role": "user", "content": "p"}, {"role": "assistant", "content": " "}],
+                 "rejected": [{"role": "user", "content": "p"}, {"role": "assistant", "content": "x"}]})  # fmt: skip
+    data = write_jsonl(tmp_path / "some.jsonl", rows)
+    code, _, err = call("eval_win_rate", *eval_args(trained, tmp_path, "--dataset_name", data))
+    assert code == 0, err
+    found = read_json(tmp_path / "r/win_rate.json")
+    assert found["metrics"]["skipped_examples"]["value"] == 2
+    assert found["data"]["dropped"] == {"identical_responses": 1, "empty_response": 1}
+
+
+def test_help_is_a_page_without_heavy_imports():
+    import time
+
+    from conftest import command
+
+    started = time.monotonic()
+    done = command("eval_win_rate.py", "--help")
+    assert done.returncode == 0 and "accelerate launch" in done.stdout and "--battle" in done.stdout
+    assert time.monotonic() - started < 2
