@@ -60,11 +60,11 @@ def check(args, comparison) -> None:
 
 
 def score_pairs(comparison, models, args):
-    """Both answers of every held-out pair, whole text and response alone: (data, rows, speed)."""
+    """Both answers of every held-out pair, whole text and response alone: (data, rows, speed, what was cut)."""
     from utils.evaluation_data import held_out_pairs
     from utils.scoring import Sequence, score_sequences
 
-    data, ids = held_out_pairs(comparison, models.tokenizer)
+    data, ids, cut = held_out_pairs(comparison, models.tokenizer)
     sequences, starts = [], []
     for row in ids:
         for side in ("chosen", "rejected"):
@@ -95,26 +95,35 @@ def score_pairs(comparison, models, args):
                 row[f"nll_{part}_{side}_difference"] = tuned - base
             row[f"kl_{side}"] = found[k]["kl"]
         rows.append(row)
-    return data, rows, speed
+    return data, rows, speed, cut
 
 
-def score_text(models, args):
-    """Plain text, window by window: (rows, speed, what was read)."""
+def cut_text(models, args):
+    """Plain text in windows, read before anything is scored: (sequences, rows, what was read)."""
     from utils.perplexity import bos_protocol, cut_documents, read_documents
-    from utils.scoring import score_sequences
 
+    if not (args.text_file or args.text_dataset):
+        return [], [], None
     named = (args.text_dataset, args.text_config, args.text_split, args.text_column)
     documents, read = read_documents(args.text_file or [], *named)
     args.bos = bos_protocol(args.bos, models.tokenizer)
     sequences, rows = cut_documents(documents, models.tokenizer, args.window, args.stride, args.bos)
+    if not sequences:
+        raise UserError("the text is too short to score: no token is left under --bos none; give more text")
+    return sequences, rows, read
+
+
+def score_text(models, sequences, rows):
+    """Plain text, window by window: (rows, speed)."""
+    from utils.scoring import score_sequences
 
     def summed(index, scores):
         return {"nll_base": -float(scores.base.sum()), "nll_tuned": -float(scores.tuned.sum())}
 
-    found, speed = score_sequences(models, sequences, summed, "perplexity-text")
+    found, speed = score_sequences(models, sequences, summed, "perplexity-text") if sequences else ([], {})
     for row, scores in zip(rows, found, strict=True):
         row |= {**scores, "nll_difference": scores["nll_tuned"] - scores["nll_base"]}
-    return rows, speed, read
+    return rows, speed
 
 
 def protocol(args, models, unit) -> dict:
@@ -166,11 +175,11 @@ def main():
 
     import time
 
-    from utils.artifacts import envelope, write_json, write_rows
+    from utils.artifacts import envelope, metric, write_json, write_rows
     from utils.cli import parse
     from utils.comparison import TwoModels, resolve
     from utils.distributed import join_processes
-    from utils.evaluation_data import length_bias_of_splits
+    from utils.evaluation_data import left_out, length_bias
     from utils.logs import quiet_libraries
     from utils.perplexity_report import conclude
     from utils.plots import perplexity_figure
@@ -187,22 +196,22 @@ def main():
     models = TwoModels(comparison)
     seed = comparison_args.seed
 
-    # Score.
-    data, rows, speed = (None, [], {}) if args.skip_pairs else score_pairs(comparison, models, args)
-    text_rows, text_speed, read = [], {}, None
-    if args.text_file or args.text_dataset:
-        text_rows, text_speed, read = score_text(models, args)
+    # Read, and score.
+    windows, text_rows, read = cut_text(models, args)
+    bias = {}
+    if is_main_process() and not args.skip_pairs:
+        bias = length_bias(comparison, models.tokenizer, args.length_bias_splits or [])
+    data, rows, speed, cut = (None, [], {}, {}) if args.skip_pairs else score_pairs(comparison, models, args)
+    text_rows, text_speed = score_text(models, windows, text_rows)
     if not is_main_process():
         return
 
     # Compute.
     metrics, unit = compute(rows, text_rows, args.skip_kl, seed)
-    bias = {}
     if data:
-        metrics["skipped_examples"] = {"value": sum(data.dropped.values()), "stderr": None, "ci95": None, "n": None}
-        bias = length_bias_of_splits(comparison, data, models.tokenizer, args.length_bias_splits or [])
+        metrics["skipped_examples"] = metric(sum(data.dropped.values()), n=data.rows)
     title = f"{comparison.name}: {comparison.adapter or comparison.tuned} against {comparison.base}"
-    text, verdict = conclude(metrics, bias, title)
+    text, verdict = conclude(metrics, bias, title, left_out(data, cut) if data else None)
 
     # Write, and print the table.
     path = comparison.path
@@ -219,7 +228,7 @@ def main():
         protocol=protocol(args, models, unit),
         length_bias=bias,
         scoring={"pairs": speed, "text": text_speed},
-        data={"pairs": data.summary() if data else None, "text": read},
+        data={"pairs": {**data.summary(), "truncation": cut} if data else None, "text": read},
     )
     write_json(path("perplexity", ".json"), summary)
     print(text)
@@ -228,4 +237,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, "lower --batch_tokens or --batch_size, and the same command goes on; or give --dtype bfloat16")

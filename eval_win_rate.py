@@ -22,8 +22,8 @@ The keys that matter (YAML keys and flags are the same; dashes and underscores b
            left out: what the tuned model's run held out, else UltraFeedback's test_prefs
   reward   --beta 0.1   --expected FILE (the trainer's own eval metrics, to be found again within 1e-3)
   battle   --judge hf:MODEL|openai:MODEL@URL|rm:MODEL|longer|random   --judge_prompt configs/judges/pairwise.yaml
-           --prompts ID|FILE   --max_new_tokens 256 --temperature 0 --top_p 1   --models name=FOLDER ...
-           --opponent_outputs FILE   --published FILE
+           --prompts ID|FILE --prompts_split test   --max_new_tokens 256 --temperature 0 --top_p 1
+           --models name=FOLDER ...   --opponent_outputs FILE   --published FILE
   run      --batch_tokens N   --batch_size N   --seed 42   --output_dir DIR | --output_json FILE   --overwrite
 
 What was scored, answered or judged is kept as it comes: the same command goes on where another call stopped.
@@ -53,6 +53,8 @@ class WinRateArguments:
     prompts: str | None = option(
         "Battle: prompts, a hub id, file or hf:// file (default: the held-out pairs' prompts)."
     )
+    prompts_split: str = option("Battle: split of --prompts.", "test")
+    prompts_config: str | None = option("Battle: configuration of --prompts.")
     category_key: str = option("Battle: column that names a prompt's category.", "category")
     models: list[str] | None = option("Battle: further models, name=PATH each.")
     opponent_outputs: str | None = option("Battle: a file of given answers that base and tuned meet.")
@@ -74,12 +76,12 @@ class WinRateArguments:
 
 
 def implicit_rewards(comparison, models, args):
-    """Held-out pairs scored under both models: (data, rows, speed)."""
+    """Held-out pairs scored under both models: (data, rows, speed, counts of what was cut)."""
     from utils.evaluation_data import held_out_pairs
     from utils.rewards import reward_rows
     from utils.scoring import Sequence, score_sequences
 
-    data, ids = held_out_pairs(comparison, models.tokenizer)
+    data, ids, cut = held_out_pairs(comparison, models.tokenizer)
     sequences = [
         Sequence(row["prompt_ids"] + row[f"{side}_ids"], len(row["prompt_ids"]))
         for row in ids
@@ -104,20 +106,28 @@ def implicit_rewards(comparison, models, args):
     for row, pair, tokens in zip(rows, data.pairs, ids, strict=True):
         row |= {f"tokens_{part}": len(tokens[f"{part}_ids"]) for part in ("prompt", "chosen", "rejected")}
         row |= {"where": pair.where, "score_chosen": pair.score_chosen, "score_rejected": pair.score_rejected}
-    return data, rows, speed
+    return data, rows, speed, cut
 
 
-def check_expected(args, comparison, rows):
-    """The trainer's figures beside ours, None without --expected."""
-    from utils.reward_analysis import compare_expected, read_expected, training_batches
+def trainers_figures(args, comparison):
+    """What --expected holds, and the batching behind it, read before anything is scored; None without it."""
+    from utils.reward_analysis import read_expected, training_batches
 
     if args.expected is None:
         return None
+    trained = comparison.trained
+    if trained.get("ld_alpha") is not None:
+        raise UserError(
+            "--expected: the run's ld_alpha discounts log-probabilities, so its metrics are of another kind"
+        )
+    if trained.get("limit") != comparison.args.limit:
+        raise UserError(
+            f"--expected: the run used --limit {trained.get('limit')}, this call {comparison.args.limit}: give the same"
+        )
     batch, processes = training_batches(args.expected)
-    return compare_expected(
-        rows,
-        read_expected(args.expected),
-        args.expected_batch_size or batch or comparison.trained.get("per_device_eval_batch_size") or 8,
+    return (
+        read_expected(args.expected, comparison.step),
+        args.expected_batch_size or batch or 8,
         args.expected_processes or processes or 1,
     )
 
@@ -128,24 +138,25 @@ def reward_mode(comparison, args, started):
 
     from utils.artifacts import envelope, write_json, write_rows
     from utils.comparison import TwoModels
-    from utils.evaluation_data import length_bias_of_splits
+    from utils.evaluation_data import left_out, length_bias
     from utils.plots import win_rate_figure
     from utils.provenance import run_record
-    from utils.reward_analysis import calibration_bins, margins, slices, win_rate_metrics
+    from utils.reward_analysis import calibration_bins, compare_expected, margins, slices, win_rate_metrics
     from utils.runs import all_arguments
     from utils.win_rate_report import conclude
 
     models = TwoModels(comparison)
-    data, rows, speed = implicit_rewards(comparison, models, args)
+    trainers = trainers_figures(args, comparison)
+    bias = length_bias(comparison, models.tokenizer, args.length_bias_splits or []) if is_main_process() else {}
+    data, rows, speed, cut = implicit_rewards(comparison, models, args)
     if not is_main_process():
         return
     seed = comparison.args.seed
     metrics = win_rate_metrics(rows, args.beta, data.dropped, seed)
     parts, bins = slices(rows, seed), calibration_bins(margins(rows), seed)
-    bias = length_bias_of_splits(comparison, data, models.tokenizer, args.length_bias_splits or [])
-    expected = check_expected(args, comparison, rows)
+    expected = compare_expected(rows, *trainers) if trainers else None
     title = f"{comparison.name}: {comparison.adapter or comparison.tuned} against {comparison.base}"
-    text, verdict = conclude(metrics, parts, bias, expected, title)
+    text, verdict = conclude(metrics, parts, bias, expected, title, left_out(data, cut))
 
     path = comparison.path
     write_rows(path("win_rate", ".jsonl", rows=True), rows)
@@ -163,7 +174,7 @@ def reward_mode(comparison, args, started):
         length_bias=bias,
         expected=expected,
         scoring=speed,
-        data=data.summary(),
+        data={**data.summary(), "truncation": cut},
     )
     write_json(path("win_rate", ".json"), summary)
     print(text)
@@ -176,24 +187,34 @@ def answers_and_pairings(args, comparison, models):
     """Prompts, every model's answers to them, who meets whom, and what was read: base and tuned come first."""
     from utils.answers import answer_all, answerable, comparison_players, further_player, given_answers
     from utils.battles import pairings, refuse_equal
+    from utils.comparison import held_out_sources
     from utils.prompts import load_answers, load_prompts
 
     c = comparison.args
-    named = (args.prompts, "test") if args.prompts else (c.dataset_name, c.split, c.dataset_config, c.dataset_revision)
-    prompts, read = load_prompts(*named, category_key=args.category_key, limit=c.limit)
+    sources = [{"name": args.prompts, "split": args.prompts_split, "config": args.prompts_config}]
+    if args.prompts is None:
+        sources, _ = held_out_sources(c, comparison.trained)
+    prompts, read = load_prompts(sources, args.category_key, c.limit)
     players = [*comparison_players(models), *(further_player(spec, models) for spec in args.models or [])]
-    prompts, refused = answerable(players, prompts)
-    read["left_out"] |= {"prompts refused by a chat template": refused} if refused else {}
     names, opponent, answers, source = [player.name for player in players], None, {}, None
+    if len(set(names)) < len(names):
+        raise UserError(f"--models: two models have one name ({', '.join(names)}); give each its own")
+    prompts, refused = answerable(players, prompts)
+    if refused:
+        read["left_out"]["prompts refused by a chat template"] = refused
     if args.opponent_outputs:
         opponent, given, source = load_answers(args.opponent_outputs, prompts)
         opponent = opponent if opponent not in names else f"{opponent} (given)"
-        answers[opponent] = given_answers(given, models.tokenizer)
-        missing = sum(answer is None for answer in given)
-        read["left_out"] |= {f"prompts without an answer of {opponent}": missing} if missing else {}
+        met = [k for k, answer in enumerate(given) if answer is not None]
+        if len(met) < len(prompts):
+            read["left_out"][f"prompts without an answer of {opponent}"] = len(prompts) - len(met)
+        prompts = [prompts[k] for k in met]
+        answers[opponent] = given_answers([given[k] for k in met], models.tokenizer)
     settings = {key: getattr(args, key) for key in ("max_new_tokens", "temperature", "top_p")}
-    settings |= {"seed": c.seed, "batch_tokens": c.batch_tokens * GENERATION_BUDGET}
+    settings |= {"seed": c.seed, "batch_tokens": c.batch_tokens * GENERATION_BUDGET, "batch_size": c.batch_size}
     for player in players:
+        if player.name not in models.sides:
+            models.unload()
         answers[player.name] = answer_all(player, prompts, settings, c.eval_out, c.overwrite)
     refuse_equal(answers)
     return prompts, players, answers, pairings(names, opponent), {**read, "opponent": source}
@@ -219,6 +240,7 @@ def battle_mode(comparison, args, started):
     options = {
         "dtype": args.judge_dtype or ("bfloat16" if torch.cuda.is_available() else "float32"),
         "batch_tokens": c.batch_tokens,
+        "batch_size": c.batch_size,
         "attn_implementation": c.attn_implementation,
         "seed": c.seed,
         **{key: getattr(args, f"judge_{key}") for key in ("attempts", "timeout", "concurrency")},
@@ -294,4 +316,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, "lower --batch_tokens or --batch_size, and the same command goes on; or give --dtype bfloat16")

@@ -34,7 +34,7 @@ def lora_of(base, folder, scale: float = 0.3):
 
 def sequences_of(comparison):
     models = TwoModels(comparison)
-    _, ids = held_out_pairs(comparison, models.tokenizer)
+    _, ids, _ = held_out_pairs(comparison, models.tokenizer)
     return models, [
         Sequence(row["prompt_ids"] + row[f"{side}_ids"], len(row["prompt_ids"]), len(row["prompt_ids"]))
         for row in ids
@@ -135,3 +135,38 @@ def test_kept_items_survive_in_another_number_of_processes(tmp_path):
     one.add("0", {"v": 1})
     (one.folder / "rows-1.jsonl").write_text('{"key": "1", "v": 2}\n{"key": "2", "v":')
     assert Ledger(tmp_path, "x", {"a": 1}).read() == {"0": {"v": 1}, "1": {"v": 2}}
+
+
+def test_a_slow_process_shares_out_the_same_work(tmp_path):
+    """A process that opens the ledger late must not take what others finished meanwhile for never begun."""
+    import os
+    import subprocess
+
+    from conftest import ROOT
+    from test_distributed import ACCELERATE, CPU
+
+    script = tmp_path / "race.py"
+    script.write_text(
+        f"import sys, time; sys.path.insert(0, {str(ROOT)!r})\n"
+        "from utils.distributed import join_processes\n"
+        "from utils.ledger import Ledger\n"
+        "state = join_processes()\n"
+        "whole = Ledger.read\n"
+        "def slow(self):\n"
+        "    time.sleep(0.5 * state.process_index)\n"
+        "    return whole(self)\n"
+        "Ledger.read = slow\n"
+        # Another identity on rank 1, as where one process reaches the hub and the other does not.
+        f"ledger = Ledger({str(tmp_path)!r}, 'x', {{'revision': state.process_index}})\n"
+        "todo = [i for i in range(6) if str(i) not in ledger.before]\n"
+        "for i in ledger.share(todo):\n"
+        "    ledger.add(str(i), {'by': state.process_index})\n"
+        "found = ledger.gather()\n"
+        "assert {k: v['by'] for k, v in found.items()} == {str(i): i % 2 for i in range(6)}, found\n"
+    )
+    done = subprocess.run(
+        [*ACCELERATE, "--config_file", str(CPU), str(script)], capture_output=True, text=True, cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(list((tmp_path / ".cache").iterdir())) == 1

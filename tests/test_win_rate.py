@@ -302,6 +302,10 @@ def test_an_adapter_of_another_base_is_refused(call, trained, tiny_gemma2, smol_
     wide = save_tiny(tmp_path / "tiny-llama", smol_tokenizer, hidden_size=48)
     code, _, err = call("eval_win_rate", *args[:2], "--base_model", wide, "--eval_out", tmp_path)
     assert code == 2
+    assert_one_line(err, "was trained on", "--allow_other_base")
+    args = (*args[:2], "--base_model", wide, "--eval_out", tmp_path, "--allow_other_base")
+    code, _, err = call("eval_win_rate", *args)
+    assert code == 2
     assert_one_line(err, "does not fit", "tiny-llama")
 
 
@@ -326,10 +330,79 @@ def test_a_model_without_chat_template_is_told_what_it_needs(call, trained, tiny
     config = json.loads((plain / "tokenizer_config.json").read_text())
     config.pop("chat_template", None)
     (plain / "tokenizer_config.json").write_text(json.dumps(config))
-    args = ("--adapter_path", trained / "ck/r", "--base_model", plain, "--dataset_name", prefs, "--eval_out", tmp_path)
+    args = ("--adapter_path", trained / "ck/r", "--base_model", plain, "--eval_out", tmp_path, "--allow_other_base")
     code, _, err = call("eval_win_rate", *args)
     assert code == 2
     assert_one_line(err, "has no chat template", "--chat_template_path")
+
+
+def run_with(trained, tmp_path, **changed):
+    """A copy of the tiny run whose run.json says something else."""
+    import shutil
+
+    folder = tmp_path / "ck/r"
+    shutil.copytree(trained / "ck/r", folder, ignore=shutil.ignore_patterns("checkpoint-*"))
+    run = json.loads((folder / "run.json").read_text())
+    run["args"] |= changed
+    (folder / "run.json").write_text(json.dumps(run))
+    return ("--run_name", "r", "--checkpoints", tmp_path / "ck", "--eval_out", tmp_path / "out")
+
+
+def test_a_run_that_held_nothing_out_is_never_evaluated_on_what_it_trained_on(call, trained, prefs, tmp_path):
+    data = str(prefs / "train.jsonl")
+    args = run_with(trained, tmp_path, dataset_name=data, dataset_test_split="none")
+    code, _, err = call("eval_win_rate", *args)
+    assert code == 2
+    assert_one_line(err, "held no pairs out", "--dataset_name")
+
+
+def test_a_mix_is_evaluated_on_every_test_split_it_held_out(call, trained, prefs, tmp_path):
+    other = write_jsonl(tmp_path / "b/test.jsonl", make_pairs(5, 300)).parent
+    mix = [{"path": str(prefs), "test_split": "test"}, {"path": str(other), "test_split": "test"}]
+    args = run_with(trained, tmp_path, datasets=mix, dataset_name=None)
+    code, out, err = call("eval_win_rate", *args)
+    assert code == 0, err
+    assert "on 13 held-out pairs" in out
+
+
+def test_the_runs_filters_hold_for_its_own_data_alone(call, trained, tmp_path):
+    args = run_with(trained, tmp_path, min_score_margin=4.0)
+    code, out, err = call("eval_win_rate", *args)
+    assert code == 0, err
+    assert "score_margin_below_threshold" in out
+    plain = write_jsonl(
+        tmp_path / "plain.jsonl", [{"prompt": f"Say {i}.", "chosen": f"{i}", "rejected": "x"} for i in "ab"]
+    )
+    code, out, err = call("eval_win_rate", *args, "--dataset_name", plain)
+    assert code == 0, err
+    assert "2 of 2 rows evaluated" in out
+
+
+def test_figures_that_are_no_numbers_stop_before_they_are_kept(call, trained, tiny, tmp_path):
+    import torch
+
+    from utils.models import load_model, load_tokenizer
+
+    broken = load_model(str(tiny), adapter=str(trained / "ck/r")).merge_and_unload()
+    broken.get_input_embeddings().weight.data[:] = torch.nan
+    broken.save_pretrained(tmp_path / "broken")
+    load_tokenizer(str(tiny)).save_pretrained(tmp_path / "broken")
+    data = write_jsonl(tmp_path / "x.jsonl", make_pairs(2))
+    args = ("--base_model", tiny, "--tuned_model", tmp_path / "broken", "--dataset_name", data, "--eval_out", tmp_path)
+    for _ in range(2):
+        code, _, err = call("eval_win_rate", *args)
+        assert code == 2
+        assert_one_line(err, "is no number", "--dtype")
+
+
+def test_what_is_wrong_with_the_flags_is_told_before_anything_is_scored(call, trained, tmp_path, monkeypatch):
+    from utils.comparison import TwoModels
+
+    monkeypatch.setattr(TwoModels, "load", lambda self: pytest.fail("scored before the flags were checked"))
+    for extra in (("--expected", "gone.json"), ("--length_bias_splits", "gone"), ("--expected", tmp_path)):
+        code, _, err = call("eval_win_rate", *eval_args(trained, tmp_path, *extra))
+        assert code == 2
+        assert_one_line(err)
 
 
 def test_skipped_pairs_are_counted_with_their_reasons(call, trained, tmp_path):

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from utils.chat import ChatRenderer, TemplateRefused
-from utils.comparison import TwoModels, adapter_sha256
+from utils.comparison import TwoModels, base_of
 from utils.errors import UserError, is_main_process
 from utils.generation import generate
 from utils.ledger import Ledger, key_of
+from utils.models import load_tokenizer
 from utils.prompts import Prompt
 
 
@@ -31,32 +32,23 @@ def comparison_players(models: TwoModels) -> list[Player]:
 
 
 def further_player(spec: str, models: TwoModels) -> Player:
-    """The model of `name=path`: a hub id, a model's folder, or a LoRA folder, whose config names its base."""
-    from utils.models import identify, load_model, load_tokenizer
+    """The model of `name=path`: a hub id, a model's folder, or a LoRA folder, whose config names its base.
 
+    It plays under the precision of base and tuned, and a LoRA folder on a base quantised as theirs.
+    """
     name, equals, path = spec.partition("=")
     if not (name and equals and path) or name in models.sides:
         raise UserError(f"--models {spec}: expected name=PATH, with a name other than {' and '.join(models.sides)}")
     adapter = path if (Path(path) / "adapter_config.json").exists() else None
-    base = path
-    if adapter:
-        from utils.comparison import _base_of
-
-        base = _base_of(adapter) or models.comparison.base
+    base = (base_of(adapter) or models.comparison.base) if adapter else path
     tokenizer = load_tokenizer(base, chat_template_path=models.comparison.args.chat_template_path)
-    identity = {
-        **identify(base, tokenizer),
-        "adapter_sha256": adapter_sha256(adapter) if adapter else None,
-        "dtype": models.dtype,
-        "attn_implementation": models.comparison.args.attn_implementation,
-    }
+    identity = models.identity_of(base, None, adapter, tokenizer, quantized=adapter is not None)
 
     @contextmanager
     def opened():
-        model = load_model(
-            base, dtype=models.dtype, attn_implementation=models.comparison.args.attn_implementation, adapter=adapter
-        )
-        yield model.to(models.device).eval()
+        model = models.load_one(base, None, adapter, quantized=adapter is not None)
+        with models.autocasting():
+            yield model
 
     return Player(name, identity, tokenizer, opened)
 
@@ -81,27 +73,27 @@ def answer_all(player: Player, prompts: list[Prompt], settings: dict, eval_out: 
     """`{text, tokens, finish_reason}` of every prompt, in order, on every process: sharded, and kept batch by batch.
 
     Args:
-        settings: max_new_tokens, temperature, top_p and seed, which decide an answer, and batch_tokens, which does not.
+        settings: max_new_tokens, temperature, top_p and seed, which decide an answer; batch_tokens and
+            batch_size, which do not.
     """
     from tqdm import tqdm
 
-    decisive = {k: v for k, v in settings.items() if k != "batch_tokens"}
+    decisive = {k: v for k, v in settings.items() if k not in ("batch_tokens", "batch_size")}
     if not settings["temperature"]:
         decisive |= {"top_p": None, "seed": None}
     ledger = Ledger(eval_out, f"answers-{player.name}", {**player.identity, **decisive}, overwrite)
     keys = [key_of(prompt.messages) for prompt in prompts]
-    done = ledger.read()
+    done = ledger.before
     todo = list({key: i for i, key in enumerate(keys) if key not in done}.values())
     # Dealt out by length, so that every process gets as much to do.
     todo.sort(key=lambda i: (-len(prompts[i].text), i))
     mine = ledger.share(todo)
     if mine:
         bar = tqdm(total=len(mine), desc=f"{player.name} answers", unit="prompt", disable=not is_main_process())
-        with player.open() as model:
+        with player.open() as model, bar:
             for answer in generate(model, player.tokenizer, [prompts[i].messages for i in mine], **settings):
                 ledger.add(keys[mine[answer.pop("index")]], answer)
                 bar.update()
-        bar.close()
     found = ledger.gather()
     return [found[key] for key in keys]
 

@@ -41,7 +41,8 @@ def battle_summary(judged: dict, answers: dict, pairs: list[tuple[str, str]], pl
         metrics |= against_opponent(rows, ["base", "tuned"], opponent, seed)
     lengths = {name: answer_metrics(found, seed) for name, found in answers.items()}
     decided = [row for row in rows if row["consistent"] is not None]
-    strengths = bradley_terry(decided, list(dict.fromkeys([*players, *lengths])), seed) if len(lengths) > 2 else None
+    names = list(dict.fromkeys([*players, *lengths]))
+    strengths = bradley_terry(decided, names, seed) if len(names) > 2 and decided else None
     return {"metrics": metrics, "matches": matches, "answers": lengths, "bradley_terry": strengths}
 
 
@@ -70,6 +71,9 @@ def conclude(sections: dict, published: dict | None, title: str, read: dict) -> 
             f"published: {published['source']}; {published['setting']}: not the judge above, so no difference"
         )
     verdict = claim(sections)
+    judged = next(iter(sections["matches"][0]["judges"].values()))
+    if judged["dropped"]["value"] > 0.1 * judged["prompts"]["value"]:
+        verdict += f" Mind that {judged['dropped']['value']} of {judged['prompts']['value']} prompts have no verdict."
     return "\n\n".join([*blocks, verdict]), verdict
 
 
@@ -81,6 +85,8 @@ def claim(sections: dict) -> str:
         shown = f"against the same opponent tuned scored {difference(d, p, 100)} points more than base"
         clear = d["ci95"] and d["ci95"][0] > 0 and p["value"] < 0.05
         return f"Tuned answers better under this judge: {shown}." if clear else f"No claim: {shown}."
+    if opponent_of(sections):
+        return "No claim: no prompt has verdicts for both models."
     if "win_rate" not in m:
         return "No claim: no prompt has verdicts in both orders."
     rate, p = m["win_rate"], m["p_win_rate_is_half"]["value"]
@@ -96,14 +102,14 @@ def claim(sections: dict) -> str:
 
 def table(sections: dict, title: str) -> str:
     """A line a pairing and judge."""
-    head = ("pairing", "judge", "win rate, %", "p", "by probability", "style held equal", "won/tied/lost")
-    lines = [(*head, "flips", "first slot wins", "unparsed")]
+    head = ("pairing", "judge", "win rate, %", "p", "mean of orders", "by probability", "style held equal")
+    lines = [(*head, "won/tied/lost", "flips", "first slot wins", "unparsed")]
     for match in sections["matches"]:
         for judge, m in match["judges"].items():
             pairing = f"{match['a']} vs {match['b']}"
             unparsed = f"{m['unparsed_verdicts']['value']} of {m['unparsed_verdicts']['n']}"
             if "win_rate" not in m:
-                lines.append((pairing, judge, *["-"] * 7, unparsed))
+                lines.append((pairing, judge, *["-"] * 8, unparsed))
                 continue
             lines.append(
                 (
@@ -111,6 +117,7 @@ def table(sections: dict, title: str) -> str:
                     judge,
                     estimate(m["win_rate"], 100),
                     f"{m['p_win_rate_is_half']['value']:.2g}",
+                    cell(m["win_rate_average_of_orders"], 100),
                     cell(m["win_rate_probability"], 100) if "win_rate_probability" in m else "-",
                     estimate(m["win_rate_style_controlled"], 100),
                     "/".join(str(m[k]["value"]) for k in ("wins", "ties", "losses")),
@@ -139,8 +146,13 @@ def models_table(sections: dict, published: dict | None) -> str:
         lines.append((name, str(m["answers"]["value"]), cell(m["tokens"]), cut, strength, score))
     for name, row in (published or {"rows": {}})["rows"].items():
         lines.append((f"{name} (published)", "-", str(row.get("tokens", "-")), "-", "-", str(row["score"])))
-    width = 4 + bool(strengths) + bool(published)
-    return render("answers", [line[: 5 if width == 5 else width] for line in lines])
+    shown = [0, 1, 2, 3, *([4] if strengths else []), *([5] if published else [])]
+    return render("answers", [tuple(line[k] for k in shown) for line in lines])
+
+
+def opponent_of(sections: dict) -> bool:
+    """Whether base and tuned met given answers rather than each other."""
+    return any(match["a"] == "base" for match in sections["matches"])
 
 
 def categories_table(match: dict) -> str:

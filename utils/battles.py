@@ -9,7 +9,8 @@ from utils.errors import UserError
 from utils.stats import bootstrap, sign_test
 from utils.style import scaled, style_differences
 
-RIDGE = 1e-6
+RIDGE = 1e-2
+SPANNED = 0.95
 
 
 # ------------------------------------------------------------------------------------------------------------- rows
@@ -89,37 +90,57 @@ def refuse_equal(answers: dict[str, list[dict]]) -> None:
 
 
 def fit_logistic(x: np.ndarray, y: np.ndarray, weights=None) -> np.ndarray:
-    """Coefficients of a logistic regression with outcomes in [0, 1] (a tie is 0.5), by Newton's method, no intercept.
+    """Coefficients of a logistic regression with outcomes in [0, 1] (a tie is 0.5) and no intercept.
 
-    A ridge of 1e-6 keeps models that won or lost everything finite.
+    Newton's method with a line search, to a gradient below 1e-8 a row. A weak ridge (a normal prior of standard
+    deviation 10 on each logit) keeps models that won or lost everything finite.
 
     Args:
         x: shape (n, k). y, weights: shape (n,).
     """
-    from scipy.special import expit
+    from scipy.special import expit, log_expit
 
     weights = np.ones(len(y)) if weights is None else weights
+
+    def loss(beta):
+        z = x @ beta
+        return -(weights * (y * log_expit(z) + (1 - y) * log_expit(-z))).sum() + RIDGE / 2 * beta @ beta
+
     beta = np.zeros(x.shape[1])
-    for _ in range(50):
+    for _ in range(100):
         p = expit(x @ beta)
-        hessian = (x * (weights * p * (1 - p))[:, None]).T @ x + RIDGE * np.eye(len(beta))
-        step = np.linalg.solve(hessian, x.T @ (weights * (y - p)) - RIDGE * beta)
-        beta += np.clip(step, -4, 4)
-        if np.abs(step).max() < 1e-9:
+        gradient = x.T @ (weights * (p - y)) + RIDGE * beta
+        if np.abs(gradient).max() <= 1e-8 * max(1, len(y)):
             break
+        hessian = (x * (weights * p * (1 - p))[:, None]).T @ x + RIDGE * np.eye(len(beta))
+        step, size, here = np.linalg.solve(hessian, gradient), 1.0, loss(beta)
+        while loss(beta - size * step) > here - 1e-4 * size * (gradient @ step) and size > 1e-10:
+            size /= 2
+        beta = beta - size * step
     return beta
 
 
 def style_controlled(differences: np.ndarray, y: np.ndarray, seed: int) -> dict:
     """Win rate of `a` between two answers of the same style: sigmoid of the model column of a Bradley-Terry fit.
 
+    It cannot be known where the answers of one model differ from the other's by the same style every time (the model
+    column lies in the features' span, R^2 above 0.95): NaN then.
+
     Args:
         differences: shape (n, 4), from `style_differences`. y: shape (n,), outcomes of `a`.
     """
     from scipy.special import expit
 
-    x = np.column_stack([y, np.ones(len(y)), scaled(differences)])
-    return bootstrap(x, seed, statistic=lambda r: float(expit(fit_logistic(r[:, 1:], r[:, 0])[0])))
+    features = scaled(differences)
+
+    def rate(rows):
+        x, outcome = rows[:, 1:], rows[:, 0]
+        fit, *_ = np.linalg.lstsq(x[:, 1:], x[:, 0], rcond=None)
+        if 1 - np.mean((x[:, 0] - x[:, 1:] @ fit) ** 2) > SPANNED:
+            return float("nan")
+        return float(expit(fit_logistic(x, outcome)[0]))
+
+    return bootstrap(np.column_stack([y, np.ones(len(y)), features]), seed, statistic=rate)
 
 
 def bradley_terry(rows: list[dict], names: list[str], seed: int) -> dict:
@@ -180,6 +201,9 @@ def battle_metrics(rows: list[dict], seed: int) -> dict:
         "losses": metric(int((y == 0).sum()), n=len(y)),
         "ties": metric(int((y == 0.5).sum()), n=len(y)),
         "win_rate": bootstrap(y, seed),
+        "wins_average_of_orders": metric(sum(row["average"] > 0.5 for row in kept), n=len(y)),
+        "losses_average_of_orders": metric(sum(row["average"] < 0.5 for row in kept), n=len(y)),
+        "ties_average_of_orders": metric(sum(row["average"] == 0.5 for row in kept), n=len(y)),
         "win_rate_average_of_orders": bootstrap([row["average"] for row in kept], seed),
         "win_rate_votes": bootstrap(votes, seed, statistic=lambda x: x[:, 0].sum() / x[:, 1].sum()),
         "win_rate_style_controlled": style_controlled(styles, y, seed),
@@ -221,11 +245,16 @@ def answer_metrics(answers: list[dict], seed: int) -> dict:
 
 
 def against_opponent(rows: list[dict], names: list[str], opponent: str, seed: int) -> dict:
-    """Tuned minus base where both met one opponent: the paired difference of their scores, and its test."""
+    """Tuned minus base where both met one opponent: the paired difference of their scores, and its test.
+
+    Empty where no prompt has verdicts for both.
+    """
     from utils.stats import signed_rank
 
     scores = {name: {r["prompt"]: r["consistent"] for r in rows if r["a"] == name} for name in names}
     both = [k for k, v in scores["base"].items() if v is not None and scores["tuned"].get(k) is not None]
+    if not both:
+        return {}
     pairs = np.array([[scores["tuned"][k], scores["base"][k]] for k in both])
     return {
         "win_rate_difference": bootstrap(pairs, seed),

@@ -1,6 +1,5 @@
 """What every evaluation compares: the base model, and the tuned one (a LoRA adapter on it, or a model of its own)."""
 
-import json
 import re
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -58,7 +57,7 @@ class ComparisonArguments:
 
 @dataclass
 class Comparison:
-    """Two models by name, the run behind the tuned one, and where results go. See `resolve`."""
+    """Two models by name, the run behind the tuned one, where results go, a checkpoint's step. See `resolve`."""
 
     args: ComparisonArguments
     name: str
@@ -67,6 +66,7 @@ class Comparison:
     tuned: str | None
     trained: dict
     out: Path
+    step: int | None = None
 
     def path(self, stem: str, suffix: str, rows: bool = False) -> Path:
         """Where an artifact goes: `<out>/<stem>.json`, or beside --output_json; marked where --limit is on."""
@@ -89,6 +89,9 @@ def resolve(args: ComparisonArguments) -> Comparison:
     """
     from utils.artifacts import check_writable
 
+    for key in ("base_model", "adapter_path", "tuned_model"):
+        if (getattr(args, key) or "").startswith("~"):
+            setattr(args, key, str(Path(getattr(args, key)).expanduser()))
     if args.adapter_path and args.tuned_model:
         raise UserError("--adapter_path and --tuned_model: give one of the two")
     if args.limit is not None and args.limit <= 0:
@@ -102,7 +105,7 @@ def resolve(args: ComparisonArguments) -> Comparison:
     trained = _run_of(folder) if folder else {}
     adapter = str(folder) if folder and (folder / "adapter_config.json").exists() else None
     tuned = None if adapter else str(folder) if folder else args.tuned_model
-    base = args.base_model or trained.get("model_name_or_path") or (_base_of(adapter) if adapter else None)
+    base = args.base_model or trained.get("model_name_or_path") or (base_of(adapter) if adapter else None)
     if base is None:
         raise UserError("--base_model is missing: the model that the tuned one is compared with")
     if adapter and not args.allow_other_base:
@@ -112,7 +115,8 @@ def resolve(args: ComparisonArguments) -> Comparison:
     out = Path(args.output_dir) if args.output_dir else Path(args.eval_out) / name
     flag = "--output_json" if args.output_json else "--output_dir" if args.output_dir else "--eval_out"
     check_writable(Path(args.output_json).parent if args.output_json else out, flag)
-    return Comparison(args, name, base, adapter, tuned, trained, out)
+    step = re.fullmatch(r"checkpoint-(\d+)", folder.name) if folder else None
+    return Comparison(args, name, base, adapter, tuned, trained, out, int(step[1]) if step else None)
 
 
 def _tuned_folder(args) -> Path | None:
@@ -145,18 +149,50 @@ def _run_of(folder: Path) -> dict:
 
 
 def _name_of(folder: Path) -> str:
-    parts = [folder.parent.name] if (folder.parent / "run.json").exists() else []
-    return "-".join([*parts, re.sub(r"[^\w.\-]", "-", folder.name or folder.resolve().name)])
+    folder = folder.resolve() if folder.exists() else folder
+    parent = folder.parent.name
+    # checkpoint-7000 of one run is not that of another.
+    stranger = re.fullmatch(r"checkpoint-\d+", folder.name) and parent != "checkpoints"
+    own = (folder.parent / "run.json").exists() or stranger
+    return re.sub(r"[^\w.\-]", "-", "-".join([*([parent] if own and parent else []), folder.name]))
 
 
-def _base_of(adapter: str) -> str | None:
-    return json.loads((Path(adapter) / "adapter_config.json").read_text()).get("base_model_name_or_path")
+def base_of(adapter: str) -> str | None:
+    from utils.artifacts import read_json
+
+    return read_json(Path(adapter) / "adapter_config.json").get("base_model_name_or_path")
+
+
+def held_out_sources(args: ComparisonArguments, trained: dict) -> tuple[list[dict], bool]:
+    """What to evaluate on, as sources of `utils.preferences.load_pairs`, and whether the run itself held them out.
+
+    Raises UserError where the run held nothing out and no data are named.
+    """
+    from dataclasses import fields
+
+    from utils.preferences import DataArguments
+
+    if args.dataset_name is not None:
+        named = {"name": args.dataset_name, "config": args.dataset_config, "revision": args.dataset_revision}
+        return [{**named, "split": args.split}], False
+    known = {f.name for f in fields(DataArguments)}
+    sources = DataArguments(**{k: v for k, v in trained.items() if k in known}).sources()[1]
+    if not sources:
+        raise UserError("the run held no pairs out: name data that it did not see with --dataset_name and --split")
+    return [{**source, **({"split": args.split} if args.split else {})} for source in sources], not args.split
 
 
 def _refuse_other_base(adapter: str, base: str) -> None:
     """Refuse an adapter whose config names another base: its shapes may fit, and every figure would be wrong."""
-    trained_on = _base_of(adapter)
-    if trained_on and Path(trained_on).name.lower() != Path(base).name.lower():
+    trained_on = base_of(adapter)
+    if not trained_on:
+        return
+    folders = Path(trained_on).expanduser(), Path(base).expanduser()
+    if all(folder.is_dir() for folder in folders):
+        other = folders[0].resolve() != folders[1].resolve()
+    else:
+        other = folders[0].name.lower() != folders[1].name.lower()
+    if other:
         raise UserError(
             f"adapter {adapter} was trained on {trained_on}, not on {base}: give --base_model {trained_on}, or"
             " --allow_other_base where the two are the same weights"
@@ -167,24 +203,14 @@ def _fill(args: ComparisonArguments, trained: dict) -> None:
     """The run's values where the command line gave none, then the field's."""
     import torch
 
-    if args.dataset_name is None and trained:
-        args.dataset_name = trained.get("test_dataset_name") or trained.get("dataset_name")
-        mix = trained.get("datasets") or []
-        held_out = next((entry for entry in mix if entry.get("test_split")), None)
-        if args.dataset_name is None and held_out:
-            args.dataset_name, args.dataset_config = held_out["path"], held_out.get("name")
-            args.split = args.split or held_out["test_split"]
-        else:
-            args.dataset_config = args.dataset_config or trained.get("dataset_config")
-            args.dataset_revision = args.dataset_revision or trained.get("dataset_revision")
-        same = trained.get("dataset_test_split")
-        args.split = args.split or (same if same and same.lower() != "none" else None)
-    args.dataset_name = args.dataset_name or ULTRAFEEDBACK
-    args.split = args.split or ("test_prefs" if args.dataset_name == ULTRAFEEDBACK else "test")
+    if args.dataset_name is None and not trained:
+        args.dataset_name = ULTRAFEEDBACK
+    if args.dataset_name is not None:
+        args.split = args.split or ("test_prefs" if args.dataset_name == ULTRAFEEDBACK else "test")
     args.prompt_format = args.prompt_format or trained.get("prompt_format") or "auto"
     args.chat_template_path = args.chat_template_path or trained.get("chat_template_path")
     args.attn_implementation = args.attn_implementation or trained.get("attn_implementation")
-    if args.max_length is None:
+    if args.max_length in (None, trained.get("max_length")):
         args.max_length = trained.get("max_length") or 1024
         args.max_prompt_length = args.max_prompt_length or trained.get("max_prompt_length")
     args.max_prompt_length = args.max_prompt_length or args.max_length // 2
@@ -193,10 +219,24 @@ def _fill(args: ComparisonArguments, trained: dict) -> None:
             f"--max_prompt_length {args.max_prompt_length} must be below --max_length {args.max_length}, so that an"
             " answer always keeps a token"
         )
-    if args.load_in_4bit is None:
-        args.load_in_4bit = bool(trained.get("load_in_4bit"))
     if args.batch_tokens is None:
         args.batch_tokens = 16384 if torch.cuda.is_available() else 2048
+
+
+def _quantized(args: ComparisonArguments, trained: dict) -> dict | None:
+    """The base's quantisation as the run trained it, as keywords of `utils.models.quantization`; None for none."""
+    as_trained = args.load_in_4bit is None or args.load_in_4bit == bool(trained.get("load_in_4bit"))
+    four = bool(trained.get("load_in_4bit")) if args.load_in_4bit is None else args.load_in_4bit
+    eight = as_trained and bool(trained.get("load_in_8bit"))
+    if not (four or eight):
+        return None
+    return {
+        "load_in_4bit": four,
+        "load_in_8bit": eight,
+        "quant_type": trained.get("bnb_4bit_quant_type") or "nf4",
+        "nested": bool(trained.get("use_bnb_nested_quant")),
+        "storage": trained.get("bnb_4bit_quant_storage"),
+    }
 
 
 class TwoModels:
@@ -217,6 +257,7 @@ class TwoModels:
         compute = "bfloat16" if trained.get("bf16") else "float16" if trained.get("fp16") else None
         self.autocast = getattr(torch, compute) if compute and args.dtype is None else None
         self.dtype = args.dtype or own or ("bfloat16" if torch.cuda.is_available() and not trained else "float32")
+        self.quantized = _quantized(args, trained)
         self.tokenizer = load_tokenizer(
             comparison.base, args.base_revision, args.chat_template_path, trust_remote_code=args.trust_remote_code
         )
@@ -237,25 +278,34 @@ class TwoModels:
 
     def load(self) -> "TwoModels":
         """Load the weights, once, in eval mode, with the log-probability head on both."""
-        import torch
-
         from utils.logps import attach_head
 
-        if self._base is not None:
-            return self
-        args, c = self.comparison.args, self.comparison
-        compute = self.autocast or getattr(torch, self.dtype)
-        config = quantization(args.load_in_4bit, False, "nf4", False, compute)
-        common = (self.dtype, args.attn_implementation, config)
-        remote = {"trust_remote_code": args.trust_remote_code}
-        self._base = load_model(c.base, args.base_revision, *common, adapter=c.adapter, **remote)
-        self._tuned = self._base if c.adapter else load_model(c.tuned, args.tuned_revision, *common, **remote)
-        for model in (self._base, self._tuned):
-            if not args.load_in_4bit:
-                model.to(self.device)
-            model.eval()
-            attach_head(model)
+        if self._base is None:
+            args, c = self.comparison.args, self.comparison
+            self._base = self.load_one(c.base, args.base_revision, c.adapter)
+            self._tuned = self._base if c.adapter else self.load_one(c.tuned, args.tuned_revision)
+            for model in (self._base, self._tuned):
+                attach_head(model)
         return self
+
+    def load_one(self, name: str, revision: str | None = None, adapter: str | None = None, quantized: bool = True):
+        """One model in this comparison's precision, on this process's device, in eval mode."""
+        import torch
+
+        args = self.comparison.args
+        compute, config = self.autocast or getattr(torch, self.dtype), None
+        if self.quantized and quantized:
+            config = quantization(**self.quantized, compute_dtype=compute)
+        model = load_model(
+            name,
+            revision,
+            self.dtype,
+            args.attn_implementation,
+            config,
+            adapter,
+            trust_remote_code=args.trust_remote_code,
+        )
+        return (model if config else model.to(self.device)).eval()
 
     def unload(self) -> None:
         """Let the weights go, so that a judge finds room."""
@@ -271,7 +321,7 @@ class TwoModels:
     @property
     def is_float32(self) -> bool:
         """Whether every matrix product runs in float32."""
-        return self.dtype == "float32" and self.autocast is None and not self.comparison.args.load_in_4bit
+        return self.dtype == "float32" and self.autocast is None and not self.quantized
 
     @property
     def device(self):
@@ -279,21 +329,23 @@ class TwoModels:
 
         return PartialState().device
 
+    def autocasting(self):
+        """The run's autocast, where it trained under one."""
+        import torch
+
+        return torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None)
+
     @contextmanager
     def base(self):
         """The base model, its adapter switched off."""
-        import torch
-
         off = self._base.disable_adapter() if self.comparison.adapter else nullcontext()
-        with off, torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
+        with off, self.autocasting():
             yield self._base
 
     @contextmanager
     def tuned(self):
         """The tuned model."""
-        import torch
-
-        with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
+        with self.autocasting():
             yield self._tuned
 
     def side(self, name: str):
@@ -303,15 +355,20 @@ class TwoModels:
     def identity(self, side: str) -> dict:
         """What identifies one side's figures before its weights are loaded: names, hashes, precision, template."""
         args, c = self.comparison.args, self.comparison
-        plain = side == "base" or c.adapter
-        name, revision = (c.base, args.base_revision) if plain else (c.tuned, args.tuned_revision)
+        if side == "base" or c.adapter:
+            return self.identity_of(c.base, args.base_revision, c.adapter if side == "tuned" else None, self.tokenizer)
+        return self.identity_of(c.tuned, args.tuned_revision, None, self.tokenizer)
+
+    def identity_of(self, name: str, revision, adapter: str | None, tokenizer, quantized: bool = True) -> dict:
+        """What identifies the figures of a model that `load_one` loads."""
         return {
-            **identify(name, self.tokenizer, revision),
-            "adapter_sha256": adapter_sha256(c.adapter) if side == "tuned" and c.adapter else None,
+            **identify(name, tokenizer, revision),
+            "asked_revision": revision,
+            "adapter_sha256": adapter_sha256(adapter) if adapter else None,
             "dtype": self.dtype,
-            "autocast": str(self.autocast),
-            "quantized": "4bit" if args.load_in_4bit else None,
-            "attn_implementation": args.attn_implementation,
+            "autocast": None if self.autocast is None else str(self.autocast).removeprefix("torch."),
+            "quantized": self.quantized if quantized else None,
+            "attn_implementation": self.comparison.args.attn_implementation,
         }
 
     def describe(self) -> dict:

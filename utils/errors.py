@@ -15,8 +15,19 @@ def is_main_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def run(main) -> None:
-    """Run a script's `main()`; turn what the user can mend into one line and exit code 2, Ctrl-C into 130."""
+TRAINING_MEMORY = (
+    "lower --per_device_train_batch_size (raise --gradient_accumulation_steps to match) and"
+    " --per_device_eval_batch_size, or set --gradient_checkpointing true, and the same run goes on; or begin another"
+    " with a smaller --max_length or --load_in_4bit"
+)
+
+
+def run(main, memory: str = TRAINING_MEMORY) -> None:
+    """Run a script's `main()`; turn what the user can mend into one line and exit code 2, Ctrl-C into 130.
+
+    Args:
+        memory: what the script's user can do where memory runs out.
+    """
     try:
         main()
     except UserError as error:
@@ -25,7 +36,7 @@ def run(main) -> None:
         print("\ninterrupted: the same command (without --overwrite) goes on from what is there", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
-        message = explain(error)
+        message = explain(error, memory)
         if message is None:
             raise
         fail(message)
@@ -46,7 +57,7 @@ def fail(message: str) -> None:
     sys.exit(2)
 
 
-def explain(error: BaseException | None) -> str | None:
+def explain(error: BaseException | None, memory: str = TRAINING_MEMORY) -> str | None:
     """The one-line explanation of a machine's limit (disk, memory, permissions) behind `error`, else None."""
     seen = []
     while error is not None and error not in seen:
@@ -66,10 +77,6 @@ def explain(error: BaseException | None) -> str | None:
             return f"no permission to write{at}: choose another --output_dir and --eval_out, or mend the permissions"
         memory_texts = ("out of memory", "can't allocate memory", "Cannot allocate memory", "not enough memory")
         if isinstance(error, MemoryError) or any(t in text for t in memory_texts):
-            return (
-                "out of memory: lower --per_device_train_batch_size (raise --gradient_accumulation_steps to match)"
-                " and --per_device_eval_batch_size, or set --gradient_checkpointing true, and the same run goes on;"
-                " or begin another with a smaller --max_length or --load_in_4bit"
-            )
+            return f"out of memory: {memory}"
         error = error.__cause__ or error.__context__
     return None

@@ -2,9 +2,11 @@
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 from utils.batching import token_batches
 from utils.chat import ChatRenderer, neutralise
+from utils.logps import without_adapter_shell
 from utils.provenance import sha256_of
 
 
@@ -17,6 +19,7 @@ def generate(
     top_p: float = 1.0,
     batch_tokens: int = 8192,
     seed: int = 42,
+    batch_size: int | None = None,
 ) -> Iterator[dict]:
     """Answer conversations, longest first, in batches of at most `batch_tokens` prompt and answer tokens.
 
@@ -50,7 +53,7 @@ def generate(
     was_training = model.training
     model.eval()
     try:
-        for batch in token_batches([len(ids) + max_new_tokens for ids in prompt_ids], batch_tokens):
+        for batch in token_batches([len(ids) + max_new_tokens for ids in prompt_ids], batch_tokens, batch_size):
             width = len(prompt_ids[batch[0]])
             ids = torch.full((len(batch), width), tokenizer.pad_token_id, device=model.device)
             mask = torch.zeros_like(ids)
@@ -61,7 +64,7 @@ def generate(
             if temperature:
                 seeds = [int(sha256_of(str(seed), json.dumps(prompts[i]))[:15], 16) for i in batch]
                 sampling.append(seeded_sampling(seeds, temperature, top_p, model.device))
-            with torch.no_grad():
+            with torch.no_grad(), only_these(settings, model):
                 out = model.generate(
                     input_ids=ids, attention_mask=mask, generation_config=settings, logits_processor=sampling
                 )
@@ -76,6 +79,20 @@ def generate(
                 }
     finally:
         model.train(was_training)
+
+
+@contextmanager
+def only_these(settings, model):
+    """Let no default of the model's own generation config, such as a repetition penalty, fill gaps in `settings`."""
+    holders = [m for m in (model, without_adapter_shell(model)) if hasattr(m, "generation_config")]
+    own = [m.generation_config for m in holders]
+    for m in holders:
+        m.generation_config = settings
+    try:
+        yield
+    finally:
+        for m, config in zip(holders, own, strict=True):
+            m.generation_config = config
 
 
 def as_text(messages: list[dict], tokenizer) -> list[dict]:

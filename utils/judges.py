@@ -17,6 +17,8 @@ from utils.prompts import Prompt
 from utils.provenance import sha256_of
 
 KINDS = "hf:MODEL, openai:MODEL@BASE_URL, rm:MODEL, longer or random"
+# What ends or opens a turn in the templates of Llama, Gemma, Mistral, Qwen and Phi: a server's tokenizer is not known.
+CONTROL_TOKENS = re.compile(r"<\|\w+\|>|</?(?:start_of_turn|end_of_turn|bos|eos|pad|s)>|\[/?INST\]|<</?SYS>>")
 PLACEHOLDERS = ("prompt", "answer_1", "answer_2")
 
 
@@ -142,7 +144,7 @@ def make_judge(spec: str, prompt_path: str, options: dict):
     """The judge named `spec`.
 
     Args:
-        options: dtype, batch_tokens, attn_implementation, seed, attempts, timeout, concurrency.
+        options: dtype, batch_tokens, batch_size, attn_implementation, seed, attempts, timeout, concurrency.
 
     Raises:
         UserError: an unknown kind, a missing model or URL.
@@ -247,7 +249,8 @@ class LocalModel:
     def _written(self, asked) -> Iterator[tuple[int, Verdict]]:
         from utils.generation import generate
 
-        settings = {"max_new_tokens": self.prompt.max_new_tokens, "batch_tokens": self.options["batch_tokens"]}
+        settings = {k: self.options[k] for k in ("batch_tokens", "batch_size")}
+        settings["max_new_tokens"] = self.prompt.max_new_tokens
         for answer in generate(self.model, self.tokenizer, [messages for _, messages in asked], **settings):
             yield asked[answer["index"]][0], self.prompt.parse(answer["text"])
 
@@ -273,7 +276,8 @@ class LocalModel:
         from utils.logps import captured_hidden, head_logits
 
         labels = self._label_ids(asked[0][1])
-        for batch in token_batches([len(ids) for _, _, ids in asked], self.options["batch_tokens"]):
+        budget = (self.options["batch_tokens"], self.options["batch_size"])
+        for batch in token_batches([len(ids) for _, _, ids in asked], *budget):
             width = max(len(asked[k][2]) for k in batch)
             ids = torch.full((len(batch), width), self.tokenizer.pad_token_id, device=self.model.device)
             mask = torch.zeros_like(ids)
@@ -297,9 +301,8 @@ class RewardModel:
 
         self.name, self.model_name, self.options = f"rm:{model}", model, options
         locate(model)
-        self.tokenizer, self.model, self.known = load_tokenizer(model), None, {}
+        self.tokenizer, self.model = load_tokenizer(model), None
         self.chat = ChatRenderer(self.tokenizer)
-        self.truncated = 0
 
     def identity(self) -> dict:
         from utils.models import identify
@@ -326,28 +329,33 @@ class RewardModel:
             raise UserError(f"--judge {self.name}: has {self.model.config.num_labels} outputs; a reward model has one")
         self.model.to(PartialState().device).eval()
 
-    def score(self, asked: list[tuple[Prompt, str]]) -> list[float | None]:
-        """The reward of each answer, read at its last real token; None where the template refuses the conversation."""
+    def score(self, asked: list[tuple[Prompt, str]]) -> Iterator[tuple[int, float | str]]:
+        """(index, reward) of each answer, read at its last real token; a text in its place says why there is none."""
         import torch
 
         from utils.batching import token_batches
 
         self.load()
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 10**9
-        rows, scores = {}, [None] * len(asked)
+        rows = {}
         for i, (prompt, answer) in enumerate(asked):
             messages = [{**m, "content": neutralise(m["content"], self.tokenizer)} for m in prompt.messages]
             try:
                 (ids,) = self.chat.ids([self.chat.full_text(messages, neutralise(answer, self.tokenizer))])
-            except TemplateRefused:
+            except TemplateRefused as error:
+                yield i, f"the reward model's chat template refused: {error}"
                 continue
             bos = self.tokenizer.bos_token_id
             if bos is not None and ids[:2] == [bos, bos]:
                 raise UserError(f"--judge {self.name}: two BOS tokens open a text; template and tokenizer both add one")
-            self.truncated += len(ids) > limit
-            rows[i] = ids[:limit]
+            if len(ids) > limit:
+                # Cut short, its score would be read in the middle of the answer.
+                yield i, f"{len(ids)} tokens are more than the reward model reads ({limit})"
+                continue
+            rows[i] = ids
         keys = list(rows)
-        for batch in token_batches([len(rows[i]) for i in keys], self.options["batch_tokens"]):
+        budget = (self.options["batch_tokens"], self.options["batch_size"])
+        for batch in token_batches([len(rows[i]) for i in keys], *budget):
             take = [keys[k] for k in batch]
             width = max(len(rows[i]) for i in take)
             # transformers reads the score at the last token that is not the pad id: none may end a text by chance.
@@ -361,23 +369,27 @@ class RewardModel:
                 mask[row, : len(rows[i])] = 1
             with torch.inference_mode():
                 found = self.model(input_ids=ids, attention_mask=mask).logits.float().squeeze(-1).tolist()
-            for i, value in zip(take, found, strict=True):
-                scores[i] = value
-        return scores
+            yield from zip(take, found, strict=True)
 
     def judge(self, items: list[Item]) -> Iterator[tuple[int, Verdict]]:
-        asked = {}
-        for item in items:
-            for answer in (item.first, item.second):
-                asked[item.prompt.key, answer] = (item.prompt, answer)
-        new = [key for key in asked if key not in self.known]
-        self.known |= dict(zip(new, self.score([asked[key] for key in new]), strict=True))
+        asked, waiting, known = {}, {}, {}
         for i, item in enumerate(items):
-            a, b = (self.known[item.prompt.key, answer] for answer in (item.first, item.second))
-            if a is None or b is None:
-                yield i, unparsed("the reward model's chat template refused the conversation")
-            else:
-                yield i, Verdict(0.5 + 0.5 * ((a > b) - (a < b)), 1 / (1 + math.exp(-max(-700.0, min(700.0, a - b)))))
+            for answer in (item.first, item.second):
+                asked.setdefault((item.prompt.key, answer), (item.prompt, answer))
+                waiting.setdefault((item.prompt.key, answer), []).append(i)
+        keys = list(asked)
+        for k, reward in self.score([asked[key] for key in keys]):
+            known[keys[k]] = reward
+            for i in dict.fromkeys(waiting[keys[k]]):
+                pair = [known.get((items[i].prompt.key, text)) for text in (items[i].first, items[i].second)]
+                if None not in pair:
+                    yield i, self._verdict(*pair)
+
+    @staticmethod
+    def _verdict(a: float | str, b: float | str) -> Verdict:
+        if isinstance(a, str) or isinstance(b, str):
+            return unparsed(a if isinstance(a, str) else b)
+        return Verdict(0.5 + 0.5 * ((a > b) - (a < b)), 1 / (1 + math.exp(-max(-700.0, min(700.0, a - b)))))
 
 
 class Endpoint:
@@ -420,11 +432,15 @@ class Endpoint:
             try:
                 verdict = self._once(item)
                 self.down = 0
+            except openai.APITimeoutError:
+                return unparsed(f"no answer within {self.options['timeout']:g} s")
             except openai.APIConnectionError as error:
                 self.down += 1
                 return unparsed(f"no connection: {error.__cause__ or error}")
             except openai.OpenAIError as error:
                 return unparsed(f"{type(error).__name__}: {str(error).splitlines()[0][:200]}")
+            except (ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
+                verdict = unparsed(f"a reply that is no chat completion ({type(error).__name__})")
             if verdict.first is not None:
                 break
         return verdict
@@ -433,8 +449,7 @@ class Endpoint:
         weighed = self.prompt.verdict == "logprob"
         extra = {"logprobs": True, "top_logprobs": 5, "max_tokens": 1, "temperature": 1.0}
         written = {"max_tokens": self.prompt.max_new_tokens, "temperature": 0.0}
-        # The server's tokenizer is not known; most special tokens look like <|this|>.
-        messages = self.prompt.messages(item, lambda text: re.sub(r"<\|(\w+)\|>", r"< |\1|>", text))
+        messages = self.prompt.messages(item, lambda text: CONTROL_TOKENS.sub(lambda m: f"{m[0][0]} {m[0][1:]}", text))
         answer = self.client.chat.completions.create(
             model=self.model, messages=messages, **(extra if weighed else written)
         )
@@ -444,7 +459,7 @@ class Endpoint:
         content = getattr(choice.logprobs, "content", None) if weighed and choice.logprobs else None
         if content:
             top = {}
-            for token in content[0].top_logprobs:
+            for token in content[0].top_logprobs or []:
                 top.setdefault(token.token.strip(), token.logprob)
             verdict = self.prompt.weigh({label: top[label] for label in self.prompt.labels if label in top})
             if verdict.first is not None:
@@ -472,16 +487,16 @@ def judge_all(judge, items: list[Item], eval_out: str, overwrite: bool = False) 
     keys = [key_of(item.prompt.messages, item.first, item.second) for item in items]
     same = [item.first == item.second for item in items]
     ledger = Ledger(eval_out, "judgements", judge.identity(), overwrite)
-    done = ledger.read()
+    done = ledger.before
     todo = list({keys[i]: i for i in range(len(items)) if not same[i] and keys[i] not in done}.values())
     mine = ledger.share(todo)
     failed = Ledger(eval_out, "unparsed", {**judge.identity(), "items": keys}, overwrite=True)
-    bar = tqdm(total=len(mine), desc=judge.name, unit="verdict", disable=not (mine and is_main_process()))
-    for k, verdict in judge.judge([items[i] for i in mine]) if mine else ():
-        kept = ledger if verdict.first is not None else failed
-        kept.add(keys[mine[k]], verdict.__dict__)
-        bar.update()
-    bar.close()
+    silent = not (mine and is_main_process())
+    with tqdm(total=len(mine), desc=judge.name, unit="verdict", disable=silent) as bar:
+        for k, verdict in judge.judge([items[i] for i in mine]) if mine else ():
+            kept = ledger if verdict.first is not None else failed
+            kept.add(keys[mine[k]], verdict.__dict__)
+            bar.update()
     found, errors = ledger.gather(), failed.gather()
     verdicts = [
         Verdict(0.5, 0.5, label="identical") if same[i] else Verdict(**(found.get(keys[i]) or errors[keys[i]]))

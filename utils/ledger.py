@@ -13,18 +13,27 @@ class Ledger:
     """Finished items below `<eval_out>/.cache/<kind>-<hash>/`, one JSON line each, one file a process.
 
     The folder's name hashes what the items depend on (`identity`: weights, data, settings), so that an item is never
-    taken for that of another question; `identity.json` holds it in words.
+    taken for that of another question; `identity.json` holds it in words. `before` holds what was finished when the
+    ledger was opened, alike on every process.
     """
 
     def __init__(self, eval_out: str | os.PathLike, kind: str, identity: dict, overwrite: bool = False):
         from accelerate import PartialState
+        from accelerate.utils import broadcast_object_list
 
         self.state = PartialState()
-        self.folder = Path(eval_out) / ".cache" / f"{kind}-{sha256_of(dumps(identity))[:16]}"
+        name = [f"{kind}-{sha256_of(dumps(identity))[:16]}"]
+        if self.state.num_processes > 1:
+            # Each process asks the hub for revisions by itself; all must mean the same folder.
+            broadcast_object_list(name)
+        self.folder = Path(eval_out) / ".cache" / name[0]
         if self.state.is_main_process:
             if overwrite:
                 shutil.rmtree(self.folder, ignore_errors=True)
             write_json(self.folder / "identity.json", identity)
+        self.state.wait_for_everyone()
+        # Read before any process adds to it: all of them must see, and share out, the same rest.
+        self.before = self.read()
         self.state.wait_for_everyone()
         self.mine = RowFile(self.folder / f"rows-{self.state.process_index}.jsonl", every_rank=True)
 

@@ -28,7 +28,7 @@ def table(metrics: dict, title: str) -> str:
     return render(title, lines)
 
 
-def conclude(metrics: dict, bias: dict, title: str) -> tuple[str, str]:
+def conclude(metrics: dict, bias: dict, title: str, left_out: str | None) -> tuple[str, str]:
     """(text, verdict): table, divergence, length bias, and one sentence on what moved."""
     blocks = [table(metrics, title)]
     kls = [
@@ -38,6 +38,8 @@ def conclude(metrics: dict, bias: dict, title: str) -> tuple[str, str]:
     ]
     if kls:
         blocks.append(f"KL(tuned || base) on the data's answers, nats a token: {', '.join(kls)}")
+    if left_out:
+        blocks.append(left_out)
     if bias:
         blocks.append("\n".join(sentence(s, b) for s, b in bias.items()))
     verdict = " ".join(_moved(metrics, name, label) for name, label in NAMES.items() if f"{name}_ppl_base" in metrics)

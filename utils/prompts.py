@@ -30,15 +30,18 @@ class Prompt:
         return "\n\n".join(f"{m['role'].capitalize()}: {m['content']}" for m in self.messages)
 
 
-def load_prompts(name, split, config=None, revision=None, category_key="category", limit=None) -> tuple[list, dict]:
+def load_prompts(sources: list[dict], category_key: str = "category", limit: int | None = None) -> tuple[list, dict]:
     """The prompts of preference pairs, or of rows with `prompt`, `instruction`, `question`, `messages` or `turns`.
+
+    Args:
+        sources: `{"name", "split"}` each, with optional "config" and "revision".
 
     Returns:
         (prompts, summary): prompts that occur twice are taken once; what was left out is counted.
     """
-    rows, source = read_rows(name, split, config, revision)
+    read = [read_rows(s["name"], s["split"], s.get("config"), s.get("revision")) for s in sources]
     found, left_out = {}, {}
-    for where, row in rows:
+    for where, row in (row for rows, _ in read for row in rows):
         messages = _conversation(row, where)
         if isinstance(messages, str):
             left_out[messages] = left_out.get(messages, 0) + 1
@@ -53,8 +56,8 @@ def load_prompts(name, split, config=None, revision=None, category_key="category
         if limit is not None and len(found) >= limit:
             break
     if not found:
-        raise UserError(f"{name} split {split}: no prompt is left; left out: {left_out}")
-    return list(found.values()), {"prompts": len(found), "left_out": left_out, "source": source}
+        raise UserError(f"{sources[0]['name']}: no prompt is left; left out: {left_out}")
+    return list(found.values()), {"prompts": len(found), "left_out": left_out, "sources": [s for _, s in read]}
 
 
 def _conversation(row, where: str) -> list[dict] | str:

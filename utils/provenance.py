@@ -4,6 +4,7 @@ import hashlib
 import importlib.metadata
 import os
 import platform
+import re
 import resource
 import subprocess
 import sys
@@ -116,6 +117,8 @@ def sha256_of_files(paths) -> str:
 
 def hub_revision(name: str, kind: str, revision: str | None = None) -> str | None:
     """The commit of a hub repository (`kind` "model" or "dataset"): the hub's own word, offline the cached one."""
+    if revision and re.fullmatch(r"[0-9a-f]{40}", revision):
+        return revision
     from huggingface_hub import HfApi, constants
     from huggingface_hub import errors as hub
 

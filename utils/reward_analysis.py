@@ -80,10 +80,12 @@ def calibration_metrics(margin: np.ndarray, seed: int) -> dict:
     log_loss is mean -log sigmoid(margin), the DPO loss on the data (0.693 knows nothing); brier is the mean of
     (1 - sigmoid(margin))^2; ece weighs |accuracy - confidence| over the bins of `calibration_bins`.
     """
+    from scipy.special import log_expit
+
     bins = calibration_bins(margin, seed)
     ece = sum(b["n"] * abs(b["accuracy"]["value"] - b["confidence"]) for b in bins) / max(1, len(margin))
     return {
-        "calibration_log_loss": bootstrap(-np.log(_sigmoid(margin)), seed),
+        "calibration_log_loss": bootstrap(-log_expit(margin), seed),
         "calibration_brier": bootstrap((1 - _sigmoid(margin)) ** 2, seed),
         "calibration_ece": metric(ece, n=len(margin)),
         "calibration_scale": metric(best_scale(margin), n=len(margin)),
@@ -240,11 +242,14 @@ def trainer_figures(rows: list[dict], batches: list[list[int]]) -> dict:
     }
 
 
-def read_expected(path: str) -> dict:
+def read_expected(path: str, step: int | None = None) -> dict:
     """The trainer's last eval metrics: our train_log.jsonl, transformers' trainer_state.json or eval_results.json.
 
+    Args:
+        step: the optimiser step of the weights, where they are a checkpoint's: its evaluation is taken, not the last.
+
     Returns:
-        `{metric: value}` without the `eval_` prefix. Raises UserError where the file has none of them.
+        `{metric: value}` without the `eval_` prefix. Raises UserError where the file has no such evaluation.
     """
     if Path(path).suffix == ".jsonl":
         if not Path(path).exists():
@@ -262,6 +267,10 @@ def read_expected(path: str) -> dict:
     logged = [r for r in logged if set(TRAINER_KEYS) & set(r)]
     if not logged:
         raise UserError(f"--expected {path}: no evaluation with {', '.join(TRAINER_KEYS)} in it")
+    if step is not None and any("step" in r for r in logged):
+        logged = [r for r in logged if r.get("step") == step]
+        if not logged:
+            raise UserError(f"--expected {path}: no evaluation at step {step}, where the checkpoint was saved")
     return logged[-1]
 
 

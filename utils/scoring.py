@@ -1,5 +1,6 @@
 """Token sequences scored under base and tuned: batched by token budget, sharded over processes, kept as they come."""
 
+import math
 import time
 from dataclasses import dataclass
 
@@ -11,7 +12,6 @@ from utils.logps import captured_hidden, kl_divergence, token_logps
 from utils.provenance import sha256_of
 
 UNCHANGED = 1e-5
-LOGITS_AT_ONCE = 2**28
 
 
 @dataclass
@@ -57,23 +57,26 @@ def score_sequences(models: TwoModels, sequences: list[Sequence], summarise, kin
         "spans_sha256": sha256_of(*(f"{s.start}:{s.kl_start}" for s in sequences)),
     }
     ledger = Ledger(args.eval_out, kind, identity, args.overwrite)
-    done = ledger.read()
+    done = ledger.before
     todo = [i for i in range(len(sequences)) if str(i) not in done]
-    budget = args.batch_tokens
     if todo:
         models.load()
-        if any(s.kl_start is not None for s in sequences):
-            budget = min(budget, max(1, LOGITS_AT_ONCE // len(models.tokenizer)))
-    batches = token_batches([len(sequences[i].ids) for i in todo], budget, args.batch_size)
+    batches = token_batches([len(sequences[i].ids) for i in todo], args.batch_tokens, args.batch_size)
     tokens, started = sum(len(sequences[i].ids) for i in todo), time.monotonic()
-    bar = tqdm(total=tokens, unit="tok", unit_scale=True, desc=kind, disable=not (todo and is_main_process()))
-    for batch in ledger.share(batches):
-        take = [todo[k] for k in batch]
-        for i, scores in zip(take, score_batch(models, [sequences[i] for i in take]), strict=True):
-            moved = float((scores.tuned - scores.base).abs().max())
-            ledger.add(str(i), {**summarise(i, scores), "moved": moved, "sum": float(scores.tuned.sum())})
-        bar.update(min(bar.total - bar.n, ledger.state.num_processes * sum(len(sequences[i].ids) for i in take)))
-    bar.close()
+    silent = not (todo and is_main_process())
+    with tqdm(total=tokens, unit="tok", unit_scale=True, desc=kind, disable=silent) as bar:
+        for batch in ledger.share(batches):
+            take = [todo[k] for k in batch]
+            for i, scores in zip(take, score_batch(models, [sequences[i] for i in take]), strict=True):
+                moved = float((scores.tuned - scores.base).abs().max())
+                if not math.isfinite(moved):
+                    raise UserError(
+                        f"{kind}: sequence {i} has a log-probability that is no number under {models.dtype}: give"
+                        " --dtype bfloat16 or float32; or the weights themselves are broken"
+                    )
+                ledger.add(str(i), {**summarise(i, scores), "moved": moved, "sum": float(scores.tuned.sum())})
+            done_now = ledger.state.num_processes * sum(len(sequences[i].ids) for i in take)
+            bar.update(min(tokens - bar.n, done_now))
     seconds = time.monotonic() - started
     if todo and not models.is_float32 and is_main_process():
         some = [todo[k] for k in range(0, len(todo), -(-len(todo) // 8))]

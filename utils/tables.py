@@ -25,7 +25,9 @@ def interval(m: dict, scale: float = 1, digits: int = 1, sign: str = "") -> str:
 
 
 def estimate(m: dict, scale: float = 1, digits: int = 1) -> str:
-    """A metric with its 95% interval, `71.7 [63.3, 80.0]`."""
+    """A metric with its 95% interval, `71.7 [63.3, 80.0]`; a dash where it could not be computed."""
+    if m["value"] is None or m["value"] != m["value"]:
+        return "-"
     return f"{scale * m['value']:.{digits}f}{interval(m, scale, digits)}"
 
 

@@ -4,10 +4,13 @@ from utils.length_bias import sentence
 from utils.tables import cell, difference, estimate, render
 
 
-def conclude(metrics: dict, parts: dict, bias: dict, expected: dict | None, title: str) -> tuple[str, str]:
+def conclude(
+    metrics: dict, parts: dict, bias: dict, expected: dict | None, title: str, left_out: str
+) -> tuple[str, str]:
     """(text, verdict): the table with everything below it, and the one sentence that answers the question."""
     verdict = claim(metrics)
-    blocks = [table(metrics, title), slices_table(parts), "\n".join(sentence(s, b) for s, b in bias.items())]
+    blocks = [table(metrics, title), slices_table(parts), left_out]
+    blocks.append("\n".join(sentence(s, b) for s, b in bias.items()))
     if expected:
         blocks.append(expected_table(expected))
     return "\n\n".join([*blocks, verdict]), verdict
@@ -83,9 +86,7 @@ def table(metrics: dict, title: str) -> str:
         (
             "rank correlation, margin and length",
             "",
-            estimate(m["margin_length_correlation"], 1, 2)
-            if m["margin_length_correlation"]["value"] is not None
-            else "-",
+            estimate(m["margin_length_correlation"], 1, 2),
             "",
         ),
     ]
