@@ -1,11 +1,12 @@
 """Real hub data through the real hub client, where a local mirror of the hub stands beside the checkout."""
 
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
-from conftest import MIRROR, ROOT, train_args
+from conftest import MIRROR, ROOT, eval_args, train_args
 
 from utils.artifacts import read_json
 
@@ -56,6 +57,49 @@ def test_the_seed_recipe_runs_as_it_stands(tmp_path):
         "max_prompt_length": 256,
     }.items():
         assert summary["args"][key] == value, key
+
+
+HELD_OUT = [("HuggingFaceH4/ultrafeedback_binarized", "test_prefs"), ("Anthropic/hh-rlhf", "test")]
+
+
+@pytest.mark.parametrize("script", ["eval_win_rate", "eval_perplexity"])
+@pytest.mark.parametrize(("dataset", "split"), HELD_OUT)
+def test_hub_datasets_are_evaluated(trained, tmp_path, script, dataset, split):
+    flags = ("--dataset_name", dataset, "--split", split, "--limit", 12, "--max_length", 256)
+    done = through_the_mirror(f"{script}.py", *eval_args(trained, tmp_path, *flags))
+    assert done.returncode == 0, done.stderr[-2000:]
+    summary = read_json(tmp_path / f"r/{script.removeprefix('eval_')}_LIMIT12.json")
+    assert summary["data"].get("pairs", summary["data"]) and summary["length_bias"][split]["pairs"] == 12
+    assert summary["run"]["limit"] == 12
+
+
+def test_the_published_win_rate_command_runs(tmp_path):
+    """The seed project's command, on stand-in weights of gemma-2b-it: only rows are cut."""
+    cut = ("--limit", 4, "--max_steps", 1, "--warmup_steps", 0, "--eval_strategy", "no", "--sample_prompts", 0)
+    folders = ("--output_dir", tmp_path / "ck", "--eval_out", tmp_path / "out", "--learning_rate", 1e-2)
+    done = through_the_mirror(
+        "dpo_train_human_preference.py", "--config", "configs/gemma-2b-it-dpo.yaml", *cut, *folders
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    adapter = tmp_path / "checkpoints/checkpoint-7000"
+    shutil.copytree(tmp_path / "ck/gemma-2b-it-dpo_LIMIT4", adapter, ignore=shutil.ignore_patterns("run.json"))
+    seed = ("--adapter-path", adapter, "--base-model", "google/gemma-2b-it", "--batch-size", 4, "--max-length", 1024)
+    seed += ("--output-json", tmp_path / "eval_out/dpo_winrate.json")
+    done = through_the_mirror("eval_win_rate.py", *seed, "--limit", 4, "--eval_out", tmp_path / "eval_out")
+    assert done.returncode == 0, done.stderr[-2000:]
+    summary = read_json(tmp_path / "eval_out/dpo_winrate_LIMIT4.json")
+    assert summary["data"]["sources"][0]["name"] == "HuggingFaceH4/ultrafeedback_binarized"
+    assert summary["data"]["sources"][0]["split"] == "test_prefs" and summary["args"]["max_length"] == 1024
+
+
+def test_arena_hard_reads_its_prompts_and_answers_from_the_hub(trained, tmp_path):
+    flags = ("--config", ROOT / "configs/battle_arena_hard.yaml", "--limit", 3, "--max_new_tokens", 4)
+    done = through_the_mirror("eval_win_rate.py", *eval_args(trained, tmp_path, *flags, "--judge", "longer"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    summary = read_json(tmp_path / "r/battle_LIMIT3.json")
+    assert set(summary["answers"]) == {"gpt-4-0314", "base", "tuned"} and "gemma-2-9b-it-SimPO" in done.stdout
+    assert summary["answers"]["gpt-4-0314"]["answers"]["value"] == 3
+    assert summary["data"]["opponent"]["sha256"]
 
 
 def test_an_unknown_split_of_a_hub_dataset_lists_the_others(tiny, tmp_path):

@@ -105,7 +105,7 @@ class RowFile:
             return []
         rows = []
         # Not splitlines: a row's text may hold other line separators.
-        for line in self.path.read_text(encoding="utf-8").split("\n")[:-1]:
+        for line in self.path.read_bytes().split(b"\n")[:-1]:
             rows.append(json.loads(line))
         return rows
 

@@ -80,15 +80,25 @@ class JudgePrompt:
             raise UserError(f"--judge_prompt {path}: needs user, labels and verdict; may have system, max_new_tokens")
         if found["verdict"] not in ("logprob", "text"):
             raise UserError(f"--judge_prompt {path}: verdict must be logprob or text, found {found['verdict']!r}")
+        if not isinstance(found["user"], str) or not isinstance(found.get("system") or "", str):
+            raise UserError(f"--judge_prompt {path}: user and system must be text")
+        room = found.get("max_new_tokens", 1)
+        if isinstance(room, bool) or not isinstance(room, int) or room < 1:
+            raise UserError(f"--judge_prompt {path}: max_new_tokens must be a whole number above 0, found {room!r}")
         missing = [p for p in PLACEHOLDERS if f"{{{p}}}" not in found["user"]]
         if missing:
             raise UserError(f"--judge_prompt {path}: user lacks {{{missing[0]}}}")
         labels = {}
         for label, meaning in found["labels"].items() if isinstance(found["labels"], dict) else ():
+            if not isinstance(label, str) or not label.strip():
+                raise UserError(f"--judge_prompt {path}: label {label!r} must be text; quote it")
             if not isinstance(meaning, dict) or meaning.get("first") not in (0, 0.5, 1):
                 raise UserError(f"--judge_prompt {path}: label {label!r} needs first: 0, 0.5 or 1")
-            labels[str(label)] = (float(meaning["first"]), int(meaning.get("weight", 1)))
-        if {first for first, _ in labels.values()} < {0.0, 1.0}:
+            weight = meaning.get("weight", 1)
+            if isinstance(weight, bool) or not isinstance(weight, int) or weight < 1:
+                raise UserError(f"--judge_prompt {path}: label {label!r}: weight must be a whole number above 0")
+            labels[label] = (float(meaning["first"]), weight)
+        if not {0.0, 1.0} <= {first for first, _ in labels.values()}:
             raise UserError(f"--judge_prompt {path}: labels need one for either answer")
         return cls(path, **{**found, "labels": labels})
 
@@ -117,7 +127,7 @@ class JudgePrompt:
         return Verdict(first, weight=weight, label=found[-1][0])
 
     def weigh(self, logprobs: dict[str, float]) -> Verdict:
-        """The verdict of label log-probabilities: P(first) among the labels, 1 only where it is strictly ahead.
+        """The verdict of label log-probabilities: P(first) among the labels; a win only where a side is strictly ahead.
 
         A missing label has probability 0; none at all is no verdict.
         """
@@ -125,11 +135,13 @@ class JudgePrompt:
         mass = sum(p.values())
         if not mass > 0:
             return unparsed("none of the labels among the judge's tokens")
-        preference = sum(p[label] * self.labels[label][0] for label in p) / mass
-        best = max(p.values())
-        leaders = [label for label in p if p[label] == best]
-        first = self.labels[leaders[0]][0] if len(leaders) == 1 else 0.5
-        return Verdict(first, preference, mass=mass, label=leaders[0] if len(leaders) == 1 else None)
+        sides = {side: sum(p[k] for k in p if self.labels[k][0] == side) for side in (1.0, 0.5, 0.0)}
+        ahead = [side for side in sides if sides[side] == max(sides.values())]
+        likeliest = max((k for k in p if self.labels[k][0] == ahead[0]), key=p.get)
+        preference = (sides[1.0] + sides[0.5] / 2) / mass
+        if len(ahead) > 1:
+            return Verdict(0.5, preference, mass=mass)
+        return Verdict(ahead[0], preference, self.labels[likeliest][1], mass, likeliest)
 
     @property
     def identity(self) -> dict:
@@ -482,10 +494,12 @@ def judge_all(judge, items: list[Item], eval_out: str, overwrite: bool = False) 
 
     from utils.ledger import Ledger, key_of
 
-    if getattr(judge, "instant", False):
-        return [verdict for _, verdict in sorted(judge.judge(items), key=lambda found: found[0])]
-    keys = [key_of(item.prompt.messages, item.first, item.second) for item in items]
     same = [item.first == item.second for item in items]
+    tie = Verdict(0.5, 0.5, label="identical")
+    if getattr(judge, "instant", False):
+        verdicts = dict(judge.judge(items))
+        return [tie if same[i] else verdicts[i] for i in range(len(items))]
+    keys = [key_of(item.prompt.messages, item.first, item.second) for item in items]
     ledger = Ledger(eval_out, "judgements", judge.identity(), overwrite)
     done = ledger.before
     todo = list({keys[i]: i for i in range(len(items)) if not same[i] and keys[i] not in done}.values())
@@ -498,10 +512,8 @@ def judge_all(judge, items: list[Item], eval_out: str, overwrite: bool = False) 
             kept.add(keys[mine[k]], verdict.__dict__)
             bar.update()
     found, errors = ledger.gather(), failed.gather()
-    verdicts = [
-        Verdict(0.5, 0.5, label="identical") if same[i] else Verdict(**(found.get(keys[i]) or errors[keys[i]]))
-        for i in range(len(items))
-    ]
-    if items and all(v.first is None for v in verdicts):
-        raise UserError(f"judge {judge.name} gave no verdict on {len(items)} questions; the first: {verdicts[0].error}")
+    verdicts = [tie if same[i] else Verdict(**(found.get(keys[i]) or errors[keys[i]])) for i in range(len(items))]
+    asked = [verdict for verdict, free in zip(verdicts, same, strict=True) if not free]
+    if asked and all(verdict.first is None for verdict in asked):
+        raise UserError(f"judge {judge.name} gave no verdict on {len(asked)} questions; the first: {asked[0].error}")
     return verdicts

@@ -47,8 +47,7 @@ def load_prompts(sources: list[dict], category_key: str = "category", limit: int
             left_out[messages] = left_out.get(messages, 0) + 1
             continue
         category = row.get(category_key)
-        uid = row.get("uid") or row.get("question_id")
-        prompt = Prompt(messages, where, None if uid is None else str(uid), None if category is None else str(category))
+        prompt = Prompt(messages, where, _uid(row), None if category is None else str(category))
         if prompt.key in found:
             left_out["duplicate_prompt"] = left_out.get("duplicate_prompt", 0) + 1
         else:
@@ -58,6 +57,11 @@ def load_prompts(sources: list[dict], category_key: str = "category", limit: int
     if not found:
         raise UserError(f"{sources[0]['name']}: no prompt is left; left out: {left_out}")
     return list(found.values()), {"prompts": len(found), "left_out": left_out, "sources": [s for _, s in read]}
+
+
+def _uid(row: dict) -> str | None:
+    uid = row["uid"] if row.get("uid") is not None else row.get("question_id")
+    return None if uid is None else str(uid)
 
 
 def _conversation(row, where: str) -> list[dict] | str:
@@ -71,7 +75,7 @@ def _conversation(row, where: str) -> list[dict] | str:
         messages = pair.messages
     else:
         keys = ("messages", "prompt", "instruction", "question", "turns")
-        value = next((row[k] for k in keys if row.get(k)), None)
+        value = next((row[k] for k in keys if row.get(k) is not None), None)
         if value is None:
             raise UserError(f"{where}: no prompt (keys there: {', '.join(map(str, row))}); one of {', '.join(keys)}")
         messages = _messages(value, where)
@@ -81,12 +85,18 @@ def _conversation(row, where: str) -> list[dict] | str:
         messages = messages[:-1]
     if not messages or not messages[-1]["content"].strip():
         return "empty_prompt"
+    try:
+        "".join(m["content"] for m in messages).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where}: a prompt that is no valid Unicode ({error.reason}); mend or delete it") from None
     return messages
 
 
 def _messages(value, where: str) -> list[dict]:
     if isinstance(value, str):
         return [{"role": "user", "content": value}]
+    if not isinstance(value, list):
+        raise UserError(f"{where}: a prompt must be text or a list of turns, found {type(value).__name__}")
     turns = [{"role": "user", **t} if isinstance(t, dict) else {"role": "user", "content": t} for t in value]
     for turn in turns:
         if not isinstance(turn.get("content"), str) or turn["role"] not in ("system", "user", "assistant"):
@@ -106,6 +116,7 @@ def load_answers(name: str, prompts: list[Prompt]) -> tuple[str, list[str | None
     """
     rows, source = read_rows(name, "test")
     by_uid, by_text, model = {}, {}, None
+    wanted = {p.uid for p in prompts} - {None}
     for where, row in rows:
         if not isinstance(row, dict):
             raise UserError(f"{where}: expected an object with an answer, found {type(row).__name__}")
@@ -113,13 +124,13 @@ def load_answers(name: str, prompts: list[Prompt]) -> tuple[str, list[str | None
         if not isinstance(answer, str):
             raise UserError(f"{where}: no answer there; one of output, answer, response, or messages that end with one")
         model = model or row.get("generator") or row.get("model") or row.get("model_id")
-        uid = row.get("uid") or row.get("question_id")
-        if uid is not None:
-            by_uid[str(uid)] = answer
+        if _uid(row) in wanted:
+            by_uid[_uid(row)] = answer
+            continue
         asked = {k: row[k] for k in ("instruction", "prompt", "question", "input") if isinstance(row.get(k), str)}
         if isinstance(row.get("messages"), list):
             asked = {"messages": row["messages"][:-1]}
-        asked = _conversation(asked, where) if asked else None
+        asked = _conversation(asked, where) if set(asked) - {"input"} else None
         if isinstance(asked, list):
             by_text[key_of(asked)] = answer
     found = [by_uid.get(p.uid) if p.uid in by_uid else by_text.get(p.key) for p in prompts]
@@ -132,10 +143,13 @@ def _answer(row: dict):
     for key in ("output", "answer", "response"):
         if row.get(key) is not None:
             return row[key]
-    if isinstance(row.get("choices"), list) and row["choices"]:
-        content = row["choices"][0]["turns"][0]
-        return content["content"] if isinstance(content, dict) else content
-    if isinstance(row.get("messages"), list) and row["messages"] and row["messages"][-1].get("role") == "assistant":
-        content = row["messages"][-1]["content"]
-        return content.get("answer") if isinstance(content, dict) else content
+    try:
+        if isinstance(row.get("choices"), list):
+            content = row["choices"][0]["turns"][0]
+            return content["content"] if isinstance(content, dict) else content
+        if isinstance(row.get("messages"), list) and row["messages"][-1]["role"] == "assistant":
+            content = row["messages"][-1]["content"]
+            return content.get("answer") if isinstance(content, dict) else content
+    except (TypeError, KeyError, IndexError):
+        pass
     return None

@@ -5,7 +5,10 @@ import re
 import numpy as np
 
 FEATURES = ("length", "headers", "lists", "bold")
-FENCE = re.compile(r"^(```|~~~).*?(^\1\s*$|\Z)", re.MULTILINE | re.DOTALL)
+# An opening fence has no backtick after it on its line; a closing one is at least as long, or the text ends first.
+FENCE = re.compile(
+    r"^[ \t]*(?P<f>`{3,}(?=[^`\n]*$)|~{3,}).*?(?:^[ \t]*(?P=f)[`~]*[ \t\r]*$|\Z)", re.MULTILINE | re.DOTALL
+)
 HEADER = re.compile(r"^#{1,6}\s", re.MULTILINE)
 LIST = re.compile(r"^\s*(\d+[.)]|[-*+])\s", re.MULTILINE)
 BOLD = re.compile(r"\*\*[^*\n]+\*\*|__[^_\n]+__")

@@ -1,0 +1,102 @@
+"""Sampled answers: distributed as they should be, and the same whatever stands beside them in the batch."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.special import softmax
+from scipy.stats import chisquare
+
+from utils.generation import generate, seeded_sampling
+from utils.models import load_model, load_tokenizer
+
+LOGITS = np.array([2.0, 1.0, 0.5, 0.0, -1.0, -2.0])
+
+
+def drawn(seeds, steps=1, temperature=1.0, top_p=1.0, logits=LOGITS) -> np.ndarray:
+    """Sampled tokens, shape (steps, rows)."""
+    sampling = seeded_sampling(list(seeds), temperature, top_p, "cpu")
+    scores = torch.tensor(logits, dtype=torch.float32).expand(len(seeds), -1)
+    return np.stack([sampling(None, scores.clone()).argmax(-1).numpy() for _ in range(steps)])
+
+
+def p_value(tokens, probabilities) -> float:
+    return chisquare(np.bincount(tokens.ravel(), minlength=len(probabilities)), tokens.size * probabilities).pvalue
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 2.0])
+def test_frequencies_are_softmax_over_rows_and_over_steps(temperature):
+    wanted = softmax(LOGITS / temperature)
+    for tokens in (drawn(range(4000), temperature=temperature), drawn([7], 4000, temperature)):
+        assert p_value(tokens, wanted) > 1e-3
+    # The test sees a temperature that is a tenth off.
+    assert p_value(drawn(range(4000), temperature=temperature), softmax(LOGITS / temperature / 1.25)) < 1e-3
+
+
+def test_one_steps_draw_says_nothing_of_the_next():
+    tokens = drawn([3], 6001).ravel()
+    p = softmax(LOGITS)
+    after_top = tokens[1:][tokens[:-1] == 0]
+    assert len(after_top) > 2000 and p_value(after_top, p) > 1e-3
+
+
+def test_rows_of_one_seed_are_alike_and_of_two_are_not():
+    tokens = drawn([5, 9, 5], 200)
+    assert (tokens[:, 0] == tokens[:, 2]).all() and (tokens[:, 0] != tokens[:, 1]).any()
+    assert (drawn([9], 200)[:, 0] == tokens[:, 1]).all(), "a row's draws depend on the rows beside it"
+
+
+def test_top_p_cuts_the_tail_and_keeps_the_rest_in_proportion():
+    p = np.array([0.5, 0.3, 0.15, 0.05])
+    tokens = drawn(range(3000), top_p=0.7, logits=np.log(p))
+    assert set(tokens.ravel()) == {0, 1} and p_value(tokens[tokens < 2], np.array([0.5, 0.3]) / 0.8) > 1e-3
+    assert set(drawn(range(3000), top_p=0.9, logits=np.log(p)).ravel()) == {0, 1, 2}
+    assert set(drawn(range(300), top_p=0.01, logits=np.log(p)).ravel()) == {0}
+
+
+def test_top_p_is_taken_after_the_temperature():
+    # At temperature 0.5 the first of 0.5, 0.3, 0.2 has 0.25 / 0.38 = 0.66 of the mass, above 0.6.
+    logits = np.log([0.5, 0.3, 0.2])
+    assert set(drawn(range(500), temperature=0.5, top_p=0.6, logits=logits).ravel()) == {0}
+    assert set(drawn(range(500), temperature=1.0, top_p=0.6, logits=logits).ravel()) == {0, 1}
+
+
+PROMPTS = [
+    [{"role": "user", "content": text}]
+    for text in (
+        "Why?",
+        "Tell me of the sea, at some length, please. " * 3,
+        "Name a colour.",
+        "Who are you " * 9,
+        "2+2",
+    )
+]
+
+
+@pytest.mark.parametrize("kind", ["tiny", "tiny_gemma2"])
+def test_a_sampled_answer_does_not_depend_on_its_batch(kind, request):
+    folder = str(request.getfixturevalue(kind))
+    model, tokenizer = load_model(folder).eval(), load_tokenizer(folder)
+    with torch.no_grad():
+        # A fresh model hardly looks at its context: make it, so that padding that is not masked would show.
+        for matrix in (p for p in model.parameters() if p.dim() > 1):
+            matrix.mul_(8)
+
+    def answers(prompts, **extra) -> dict:
+        found = list(generate(model, tokenizer, prompts, max_new_tokens=12, temperature=1.0, **extra))
+        assert sorted(a["index"] for a in found) == list(range(len(prompts)))
+        return {prompts[a.pop("index")][0]["content"]: a for a in found}
+
+    alone = answers(PROMPTS, batch_tokens=1)
+    assert len({a["text"] for a in alone.values()}) == len(PROMPTS)
+    assert answers(PROMPTS, batch_tokens=100_000) == alone
+    assert answers(PROMPTS[::-1], batch_tokens=100_000) == alone
+    assert answers(PROMPTS[1:3], batch_tokens=300) == {k: alone[k] for k in (p[0]["content"] for p in PROMPTS[1:3])}
+    assert answers(PROMPTS, top_p=0.2) != alone
+
+
+def test_the_models_own_decoding_defaults_do_not_fill_in(tiny):
+    model, tokenizer = load_model(str(tiny)).eval(), load_tokenizer(str(tiny))
+    wanted = [list(generate(model, tokenizer, PROMPTS[:2], max_new_tokens=12, temperature=t)) for t in (0.0, 1.0)]
+    model.generation_config.repetition_penalty, model.generation_config.no_repeat_ngram_size = 5.0, 1
+    found = [list(generate(model, tokenizer, PROMPTS[:2], max_new_tokens=12, temperature=t)) for t in (0.0, 1.0)]
+    assert found == wanted and model.generation_config.repetition_penalty == 5.0
