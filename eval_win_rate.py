@@ -253,7 +253,8 @@ def battle_mode(comparison, args, started):
     if not is_main_process():
         return
     sections = battle_summary(judged, answers, pairs, [p.name for p in players], c.seed)
-    title = f"{comparison.name}: {len(prompts)} prompts, judge {judges[0].name}, both orders"
+    met = f"{pairs[0][0]} vs {pairs[0][1]}" if len(pairs) == 1 else f"{len(pairs)} pairings"
+    title = f"{comparison.name}: {met}, {len(prompts)} prompts, judge {judges[0].name}, both orders"
     text, verdict = conclude(sections, published, title, read)
 
     path = comparison.path

@@ -72,6 +72,12 @@ def conclude(sections: dict, published: dict | None, title: str, read: dict) -> 
         )
     verdict = claim(sections)
     judged = next(iter(sections["matches"][0]["judges"].values()))
+    if "flip_rate" in judged and judged["flip_rate"]["value"] > 0.5:
+        turned, slot = judged["flip_rate"]["value"], judged["first_slot_wins"]["value"]
+        verdict += (
+            f" This judge is no judge: its verdict turns with the order on {turned:.1%} of the prompts (the first"
+            f" answer wins {slot:.1%})."
+        )
     if judged["dropped"]["value"] > 0.1 * judged["prompts"]["value"]:
         verdict += f" Mind that {judged['dropped']['value']} of {judged['prompts']['value']} prompts have no verdict."
     return "\n\n".join([*blocks, verdict]), verdict
@@ -101,37 +107,43 @@ def claim(sections: dict) -> str:
 
 
 def table(sections: dict, title: str) -> str:
-    """A line a pairing and judge."""
-    head = ("pairing", "judge", "win rate, %", "p", "mean of orders", "by probability", "style held equal")
-    lines = [(*head, "won/tied/lost", "flips", "first slot wins", "unparsed")]
+    """A line a pairing and judge; `a` is the first named of a pairing."""
+    lines = [
+        ("judge", "win rate, %", "p", "both orders", "by prob.", "same style", "w/t/l", "flips", "slot 1", "unparsed")
+    ]
+    several = len(sections["matches"]) > 1
     for match in sections["matches"]:
         for judge, m in match["judges"].items():
-            pairing = f"{match['a']} vs {match['b']}"
-            unparsed = f"{m['unparsed_verdicts']['value']} of {m['unparsed_verdicts']['n']}"
+            name = f"{match['a']} vs {match['b']}: {judge}" if several else judge
+            unparsed = f"{m['unparsed_verdicts']['value']}/{m['unparsed_verdicts']['n']}"
             if "win_rate" not in m:
-                lines.append((pairing, judge, *["-"] * 8, unparsed))
+                lines.append((name, *["-"] * 8, unparsed))
                 continue
             lines.append(
                 (
-                    pairing,
-                    judge,
+                    name,
                     estimate(m["win_rate"], 100),
                     f"{m['p_win_rate_is_half']['value']:.2g}",
-                    cell(m["win_rate_average_of_orders"], 100),
-                    cell(m["win_rate_probability"], 100) if "win_rate_probability" in m else "-",
+                    f"{100 * m['win_rate_average_of_orders']['value']:.1f}",
+                    f"{100 * m['win_rate_probability']['value']:.1f}" if "win_rate_probability" in m else "-",
                     estimate(m["win_rate_style_controlled"], 100),
                     "/".join(str(m[k]["value"]) for k in ("wins", "ties", "losses")),
                     f"{100 * m['flip_rate']['value']:.1f}%",
-                    cell(m["first_slot_wins"], 100),
+                    f"{100 * m['first_slot_wins']['value']:.1f}%",
                     unparsed,
                 )
             )
-    text = render(title, lines)
-    mass = next(iter(sections["matches"][0]["judges"].values())).get("verdict_mass_median")
-    if mass:
-        below = next(iter(sections["matches"][0]["judges"].values()))["verdict_mass_below_half"]["value"]
-        text += f"\nprobability on the verdict labels: median {mass['value']:.3f}, below a half in {below:.1%}"
-    return text
+    notes = [
+        "win rate: orders that disagree tie; both orders: their mean; by prob.: the judge's probabilities; same style:"
+        " length and Markdown held equal; slot 1: verdicts for the first answer"
+    ]
+    first = next(iter(sections["matches"][0]["judges"].values()))
+    if "verdict_mass_median" in first:
+        notes.append(
+            f"probability on the verdict labels: median {first['verdict_mass_median']['value']:.3f}, below a half in"
+            f" {first['verdict_mass_below_half']['value']:.1%}"
+        )
+    return "\n".join([render(title, lines), *notes])
 
 
 def models_table(sections: dict, published: dict | None) -> str:

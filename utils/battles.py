@@ -215,7 +215,7 @@ def battle_metrics(rows: list[dict], seed: int) -> dict:
         "tokens_difference": bootstrap(np.stack(tokens, 1), seed),
     }
     weighted = [row["probability"] for row in kept if row["probability"] is not None]
-    if weighted:
+    if len(weighted) == len(kept):
         found["win_rate_probability"] = bootstrap(weighted, seed)
     mass = [v["mass"] for v in parsed if v["mass"] is not None]
     if mass:

@@ -495,10 +495,10 @@ def judge_all(judge, items: list[Item], eval_out: str, overwrite: bool = False) 
     from utils.ledger import Ledger, key_of
 
     same = [item.first == item.second for item in items]
-    tie = Verdict(0.5, 0.5, label="identical")
     if getattr(judge, "instant", False):
         verdicts = dict(judge.judge(items))
-        return [tie if same[i] else verdicts[i] for i in range(len(items))]
+        return [Verdict(0.5, label="identical") if same[i] else verdicts[i] for i in range(len(items))]
+    tie = Verdict(0.5, 0.5, label="identical")
     keys = [key_of(item.prompt.messages, item.first, item.second) for item in items]
     ledger = Ledger(eval_out, "judgements", judge.identity(), overwrite)
     done = ledger.before

@@ -5,6 +5,7 @@ import os
 import shutil
 import sys
 from contextlib import redirect_stderr
+from functools import cache
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -217,16 +218,19 @@ def load_adapter(model, adapter: str):
 
 def identify(name: str, tokenizer, revision: str | None = None) -> dict:
     """What identifies a model by its files: name, hub revision or weight hash, hash of the chat template."""
-    info = {"name": name}
+    template = sha256_of(tokenizer.chat_template) if tokenizer.chat_template else None
+    return {"name": name, **_version(name, revision), "chat_template_sha256": template}
+
+
+@cache
+def _version(name: str, revision: str | None) -> dict:
+    """Weight hash or hub revision, found once a process: a hash reads every byte, a revision asks the hub."""
     if name.startswith("builtin:"):
-        info["weights_sha256"] = sha256_of_files([_builtin_gguf()])
-    elif Path(name).is_dir():
+        return {"weights_sha256": sha256_of_files([_builtin_gguf()])}
+    if Path(name).is_dir():
         files = [*Path(name).glob("*.safetensors"), *Path(name).glob("*.bin")]
-        info["weights_sha256"] = sha256_of_files(files) if files else None
-    else:
-        info["revision"] = hub_revision(name, "model", revision)
-    info["chat_template_sha256"] = sha256_of(tokenizer.chat_template) if tokenizer.chat_template else None
-    return info
+        return {"weights_sha256": sha256_of_files(files) if files else None}
+    return {"revision": hub_revision(name, "model", revision)}
 
 
 def describe(name: str, model, tokenizer, revision: str | None = None) -> dict:

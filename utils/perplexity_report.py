@@ -18,7 +18,8 @@ def table(metrics: dict, title: str) -> str:
     for name, label in NAMES.items():
         if f"{name}_ppl_base" in metrics:
             m = {k.removeprefix(f"{name}_"): v for k, v in metrics.items() if k.startswith(f"{name}_")}
-            p = metrics[f"p_{name}_nll_difference"]
+            # One unit has no spread, so nothing to test.
+            p = metrics[f"p_{name}_nll_difference"] if m["tokens"]["n"] > 1 else None
             bits = f"{m['bits_per_byte_base']['value']:.4f} -> {m['bits_per_byte_tuned']['value']:.4f}"
             sides = [cell(m[f"ppl_{side}"], 1, 3) for side in ("base", "tuned")]
             moved = difference(m["ppl_difference"], p, 1, 3)
