@@ -21,12 +21,18 @@ class Player:
     identity: dict
     tokenizer: object
     open: object
+    base: str = ""
+    adapter: str | None = None
 
 
 def comparison_players(models: TwoModels) -> list[Player]:
     """Base and tuned."""
+    c = models.comparison
+    weights = {"base": (c.base, None), "tuned": (c.base, c.adapter) if c.adapter else (c.tuned, None)}
     return [
-        Player(side, models.identity(side), models.tokenizer, lambda side=side: models.load().side(side))
+        Player(
+            side, models.identity(side), models.tokenizer, lambda side=side: models.load().side(side), *weights[side]
+        )
         for side in models.sides
     ]
 
@@ -50,7 +56,7 @@ def further_player(spec: str, models: TwoModels) -> Player:
         with models.autocasting():
             yield model
 
-    return Player(name, identity, tokenizer, opened)
+    return Player(name, identity, tokenizer, opened, base, adapter)
 
 
 def answerable(players: list[Player], prompts: list[Prompt]) -> tuple[list[Prompt], int]:
@@ -69,18 +75,23 @@ def answerable(players: list[Player], prompts: list[Prompt]) -> tuple[list[Promp
     return kept, len(prompts) - len(kept)
 
 
-def answer_all(player: Player, prompts: list[Prompt], settings: dict, eval_out: str, overwrite: bool) -> list[dict]:
+def answer_all(
+    player: Player, prompts: list[Prompt], settings: dict, eval_out: str, overwrite: bool, engine: str = "hf"
+) -> list[dict]:
     """`{text, tokens, finish_reason}` of every prompt, in order, on every process: sharded, and kept batch by batch.
 
     Args:
         settings: max_new_tokens, temperature, top_p and seed, which decide an answer; batch_tokens and
             batch_size, which do not.
+        engine: hf or vllm; answers of one are never taken for those of the other.
     """
     from tqdm import tqdm
 
     decisive = {k: v for k, v in settings.items() if k not in ("batch_tokens", "batch_size")}
     if not settings["temperature"]:
         decisive |= {"top_p": None, "seed": None}
+    if engine != "hf":
+        decisive["engine"] = engine
     ledger = Ledger(eval_out, f"answers-{player.name}", {**player.identity, **decisive}, overwrite)
     keys = [key_of(prompt.messages) for prompt in prompts]
     done = ledger.before
@@ -90,12 +101,27 @@ def answer_all(player: Player, prompts: list[Prompt], settings: dict, eval_out: 
     mine = ledger.share(todo)
     if mine:
         bar = tqdm(total=len(mine), desc=f"{player.name} answers", unit="prompt", disable=not is_main_process())
-        with player.open() as model, bar:
-            for answer in generate(model, player.tokenizer, [prompts[i].messages for i in mine], **settings):
+        asked = [prompts[i].messages for i in mine]
+        with engine_of(player, engine) as answers, bar:
+            for answer in answers(asked, **settings):
                 ledger.add(keys[mine[answer.pop("index")]], answer)
                 bar.update()
     found = ledger.gather()
     return [found[key] for key in keys]
+
+
+@contextmanager
+def engine_of(player: Player, engine: str):
+    """What answers prompts with this player: the generation loop, or vLLM."""
+    if engine == "vllm":
+        from utils import vllm_engine
+        from utils.models import locate
+
+        llm, lora = vllm_engine.load_engine(locate(player.base), player.identity["dtype"], player.adapter)
+        yield lambda prompts, **settings: vllm_engine.generate(llm, lora, player.tokenizer, prompts, **settings)
+    else:
+        with player.open() as model:
+            yield lambda prompts, **settings: generate(model, player.tokenizer, prompts, **settings)
 
 
 def given_answers(answers: list[str | None], tokenizer) -> list[dict | None]:

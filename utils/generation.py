@@ -62,7 +62,7 @@ def generate(
                 mask[row, width - len(prompt_ids[i]) :] = 1
             sampling = LogitsProcessorList()
             if temperature:
-                seeds = [int(sha256_of(str(seed), json.dumps(prompts[i]))[:15], 16) for i in batch]
+                seeds = [prompt_seed(seed, prompts[i]) for i in batch]
                 sampling.append(seeded_sampling(seeds, temperature, top_p, model.device))
             with torch.no_grad(), only_these(settings, model):
                 out = model.generate(
@@ -93,6 +93,11 @@ def only_these(settings, model):
     finally:
         for m, config in zip(holders, own, strict=True):
             m.generation_config = config
+
+
+def prompt_seed(seed: int, messages: list[dict]) -> int:
+    """The seed of one prompt's sampled answer."""
+    return int(sha256_of(str(seed), json.dumps(messages))[:15], 16)
 
 
 def as_text(messages: list[dict], tokenizer) -> list[dict]:

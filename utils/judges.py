@@ -16,7 +16,7 @@ from utils.errors import UserError, is_main_process
 from utils.prompts import Prompt
 from utils.provenance import sha256_of
 
-KINDS = "hf:MODEL, openai:MODEL@BASE_URL, rm:MODEL, longer or random"
+KINDS = "hf:MODEL, vllm:MODEL, openai:MODEL@BASE_URL, rm:MODEL, longer or random"
 # What ends or opens a turn in the templates of Llama, Gemma, Mistral, Qwen and Phi: a server's tokenizer is not known.
 CONTROL_TOKENS = re.compile(r"<\|\w+\|>|</?(?:start_of_turn|end_of_turn|bos|eos|pad|s)>|\[/?INST\]|<</?SYS>>")
 PLACEHOLDERS = ("prompt", "answer_1", "answer_2")
@@ -152,16 +152,19 @@ class JudgePrompt:
 # ----------------------------------------------------------------------------------------------------------- judges
 
 
-def make_judge(spec: str, prompt_path: str, options: dict):
+def make_judge(spec: str, prompt: "str | JudgePrompt", options: dict):
     """The judge named `spec`.
 
     Args:
+        prompt: a judge prompt, or the path of one.
         options: dtype, batch_tokens, batch_size, attn_implementation, seed, attempts, timeout, concurrency.
 
     Raises:
         UserError: an unknown kind, a missing model or URL.
     """
     kind, _, rest = spec.partition(":")
+    if kind in ("hf", "vllm", "openai") and isinstance(prompt, str):
+        prompt = JudgePrompt.read(prompt)
     if spec == "longer":
         return Longer()
     if spec == "random":
@@ -169,12 +172,14 @@ def make_judge(spec: str, prompt_path: str, options: dict):
     if kind == "rm" and rest:
         return RewardModel(rest, options)
     if kind == "hf" and rest:
-        return LocalModel(rest, JudgePrompt.read(prompt_path), options)
+        return LocalModel(rest, prompt, options)
+    if kind == "vllm" and rest:
+        return VllmModel(rest, prompt, options)
     if kind == "openai" and rest:
         model, at, url = rest.partition("@")
         if not (model and at and url.startswith(("http://", "https://"))):
             raise UserError(f"--judge {spec}: expected openai:MODEL@BASE_URL, such as openai:gpt-4o@https://host/v1")
-        return Endpoint(model, url, JudgePrompt.read(prompt_path), options)
+        return Endpoint(model, url, prompt, options)
     raise UserError(f"--judge {spec}: unknown; one of {KINDS}")
 
 
@@ -212,10 +217,12 @@ class Random:
 class LocalModel:
     """A causal LM on this machine: the log-probability of its verdict token, or the last label of what it writes."""
 
+    kind = "hf"
+
     def __init__(self, model: str, prompt: JudgePrompt, options: dict):
         from utils.models import load_tokenizer
 
-        self.name, self.model_name, self.prompt, self.options = f"hf:{model}", model, prompt, options
+        self.name, self.model_name, self.prompt, self.options = f"{self.kind}:{model}", model, prompt, options
         self.tokenizer, self.model = load_tokenizer(model), None
         self.chat = ChatRenderer(self.tokenizer)
 
@@ -237,9 +244,13 @@ class LocalModel:
             )
             self.model.to(PartialState().device).eval()
 
+    def longest(self) -> int:
+        """Tokens that the model can read."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 10**9
+
     def judge(self, items: list[Item]) -> Iterator[tuple[int, Verdict]]:
         self.load()
-        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 10**9
+        limit = self.longest()
         asked, texts = [], []
         for i, item in enumerate(items):
             messages = self.prompt.messages(item, lambda text: neutralise(text, self.tokenizer))
@@ -303,6 +314,38 @@ class LocalModel:
                 logprobs = head_logits(self.model, last).log_softmax(-1)[:, list(labels.values())].tolist()
             for k, row in zip(batch, logprobs, strict=True):
                 yield asked[k][0], self.prompt.weigh(dict(zip(labels, row, strict=True)))
+
+
+class VllmModel(LocalModel):
+    """The same through vLLM: its probabilities of the labels come from the 20 likeliest tokens."""
+
+    kind = "vllm"
+
+    def load(self) -> None:
+        from utils.models import locate
+        from utils.vllm_engine import choose_engine, load_engine
+
+        choose_engine("vllm")
+        if self.model is None:
+            self.model, _ = load_engine(locate(self.model_name), self.options["dtype"])
+
+    def longest(self) -> int:
+        return self.model.llm_engine.model_config.max_model_len
+
+    def _written(self, asked) -> Iterator[tuple[int, Verdict]]:
+        from utils.vllm_engine import generate
+
+        prompts, room = [messages for _, messages in asked], self.prompt.max_new_tokens
+        for answer in generate(self.model, None, self.tokenizer, prompts, room):
+            yield asked[answer["index"]][0], self.prompt.parse(answer["text"])
+
+    def _weighed(self, asked) -> Iterator[tuple[int, Verdict]]:
+        from utils.vllm_engine import label_logprobs
+
+        labels = self._label_ids(asked[0][1])
+        found = label_logprobs(self.model, [ids for _, _, ids in asked], labels)
+        for (i, _, _), logprobs in zip(asked, found, strict=True):
+            yield i, self.prompt.weigh(logprobs)
 
 
 class RewardModel:

@@ -246,3 +246,46 @@ def battle_figure(path, sections: dict, headline: str) -> None:
     axes[2].invert_yaxis()
     axes[2].set(title="Answer length", xlabel="mean tokens an answer")
     save(fig, path)
+
+
+def alpacaeval_figure(path, metrics: dict, published: dict, headline: str) -> None:
+    """Two panels: win rates of base and tuned with intervals and controls, and win rate against answer length.
+
+    Args:
+        published: rows judged by GPT-4 Turbo, drawn in grey.
+    """
+    import numpy as np
+
+    if not is_main_process():
+        return
+    fig, axes = figure(1, 2, headline)
+    colours = {"base": NEUTRAL, "tuned": CHOSEN}
+    kinds = {
+        "win_rate": "win rate",
+        "length_controlled_winrate": "length-\ncontrolled",
+        "length_controlled_minimal_winrate": "length-contr.\n(minimal)",
+        "longer_win_rate": "`longer`\nas judge",
+        "random_win_rate": "`random`\nas judge",
+    }
+    kinds = {k: label for k, label in kinds.items() if f"base_{k}" in metrics}
+    for side, shift in (("base", -0.18), ("tuned", 0.18)):
+        found = [metrics[f"{side}_{k}"] for k in kinds]
+        value = np.array([m["value"] for m in found])
+        ends = np.array([m["ci95"] or (m["value"], m["value"]) for m in found])
+        error = np.clip([value - ends[:, 0], ends[:, 1] - value], 0, None)
+        axes[0].bar(np.arange(len(kinds)) + shift, value, 0.34, yerr=error, capsize=2, color=colours[side], label=side)
+        axes[1].errorbar(
+            metrics[f"{side}_avg_length"]["value"], value[0], error[:, :1], fmt="o", color=colours[side], label=side
+        )
+    axes[0].set_xticks(range(len(kinds)), kinds.values(), fontsize=7)
+    axes[0].axhline(50, color="grey", ls=":", lw=1)
+    axes[0].set(title="Against the reference, 95% intervals", ylabel="win rate (%)", ylim=(0, 100))
+    for name, row in published.items():
+        axes[1].plot(row["avg_length"], row["win_rate"], "x", color="grey", ms=5)
+        axes[1].annotate(name, (row["avg_length"], row["win_rate"]), fontsize=6, color="grey", xytext=(3, 3),
+                         textcoords="offset points")  # fmt: skip
+    axes[1].set(title="Against length (grey: published, GPT-4 Turbo judged)", xlabel="mean answer length (characters)")
+    axes[1].set(ylabel="win rate (%)", ylim=(0, 100))
+    for ax in axes:
+        ax.legend(fontsize=7)
+    save(fig, path)

@@ -1,0 +1,238 @@
+"""The one place that touches the alpaca-eval package: its prompt, its order, its metrics, its leaderboard.
+
+alpaca-eval 0.6.6 computes here and writes nothing: its caches, leaderboards and model weights would go into
+site-packages by default, so its `evaluate` is never called.
+"""
+
+import json
+import warnings
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from utils.artifacts import metric
+from utils.errors import UserError
+from utils.hub import fetch
+from utils.judges import JudgePrompt
+from utils.stats import bootstrap
+
+REPOSITORY = "tatsu-lab/alpaca_eval"
+REFERENCE = f"hf://datasets/{REPOSITORY}/alpaca_eval_gpt4_baseline.json"
+VARIANTS = ("length_controlled_v1", "length_controlled_minimal")
+PUBLISHED = (
+    "gemma-2b-it", "gemma-7b-it", "gemma-2-9b-it-DPO", "gemma-2-9b-it-SimPO", "SPPO-Gemma-2-9B-It-PairRM",
+    "gpt4_1106_preview",
+)  # fmt: skip
+
+
+@contextmanager
+def quiet():
+    """Without the deprecation warnings of an old package under new libraries."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def folder() -> Path:
+    """Where the package lies."""
+    with quiet():
+        import alpaca_eval
+    return Path(alpaca_eval.__file__).parent
+
+
+def clf_prompt() -> JudgePrompt:
+    """The package's alpaca_eval_clf prompt: one token, `m` for a better first output, `M` for a better second."""
+    path = folder() / "evaluators_configs/alpaca_eval_clf_gpt4_turbo/alpaca_eval_clf.txt"
+    parts = {}
+    for turn in path.read_text(encoding="utf-8").split("<|im_start|>")[1:]:
+        role, _, content = turn.partition("\n")
+        parts[role.strip()] = content.replace("<|im_end|>", "").strip()
+    user = parts["user"]
+    for theirs, ours in (("{instruction}", "{prompt}"), ("{output_1}", "{answer_1}"), ("{output_2}", "{answer_2}")):
+        user = user.replace(theirs, ours)
+    labels = {"m": (1.0, 1), "M": (0.0, 1)}
+    return JudgePrompt("alpaca_eval_clf.txt", user, labels, "logprob", parts["system"], max_new_tokens=1)
+
+
+def is_switched(instruction: str, seed: int = 0) -> bool:
+    """Whether the package shows the second output first: alike for all models, drawn from the instruction."""
+    with quiet():
+        from alpaca_eval.utils import random_seeded_choice
+
+    return random_seeded_choice(f"is_switched_outputs{instruction}{seed}", choices=[False, True])
+
+
+# ---------------------------------------------------------------------------------------------------------- metrics
+
+
+def rates(annotations: list[dict], seed: int) -> dict:
+    """The package's head-to-head figures of one model, in percent, with bootstrap intervals for its two rates.
+
+    win_rate and discrete_win_rate carry the bootstrap's standard error; `standard_error` is the package's own.
+    """
+    with quiet():
+        from alpaca_eval.metrics import get_winrate
+
+        parsed = [a["preference"] for a in annotations if a["preference"] is not None]
+        found = get_winrate([{"preference": p} for p in parsed])
+    preference = np.array(parsed)
+    discrete = np.select([preference > 1.5, preference < 1.5], [1.0, 0.0], 0.5)
+    n = len(parsed)
+    metrics = {
+        "win_rate": {**bootstrap(100 * (preference - 1), seed), "value": float(found["win_rate"])},
+        "discrete_win_rate": {**bootstrap(100 * discrete, seed), "value": float(found["discrete_win_rate"])},
+        "standard_error": metric(float(found["standard_error"]), n=n),
+        "avg_length": bootstrap([len(a["output_2"]) for a in annotations], seed),
+        "unparsed": metric(len(annotations) - n, n=len(annotations)),
+    }
+    # The package's own figure is the mean length cut to a whole number.
+    metrics["avg_length"]["value"] = int(np.mean([len(a["output_2"]) for a in annotations]))
+    return metrics | {k: metric(int(found[k]), n=n) for k in ("n_wins", "n_wins_base", "n_draws", "n_total")}
+
+
+class LengthControl:
+    """Length-controlled win rates through the package's own regression, whatever the order of the rows.
+
+    The package looks an instruction's difficulty up by its row number in AlpacaEval, so rows are joined by instruction
+    first. Calibrated on GPT-4 Turbo's judgements.
+    """
+
+    def __init__(self, variant: str, positions: dict[str, int], calibration: Path):
+        self.variant, self.positions, self.calibration = variant, positions, calibration
+
+    def fit(self, annotations: list[dict]) -> tuple[float, float]:
+        """(length_controlled_winrate, lc_standard_error) of the package, in percent."""
+        with quiet():
+            import pandas as pd
+            from alpaca_eval.metrics import glm_winrate
+
+            keys = ("preference", "output_1", "output_2", "generator_1", "generator_2")
+            frame = pd.DataFrame([{k: a[k] for k in keys} for a in annotations])
+            frame.index = [self.positions[a["instruction"]] for a in annotations]
+            whole, glm_winrate.hf_hub_download = glm_winrate.hf_hub_download, lambda **_: str(self.calibration)
+            try:
+                found = glm_winrate.get_length_controlled_winrate(
+                    frame.sort_index(kind="stable"),
+                    glm_name=self.variant,
+                    save_weights_dir=None,
+                    is_add_glm_preference_inplace=False,
+                    is_warn_extreme_changes=False,
+                )
+            finally:
+                glm_winrate.hf_hub_download = whole
+        return float(found["length_controlled_winrate"]), float(found["lc_standard_error"])
+
+    def bootstrap(self, sides: dict[str, list[dict]], seed: int, resamples: int) -> dict:
+        """Rates of each side, and of their differences from the first, with intervals by refitting on resampled rows.
+
+        Args:
+            sides: `{name: annotations}`, row k of each on the same instruction.
+        """
+        known = {}
+
+        def rate(name, rows):
+            key = (name, rows.tobytes())
+            if key not in known:
+                known[key] = self.fit([sides[name][int(i)] for i in rows.ravel()])[0]
+            return known[key]
+
+        first, *others = sides
+        index = np.arange(len(sides[first]))
+        found = {}
+        for name in sides:
+            found[name] = bootstrap(index, seed, resamples, lambda rows, name=name: rate(name, rows))
+        for name in others:
+            found[f"{name} - {first}"] = bootstrap(
+                index, seed, resamples, lambda rows, name=name: rate(name, rows) - rate(first, rows)
+            )
+        return found
+
+
+def length_control(instructions: list[str], stub: Path) -> tuple[LengthControl, str | None]:
+    """The length control that these instructions allow, and why it is not the whole one.
+
+    The whole one needs every instruction to be AlpacaEval's, and the calibration file of the hub. Without, the
+    package's minimal variant knows nothing of difficulty and needs no calibration.
+
+    Args:
+        stub: where the minimal variant's empty calibration file may be written.
+    """
+    try:
+        rows = json.loads(fetch(REPOSITORY, "alpaca_eval_gpt4_baseline.json", "dataset").read_text(encoding="utf-8"))
+        positions = {row["instruction"]: i for i, row in enumerate(rows)}
+        strangers = [text for text in instructions if text not in positions]
+        if not strangers:
+            return LengthControl(VARIANTS[0], positions, fetch(REPOSITORY, "df_gamed.csv", "dataset")), None
+        why = f"{len(strangers)} of {len(instructions)} instructions are not AlpacaEval's"
+    except UserError as error:
+        why = f"the calibration file cannot be had ({error})"
+    lines = [f"0.5,0.0,0.0,False,{i},none" for i in range(len(instructions))]
+    head = "preference,std_delta_len,instruction_difficulty,not_gamed_baseline,index,model"
+    stub.parent.mkdir(parents=True, exist_ok=True)
+    stub.write_text("\n".join([head, *lines]) + "\n")
+    positions = {text: i for i, text in enumerate(dict.fromkeys(instructions))}
+    return LengthControl(VARIANTS[1], positions, stub), why
+
+
+def published_rows(extra: dict | None = None) -> dict:
+    """`{name: {win_rate, length_controlled_winrate, avg_length, source}}` of AlpacaEval 2's leaderboard, as published.
+
+    Args:
+        extra: rows that the package's leaderboard lacks, with their source.
+    """
+    import csv
+
+    path = folder() / "leaderboards/data_AlpacaEval_2/weighted_alpaca_eval_gpt4_turbo_leaderboard.csv"
+    with path.open(encoding="utf-8") as f:
+        rows = {row[""]: row for row in csv.DictReader(f)}
+    keys = ("win_rate", "length_controlled_winrate", "avg_length")
+    found = {
+        name: {**{k: float(rows[name][k]) for k in keys}, "source": "alpaca-eval's leaderboard"} for name in PUBLISHED
+    }
+    return {**found, **(extra or {})}
+
+
+# ---------------------------------------------------------------------------------------------- evaluators by name
+
+
+def shipped_evaluators() -> list[str]:
+    """The names of the evaluator configs that the package ships."""
+    return sorted(p.parent.name for p in (folder() / "evaluators_configs").glob("*/configs.yaml"))
+
+
+class PackageEvaluator:
+    """A judge that alpaca-eval ships, run by the package itself, which decides on the order of the outputs."""
+
+    orders_itself = True
+
+    def __init__(self, name: str, seed: int = 0):
+        self.name, self.seed = name, seed
+        self.path = folder() / "evaluators_configs" / name / "configs.yaml"
+
+    def identity(self) -> dict:
+        return {"judge": f"alpaca_eval:{self.name}", "seed": self.seed}
+
+    def judge(self, items):
+        from utils.judges import Verdict, unparsed
+
+        with quiet():
+            from alpaca_eval.annotators import PairwiseAnnotator
+
+            annotator = PairwiseAnnotator(
+                annotators_config=self.name, caching_path=None, is_store_missing_annotations=False, seed=self.seed
+            )
+        for i, item in enumerate(items):
+            row = {"instruction": item.prompt.text, "output_1": item.first, "output_2": item.second}
+            try:
+                with quiet():
+                    (found,) = annotator.annotate_pairs([row])
+                preference = found.get("preference")
+            except Exception as error:  # whatever an old client throws is no verdict
+                yield i, unparsed(f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}")
+                continue
+            if preference is None or not 1 <= preference <= 2:
+                yield i, unparsed(f"the package parsed no verdict ({preference})")
+            else:
+                first = 0.5 + 0.5 * ((preference < 1.5) - (preference > 1.5))
+                yield i, Verdict(first, 2 - float(preference))

@@ -1,0 +1,183 @@
+"""The summary of an AlpacaEval run, and what run_alpacaeval_local.py prints."""
+
+import csv
+import io
+from pathlib import Path
+
+import numpy as np
+
+from utils import alpacaeval
+from utils.artifacts import metric
+from utils.battle_report import published_rows
+from utils.errors import UserError
+from utils.stats import bootstrap, signed_rank
+from utils.tables import cell, difference, estimate, render
+
+COLUMNS = (
+    "win_rate", "standard_error", "n_wins", "n_wins_base", "n_draws", "n_total", "discrete_win_rate", "avg_length",
+    "length_controlled_winrate", "lc_standard_error",
+)  # fmt: skip
+
+
+def summarise(sides: dict, controls: dict, eval_out: str, seed: int, resamples: int) -> dict:
+    """Every figure of both models.
+
+    Args:
+        sides: `{"base": annotations, "tuned": annotations}`. controls: the same under `<side>_<control>`.
+
+    Returns:
+        metrics (names open with base_, tuned_ or difference_) and length_control (its variant, and why that one).
+
+    Raises:
+        UserError: where base and tuned were judged on other instructions.
+    """
+    texts = {name: [row["instruction"] for row in rows] for name, rows in sides.items()}
+    if sorted(texts["base"]) != sorted(texts["tuned"]):
+        only = set(texts["base"]) ^ set(texts["tuned"])
+        raise UserError(f"base and tuned were judged on other instructions ({len(only)} differ): judge both again")
+    order = {text: i for i, text in enumerate(texts["base"])}
+    sides = {name: sorted(rows, key=lambda row: order[row["instruction"]]) for name, rows in sides.items()}
+    metrics = {}
+    for name, rows in {**sides, **controls}.items():
+        metrics |= {f"{name}_{k}": m for k, m in alpacaeval.rates(rows, seed).items()}
+    pairs = np.array(
+        [
+            [t["preference"], b["preference"]]
+            for t, b in zip(sides["tuned"], sides["base"], strict=True)
+            if None not in (t["preference"], b["preference"])
+        ],
+        float,
+    ).reshape(-1, 2)
+    metrics["difference_win_rate"] = bootstrap(100 * pairs, seed)
+    metrics["p_difference_win_rate"] = metric(signed_rank(pairs[:, 0] - pairs[:, 1]), n=len(pairs))
+    both = [
+        k for k in range(len(order)) if None not in (sides["base"][k]["preference"], sides["tuned"][k]["preference"])
+    ]
+    control, why = alpacaeval.length_control(texts["base"], Path(eval_out) / ".cache" / "minimal.csv")
+    name = "length_controlled_winrate" if why is None else "length_controlled_minimal_winrate"
+    found = {"variant": control.variant, "why_not_whole": why, "resamples": resamples, "rows": len(both)}
+    if len(both) >= 10:
+        parsed = {side: [rows[k] for k in both] for side, rows in sides.items()}
+        rates = control.bootstrap(parsed, seed, resamples)
+        for side in sides:
+            metrics[f"{side}_{name}"] = rates[side]
+            metrics[f"{side}_lc_standard_error"] = metric(control.fit(parsed[side])[1], n=len(both))
+        metrics[f"difference_{name}"] = rates["tuned - base"]
+    else:
+        found["why_none"] = f"{len(both)} judged rows are too few for the package's five folds"
+    return {"metrics": metrics, "length_control": found, "lc_name": name}
+
+
+def published(path: str | None) -> dict:
+    """Published rows: the package's leaderboard, and those of the YAML file that it lacks."""
+    extra = {}
+    if path:
+        read = published_rows(path)
+        extra = {name: {**row, "source": read["source"]} for name, row in read["rows"].items()}
+    return alpacaeval.published_rows(extra)
+
+
+def conclude(found: dict, rows: dict, audit: dict | None, title: str) -> tuple[str, str]:
+    """(text, verdict): table, published rows, audit, and the one sentence that answers the question."""
+    m, name = found["metrics"], found["lc_name"]
+    n = m["base_n_total"]["value"]
+    head = (f"on {n} instructions, against the reference", "base", "tuned", "tuned - base [95% interval]")
+    lines = [
+        head,
+        ("win rate, %", *_sides(m, "win_rate"), difference(m["difference_win_rate"], m["p_difference_win_rate"])),
+    ]
+    if f"base_{name}" in m:
+        label = (
+            "length-controlled win rate, %" if name == "length_controlled_winrate" else "length-controlled, MINIMAL, %"
+        )
+        lines.append((label, *_sides(m, name), difference(m[f"difference_{name}"])))
+    lines += [
+        ("discrete win rate, %", *_sides(m, "discrete_win_rate"), ""),
+        ("answer length, characters", *(f"{m[f'{s}_avg_length']['value']}" for s in ("base", "tuned")), ""),
+        ("`longer` as the judge, %", *(cell(m[f"{s}_longer_win_rate"]) for s in ("base", "tuned")), ""),
+        ("`random` as the judge, %", *(cell(m[f"{s}_random_win_rate"]) for s in ("base", "tuned")), ""),
+        ("judgements without a verdict", *(str(m[f"{s}_unparsed"]["value"]) for s in ("base", "tuned")), ""),
+    ]
+    blocks = [render(title, lines)]
+    lc = found["length_control"]
+    if lc["why_not_whole"]:
+        blocks.append(
+            f"AlpacaEval's length-controlled win rate is refused: {lc['why_not_whole']}. The package's minimal variant"
+            " (no difficulty of instructions) stands in its place, under its own name."
+        )
+    else:
+        blocks.append("Length control is calibrated on GPT-4 Turbo's judgements, not on this judge's.")
+        if n != 805:
+            blocks.append(f"ONLY {n} OF ALPACAEVAL'S 805 INSTRUCTIONS: no figure of the leaderboard.")
+    blocks.append(published_table(rows))
+    if audit:
+        blocks += [audit["table"], audit["verdict"]]
+    verdict = claim(m, audit)
+    return "\n\n".join([*blocks, verdict]), verdict
+
+
+def _sides(m: dict, key: str) -> tuple[str, str]:
+    return tuple(estimate(m[f"{side}_{key}"]) for side in ("base", "tuned"))
+
+
+def published_table(rows: dict) -> str:
+    """The published rows, named as what they are."""
+    lines = [("published, judged by GPT-4 Turbo", "LC win rate, %", "win rate, %", "length", "source")]
+    for name, row in rows.items():
+        lc, rate, length = (row.get(k) for k in ("length_controlled_winrate", "win_rate", "avg_length"))
+        lines.append((name, f"{lc:.1f}", f"{rate:.1f}", f"{length:.0f}", row["source"]))
+    return render("AlpacaEval 2: another judge, so no row of the table above", lines)
+
+
+def claim(m: dict, audit: dict | None) -> str:
+    """What the comparison says, as far as the judge can be trusted."""
+    d, p = m["difference_win_rate"], m["p_difference_win_rate"]["value"]
+    shown = f"tuned - base is {difference(d, m['p_difference_win_rate'])} points of win rate against the reference"
+    if audit and not audit["passed"]:
+        return f"No claim: the judge failed its audit; {shown}."
+    if d["ci95"] and d["ci95"][0] > 0 and p < 0.05:
+        return f"The judge prefers tuned to base: {shown}."
+    return f"No claim that tuned is better: {shown}."
+
+
+def leaderboard(found: dict, rows: dict) -> str:
+    """leaderboard.csv: the package's columns for base and tuned, the published rows below, each with its judge."""
+    m, out = found["metrics"], io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    lc = found["lc_name"]
+    writer.writerow(["", *[lc if c == "length_controlled_winrate" else c for c in COLUMNS], "judged_by"])
+    for side in ("base", "tuned"):
+        keys = [f"{side}_{lc if c == 'length_controlled_winrate' else c}" for c in COLUMNS]
+        writer.writerow([side, *[m[k]["value"] if k in m else "" for k in keys], "local judge"])
+    for name, row in rows.items():
+        cells = [row.get(c, "") for c in COLUMNS]
+        if lc != "length_controlled_winrate":
+            cells[COLUMNS.index("length_controlled_winrate")] = ""
+        writer.writerow([name, *cells, "GPT-4 Turbo"])
+    return out.getvalue()
+
+
+def one_file(annotations: list[dict], name: str, eval_out: str, seed: int, resamples: int) -> str:
+    """The table of --annotations: one model's figures as the package computes them."""
+    m = alpacaeval.rates(annotations, seed)
+    texts = [row["instruction"] for row in annotations]
+    control, why = alpacaeval.length_control(texts, Path(eval_out) / ".cache" / "minimal.csv")
+    label = "length_controlled_winrate" if why is None else "length_controlled_minimal_winrate"
+    parsed = [row for row in annotations if row["preference"] is not None]
+    lines = [("figure", "value", "95% interval by bootstrap")]
+    for key in ("win_rate", "discrete_win_rate"):
+        low, high = m[key]["ci95"] or (float("nan"),) * 2
+        lines.append((key, f"{m[key]['value']:.4f}", f"{low:.2f} to {high:.2f}"))
+    if len(parsed) >= 10:
+        rate = control.bootstrap({"model": parsed}, seed, resamples)["model"]
+        low, high = rate["ci95"] or (float("nan"),) * 2
+        lines.append((label, f"{rate['value']:.4f}", f"{low:.2f} to {high:.2f} ({resamples} refits)"))
+        lines.append(("lc_standard_error", f"{control.fit(parsed)[1]:.4f}", "the package's; no sampling error"))
+    lines.append(("standard_error", f"{m['standard_error']['value']:.4f}", "the package's"))
+    for key in ("n_wins", "n_wins_base", "n_draws", "n_total", "avg_length", "unparsed"):
+        lines.append((key, str(m[key]["value"]), ""))
+    note = f"\n\nAlpacaEval's length-controlled win rate is refused: {why}." if why else ""
+    loud = "" if why or len(texts) == 805 else f"\n\nONLY {len(texts)} OF ALPACAEVAL'S 805 INSTRUCTIONS."
+    return (
+        render(f"{name}: {annotations[0]['generator_2']} judged by {annotations[0]['annotator']}", lines) + note + loud
+    )

@@ -1,0 +1,108 @@
+"""Is a judge worth listening to? Its verdicts on pairs whose better answer is labelled, beside its controls."""
+
+import numpy as np
+
+from utils.artifacts import metric
+from utils.stats import bootstrap, signed_rank
+from utils.style import markdown_counts
+from utils.tables import cell, estimate, render
+
+LENGTH_MATCHED = 0.1
+LONGER_BY = 30
+
+
+def audit_items(pairs: list) -> list:
+    """Both orders of each labelled pair: item 2k shows the better answer first, item 2k + 1 the worse one."""
+    from utils.judges import Item
+    from utils.prompts import Prompt
+
+    items = []
+    for pair in pairs:
+        prompt = Prompt(pair.messages or [{"role": "user", "content": pair.text}], pair.where)
+        items += [Item(prompt, pair.chosen, pair.rejected), Item(prompt, pair.rejected, pair.chosen)]
+    return items
+
+
+def audit(pairs: list, verdicts: list, seed: int) -> dict:
+    """`{name: metric}` of one judge.
+
+    Args:
+        pairs: utils.preferences.Pair, chosen labelled better. verdicts: of `audit_items`.
+
+    Returns:
+        agreement (mean of both orders, ties half) on all pairs, on length-matched ones (within 10% of the longer, in
+        characters) and on those whose better answer is shorter; flip_rate and prefers_first; prefers_longer where the
+        lengths differ by more than 30 characters; prefers_lists where one answer has more list items; parsed_share.
+    """
+    first = np.array([np.nan if v.first is None else v.first for v in verdicts]).reshape(-1, 2)
+    parsed = ~np.isnan(first).any(1)
+    better = (first[:, 0] + 1 - first[:, 1]) / 2
+    lengths = np.array([[len(p.chosen), len(p.rejected)] for p in pairs], float)
+    lists = np.array([[markdown_counts(p.chosen)[1], markdown_counts(p.rejected)[1]] for p in pairs], float)
+    difference = lengths[:, 0] - lengths[:, 1]
+
+    def mean(values, among):
+        chosen = values[among & parsed]
+        return bootstrap(chosen, seed) if len(chosen) else metric(float("nan"), n=0)
+
+    every = np.ones(len(pairs), bool)
+    listed = lists[:, 0] != lists[:, 1]
+    return {
+        "agreement": mean(better, every),
+        "agreement_length_matched": mean(better, np.abs(difference) <= LENGTH_MATCHED * lengths.max(1)),
+        "agreement_better_is_shorter": mean(better, difference < 0),
+        "flip_rate": mean((first[:, 0] != 1 - first[:, 1]).astype(float), every),
+        "prefers_first": mean(first.mean(1), every),
+        "prefers_longer": mean(np.where(difference > 0, better, 1 - better), np.abs(difference) > LONGER_BY),
+        "prefers_lists": mean(np.where(lists[:, 0] > lists[:, 1], better, 1 - better), listed),
+        "parsed_share": bootstrap(~np.isnan(first).ravel(), seed),
+    }
+
+
+def against_longer(judge: list, longer: list, seed: int) -> dict:
+    """Agreement of the judge minus that of `longer`, pair by pair, and its test, from the verdicts of both."""
+    scores = []
+    for verdicts in (judge, longer):
+        first = np.array([np.nan if v.first is None else v.first for v in verdicts]).reshape(-1, 2)
+        scores.append((first[:, 0] + 1 - first[:, 1]) / 2)
+    both = np.stack(scores, 1)
+    both = both[~np.isnan(both).any(1)]
+    if not len(both):
+        return {"difference": metric(float("nan"), n=0), "p": metric(float("nan"), n=0)}
+    return {"difference": bootstrap(both, seed), "p": metric(signed_rank(both[:, 0] - both[:, 1]), n=len(both))}
+
+
+def passes(comparison: dict) -> bool:
+    """Whether the judge agrees with the labels beyond what length alone gives: the 95% interval lies above 0."""
+    ci = comparison["difference"]["ci95"]
+    return bool(ci and ci[0] > 0 and comparison["p"]["value"] < 0.05)
+
+
+def verdict(name: str, found: dict, comparison: dict) -> str:
+    """The audit in one sentence."""
+    agreement, d = found["agreement"], comparison["difference"]
+    shown = (
+        f"{name} agrees with {estimate(agreement, 100)}% of the labels, {estimate(d, 100)} points more than `longer`"
+    )
+    if passes(comparison):
+        return f"Judge audit passed: {shown}."
+    return f"JUDGE AUDIT FAILED: {shown}; it does not beat `longer`, so its win rates carry no information."
+
+
+def table(audits: dict, labels: str) -> str:
+    """A line a judge. `labels` says whose labels they are."""
+    names = {
+        "agreement": "agreement, %",
+        "agreement_length_matched": "length-matched",
+        "agreement_better_is_shorter": "better is shorter",
+        "flip_rate": "flips",
+        "prefers_first": "first",
+        "prefers_longer": "longer",
+        "prefers_lists": "lists",
+        "parsed_share": "parsed",
+    }
+    lines = [("judge", "pairs", *names.values())]
+    for judge, found in audits.items():
+        cells = [estimate(found[k], 100) if k == "agreement" else cell(found[k], 100) for k in names]
+        lines.append((judge, str(found["agreement"]["n"]), *cells))
+    return render(f"judge audit: {labels}", lines)
