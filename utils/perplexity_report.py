@@ -53,6 +53,8 @@ def _moved(metrics: dict, name: str, label: str) -> str:
     if ratio["ci95"] is None:
         return f"{label.capitalize()}: perplexity {change}, one unit, so no interval."
     low, high = (100 * (x - 1) for x in ratio["ci95"])
-    clear = (low > 0 or high < 0) and p < 0.05
-    word = ("rose" if low > 0 else "fell") if clear else "did not move beyond chance"
-    return f"{label.capitalize()}: perplexity {word} ({change}, 95% interval {low:+.2f} to {high:+.2f}%)."
+    moved = low > 0 or high < 0
+    word = ("rose" if low > 0 else "fell") if moved and p < 0.05 else "did not move beyond chance"
+    # A handful of units gives a narrow interval and no test that could tell.
+    test = f"; signed-rank test p={p:.2g}" if moved and p >= 0.05 else ""
+    return f"{label.capitalize()}: perplexity {word} ({change}, 95% interval {low:+.2f} to {high:+.2f}%{test})."
