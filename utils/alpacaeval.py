@@ -5,8 +5,10 @@ site-packages by default, so its `evaluate` is never called.
 """
 
 import json
+import logging
+import os
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,7 @@ from utils.stats import bootstrap
 
 REPOSITORY = "tatsu-lab/alpaca_eval"
 REFERENCE = f"hf://datasets/{REPOSITORY}/alpaca_eval_gpt4_baseline.json"
+DATASETS = ("helpful_base", "koala", "oasst", "selfinstruct", "vicuna", "unknown")
 VARIANTS = ("length_controlled_v1", "length_controlled_minimal")
 PUBLISHED = (
     "gemma-2b-it", "gemma-7b-it", "gemma-2-9b-it-DPO", "gemma-2-9b-it-SimPO", "SPPO-Gemma-2-9B-It-PairRM",
@@ -28,10 +31,14 @@ PUBLISHED = (
 
 @contextmanager
 def quiet():
-    """Without the deprecation warnings of an old package under new libraries."""
-    with warnings.catch_warnings():
+    """Without the deprecation warnings of an old package under new libraries, its bars and its root-level log lines."""
+    level = logging.getLogger().level
+    with warnings.catch_warnings(), open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):
         warnings.simplefilter("ignore")
-        yield
+        try:
+            yield
+        finally:
+            logging.getLogger().setLevel(level)
 
 
 def folder() -> Path:
@@ -88,6 +95,14 @@ def rates(annotations: list[dict], seed: int) -> dict:
     }
     # The package's own figure is the mean length cut to a whole number.
     metrics["avg_length"]["value"] = int(np.mean([len(a["output_2"]) for a in annotations]))
+    orders = [[o["preference"] for o in a.get("orders", [])] for a in annotations]
+    both = [two for two in orders if len(two) == 2 and None not in two]
+    if both:
+        metrics["flip_rate"] = bootstrap([(a > 1.5) != (b > 1.5) or (a < 1.5) != (b < 1.5) for a, b in both], seed)
+    mass = [o["mass"] for a in annotations for o in a.get("orders", []) if o.get("mass") is not None]
+    if mass:
+        metrics["verdict_mass_median"] = metric(float(np.median(mass)), n=len(mass))
+        metrics["verdict_mass_below_half"] = metric(float(np.mean(np.array(mass) < 0.5)), n=len(mass))
     return metrics | {k: metric(int(found[k]), n=n) for k in ("n_wins", "n_wins_base", "n_draws", "n_total")}
 
 
@@ -149,8 +164,8 @@ class LengthControl:
         return found
 
 
-def length_control(instructions: list[str], stub: Path) -> tuple[LengthControl, str | None]:
-    """The length control that these instructions allow, and why it is not the whole one.
+def length_control(annotations: list[dict], stub: Path) -> tuple[LengthControl, str | None]:
+    """The length control that these rows' instructions allow, and why it is not the whole one.
 
     The whole one needs every instruction to be AlpacaEval's, and the calibration file of the hub. Without, the
     package's minimal variant knows nothing of difficulty and needs no calibration.
@@ -158,7 +173,11 @@ def length_control(instructions: list[str], stub: Path) -> tuple[LengthControl, 
     Args:
         stub: where the minimal variant's empty calibration file may be written.
     """
+    instructions = [row["instruction"] for row in annotations]
     try:
+        # Rows that say themselves to be of another set need no hub to be told so.
+        if not any(row.get("dataset", "unknown") in DATASETS for row in annotations):
+            raise UserError("the instructions are not AlpacaEval's")
         rows = json.loads(fetch(REPOSITORY, "alpaca_eval_gpt4_baseline.json", "dataset").read_text(encoding="utf-8"))
         positions = {row["instruction"]: i for i, row in enumerate(rows)}
         strangers = [text for text in instructions if text not in positions]
@@ -166,7 +185,7 @@ def length_control(instructions: list[str], stub: Path) -> tuple[LengthControl, 
             return LengthControl(VARIANTS[0], positions, fetch(REPOSITORY, "df_gamed.csv", "dataset")), None
         why = f"{len(strangers)} of {len(instructions)} instructions are not AlpacaEval's"
     except UserError as error:
-        why = f"the calibration file cannot be had ({error})"
+        why = str(error) if "AlpacaEval's" in str(error) else f"the calibration file cannot be had ({error})"
     lines = [f"0.5,0.0,0.0,False,{i},none" for i in range(len(instructions))]
     head = "preference,std_delta_len,instruction_difficulty,not_gamed_baseline,index,model"
     stub.parent.mkdir(parents=True, exist_ok=True)
@@ -220,12 +239,13 @@ class PackageEvaluator:
             from alpaca_eval.annotators import PairwiseAnnotator
 
             annotator = PairwiseAnnotator(
-                annotators_config=self.name, caching_path=None, is_store_missing_annotations=False, seed=self.seed
+                annotators_config=self.name, caching_path=None, is_avoid_reannotations=False, seed=self.seed
             )
         for i, item in enumerate(items):
             row = {"instruction": item.prompt.text, "output_1": item.first, "output_2": item.second}
             try:
                 with quiet():
+                    logging.getLogger().setLevel(logging.ERROR)
                     (found,) = annotator.annotate_pairs([row])
                 preference = found.get("preference")
             except Exception as error:  # whatever an old client throws is no verdict

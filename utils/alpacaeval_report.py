@@ -13,6 +13,7 @@ from utils.errors import UserError
 from utils.stats import bootstrap, signed_rank
 from utils.tables import cell, difference, estimate, render
 
+FEWEST = 50
 COLUMNS = (
     "win_rate", "standard_error", "n_wins", "n_wins_base", "n_draws", "n_total", "discrete_win_rate", "avg_length",
     "length_controlled_winrate", "lc_standard_error",
@@ -53,10 +54,10 @@ def summarise(sides: dict, controls: dict, eval_out: str, seed: int, resamples: 
     both = [
         k for k in range(len(order)) if None not in (sides["base"][k]["preference"], sides["tuned"][k]["preference"])
     ]
-    control, why = alpacaeval.length_control(texts["base"], Path(eval_out) / ".cache" / "minimal.csv")
+    control, why = alpacaeval.length_control(sides["base"], Path(eval_out) / ".cache" / "minimal.csv")
     name = "length_controlled_winrate" if why is None else "length_controlled_minimal_winrate"
     found = {"variant": control.variant, "why_not_whole": why, "resamples": resamples, "rows": len(both)}
-    if len(both) >= 10:
+    if len(both) >= FEWEST:
         parsed = {side: [rows[k] for k in both] for side, rows in sides.items()}
         rates = control.bootstrap(parsed, seed, resamples)
         for side in sides:
@@ -64,7 +65,9 @@ def summarise(sides: dict, controls: dict, eval_out: str, seed: int, resamples: 
             metrics[f"{side}_lc_standard_error"] = metric(control.fit(parsed[side])[1], n=len(both))
         metrics[f"difference_{name}"] = rates["tuned - base"]
     else:
-        found["why_none"] = f"{len(both)} judged rows are too few for the package's five folds"
+        found["why_none"] = (
+            f"{len(both)} judged rows are too few for the package's cross-validated fit (at least {FEWEST})"
+        )
     return {"metrics": metrics, "length_control": found, "lc_name": name}
 
 
@@ -96,11 +99,16 @@ def conclude(found: dict, rows: dict, audit: dict | None, title: str) -> tuple[s
         ("answer length, characters", *(f"{m[f'{s}_avg_length']['value']}" for s in ("base", "tuned")), ""),
         ("`longer` as the judge, %", *(cell(m[f"{s}_longer_win_rate"]) for s in ("base", "tuned")), ""),
         ("`random` as the judge, %", *(cell(m[f"{s}_random_win_rate"]) for s in ("base", "tuned")), ""),
+        *_optional(m, "flip_rate", "verdicts that turn with the order, %", 100),
+        *_optional(m, "verdict_mass_median", "probability on m and M, median", 1, 3),
+        *_optional(m, "verdict_mass_below_half", "below a half, % of verdicts", 100),
         ("judgements without a verdict", *(str(m[f"{s}_unparsed"]["value"]) for s in ("base", "tuned")), ""),
     ]
     blocks = [render(title, lines)]
     lc = found["length_control"]
-    if lc["why_not_whole"]:
+    if "why_none" in lc:
+        blocks.append(f"No length-controlled win rate: {lc['why_none']}.")
+    elif lc["why_not_whole"]:
         blocks.append(
             f"AlpacaEval's length-controlled win rate is refused: {lc['why_not_whole']}. The package's minimal variant"
             " (no difficulty of instructions) stands in its place, under its own name."
@@ -114,6 +122,13 @@ def conclude(found: dict, rows: dict, audit: dict | None, title: str) -> tuple[s
         blocks += [audit["table"], audit["verdict"]]
     verdict = claim(m, audit)
     return "\n\n".join([*blocks, verdict]), verdict
+
+
+def _optional(m: dict, key: str, label: str, scale: float, digits: int = 1) -> list[tuple]:
+    """The line of a figure that some judges have."""
+    if f"base_{key}" not in m:
+        return []
+    return [(label, *(f"{scale * m[f'{side}_{key}']['value']:.{digits}f}" for side in ("base", "tuned")), "")]
 
 
 def _sides(m: dict, key: str) -> tuple[str, str]:
@@ -161,14 +176,14 @@ def one_file(annotations: list[dict], name: str, eval_out: str, seed: int, resam
     """The table of --annotations: one model's figures as the package computes them."""
     m = alpacaeval.rates(annotations, seed)
     texts = [row["instruction"] for row in annotations]
-    control, why = alpacaeval.length_control(texts, Path(eval_out) / ".cache" / "minimal.csv")
+    control, why = alpacaeval.length_control(annotations, Path(eval_out) / ".cache" / "minimal.csv")
     label = "length_controlled_winrate" if why is None else "length_controlled_minimal_winrate"
     parsed = [row for row in annotations if row["preference"] is not None]
     lines = [("figure", "value", "95% interval by bootstrap")]
     for key in ("win_rate", "discrete_win_rate"):
         low, high = m[key]["ci95"] or (float("nan"),) * 2
         lines.append((key, f"{m[key]['value']:.4f}", f"{low:.2f} to {high:.2f}"))
-    if len(parsed) >= 10:
+    if len(parsed) >= FEWEST:
         rate = control.bootstrap({"model": parsed}, seed, resamples)["model"]
         low, high = rate["ci95"] or (float("nan"),) * 2
         lines.append((label, f"{rate['value']:.4f}", f"{low:.2f} to {high:.2f} ({resamples} refits)"))
