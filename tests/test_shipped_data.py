@@ -1,6 +1,7 @@
 """The shipped preference pairs keep the promises of data/README.md."""
 
 import json
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -70,3 +71,14 @@ def test_words_and_length_alone_stay_at_or_below_65_percent():
         [(f"{c} good", f"{r} bad") for c, r in answers("test")],
     )
     assert ranked_right(surface_scores(*told), np.zeros(len(scores))).mean() > 0.95
+
+
+def test_prompts_with_references_are_balanced_and_repeat_no_preference_prompt():
+    path = ROOT / "data/eval_prompts/reference.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(rows) == 60 and len({row["instruction"] for row in rows}) == 60
+    assert set(Counter(row["category"] for row in rows).values()) == {5}
+    others = [prompt_words(pair) for pairs in ROWS.values() for pair in pairs]
+    for row in rows:
+        ours = set(row["instruction"].lower().split())
+        assert max(len(ours & other) / len(ours | other) for other in others) < 0.5, row["instruction"]
