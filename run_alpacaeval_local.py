@@ -62,8 +62,12 @@ class AlpacaEvalArguments:
     published: str | None = option("YAML of further published rows.", "configs/published/alpacaeval.yaml")
 
 
-def check(args) -> None:
+def check(args, c) -> None:
     """Refuse what cannot be run."""
+    if c.output_json:
+        raise UserError("--output_json: this script writes a folder of files; --output_dir names another")
+    if args.annotations and c.limit:
+        raise UserError("--annotations with --limit: the file is scored whole; leave --limit out")
     for key in ("max_new_tokens", "judge_timeout", "judge_concurrency"):
         if not getattr(args, key) > 0:
             raise UserError(f"--{key} {getattr(args, key)}: must be above 0")
@@ -73,8 +77,13 @@ def check(args) -> None:
         raise UserError(f"--lc_resamples {args.lc_resamples}: must be at least 2")
 
 
-def generate(comparison, args, reference, folder) -> dict:
-    """Answers of base and tuned, written as model_outputs_<name>.json: `{name: seconds}`."""
+def sampling(args, c) -> dict:
+    """The settings that decide an answer."""
+    return {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "top_p": args.top_p, "seed": c.seed}
+
+
+def generate(comparison, args, reference, folder) -> None:
+    """Answers of base and tuned, written as model_outputs_<name>.json."""
     import time
 
     from utils.alpacaeval_files import write_outputs
@@ -92,9 +101,8 @@ def generate(comparison, args, reference, folder) -> dict:
         raise UserError(
             f"the chat template refuses {refused} of {len(prompts)} instructions; choose other instructions"
         )
-    settings = {key: getattr(args, key) for key in ("max_new_tokens", "temperature", "top_p")}
-    settings |= {"seed": c.seed, "batch_tokens": 4 * c.batch_tokens, "batch_size": c.batch_size}
-    engine, answers, seconds = choose_engine(args.engine), {}, {}
+    settings = {**sampling(args, c), "batch_tokens": 4 * c.batch_tokens, "batch_size": c.batch_size}
+    engine, answers, seconds = choose_engine(args.engine, models), {}, {}
     for player in players:
         started = time.monotonic()
         answers[player.name] = answer_all(player, prompts, settings, c.eval_out, c.overwrite, engine)
@@ -102,45 +110,44 @@ def generate(comparison, args, reference, folder) -> dict:
     refuse_equal(answers)
     names = {"base": comparison.base, "tuned": comparison.adapter or comparison.tuned}
     for player in players:
-        about = {
-            **player.identity,
-            "engine": engine,
-            **{k: settings[k] for k in ("max_new_tokens", "temperature", "top_p", "seed")},
-        }
-        write_outputs(folder, player.name, names[player.name], reference, answers[player.name], about)
+        made_by = {**player.identity, **sampling(args, c), "engine": engine, "seconds": seconds[player.name]}
+        write_outputs(folder, player.name, names[player.name], reference, answers[player.name], made_by)
     models.unload()
-    return seconds
 
 
-def judge(comparison, args, reference, folder) -> dict:
-    """Judgements of both models' outputs against the reference, and the judge audit: `{what: seconds}`."""
+def judge(comparison, args, asked, reference, folder) -> None:
+    """Judgements of both models' outputs against the reference, and the judge audit, all written at the end."""
     import time
 
-    from utils.alpacaeval_files import annotate, read_outputs, write_annotations
+    from utils.alpacaeval_files import annotate, outputs_hash, read_outputs, write_annotations
     from utils.artifacts import write_json
+    from utils.comparison import TwoModels
     from utils.judges import make_judge
 
-    c, seconds = comparison.args, {}
-    options = judge_options(args, c)
-    asked, controls = (
-        alpaca_judge(args.judge, options),
-        [make_judge(name, "", options) for name in ("longer", "random")],
-    )
-    outputs = {name: read_outputs(folder, name, reference) for name in ("base", "tuned")}
-    for name, rows in outputs.items():
-        started = time.monotonic()
-        annotations = annotate(asked, reference, rows, args.order, c.eval_out, c.overwrite)
-        write_annotations(folder, name, annotations)
-        for control in controls:
-            found = annotate(control, reference, rows, args.order, c.eval_out)
-            write_annotations(folder, f"{name}_{control.name}", found)
-        seconds[f"judge {name}"] = round(time.monotonic() - started, 1)
+    c, models = comparison.args, TwoModels(comparison)
+    controls = [make_judge(name, "", judge_options(args, c)) for name in ("longer", "random")]
+    files, audit = {}, None
+    for name in models.sides:
+        outputs = read_outputs(folder, name, reference, {**models.identity(name), **sampling(args, c)})
+        for one in (asked, *controls):
+            started = time.monotonic()
+            found = annotate(one, reference, outputs, args.order, c.eval_out, c.overwrite)
+            made_by = {
+                "judge": one.identity(),
+                "order": args.order,
+                "reference_sha256": outputs_hash(reference),
+                "outputs_sha256": outputs_hash(outputs),
+                "seconds": round(time.monotonic() - started, 1),
+            }
+            files[name if one is asked else f"{name}_{one.name}"] = (found, made_by)
     if args.audit_limit:
-        started = time.monotonic()
-        found = audit_judges(comparison, args, [asked, *controls])
-        write_json(folder / "judge_audit.json", found)
-        seconds["audit"] = round(time.monotonic() - started, 1)
-    return seconds
+        audit = audit_judges(comparison, args, [asked, *controls])
+    if hasattr(asked, "close"):
+        asked.close()
+    for name, (found, made_by) in files.items():
+        write_annotations(folder, name, found, made_by)
+    if audit:
+        write_json(folder / "judge_audit.json", audit)
 
 
 def judge_options(args, c) -> dict:
@@ -168,80 +175,89 @@ def alpaca_judge(spec: str, options: dict):
 
 
 def audit_judges(comparison, args, judges) -> dict:
-    """The audit of the judge and its controls on labelled pairs."""
+    """The audit of the judge and its controls on a seeded sample of labelled pairs."""
+    import time
+
     from utils.comparison import held_out_sources
-    from utils.judge_audit import against_longer, audit, audit_items, passes, table, verdict
+    from utils.judge_audit import against_longer, audit, audit_items, passes, sample, table, verdict, whose_labels
     from utils.judges import judge_all
     from utils.preferences import load_pairs
 
-    c = comparison.args
-    if args.audit_dataset:
-        sources, labels = [{"name": args.audit_dataset, "split": args.audit_split}], f"labels of {args.audit_dataset}"
-    else:
+    c, started = comparison.args, time.monotonic()
+    sources = [{"name": args.audit_dataset, "split": args.audit_split}]
+    if args.audit_dataset is None:
         sources, _ = held_out_sources(c, comparison.trained)
-        labels = f"labels of the held-out preference data ({sources[0]['name']})"
-    pairs = load_pairs(sources, keep_duplicate_prompts=True, plain_as_chat=True, limit=args.audit_limit)
-    if not pairs.pairs:
-        raise UserError(f"{sources[0]['name']}: no labelled pair is left for the audit; dropped: {dict(pairs.dropped)}")
-    items = audit_items(pairs.pairs)
+    data = load_pairs(sources, keep_duplicate_prompts=True, plain_as_chat=True)
+    if not data.pairs:
+        raise UserError(f"{sources[0]['name']}: no labelled pair is left for the audit; dropped: {dict(data.dropped)}")
+    pairs = sample(data.pairs, args.audit_limit, c.seed)
+    items = audit_items(pairs)
     verdicts = {judge.name: judge_all(judge, items, c.eval_out, c.overwrite) for judge in judges}
-    audits = {name: audit(pairs.pairs, found, c.seed) for name, found in verdicts.items()}
-    first = judges[0].name
-    comparison_ = against_longer(verdicts[first], verdicts["longer"], c.seed)
+    ordered = {judge.name: not getattr(judge, "orders_itself", False) for judge in judges}
+    audits = {name: audit(pairs, found, c.seed, ordered[name]) for name, found in verdicts.items()}
+    first, labels = judges[0], whose_labels(sources)
+    against = against_longer(verdicts[first.name], verdicts["longer"], c.seed)
     return {
         "labels": labels,
-        "judge": first,
-        "data": pairs.summary(),
+        "judge": first.name,
+        "identity": first.identity(),
+        "data": {**data.summary(), "sampled": len(pairs)},
         "audits": audits,
-        "against_longer": comparison_,
-        "passed": passes(comparison_),
-        "verdict": verdict(first, audits[first], comparison_),
+        "against_longer": against,
+        "passed": passes(against),
+        "verdict": verdict(first.name, audits[first.name], against),
         "table": table(audits, labels),
+        "seconds": round(time.monotonic() - started, 1),
     }
 
 
-def score(comparison, args, folder, started, seconds) -> None:
+def score(comparison, args, rows, folder, started) -> None:
     """Rates, intervals, table and files from the annotations that are there."""
     import time
 
-    from utils.alpacaeval_files import read_annotations, write_llm_comparator, write_samples
-    from utils.alpacaeval_report import conclude, leaderboard, published, summarise
+    from utils.alpacaeval_files import about, read_annotations, refuse_mixture, write_llm_comparator, write_samples
+    from utils.alpacaeval_report import conclude, leaderboard, summarise
     from utils.artifacts import envelope, read_json, write_json, write_text
     from utils.plots import alpacaeval_figure
     from utils.provenance import run_record
     from utils.runs import all_arguments
 
-    c = comparison.args
-    sides = {name: read_annotations(folder / f"annotations_{name}.json") for name in ("base", "tuned")}
-    controls = {
-        f"{name}_{control}": read_annotations(folder / f"annotations_{name}_{control}.json")
-        for name in sides
-        for control in ("longer", "random")
-    }
-    found = summarise(sides, controls, c.eval_out, c.seed, args.lc_resamples)
+    c, scoring = comparison.args, time.monotonic()
+    names = ["base", "tuned", *(f"{side}_{control}" for side in ("base", "tuned") for control in ("longer", "random"))]
+    found = {name: read_annotations(folder / f"annotations_{name}.json") for name in names}
     audit_file = folder / "judge_audit.json"
     audit = read_json(audit_file) if audit_file.exists() and args.audit_limit else None
-    rows = published(args.published)
-    title = f"{comparison.name}: AlpacaEval with a local judge, {sides['base'][0]['annotator']}"
-    text, verdict = conclude(found, rows, audit, title)
-    outputs = {name: read_json(folder / f"model_outputs_{name}.about.json") for name in sides}
+    refuse_mixture(folder, names, audit)
+    sides = {name: found.pop(name) for name in ("base", "tuned")}
+    figures = summarise(sides, found, c.eval_out, c.seed, args.lc_resamples)
+    made_by = {name: about(folder / f"annotations_{name}.json") for name in sides}
+    models = {name: about(folder / f"model_outputs_{name}.json") for name in sides}
+    title = f"{comparison.name}: AlpacaEval, judged by {figures['judge']}"
+    text, verdict = conclude(figures, rows, audit, title)
     summary = envelope(
         "alpacaeval",
-        {**outputs, "judge": sides["base"][0]["annotator"]},
-        found["metrics"],
+        {**models, "judge": made_by["base"].get("judge")},
+        figures["metrics"],
         all_arguments([c, args]),
         run_record(c.seed, time.monotonic() - started, run_name=comparison.name, limit=c.limit),
         claim=verdict,
         text=text,
-        length_control=found["length_control"],
+        length_control=figures["length_control"],
+        order=made_by["base"].get("order"),
         audit=audit,
         published=rows,
-        seconds=seconds,
+        # Of the call that wrote each file: work that an earlier call had kept took no time in it.
+        seconds={
+            **{f"answers of {name}": m.get("seconds") for name, m in models.items()},
+            **{f"judging {name}": m.get("seconds") for name, m in made_by.items()},
+            "audit": audit["seconds"] if audit else None,
+            "scoring": round(time.monotonic() - scoring, 1),
+        },
     )
-    write_text(folder / "leaderboard.csv", leaderboard(found, rows))
+    write_text(folder / "leaderboard.csv", leaderboard(figures, rows))
     write_samples(folder / "samples.md", sides)
     write_llm_comparator(folder / "llm_comparator.json", sides["tuned"])
-    alpacaeval_figure(folder / "alpacaeval.png", found["metrics"], rows, title)
+    alpacaeval_figure(folder / "alpacaeval.png", figures["metrics"], rows, title)
     write_json(folder / "alpacaeval.json", summary)
     print(text)
     print(f"\nwrote {folder}/:\n" + "\n".join(f"  {p.name}" for p in sorted(folder.iterdir())))
@@ -263,31 +279,35 @@ def main():
     import time
 
     from utils.alpacaeval_files import read_reference
+    from utils.alpacaeval_report import published
     from utils.artifacts import limited
     from utils.cli import parse
     from utils.comparison import resolve
     from utils.distributed import join_processes
     from utils.logs import quiet_libraries
 
+    # What to run; whatever can be wrong is told before the first answer.
     started = time.monotonic()
     quiet_libraries()
     comparison_args, args = parse((ComparisonArguments, AlpacaEvalArguments))
-    check(args)
-    if args.annotations:
-        return score_file(args, comparison_args)
-    comparison = resolve(comparison_args)
+    check(args, comparison_args)
     processes = join_processes()
+    if args.annotations:
+        return score_file(args, comparison_args) if is_main_process() else None
+    comparison = resolve(comparison_args)
     folder = comparison.out / limited("alpacaeval", comparison_args.limit)
-    reference = read_reference(args.reference, comparison_args.limit)
-    seconds = {}
+    reference, rows = read_reference(args.reference, comparison_args.limit), published(args.published)
+    judges_now = args.stage in ("judge", "all")
+    asked = alpaca_judge(args.judge, judge_options(args, comparison_args)) if judges_now else None
+
+    # Answer, judge, score. Rank 0 writes the answers that all of them read.
     if args.stage in ("generate", "all"):
-        seconds |= {f"answers of {name}": s for name, s in generate(comparison, args, reference, folder).items()}
-    # Rank 0 writes the answers that all of them read.
+        generate(comparison, args, reference, folder)
     processes.wait_for_everyone()
-    if args.stage in ("judge", "all"):
-        seconds |= judge(comparison, args, reference, folder)
+    if judges_now:
+        judge(comparison, args, asked, reference, folder)
     if args.stage in ("score", "all") and is_main_process():
-        score(comparison, args, folder, started, seconds)
+        score(comparison, args, rows, folder, started)
 
 
 if __name__ == "__main__":

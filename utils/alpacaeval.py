@@ -7,16 +7,18 @@ site-packages by default, so its `evaluate` is never called.
 import json
 import logging
 import os
+import re
 import warnings
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 
 import numpy as np
 
-from utils.artifacts import metric
+from utils.artifacts import metric, write_text
 from utils.errors import UserError
 from utils.hub import fetch
-from utils.judges import JudgePrompt
+from utils.judges import CONTROL_TOKENS, JudgePrompt
+from utils.provenance import sha256_of, sha256_of_files
 from utils.stats import bootstrap
 
 REPOSITORY = "tatsu-lab/alpaca_eval"
@@ -31,13 +33,17 @@ PUBLISHED = (
 
 @contextmanager
 def quiet():
-    """Without the deprecation warnings of an old package under new libraries, its bars and its root-level log lines."""
-    level = logging.getLogger().level
+    """Without the deprecation warnings of an old package under new libraries, its bars, its root-level log lines, and
+    what its regression's C code says on the error stream."""
+    level, stream = logging.getLogger().level, os.dup(2)
     with warnings.catch_warnings(), open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):
         warnings.simplefilter("ignore")
+        os.dup2(nowhere.fileno(), 2)
         try:
             yield
         finally:
+            os.dup2(stream, 2)
+            os.close(stream)
             logging.getLogger().setLevel(level)
 
 
@@ -95,6 +101,9 @@ def rates(annotations: list[dict], seed: int) -> dict:
     }
     # The package's own figure is the mean length cut to a whole number.
     metrics["avg_length"]["value"] = int(np.mean([len(a["output_2"]) for a in annotations]))
+    cut = [a["finish_reason"] == "length" for a in annotations if a.get("finish_reason") is not None]
+    if cut:
+        metrics["truncated_share"] = bootstrap(cut, seed)
     orders = [[o["preference"] for o in a.get("orders", [])] for a in annotations]
     both = [two for two in orders if len(two) == 2 and None not in two]
     if both:
@@ -117,7 +126,13 @@ class LengthControl:
         self.variant, self.positions, self.calibration = variant, positions, calibration
 
     def fit(self, annotations: list[dict]) -> tuple[float, float]:
-        """(length_controlled_winrate, lc_standard_error) of the package, in percent."""
+        """(length_controlled_winrate, lc_standard_error) of the package, in percent.
+
+        NaN where every judgement is a whole win, or every one a whole loss: the regression sees one class then, keeps
+        its coefficients at 0 and would say 50 (or 100).
+        """
+        if {row["preference"] for row in annotations} in ({1.0}, {2.0}):
+            return float("nan"), float("nan")
         with quiet():
             import pandas as pd
             from alpaca_eval.metrics import glm_winrate
@@ -188,8 +203,8 @@ def length_control(annotations: list[dict], stub: Path) -> tuple[LengthControl, 
         why = str(error) if "AlpacaEval's" in str(error) else f"the calibration file cannot be had ({error})"
     lines = [f"0.5,0.0,0.0,False,{i},none" for i in range(len(instructions))]
     head = "preference,std_delta_len,instruction_difficulty,not_gamed_baseline,index,model"
-    stub.parent.mkdir(parents=True, exist_ok=True)
-    stub.write_text("\n".join([head, *lines]) + "\n")
+    stub = stub.with_name(f"{stub.stem}-{len(instructions)}{stub.suffix}")
+    write_text(stub, "\n".join([head, *lines]) + "\n")
     positions = {text: i for i, text in enumerate(dict.fromkeys(instructions))}
     return LengthControl(VARIANTS[1], positions, stub), why
 
@@ -221,38 +236,76 @@ def shipped_evaluators() -> list[str]:
 
 
 class PackageEvaluator:
-    """A judge that alpaca-eval ships, run by the package itself, which decides on the order of the outputs."""
+    """A judge that alpaca-eval ships, run by the package itself, which decides on the order of the outputs.
+
+    Raises UserError where the evaluator needs a package that is not installed.
+    """
 
     orders_itself = True
 
     def __init__(self, name: str, seed: int = 0):
         self.name, self.seed = name, seed
-        self.path = folder() / "evaluators_configs" / name / "configs.yaml"
+        try:
+            with quiet():
+                from alpaca_eval.annotators import PairwiseAnnotator
+
+                self.annotator = PairwiseAnnotator(
+                    annotators_config=name, caching_path=None, is_avoid_reannotations=False, seed=seed
+                )
+        except ImportError as error:
+            raise UserError(
+                f"--judge {name}: alpaca-eval needs {error.name} for it: pip install {error.name}"
+            ) from None
 
     def identity(self) -> dict:
-        return {"judge": f"alpaca_eval:{self.name}", "seed": self.seed}
+        """Its files, and where its calls go."""
+        files = [p for p in (folder() / "evaluators_configs" / self.name).iterdir() if p.is_file()]
+        where = {k: os.environ.get(k) for k in ("OPENAI_BASE_URL", "OPENAI_API_BASE", "OPENAI_CLIENT_CONFIG_PATH")}
+        return {
+            "judge": f"alpaca_eval:{self.name}",
+            "seed": self.seed,
+            "files_sha256": sha256_of_files(files),
+            "where_sha256": sha256_of(str(where)),
+        }
 
     def judge(self, items):
         from utils.judges import Verdict, unparsed
 
-        with quiet():
-            from alpaca_eval.annotators import PairwiseAnnotator
+        failures = 0
+        for start in range(0, len(items), CHUNK):
+            chunk = items[start : start + CHUNK]
+            rows = [
+                {"instruction": plain(i.prompt.text), "output_1": plain(i.first), "output_2": plain(i.second)}
+                for i in chunk
+            ]
+            found, error = {}, "not asked: the calls before it failed"
+            if failures < 2:
+                try:
+                    with quiet():
+                        logging.getLogger().setLevel(logging.ERROR)
+                        answered = self.annotator.annotate_pairs(rows)
+                    found = {(a["instruction"], a["output_1"], a["output_2"]): a.get("preference") for a in answered}
+                    failures = 0
+                except Exception as e:  # whatever an old client throws is no verdict
+                    failures += 1
+                    error = f"{type(e).__name__}: {str(e).splitlines()[0][:200] if str(e) else ''}"
+            for k, row in enumerate(rows):
+                preference = found.get(tuple(row.values()))
+                if not found:
+                    yield start + k, unparsed(error)
+                elif preference is None or not 1 <= preference <= 2:
+                    yield start + k, unparsed(f"the package parsed no verdict ({preference})")
+                else:
+                    first = 0.5 + 0.5 * ((preference < 1.5) - (preference > 1.5))
+                    yield start + k, Verdict(first, 2 - float(preference))
 
-            annotator = PairwiseAnnotator(
-                annotators_config=self.name, caching_path=None, is_avoid_reannotations=False, seed=self.seed
-            )
-        for i, item in enumerate(items):
-            row = {"instruction": item.prompt.text, "output_1": item.first, "output_2": item.second}
-            try:
-                with quiet():
-                    logging.getLogger().setLevel(logging.ERROR)
-                    (found,) = annotator.annotate_pairs([row])
-                preference = found.get("preference")
-            except Exception as error:  # whatever an old client throws is no verdict
-                yield i, unparsed(f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}")
-                continue
-            if preference is None or not 1 <= preference <= 2:
-                yield i, unparsed(f"the package parsed no verdict ({preference})")
-            else:
-                first = 0.5 + 0.5 * ((preference < 1.5) - (preference > 1.5))
-                yield i, Verdict(first, 2 - float(preference))
+
+def plain(text: str) -> str:
+    """`text` without what the package would take for its own: it fills placeholders one after another, and splits a
+    prompt at the control tokens in an answer."""
+    text = CONTROL_TOKENS.sub(lambda m: f"{m[0][0]} {m[0][1:]}", text)
+    return PLACEHOLDER.sub(r"{ \1}", text)
+
+
+CHUNK = 32
+PLACEHOLDER = re.compile(r"\{(instruction|output_1|output_2)\}")

@@ -6,6 +6,7 @@ from utils.artifacts import dumps, read_json, write_json, write_text
 from utils.errors import UserError
 from utils.judges import Item, Verdict, judge_all
 from utils.prompts import Prompt
+from utils.provenance import sha256_of
 from utils.rows import read_rows
 
 
@@ -29,7 +30,18 @@ def read_reference(name: str, limit: int | None = None) -> list[dict]:
     return found
 
 
-def write_outputs(folder: Path, name: str, generator: str, reference: list[dict], answers: list[dict], about: dict):
+def about(path: Path) -> dict:
+    """What made a file, kept beside it as `<stem>.about.json`; empty for a file from elsewhere."""
+    beside = path.with_suffix(".about.json")
+    return read_json(beside) if beside.exists() else {}
+
+
+def outputs_hash(rows: list[dict]) -> str:
+    """What identifies a model's outputs: instructions and answers, in any order."""
+    return sha256_of(*sorted(dumps([row["instruction"], row["output"]]) for row in rows))
+
+
+def write_outputs(folder: Path, name: str, generator: str, reference: list[dict], answers: list[dict], made_by: dict):
     """model_outputs_<name>.json in alpaca_eval's format, and what made them in model_outputs_<name>.about.json."""
     rows = [
         {
@@ -43,15 +55,27 @@ def write_outputs(folder: Path, name: str, generator: str, reference: list[dict]
         for row, answer in zip(reference, answers, strict=True)
     ]
     write_json(folder / f"model_outputs_{name}.json", rows)
-    write_json(folder / f"model_outputs_{name}.about.json", about)
+    write_json(folder / f"model_outputs_{name}.about.json", {**made_by, "outputs_sha256": outputs_hash(rows)})
 
 
-def read_outputs(folder: Path, name: str, reference: list[dict]) -> list[dict]:
+def read_outputs(folder: Path, name: str, reference: list[dict], made_by: dict | None = None) -> list[dict]:
     """The outputs of model_outputs_<name>.json in the reference's order.
 
-    Raises UserError where the file is missing, holds an instruction twice, or lacks instructions of the reference.
+    Args:
+        made_by: what this call's models and settings would write; a file that another model wrote is refused. A file
+            without a word on its origin (the user's own outputs) is taken as it is.
+
+    Raises:
+        UserError: where the file is missing, another model's, holds an instruction twice, or lacks some.
     """
     path = folder / f"model_outputs_{name}.json"
+    wrote = about(path)
+    changed = [k for k, v in (made_by or {}).items() if wrote and wrote.get(k) != v]
+    if changed:
+        raise UserError(
+            f"{path} was made by another model or with other settings ({', '.join(changed)}): --stage generate makes it"
+            " anew"
+        )
     if not path.exists():
         raise UserError(f"{path}: no such file; --stage generate makes it")
     by_text = {}
@@ -113,6 +137,7 @@ def annotate(
                 "category": row["category"],
                 "output_2": answer["output"],
                 "generator_2": answer.get("generator", "model"),
+                "finish_reason": answer.get("finish_reason"),
                 "annotator": judge.name,
                 "preference": sum(preferences) / len(preferences) if known else None,
                 "orders": [
@@ -137,9 +162,36 @@ def preference(verdict: Verdict, switched: bool, judge) -> float | None:
     return 1 + first if switched else 2 - first
 
 
-def write_annotations(folder: Path, name: str, annotations: list[dict]) -> None:
-    """annotations_<name>.json."""
+def write_annotations(folder: Path, name: str, annotations: list[dict], made_by: dict) -> None:
+    """annotations_<name>.json, and what made it in annotations_<name>.about.json.
+
+    Args:
+        made_by: judge, order, hashes of the outputs and of the reference, seconds.
+    """
     write_json(folder / f"annotations_{name}.json", annotations)
+    write_json(folder / f"annotations_{name}.about.json", made_by)
+
+
+def refuse_mixture(folder: Path, names: list[str], audit: dict | None) -> None:
+    """Raise UserError where the folder's annotations are of different judges, orders, references or outputs."""
+    made = {name: about(folder / f"annotations_{name}.json") for name in names}
+    first = made[names[0]]
+    for name, found in made.items():
+        side = name.split("_")[0]
+        for key in ("order", "reference_sha256", *(() if name != side else ("judge",))):
+            if found.get(key) != first.get(key):
+                raise UserError(
+                    f"{folder}/annotations_{name}.json: another {key.removesuffix('_sha256')} than that of"
+                    f" annotations_{names[0]}.json: --stage judge judges both alike"
+                )
+        outputs = about(folder / f"model_outputs_{side}.json").get("outputs_sha256")
+        if outputs and found.get("outputs_sha256") != outputs:
+            raise UserError(
+                f"{folder}/annotations_{name}.json judges other answers than model_outputs_{side}.json holds: --stage"
+                " judge judges these"
+            )
+    if audit and audit.get("identity") != first.get("judge"):
+        raise UserError(f"{folder}/judge_audit.json audits another judge: --stage judge audits this one")
 
 
 def read_annotations(path: Path) -> list[dict]:
@@ -203,7 +255,8 @@ def write_llm_comparator(path: Path, annotations: list[dict]) -> None:
         raters = [
             {
                 "score": 3 * (order["preference"] - 1.5),
-                "is_flipped": bool(order["is_switched_outputs"]),
+                # A is the model's answer: where the package switched, it stood first, as here.
+                "is_flipped": not order["is_switched_outputs"],
                 "rating_label": "A" if order["preference"] > 1.5 else "B" if order["preference"] < 1.5 else "same",
                 "rationale": "",
             }

@@ -11,9 +11,10 @@ from utils.artifacts import metric
 from utils.battle_report import published_rows
 from utils.errors import UserError
 from utils.stats import bootstrap, signed_rank
-from utils.tables import cell, difference, estimate, render
+from utils.tables import cell, difference, estimate, interval, render
 
 FEWEST = 50
+NEEDED = ("win_rate", "avg_length")
 COLUMNS = (
     "win_rate", "standard_error", "n_wins", "n_wins_base", "n_draws", "n_total", "discrete_win_rate", "avg_length",
     "length_controlled_winrate", "lc_standard_error",
@@ -57,7 +58,10 @@ def summarise(sides: dict, controls: dict, eval_out: str, seed: int, resamples: 
     control, why = alpacaeval.length_control(sides["base"], Path(eval_out) / ".cache" / "minimal.csv")
     name = "length_controlled_winrate" if why is None else "length_controlled_minimal_winrate"
     found = {"variant": control.variant, "why_not_whole": why, "resamples": resamples, "rows": len(both)}
-    if len(both) >= FEWEST:
+    judgements = {side: {rows[k]["preference"] for k in both} for side, rows in sides.items()}
+    if any(values in ({1.0}, {2.0}) for values in judgements.values()):
+        found["why_none"] = "a model won or lost every judgement, where the package's regression says nothing"
+    elif len(both) >= FEWEST:
         parsed = {side: [rows[k] for k in both] for side, rows in sides.items()}
         rates = control.bootstrap(parsed, seed, resamples)
         for side in sides:
@@ -68,22 +72,36 @@ def summarise(sides: dict, controls: dict, eval_out: str, seed: int, resamples: 
         found["why_none"] = (
             f"{len(both)} judged rows are too few for the package's cross-validated fit (at least {FEWEST})"
         )
-    return {"metrics": metrics, "length_control": found, "lc_name": name}
+    judge = sides["base"][0]["annotator"]
+    return {
+        "metrics": metrics,
+        "length_control": found,
+        "lc_name": name,
+        "judge": judge,
+        "leaderboards_judge": judge == "weighted_alpaca_eval_gpt4_turbo",
+        "alpacaeval": any(row.get("dataset") in alpacaeval.DATASETS[:-1] for row in sides["base"]),
+    }
 
 
 def published(path: str | None) -> dict:
-    """Published rows: the package's leaderboard, and those of the YAML file that it lacks."""
+    """Published rows: the package's leaderboard, and those of the YAML file that it lacks.
+
+    Raises UserError for a row without win_rate and avg_length as numbers.
+    """
     extra = {}
     if path:
         read = published_rows(path)
-        extra = {name: {**row, "source": read["source"]} for name, row in read["rows"].items()}
+        for name, row in read["rows"].items():
+            if not isinstance(row, dict) or not all(isinstance(row.get(k), (int, float)) for k in NEEDED):
+                raise UserError(f"--published {path}: row {name} needs {' and '.join(NEEDED)} as numbers")
+            extra[name] = {**row, "source": read["source"]}
     return alpacaeval.published_rows(extra)
 
 
 def conclude(found: dict, rows: dict, audit: dict | None, title: str) -> tuple[str, str]:
     """(text, verdict): table, published rows, audit, and the one sentence that answers the question."""
     m, name = found["metrics"], found["lc_name"]
-    n = m["base_n_total"]["value"]
+    n, common = (m[k]["n"] for k in ("base_unparsed", "difference_win_rate"))
     head = (f"on {n} instructions, against the reference", "base", "tuned", "tuned - base [95% interval]")
     lines = [
         head,
@@ -102,9 +120,15 @@ def conclude(found: dict, rows: dict, audit: dict | None, title: str) -> tuple[s
         *_optional(m, "flip_rate", "verdicts that turn with the order, %", 100),
         *_optional(m, "verdict_mass_median", "probability on m and M, median", 1, 3),
         *_optional(m, "verdict_mass_below_half", "below a half, % of verdicts", 100),
-        ("judgements without a verdict", *(str(m[f"{s}_unparsed"]["value"]) for s in ("base", "tuned")), ""),
+        *_optional(m, "truncated_share", "answers cut off at the longest, %", 100),
+        ("judged instructions", *(str(m[f"{s}_n_total"]["value"]) for s in ("base", "tuned")), f"{common} by both"),
     ]
     blocks = [render(title, lines)]
+    if common < n:
+        blocks.append(
+            f"ONLY {common} OF {n} INSTRUCTIONS HAVE A VERDICT FOR BOTH MODELS: the differences stand on these, the"
+            " rates on each model's own; the same command asks the rest again."
+        )
     lc = found["length_control"]
     if "why_none" in lc:
         blocks.append(f"No length-controlled win rate: {lc['why_none']}.")
@@ -114,13 +138,14 @@ def conclude(found: dict, rows: dict, audit: dict | None, title: str) -> tuple[s
             " (no difficulty of instructions) stands in its place, under its own name."
         )
     else:
-        blocks.append("Length control is calibrated on GPT-4 Turbo's judgements, not on this judge's.")
-        if n != 805:
-            blocks.append(f"ONLY {n} OF ALPACAEVAL'S 805 INSTRUCTIONS: no figure of the leaderboard.")
-    blocks.append(published_table(rows))
+        if not found["leaderboards_judge"]:
+            blocks.append("Length control is calibrated on GPT-4 Turbo's judgements, not on this judge's.")
+    if found["alpacaeval"] and n != 805:
+        blocks.append(f"ONLY {n} OF ALPACAEVAL'S 805 INSTRUCTIONS: no figure of the leaderboard.")
+    blocks.append(published_table(rows, found["leaderboards_judge"]))
     if audit:
         blocks += [audit["table"], audit["verdict"]]
-    verdict = claim(m, audit)
+    verdict = claim(found, audit)
     return "\n\n".join([*blocks, verdict]), verdict
 
 
@@ -135,22 +160,32 @@ def _sides(m: dict, key: str) -> tuple[str, str]:
     return tuple(estimate(m[f"{side}_{key}"]) for side in ("base", "tuned"))
 
 
-def published_table(rows: dict) -> str:
+def published_table(rows: dict, same_judge: bool) -> str:
     """The published rows, named as what they are."""
     lines = [("published, judged by GPT-4 Turbo", "LC win rate, %", "win rate, %", "length", "source")]
     for name, row in rows.items():
         lc, rate, length = (row.get(k) for k in ("length_controlled_winrate", "win_rate", "avg_length"))
-        lines.append((name, f"{lc:.1f}", f"{rate:.1f}", f"{length:.0f}", row["source"]))
-    return render("AlpacaEval 2: another judge, so no row of the table above", lines)
+        shown = "-" if lc is None else f"{lc:.1f}"
+        lines.append((name, shown, f"{rate:.1f}", f"{length:.0f}", row["source"]))
+    why = "the judge of the table above" if same_judge else "another judge, so no row of the table above"
+    return render(f"AlpacaEval 2: {why}", lines)
 
 
-def claim(m: dict, audit: dict | None) -> str:
+def claim(found: dict, audit: dict | None) -> str:
     """What the comparison says, as far as the judge can be trusted."""
+    m = found["metrics"]
     d, p = m["difference_win_rate"], m["p_difference_win_rate"]["value"]
     shown = f"tuned - base is {difference(d, m['p_difference_win_rate'])} points of win rate against the reference"
-    if audit and not audit["passed"]:
+    controlled = m.get(f"difference_{found['lc_name']}")
+    if controlled:
+        shown += f", {difference(controlled)} length-controlled"
+    if not audit:
+        return f"No claim: the judge was not audited (--audit_limit); {shown}."
+    if not audit["passed"]:
         return f"No claim: the judge failed its audit; {shown}."
     if d["ci95"] and d["ci95"][0] > 0 and p < 0.05:
+        if controlled and controlled["value"] is not None and not controlled["value"] > 0:
+            return f"No claim: the judge prefers tuned to base, but not at equal length: {shown}."
         return f"The judge prefers tuned to base: {shown}."
     return f"No claim that tuned is better: {shown}."
 
@@ -160,20 +195,29 @@ def leaderboard(found: dict, rows: dict) -> str:
     m, out = found["metrics"], io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     lc = found["lc_name"]
-    writer.writerow(["", *[lc if c == "length_controlled_winrate" else c for c in COLUMNS], "judged_by"])
+    writer.writerow(["", *[lc if c == "length_controlled_winrate" else c for c in COLUMNS], "judged_by", "source"])
     for side in ("base", "tuned"):
         keys = [f"{side}_{lc if c == 'length_controlled_winrate' else c}" for c in COLUMNS]
-        writer.writerow([side, *[m[k]["value"] if k in m else "" for k in keys], "local judge"])
+        writer.writerow([side, *[m[k]["value"] if k in m else "" for k in keys], found["judge"], "this run"])
     for name, row in rows.items():
         cells = [row.get(c, "") for c in COLUMNS]
         if lc != "length_controlled_winrate":
             cells[COLUMNS.index("length_controlled_winrate")] = ""
-        writer.writerow([name, *cells, "GPT-4 Turbo"])
+        writer.writerow([name, *cells, "GPT-4 Turbo", row["source"]])
     return out.getvalue()
 
 
 def one_file(annotations: list[dict], name: str, eval_out: str, seed: int, resamples: int) -> str:
-    """The table of --annotations: one model's figures as the package computes them."""
+    """The table of --annotations: one model's figures as the package computes them.
+
+    Raises UserError where there is no verdict, or where several models or judges are in one file.
+    """
+    for key in ("generator_2", "annotator"):
+        several = sorted({str(row[key]) for row in annotations})
+        if len(several) > 1:
+            raise UserError(f"--annotations {name}: holds several of {key} ({', '.join(several[:3])}): split the file")
+    if all(row["preference"] is None for row in annotations):
+        raise UserError(f"--annotations {name}: no row has a verdict")
     m = alpacaeval.rates(annotations, seed)
     texts = [row["instruction"] for row in annotations]
     control, why = alpacaeval.length_control(annotations, Path(eval_out) / ".cache" / "minimal.csv")
@@ -181,12 +225,11 @@ def one_file(annotations: list[dict], name: str, eval_out: str, seed: int, resam
     parsed = [row for row in annotations if row["preference"] is not None]
     lines = [("figure", "value", "95% interval by bootstrap")]
     for key in ("win_rate", "discrete_win_rate"):
-        low, high = m[key]["ci95"] or (float("nan"),) * 2
-        lines.append((key, f"{m[key]['value']:.4f}", f"{low:.2f} to {high:.2f}"))
-    if len(parsed) >= FEWEST:
+        lines.append((key, f"{m[key]['value']:.4f}", interval(m[key], digits=2).strip() or "-"))
+    if len(parsed) >= FEWEST and {row["preference"] for row in parsed} not in ({1.0}, {2.0}):
         rate = control.bootstrap({"model": parsed}, seed, resamples)["model"]
-        low, high = rate["ci95"] or (float("nan"),) * 2
-        lines.append((label, f"{rate['value']:.4f}", f"{low:.2f} to {high:.2f} ({resamples} refits)"))
+        shown = interval(rate, digits=2).strip() or "-"
+        lines.append((label, f"{rate['value']:.4f}", f"{shown} ({resamples} refits)"))
         lines.append(("lc_standard_error", f"{control.fit(parsed)[1]:.4f}", "the package's; no sampling error"))
     lines.append(("standard_error", f"{m['standard_error']['value']:.4f}", "the package's"))
     for key in ("n_wins", "n_wins_base", "n_draws", "n_total", "avg_length", "unparsed"):

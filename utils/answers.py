@@ -23,15 +23,17 @@ class Player:
     open: object
     base: str = ""
     adapter: str | None = None
+    remote_code: bool = False
 
 
 def comparison_players(models: TwoModels) -> list[Player]:
     """Base and tuned."""
     c = models.comparison
     weights = {"base": (c.base, None), "tuned": (c.base, c.adapter) if c.adapter else (c.tuned, None)}
+    remote = c.args.trust_remote_code
     return [
         Player(
-            side, models.identity(side), models.tokenizer, lambda side=side: models.load().side(side), *weights[side]
+            side, models.identity(side), models.tokenizer, lambda s=side: models.load().side(s), *weights[side], remote
         )
         for side in models.sides
     ]
@@ -117,8 +119,14 @@ def engine_of(player: Player, engine: str):
         from utils import vllm_engine
         from utils.models import locate
 
-        llm, lora = vllm_engine.load_engine(locate(player.base), player.identity["dtype"], player.adapter)
-        yield lambda prompts, **settings: vllm_engine.generate(llm, lora, player.tokenizer, prompts, **settings)
+        about = player.identity
+        options = {"revision": about["asked_revision"], "trust_remote_code": player.remote_code}
+        where = locate(player.base, about["asked_revision"])
+        llm, lora = vllm_engine.load_engine(where, about["autocast"] or about["dtype"], player.adapter, **options)
+        try:
+            yield lambda prompts, **settings: vllm_engine.generate(llm, lora, player.tokenizer, prompts, **settings)
+        finally:
+            vllm_engine.close(llm)
     else:
         with player.open() as model:
             yield lambda prompts, **settings: generate(model, player.tokenizer, prompts, **settings)

@@ -1,14 +1,38 @@
 """Is a judge worth listening to? Its verdicts on pairs whose better answer is labelled, beside its controls."""
 
 import numpy as np
+from scipy.special import logit
 
 from utils.artifacts import metric
+from utils.reward_analysis import calibration_bins
 from utils.stats import bootstrap, signed_rank
 from utils.style import markdown_counts
 from utils.tables import cell, estimate, render
 
 LENGTH_MATCHED = 0.1
 LONGER_BY = 30
+
+
+KNOWN_LABELS = {
+    "hh-rlhf": "labels by people",
+    "alpaca_farm": "labels by people",
+    "ultrafeedback": "labels are model scores, not people's",
+    "quickstart_prefs": "labels of this project's own pairs, given as they were written",
+}
+
+
+def whose_labels(sources: list[dict]) -> str:
+    """Whose judgement an audit measures a judge against."""
+    names = ", ".join(f"{s['name']} {s.get('split') or ''}".strip() for s in sources)
+    known = [text for key, text in KNOWN_LABELS.items() if key in names.lower()]
+    return f"{names}: {known[0] if known else 'labels as the dataset has them'}"
+
+
+def sample(pairs: list, count: int, seed: int) -> list:
+    """`count` of the pairs, drawn at random and kept in order: the first rows of a split may all be of one kind."""
+    if len(pairs) <= count:
+        return pairs
+    return [pairs[i] for i in sorted(np.random.default_rng(seed).choice(len(pairs), count, replace=False))]
 
 
 def audit_items(pairs: list) -> list:
@@ -23,16 +47,18 @@ def audit_items(pairs: list) -> list:
     return items
 
 
-def audit(pairs: list, verdicts: list, seed: int) -> dict:
+def audit(pairs: list, verdicts: list, seed: int, ordered: bool = True) -> dict:
     """`{name: metric}` of one judge.
 
     Args:
         pairs: utils.preferences.Pair, chosen labelled better. verdicts: of `audit_items`.
+        ordered: false for a judge that puts the answers into an order of its own, so that slots mean nothing.
 
     Returns:
         agreement (mean of both orders, ties half) on all pairs, on length-matched ones (within 10% of the longer, in
         characters) and on those whose better answer is shorter; flip_rate and prefers_first; prefers_longer where the
-        lengths differ by more than 30 characters; prefers_lists where one answer has more list items; parsed_share.
+        lengths differ by more than 30 characters; prefers_lists where one answer has more list items; parsed_share;
+        calibration_error where the judge gives probabilities: how far they lie from its agreement, on average.
     """
     first = np.array([np.nan if v.first is None else v.first for v in verdicts]).reshape(-1, 2)
     parsed = ~np.isnan(first).any(1)
@@ -47,15 +73,23 @@ def audit(pairs: list, verdicts: list, seed: int) -> dict:
 
     every = np.ones(len(pairs), bool)
     listed = lists[:, 0] != lists[:, 1]
+    sure = [
+        None if None in (a.probability, b.probability) else (a.probability + 1 - b.probability) / 2
+        for a, b in zip(verdicts[::2], verdicts[1::2], strict=True)
+    ]
+    margin = np.array([logit(np.clip(p, 1e-9, 1 - 1e-9)) for p in sure if p is not None])
+    bins = calibration_bins(margin, seed) if len(margin) else []
+    error = sum(b["n"] * abs(b["accuracy"]["value"] - b["confidence"]) for b in bins) / max(1, len(margin))
     return {
         "agreement": mean(better, every),
         "agreement_length_matched": mean(better, np.abs(difference) <= LENGTH_MATCHED * lengths.max(1)),
         "agreement_better_is_shorter": mean(better, difference < 0),
         "flip_rate": mean((first[:, 0] != 1 - first[:, 1]).astype(float), every),
-        "prefers_first": mean(first.mean(1), every),
+        "prefers_first": mean(first.mean(1), every) if ordered else metric(float("nan"), n=0),
         "prefers_longer": mean(np.where(difference > 0, better, 1 - better), np.abs(difference) > LONGER_BY),
         "prefers_lists": mean(np.where(lists[:, 0] > lists[:, 1], better, 1 - better), listed),
         "parsed_share": bootstrap(~np.isnan(first).ravel(), seed),
+        "calibration_error": metric(error if len(margin) else float("nan"), n=len(margin)),
     }
 
 
@@ -100,6 +134,7 @@ def table(audits: dict, labels: str) -> str:
         "prefers_longer": "longer",
         "prefers_lists": "lists",
         "parsed_share": "parsed",
+        "calibration_error": "calibration error",
     }
     lines = [("judge", "pairs", *names.values())]
     for judge, found in audits.items():

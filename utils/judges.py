@@ -347,6 +347,14 @@ class VllmModel(LocalModel):
         for (i, _, _), logprobs in zip(asked, found, strict=True):
             yield i, self.prompt.weigh(logprobs)
 
+    def close(self) -> None:
+        """Give the GPU back."""
+        from utils.vllm_engine import close
+
+        if self.model is not None:
+            close(self.model)
+            self.model = None
+
 
 class RewardModel:
     """A sequence classifier with one output: the answer with the higher score wins; order cannot matter."""

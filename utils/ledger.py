@@ -8,6 +8,8 @@ from pathlib import Path
 from utils.artifacts import RowFile, dumps, write_json
 from utils.provenance import sha256_of
 
+EMPTIED: set[Path] = set()
+
 
 class Ledger:
     """Finished items below `<eval_out>/.cache/<kind>-<hash>/`, one JSON line each, one file a process.
@@ -28,8 +30,10 @@ class Ledger:
             broadcast_object_list(name)
         self.folder = Path(eval_out) / ".cache" / name[0]
         if self.state.is_main_process:
-            if overwrite:
+            # Once a call: base and tuned may share a judge's ledger, and the second must not undo the first.
+            if overwrite and self.folder.resolve() not in EMPTIED:
                 shutil.rmtree(self.folder, ignore_errors=True)
+                EMPTIED.add(self.folder.resolve())
             write_json(self.folder / "identity.json", identity)
         self.state.wait_for_everyone()
         # Read before any process adds to it: all of them must see, and share out, the same rest.
