@@ -26,8 +26,8 @@ What was scored is kept as it comes: the same command goes on where another call
 from dataclasses import dataclass
 
 from utils.cli import quick_help
-from utils.comparison import ComparisonArguments, option
 from utils.errors import UserError, is_main_process, run
+from utils.evaluation_arguments import ComparisonArguments, option
 
 
 @dataclass
@@ -193,6 +193,7 @@ def main():
     comparison = resolve(comparison_args)
     check(args, comparison)
     join_processes()
+    comparison.refuse_other("perplexity", [comparison_args, args])
     models = TwoModels(comparison)
     seed = comparison_args.seed
 

@@ -32,8 +32,8 @@ What was scored, answered or judged is kept as it comes: the same command goes o
 from dataclasses import dataclass
 
 from utils.cli import quick_help
-from utils.comparison import ComparisonArguments, option
 from utils.errors import UserError, is_main_process, run
+from utils.evaluation_arguments import ComparisonArguments, option
 
 
 @dataclass
@@ -137,7 +137,7 @@ def reward_mode(comparison, args, started):
     import time
 
     from utils.artifacts import envelope, write_json, write_rows
-    from utils.comparison import TwoModels
+    from utils.comparison import TwoModels, was_trained_on
     from utils.evaluation_data import left_out, length_bias
     from utils.plots import win_rate_figure
     from utils.provenance import run_record
@@ -146,6 +146,7 @@ def reward_mode(comparison, args, started):
     from utils.win_rate_report import conclude
 
     models = TwoModels(comparison)
+    comparison.refuse_other("win_rate", [comparison.args, args])
     trainers = trainers_figures(args, comparison)
     bias = length_bias(comparison, models.tokenizer, args.length_bias_splits or []) if is_main_process() else {}
     data, rows, speed, cut = implicit_rewards(comparison, models, args)
@@ -156,7 +157,8 @@ def reward_mode(comparison, args, started):
     parts, bins = slices(rows, seed), calibration_bins(margins(rows), seed)
     expected = compare_expected(rows, *trainers) if trainers else None
     title = f"{comparison.name}: {comparison.adapter or comparison.tuned} against {comparison.base}"
-    text, verdict = conclude(metrics, parts, bias, expected, title, left_out(data, cut))
+    seen = was_trained_on(comparison.args, comparison.trained)
+    text, verdict = conclude(metrics, parts, bias, expected, title, left_out(data, cut), seen)
 
     path = comparison.path
     write_rows(path("win_rate", ".jsonl", rows=True), rows)
@@ -236,6 +238,7 @@ def battle_mode(comparison, args, started):
     from utils.runs import all_arguments
 
     c, models = comparison.args, TwoModels(comparison)
+    comparison.refuse_other("battle", [c, args])
     published = published_rows(args.published) if args.published else None
     options = {
         "dtype": args.judge_dtype or ("bfloat16" if torch.cuda.is_available() else "float32"),
@@ -286,7 +289,10 @@ GENERATION_BUDGET = 4
 
 
 def check_battle(args):
-    """Refuse what no battle can be fought with."""
+    """Refuse what no battle can be fought with, and a battle's keys without a battle."""
+    named = [k for k in ("prompts", "models", "opponent_outputs", "published") if getattr(args, k) is not None]
+    if not args.battle and (named or args.judge != WinRateArguments.judge):
+        raise UserError(f"--{(named or ['judge'])[0]} belongs to battles: give --battle too")
     for key in ("max_new_tokens", "judge_timeout", "judge_concurrency"):
         if not getattr(args, key) > 0:
             raise UserError(f"--{key} {getattr(args, key)}: must be above 0")

@@ -28,8 +28,8 @@ Every stage keeps what it did: the same command goes on where another call stopp
 from dataclasses import dataclass
 
 from utils.cli import quick_help
-from utils.comparison import ComparisonArguments, option
 from utils.errors import UserError, is_main_process, run
+from utils.evaluation_arguments import ComparisonArguments, option
 
 
 @dataclass

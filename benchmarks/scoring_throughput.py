@@ -16,8 +16,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils.cli import quick_help
-from utils.comparison import ComparisonArguments, option
 from utils.errors import run
+from utils.evaluation_arguments import ComparisonArguments, option
 
 
 @dataclass

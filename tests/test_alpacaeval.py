@@ -523,7 +523,7 @@ def test_the_shipped_prompts_are_many_and_varied():
 def test_every_key_of_the_presets_reaches_the_script(path):
     from run_alpacaeval_local import AlpacaEvalArguments
     from utils.cli import parse
-    from utils.comparison import ComparisonArguments
+    from utils.evaluation_arguments import ComparisonArguments
 
     path = ROOT / "configs/alpacaeval" / path
     comparison, args = parse((ComparisonArguments, AlpacaEvalArguments), ["--config", str(path)])

@@ -172,7 +172,7 @@ def test_given_answers_are_met_by_base_and_tuned(battle, prefs, tmp_path):
 def test_the_arena_hard_config_reaches_the_battle_as_it_stands():
     from eval_win_rate import WinRateArguments
     from utils.battle_report import published_rows
-    from utils.comparison import ComparisonArguments
+    from utils.evaluation_arguments import ComparisonArguments
     from utils.judges import JudgePrompt
 
     path = ROOT / "configs/battle_arena_hard.yaml"

@@ -24,9 +24,10 @@ def perplexity(call, trained, tmp_path):
     """Run eval_perplexity.py on the tiny run; returns (summary, rows, stdout)."""
 
     def calling(*extra):
-        code, out, err = call("eval_perplexity", *eval_args(trained, tmp_path, *extra))
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        code, out, err = call("eval_perplexity", *eval_args(trained, tmp_path, *extra, "--output_dir", folder))
         assert code == 0, err
-        return read_json(tmp_path / "r/perplexity.json"), RowFile(tmp_path / "r/perplexity_rows.jsonl").read(), out
+        return read_json(folder / "perplexity.json"), RowFile(folder / "perplexity_rows.jsonl").read(), out
 
     return calling
 

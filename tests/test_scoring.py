@@ -6,8 +6,9 @@ from conftest import eval_args
 from test_logps import slow_logp
 
 from utils.cli import parse
-from utils.comparison import ComparisonArguments, TwoModels, resolve
+from utils.comparison import TwoModels, resolve
 from utils.errors import UserError
+from utils.evaluation_arguments import ComparisonArguments
 from utils.evaluation_data import held_out_pairs
 from utils.ledger import Ledger
 from utils.models import load_model

@@ -125,10 +125,12 @@ def test_slices_hold_the_pairs_they_name():
     )
     found = slices(rows, 1)
     longer = found["by_longer_side"]
-    assert {k: v["n"] for k, v in longer.items()} == {"chosen longer": 2, "rejected longer": 2, "equal": 2}
-    assert longer["chosen longer"]["win_rate"]["value"] == 0
-    assert longer["chosen longer"]["win_rate_ties_half"]["value"] == 0.25
-    assert longer["rejected longer"]["base_ranking"]["value"] == 0
+    assert {k: v["n"] for k, v in longer.items()} == {
+        f"{k}, tokens": 2 for k in ("chosen longer", "rejected longer", "equal")
+    }
+    assert longer["chosen longer, tokens"]["win_rate"]["value"] == 0
+    assert longer["chosen longer, tokens"]["win_rate_ties_half"]["value"] == 0.25
+    assert longer["rejected longer, tokens"]["base_ranking"]["value"] == 0
     matched = found["by_length_match"]
     assert {k: v["n"] for k, v in matched.items()} == {"lengths within 10%": 4, "lengths beyond 10%": 2}
     assert sum(v["n"] for v in found["by_length"].values()) == 6
@@ -243,6 +245,31 @@ def test_the_published_command_runs_with_dashes(call, trained, tiny, prefs, tmp_
         "dpo_winrate.json", "dpo_winrate.png", "dpo_winrate_rows.jsonl",
     ]  # fmt: skip
     assert read_json(tmp_path / "deep/dpo_winrate.json")["args"]["batch_size"] == 4
+
+
+def test_another_evaluation_is_never_overwritten_unasked(call, trained, prefs, tmp_path):
+    assert call("eval_win_rate", *eval_args(trained, tmp_path))[0] == 0
+    before = (tmp_path / "r/win_rate.json").read_text()
+    other = ("--dataset_name", prefs / "test.jsonl", "--seed", 7)
+    code, _, err = call("eval_win_rate", *eval_args(trained, tmp_path, *other))
+    assert code == 2 and (tmp_path / "r/win_rate.json").read_text() == before
+    assert_one_line(err, "win_rate.json", "another evaluation", "--output_dir", "--overwrite")
+    assert call("eval_win_rate", *eval_args(trained, tmp_path, *other, "--output_dir", tmp_path / "x"))[0] == 0
+    # What moves no figure may differ.
+    assert call("eval_win_rate", *eval_args(trained, tmp_path, "--batch_size", 2, "--batch_tokens", 99))[0] == 0
+
+
+def test_pairs_that_were_trained_on_earn_no_claim(call, trained, tmp_path):
+    code, out, err = call("eval_win_rate", *eval_args(trained, tmp_path, "--split", "train"))
+    assert code == 0, err
+    assert out.count("NOT HELD OUT") == 1 and "NOT HELD OUT" in read_json(tmp_path / "r/win_rate.json")["claim"]
+
+
+def test_a_battles_keys_without_a_battle_are_refused(call, trained, tmp_path):
+    for extra in (("--prompts", "x.jsonl"), ("--judge", "longer")):
+        code, _, err = call("eval_win_rate", *eval_args(trained, tmp_path, *extra))
+        assert code == 2
+        assert_one_line(err, extra[0], "--battle")
 
 
 def test_limit_marks_every_name(call, trained, tmp_path):

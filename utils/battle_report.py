@@ -72,7 +72,7 @@ def conclude(sections: dict, published: dict | None, title: str, read: dict) -> 
         )
     verdict = claim(sections)
     judged = next(iter(sections["matches"][0]["judges"].values()))
-    if "flip_rate" in judged and judged["flip_rate"]["value"] > 0.5:
+    if "flip_rate" in judged and judged["flip_rate"]["value"] > 0.5 and judged["flip_rate"]["n"] >= 20:
         turned, slot = judged["flip_rate"]["value"], judged["first_slot_wins"]["value"]
         verdict += (
             f" This judge is no judge: its verdict turns with the order on {turned:.1%} of the prompts (the first"

@@ -55,6 +55,8 @@ def _moved(metrics: dict, name: str, label: str) -> str:
     low, high = (100 * (x - 1) for x in ratio["ci95"])
     moved = low > 0 or high < 0
     word = ("rose" if low > 0 else "fell") if moved and p < 0.05 else "did not move beyond chance"
-    # A handful of units gives a narrow interval and no test that could tell.
+    # Below six units the signed-rank test cannot reach 0.05 whatever they say.
+    if ratio["n"] < 6:
+        return f"{label.capitalize()}: perplexity {change}, {ratio['n']} units, too few for a test."
     test = f"; signed-rank test p={p:.2g}" if moved and p >= 0.05 else ""
     return f"{label.capitalize()}: perplexity {word} ({change}, 95% interval {low:+.2f} to {high:+.2f}%{test})."

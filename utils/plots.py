@@ -228,7 +228,7 @@ def battle_figure(path, sections: dict, headline: str) -> None:
         who = f"{match['a']} vs {match['b']}"
         for k, (judge, m) in enumerate(match["judges"].items()):
             if "win_rate" in m:
-                rates.append((f"{who}\n{judge[-28:]}", m["win_rate"], CHOSEN if k == 0 else NEUTRAL))
+                rates.append((f"{who}\n{judge.split(':')[-1][-28:]}", m["win_rate"], CHOSEN if k == 0 else NEUTRAL))
             if k == 0 and "win_rate" in m:
                 rates.append((f"{who}\nstyle held equal", m["win_rate_style_controlled"], EVAL))
     bars(axes[0], rates[:12])
@@ -237,6 +237,8 @@ def battle_figure(path, sections: dict, headline: str) -> None:
     parts = [(f"{name} ({c['n']})", c["win_rate"], CHOSEN) for name, c in main["categories"].items()]
     bars(axes[1], parts[:16])
     axes[1].set_title(f"{main['a']} vs {main['b']}, by category")
+    if not parts:
+        axes[1].text(0.5, 0.5, "the prompts name no category", ha="center", transform=axes[1].transAxes, fontsize=8)
     names = list(sections["answers"])
     length = [sections["answers"][name]["tokens"] for name in names]
     cut = [sections["answers"][name].get("truncated_share", {}).get("value") for name in names]

@@ -156,9 +156,9 @@ def slices(rows: list[dict], seed: int) -> dict:
             f"lengths beyond {LENGTH_MATCHED:.0%}": ~matched,
         },
         "by_longer_side": {
-            "chosen longer": chosen > rejected,
-            "rejected longer": chosen < rejected,
-            "equal": chosen == rejected,
+            "chosen longer, tokens": chosen > rejected,
+            "rejected longer, tokens": chosen < rejected,
+            "equal, tokens": chosen == rejected,
         },
     }
     gaps = [

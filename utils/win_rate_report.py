@@ -5,10 +5,16 @@ from utils.tables import cell, difference, estimate, render
 
 
 def conclude(
-    metrics: dict, parts: dict, bias: dict, expected: dict | None, title: str, left_out: str
+    metrics: dict, parts: dict, bias: dict, expected: dict | None, title: str, left_out: str, seen: bool
 ) -> tuple[str, str]:
-    """(text, verdict): the table with everything below it, and the one sentence that answers the question."""
+    """(text, verdict): the table with everything below it, and the one sentence that answers the question.
+
+    Args:
+        seen: whether the run trained on these very pairs, so that nothing is shown by them.
+    """
     verdict = claim(metrics)
+    if seen:
+        verdict = f"NOT HELD OUT: the run trained on these pairs, so they show nothing. ({verdict})"
     blocks = [table(metrics, title), slices_table(parts), left_out]
     blocks.append("\n".join(sentence(s, b) for s, b in bias.items()))
     if expected:
@@ -27,7 +33,7 @@ def claim(metrics: dict) -> str:
     ahead = metrics["win_rate_minus_base_ranking"]
     base = f"the base model's own ranking ({cell(metrics['likelihood_ranking_base'], 100)}%)"
     if ahead["ci95"][0] > 0 and metrics["p_win_rate_is_base_ranking"]["value"] < 0.05:
-        return f"Training helped: {figure}, above 50% and above {base}."
+        return f"By its rewards, training helped: {figure}, above 50% and above {base}. --battle compares answers."
     return f"Training moved the rewards the right way: {figure}, above 50%, but no better than {base}."
 
 
@@ -52,7 +58,7 @@ def table(metrics: dict, title: str) -> str:
             "as the trainer counts",
         ),
         (
-            "the same, rewards per token, %",
+            "win rate by reward per token, % (ties half)",
             "50.0 by definition",
             cell(m["win_rate_length_normalised_ties_half"], 100),
             f"p={m['p_win_rate_length_normalised_is_half']['value']:.2g}",
