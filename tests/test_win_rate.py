@@ -330,7 +330,7 @@ def test_an_adapter_of_another_base_is_refused(call, trained, tiny_gemma2, smol_
     code, _, err = call("eval_win_rate", *args[:2], "--base_model", wide, "--eval_out", tmp_path)
     assert code == 2
     assert_one_line(err, "was trained on", "--allow_other_base")
-    args = (*args[:2], "--base_model", wide, "--eval_out", tmp_path, "--allow_other_base")
+    args = (*args[:2], "--base_model", wide, "--eval_out", tmp_path / "wide", "--allow_other_base")
     code, _, err = call("eval_win_rate", *args)
     assert code == 2
     assert_one_line(err, "does not fit", "tiny-llama")
@@ -400,7 +400,7 @@ def test_the_runs_filters_hold_for_its_own_data_alone(call, trained, tmp_path):
     plain = write_jsonl(
         tmp_path / "plain.jsonl", [{"prompt": f"Say {i}.", "chosen": f"{i}", "rejected": "x"} for i in "ab"]
     )
-    code, out, err = call("eval_win_rate", *args, "--dataset_name", plain)
+    code, out, err = call("eval_win_rate", *args, "--dataset_name", plain, "--output_dir", tmp_path / "plain")
     assert code == 0, err
     assert "2 of 2 rows evaluated" in out
 
