@@ -33,11 +33,11 @@ from dataclasses import dataclass
 
 from utils.cli import quick_help
 from utils.errors import UserError, is_main_process, run
-from utils.evaluation_arguments import ComparisonArguments, option
+from utils.evaluation_arguments import ComparisonArguments, JudgedAnswers, option
 
 
 @dataclass
-class WinRateArguments:
+class WinRateArguments(JudgedAnswers):
     """Keys of this script."""
 
     battle: bool = option("Compare answers under a judge instead of rewards.", False)
@@ -59,20 +59,7 @@ class WinRateArguments:
     models: list[str] | None = option("Battle: further models, name=PATH each.")
     opponent_outputs: str | None = option("Battle: a file of given answers that base and tuned meet.")
     published: str | None = option("Battle: YAML of published scores to print beside.")
-    judge: str = option(
-        "hf:MODEL, openai:MODEL@BASE_URL, rm:MODEL, longer or random.", "hf:builtin:smollm2-135m-instruct"
-    )
     judge_prompt: str = option("What the judge is asked.", "configs/judges/pairwise.yaml")
-    judge_dtype: str | None = option(
-        "Precision of a local judge (default: bfloat16 on a GPU, else float32).",
-        choices=["float32", "bfloat16", "float16"],
-    )
-    judge_attempts: int = option("Further attempts where an endpoint fails or answers nonsense.", 4)
-    judge_timeout: float = option("Seconds that an endpoint has for one answer.", 120.0)
-    judge_concurrency: int = option("Questions that an endpoint gets at once.", 8)
-    max_new_tokens: int = option("Battle: longest answer in tokens.", 256)
-    temperature: float = option("Battle: 0 decodes greedily, above 0 samples with --seed.", 0.0)
-    top_p: float = option("Battle: nucleus of sampled answers.", 1.0)
 
 
 def implicit_rewards(comparison, models, args):
@@ -212,12 +199,10 @@ def answers_and_pairings(args, comparison, models):
             read["left_out"][f"prompts without an answer of {opponent}"] = len(prompts) - len(met)
         prompts = [prompts[k] for k in met]
         answers[opponent] = given_answers([given[k] for k in met], models.tokenizer)
-    settings = {key: getattr(args, key) for key in ("max_new_tokens", "temperature", "top_p")}
-    settings |= {"seed": c.seed, "batch_tokens": c.batch_tokens * GENERATION_BUDGET, "batch_size": c.batch_size}
     for player in players:
         if player.name not in models.sides:
             models.unload()
-        answers[player.name] = answer_all(player, prompts, settings, c.eval_out, c.overwrite)
+        answers[player.name] = answer_all(player, prompts, args.sampling(c.seed), c)
     refuse_equal(answers)
     return prompts, players, answers, pairings(names, opponent), {**read, "opponent": source}
 
@@ -225,8 +210,6 @@ def answers_and_pairings(args, comparison, models):
 def battle_mode(comparison, args, started):
     """Battles under a judge: answer, judge in both orders, compute, write, print."""
     import time
-
-    import torch
 
     from utils.artifacts import envelope, write_json, write_rows
     from utils.battle_report import battle_summary, conclude, published_rows
@@ -240,14 +223,7 @@ def battle_mode(comparison, args, started):
     c, models = comparison.args, TwoModels(comparison)
     comparison.refuse_other("battle", [c, args])
     published = published_rows(args.published) if args.published else None
-    options = {
-        "dtype": args.judge_dtype or ("bfloat16" if torch.cuda.is_available() else "float32"),
-        "batch_tokens": c.batch_tokens,
-        "batch_size": c.batch_size,
-        "attn_implementation": c.attn_implementation,
-        "seed": c.seed,
-        **{key: getattr(args, f"judge_{key}") for key in ("attempts", "timeout", "concurrency")},
-    }
+    options = args.judge_options(c)
     judges = [make_judge(spec, args.judge_prompt, options) for spec in dict.fromkeys([args.judge, "longer", "random"])]
     prompts, players, answers, pairs, read = answers_and_pairings(args, comparison, models)
     models.unload()
@@ -284,20 +260,12 @@ def battle_mode(comparison, args, started):
     print(f"\nwrote {path('battle', '.json')}, {path('battle', '.jsonl', rows=True)}, {path('battle', '.png')}")
 
 
-# Answers are decoded a token at a time over a cache: far more tokens fit than in a scoring pass.
-GENERATION_BUDGET = 4
-
-
 def check_battle(args):
     """Refuse what no battle can be fought with, and a battle's keys without a battle."""
     named = [k for k in ("prompts", "models", "opponent_outputs", "published") if getattr(args, k) is not None]
     if not args.battle and (named or args.judge != WinRateArguments.judge):
         raise UserError(f"--{(named or ['judge'])[0]} belongs to battles: give --battle too")
-    for key in ("max_new_tokens", "judge_timeout", "judge_concurrency"):
-        if not getattr(args, key) > 0:
-            raise UserError(f"--{key} {getattr(args, key)}: must be above 0")
-    if args.temperature < 0 or not 0 < args.top_p <= 1 or args.judge_attempts < 0:
-        raise UserError("--temperature must be at least 0, --top_p above 0 and at most 1, --judge_attempts at least 0")
+    args.check()
 
 
 def main():

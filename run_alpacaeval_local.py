@@ -29,32 +29,18 @@ from dataclasses import dataclass
 
 from utils.cli import quick_help
 from utils.errors import UserError, is_main_process, run
-from utils.evaluation_arguments import ComparisonArguments, option
+from utils.evaluation_arguments import ComparisonArguments, JudgedAnswers, option
 
 
 @dataclass
-class AlpacaEvalArguments:
+class AlpacaEvalArguments(JudgedAnswers):
     """Keys of this script."""
 
     stage: str = option("generate, judge, score or all.", "all", choices=["generate", "judge", "score", "all"])
     reference: str = option("Instructions with reference answers.", "data/eval_prompts/reference.jsonl")
     annotations: str | None = option("Score this annotations.json and nothing else.")
-    max_new_tokens: int = option("Longest answer in tokens.", 256)
-    temperature: float = option("0 decodes greedily, above 0 samples with --seed.", 0.0)
-    top_p: float = option("Nucleus of sampled answers.", 1.0)
     engine: str = option("Who answers: auto, hf or vllm.", "auto", choices=["auto", "hf", "vllm"])
-    judge: str = option(
-        "hf:MODEL, rm:MODEL, vllm:MODEL, openai:MODEL@URL, longer, random, or an evaluator of alpaca-eval.",
-        "hf:builtin:smollm2-135m-instruct",
-    )
     order: str = option("Order of the two outputs: alpaca-eval's, or both.", "package", choices=["package", "both"])
-    judge_dtype: str | None = option(
-        "Precision of a local judge (default: bfloat16 on a GPU, else float32).",
-        choices=["float32", "bfloat16", "float16"],
-    )
-    judge_attempts: int = option("Further attempts where an endpoint fails or answers nonsense.", 4)
-    judge_timeout: float = option("Seconds that an endpoint has for one answer.", 120.0)
-    judge_concurrency: int = option("Questions that an endpoint gets at once.", 8)
     audit_dataset: str | None = option("Labelled pairs for the judge audit (default: the run's held-out pairs).")
     audit_split: str = option("Split of --audit_dataset.", "test")
     audit_limit: int = option("Labelled pairs for the judge audit; 0 leaves it out.", 200)
@@ -68,18 +54,11 @@ def check(args, c) -> None:
         raise UserError("--output_json: this script writes a folder of files; --output_dir names another")
     if args.annotations and c.limit:
         raise UserError("--annotations with --limit: the file is scored whole; leave --limit out")
-    for key in ("max_new_tokens", "judge_timeout", "judge_concurrency"):
-        if not getattr(args, key) > 0:
-            raise UserError(f"--{key} {getattr(args, key)}: must be above 0")
-    if args.temperature < 0 or not 0 < args.top_p <= 1 or args.judge_attempts < 0 or args.audit_limit < 0:
-        raise UserError("--temperature, --judge_attempts and --audit_limit must be at least 0, --top_p in (0, 1]")
+    args.check()
+    if args.audit_limit < 0:
+        raise UserError(f"--audit_limit {args.audit_limit}: must be at least 0")
     if args.lc_resamples < 2:
         raise UserError(f"--lc_resamples {args.lc_resamples}: must be at least 2")
-
-
-def sampling(args, c) -> dict:
-    """The settings that decide an answer."""
-    return {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "top_p": args.top_p, "seed": c.seed}
 
 
 def generate(comparison, args, reference, folder) -> None:
@@ -101,16 +80,16 @@ def generate(comparison, args, reference, folder) -> None:
         raise UserError(
             f"the chat template refuses {refused} of {len(prompts)} instructions; choose other instructions"
         )
-    settings = {**sampling(args, c), "batch_tokens": 4 * c.batch_tokens, "batch_size": c.batch_size}
+    sampling = args.sampling(c.seed)
     engine, answers, seconds = choose_engine(args.engine, models), {}, {}
     for player in players:
         started = time.monotonic()
-        answers[player.name] = answer_all(player, prompts, settings, c.eval_out, c.overwrite, engine)
+        answers[player.name] = answer_all(player, prompts, sampling, c, engine)
         seconds[player.name] = round(time.monotonic() - started, 1)
     refuse_equal(answers)
     names = {"base": comparison.base, "tuned": comparison.adapter or comparison.tuned}
     for player in players:
-        made_by = {**player.identity, **sampling(args, c), "engine": engine, "seconds": seconds[player.name]}
+        made_by = {**player.identity, **sampling, "engine": engine, "seconds": seconds[player.name]}
         write_outputs(folder, player.name, names[player.name], reference, answers[player.name], made_by)
     models.unload()
 
@@ -125,10 +104,10 @@ def judge(comparison, args, asked, reference, folder) -> None:
     from utils.judges import make_judge
 
     c, models = comparison.args, TwoModels(comparison)
-    controls = [make_judge(name, "", judge_options(args, c)) for name in ("longer", "random")]
+    controls = [make_judge(name, "", args.judge_options(c)) for name in ("longer", "random")]
     files, audit = {}, None
     for name in models.sides:
-        outputs = read_outputs(folder, name, reference, {**models.identity(name), **sampling(args, c)})
+        outputs = read_outputs(folder, name, reference, {**models.identity(name), **args.sampling(c.seed)})
         for one in (asked, *controls):
             started = time.monotonic()
             found = annotate(one, reference, outputs, args.order, c.eval_out, c.overwrite)
@@ -148,20 +127,6 @@ def judge(comparison, args, asked, reference, folder) -> None:
         write_annotations(folder, name, found, made_by)
     if audit:
         write_json(folder / "judge_audit.json", audit)
-
-
-def judge_options(args, c) -> dict:
-    """What judges need to know."""
-    import torch
-
-    return {
-        "dtype": args.judge_dtype or ("bfloat16" if torch.cuda.is_available() else "float32"),
-        "batch_tokens": c.batch_tokens,
-        "batch_size": c.batch_size,
-        "attn_implementation": c.attn_implementation,
-        "seed": c.seed,
-        **{key: getattr(args, f"judge_{key}") for key in ("attempts", "timeout", "concurrency")},
-    }
 
 
 def alpaca_judge(spec: str, options: dict):
@@ -298,7 +263,7 @@ def main():
     folder = comparison.out / limited("alpacaeval", comparison_args.limit)
     reference, rows = read_reference(args.reference, comparison_args.limit), published(args.published)
     judges_now = args.stage in ("judge", "all")
-    asked = alpaca_judge(args.judge, judge_options(args, comparison_args)) if judges_now else None
+    asked = alpaca_judge(args.judge, args.judge_options(comparison_args)) if judges_now else None
 
     # Answer, judge, score. Rank 0 writes the answers that all of them read.
     if args.stage in ("generate", "all"):

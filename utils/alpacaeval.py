@@ -15,14 +15,14 @@ from pathlib import Path
 import numpy as np
 
 from utils.artifacts import metric, write_text
+from utils.chat import CONTROL_TOKENS, break_up
 from utils.errors import UserError
 from utils.hub import fetch
-from utils.judges import CONTROL_TOKENS, JudgePrompt
+from utils.judges import JudgePrompt
 from utils.provenance import sha256_of, sha256_of_files
 from utils.stats import bootstrap
 
 REPOSITORY = "tatsu-lab/alpaca_eval"
-REFERENCE = f"hf://datasets/{REPOSITORY}/alpaca_eval_gpt4_baseline.json"
 DATASETS = ("helpful_base", "koala", "oasst", "selfinstruct", "vicuna", "unknown")
 VARIANTS = ("length_controlled_v1", "length_controlled_minimal")
 PUBLISHED = (
@@ -115,6 +115,11 @@ def rates(annotations: list[dict], seed: int) -> dict:
     return metrics | {k: metric(int(found[k]), n=n) for k in ("n_wins", "n_wins_base", "n_draws", "n_total")}
 
 
+def one_sided(annotations: list[dict]) -> bool:
+    """Whether every judgement is a whole win, or every one a whole loss."""
+    return {row["preference"] for row in annotations} in ({1.0}, {2.0})
+
+
 class LengthControl:
     """Length-controlled win rates through the package's own regression, whatever the order of the rows.
 
@@ -131,7 +136,7 @@ class LengthControl:
         NaN where every judgement is a whole win, or every one a whole loss: the regression sees one class then, keeps
         its coefficients at 0 and would say 50 (or 100).
         """
-        if {row["preference"] for row in annotations} in ({1.0}, {2.0}):
+        if one_sided(annotations):
             return float("nan"), float("nan")
         with quiet():
             import pandas as pd
@@ -303,8 +308,7 @@ class PackageEvaluator:
 def plain(text: str) -> str:
     """`text` without what the package would take for its own: it fills placeholders one after another, and splits a
     prompt at the control tokens in an answer."""
-    text = CONTROL_TOKENS.sub(lambda m: f"{m[0][0]} {m[0][1:]}", text)
-    return PLACEHOLDER.sub(r"{ \1}", text)
+    return break_up(PLACEHOLDER, break_up(CONTROL_TOKENS, text))
 
 
 CHUNK = 32

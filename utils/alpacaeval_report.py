@@ -58,11 +58,10 @@ def summarise(sides: dict, controls: dict, eval_out: str, seed: int, resamples: 
     control, why = alpacaeval.length_control(sides["base"], Path(eval_out) / ".cache" / "minimal.csv")
     name = "length_controlled_winrate" if why is None else "length_controlled_minimal_winrate"
     found = {"variant": control.variant, "why_not_whole": why, "resamples": resamples, "rows": len(both)}
-    judgements = {side: {rows[k]["preference"] for k in both} for side, rows in sides.items()}
-    if any(values in ({1.0}, {2.0}) for values in judgements.values()):
+    parsed = {side: [rows[k] for k in both] for side, rows in sides.items()}
+    if any(map(alpacaeval.one_sided, parsed.values())):
         found["why_none"] = "a model won or lost every judgement, where the package's regression says nothing"
     elif len(both) >= FEWEST:
-        parsed = {side: [rows[k] for k in both] for side, rows in sides.items()}
         rates = control.bootstrap(parsed, seed, resamples)
         for side in sides:
             metrics[f"{side}_{name}"] = rates[side]
@@ -137,9 +136,8 @@ def conclude(found: dict, rows: dict, audit: dict | None, title: str) -> tuple[s
             f"AlpacaEval's length-controlled win rate is refused: {lc['why_not_whole']}. The package's minimal variant"
             " (no difficulty of instructions) stands in its place, under its own name."
         )
-    else:
-        if not found["leaderboards_judge"]:
-            blocks.append("Length control is calibrated on GPT-4 Turbo's judgements, not on this judge's.")
+    elif not found["leaderboards_judge"]:
+        blocks.append("Length control is calibrated on GPT-4 Turbo's judgements, not on this judge's.")
     if found["alpacaeval"] and n != 805:
         blocks.append(f"ONLY {n} OF ALPACAEVAL'S 805 INSTRUCTIONS: no figure of the leaderboard.")
     blocks.append(published_table(rows, found["leaderboards_judge"]))
@@ -226,7 +224,7 @@ def one_file(annotations: list[dict], name: str, eval_out: str, seed: int, resam
     lines = [("figure", "value", "95% interval by bootstrap")]
     for key in ("win_rate", "discrete_win_rate"):
         lines.append((key, f"{m[key]['value']:.4f}", interval(m[key], digits=2).strip() or "-"))
-    if len(parsed) >= FEWEST and {row["preference"] for row in parsed} not in ({1.0}, {2.0}):
+    if len(parsed) >= FEWEST and not alpacaeval.one_sided(parsed):
         rate = control.bootstrap({"model": parsed}, seed, resamples)["model"]
         shown = interval(rate, digits=2).strip() or "-"
         lines.append((label, f"{rate['value']:.4f}", f"{shown} ({resamples} refits)"))

@@ -77,24 +77,26 @@ def answerable(players: list[Player], prompts: list[Prompt]) -> tuple[list[Promp
     return kept, len(prompts) - len(kept)
 
 
-def answer_all(
-    player: Player, prompts: list[Prompt], settings: dict, eval_out: str, overwrite: bool, engine: str = "hf"
-) -> list[dict]:
+# Answers are decoded a token at a time over a cache: far more tokens fit than in a scoring pass.
+GENERATION_BUDGET = 4
+
+
+def answer_all(player: Player, prompts: list[Prompt], sampling: dict, args, engine: str = "hf") -> list[dict]:
     """`{text, tokens, finish_reason}` of every prompt, in order, on every process: sharded, and kept batch by batch.
 
     Args:
-        settings: max_new_tokens, temperature, top_p and seed, which decide an answer; batch_tokens and
-            batch_size, which do not.
+        sampling: max_new_tokens, temperature, top_p and seed, which decide an answer.
+        args: ComparisonArguments; its batch sizes decide nothing but the speed.
         engine: hf or vllm; answers of one are never taken for those of the other.
     """
     from tqdm import tqdm
 
-    decisive = {k: v for k, v in settings.items() if k not in ("batch_tokens", "batch_size")}
-    if not settings["temperature"]:
+    decisive = dict(sampling)
+    if not sampling["temperature"]:
         decisive |= {"top_p": None, "seed": None}
     if engine != "hf":
         decisive["engine"] = engine
-    ledger = Ledger(eval_out, f"answers-{player.name}", {**player.identity, **decisive}, overwrite)
+    ledger = Ledger(args.eval_out, f"answers-{player.name}", {**player.identity, **decisive}, args.overwrite)
     keys = [key_of(prompt.messages) for prompt in prompts]
     done = ledger.before
     todo = list({key: i for i, key in enumerate(keys) if key not in done}.values())
@@ -104,8 +106,9 @@ def answer_all(
     if mine:
         bar = tqdm(total=len(mine), desc=f"{player.name} answers", unit="prompt", disable=not is_main_process())
         asked = [prompts[i].messages for i in mine]
+        batches = {"batch_tokens": GENERATION_BUDGET * args.batch_tokens, "batch_size": args.batch_size}
         with engine_of(player, engine) as answers, bar:
-            for answer in answers(asked, **settings):
+            for answer in answers(asked, **sampling, **batches):
                 ledger.add(keys[mine[answer.pop("index")]], answer)
                 bar.update()
     found = ledger.gather()

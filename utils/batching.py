@@ -17,3 +17,15 @@ def token_batches(lengths: list[int], budget: int, most: int | None = None) -> l
         batches.append(order[start : start + (min(rows, most) if most else rows)])
         start += len(batches[-1])
     return batches
+
+
+def pad_right(rows: list[list[int]], pad: int, device):
+    """(input_ids, attention_mask) of token ids, each (len(rows), longest), padded on the right with `pad`."""
+    import torch
+
+    ids = torch.full((len(rows), max(map(len, rows))), pad)
+    mask = torch.zeros_like(ids)
+    for k, row in enumerate(rows):
+        ids[k, : len(row)] = torch.tensor(row)
+        mask[k, : len(row)] = 1
+    return ids.to(device), mask.to(device)

@@ -80,7 +80,16 @@ def neutralise(text: str, tokenizer) -> str:
     """
     special = {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special} | set(tokenizer.all_special_tokens)
     found = [re.escape(token) for token in sorted(special, key=len, reverse=True) if len(token) > 1]
-    return re.sub("|".join(found), lambda m: f"{m[0][0]} {m[0][1:]}", text) if found else text
+    return break_up(re.compile("|".join(found)), text) if found else text
+
+
+# What ends or opens a turn in the templates of Llama, Gemma, Mistral, Qwen and Phi: a server's tokenizer is not known.
+CONTROL_TOKENS = re.compile(r"<\|\w+\|>|</?(?:start_of_turn|end_of_turn|bos|eos|pad|s)>|\[/?INST\]|<</?SYS>>")
+
+
+def break_up(pattern: re.Pattern, text: str) -> str:
+    """`text` with a space after the first character of whatever matches."""
+    return pattern.sub(lambda m: f"{m[0][0]} {m[0][1:]}", text)
 
 
 def shared_prefix(a: list[int], b: list[int]) -> int:

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from utils.errors import UserError
+
 DEFAULT_RUN = "quickstart"
 ULTRAFEEDBACK = "HuggingFaceH4/ultrafeedback_binarized"
 
@@ -46,3 +48,52 @@ class ComparisonArguments:
     output_dir: str | None = option("Folder of the results, if another.")
     output_json: str | None = option("Path of the summary, if another; rows and picture land beside it.")
     overwrite: bool = option("Compute everything again, whatever an earlier call kept.", False)
+
+
+@dataclass
+class JudgedAnswers:
+    """How models answer prompts, and the judge that compares the answers."""
+
+    max_new_tokens: int = option("Longest answer in tokens.", 256)
+    temperature: float = option("0 decodes greedily, above 0 samples with --seed.", 0.0)
+    top_p: float = option("Nucleus of sampled answers.", 1.0)
+    judge: str = option(
+        "hf:MODEL, vllm:MODEL, openai:MODEL@BASE_URL, rm:MODEL, longer or random.", "hf:builtin:smollm2-135m-instruct"
+    )
+    judge_dtype: str | None = option(
+        "Precision of a local judge (default: bfloat16 on a GPU, else float32).",
+        choices=["float32", "bfloat16", "float16"],
+    )
+    judge_attempts: int = option("Further attempts where an endpoint fails or answers nonsense.", 4)
+    judge_timeout: float = option("Seconds that an endpoint has for one answer.", 120.0)
+    judge_concurrency: int = option("Questions that an endpoint gets at once.", 8)
+
+    def check(self) -> None:
+        """Raise UserError for numbers that nothing can be answered or judged with."""
+        for key in ("max_new_tokens", "judge_timeout", "judge_concurrency"):
+            if not getattr(self, key) > 0:
+                raise UserError(f"--{key} {getattr(self, key)}: must be above 0")
+        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.judge_attempts < 0:
+            raise UserError("--temperature and --judge_attempts must be at least 0, --top_p in (0, 1]")
+
+    def sampling(self, seed: int) -> dict:
+        """The settings that decide an answer."""
+        return {
+            "max_new_tokens": self.max_new_tokens,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "seed": seed,
+        }
+
+    def judge_options(self, comparison: ComparisonArguments) -> dict:
+        """What `utils.judges.make_judge` needs to know."""
+        import torch
+
+        return {
+            "dtype": self.judge_dtype or ("bfloat16" if torch.cuda.is_available() else "float32"),
+            "batch_tokens": comparison.batch_tokens,
+            "batch_size": comparison.batch_size,
+            "attn_implementation": comparison.attn_implementation,
+            "seed": comparison.seed,
+            **{key: getattr(self, f"judge_{key}") for key in ("attempts", "timeout", "concurrency")},
+        }

@@ -47,6 +47,16 @@ def audit_items(pairs: list) -> list:
     return items
 
 
+def _first(verdicts: list) -> np.ndarray:
+    """Score of the first slot in both orders of each pair, shape (pairs, 2); NaN without a verdict."""
+    return np.array([np.nan if v.first is None else v.first for v in verdicts]).reshape(-1, 2)
+
+
+def _agreement(first: np.ndarray) -> np.ndarray:
+    """Mean over both orders of whether the better answer won, shape (pairs,)."""
+    return (first[:, 0] + 1 - first[:, 1]) / 2
+
+
 def audit(pairs: list, verdicts: list, seed: int, ordered: bool = True) -> dict:
     """`{name: metric}` of one judge.
 
@@ -60,9 +70,8 @@ def audit(pairs: list, verdicts: list, seed: int, ordered: bool = True) -> dict:
         lengths differ by more than 30 characters; prefers_lists where one answer has more list items; parsed_share;
         calibration_error where the judge gives probabilities: how far they lie from its agreement, on average.
     """
-    first = np.array([np.nan if v.first is None else v.first for v in verdicts]).reshape(-1, 2)
-    parsed = ~np.isnan(first).any(1)
-    better = (first[:, 0] + 1 - first[:, 1]) / 2
+    first = _first(verdicts)
+    parsed, better = ~np.isnan(first).any(1), _agreement(first)
     lengths = np.array([[len(p.chosen), len(p.rejected)] for p in pairs], float)
     lists = np.array([[markdown_counts(p.chosen)[1], markdown_counts(p.rejected)[1]] for p in pairs], float)
     difference = lengths[:, 0] - lengths[:, 1]
@@ -95,11 +104,7 @@ def audit(pairs: list, verdicts: list, seed: int, ordered: bool = True) -> dict:
 
 def against_longer(judge: list, longer: list, seed: int) -> dict:
     """Agreement of the judge minus that of `longer`, pair by pair, and its test, from the verdicts of both."""
-    scores = []
-    for verdicts in (judge, longer):
-        first = np.array([np.nan if v.first is None else v.first for v in verdicts]).reshape(-1, 2)
-        scores.append((first[:, 0] + 1 - first[:, 1]) / 2)
-    both = np.stack(scores, 1)
+    both = np.stack([_agreement(_first(verdicts)) for verdicts in (judge, longer)], 1)
     both = both[~np.isnan(both).any(1)]
     if not len(both):
         return {"difference": metric(float("nan"), n=0), "p": metric(float("nan"), n=0)}

@@ -11,14 +11,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils.chat import ChatRenderer, TemplateRefused, neutralise
+from utils.chat import CONTROL_TOKENS, ChatRenderer, TemplateRefused, break_up, neutralise
 from utils.errors import UserError, is_main_process
 from utils.prompts import Prompt
 from utils.provenance import sha256_of
 
 KINDS = "hf:MODEL, vllm:MODEL, openai:MODEL@BASE_URL, rm:MODEL, longer or random"
-# What ends or opens a turn in the templates of Llama, Gemma, Mistral, Qwen and Phi: a server's tokenizer is not known.
-CONTROL_TOKENS = re.compile(r"<\|\w+\|>|</?(?:start_of_turn|end_of_turn|bos|eos|pad|s)>|\[/?INST\]|<</?SYS>>")
 PLACEHOLDERS = ("prompt", "answer_1", "answer_2")
 
 
@@ -214,6 +212,11 @@ class Random:
             yield i, Verdict(float(toss.random() < 0.5))
 
 
+def longest_text(model) -> int:
+    """Tokens that a transformers model can read, as its config says; no bound where it says nothing."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9
+
+
 class LocalModel:
     """A causal LM on this machine: the log-probability of its verdict token, or the last label of what it writes."""
 
@@ -246,7 +249,7 @@ class LocalModel:
 
     def longest(self) -> int:
         """Tokens that the model can read."""
-        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 10**9
+        return longest_text(self.model)
 
     def judge(self, items: list[Item]) -> Iterator[tuple[int, Verdict]]:
         self.load()
@@ -295,18 +298,13 @@ class LocalModel:
     def _weighed(self, asked) -> Iterator[tuple[int, Verdict]]:
         import torch
 
-        from utils.batching import token_batches
+        from utils.batching import pad_right, token_batches
         from utils.logps import captured_hidden, head_logits
 
         labels = self._label_ids(asked[0][1])
         budget = (self.options["batch_tokens"], self.options["batch_size"])
         for batch in token_batches([len(ids) for _, _, ids in asked], *budget):
-            width = max(len(asked[k][2]) for k in batch)
-            ids = torch.full((len(batch), width), self.tokenizer.pad_token_id, device=self.model.device)
-            mask = torch.zeros_like(ids)
-            for row, k in enumerate(batch):
-                ids[row, : len(asked[k][2])] = torch.tensor(asked[k][2])
-                mask[row, : len(asked[k][2])] = 1
+            ids, mask = pad_right([asked[k][2] for k in batch], self.tokenizer.pad_token_id, self.model.device)
             with torch.inference_mode(), captured_hidden(self.model) as hidden:
                 self.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
             with torch.inference_mode():
@@ -396,10 +394,10 @@ class RewardModel:
         """(index, reward) of each answer, read at its last real token; a text in its place says why there is none."""
         import torch
 
-        from utils.batching import token_batches
+        from utils.batching import pad_right, token_batches
 
         self.load()
-        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 10**9
+        limit = longest_text(self.model)
         rows = {}
         for i, (prompt, answer) in enumerate(asked):
             messages = [{**m, "content": neutralise(m["content"], self.tokenizer)} for m in prompt.messages]
@@ -420,16 +418,11 @@ class RewardModel:
         budget = (self.options["batch_tokens"], self.options["batch_size"])
         for batch in token_batches([len(rows[i]) for i in keys], *budget):
             take = [keys[k] for k in batch]
-            width = max(len(rows[i]) for i in take)
             # transformers reads the score at the last token that is not the pad id: none may end a text by chance.
             ends = {rows[i][-1] for i in take}
             pad = next(t for t in range(len(ends) + 1) if t not in ends)
             self.model.config.get_text_config().pad_token_id = self.model.config.pad_token_id = pad
-            ids = torch.full((len(take), width), pad, device=self.model.device)
-            mask = torch.zeros_like(ids)
-            for row, i in enumerate(take):
-                ids[row, : len(rows[i])] = torch.tensor(rows[i])
-                mask[row, : len(rows[i])] = 1
+            ids, mask = pad_right([rows[i] for i in take], pad, self.model.device)
             with torch.inference_mode():
                 found = self.model(input_ids=ids, attention_mask=mask).logits.float().squeeze(-1).tolist()
             yield from zip(take, found, strict=True)
@@ -512,7 +505,7 @@ class Endpoint:
         weighed = self.prompt.verdict == "logprob"
         extra = {"logprobs": True, "top_logprobs": 5, "max_tokens": 1, "temperature": 1.0}
         written = {"max_tokens": self.prompt.max_new_tokens, "temperature": 0.0}
-        messages = self.prompt.messages(item, lambda text: CONTROL_TOKENS.sub(lambda m: f"{m[0][0]} {m[0][1:]}", text))
+        messages = self.prompt.messages(item, lambda text: break_up(CONTROL_TOKENS, text))
         answer = self.client.chat.completions.create(
             model=self.model, messages=messages, **(extra if weighed else written)
         )

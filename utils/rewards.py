@@ -111,14 +111,15 @@ def conclude(metrics: dict, title: str) -> tuple[str, str, str | None]:
     return "\n\n".join(parts), verdict, warning
 
 
+def above_half(share: dict) -> dict:
+    """A share's metric as its distance from 50%, the reward accuracy of the base by definition."""
+    interval = [x - 0.5 for x in share["ci95"]] if share["ci95"] else None
+    return {**share, "value": share["value"] - 0.5, "ci95": interval}
+
+
 def table(metrics: dict, title: str) -> str:
     """The one table that a training run prints: base beside tuned, with differences and their 95% intervals."""
-
-    chance = {
-        **metrics["reward_accuracy"],
-        "value": metrics["reward_accuracy"]["value"] - 0.5,
-        "ci95": [x - 0.5 for x in metrics["reward_accuracy"]["ci95"] or []] or None,
-    }
+    chance = above_half(metrics["reward_accuracy"])
     lines = [
         (f"on {metrics['reward_accuracy']['n']} held-out pairs", "base", "tuned", "tuned - base [95% interval]"),
         (

@@ -4,7 +4,7 @@ import math
 import time
 from dataclasses import dataclass
 
-from utils.batching import token_batches
+from utils.batching import pad_right, token_batches
 from utils.comparison import TwoModels
 from utils.errors import UserError, is_main_process
 from utils.ledger import Ledger
@@ -99,16 +99,11 @@ def score_sequences(models: TwoModels, sequences: list[Sequence], summarise, kin
 
 def collate(models: TwoModels, sequences: list[Sequence]):
     """(input_ids, attention_mask, scored), each (batch, length), right-padded; scored is 1 on the tokens to score."""
-    import torch
-
-    width = max(len(s.ids) for s in sequences)
-    ids = torch.full((len(sequences), width), models.tokenizer.pad_token_id)
-    mask, scored = torch.zeros_like(ids), torch.zeros_like(ids)
+    ids, mask = pad_right([s.ids for s in sequences], models.tokenizer.pad_token_id, models.device)
+    scored = mask.clone()
     for row, s in enumerate(sequences):
-        ids[row, : len(s.ids)] = torch.tensor(s.ids)
-        mask[row, : len(s.ids)] = 1
-        scored[row, s.start : len(s.ids)] = 1
-    return ids.to(models.device), mask.to(models.device), scored.to(models.device)
+        scored[row, : s.start] = 0
+    return ids, mask, scored
 
 
 def score_batch(models: TwoModels, sequences: list[Sequence]) -> list[TokenScores]:

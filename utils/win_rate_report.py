@@ -1,6 +1,7 @@
 """What eval_win_rate.py prints in reward mode."""
 
 from utils.length_bias import sentence
+from utils.rewards import above_half
 from utils.tables import cell, difference, estimate, render
 
 
@@ -39,10 +40,7 @@ def claim(metrics: dict) -> str:
 
 def table(metrics: dict, title: str) -> str:
     """Base beside tuned."""
-    chance = {**metrics["win_rate_ties_half"]}
-    chance["value"] -= 0.5
-    chance["ci95"] = [x - 0.5 for x in chance["ci95"]] if chance["ci95"] else None
-    m = metrics
+    m, chance = metrics, above_half(metrics["win_rate_ties_half"])
     lines = [
         (f"on {m['evaluated_examples']['value']} held-out pairs", "base", "tuned", "tuned - base [95% interval]"),
         (
