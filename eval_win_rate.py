@@ -174,8 +174,8 @@ def reward_mode(comparison, args, started):
 
 def answers_and_pairings(args, comparison, models):
     """Prompts, every model's answers to them, who meets whom, and what was read: base and tuned come first."""
-    from utils.answers import answer_all, answerable, comparison_players, further_player, given_answers
-    from utils.battles import pairings, refuse_equal
+    from utils.answers import all_players, answer_everyone, answerable, given_answers
+    from utils.battles import pairings
     from utils.comparison import held_out_sources
     from utils.prompts import load_answers, load_prompts
 
@@ -184,10 +184,8 @@ def answers_and_pairings(args, comparison, models):
     if args.prompts is None:
         sources, _ = held_out_sources(c, comparison.trained)
     prompts, read = load_prompts(sources, args.category_key, c.limit)
-    players = [*comparison_players(models), *(further_player(spec, models) for spec in args.models or [])]
+    players = all_players(models, args.models)
     names, opponent, answers, source = [player.name for player in players], None, {}, None
-    if len(set(names)) < len(names):
-        raise UserError(f"--models: two models have one name ({', '.join(names)}); give each its own")
     prompts, refused = answerable(players, prompts)
     if refused:
         read["left_out"]["prompts refused by a chat template"] = refused
@@ -199,11 +197,7 @@ def answers_and_pairings(args, comparison, models):
             read["left_out"][f"prompts without an answer of {opponent}"] = len(prompts) - len(met)
         prompts = [prompts[k] for k in met]
         answers[opponent] = given_answers([given[k] for k in met], models.tokenizer)
-    for player in players:
-        if player.name not in models.sides:
-            models.unload()
-        answers[player.name] = answer_all(player, prompts, args.sampling(c.seed), c)
-    refuse_equal(answers)
+    answers |= answer_everyone(models, players, prompts, args.sampling(c.seed))
     return prompts, players, answers, pairings(names, opponent), {**read, "opponent": source}
 
 
@@ -226,7 +220,6 @@ def battle_mode(comparison, args, started):
     options = args.judge_options(c)
     judges = [make_judge(spec, args.judge_prompt, options) for spec in dict.fromkeys([args.judge, "longer", "random"])]
     prompts, players, answers, pairs, read = answers_and_pairings(args, comparison, models)
-    models.unload()
     items, rows = two_orders(prompts, answers, pairs)
     judged = {judge.name: judge_rows(judge, items, rows, c.eval_out, c.overwrite) for judge in judges}
     if not is_main_process():

@@ -66,8 +66,7 @@ def generate(comparison, args, reference, folder) -> None:
     import time
 
     from utils.alpacaeval_files import write_outputs
-    from utils.answers import answer_all, answerable, comparison_players
-    from utils.battles import refuse_equal
+    from utils.answers import answer_all, answerable, comparison_players, refuse_equal
     from utils.comparison import TwoModels
     from utils.prompts import Prompt
     from utils.vllm_engine import choose_engine

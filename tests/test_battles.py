@@ -8,6 +8,7 @@ import pytest
 from scipy.special import expit
 from scipy.stats import wilcoxon
 
+from utils.answers import refuse_equal
 from utils.battles import (
     against_opponent,
     answer_metrics,
@@ -17,7 +18,6 @@ from utils.battles import (
     fit_logistic,
     judge_rows,
     pairings,
-    refuse_equal,
     settle,
     style_controlled,
     two_orders,

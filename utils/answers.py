@@ -61,6 +61,15 @@ def further_player(spec: str, models: TwoModels) -> Player:
     return Player(name, identity, tokenizer, opened, base, adapter)
 
 
+def all_players(models: TwoModels, further: list[str] | None) -> list[Player]:
+    """Base, tuned and every `name=path` of `further`. Raises UserError where two have one name."""
+    players = [*comparison_players(models), *(further_player(spec, models) for spec in further or [])]
+    names = [player.name for player in players]
+    if len(set(names)) < len(names):
+        raise UserError(f"--models: two models have one name ({', '.join(names)}); give each its own")
+    return players
+
+
 def answerable(players: list[Player], prompts: list[Prompt]) -> tuple[list[Prompt], int]:
     """The prompts that every model's chat template takes, and how many were refused."""
     chats = [ChatRenderer(player.tokenizer) for player in players]
@@ -113,6 +122,27 @@ def answer_all(player: Player, prompts: list[Prompt], sampling: dict, args, engi
                 bar.update()
     found = ledger.gather()
     return [found[key] for key in keys]
+
+
+def answer_everyone(models: TwoModels, players: list[Player], prompts: list[Prompt], sampling: dict) -> dict[str, list]:
+    """`answer_all` of every player, by name; raises UserError where base and tuned answered everything alike."""
+    answers = {}
+    for player in players:
+        if player.name not in models.sides:
+            models.unload()
+        answers[player.name] = answer_all(player, prompts, sampling, models.comparison.args)
+    models.unload()
+    refuse_equal(answers)
+    return answers
+
+
+def refuse_equal(answers: dict[str, list[dict]]) -> None:
+    """Raise UserError where base and tuned answered every prompt alike: the adapter was not applied."""
+    if [a["text"] for a in answers["base"]] == [a["text"] for a in answers["tuned"]]:
+        raise UserError(
+            f"base and tuned gave the same answer to all {len(answers['base'])} prompts: the adapter was not applied,"
+            " or it hardly moved the model; check --adapter_path, or --tuned_model"
+        )
 
 
 @contextmanager

@@ -5,7 +5,6 @@ from itertools import combinations
 import numpy as np
 
 from utils.artifacts import metric
-from utils.errors import UserError
 from utils.stats import bootstrap, sign_test
 from utils.style import scaled, style_differences
 
@@ -75,15 +74,6 @@ def judge_rows(judge, items, rows, eval_out: str, overwrite: bool) -> list[dict]
 
     verdicts = judge_all(judge, items, eval_out, overwrite)
     return [{**row, **settle(*verdicts[2 * k : 2 * k + 2])} for k, row in enumerate(rows)]
-
-
-def refuse_equal(answers: dict[str, list[dict]]) -> None:
-    """Raise UserError where base and tuned answered every prompt alike: the adapter was not applied."""
-    if [a["text"] for a in answers["base"]] == [a["text"] for a in answers["tuned"]]:
-        raise UserError(
-            f"base and tuned gave the same answer to all {len(answers['base'])} prompts: the adapter was not applied,"
-            " or it hardly moved the model; check --adapter_path, or --tuned_model"
-        )
 
 
 # ---------------------------------------------------------------------------------------------------------- figures

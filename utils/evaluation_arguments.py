@@ -51,12 +51,34 @@ class ComparisonArguments:
 
 
 @dataclass
-class JudgedAnswers:
-    """How models answer prompts, and the judge that compares the answers."""
+class Answers:
+    """How models answer prompts."""
 
     max_new_tokens: int = option("Longest answer in tokens.", 256)
     temperature: float = option("0 decodes greedily, above 0 samples with --seed.", 0.0)
     top_p: float = option("Nucleus of sampled answers.", 1.0)
+
+    def check(self) -> None:
+        """Raise UserError for numbers that nothing can be answered with."""
+        if not self.max_new_tokens > 0:
+            raise UserError(f"--max_new_tokens {self.max_new_tokens}: must be above 0")
+        if self.temperature < 0 or not 0 < self.top_p <= 1:
+            raise UserError("--temperature must be at least 0, --top_p in (0, 1]")
+
+    def sampling(self, seed: int) -> dict:
+        """The settings that decide an answer."""
+        return {
+            "max_new_tokens": self.max_new_tokens,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "seed": seed,
+        }
+
+
+@dataclass
+class JudgedAnswers(Answers):
+    """How models answer prompts, and the judge that compares the answers."""
+
     judge: str = option(
         "hf:MODEL, vllm:MODEL, openai:MODEL@BASE_URL, rm:MODEL, longer or random.", "hf:builtin:smollm2-135m-instruct"
     )
@@ -70,20 +92,12 @@ class JudgedAnswers:
 
     def check(self) -> None:
         """Raise UserError for numbers that nothing can be answered or judged with."""
-        for key in ("max_new_tokens", "judge_timeout", "judge_concurrency"):
+        super().check()
+        for key in ("judge_timeout", "judge_concurrency"):
             if not getattr(self, key) > 0:
                 raise UserError(f"--{key} {getattr(self, key)}: must be above 0")
-        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.judge_attempts < 0:
-            raise UserError("--temperature and --judge_attempts must be at least 0, --top_p in (0, 1]")
-
-    def sampling(self, seed: int) -> dict:
-        """The settings that decide an answer."""
-        return {
-            "max_new_tokens": self.max_new_tokens,
-            "temperature": self.temperature,
-            "top_p": self.top_p,
-            "seed": seed,
-        }
+        if self.judge_attempts < 0:
+            raise UserError(f"--judge_attempts {self.judge_attempts}: must be at least 0")
 
     def judge_options(self, comparison: ComparisonArguments) -> dict:
         """What `utils.judges.make_judge` needs to know."""

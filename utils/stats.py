@@ -19,6 +19,28 @@ def bootstrap(values, seed: int = 42, resamples: int = RESAMPLES, statistic=None
     Returns:
         A metric: `{value, stderr, ci95, n}`; stderr and ci95 are None for fewer than two rows.
     """
+    value, result, n = _resampled(values, seed, resamples, statistic)
+    if result is None:
+        return metric(value, None, None, n)
+    interval = result.confidence_interval
+    if not np.isfinite([interval.low, interval.high]).all():
+        return metric(value, None, None, n)
+    return metric(value, float(result.standard_error), (float(interval.low), float(interval.high)), n)
+
+
+def bootstrap_test(values, seed: int = 42, resamples: int = RESAMPLES, statistic=None) -> float:
+    """Two-sided p-value of the bootstrap test that the figure is 0: how often a resample lies as far from the figure
+    as the figure from 0 (Efron & Tibshirani 1993, section 16.4; one added to both counts, so never 0).
+    """
+    value, result, _ = _resampled(values, seed, resamples, statistic)
+    if result is None or value == 0:
+        return 1.0
+    far = np.abs(result.bootstrap_distribution - value) >= abs(value)
+    return float((1 + far.sum()) / (1 + far.size))
+
+
+def _resampled(values, seed: int, resamples: int, statistic):
+    """(the figure, scipy's bootstrap of it or None for fewer than two rows, number of rows)."""
     from scipy.stats import bootstrap as scipy_bootstrap
 
     values = np.asarray(values, dtype=np.float64)
@@ -34,7 +56,7 @@ def bootstrap(values, seed: int = 42, resamples: int = RESAMPLES, statistic=None
 
     value = float(function(*columns)) if n else float("nan")
     if n < 2:
-        return metric(value, None, None, n)
+        return value, None, n
     with np.errstate(invalid="ignore", divide="ignore"), warnings.catch_warnings():
         # Resamples that are all alike are told by what comes out: an interval of no width, or none.
         warnings.simplefilter("ignore")
@@ -42,10 +64,16 @@ def bootstrap(values, seed: int = 42, resamples: int = RESAMPLES, statistic=None
             columns, function, n_resamples=resamples, method="percentile", paired=True, vectorized=vectorized,
             rng=np.random.default_rng(seed), batch=256,
         )  # fmt: skip
-    interval = result.confidence_interval
-    if not np.isfinite([interval.low, interval.high]).all():
-        return metric(value, None, None, n)
-    return metric(value, float(result.standard_error), (float(interval.low), float(interval.high)), n)
+    return value, result, n
+
+
+def holm(p_values: list[float]) -> list[float]:
+    """Holm's adjusted p-values (1979), in the order given: below 0.05, the family-wise error stays below 0.05."""
+    order, found, largest = np.argsort(p_values, kind="stable"), [0.0] * len(p_values), 0.0
+    for rank, k in enumerate(order):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[k]))
+        found[k] = largest
+    return found
 
 
 def ratio_of_sums(rows) -> float:
@@ -68,12 +96,12 @@ def ranked_right(chosen, rejected) -> np.ndarray:
 
 
 def sign_test(right) -> float:
-    """Two-sided p-value of the exact sign test that `right` (1, 0, ties 0.5 left out) is 50% on average."""
+    """Two-sided p-value of the exact sign test that `right` lies above 0.5 as often as below (0.5 itself left out)."""
     from scipy.stats import binomtest
 
     right = np.asarray(right, dtype=np.float64)
     decided = right[right != 0.5]
-    return float(binomtest(int(decided.sum()), len(decided), 0.5).pvalue) if len(decided) else 1.0
+    return float(binomtest(int((decided > 0.5).sum()), len(decided), 0.5).pvalue) if len(decided) else 1.0
 
 
 def signed_rank(differences) -> float:
