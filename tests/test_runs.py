@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, assert_one_line, train_args
 
-from utils.artifacts import RowFile, atomic_write, latest_run, read_json, write_json
+from utils.artifacts import RowFile, atomic_write, read_json, write_json
 from utils.errors import UserError
-from utils.runs import Run, checkpoint_to_resume, checkpoints, claim_run, is_whole, seal
+from utils.runs import Run, checkpoint_to_resume, checkpoints, claim_run, is_whole, latest_run, seal
 
 SCRIPT = [sys.executable, "dpo_train_human_preference.py"]
 
@@ -294,11 +294,10 @@ def test_a_loss_that_is_no_number_stops_the_run(train, tiny, prefs, tmp_path):
     assert_one_line(err, "loss at step", "--learning_rate")
 
 
-def test_latest_run_is_found_or_its_lack_is_told(tmp_path):
-    with pytest.raises(UserError, match="train one first"):
+def test_latest_run_is_the_one_that_finished_last(tmp_path):
+    with pytest.raises(UserError, match=r"no finished run yet; bash quickstart\.sh"):
         latest_run(tmp_path)
-    for i, name in enumerate(("b", "a")):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "train.json").write_text("{}")
-        os.utime(tmp_path / name / "train.json", (i, i))
-    assert latest_run(tmp_path).name == "a"
+    for age, (name, finished) in enumerate([("newest", False), ("b", True), ("a", True)]):
+        write_json(tmp_path / name / "run.json", {"args": {}, "finished": finished})
+        os.utime(tmp_path / name / "run.json", (1000 - age, 1000 - age))
+    assert latest_run(tmp_path) == "b"

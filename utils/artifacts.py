@@ -132,14 +132,6 @@ def limited(stem: str, limit: int | None) -> str:
     return stem if limit is None else f"{stem}_LIMIT{limit}"
 
 
-def latest_run(eval_out: str | os.PathLike, needs: str = "train.json") -> Path:
-    """The folder of the newest run below `eval_out` that holds the artifact `needs`. Raises UserError if none does."""
-    found = sorted(Path(eval_out).glob(f"*/{needs}"), key=lambda p: p.stat().st_mtime)
-    if not found:
-        raise UserError(f"{eval_out}: no run with {needs} yet; train one first (bash quickstart.sh), or name a model")
-    return found[-1].parent
-
-
 def check_writable(folder: str | os.PathLike, flag: str) -> Path:
     """Make `folder` and prove that a file can be written there. Raises UserError naming `flag`."""
     folder = Path(folder)

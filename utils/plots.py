@@ -201,27 +201,34 @@ def perplexity_figure(path, metrics: dict, rows: list[dict], text_rows: list[dic
     save(fig, path)
 
 
+def _win_rate_bars(ax, entries: list[tuple]) -> None:
+    """Horizontal bars with intervals from the top: (label, metric, colour) each."""
+    import numpy as np
+
+    for y, (_, m, colour) in enumerate(reversed(entries)):
+        low, high = m["ci95"] or (m["value"], m["value"])
+        error = np.clip([[m["value"] - low], [high - m["value"]]], 0, None)
+        ax.barh(y, m["value"], xerr=error, color=colour, capsize=2, height=0.7)
+    ax.set_yticks(range(len(entries)), [label for label, _, _ in reversed(entries)], fontsize=7)
+    ax.axvline(0.5, color="grey", ls=":", lw=1)
+    ax.set(xlim=(0, 1), xlabel="win rate (ties half)")
+
+
+def _say(ax, text: str) -> None:
+    """An empty panel that says why."""
+    ax.text(0.5, 0.5, text, ha="center", transform=ax.transAxes, fontsize=8)
+
+
 def battle_figure(path, sections: dict, headline: str) -> None:
     """Win rates of every pairing under the judge and its controls, by category, and answer lengths.
 
     Args:
         sections: from `utils.battle_report.battle_summary`.
     """
-    import numpy as np
 
     if not is_main_process():
         return
     fig, axes = figure(1, 3, headline)
-
-    def bars(ax, entries):
-        """entries: (label, metric, colour), drawn from the top."""
-        for y, (_, m, colour) in enumerate(reversed(entries)):
-            low, high = m["ci95"] or (m["value"], m["value"])
-            error = np.clip([[m["value"] - low], [high - m["value"]]], 0, None)
-            ax.barh(y, m["value"], xerr=error, color=colour, capsize=2, height=0.7)
-        ax.set_yticks(range(len(entries)), [label for label, _, _ in reversed(entries)], fontsize=7)
-        ax.axvline(0.5, color="grey", ls=":", lw=1)
-        ax.set(xlim=(0, 1), xlabel="win rate (ties half)")
 
     rates = []
     for match in sections["matches"]:
@@ -231,14 +238,14 @@ def battle_figure(path, sections: dict, headline: str) -> None:
                 rates.append((f"{who}\n{judge.split(':')[-1][-28:]}", m["win_rate"], CHOSEN if k == 0 else NEUTRAL))
             if k == 0 and "win_rate" in m:
                 rates.append((f"{who}\nstyle held equal", m["win_rate_style_controlled"], EVAL))
-    bars(axes[0], rates[:12])
+    _win_rate_bars(axes[0], rates[:12])
     axes[0].set_title("Win rate, 95% intervals")
     main = sections["matches"][-1]
     parts = [(f"{name} ({c['n']})", c["win_rate"], CHOSEN) for name, c in main["categories"].items()]
-    bars(axes[1], parts[:16])
+    _win_rate_bars(axes[1], parts[:16])
     axes[1].set_title(f"{main['a']} vs {main['b']}, by category")
     if not parts:
-        axes[1].text(0.5, 0.5, "the prompts name no category", ha="center", transform=axes[1].transAxes, fontsize=8)
+        _say(axes[1], "the prompts name no category")
     names = list(sections["answers"])
     length = [sections["answers"][name]["tokens"] for name in names]
     cut = [sections["answers"][name].get("truncated_share", {}).get("value") for name in names]
@@ -290,4 +297,99 @@ def alpacaeval_figure(path, metrics: dict, published: dict, headline: str) -> No
     axes[1].set(ylabel="win rate (%)", ylim=(0, 100))
     for ax in axes:
         ax.legend(fontsize=7)
+    save(fig, path)
+
+
+VOTES = {
+    "much_better": ("much better", CHOSEN),
+    "better": ("better", "#7fb8b4"),
+    "tie": ("tie", "#d9d9de"),
+    "both_bad": ("both bad", "#8d8fa3"),
+    "worse": ("worse", "#e6a898"),
+    "much_worse": ("much worse", REJECTED),
+}
+
+
+def human_eval_figure(path, sections: dict, headline: str) -> None:
+    """Win rates by pairing and annotator, the votes themselves, and win rates by category.
+
+    Args:
+        sections: from `utils.human_figures.summarise`.
+    """
+    if not is_main_process() or not sections["matches"]:
+        return
+    fig, axes = figure(1, 3, headline)
+    rates = []
+    for match in sections["matches"]:
+        who = f"{match['a']} against {match['b']}"
+        rates.append((who, match["metrics"]["win_rate"], CHOSEN))
+        rates.append((f"{who}\nstyle held equal", match["metrics"]["win_rate_style_controlled"], EVAL))
+    rates += [(name, m["win_rate"], NEUTRAL) for name, m in sections["annotators"].items() if m["win_rate"]["n"]]
+    _win_rate_bars(axes[0], rates[:14])
+    axes[0].set_title("Win rate, 95% intervals")
+
+    matches = sections["matches"][:8]
+    for y, match in enumerate(matches):
+        total, left = match["metrics"]["votes"]["value"], 0.0
+        for step, (label, colour) in VOTES.items():
+            width = match["metrics"][f"votes_{step}"]["value"] / max(total, 1)
+            axes[1].barh(y, width, left=left, color=colour, height=0.6, label=label if y == 0 else None)
+            left += width
+    axes[1].set_yticks(range(len(matches)), [f"{m['a']}\nagainst {m['b']}" for m in matches], fontsize=7)
+    axes[1].invert_yaxis()
+    axes[1].set(title="Votes, as the first named model fared", xlabel="share of votes", xlim=(0, 1))
+    axes[1].set_ylim(len(matches) - 0.4, -1.1)
+    axes[1].legend(fontsize=7, ncols=3, loc="upper center", framealpha=0.9)
+
+    main = sections["matches"][-1]
+    parts = [(f"{name} ({c['n']})", c["win_rate"], CHOSEN) for name, c in main["categories"].items()]
+    _win_rate_bars(axes[2], parts[:16])
+    axes[2].set_title(f"{main['a']} against {main['b']}, by category")
+    if not parts:
+        _say(axes[2], "the prompts name no category")
+    save(fig, path)
+
+
+def harness_figure(path, rows: list[dict], headline: str) -> None:
+    """Two panels, a line a task and metric: base and tuned with 95% intervals and published figures, and differences.
+
+    Subtasks of groups are left out, and so are metrics that are no shares (perplexities, scores).
+
+    Args:
+        rows: from `utils.harness_figures.rows`.
+    """
+    import numpy as np
+
+    shown = [r for r in rows if r["depth"] == 0 and all(0 <= r[s]["value"] <= 1 for s in ("base", "tuned"))]
+    if not is_main_process() or not shown:
+        return
+    fig, axes = figure(1, 2, headline)
+    fig.set_size_inches(9.5, max(2.6, 1.2 + 0.32 * len(shown)))
+    y = np.arange(len(shown))
+    for side, colour, shift in (("base", NEUTRAL, -0.14), ("tuned", CHOSEN, 0.14)):
+        value = 100 * np.array([r[side]["value"] for r in shown])
+        error = 196 * np.array([r[side]["stderr"] or 0 for r in shown])
+        axes[0].errorbar(value, y + shift, xerr=error, fmt="o", ms=4, lw=1.2, color=colour, label=side)
+    published = [
+        (y[k], name, 100 * m["value"]) for k, r in enumerate(shown) for name, m in r.get("references", {}).items()
+    ]
+    for marker, name in zip("x+1234", dict.fromkeys(name for _, name, _ in published), strict=False):
+        points = [(value, place) for place, other, value in published if other == name]
+        axes[0].plot(*zip(*points, strict=True), marker, color="grey", ms=6, label=f"{name}, published")
+    axes[0].set_yticks(y, [f"{r['task']}\n{r['metric']}, {r['shots']}-shot" for r in shown], fontsize=7)
+    axes[0].set(title="Base and tuned, 95% intervals", xlabel="score (%)")
+    axes[0].legend(fontsize=7)
+    difference = 100 * np.array([r["difference"]["value"] for r in shown])
+    ends = [r["difference"]["ci95"] or (r["difference"]["value"],) * 2 for r in shown]
+    error = np.clip(
+        [difference - 100 * np.array([e[0] for e in ends]), 100 * np.array([e[1] for e in ends]) - difference], 0, None
+    )
+    colours = [EVAL if r.get("significant") else NEUTRAL for r in shown]
+    for k, colour in enumerate(colours):
+        axes[1].errorbar(difference[k], y[k], xerr=error[:, k : k + 1], fmt="o", ms=4, lw=1.2, color=colour)
+    axes[1].axvline(0, color="grey", ls=":", lw=1)
+    axes[1].set_yticks(y, [])
+    axes[1].set(title="Tuned - base (orange: certain after Holm)", xlabel="percentage points")
+    for ax in axes:
+        ax.set_ylim(len(shown) - 0.4, -0.6)
     save(fig, path)

@@ -74,9 +74,14 @@ def peak_memory_gib() -> dict:
     return peak
 
 
+def tidy(text) -> str:
+    """`text` with paths below the repository written relative to it, and those below the home folder with a tilde."""
+    return str(text).replace(str(ROOT) + os.sep, "").replace(str(Path.home()) + os.sep, f"~{os.sep}")
+
+
 def tidy_argv() -> list[str]:
-    """The command line, with paths below the repository written relative to it."""
-    return [str(a).replace(str(ROOT) + os.sep, "") for a in [Path(sys.argv[0]).name, *sys.argv[1:]]]
+    """The command line, with tidy paths."""
+    return [tidy(a) for a in [Path(sys.argv[0]).name, *sys.argv[1:]]]
 
 
 def run_record(seed: int, wall_seconds: float, **extra) -> dict:

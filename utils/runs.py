@@ -141,6 +141,14 @@ def _refuse_other(folder: Path, before: dict, wanted: dict) -> None:
 # ------------------------------------------------------------------------------------------------------ checkpoints
 
 
+def latest_run(folder: str | os.PathLike) -> str:
+    """The name of the run below `folder` that finished last. Raises UserError where none did."""
+    found = [path for path in Path(folder).glob("*/run.json") if read_json(path).get("finished")]
+    if not found:
+        raise UserError(f"{folder}: no finished run yet; bash quickstart.sh trains one, or name a model")
+    return max(found, key=lambda path: path.stat().st_mtime).parent.name
+
+
 def checkpoints(folder: str | os.PathLike) -> list[Path]:
     """The checkpoint folders of a run, newest step first, whole or not."""
     found = [p for p in Path(folder).glob("checkpoint-*") if p.name.rpartition("-")[2].isdigit()]

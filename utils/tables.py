@@ -35,3 +35,11 @@ def difference(m: dict, p: dict | None = None, scale: float = 1, digits: int = 1
     """A signed metric with its 95% interval and the p-value of its test, `+21.7 [+13.3, +30.0] p=2e-06`."""
     shown = f"{scale * m['value']:+.{digits}f}{interval(m, scale, digits, '+')}"
     return shown + (f" p={p['value']:.2g}" if p else "")
+
+
+def markdown_table(lines: list[list[str]]) -> str:
+    """A Markdown table, its columns aligned to be read as text too; the first line is the head."""
+    lines = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+    widths = [max(3, *(len(line[i]) for line in lines)) for i in range(len(lines[0]))]
+    rows = ["| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in lines]
+    return "\n".join([rows[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *rows[1:]])

@@ -1,0 +1,203 @@
+"""What run_lm_eval.sh prints and writes: the harness's table for base and tuned, averages, published rows."""
+
+from utils.harness_figures import Side
+from utils.harness_suites import Suite, on_harness_scale, published_averages, published_row
+from utils.stats import holm
+from utils.tables import markdown_table
+
+PURPOSE = (
+    "These tasks measure objective quality (knowledge, reasoning, truthfulness as fixed questions see them), not human"
+    " preference."
+)
+
+
+def report(title: str, suite: Suite, sides: dict[str, Side], rows: list[dict], averages: dict, references: list[dict],
+           settings: dict) -> tuple[str, str]:  # fmt: skip
+    """(text, verdict): everything that is printed, as Markdown.
+
+    Args:
+        sides: `{"base": Side, "tuned": Side}`. rows: from `utils.harness_figures.rows`.
+        averages: from `suite_averages`. references: from `load_reference`.
+        settings: apply_chat_template, limit, num_fewshot, tokenizer_bos (BOS tokens before the first request), missing.
+    """
+    verdict = claim(rows)
+    published, why = published_columns(rows, references, settings)
+    parts = [f"# {title}", "\n".join(f"- {name}: `{line}`" for name, side in sides.items() for line in side.headers)]
+    if any(len(side.templates) > 1 for side in sides.values()) or sides["base"].templates != sides["tuned"].templates:
+        parts.append("MIXED TABLE: some figures are with a chat template and some without; they do not compare.")
+    parts.append(table(rows, settings, published))
+    if averages:
+        parts.append(averages_table(suite, averages, references, settings))
+    parts += [*_below(suite, sides, rows, why, settings), PURPOSE, verdict]
+    return "\n\n".join(parts), verdict
+
+
+def table(rows: list[dict], settings: dict, published: dict[str, list[str]]) -> str:
+    """The harness's columns for base and tuned, the paired difference, and published figures."""
+    on = f"template {'on' if settings['apply_chat_template'] else 'off'}"
+    head = ["Tasks", "Version", "Filter", "n-shot", "Metric", "", f"base ({on})", "Stderr", f"tuned ({on})", "Stderr"]
+    lines = [[*head, "tuned - base", "Stderr", "p", *published]]
+    arrows = {True: "↑", False: "↓"}
+    for k, row in enumerate(rows):
+        name = f"{' ' * row['depth'] + '- ' if row['depth'] else ''}{row['alias']}"
+        version = "" if row["version"] is None else str(row["version"])
+        shots = "" if row["shots"] is None else str(row["shots"])
+        p = "-" if row["p"] is None else f"{row['p']:.2g}{'*' if row.get('significant') else ''}"
+        lines.append(
+            [
+                *(name, version, row["filter"], shots, row["metric"], arrows.get(row["higher"], "")),
+                *_value(row["base"]),
+                *_value(row["tuned"]),
+                *(_value(row["difference"], "+")),
+                p,
+                *(column[k] for column in published.values()),
+            ]
+        )
+    return markdown_table(lines)
+
+
+def _value(m: dict, sign: str = "") -> tuple[str, str]:
+    if m["value"] is None:
+        return "-", ""
+    return f"{m['value']:{sign}.4f}", "" if m["stderr"] is None else f"± {m['stderr']:.4f}"
+
+
+def claim(rows: list[dict]) -> str:
+    """What changed for certain: the tasks' own rows, corrected for their number. Marks those rows `significant`."""
+    tested = [row for row in rows if row["depth"] == 0 and row["p"] is not None]
+    better, worse = [], []
+    for row, p in zip(tested, holm([row["p"] for row in tested]), strict=True):
+        row["p_holm"], row["significant"] = p, p < 0.05
+        if row["significant"] and row["higher"] is not None:
+            up = (row["difference"]["value"] > 0) == row["higher"]
+            (better if up else worse).append(f"{row['task']} {row['metric']} ({row['difference']['value']:+.4f})")
+    tail = f"by {len(tested)} paired tests with Holm's correction (* above; about {0.05 * len(tested):.1f} of them fall"
+    tail += " below p=0.05 by chance alone)"
+    if not better and not worse:
+        return f"No claim: no task changed for certain, {tail}."
+    said = [f"tuned is {word} on {', '.join(found)}" for word, found in (("better", better), ("worse", worse)) if found]
+    return f"{'; '.join(said).capitalize()}: {tail}."
+
+
+# ---------------------------------------------------------------------------------------------------- published figures
+
+
+def differs(reference: dict, row: dict | None, shots: int | None, settings: dict) -> str | None:
+    """Why a published figure was measured in another setting than ours, None where everything known is equal."""
+    if row is not None and row.get("how") == "generated":
+        return "its answers were generated and parsed, not scored by likelihood"
+    if settings["limit"] is not None:
+        return "ours are on --limit alone"
+    if row is not None and row.get("shots") != shots:
+        return (
+            f"{'unknown' if row.get('shots') is None else row['shots']} shots" if shots is not None else "other shots"
+        )
+    if reference.get("apply_chat_template") is None:
+        return "whether with a chat template is not published"
+    if reference["apply_chat_template"] != settings["apply_chat_template"]:
+        return f"chat template {'on' if reference['apply_chat_template'] else 'off'}"
+    return None
+
+
+def published_columns(rows: list[dict], references: list[dict], settings: dict) -> tuple[dict[str, list], dict]:
+    """({reference: a cell a row}, {reference: reasons}); parentheses mark another setting: nothing is compared."""
+    columns, reasons = {}, {}
+    for reference in references:
+        cells, why = [], {}
+        for row in rows:
+            found = published_row(reference, row, row["shots"])
+            if found is None:
+                cells.append("")
+                continue
+            value, stderr = (on_harness_scale(reference, found, key) for key in ("value", "stderr"))
+            shown = f"{value:.4f}" + ("" if stderr is None else f" ± {stderr:.4f}")
+            reason = differs(reference, found, row["shots"], settings)
+            row.setdefault("references", {})[reference["name"]] = {
+                "value": value,
+                "stderr": stderr,
+                "published_as": f"{found.get('published', row['task'])} {found.get('published_metric', row['metric'])}",
+                "other_setting": reason,
+            }
+            if reason:
+                cells.append(f"({shown})")
+                why.setdefault(reason, []).append(row["task"])
+            else:
+                cells.append(f"{shown}, tuned {row['tuned']['value'] - value:+.4f}")
+        if any(cells):
+            columns[reference["name"]] = cells
+        reasons[reference["name"]] = why
+    return columns, reasons
+
+
+def averages_table(suite: Suite, averages: dict, references: list[dict], settings: dict) -> str:
+    """A line a model, a column an average: the summary of a suite; parentheses mark another setting."""
+    lines = [["Model", *averages]]
+    for side in ("base", "tuned"):
+        lines.append([side, *(_average(m[side]) for m in averages.values())])
+    lines.append(["tuned - base", *(_average(m["difference"], "+", m["p"]) for m in averages.values())])
+    for reference in references:
+        published = published_averages(suite, reference)
+        if any(value is not None for value in published.values()):
+            other = differs(reference, None, None, settings) or settings["num_fewshot"] is not None
+            cells = ["" if value is None else f"{value:.2f}" for value in published.values()]
+            lines.append([reference["name"], *(f"({c})" if other and c else c for c in cells)])
+    return markdown_table(lines)
+
+
+def _average(m: dict, sign: str = "", p: float | None = None) -> str:
+    if m["value"] is None:
+        return "-"
+    error = "" if m["stderr"] is None else f" ± {m['stderr']:.2f}"
+    return f"{m['value']:{sign}.2f}{error}" + ("" if p is None else f" p={p:.2g}")
+
+
+# ---------------------------------------------------------------------------------------------------- below the table
+
+
+def _below(suite: Suite, sides: dict[str, Side], rows: list[dict], why: dict, settings: dict) -> list[str]:
+    """Times, lengths, what cannot be compared and what departs from the published suite."""
+    seconds = {name: side.seconds for name, side in sides.items()}
+    each = ", ".join(f"{name} {clock(spent)}" for name, spent in seconds.items())
+    found = [f"Elapsed time: {clock(sum(seconds.values()))} ({each}), of the calls that ran these tasks."]
+    if settings["limit"] is not None:
+        found.append(f"ONLY {settings['limit']} DOCUMENTS A TASK: no figure of any leaderboard.")
+    if settings["num_fewshot"] is not None:
+        found.append(f"--num-fewshot {settings['num_fewshot']} was asked for: the suite's own shots are others.")
+    if settings["unquantised"]:
+        found.append(settings["unquantised"])
+    if settings["missing"]:
+        lacking = "; ".join(f"{task} {reason}" for task, reason in settings["missing"].items())
+        found.append(f"LEFT OUT (--skip-missing): {lacking}.")
+    lengths = [f"{task} {sides['base'].lengths[task]:.0f} and {sides['tuned'].lengths[task]:.0f}"
+               for task in sides["base"].lengths]  # fmt: skip
+    if lengths:
+        found.append(f"Mean generated length, base and tuned, characters: {', '.join(lengths)}.")
+    found += eq_bench(rows)
+    notes = [f"{row['task']} {row['metric']}: {row['note']}" for row in rows if row["note"]]
+    if notes:
+        found.append("Errors of the difference without pairing: " + "; ".join(dict.fromkeys(notes)) + ".")
+    for name, reasons in why.items():
+        told = [f"{reason} ({tasks[0] if len(set(tasks)) == 1 else f'{len(set(tasks))} tasks'})"
+                for reason, tasks in reasons.items()]  # fmt: skip
+        if told:
+            found.append(f"{name}, in parentheses: another setting than ours, so no difference: {'; '.join(told)}.")
+    return [*found, *suite.notes]
+
+
+def eq_bench(rows: list[dict]) -> list[str]:
+    """EQ-Bench's own figure beside the harness's, which counts unparsed answers as 0: EQ-Bench leaves them out."""
+    figures = {row["metric"]: row for row in rows if row["task"] == "eq_bench"}
+    if not {"eqbench", "percent_parseable"} <= set(figures):
+        return []
+    said = []
+    for side in ("base", "tuned"):
+        score, parsed = (figures[key][side]["value"] for key in ("eqbench", "percent_parseable"))
+        own = f"{score / (parsed / 100):.2f}" if parsed >= 83.33 else "none, fewer than 83.33% were parsed"
+        said.append(f"{side} {own} ({parsed:.1f}% parsed)")
+    return [f"EQ-Bench's own average, of the parsed answers: {'; '.join(said)}."]
+
+
+def clock(seconds: float) -> str:
+    """Hours, minutes and seconds, `00:12:31`."""
+    whole = round(seconds)
+    return f"{whole // 3600:02d}:{whole // 60 % 60:02d}:{whole % 60:02d}"
