@@ -14,7 +14,7 @@ from utils.provenance import sha256_of_files
 FREE = {
     "batch_size", "batch_tokens", "overwrite", "checkpoints", "eval_out", "output_dir", "output_json", "run_name",
     "expected", "expected_batch_size", "expected_processes", "length_bias_splits", "published", "judge_attempts",
-    "judge_timeout", "judge_concurrency", "trust_remote_code", "allow_other_base",
+    "judge_timeout", "judge_concurrency", "trust_remote_code", "allow_other_base", "processes", "tensor_parallel",
 }  # fmt: skip
 
 
@@ -31,16 +31,17 @@ class Comparison:
     out: Path
     step: int | None = None
 
-    def refuse_other(self, stem: str, asked: list) -> None:
+    def refuse_other(self, stem: str, asked: list, folder: Path | None = None) -> None:
         """Raise UserError where another evaluation's summary stands at this one's place, unless --overwrite is given.
 
         Args:
             asked: the argument dataclasses of this call.
+            folder: where `<stem>.json` stands, for a stage that has a folder of its own.
         """
         from utils.artifacts import read_json
         from utils.runs import all_arguments
 
-        path = self.path(stem, ".json")
+        path = folder / f"{stem}.json" if folder else self.path(stem, ".json")
         if self.args.overwrite or not path.exists():
             return
         before, now = read_json(path).get("args", {}), all_arguments(asked)

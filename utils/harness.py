@@ -162,6 +162,7 @@ def main():
     suite, comparison = choose(args), resolve(args)
     models = TwoModels(comparison)
     folder = comparison.out / "lm_eval" / limited(suite.name, args.limit)
+    comparison.refuse_other("lm_eval", [args], folder)
     lacking = runnable(suite, args)
     gpus = torch.cuda.device_count()
     arguments = {

@@ -175,7 +175,13 @@ def execute(call: Call, title: str, cwd: Path) -> None:
     log = call.folder / "log.txt"
     with log.open("wb") as out:
         process = subprocess.Popen(
-            call.command, stdout=out, stderr=subprocess.PIPE, env=environment, cwd=cwd, start_new_session=True
+            call.command,
+            stdout=out,
+            stderr=subprocess.PIPE,
+            env=environment,
+            cwd=cwd,
+            start_new_session=True,
+            preexec_fn=_die_with_us(),
         )
         try:
             said = _pass_on(process.stderr, out)
@@ -200,6 +206,15 @@ def execute(call: Call, title: str, cwd: Path) -> None:
             "seconds": round(time.monotonic() - started, 1),
         },
     )
+
+
+def _die_with_us():
+    """What makes a child end when this process is killed outright, where the system can do that (Linux)."""
+    import ctypes
+
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)
+    death_signal = 1  # PR_SET_PDEATHSIG of linux/prctl.h
+    return (lambda: prctl(death_signal, signal.SIGTERM)) if prctl else None
 
 
 def _readable(command: list[str]) -> list[str]:

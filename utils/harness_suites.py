@@ -142,8 +142,9 @@ def errors(suite: Suite, value, stderr) -> dict[str, float | None]:
 
 def published_averages(suite: Suite, reference: dict) -> dict[str, float | None]:
     """The reference's published averages; where it has none, those that its rows make, at the suite's shots."""
-    if reference["averages"]:
-        return {average["name"]: reference["averages"].get(average["name"]) for average in suite.averages}
+    names = [average["name"] for average in suite.averages]
+    if set(names) & set(reference["averages"]):
+        return {name: reference["averages"].get(name) for name in names}
     shots = {entry["task"]: entry.get("num_fewshot") for entry in suite.tasks}
 
     def value(entry):

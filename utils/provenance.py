@@ -12,7 +12,9 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "bitsandbytes", "numpy", "scipy")
+PACKAGES = (
+    "torch", "transformers", "trl", "peft", "datasets", "accelerate", "bitsandbytes", "lm_eval", "numpy", "scipy",
+)  # fmt: skip
 
 
 def git_commit() -> str | None:

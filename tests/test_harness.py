@@ -1,0 +1,635 @@
+"""run_lm_eval.sh's figures: suites' averages against published ones, paired differences, reference rows, calls."""
+
+import json
+import math
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from scipy.stats import binomtest, norm
+
+from utils.errors import UserError
+from utils.harness import HarnessArguments, check, leading_bos, own_and_harness
+from utils.harness_calls import PROGRESS, Call, batch_size, execute, model_arguments, plan
+from utils.harness_figures import Side, leaves, paired, refuse_equal, rows, suite_averages
+from utils.harness_report import claim, clock, differs, eq_bench, report
+from utils.harness_suites import (
+    Suite,
+    averages,
+    errors,
+    load_reference,
+    load_suite,
+    on_harness_scale,
+    published_averages,
+    published_row,
+    suite_of,
+    suites,
+)
+from utils.harness_tasks import check_names, missing, task_manager
+from utils.provenance import ROOT
+from utils.stats import bootstrap_test, holm
+
+SUITES = ["eq_bench", "nous", "openllm_v1", "openllm_v2", "quick", "seed", "zeroshot"]
+
+
+# ------------------------------------------------------------------------------------------------------------ suites
+
+
+def test_every_suite_is_there():
+    assert suites() == SUITES
+
+
+@pytest.fixture(scope="module")
+def manager():
+    return task_manager(str(ROOT / "configs" / "lm_eval" / "tasks"))
+
+
+@pytest.mark.parametrize("name", SUITES)
+def test_every_task_of_a_suite_resolves_in_lm_evals_own_task_manager(name, manager):
+    suite = load_suite(name)
+    for entry in suite.tasks:
+        assert manager.match_tasks([entry["task"]]) == [entry["task"]]
+    for average in suite.averages:
+        for entry in average["of"]:
+            if not isinstance(entry, str):
+                assert manager.match_tasks([entry["task"]]) == [entry["task"]], entry
+    for kind in suite.needs.values():
+        assert set(kind) <= {entry["task"] for entry in suite.tasks}
+
+
+@pytest.mark.parametrize("name", SUITES)
+def test_the_references_of_a_suite_are_there_and_name_each_row_once(name, manager):
+    for stem in load_suite(name).references:
+        reference = load_reference(stem)
+        assert reference["name"] == stem and reference["source"] and reference["scale"] in (1, 100)
+        keys = [(r["task"], r["metric"], r["filter"], r.get("choices"), r["shots"]) for r in reference["rows"]]
+        assert len(set(keys)) == len(keys)
+        for row in reference["rows"]:
+            assert 0 <= row["value"] / row.get("scale", reference["scale"]) or row["metric"].startswith("bleu")
+
+
+def published(reference):
+    """An average's entry to its published row, for suites whose shots are one."""
+
+    def value(entry):
+        row = published_row(reference, entry, 0)
+        return None if row is None else on_harness_scale(reference, row, "value")
+
+    return value
+
+
+def test_llama3_8b_alpacas_published_rows_give_its_published_averages():
+    found = averages(load_suite("nous"), published(load_reference("llama3-8b-alpaca")))
+    assert {name: round(value, 2) for name, value in found.items()} == {
+        "AGIEval": 32.0,
+        "GPT4All": 70.82,
+        "TruthfulQA": 59.54,
+        "Bigbench": 37.32,
+        "Average": 49.92,
+    }
+
+
+def test_sppo_iter2s_six_scores_give_its_published_average():
+    suite, reference = load_suite("openllm_v2"), load_reference("sppo-iter2")
+    six = suite.averages[-1]["of"]
+    assert len(six) == 6
+    last = Suite("s", "", "", [], averages=[{"name": "Average", "of": [{"task": n, "metric": "x"} for n in six]}])
+    mean = averages(last, lambda entry: reference["averages"][entry["task"]])["Average"]
+    assert round(mean, 2) == 21.22 == published_averages(suite, reference)["Average"]
+
+
+def test_open_llm_v2_is_normalised_between_guessing_and_right():
+    suite = load_suite("openllm_v2")
+    # Guessing everywhere is 0, everything right is 100.
+    guess = averages(suite, lambda entry: float(eval(str(entry.get("baseline", 0)))))
+    assert all(value == pytest.approx(0, abs=1e-9) for value in guess.values())
+    right = averages(suite, lambda entry: 1.0)
+    assert all(value == pytest.approx(100) for value in right.values())
+    # GPQA at 0.34: (0.34 - 0.25) / 0.75; below guessing counts 0; MuSR is the mean of its three.
+    some = {"leaderboard_gpqa": 0.34, "leaderboard_mmlu_pro": 0.05}
+    musr = {"murder_mysteries": 0.6, "object_placements": 0.1, "team_allocation": 0.5}
+    some |= {f"leaderboard_musr_{k}": v for k, v in musr.items()}
+    found = averages(suite, lambda entry: some.get(entry["task"], 0.5))
+    assert found["GPQA"] == pytest.approx(12.0) and found["MMLU-Pro"] == 0.0
+    assert found["MuSR"] == pytest.approx(100 * ((0.6 - 0.5) / 0.5 + 0 + (0.5 - 1 / 3) / (2 / 3)) / 3)
+
+
+def test_open_llm_v1_takes_the_plain_mean_of_mmlus_subjects():
+    entry = next(a for a in load_suite("openllm_v1").averages if a["name"] == "MMLU")["of"][0]
+    sizes, right = {"mmlu_a": 10, "mmlu_b": 30}, {"mmlu_a": 10, "mmlu_b": 0}
+    side = side_of({t: {"acc": [1] * right[t] + [0] * (n - right[t])} for t, n in sizes.items()})
+    side.subtasks = {"mmlu": ["mmlu_stem"], "mmlu_stem": ["mmlu_a", "mmlu_b"]}
+    suite = Suite("s", "", "", [], averages=[{"name": "MMLU", "scale": 100, "of": [entry]}])
+    assert suite_averages(suite, side, side, 0)["MMLU"]["base"]["value"] == 50.0
+
+
+def test_an_average_that_lacks_a_task_has_no_value():
+    suite = load_suite("nous")
+    found = averages(suite, lambda entry: None if entry["task"] == "boolq" else 0.5)
+    assert found["GPT4All"] is None and found["Average"] is None and found["AGIEval"] == 50.0
+
+
+def test_errors_of_averages_are_those_of_independent_tasks():
+    suite = Suite("s", "", "", [], averages=[
+        {"name": "A", "scale": 100, "of": [{"task": "x", "metric": "acc"}, {"task": "y", "metric": "acc"}]},
+        {"name": "B", "scale": 100, "of": [{"task": "z", "metric": "acc", "baseline": "1/4"}]},
+        {"name": "C", "of": ["A", "B"]},
+        {"name": "same task", "of": [{"task": "x", "metric": "acc"}, {"task": "x", "metric": "acc_norm"}]},
+        {"name": "below guessing", "of": [{"task": "w", "metric": "acc", "baseline": 0.5}]},
+    ])  # fmt: skip
+    value = {"x": 0.5, "y": 0.6, "z": 0.7, "w": 0.3}
+    error = {"x": 0.03, "y": 0.04, "z": 0.02, "w": 0.02}
+    found = errors(suite, lambda e: value[e["task"]], lambda e: error[e["task"]])
+    assert found["A"] == pytest.approx(100 * math.hypot(0.03, 0.04) / 2)
+    assert found["B"] == pytest.approx(100 * 0.02 / 0.75)
+    assert found["C"] == pytest.approx(math.hypot(found["A"], found["B"]) / 2)
+    assert found["same task"] == pytest.approx(0.03), "two metrics of one task move together"
+    assert found["below guessing"] == 0.0
+
+
+def test_unknown_names_are_told_with_the_close_ones(tmp_path):
+    with pytest.raises(UserError, match="--suite openlm_v1: no such suite; did you mean openllm_v1"):
+        load_suite("openlm_v1")
+    with pytest.raises(UserError, match=r"--tasks hellaswagg: .*close: hellaswag"):
+        check_names(suite_of(["hellaswagg"]), None)
+    path = tmp_path / "mine.yaml"
+    path.write_text("title: x\nsource: y\ntasks: [{task: arc_easy}]\nshotz: 3\n")
+    with pytest.raises(UserError, match=r"mine\.yaml: not a suite .*shotz"):
+        load_suite(str(path))
+    path.write_text("title: x\nsource: y\ntasks: [{task: arc_easy}, {task: arc_easy}]\n")
+    with pytest.raises(UserError, match="each of them once"):
+        load_suite(str(path))
+
+
+def test_what_a_task_lacks_is_told_before_the_run():
+    suite = suite_of(["leaderboard_math_hard", "arc_easy", "quick_facts"])
+    suite.needs["packages"]["leaderboard_math_hard"] = ["no_such_package"]
+    found = missing(suite, str(ROOT / suite.include_path))
+    assert found["leaderboard_math_hard"] == 'lacks the packages no_such_package: pip install "lm-eval[math]"'
+    assert "data cannot be loaded" in found["arc_easy"], "the tests have no hub"
+    assert "quick_facts" not in found
+
+
+def test_missing_nltk_data_are_told(monkeypatch):
+    import nltk.data
+
+    def find(name):
+        raise LookupError(name)
+
+    monkeypatch.setattr(nltk.data, "find", find)
+    suite = suite_of(["leaderboard_ifeval"])
+    suite.needs["packages"] = {}
+    assert "nltk's punkt_tab: python -m nltk.downloader punkt_tab" in missing(suite, None)["leaderboard_ifeval"]
+
+
+# ------------------------------------------------------------------------------------------------- paired differences
+
+
+def side_of(tasks: dict[str, dict[str, list]], prompts=None, results=None, filter="none") -> Side:
+    """A Side as the harness reports it: `tasks` gives every metric's figure of every document."""
+    side = Side()
+    for task, metrics in tasks.items():
+        count = len(next(iter(metrics.values())))
+        side.samples[task] = {
+            (filter, k): {
+                "document": f"d{k}",
+                "prompt": (prompts or {}).get(k, "p"),
+                "values": {name: figures[k] for name, figures in metrics.items()},
+                "options": 4,
+                "answer": json.dumps([figures[k] for figures in metrics.values()]),
+            }
+            for k in range(count)
+        }
+        side.results[task] = {"alias": task}
+        for name, figures in metrics.items():
+            if all(isinstance(v, (int, float)) for v in figures):
+                side.results[task] |= {f"{name},{filter}": float(np.mean(figures)), f"{name}_stderr,{filter}": 0.1}
+        side.higher[task] = dict.fromkeys(metrics, True)
+        side.shots[task] = 0
+    for name, value in (results or {}).items():
+        side.results.setdefault(name, {}).update(value)
+    return side
+
+
+def one(base: Side, tuned: Side, task="t", metric="acc", filter="none"):
+    reported = {
+        name: {
+            kind: side.results[task].get(f"{metric}{suffix},{filter}")
+            for kind, suffix in (("value", ""), ("stderr", "_stderr"))
+        }
+        for name, side in (("base", base), ("tuned", tuned))
+    }
+    return paired(base, tuned, leaves(base, task), metric, filter, reported, 0)
+
+
+def test_shares_are_compared_by_the_exact_mcnemar_test():
+    a = [1] * 20 + [1] * 3 + [0] * 9 + [0] * 8
+    b = [1] * 20 + [0] * 3 + [1] * 9 + [0] * 8
+    found = one(side_of({"t": {"acc": a}}), side_of({"t": {"acc": b}}))
+    assert found["test"] == "McNemar" and found["p"] == pytest.approx(binomtest(9, 12).pvalue)
+    assert found["difference"]["value"] == pytest.approx(6 / 40) and found["n"] == 40
+    d = np.subtract(b, a)
+    assert found["difference"]["stderr"] == pytest.approx(d.std() / math.sqrt(40), rel=0.06)
+    # Errors that know of the pairing are the smaller ones.
+    assert found["difference"]["stderr"] < math.hypot(0.1, 0.1)
+
+
+def test_other_metrics_are_compared_by_a_paired_bootstrap():
+    rng = np.random.default_rng(0)
+    a = rng.normal(0.4, 0.2, 200)
+    b = a + rng.normal(0.02, 0.05, 200)
+    found = one(side_of({"t": {"acc": list(a)}}), side_of({"t": {"acc": list(b)}}))
+    assert found["test"] == "bootstrap" and found["difference"]["value"] == pytest.approx((b - a).mean())
+    z = (b - a).mean() / ((b - a).std() / math.sqrt(200))
+    assert found["p"] == pytest.approx(2 * norm.sf(abs(z)), abs=0.01)
+
+
+def test_the_bootstrap_test_keeps_its_level():
+    rng = np.random.default_rng(1)
+    p = [bootstrap_test(rng.normal(0, 1, 40), seed=k, resamples=400) for k in range(200)]
+    assert 0.01 <= np.mean(np.array(p) < 0.05) <= 0.12
+    assert bootstrap_test([0.0, 0.0, 0.0]) == 1.0 and bootstrap_test([1.0]) == 1.0
+
+
+def test_perplexity_is_followed_from_log_likelihoods():
+    a, b = [-1.0, -2.0, -3.0, -1.5], [-1.1, -2.3, -3.1, -1.4]
+    base = side_of({"t": {"perplexity": a}}, results={"t": {"perplexity,none": math.exp(-np.mean(a))}})
+    tuned = side_of({"t": {"perplexity": b}}, results={"t": {"perplexity,none": math.exp(-np.mean(b))}})
+    found = one(base, tuned, metric="perplexity")
+    assert found["difference"]["value"] == pytest.approx(math.exp(-np.mean(b)) - math.exp(-np.mean(a)))
+    assert found["test"] == "bootstrap" and found["note"] is None
+
+
+def test_word_perplexity_weighs_documents_by_their_words():
+    a, b = [[-10.0, 5], [-30.0, 10]], [[-12.0, 5], [-28.0, 10]]
+    perplexity = [math.exp(40 / 15), math.exp(40 / 15)]
+    base = side_of({"t": {"word_perplexity": a}}, results={"t": {"word_perplexity,none": perplexity[0]}})
+    tuned = side_of({"t": {"word_perplexity": b}}, results={"t": {"word_perplexity,none": perplexity[1]}})
+    found = one(base, tuned, metric="word_perplexity")
+    assert found["difference"]["value"] == pytest.approx(0) and found["n"] == 2 and found["note"] is None
+
+
+def test_ifevals_instances_are_resampled_by_document():
+    a = [[True, False], [True], [False, False, True]]
+    b = [[True, True], [True], [False, True, True]]
+    base = side_of({"t": {"inst": a}}, results={"t": {"inst,none": 3 / 6}})
+    tuned = side_of({"t": {"inst": b}}, results={"t": {"inst,none": 5 / 6}})
+    found = one(base, tuned, metric="inst")
+    assert found["difference"]["value"] == pytest.approx(2 / 6) and found["n"] == 3 and found["test"] == "bootstrap"
+
+
+def test_documents_under_other_prompts_are_not_paired():
+    base = side_of({"t": {"acc": [1, 0, 1]}})
+    found = one(base, side_of({"t": {"acc": [1, 1, 1]}}, prompts={1: "q"}))
+    assert found["p"] is None and "1 documents have other prompts" in found["note"]
+    assert found["difference"]["value"] == pytest.approx(1 / 3)
+    assert found["difference"]["stderr"] == pytest.approx(math.hypot(0.1, 0.1))
+    found = one(base, side_of({"t": {"acc": [1, 1]}}))
+    assert "1 documents" in found["note"]
+
+
+def test_an_aggregation_of_the_tasks_own_is_not_guessed():
+    results = {"t": {"f1,none": 0.123}}
+    base, tuned = (side_of({"t": {"f1": values}}, results=results) for values in ([0.5, 1.0], [1.0, 0.5]))
+    found = one(base, tuned, metric="f1")
+    assert found["p"] is None and "own aggregation" in found["note"]
+
+
+def group(name, weights, tasks):
+    """A side with a group over `tasks`, whose figure weighs its tasks by size or not."""
+    side = side_of(tasks)
+    values = [np.mean(t["acc"]) for t in tasks.values()]
+    sizes = [len(t["acc"]) for t in tasks.values()]
+    side.results[name] = {"acc,none": float(np.average(values, weights=sizes if weights else None)), "alias": name}
+    side.subtasks = {name: list(tasks)}
+    return side
+
+
+def test_a_group_weighed_by_size_is_tested_over_all_its_documents():
+    a = {"x": {"acc": [1] * 8 + [0] * 2}, "y": {"acc": [0] * 30}}
+    b = {"x": {"acc": [1] * 6 + [0] * 4}, "y": {"acc": [1] * 9 + [0] * 21}}
+    found = one(group("g", True, a), group("g", True, b), task="g")
+    assert found["n"] == 40 and found["test"] == "McNemar" and found["p"] == pytest.approx(binomtest(9, 11).pvalue)
+
+
+def test_a_group_of_plain_means_takes_the_errors_of_its_tasks():
+    a = {"x": {"acc": [1] * 8 + [0] * 2}, "y": {"acc": [0] * 30}}
+    b = {"x": {"acc": [1] * 6 + [0] * 4}, "y": {"acc": [1] * 9 + [0] * 21}}
+    base, tuned = group("g", False, a), group("g", False, b)
+    found = one(base, tuned, task="g")
+    parts = [one(base, tuned, task=t)["difference"]["stderr"] for t in "xy"]
+    assert found["difference"]["stderr"] == pytest.approx(math.hypot(*parts) / 2)
+    assert found["difference"]["value"] == pytest.approx((-0.2 + 0.3) / 2) and found["test"] == "normal"
+
+
+def test_pooled_tasks_are_split_by_their_number_of_options():
+    side = side_of({"t": {"acc": [1, 0, 1, 1, 0, 0]}})
+    for k, options in enumerate((3, 3, 5, 5, 5, 7)):
+        side.samples["t"]["none", k]["options"] = options
+    of = [{"task": "t", "metric": "acc", "choices": n} for n in (3, 5, 7)]
+    suite = Suite("s", "", "", [], averages=[{"name": str(e["choices"]), "of": [e]} for e in of])
+    found = suite_averages(suite, side, side, 0)
+    assert [found[k]["base"]["value"] for k in "357"] == [pytest.approx(v) for v in (1 / 2, 2 / 3, 0)]
+
+
+def test_groups_come_before_their_subtasks_and_in_the_suites_order():
+    side = group("g", True, {"b": {"acc": [1, 0]}, "a": {"acc": [1, 1]}})
+    side.results["z"] = {"acc,none": 0.5, "alias": "z"}
+    side.samples["z"] = {("none", 0): {**side.samples["a"]["none", 0]}}
+    suite = Suite("s", "", "", [{"task": "z"}, {"task": "g"}])
+    found = [(row["task"], row["depth"]) for row in rows(side, side, suite, 0)]
+    assert found == [("z", 0), ("g", 0), ("b", 1), ("a", 1)]
+
+
+def test_equal_models_stop_the_run():
+    side = side_of({"t": {"acc": [1, 0]}})
+    with pytest.raises(UserError, match="same answer to all 2 requests: the adapter was not applied"):
+        refuse_equal(side, side_of({"t": {"acc": [1, 0]}}))
+    refuse_equal(side, side_of({"t": {"acc": [1, 1]}}))
+
+
+def test_holms_correction_by_hand():
+    assert holm([0.01, 0.04, 0.03]) == [pytest.approx(v) for v in (0.03, 0.06, 0.06)]
+    assert holm([]) == [] and holm([0.9, 0.8]) == [1.0, 1.0]
+
+
+# ------------------------------------------------------------------------------------------------------------ report
+
+SETTINGS = {"apply_chat_template": False, "limit": None, "num_fewshot": None, "missing": {}, "unquantised": None}
+REFERENCE = {"name": "r", "apply_chat_template": False, "scale": 100, "averages": {}, "rows": [
+    {"task": "t", "metric": "acc", "filter": "none", "shots": 0, "value": 40.0, "stderr": 1.0}]}  # fmt: skip
+
+
+@pytest.mark.parametrize("reference, row, settings, reason", [
+    ({}, {}, {}, None),
+    ({}, {"shots": 5}, {}, "5 shots"),
+    ({}, {"shots": None}, {}, "unknown shots"),
+    ({}, {"how": "generated"}, {}, "generated"),
+    ({"apply_chat_template": None}, {}, {}, "not published"),
+    ({"apply_chat_template": True}, {}, {}, "chat template on"),
+    ({}, {}, {"limit": 24}, "--limit"),
+    ({}, {}, {"apply_chat_template": True}, "chat template off"),
+])  # fmt: skip
+def test_published_figures_of_another_setting_are_told_apart(reference, row, settings, reason):
+    row = {**REFERENCE["rows"][0], **row}
+    found = differs({**REFERENCE, **reference}, row, 0, {**SETTINGS, **settings})
+    assert found is None if reason is None else reason in found
+
+
+def made(reference=REFERENCE, settings=(), suite=None):
+    base, tuned = side_of({"t": {"acc": [1, 0, 0, 1]}}), side_of({"t": {"acc": [1, 1, 0, 1]}})
+    for side in (base, tuned):
+        side.headers, side.templates = ["hf (x)"], {False}
+    suite = suite or Suite("s", "Title", "", [{"task": "t"}])
+    sides = {"base": base, "tuned": tuned}
+    found = rows(**sides, suite=suite, seed=0)
+    text, _ = report("Title", suite, sides, found, suite_averages(suite, **sides, seed=0), [reference],
+                     {**SETTINGS, **dict(settings)})  # fmt: skip
+    return text, found, sides
+
+
+def test_a_published_row_of_our_setting_is_compared():
+    text, found, _ = made()
+    assert "0.4000 ± 0.0100, tuned +0.3500" in text and "(0.4000" not in text
+    assert found[0]["references"]["r"] == {
+        "value": 0.4, "stderr": 0.01, "published_as": "t acc", "other_setting": None,
+    }  # fmt: skip
+    assert "base (template off)" in text and "not human preference" in text
+
+
+def test_a_published_row_of_another_setting_is_greyed_and_not_compared():
+    other = {**REFERENCE, "rows": [{**REFERENCE["rows"][0], "shots": 25}]}
+    text, *_ = made(other)
+    assert "(0.4000 ± 0.0100)" in text and "tuned +0.35" not in text and "25 shots (t)" in text
+
+
+def test_of_several_published_shots_ours_is_taken():
+    several = [{**REFERENCE["rows"][0], "shots": s, "value": v} for s, v in ((25, 65.0), (0, 60.0))]
+    reference = {**REFERENCE, "rows": several}
+    entry = {"task": "t", "metric": "acc"}
+    assert published_row(reference, entry, 0)["value"] == 60.0
+    assert published_row(reference, entry, 25)["value"] == 65.0
+    juanako = load_reference("juanako-7b-v1")
+    found = published_averages(load_suite("openllm_v1"), juanako)
+    assert (round(found["ARC"], 2), round(found["HellaSwag"], 2)) == (64.85, 85.13)
+    assert found["Winogrande"] is None and found["Average"] is None, "its 5-shot Winogrande was not published"
+
+
+def test_mixed_templates_are_flagged():
+    *_, sides = made()
+    sides["tuned"].templates = {True}
+    suite = Suite("s", "Title", "", [{"task": "t"}])
+    text, _ = report("T", suite, sides, rows(**sides, suite=suite, seed=0), {}, [], SETTINGS)
+    assert "MIXED TABLE" in text
+
+
+def test_limits_shots_and_missing_tasks_stand_below_the_table():
+    text, *_ = made(settings={"limit": 24, "num_fewshot": 3, "missing": {"boolq": "lacks data"}}.items())
+    for words in ("ONLY 24 DOCUMENTS", "--num-fewshot 3", "LEFT OUT (--skip-missing): boolq lacks data"):
+        assert words in text
+
+
+def row_of(task, p, difference=0.1, higher=True, depth=0):
+    return {
+        "task": task,
+        "metric": "acc",
+        "p": p,
+        "difference": {"value": difference},
+        "higher": higher,
+        "depth": depth,
+    }
+
+
+def test_claims_are_corrected_for_the_number_of_tasks():
+    text = claim([row_of("a", 0.03), row_of("b", 0.04), row_of("c", 0.9)])
+    assert text.startswith("No claim")
+    found = [row_of("a", 0.001), row_of("ppl", 0.002, higher=False), row_of("c", 0.9), row_of("sub", 1e-9, depth=1)]
+    text = claim(found)
+    assert "Tuned is better on a acc (+0.1000); worse on ppl" not in text
+    assert "better on a acc (+0.1000)" in text and "worse on ppl acc (+0.1000)" in text and "3 paired tests" in text
+    assert found[0]["significant"] and not found[2]["significant"] and "significant" not in found[3]
+
+
+def test_eq_bench_has_both_averages():
+    def figures(score, parsed):
+        return {"base": {"value": score}, "tuned": {"value": score}, "task": "eq_bench", "parsed": parsed}
+
+    found = [
+        {"task": "eq_bench", "metric": "eqbench", "base": {"value": 27.0}, "tuned": {"value": 20.0}},
+        {"task": "eq_bench", "metric": "percent_parseable", "base": {"value": 90.0}, "tuned": {"value": 50.0}},
+    ]
+    (line,) = eq_bench(found)
+    assert "base 30.00 (90.0% parsed)" in line and "tuned none, fewer than 83.33%" in line
+    assert eq_bench([]) == []
+
+
+def test_the_clock():
+    assert clock(751) == "00:12:31" and clock(8580) == "02:23:00"
+
+
+# ------------------------------------------------------------------------------------------------------------- calls
+
+
+def models_of(**overrides):
+    args = SimpleNamespace(
+        base_revision=None,
+        tuned_revision=None,
+        trust_remote_code=False,
+        attn_implementation=None,
+        chat_template_path=None,
+    )
+    c = SimpleNamespace(base="builtin:smollm2-135m-instruct", adapter="ck/r", tuned=None, args=args)
+    return SimpleNamespace(**{"comparison": c, "dtype": "float32", "autocast": None, "quantized": None, **overrides})
+
+
+def test_model_arguments_follow_the_precision_of_training():
+    import torch
+
+    base, tuned = (model_arguments(models_of(), side, "hf", None, 1) for side in ("base", "tuned"))
+    assert tuned == {**base, "peft": tuned["peft"]} and "peft" not in base
+    mixed = model_arguments(models_of(autocast=torch.bfloat16), "base", "hf", 512, 1)
+    assert (mixed["dtype"], mixed["mixed_precision_dtype"], mixed["max_length"]) == ("float32", "bfloat16", 512)
+    quantised = model_arguments(
+        models_of(autocast=torch.bfloat16, quantized={"load_in_4bit": True}), "base", "hf", None, 1
+    )
+    assert quantised["dtype"] == "bfloat16" and "mixed_precision_dtype" not in quantised
+
+
+def test_vllm_gets_the_adapter_and_its_gpus(tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"r": 64}')
+    models = models_of()
+    models.comparison.adapter = str(tmp_path)
+    found = model_arguments(models, "tuned", "vllm", 4096, 8)
+    assert found["lora_local_path"] == str(tmp_path) and found["max_lora_rank"] == 64
+    assert found["tensor_parallel_size"] == 8 and found["max_model_len"] == 4096 and "peft" not in found
+
+
+OPTIONS = {
+    "backend": "hf", "batch_size": "8", "limit": None, "seed": 1234, "num_fewshot": None, "apply_chat_template": False,
+    "fewshot_as_multiturn": False, "include_path": None, "processes": 1, "device": "cpu", "extra": [],
+}  # fmt: skip
+
+
+def planned(tmp_path, side="base", arguments=None, identity=None, **options):
+    suite = load_suite("openllm_v1")
+    return plan(suite, side, arguments or {"pretrained": "m"}, identity or {"base": 1}, {**OPTIONS, **options},
+                tmp_path / "out", tmp_path / "cache")  # fmt: skip
+
+
+def cache_of(call) -> str:
+    return call.command[call.command.index("--use_cache") + 1]
+
+
+def test_tasks_of_equal_shots_run_in_one_call(tmp_path):
+    calls = planned(tmp_path)
+    assert [(c.shots, c.tasks) for c in calls] == [
+        (25, ["arc_challenge"]), (10, ["hellaswag"]), (5, ["mmlu", "winogrande", "gsm8k"]), (0, ["truthfulqa_mc2"]),
+    ]  # fmt: skip
+    assert [c.shots for c in planned(tmp_path, num_fewshot=3)] == [3]
+    command = planned(tmp_path)[0].command
+    assert command[:4] == [sys.executable, "-m", "lm_eval", "run"]
+    assert command[command.index("--num_fewshot") + 1] == "25" and "--apply_chat_template" not in command
+
+
+def test_no_two_models_share_a_cache_of_answers(tmp_path):
+    """lm-eval keys cached answers by request alone: one path for two models would return the first one's answers."""
+    variants = [
+        planned(tmp_path),
+        planned(tmp_path, side="tuned", arguments={"pretrained": "m", "peft": "a"}),
+        planned(tmp_path, identity={"base": 1, "adapter_sha256": "x"}),
+        planned(tmp_path, arguments={"pretrained": "m", "dtype": "bfloat16"}),
+        planned(tmp_path, arguments={"pretrained": "m", "max_length": 512}),
+        planned(tmp_path, backend="vllm"),
+        planned(tmp_path, batch_size="4"),
+        planned(tmp_path, processes=2),
+        planned(tmp_path, extra=["--gen_kwargs", "temperature=1"]),
+    ]
+    assert len({cache_of(calls[0]) for calls in variants}) == len(variants)
+    assert len({str(calls[0].folder) for calls in variants}) == len(variants)
+    # A part of the documents is a part of the same answers.
+    assert cache_of(planned(tmp_path, limit=8)[0]) == cache_of(planned(tmp_path)[0])
+    assert planned(tmp_path, limit=8)[0].folder != planned(tmp_path)[0].folder
+
+
+def test_the_template_goes_with_multi_turn_shots(tmp_path):
+    command = planned(tmp_path, apply_chat_template=True, fewshot_as_multiturn=True)[0].command
+    at = command.index("--apply_chat_template")
+    assert command[at + 1 : at + 3] == ["--fewshot_as_multiturn", "true"]
+
+
+def fake_call(tmp_path, code: str) -> Call:
+    return Call("base", ["t"], 0, [sys.executable, "-c", code, "x"], tmp_path / "call")
+
+
+def test_a_failed_call_ends_in_one_line_and_keeps_its_log(tmp_path, capsys):
+    call = fake_call(tmp_path, "raise ValueError('no such thing')")
+    with pytest.raises(
+        UserError, match=r"base 1/1: ValueError: no such thing \(lm_eval ended with 1; its log: .*log\.txt"
+    ):
+        execute(call, "base 1/1", tmp_path)
+    assert "Traceback" not in capsys.readouterr().err and "Traceback" in (tmp_path / "call" / "log.txt").read_text()
+    assert not call.finished
+    with pytest.raises(UserError, match="out of memory: give a smaller --batch-size"):
+        execute(fake_call(tmp_path, "raise RuntimeError('CUDA out of memory')"), "base 1/1", tmp_path)
+
+
+def test_a_call_without_results_is_not_taken_for_done(tmp_path):
+    with pytest.raises(UserError, match="wrote no results"):
+        execute(fake_call(tmp_path, "pass"), "base 1/1", tmp_path)
+
+
+def test_a_finished_call_is_not_run_again(tmp_path, capsys):
+    write = f"open({str(tmp_path / 'call' / 'results_1.json')!r}, 'w').write('{{}}')"
+    call = fake_call(tmp_path, write)
+    execute(call, "base 1/1", tmp_path)
+    assert call.finished
+    call.command[2] = "raise SystemExit(9)"
+    execute(call, "base 1/1", tmp_path)
+    assert "done before" in capsys.readouterr().err
+
+
+def test_only_the_bars_of_requests_are_shown():
+    assert PROGRESS.match("Running loglikelihood requests:  50%|#####     | 5/10 [00:01<00:01, 5it/s]")
+    assert not PROGRESS.match("2026-01-01 WARNING [evaluator] 5%| something")
+
+
+def test_auto_is_one_number_for_both_models(monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert batch_size("auto", "hf", {}) == "8" and batch_size("16", "hf", {}) == "16"
+    assert batch_size("auto", "vllm", {}) == "auto", "vLLM batches by itself"
+
+
+def test_the_harnesss_own_detection_is_still_there():
+    from lm_eval.models.huggingface import HFLM
+
+    assert callable(HFLM._detect_batch_size)
+
+
+@pytest.mark.parametrize("overrides, extra, words", [
+    ({"suite": "quick", "tasks": "a"}, [], "--suite and --tasks"),
+    ({"batch_size": "0"}, [], "--batch-size 0"),
+    ({"batch_size": "some"}, [], "--batch-size some"),
+    ({"processes": 0}, [], "--processes 0"),
+    ({"num_fewshot": -1}, [], "--num-fewshot -1"),
+    ({"output_json": "x"}, [], "--output-dir"),
+    ({"load_in_4bit": True}, [], "cannot quantise"),
+    ({"backend": "vllm"}, [], "vLLM is not installed"),
+    ({}, ["--use_cache", "x"], "-- --use_cache"),
+])  # fmt: skip
+def test_bad_options_are_refused(overrides, extra, words):
+    with pytest.raises(UserError, match=words):
+        check(HarnessArguments(**overrides), extra)
+
+
+def test_everything_after_two_dashes_is_the_harnesss():
+    assert own_and_harness(["--suite", "x", "--", "--gen_kwargs", "a=1"]) == (["--suite", "x"], ["--gen_kwargs", "a=1"])
+    assert own_and_harness(["--suite", "x"]) == (["--suite", "x"], [])
+
+
+def test_leading_bos_tokens_are_counted(smol_tokenizer, gemma_like_tokenizer):
+    assert leading_bos(smol_tokenizer, "Question: x") == 0
+    text = gemma_like_tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False)
+    assert leading_bos(gemma_like_tokenizer, text) == 1

@@ -1,0 +1,226 @@
+"""run_lm_eval.sh end to end on tiny models and the quick suite: its figures are those of a direct lm_eval call."""
+
+import os
+import re
+import shutil
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, assert_one_line, command
+
+from utils.artifacts import read_json
+
+SCRIPT = ROOT / "run_lm_eval.sh"
+TASKS = "quick_facts,quick_cloze,quick_sums"
+
+
+def shell(*args, cwd=ROOT, env=None) -> subprocess.CompletedProcess:
+    """Run run_lm_eval.sh with this test's Python."""
+    environment = {**os.environ, "PYTHON": sys.executable, **(env or {})}
+    return subprocess.run(
+        ["bash", str(SCRIPT), *map(str, args)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=600
+    )
+
+
+def where(trained, out, *extra):
+    return ("--checkpoints", trained / "ck", "--eval-out", out, "--tasks", TASKS, "--limit", "12", *extra)
+
+
+@pytest.fixture(scope="module")
+def done(trained, tmp_path_factory):
+    """A finished run on the newest run below ck/, called from another folder; (its folder, what it printed)."""
+    out = tmp_path_factory.mktemp("lm_eval")
+    result = shell(*where(trained, out), cwd=out)
+    assert result.returncode == 0, result.stderr[-3000:]
+    (folder,) = (out / "r" / "lm_eval").iterdir()
+    return folder, result
+
+
+def results(folder: Path, side: str) -> dict:
+    (path,) = folder.glob(f"{side}-*/results_*.json")
+    return read_json(path)
+
+
+def figures(found: dict) -> dict:
+    """Every value and stderr that the harness reports, to the last digit."""
+    return {task: {k: v for k, v in row.items() if "," in k} for task, row in found["results"].items()}
+
+
+def test_it_ends_in_one_table_one_json_and_one_picture(done):
+    folder, result = done
+    assert folder.name == "quick_facts-quick_cloze-quick_sums_LIMIT12"
+    summary = read_json(folder / "lm_eval.json")
+    assert summary["text"] in result.stdout and (folder / "lm_eval.md").read_text() == summary["text"] + "\n"
+    assert (folder / "lm_eval.png").read_bytes()[:4] == b"\x89PNG"
+    assert "Traceback" not in result.stderr
+    assert summary["stage"] == "lm_eval" and summary["claim"] and summary["run"]["versions"]["lm_eval"]
+    assert summary["settings"]["batch_size"] == "8" and summary["settings"]["tokenizer_bos"] == 0
+    metrics = summary["metrics"]
+    for side in ("base", "tuned"):
+        harness = figures(results(folder, side))
+        for task, row in harness.items():
+            for key, value in row.items():
+                if "_stderr" not in key:
+                    ours = metrics[f"{task}/{key}/{side}"]
+                    stderr = row[key.replace(",", "_stderr,")]
+                    assert (ours["value"], ours["stderr"]) == (value, stderr if stderr != "N/A" else None)
+    lines = [line for line in summary["text"].splitlines() if line.startswith("| quick_facts")]
+    assert len(lines) == 2 and lines[0].split("|")[3].strip() == "none"
+    assert set(summary["generated_characters"]["base"]) == {"quick_sums"}
+    assert all(list(folder.glob(f"{side}-*/samples_quick_sums_*.jsonl")) for side in ("base", "tuned"))
+
+
+def test_its_figures_are_those_of_a_direct_call_exactly(done, trained, tiny, tmp_path):
+    folder, _ = done
+    model = f"pretrained={tiny},dtype=float32,peft={trained / 'ck' / 'r'}"
+    direct = command(
+        *("-m", "lm_eval", "run", "--model", "hf", "--model_args", model, "--tasks", TASKS, "--batch_size", "8"),
+        *("--device", "cpu", "--limit", "12", "--seed", "1234", "--include_path", "configs/lm_eval/tasks"),
+        *("--log_samples", "--output_path", tmp_path / "direct.json"),
+    )
+    assert direct.returncode == 0, direct.stderr[-2000:]
+    (path,) = tmp_path.glob("direct_*.json")
+    assert figures(read_json(path)) == figures(results(folder, "tuned"))
+    assert figures(read_json(path)) != figures(results(folder, "base"))
+
+
+def test_a_second_call_runs_nothing(done, trained):
+    folder, first = done
+    again = shell(*where(trained, folder.parents[2]))
+    assert again.returncode == 0 and again.stderr.count("done before") == 2
+    assert again.stdout == first.stdout
+
+
+def test_base_then_tuned_from_a_warm_cache_equal_a_cold_run(done, trained, tmp_path):
+    folder, _ = done
+    shutil.copytree(folder.parents[2] / ".cache", tmp_path / ".cache")
+    result = shell(*where(trained, tmp_path))
+    assert result.returncode == 0 and "done before" not in result.stderr, result.stderr[-2000:]
+    warm = tmp_path / "r" / "lm_eval" / folder.name
+    for side in ("base", "tuned"):
+        assert figures(results(warm, side)) == figures(results(folder, side))
+        (log,) = warm.glob(f"{side}-*/log.txt")
+        assert "Checking cached requests" in log.read_text() and "Running loglikelihood" not in log.read_text()
+    assert figures(results(warm, "base")) != figures(results(warm, "tuned"))
+
+
+def test_an_interrupted_call_goes_on_from_its_cache(done, trained, tmp_path):
+    """kill -9 in the middle of the base's requests: what was answered by then is not computed again."""
+    folder, _ = done
+    arguments = where(trained, tmp_path, "--batch-size", "1")
+    running = subprocess.Popen(
+        ["bash", str(SCRIPT), *map(str, arguments)], cwd=ROOT, env={**os.environ, "PYTHON": sys.executable},
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    kept = 0
+    for _ in range(1200):
+        found = list((tmp_path / ".cache").glob("lm_eval-*/responses_rank0.db"))
+        kept = answers(found[0]) if found else 0
+        if kept >= 3 or running.poll() is not None:
+            break
+        time.sleep(0.05)
+    harness = set(descendants(running.pid)) - {running.pid}
+    running.kill()
+    running.wait()
+    assert kept >= 3 and harness, "killed while the harness was at work"
+    deadline = time.monotonic() + 60
+    while any(Path(f"/proc/{process}").exists() for process in harness):
+        assert time.monotonic() < deadline, "the harness outlives the stage that was killed"
+        time.sleep(0.1)
+    result = shell(*arguments)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "done before" not in result.stderr
+    (log,) = (tmp_path / "r" / "lm_eval" / folder.name).glob("base-*/log.txt")
+    asked, computed = (
+        int(re.search(rf"{bar}.*?/(\d+) \[", log.read_text())[1])
+        for bar in ("Checking cached requests", "Running loglikelihood requests")
+    )
+    assert computed < asked, "what was answered before the kill is not asked again"
+    found = [figures(results(tmp_path / "r" / "lm_eval" / folder.name, side)) for side in ("base", "tuned")]
+    for ours, side in zip(found, ("base", "tuned"), strict=True):
+        for task, row in figures(results(folder, side)).items():
+            assert ours[task] == pytest.approx(row, rel=1e-5), "another batch size moves the last digits alone"
+
+
+def answers(path: Path) -> int:
+    try:
+        with sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=1) as database:
+            return database.execute("select count(*) from unnamed").fetchone()[0]
+    except sqlite3.Error:
+        return 0
+
+
+def descendants(pid: int) -> list[int]:
+    """A process and its children's children, whatever session they are in."""
+    found = [pid]
+    for other in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parent = int(other.read_text().rsplit(")", 1)[1].split()[1])
+        except (OSError, IndexError):
+            continue
+        if parent == pid:
+            found += descendants(int(other.parent.name))
+    return found
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_same_figures(done, trained, tmp_path):
+    folder, _ = done
+    result = shell(*where(trained, tmp_path, "--processes", "2"), env={"OMP_NUM_THREADS": "1"})
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert len(list((tmp_path / ".cache").glob("lm_eval-*/responses_rank1.db"))) == 2
+    for side in ("base", "tuned"):
+        ours = figures(results(tmp_path / "r" / "lm_eval" / folder.name, side))
+        for task, row in figures(results(folder, side)).items():
+            assert ours[task] == pytest.approx(row, rel=1e-5)
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--suite"], ["--suite", "expected one argument", "usage: bash run_lm_eval.sh"]),
+    (["--suite", "nosuch"], ["--suite nosuch", "there are eq_bench, nous"]),
+    (["--tasks", "quick_fact"], ["--tasks quick_fact", "close:", "quick_facts"]),
+    (["--sweet", "x"], ["unknown flag --sweet", "--suite", "usage:"]),
+    (["--limit", "0", "--run-name", "r"], ["--limit 0"]),
+    (["--adapter-path", "nowhere"], ["--adapter_path", "nowhere", "no folder"]),
+    (["--tasks", "arc_easy,quick_facts"], ["1 of 2 tasks cannot run", "--skip-missing"]),
+    (["--tasks", "arc_easy", "--skip-missing"], ["no task can run", "arc_easy"]),
+])  # fmt: skip
+def test_bad_input_is_one_line_before_anything_runs(call, trained, tmp_path, arguments, words):
+    code, _, err = call("utils.harness", "--checkpoints", trained / "ck", "--eval-out", tmp_path, *arguments)
+    assert code == 2
+    assert_one_line(err, *words)
+    assert not list(tmp_path.rglob("lm_eval"))
+
+
+def test_without_a_run_it_says_so(call, tmp_path):
+    code, _, err = call("utils.harness", "--checkpoints", tmp_path)
+    assert code == 2
+    assert_one_line(err, "no finished run yet", "quickstart.sh")
+
+
+def test_the_script_names_a_python_without_the_harness(tmp_path):
+    bare = tmp_path / "python"
+    bare.write_text("#!/bin/sh\nexit 1\n")
+    bare.chmod(0o755)
+    result = shell(env={"PYTHON": str(bare)})
+    assert result.returncode == 2
+    assert_one_line(result.stderr, str(bare), "no lm-evaluation-harness", "requirements.txt")
+
+
+def test_help_is_a_page_and_takes_no_time():
+    started = time.monotonic()
+    result = shell("--help")
+    assert result.returncode == 0 and "bash run_lm_eval.sh" in result.stdout and "--skip-missing" in result.stdout
+    assert time.monotonic() - started < 60
+
+
+@pytest.mark.skipif(
+    shutil.which("shellcheck") is None, reason="shellcheck is not installed (apt-get install shellcheck)"
+)
+def test_shellcheck_finds_nothing():
+    result = subprocess.run(["shellcheck", str(SCRIPT)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
