@@ -1,0 +1,502 @@
+"""human_eval.py: a blind study laid out, voted on by SYNTHETIC annotators, unblinded and scored."""
+
+import json
+import math
+import random
+
+import numpy as np
+import pytest
+from conftest import assert_one_line, eval_args, write_jsonl
+from scipy.stats import binomtest
+
+from utils.errors import UserError
+from utils.human_figures import _alpha, agreement, cohen_kappa, summarise
+from utils.human_page import checksum
+from utils.human_study import lay_out, plan
+from utils.human_votes import FORMAT, read_votes, unblind
+from utils.stats import sign_test
+
+NOTHING = {"choice": None, "left_acceptable": None, "right_acceptable": None, "skip": None, "comment": "", "ms": 4000}
+
+
+def answers_of(names, count) -> dict:
+    return {
+        name: [{"text": f"{name} says {k}" + " word" * (k % 3), "tokens": 5 + k % 3, "finish_reason": "stop"}
+               for k in range(count)]
+        for name in names
+    }  # fmt: skip
+
+
+def study(names=("base", "tuned"), count=20, repeat_share=0.1, seed=7, pairs_per_prompt=1):
+    """(key, candidates, about) as a dump has them, without a model."""
+    answers = answers_of(names, count)
+    asked, identical = plan(answers, pairs_per_prompt, random.Random(seed))
+    key = {
+        "study": "s1",
+        "models": list(names),
+        "items": lay_out(asked, repeat_share, seed),
+        "identical": identical,
+    }
+    shown = {name: "dpo" if name == "tuned" else name for name in names}
+    candidates = [{"prompt": f"prompt {k}", **{shown[n]: answers[n][k]["text"] for n in names}} for k in range(count)]
+    about = {
+        "prompts": [{"category": "even" if k % 2 == 0 else "odd"} for k in range(count)],
+        "answers": answers,
+    }
+    return key, candidates, about
+
+
+def export(key, vote, annotator="SYNTHETIC ann") -> dict:
+    """A votes file of a synthetic annotator: `vote(item)` gives the fields of a vote, or None for an open pair."""
+    votes = [{"id": item["id"], **NOTHING, **fields} for item in key["items"] if (fields := vote(item)) is not None]
+    return {
+        "format": FORMAT,
+        "study": key["study"],
+        "annotator": annotator,
+        "items": len(key["items"]),
+        "exported_utc": "2026-01-01T00:00:00Z",
+        "votes": votes,
+        "checksum": checksum(key["study"], annotator, votes),
+    }
+
+
+def prefers(winner, strong=False):
+    """An annotator who always finds the answer of one model better."""
+    return lambda item: {"choice": ("left" if item["left"] == winner else "right") + ("_much" if strong else "")}
+
+
+def scored(key, candidates, about, *exports) -> dict:
+    rows = unblind({f"v{k}.json": e for k, e in enumerate(exports)}, key, about)
+    return summarise(rows, key, candidates, about, 42)
+
+
+# --------------------------------------------------------------------------------------------------------- the study
+
+
+@pytest.mark.parametrize("count", [1, 2, 9, 40, 500])
+def test_sides_are_balanced_and_one_in_twenty_is_asked_again_swapped(count):
+    asked = [{"prompt": k, "a": "tuned", "b": "base"} for k in range(count)]
+    items = lay_out(asked, 0.05, seed=3)
+    first = [item for item in items if item["repeat_of"] is None]
+    left = sum(item["left"] == "tuned" for item in first)
+    assert left in (count // 2, count - count // 2)
+    assert sorted(item["prompt"] for item in first) == list(range(count))
+    again = [item for item in items if item["repeat_of"]]
+    assert len(again) == min(count // 2, math.ceil(0.05 * count))
+    place = {item["id"]: k for k, item in enumerate(items)}
+    assert len(place) == len(items)
+    for item in again:
+        before = items[place[item["repeat_of"]]]
+        assert (item["left"], item["right"], item["prompt"]) == (before["right"], before["left"], before["prompt"])
+        assert place[item["id"]] - place[before["id"]] >= count // 2
+
+
+def test_order_sides_and_ids_are_those_of_the_seed_alone():
+    asked = [{"prompt": k, "a": "tuned", "b": "base"} for k in range(30)]
+    assert lay_out(asked, 0.1, 5) == lay_out(asked, 0.1, 5)
+    one, other = lay_out(asked, 0.1, 5), lay_out(asked, 0.1, 6)
+    assert not {item["id"] for item in one} & {item["id"] for item in other}
+    assert [item["prompt"] for item in one] != sorted(item["prompt"] for item in one)
+    assert [i["left"] for i in one] != [i["left"] for i in other]
+
+
+def test_no_repeat_is_asked_where_none_is_wanted():
+    assert all(i["repeat_of"] is None for i in lay_out([{"prompt": 0, "a": "t", "b": "b"}] * 8, 0.0, 1))
+
+
+def test_pairings_of_several_models_are_sampled_evenly():
+    answers = answers_of(["base", "tuned", "c", "d"], 50)
+    asked, identical = plan(answers, 1, random.Random(0))
+    counts = {}
+    for pair in asked:
+        counts[pair["a"], pair["b"]] = counts.get((pair["a"], pair["b"]), 0) + 1
+    assert len(asked) == 50 and not identical and len(counts) == 6
+    assert max(counts.values()) - min(counts.values()) <= 1
+    asked, _ = plan(answers, 3, random.Random(0))
+    assert all(len({(p["a"], p["b"]) for p in asked if p["prompt"] == k}) == 3 for k in range(50))
+    with pytest.raises(UserError, match="make only 6 pairings"):
+        plan(answers, 7, random.Random(0))
+
+
+def test_identical_answers_are_not_asked():
+    answers = answers_of(["base", "tuned"], 4)
+    answers["tuned"][2] = answers["base"][2]
+    asked, identical = plan(answers, 1, random.Random(0))
+    assert [p["prompt"] for p in identical] == [2] and sorted(p["prompt"] for p in asked) == [0, 1, 3]
+
+
+# ------------------------------------------------------------------------------------------------------------- votes
+
+
+def test_votes_are_unblinded_by_hand():
+    key, _, about = study(count=4, repeat_share=0.0)
+    item = key["items"][0]
+    tuned_left = item["left"] == "tuned"
+    fields = {"choice": "left_much", "left_acceptable": True, "right_acceptable": False, "comment": "clear"}
+    (row,) = unblind({"v": export(key, lambda i: fields if i is item else None)}, key, about)
+    assert (row["a"], row["b"], row["prompt"]) == ("tuned", "base", item["prompt"])
+    assert row["preference"] == (2 if tuned_left else -2) and row["outcome"] == (1 if tuned_left else 0)
+    assert row["a_acceptable"] is tuned_left and row["b_acceptable"] is not tuned_left
+    assert row["a_is_left"] is tuned_left and row["seconds"] == 4.0 and row["comment"] == "clear"
+    assert row["category"] == ("even" if item["prompt"] % 2 == 0 else "odd")
+
+
+@pytest.mark.parametrize("choice, preference, outcome", [
+    ("left_much", 2, 1), ("left", 1, 1), ("tie", 0, 0.5), ("both_bad", 0, 0.5), ("right", -1, 0), ("right_much", -2, 0),
+])  # fmt: skip
+def test_every_choice_has_its_steps(choice, preference, outcome):
+    key, _, about = study(count=6, repeat_share=0.0)
+    item = next(i for i in key["items"] if i["left"] == "tuned")
+    (row,) = unblind({"v": export(key, lambda i: {"choice": choice} if i is item else None)}, key, about)
+    assert (row["preference"], row["outcome"], row["both_bad"]) == (preference, outcome, choice == "both_bad")
+
+
+def write(path, content) -> str:
+    path.write_text(json.dumps(content))
+    return str(path)
+
+
+def edited(**fields):
+    """A whole votes file whose fields were changed after its export."""
+    return lambda good: {**good, **fields}
+
+
+def changed_vote(**fields):
+    return lambda good: {**good, "votes": [{**good["votes"][0], **fields}, *good["votes"][1:]]}
+
+
+@pytest.mark.parametrize("break_it, words", [
+    (lambda good: [1], ["no votes file"]),
+    (edited(format="other"), ["no votes file"]),
+    (edited(annotator="  "), ["no name"]),
+    (edited(items="12"), ["'items'", "wrong type"]),
+    (edited(checksum=None), ["'checksum'", "missing"]),
+    (edited(checksum="00000000"), ["edited after its export"]),
+    (edited(annotator="SYNTHETIC other"), ["edited after its export"]),
+    (edited(study="s2"), ["edited after its export"]),
+    (changed_vote(choice="right_much"), ["edited after its export"]),
+    (changed_vote(comment="added"), ["edited after its export"]),
+    (changed_vote(choice="best"), ["vote 1", "unknown choice"]),
+    (changed_vote(ms="long"), ["vote 1", "malformed"]),
+    (changed_vote(model="tuned"), ["vote 1", "malformed"]),
+    (changed_vote(skip="other"), ["vote 1", "both judged and skipped"]),
+])  # fmt: skip
+def test_a_bad_votes_file_is_named(tmp_path, break_it, words):
+    key, *_ = study(count=6)
+    path = write(tmp_path / "v.json", break_it(export(key, prefers("tuned"))))
+    with pytest.raises(UserError) as error:
+        read_votes([path])
+    for word in [path, *words]:
+        assert word in str(error.value)
+
+
+def test_files_of_one_annotator_or_of_two_dumps_are_not_mixed(tmp_path):
+    key, *_ = study(count=6)
+    one = write(tmp_path / "1.json", export(key, prefers("tuned"), "SYNTHETIC Ann"))
+    same = write(tmp_path / "2.json", export(key, prefers("base"), "synthetic  ann "))
+    with pytest.raises(UserError, match=r"2\.json: annotator .* is that of .*1\.json too"):
+        read_votes([one, same])
+    other = write(tmp_path / "3.json", export({**key, "study": "s2"}, prefers("base"), "SYNTHETIC Bob"))
+    with pytest.raises(UserError, match=r"3\.json: of another dump"):
+        read_votes([one, other])
+    empty = write(tmp_path / "4.json", export(key, lambda i: {"skip": "other"}, "SYNTHETIC Eve"))
+    with pytest.raises(UserError, match=r"4\.json: SYNTHETIC Eve has judged no pair"):
+        read_votes([one, empty])
+
+
+def test_votes_on_unknown_or_doubled_pairs_are_refused():
+    key, _, about = study(count=6)
+    good = export(key, prefers("tuned"))
+    for votes, words in (
+        ([{**good["votes"][0], "id": "ffffffffffff"}], "no pair of this study"),
+        ([good["votes"][0], good["votes"][0]], "two votes on"),
+    ):
+        with pytest.raises(UserError, match=rf"v\.json: .*{words}"):
+            unblind({"v.json": {**good, "votes": votes}}, key, about)
+    with pytest.raises(UserError, match="of a page with 5 pairs"):
+        unblind({"v.json": {**good, "items": 5}}, key, about)
+
+
+# ----------------------------------------------------------------------------------------------------------- figures
+
+
+def test_one_annotator_by_hand():
+    key, candidates, about = study(count=20, repeat_share=0.0)
+    # 12 wins (4 of them strong), 5 losses, 2 ties, 1 both bad.
+    said = ["win_much"] * 4 + ["win"] * 8 + ["loss"] * 5 + ["tie"] * 2 + ["both_bad"]
+
+    def vote(item):
+        outcome = said[item["prompt"]]
+        if not outcome.startswith(("win", "loss")):
+            return {"choice": outcome}
+        winner = "tuned" if outcome.startswith("win") else "base"
+        return prefers(winner, outcome.endswith("much"))(item)
+
+    found = scored(key, candidates, about, export(key, vote))
+    m = {name: figure["value"] for name, figure in found["metrics"].items()}
+    assert m["win_rate"] == (12 + 3 / 2) / 20
+    assert m["p_win_rate_is_half"] == pytest.approx(binomtest(12, 17).pvalue)
+    names = ("much_better", "better", "tie", "both_bad", "worse", "much_worse")
+    assert [m[f"votes_{k}"] for k in names] == [4, 8, 2, 1, 5, 0]
+    assert m["both_bad_share"] == 1 / 20 and m["preference_steps"] == (2 * 4 + 8 - 5) / 20
+    assert m["judged"] == 20 and m["skipped"] == 0 and m["seconds_median"] == 4.0
+    ends = found["metrics"]["win_rate"]["ci95"]
+    # The bootstrap's standard error of a mean is sd / sqrt(n).
+    y = np.array([1] * 12 + [0] * 5 + [0.5] * 3)
+    assert found["metrics"]["win_rate"]["stderr"] == pytest.approx(y.std() / math.sqrt(20), rel=0.08)
+    assert ends[0] < m["win_rate"] < ends[1]
+    even = found["matches"][0]["categories"]["even"]
+    # Even prompts: 0 to 10 won (6), 12 to 16 lost (3), 18 tied.
+    assert even["n"] == 10 and even["win_rate"]["value"] == (6 + 1 / 2) / 10
+
+
+def test_prompts_weigh_alike_however_many_judged_them():
+    key, candidates, about = study(count=4, repeat_share=0.0)
+    one = export(key, lambda i: prefers("tuned")(i) if i["prompt"] < 2 else prefers("base")(i), "SYNTHETIC 1")
+    other = export(key, lambda i: prefers("base")(i) if i["prompt"] == 0 else None, "SYNTHETIC 2")
+    found = scored(key, candidates, about, one, other)
+    # Prompt 0 is split, 1 won, 2 and 3 lost.
+    assert found["metrics"]["win_rate"]["value"] == (0.5 + 1 + 0 + 0) / 4
+    assert found["metrics"]["win_rate"]["n"] == 4 and found["metrics"]["votes"]["value"] == 5
+    assert found["metrics"]["p_win_rate_is_half"]["value"] == 1.0
+    assert found["metrics"]["judged"] == {"value": 5, "stderr": None, "ci95": None, "n": 8}
+
+
+def test_identical_answers_tie_without_a_vote():
+    key, candidates, about = study(count=4, repeat_share=0.0)
+    key["items"] = [i for i in key["items"] if i["prompt"] != 3]
+    key["identical"] = [{"prompt": 3, "a": "tuned", "b": "base"}]
+    m = scored(key, candidates, about, export(key, prefers("tuned")))["metrics"]
+    assert m["win_rate"]["value"] == 3.5 / 4 and m["identical_answers"]["value"] == 1 and m["votes"]["value"] == 3
+
+
+def test_an_annotator_who_always_takes_the_left_is_seen_through():
+    key, candidates, about = study(count=40, repeat_share=0.2)
+    found = scored(key, candidates, about, export(key, lambda item: {"choice": "left"}))
+    m = found["metrics"]
+    assert m["win_rate"]["value"] == 0.5
+    assert m["left_wins"]["value"] == 1.0 and m["p_left_wins_is_half"]["value"] == pytest.approx(2 * 0.5**40)
+    assert m["self_consistency"] == {"value": 0.0, "stderr": 0.0, "ci95": [0.0, 0.0], "n": 8}
+
+
+def test_an_annotator_who_sees_the_models_is_consistent_and_unbiased():
+    key, candidates, about = study(count=40, repeat_share=0.2)
+    m = scored(key, candidates, about, export(key, prefers("tuned", strong=True)))["metrics"]
+    assert m["win_rate"]["value"] == 1.0 and m["self_consistency"]["value"] == 1.0
+    assert m["votes"]["value"] == 40, "pairs asked again are not counted twice"
+    assert m["judged"]["value"] == 48
+    # The 40 first askings are balanced; the 8 repeats are their mirror images.
+    assert abs(m["left_wins"]["value"] - 0.5) <= 4 / 48
+
+
+def test_acceptable_answers_are_counted_where_they_are_marked():
+    key, candidates, about = study(count=10, repeat_share=0.0)
+
+    def vote(item):
+        if item["prompt"] >= 8:
+            return {"choice": "tie"}
+        good, bad = ("left", "right") if item["left"] == "tuned" else ("right", "left")
+        return {"choice": "tie", f"{good}_acceptable": True, f"{bad}_acceptable": item["prompt"] < 2}
+
+    m = scored(key, candidates, about, export(key, vote))["metrics"]
+    assert m["acceptable_a"]["value"] == 1.0 and m["acceptable_b"]["value"] == 2 / 8
+    assert m["acceptable_difference"]["value"] == 6 / 8
+    assert m["p_acceptable_difference"]["value"] == pytest.approx(binomtest(6, 6).pvalue)
+
+
+def test_the_sign_test_takes_means_of_votes():
+    assert sign_test([0.75, 0.6, 0.5, 0.25]) == pytest.approx(binomtest(2, 3).pvalue)
+
+
+# Krippendorff (2011), Computing Krippendorff's Alpha-Reliability: four observers, twelve units.
+OBSERVERS = np.array(
+    [
+        [1, 2, 3, 3, 2, 1, 4, 1, 2, np.nan, np.nan, np.nan],
+        [1, 2, 3, 3, 2, 2, 4, 1, 2, 5, np.nan, 3],
+        [np.nan, 3, 3, 3, 2, 3, 4, 2, 2, 5, 1, np.nan],
+        [1, 2, 3, 3, 2, 4, 4, 1, 2, 5, 1, np.nan],
+    ]
+)
+
+
+@pytest.mark.parametrize("kind, published", [("nominal", 0.743), ("ordinal", 0.815)])
+def test_alpha_is_krippendorffs_own_example(kind, published):
+    found = _alpha(OBSERVERS.T, kind, 0)
+    assert found["value"] == pytest.approx(published, abs=5e-4)
+    assert found["ci95"][0] < published < found["ci95"][1]
+
+
+def test_kappa_by_hand_and_as_sklearn_has_it():
+    from sklearn.metrics import cohen_kappa_score
+
+    # 20 yes-yes, 5 yes-no, 10 no-yes, 15 no-no: agreement 0.7, by chance 0.5.
+    both = np.array([[1, 1]] * 20 + [[1, -1]] * 5 + [[-1, 1]] * 10 + [[-1, -1]] * 15)
+    assert cohen_kappa(both) == pytest.approx((0.7 - 0.5) / 0.5)
+    steps = np.random.default_rng(0).integers(-2, 3, (60, 2))
+    steps[::2, 1] = steps[::2, 0]
+    assert cohen_kappa(steps) == pytest.approx(cohen_kappa_score(*steps.T))
+    quadratic = cohen_kappa_score(*steps.T, weights="quadratic")
+    assert cohen_kappa(steps, "quadratic") == pytest.approx(quadratic)
+
+
+def test_agreement_of_annotators():
+    key, candidates, about = study(count=12, repeat_share=0.0)
+    rng = random.Random(1)
+    whims = {item["id"]: rng.choice(["left", "right", "tie"]) for item in key["items"]}
+
+    def opinion(item):
+        return prefers("tuned" if item["prompt"] % 3 else "base")(item)
+
+    exports = [
+        export(key, opinion, "SYNTHETIC 1"),
+        export(key, opinion, "SYNTHETIC 2"),
+        export(key, lambda item: {"choice": whims[item["id"]]}, "SYNTHETIC 3"),
+    ]
+    found = scored(key, candidates, about, *exports)["agreement"]
+    assert found["pairs"]["value"] == 12 and len(found["kappas"]) == 3
+    same = next(k for k in found["kappas"] if k["annotators"] == ["SYNTHETIC 1", "SYNTHETIC 2"])
+    assert same["kappa"]["value"] == 1.0 and same["kappa_weighted"]["value"] == 1.0
+    assert found["alpha_nominal"]["value"] < 1.0
+    rows = unblind({"v": exports[0]}, key, about)
+    assert agreement(rows, 0) == {}, "one annotator agrees with nobody"
+
+
+def test_votes_that_are_all_alike_say_nothing_of_agreement():
+    key, candidates, about = study(count=8, repeat_share=0.0)
+    both = [export(key, prefers("tuned"), f"SYNTHETIC {k}") for k in range(2)]
+    found = scored(key, candidates, about, *both)["agreement"]
+    assert math.isnan(found["alpha_ordinal"]["value"]) and math.isnan(found["kappas"][0]["kappa"]["value"])
+
+
+def test_several_models_get_strengths():
+    key, candidates, about = study(("base", "tuned", "third"), count=60, repeat_share=0.0)
+    order = {"base": 0, "third": 1, "tuned": 2}
+
+    def vote(item):
+        return {"choice": "left" if order[item["left"]] > order[item["right"]] else "right"}
+
+    found = scored(key, candidates, about, export(key, vote))
+    strengths = {name: m["value"] for name, m in found["bradley_terry"].items()}
+    assert strengths["base"] == 0.0 < strengths["third"] < strengths["tuned"]
+    assert {(m["a"], m["b"]) for m in found["matches"]} == {("tuned", "base"), ("third", "base"), ("third", "tuned")}
+    assert sum(m["metrics"]["votes"]["value"] for m in found["matches"]) == 60
+
+
+def test_the_order_of_files_changes_nothing():
+    key, candidates, about = study(count=10, repeat_share=0.2)
+    exports = [export(key, prefers("tuned"), "SYNTHETIC 1"), export(key, lambda i: {"choice": "left"}, "SYNTHETIC 2")]
+    one, other = scored(key, candidates, about, *exports), scored(key, candidates, about, *exports[::-1])
+    assert one["metrics"]["win_rate"] == other["metrics"]["win_rate"]
+    assert one["agreement"]["alpha_ordinal"]["value"] == pytest.approx(other["agreement"]["alpha_ordinal"]["value"])
+
+
+# -------------------------------------------------------------------------------------------------- the whole command
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    words = "river stone cloud paper lamp garden winter music".split()
+    rows = [{"prompt": f"Tell me about {word}.", "category": "ab"[k % 2]} for k, word in enumerate(words)]
+    return write_jsonl(tmp_path_factory.mktemp("prompts") / "prompts.jsonl", rows)
+
+
+def dump_args(trained, prompts, out, *extra):
+    return eval_args(trained, out, "--prompts", prompts, "--max_new_tokens", 12, *extra)
+
+
+def test_dump_then_score_of_synthetic_annotators(call, trained, prompts, tmp_path):
+    arguments = dump_args(trained, prompts, tmp_path, "--repeat_share", "0.3")
+    code, out, err = call("human_eval", *arguments)
+    assert code == 0, err
+    folder = tmp_path / "r"
+    candidates = json.loads((folder / "manual_eval_candidates.json").read_text())
+    assert len(candidates) == 8 and all(set(row) == {"prompt", "base", "dpo"} for row in candidates)
+    about = json.loads((folder / "manual_eval_candidates.about.json").read_text())
+    assert about["sampling"] == {"max_new_tokens": 12, "temperature": 0.0, "top_p": 1.0, "seed": 42}
+    assert about["model"]["tuned"]["adapter_sha256"] and about["run"]["git_commit"]
+    assert "### dpo" in (folder / "manual_eval_candidates.md").read_text()
+    key = json.loads((folder / "human_eval_key.json").read_text())
+    assert "8 prompts" in out and "a second time" in out
+
+    # The page knows neither models nor seed nor sides.
+    page = (folder / "human_eval.html").read_text()
+    shown = page.split('type="application/json"')[1].split("</script>")[0]
+    for secret in ("base", "tuned", "dpo", "repeat", str(key["sides_seed"]), key["candidates_sha256"], "checkpoint"):
+        assert secret not in shown
+    assert str(key["sides_seed"]) not in page and trained.name not in page
+    data = json.loads(shown[shown.index(">") + 1 :])
+    assert [item["id"] for item in data["items"]] == [item["id"] for item in key["items"]]
+    assert {field for item in data["items"] for field in item} == {"id", "prompt", "left", "right"}
+
+    # The same command makes the same page again; other answers or settings are refused, since votes would be lost.
+    code, *_ = call("human_eval", *arguments)
+    assert code == 0 and (folder / "human_eval.html").read_text() == page
+    code, _, err = call("human_eval", *arguments[:-1], "0.0")
+    assert code == 2
+    assert_one_line(err, "human_eval_key.json", "another study", "--output_dir", "--overwrite")
+
+    files = [
+        write(tmp_path / "votes-1.json", export(key, prefers("tuned"), "SYNTHETIC 1 (always tuned)")),
+        write(tmp_path / "votes-2.json", export(key, lambda i: {"choice": "tie", "comment": "|x|"}, "SYNTHETIC 2")),
+    ]
+    code, out, err = call("human_eval", "--score", *files, "--eval_out", tmp_path)
+    assert code == 0, err
+    result = json.loads((folder / "human_eval.json").read_text())
+    asked = len(key["items"]) - sum(i["repeat_of"] is not None for i in key["items"])
+    expected = (asked * 0.75 + len(key["identical"]) * 0.5) / (asked + len(key["identical"]))
+    assert result["metrics"]["win_rate"]["value"] == pytest.approx(expected)
+    assert result["stage"] == "human_eval" and result["study"]["sides_seed"] == key["sides_seed"]
+    assert set(result["annotators"]) == {"SYNTHETIC 1 (always tuned)", "SYNTHETIC 2"}
+    assert result["votes"][files[0]]["sha256"] and result["run"]["versions"]["torch"]
+    assert result["claim"] in out and "Krippendorff" in out
+    assert (folder / "human_eval.png").read_bytes()[:4] == b"\x89PNG"
+    rows = [json.loads(line) for line in (folder / "human_eval_rows.jsonl").read_text().splitlines()]
+    assert len(rows) == 2 * len(key["items"])
+    assert "tuned preferred" in (folder / "human_eval_strongest.md").read_text()
+
+    # A candidates file that was touched no longer belongs to its votes.
+    (folder / "manual_eval_candidates.json").write_text(json.dumps(candidates[:-1]))
+    code, _, err = call("human_eval", "--score", files[0], "--eval_out", tmp_path)
+    assert code == 2
+    assert_one_line(err, "manual_eval_candidates.json", "changed since")
+
+
+def test_a_further_model_plays_and_a_limit_marks_the_files(call, trained, prompts, tiny, tmp_path):
+    extra = ("--models", f"other={trained / 'ck' / 'r' / 'checkpoint-2'}", "--limit", "6", "--pairs_per_prompt", "2")
+    code, _, err = call("human_eval", *dump_args(trained, prompts, tmp_path, *extra))
+    assert code == 0, err
+    key = json.loads((tmp_path / "r" / "human_eval_key_LIMIT6.json").read_text())
+    assert key["models"] == ["base", "tuned", "other"]
+    row = json.loads((tmp_path / "r" / "manual_eval_candidates_LIMIT6.json").read_text())[0]
+    assert list(row) == ["prompt", "base", "dpo", "other"]
+    votes = write(tmp_path / "v.json", export(key, lambda item: {"choice": "left"}))
+    code, out, err = call("human_eval", "--score", votes, "--key", tmp_path / "r" / "human_eval_key_LIMIT6.json")
+    assert code == 0, err
+    assert "Bradley-Terry" in out and (tmp_path / "r" / "human_eval_LIMIT6.json").exists()
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--pairs_per_prompt", "0"], ["--pairs_per_prompt 0"]),
+    (["--repeat_share", "0.9"], ["--repeat_share 0.9", "0 to 0.5"]),
+    (["--key", "k.json"], ["--key belongs to --score"]),
+    (["--models", "dpo=x"], ["--models dpo", "column of that name"]),
+    (["--output_json", "x.json"], ["--output_json", "--output_dir"]),
+    (["--max_new_tokens", "0"], ["--max_new_tokens 0"]),
+    (["--score", "no_such_votes.json"], ["no_such_votes.json", "no such file"]),
+])  # fmt: skip
+def test_bad_input_is_one_line(call, trained, arguments, words, tmp_path):
+    code, _, err = call("human_eval", *eval_args(trained, tmp_path, *arguments))
+    assert code == 2
+    assert_one_line(err, *words)
+
+
+def test_votes_without_their_key_are_told_so(call, tmp_path):
+    key, *_ = study(count=6)
+    votes = write(tmp_path / "v.json", export(key, prefers("tuned")))
+    code, _, err = call("human_eval", "--score", votes, "--eval_out", tmp_path)
+    assert code == 2
+    assert_one_line(err, votes, "no human_eval_key.json", "--key")
+    other = write(tmp_path / "human_eval_key.json", {**key, "study": "s9"})
+    code, _, err = call("human_eval", "--score", votes, "--eval_out", tmp_path, "--key", other)
+    assert code == 2
+    assert_one_line(err, other, "another study")

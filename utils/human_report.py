@@ -1,0 +1,171 @@
+"""What human_eval.py prints and writes to be read."""
+
+from utils.human_study import SHOWN
+from utils.tables import cell, difference, estimate, render
+
+
+def dumped(key: dict, answers: dict, page: str, title: str) -> str:
+    """The table of a dump: how long each model's answers are, and what the page asks."""
+    lines = [("model", "answers", "tokens an answer", "cut off, %")]
+    for name, m in answers.items():
+        cut = cell(m["truncated_share"], 100) if "truncated_share" in m else "-"
+        lines.append((name, str(m["answers"]["value"]), cell(m["tokens"]), cut))
+    again = sum(item["repeat_of"] is not None for item in key["items"])
+    asked = f"{page} asks {len(key['items']) - again} pairs, {again} of them a second time with sides swapped"
+    if key["identical"]:
+        asked += f"; {len(key['identical'])} pairs of identical answers are ties without a vote"
+    return "\n\n".join([render(title, lines), asked + "."])
+
+
+def conclude(sections: dict, title: str) -> tuple[str, str]:
+    """(text, verdict): the tables, and the one sentence that answers the question."""
+    blocks = [matches_table(sections, title), answers_table(sections), annotators_table(sections)]
+    if sections["agreement"]:
+        blocks.append(agreement_table(sections["agreement"]))
+    blocks += [categories_table(match) for match in sections["matches"] if len(match["categories"]) > 1]
+    verdict = claim(sections["metrics"])
+    return "\n\n".join([*blocks, verdict]), verdict
+
+
+def claim(m: dict) -> str:
+    """Whose answers people prefer, in one sentence."""
+    if "win_rate" not in m:
+        return "No claim: nobody judged tuned against base."
+    rate, p = m["win_rate"], m["p_win_rate_is_half"]["value"]
+    shown = (
+        f"tuned wins {estimate(rate, 100)}% against base (95% interval over prompts; ties half; sign test p={p:.2g})"
+    )
+    if rate["ci95"] and p < 0.05 and rate["ci95"][0] > 0.5:
+        verdict = f"People prefer tuned: {shown}."
+    elif rate["ci95"] and p < 0.05 and rate["ci95"][1] < 0.5:
+        verdict = f"People prefer base: {shown}."
+    else:
+        verdict = f"No claim: {shown}."
+    if m["p_left_wins_is_half"]["value"] < 0.05:
+        verdict += f" Mind the annotators' own bias: the left answer wins {estimate(m['left_wins'], 100)}%."
+    missing = m["judged"]["n"] - m["judged"]["value"] - m["skipped"]["value"]
+    if missing:
+        verdict += f" {missing} of {m['judged']['n']} votes are still open."
+    return verdict
+
+
+def matches_table(sections: dict, title: str) -> str:
+    """A line a pairing."""
+    lines = [
+        (
+            "",
+            "prompts",
+            "win rate, %",
+            "p",
+            "same style",
+            "much better / better / tie / worse / much worse",
+            "both bad, %",
+        )
+    ]
+    steps = ("much_better", "better", "tie", "worse", "much_worse")
+    for match in sections["matches"]:
+        m = match["metrics"]
+        lines.append(
+            (
+                f"{match['a']} against {match['b']}",
+                str(m["prompts"]["value"]),
+                estimate(m["win_rate"], 100),
+                f"{m['p_win_rate_is_half']['value']:.2g}",
+                estimate(m["win_rate_style_controlled"], 100),
+                " / ".join(str(m[f"votes_{step}"]["value"]) for step in steps),
+                estimate(m["both_bad_share"], 100),
+            )
+        )
+    note = "win rate: prompts weigh alike, ties and both bad count half; same style: length and Markdown held equal"
+    identical = sum(match["metrics"]["identical_answers"]["value"] for match in sections["matches"])
+    if identical:
+        note += f"; {identical} pairs of identical answers are ties"
+    return "\n".join([render(title, lines), note])
+
+
+def answers_table(sections: dict) -> str:
+    """A line a model: acceptable answers where they were marked, lengths, strength."""
+    strengths = sections["bradley_terry"]
+    lines = [("model", "acceptable, %", "difference", "tokens an answer", "cut off, %", "Bradley-Terry, logits")]
+    for name, m in sections["answers"].items():
+        acceptable, moved = "-", ""
+        for match in sections["matches"]:
+            found = match["metrics"]
+            if name in (match["a"], match["b"]) and acceptable == "-":
+                acceptable = estimate(found["acceptable_a" if name == match["a"] else "acceptable_b"], 100)
+                if name == "tuned" and "acceptable_difference" in found:
+                    moved = difference(found["acceptable_difference"], found["p_acceptable_difference"], 100)
+        cut = cell(m["truncated_share"], 100) if "truncated_share" in m else "-"
+        lines.append(
+            (name, acceptable, moved, cell(m["tokens"]), cut, estimate(strengths[name], 1, 2) if strengths else "")
+        )
+    return render("answers", [line if strengths else line[:5] for line in lines])
+
+
+def annotators_table(sections: dict) -> str:
+    """A line a person."""
+    lines = [("annotator", "judged", "skipped", "tuned wins, %", "left wins, %", "same when asked again, %", "seconds")]
+    for name, m in sections["annotators"].items():
+        again = m["self_consistency"]
+        lines.append(
+            (
+                name,
+                f"{m['judged']['value']}/{m['judged']['n']}",
+                str(m["skipped"]["value"]),
+                estimate(m["win_rate"], 100),
+                estimate(m["left_wins"], 100),
+                f"{estimate(again, 100)}" if again["value"] is not None else "-",
+                f"{m['seconds_median']['value']:.0f}",
+            )
+        )
+    return render("annotators", lines)
+
+
+def agreement_table(found: dict) -> str:
+    """Alpha of all annotators, kappa of every two."""
+    lines = [("agreement", "pairs", "win, tie, loss", "five steps")]
+    nominal, ordinal = (estimate(found[f"alpha_{kind}"], 1, 2) for kind in ("nominal", "ordinal"))
+    lines.append(("Krippendorff's alpha, everyone", str(found["pairs"]["value"]), nominal, ordinal))
+    for k in found["kappas"]:
+        who = f"Cohen's kappa, {k['annotators'][0]} and {k['annotators'][1]}"
+        lines.append((who, str(k["pairs"]), estimate(k["kappa"], 1, 2), estimate(k["kappa_weighted"], 1, 2)))
+    return render("agreement of annotators (alpha: nominal, ordinal; kappa: plain, quadratic)", lines)
+
+
+def categories_table(match: dict) -> str:
+    """Win rate by category of prompts."""
+    lines = [("category", "prompts", f"{match['a']} wins, %", "p")]
+    for name, c in match["categories"].items():
+        lines.append((name, str(c["n"]), estimate(c["win_rate"], 100), f"{c['p_win_rate_is_half']:.2g}"))
+    return render(f"{match['a']} against {match['b']} by category (no correction for many categories)", lines)
+
+
+STEP_NAMES = {2: "much better", 1: "better", 0: "a tie", -1: "worse", -2: "much worse"}
+
+
+def strongest(rows: list[dict], candidates: list[dict], title: str, count: int = 10) -> str:
+    """Markdown of the prompts that people felt most strongly about, in each direction, with texts and comments."""
+    votes: dict[tuple, list[dict]] = {}
+    for row in rows:
+        if row["preference"] is not None and row["repeat_of"] is None:
+            votes.setdefault((row["a"], row["b"], row["prompt"]), []).append(row)
+    means = {unit: sum(v["preference"] for v in found) / len(found) for unit, found in votes.items()}
+    parts = [f"# {title}: the strongest preferences\n"]
+    for better, sign in (("first", 1), ("second", -1)):
+        units = sorted((u for u in means if sign * means[u] > 0), key=lambda u: (-sign * means[u], u))[:count]
+        for a, b, prompt in units:
+            winner = a if better == "first" else b
+            parts.append(
+                f"---\n\n## Prompt {prompt + 1}: {winner} preferred, {abs(means[a, b, prompt]):.1f} of 2 steps\n"
+            )
+            parts.append(candidates[prompt]["prompt"] + "\n")
+            for name in (a, b):
+                parts.append(f"### {name}\n\n{candidates[prompt][SHOWN.get(name, name)]}\n")
+            for vote in votes[a, b, prompt]:
+                said = f": {vote['comment']}" if vote["comment"] else ""
+                how = "both bad" if vote["both_bad"] else STEP_NAMES[vote["preference"]]
+                parts.append(f"- {vote['annotator']}: {a} {how}{said}")
+            parts.append("")
+    if len(parts) == 1:
+        parts.append("Nobody preferred an answer to another.")
+    return "\n".join(parts)
