@@ -50,7 +50,7 @@ def markdown(text: str) -> str:
     return nh3.clean(
         _MARKDOWN.renderer.render(tokens, _MARKDOWN.options, {}),
         tags=set(TAGS.split()),
-        attributes={"a": {"href"}, "ol": {"start"}},
+        attributes={"a": {"href"}, "ol": {"start"}, "*": set()},
         set_tag_attribute_values={"a": {"target": "_blank"}},
         link_rel="noopener noreferrer",
         url_schemes={"http", "https", "mailto"},
