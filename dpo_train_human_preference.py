@@ -190,6 +190,22 @@ def build_trainer(args, model_args, tokenizer, train_ids, test_ids, row_log):
         raise UserError(f"{model_args.model_name_or_path}: {str(error).splitlines()[0]}") from error
 
 
+def cache_reference(trainer, args, model_args, tokenizer) -> dict:
+    """Reference log-probabilities of all pairs, from disk where an earlier run left them; why not, where not."""
+    from utils import reference_cache
+    from utils.models import describe
+
+    why = reference_cache.why_not(trainer)
+    if why is not None:
+        return {"in_every_step_because": why}
+    identity = describe(model_args.model_name_or_path, trainer.model, tokenizer, model_args.model_revision)
+    quantised = {k: getattr(model_args, k) for k in ("load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type")}
+    quantised |= {"nested": model_args.use_bnb_nested_quant, "precision": args.precision}
+    found = reference_cache.use(trainer, args.eval_out, {**identity, **quantised})
+    say(f"reference: {found['computed']} pairs computed, {found['read']} read, {found['seconds']} s")
+    return found
+
+
 def train_or_resume(trainer, checkpoint, run_) -> None:
     """Train to the last step; leave with code 130 where Ctrl-C stopped it, after saving a checkpoint."""
     import sys
@@ -221,15 +237,26 @@ def evaluate(trainer, args, train, test) -> tuple[list[dict], dict]:
     return rows, reward_metrics(rows, surface_scores(*texts, seed=args.seed), args.seed)
 
 
-def training_summary(log: list[dict], trainer, plan: dict) -> dict:
-    """Figures of the training itself, from train_log.jsonl: steps, tokens, speed, loss of its first and last tenth."""
-    losses = [row["loss"] for row in log if row["split"] == "train"]
+def training_summary(log: list[dict], trainer, flight: dict) -> dict:
+    """Figures of the training itself, from train_log.jsonl: steps, tokens, speed, loss of its first and last tenth.
+
+    tokens_per_second counts [prompt, chosen, rejected] stored once, over all processes and the whole of training, its
+    evaluations and saves included; mfu is its share of the measured rate of matrix products.
+    """
+    from utils.throughput import matmul_rate, model_flops
+
+    losses, plan = [row["loss"] for row in log if row["split"] == "train"], flight["plan"]
     tenth = max(1, len(losses) // 10)
+    dtype = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[trainer.args.precision]
+    rate = matmul_rate(dtype, trainer.accelerator.device.type) * plan["batch"]["processes"]
+    needed = model_flops(flight["parameters"]["total"], plan["tokens_stored_once"])
     return {
         "steps": trainer.state.global_step,
         "seconds": round(trainer.seconds, 1),
         "num_tokens": trainer._total_train_tokens,
         "pairs_per_second": round(plan["pairs_seen"] / trainer.seconds, 3),
+        "tokens_per_second": round(plan["tokens_stored_once"] / trainer.seconds, 1),
+        "mfu": round(needed / trainer.seconds / rate, 4),
         "loss_first_tenth": sum(losses[:tenth]) / tenth if losses else None,
         "loss_last_tenth": sum(losses[-tenth:]) / tenth if losses else None,
     }
@@ -327,7 +354,8 @@ def main():
     if args.preflight_only:
         return say(f"\npreflight only: see {current.out}/preflight.json")
 
-    # Train, then save weights and tokenizer.
+    # The reference, once and for all runs; then train, and save weights and tokenizer.
+    reference = cache_reference(trainer, args, model_args, tokenizer)
     train_or_resume(trainer, checkpoint, current)
     trainer.save_model(args.output_dir)
     if trainer.step0_reward is not None:
@@ -355,8 +383,8 @@ def main():
         claim=verdict,
         warning=warning,
         text=text,
-        training=training_summary(row_log.read(), trainer, flight["plan"]),
-        **{key: flight[key] for key in ("plan", "dropout", "precision", "parameters")},
+        training={**training_summary(row_log.read(), trainer, flight), "reference": reference},
+        **{key: flight[key] for key in ("plan", "dropout", "precision", "parameters", "padded_because")},
         data={"train": train.summary(), "test": test.summary() if test else None},
     )
     if rows:

@@ -121,7 +121,8 @@ def _provenance(data: dict) -> str:
 def _made_by(run: dict, training: dict) -> str:
     hardware = run["hardware"]
     machine = ", ".join([f"{hardware['cpu']} ({hardware['cores']} cores)", *hardware["gpus"]])
-    speed = f"{training['seconds']:.0f} s of training, {training['pairs_per_second']} pairs a second"
+    speed = f"{training['seconds']:.0f} s of training, {training['pairs_per_second']} pairs and"
+    speed += f" {training['tokens_per_second']:.0f} tokens a second (MFU {training['mfu']:.1%})"
     return "\n".join([
         f"- commit `{run['git_commit']}`, {run['finished_utc']}",
         f"- {speed}, on {machine}, {run['world_size']} processes",

@@ -242,5 +242,5 @@ def describe(name: str, model, tokenizer, revision: str | None = None) -> dict:
         "architecture": type(base).__name__,
         "dtype": str(base.dtype).removeprefix("torch."),
         "quantized": quantized[0] if quantized else None,
-        "attn_implementation": base.config._attn_implementation,
+        "attn_implementation": base.config._attn_implementation.removeprefix("packed_"),
     }

@@ -16,6 +16,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl import DPOConfig, DPOTrainer
 
+from utils import shared_prompt
 from utils.artifacts import RowFile, read_json
 from utils.errors import UserError, is_main_process
 from utils.logps import pair_batches, score_responses_only, sum_logps
@@ -26,6 +27,8 @@ LOSS_TYPES = (
     "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
     "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
 )  # fmt: skip
+# Their value depends on how a step is cut into micro-batches, which are kept whole for them.
+CUT_MATTERS = {"aot", "aot_unpaired", "bco_pair", "sft"}
 SCORE_KEYS = ("row", "chosen", "rejected", "ref_chosen", "ref_rejected")
 STEP0_TOLERANCE = {"float32": 1e-3, "16-bit": 0.5}
 
@@ -47,6 +50,21 @@ class PreferenceConfig(DPOConfig):
     resume: str = field(default="auto", metadata={"help": "auto, never, or the path of a checkpoint."})
     overwrite: bool = field(default=False, metadata={"help": "Delete what an earlier run of this name wrote."})
     preflight_only: bool = field(default=False, metadata={"help": "Stop after the preflight."})
+    shared_prompt: bool = field(
+        default=True,
+        metadata={"help": "Compute each pair's prompt once and no padding at all; the figures stay the same."},
+    )
+    reference_cache: bool = field(
+        default=True,
+        metadata={"help": "Compute the reference's log-probabilities once, and keep them below <eval_out>/.cache."},
+    )
+    micro_batch_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "With shared prompts: tokens up to which the pairs of one optimiser step are computed together"
+            " (default: what the configured micro-batch could hold padded)."
+        },
+    )
     sample_prompts: int = field(default=4, metadata={"help": "Test prompts answered by base and tuned at the end."})
     logging_steps: float = field(default=1, metadata={"help": "Log every so many optimiser steps."})
     report_to: None | str | list[str] = field(default="none", metadata={"help": "tensorboard, trackio, wandb or none."})
@@ -79,6 +97,12 @@ class PreferenceTrainer(DPOTrainer):
         self.row_log, self.step0_reward = row_log, None
         self.seconds_before, self.started, self.ended = 0.0, None, None
         super().__init__(*args, **kwargs)
+        self.padded_because = shared_prompt.why_not(self.model, self.args, self.aux_loss_enabled)
+        if self.padded_because is None:
+            for model in (self.model, self.ref_model):
+                if model is not None:
+                    shared_prompt.attach(self.accelerator.unwrap_model(model))
+            self.data_collator = shared_prompt.PackingCollator(self.data_collator)
         for param in self.model.parameters():
             # TRL casts QLoRA adapters to bf16, where an Adam update of 2e-6 on a weight of 1e-2 rounds to nothing.
             if param.requires_grad and param.dtype in (torch.bfloat16, torch.float16) and self.is_quantized:
@@ -104,6 +128,35 @@ class PreferenceTrainer(DPOTrainer):
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         # TRL would tokenise here, with no max_prompt_length; the rows come tokenised by utils.preferences.
         return dataset
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """One optimiser step's micro-batches: the configured ones, or the same pairs cut anew by tokens."""
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.padded_because is not None or CUT_MATTERS & set(self.loss_types):
+            return batches, items
+        # At the end of an epoch the last micro-batch may be short, and stock then weighs its pairs more: left alone.
+        if len({len(batch["input_ids"]) for batch in batches}) != 1:
+            return batches, items
+        budget = self.args.micro_batch_tokens or 2 * self.args.per_device_train_batch_size * self.args.max_length
+        return shared_prompt.recut(batches, budget, self.data_collator, self.accelerator), items
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """transformers' step; nothing for the places that recutting left empty."""
+        if inputs["input_ids"].numel() == 0:
+            return torch.zeros((), device=self.args.device)
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """TRL's loss, weighed by the pairs of a micro-batch where they are not those of the configured one."""
+        weight, pairs = inputs.pop("loss_weight", None), len(inputs["input_ids"]) // 2
+        before = {name: len(values) for name, values in self._metrics["train"].items()}
+        found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if weight is None:
+            return found
+        # TRL logs the plain mean over micro-batches: each counts as often as it has pairs.
+        for name, values in self._metrics["train"].items():
+            values += values[before.get(name, 0) :] * (pairs - 1)
+        return (found[0] * weight, *found[1:]) if return_outputs else found * weight
 
     def _precompute_ref_logps(self, dataset, name, batch_size):
         if self.accelerator.num_processes > 1:

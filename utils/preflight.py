@@ -20,6 +20,7 @@ def token_counts(dataset) -> dict:
         "rejected_tokens_mean": float(rejected.mean()),
         "longest_sequence": int((prompt + np.maximum(chosen, rejected)).max()),
         "tokens_per_epoch": int((2 * prompt + chosen + rejected).sum()),
+        "tokens_stored_once": int((prompt + chosen + rejected).sum()),
         "margin_tokens_mean": float((chosen - rejected).mean()),
         "margin_tokens_quartiles": [float(q) for q in np.percentile(chosen - rejected, [25, 50, 75])],
         "chosen_longer_share": float((chosen > rejected).mean()),
@@ -61,8 +62,13 @@ def first_pair(dataset, tokenizer) -> dict:
     }
 
 
-def plan(args, pairs: int, tokens_per_epoch: int, world_size: int) -> dict:
-    """Steps, pairs and tokens that training will see, as transformers' Trainer counts them."""
+def plan(args, tokens: dict, world_size: int) -> dict:
+    """Steps, pairs and tokens that training will see, as transformers' Trainer counts them.
+
+    Args:
+        tokens: from `token_counts`.
+    """
+    pairs = tokens["pairs"]
     per_device = -(-pairs // world_size)
     micro = -(-per_device // args.per_device_train_batch_size)
     steps_per_epoch = max(-(-micro // args.gradient_accumulation_steps), 1)
@@ -81,7 +87,8 @@ def plan(args, pairs: int, tokens_per_epoch: int, world_size: int) -> dict:
             "processes": world_size,
         },
         "pairs_seen": seen,
-        "tokens_seen": round(seen * tokens_per_epoch / pairs),
+        "tokens_seen": round(seen * tokens["tokens_per_epoch"] / pairs),
+        "tokens_stored_once": round(seen * tokens["tokens_stored_once"] / pairs),
     }
 
 
@@ -134,7 +141,7 @@ def run_preflight(trainer, args, model_args, train, train_ids, test, truncation,
     if special["leading_bos_max"] > 1:
         raise UserError(f"{special['leading_bos_max']} BOS tokens open a prompt: template and text both add one")
     step0, seconds = step0_margins(trainer, len(train_ids))
-    steps = plan(args, len(train_ids), tokens["tokens_per_epoch"], trainer.accelerator.num_processes)
+    steps = plan(args, tokens, trainer.accelerator.num_processes)
     longest, cached = tokens["longest_sequence"], args.precompute_ref_log_probs
     return {
         "first_pair": first_pair(train_ids, trainer.processing_class),
@@ -146,6 +153,7 @@ def run_preflight(trainer, args, model_args, train, train_ids, test, truncation,
         "parameters": trainable(trainer.model),
         "precision": args.precision,
         "dropout": dropout_that_runs(args, model_args),
+        "padded_because": trainer.padded_because,
         "plan": steps,
         "estimate": estimate(args, trainer.model, steps, seconds, longest, cached),
         "step0": step0,
@@ -198,7 +206,7 @@ def report(flight: dict) -> str:
 
     steps, estimate_, margin = flight["plan"], flight["estimate"], flight["step0"]
     batch = steps["batch"]
-    size, test = pair["tokens"], flight["test"]
+    size, test, why = pair["tokens"], flight["test"], flight["padded_because"]
     held_out = f"{test['pairs']} test pairs; dropped: {drops(test)}" if test else "no test split"
     lines = [
         "preflight",
@@ -218,6 +226,7 @@ def report(flight: dict) -> str:
         f"  plan      {steps['steps']} steps ({steps['epochs']} epochs) of {steps['global_batch_size']} pairs"
         f" ({batch['per_device']} a process × {batch['accumulation']} accumulation × {batch['processes']} processes),"
         f" about {steps['tokens_seen']:,} tokens",
+        f"  compute   {'each prompt once, without padding' if why is None else f'padded pairs, as stock: {why}'}",
         f"  estimate  {estimate_.get('minutes', '?')} minutes, {estimate_['memory_gib']} GiB (rough)",
     ]
     if margin["largest_margin"] is not None:

@@ -1,0 +1,235 @@
+"""How fast is DPO training, beside TRL's DPOTrainer as it ships?
+
+    python benchmarks/train_throughput.py                              # SmolLM2, the shipped pairs, float32, CPU
+    python benchmarks/train_throughput.py --data HuggingFaceH4/ultrafeedback_binarized --split train_prefs
+    python benchmarks/train_throughput.py --model shape:gemma-2b --device cuda --dtype bfloat16
+
+Same model, same token ids in the same order, same steps; the two ways take turns, each run in a process of its own, so
+that neither inherits the other's memory or patches. The first step of a run is not timed. The reference's
+log-probabilities are computed in every step, as stock does. Prints and writes as JSON (--json FILE) pairs/s, tokens/s,
+the share of the machine's measured matmul rate (MFU), peak memory, the ratio with its spread over rounds, and the
+largest difference of a step's loss.
+
+Tokens are those of [prompt, chosen, rejected] stored once: padding and repeated prompts are no work done. MFU counts 6
+floating-point operations a parameter and token: forward, the backward of activations, and the reference's forward.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from utils.cli import quick_help
+from utils.errors import UserError, run
+from utils.evaluation_arguments import option
+
+# True shapes with random weights, for machines that hold no model: what a step costs does not depend on the weights.
+SHAPES = {
+    "gemma-2b": {
+        "kind": "Gemma", "hidden_size": 2048, "intermediate_size": 16384, "num_hidden_layers": 18,
+        "num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 256, "vocab_size": 256000,
+    },
+    "llama-3-8b": {
+        "kind": "Llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256,
+    },
+}  # fmt: skip
+
+
+@dataclass
+class BenchmarkArguments:
+    """Keys of this benchmark."""
+
+    model: str = option("builtin:smollm2-135m-instruct, a hub id or folder, or shape:gemma-2b, shape:llama-3-8b.",
+                        "builtin:smollm2-135m-instruct")  # fmt: skip
+    data: str = option("Preference data in any format of the training script.", "data/quickstart_prefs")
+    split: str = option("Split of --data.", "train")
+    steps: int = option("Timed optimiser steps of a run; one more comes before them.", 4)
+    rounds: int = option("Runs of each way, in turns.", 2)
+    batch: int = option("Pairs a micro-batch.", 2)
+    accumulation: int = option("Micro-batches a step.", 4)
+    max_length: int = option("Longest sequence in tokens.", 512)
+    dtype: str = option("float32 or bfloat16, of weights and arithmetic.", "float32", choices=["float32", "bfloat16"])
+    device: str = option("cpu or cuda.", "cpu", choices=["cpu", "cuda"])
+    lora_r: int = option("Rank of the LoRA on all seven projections; 0 trains every weight.", 16)
+    json: str | None = option("Write the figures here.")
+    way: str | None = option("Internal: run one way and print its figures.", choices=["stock", "ours"])
+
+
+def load(args):
+    """(tokenizer, model) of --model in --dtype."""
+    import torch
+
+    from utils.models import BUILTIN, load_model, load_tokenizer
+
+    if not args.model.startswith("shape:"):
+        return load_tokenizer(args.model), load_model(args.model, dtype=args.dtype)
+    import transformers
+
+    if args.model.removeprefix("shape:") not in SHAPES:
+        raise UserError(f"--model {args.model}: no such shape; there are {', '.join(SHAPES)}")
+    shape = dict(SHAPES[args.model.removeprefix("shape:")])
+    kind = shape.pop("kind")
+    torch.manual_seed(0)
+    with torch.device(args.device):
+        config = getattr(transformers, f"{kind}Config")(**shape, max_position_embeddings=8192, dtype=args.dtype)
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, args.dtype))
+    # SmolLM2's token ids lie in every one of these vocabularies.
+    return load_tokenizer(BUILTIN), model
+
+
+def one_way(args) -> dict:
+    """Train with stock TRL or with this project's trainer: seconds of the timed steps, losses, tokens, memory."""
+    import torch
+    from peft import LoraConfig
+    from transformers import TrainerCallback
+    from trl import DPOConfig, DPOTrainer
+
+    from utils.artifacts import RowFile
+    from utils.preference_trainer import PreferenceConfig, PreferenceTrainer
+    from utils.preferences import load_pairs, tokenize
+    from utils.provenance import peak_memory_gib
+
+    class Stock(DPOTrainer):
+        """TRL's trainer on rows that are tokenised already, so that both ways see the same token ids."""
+
+        def _prepare_dataset(self, dataset, *others):
+            return dataset
+
+    class Clock(TrainerCallback):
+        times = []
+
+        def on_step_end(self, *others, **named):
+            if args.device == "cuda":
+                torch.cuda.synchronize()
+            self.times.append(time.monotonic())
+
+    tokenizer, model = load(args)
+    wanted = args.batch * args.accumulation * (args.steps + 1)
+    data = load_pairs([{"name": args.data, "split": args.split}], keep_duplicate_prompts=True, limit=wanted)
+    ids, _ = tokenize(data, tokenizer, args.max_length, args.max_length // 2)
+    folder = tempfile.mkdtemp()
+    settings = dict(
+        output_dir=folder, per_device_train_batch_size=args.batch, gradient_accumulation_steps=args.accumulation,
+        max_steps=args.steps + 1, learning_rate=1e-4, max_length=args.max_length, bf16=args.dtype == "bfloat16",
+        use_cpu=args.device == "cpu", gradient_checkpointing=False, save_strategy="no", report_to="none",
+        logging_steps=1, disable_tqdm=True, seed=42, train_sampling_strategy="sequential",
+    )  # fmt: skip
+    linear = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    peft = LoraConfig(r=args.lora_r, lora_alpha=2 * args.lora_r, target_modules=linear) if args.lora_r else None
+    common = {"train_dataset": ids, "processing_class": tokenizer, "peft_config": peft}
+    if args.way == "stock":
+        trainer = Stock(model, args=DPOConfig(**settings), **common)
+    else:
+        log = RowFile(Path(folder) / "log.jsonl")
+        trainer = PreferenceTrainer(model, args=PreferenceConfig(**settings), row_log=log, **common)
+    clock = Clock()
+    trainer.add_callback(clock)
+    trainer.train()
+    timed = ids.select(range(args.batch * args.accumulation, wanted))
+    tokens = sum(len(row[f"{part}_ids"]) for row in timed for part in ("prompt", "chosen", "rejected"))
+    backbone = sum(p.numel() for p in model.parameters())
+    return {
+        "seconds": clock.times[-1] - clock.times[0],
+        "pairs": len(timed),
+        "tokens": tokens,
+        "padded_tokens": padded(timed, args.batch),
+        "losses": [row["loss"] for row in trainer.state.log_history if "loss" in row],
+        "parameters": backbone,
+        "peak_memory_gib": peak_memory_gib(),
+        "padded_because": getattr(trainer, "padded_because", None),
+    }
+
+
+def padded(rows, batch: int) -> int:
+    """Tokens of the padded computation: 2 × pairs × longest of each micro-batch."""
+    longest = [len(r["prompt_ids"]) + max(len(r["chosen_ids"]), len(r["rejected_ids"])) for r in rows]
+    return sum(2 * len(part) * max(part) for part in (longest[k : k + batch] for k in range(0, len(longest), batch)))
+
+
+def child(way: str) -> dict:
+    """The figures of one run, in a process of its own."""
+    done = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--way", way], capture_output=True, text=True)
+    if done.returncode:
+        last = [line for line in done.stderr.splitlines() if line.strip()][-1:]
+        raise UserError(f"the {way} run failed: {' '.join(last).removeprefix('error: ')}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main():
+    quick_help(__doc__, runs_bare=True)
+
+    from utils.artifacts import write_json
+    from utils.cli import parse
+    from utils.logs import quiet_libraries
+    from utils.provenance import run_record
+    from utils.throughput import matmul_rate
+
+    quiet_libraries()
+    (args,) = parse((BenchmarkArguments,))
+    if args.way:
+        return print(json.dumps(one_way(args)))
+    for key in ("steps", "rounds", "batch", "accumulation", "max_length"):
+        if getattr(args, key) < 1:
+            raise UserError(f"--{key} {getattr(args, key)}: must be at least 1")
+    started, found = time.monotonic(), {"stock": [], "ours": []}
+    rate = matmul_rate(args.dtype, args.device)
+    for number in range(args.rounds):
+        # In turns, and the other way round every second time: a machine that warms up favours nobody.
+        for way in sorted(found, reverse=number % 2 == 0):
+            found[way].append(child(way))
+            print(f"round {number + 1}, {way}: {found[way][-1]['seconds']:.1f} s", file=sys.stderr)
+    ratios = [s["seconds"] / o["seconds"] for s, o in zip(found["stock"], found["ours"], strict=True)]
+    apart = max(
+        abs(a - b)
+        for s, o in zip(found["stock"], found["ours"], strict=True)
+        for a, b in zip(s["losses"], o["losses"], strict=True)
+    )
+    ways = {way: figures(runs, rate) for way, runs in found.items()}
+    first = found["stock"][0]
+    result = {
+        "ratio": sum(s["seconds"] for s in found["stock"]) / sum(o["seconds"] for o in found["ours"]),
+        "ratio_min": min(ratios),
+        "ratio_max": max(ratios),
+        "max_loss_difference": apart,
+        "padded_over_stored_once": first["padded_tokens"] / first["tokens"],
+        "matmul_rate": rate,
+        "ways": ways,
+        "args": {**args.__dict__, "json": None},
+        "run": run_record(42, time.monotonic() - started),
+    }
+    print(f"{first['pairs']} pairs, {first['tokens']} tokens stored once, {first['padded_tokens']} as stock pads them")
+    for way, m in ways.items():
+        speed = f"{m['pairs_per_second']:7.3f} pairs/s  {m['tokens_per_second']:8.0f} tokens/s"
+        print(f"  {way:<6} {speed}  MFU {m['mfu']:.1%}  peak {max(m['peak_memory_gib'].values()):.2f} GiB")
+    spread = f"{result['ratio_min']:.2f} to {result['ratio_max']:.2f} over {args.rounds} rounds"
+    print(f"ratio {result['ratio']:.2f} ({spread})")
+    print(f"largest difference of a step's loss {apart:.2g}")
+    if args.json:
+        write_json(args.json, result)
+
+
+def figures(runs: list[dict], rate: float) -> dict:
+    """Speed and memory of one way over its runs."""
+    from utils.throughput import model_flops
+
+    seconds, one = sum(run["seconds"] for run in runs), runs[0]
+    tokens = one["tokens"] * len(runs)
+    return {
+        "seconds": [run["seconds"] for run in runs],
+        "pairs_per_second": one["pairs"] * len(runs) / seconds,
+        "tokens_per_second": tokens / seconds,
+        "mfu": model_flops(one["parameters"], tokens) / seconds / rate,
+        "peak_memory_gib": {k: max(run["peak_memory_gib"][k] for run in runs) for k in one["peak_memory_gib"]},
+        "losses": one["losses"],
+        "padded_because": one["padded_because"],
+    }
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,253 @@
+"""Shared prompts: packed log-probabilities, losses and gradients are those of TRL's padded computation."""
+
+import copy
+import json
+
+import pytest
+import torch
+import transformers
+from conftest import assert_one_line, train_args
+from trl.trainer.dpo_trainer import DataCollatorForPreference
+
+from utils.logps import attach_head, sequence_logps
+from utils.shared_prompt import KEYS, PackingCollator, attach, mask_rule, pack, recut, split, why_not
+
+SIZE = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 120, "max_position_embeddings": 256,
+    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+ARCHITECTURES = {
+    "Llama": {},
+    "Gemma": {},
+    "Gemma2": {"sliding_window": 8, "attn_logit_softcapping": 0.5, "attn_implementation": "eager"},
+    "Gemma3Text": {"sliding_window": 8},
+    "Qwen3": {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 2},
+    "Mistral": {"sliding_window": 8},
+}
+
+
+def tiny(kind: str, seed: int = 0, **extra):
+    config_class = getattr(transformers, f"{kind}Config")
+    implementation = ARCHITECTURES[kind].get("attn_implementation", "sdpa")
+    more = {k: v for k, v in ARCHITECTURES[kind].items() if k != "attn_implementation"}
+    config = config_class(**{**SIZE, **more, **extra})
+    config._attn_implementation = implementation
+    torch.manual_seed(seed)
+    name = {"Gemma3Text": "Gemma3ForCausalLM"}.get(kind, f"{kind}ForCausalLM")
+    model = getattr(transformers, name)(config).eval()
+    for name, parameter in model.named_parameters():
+        # Larger than the initialisation, so that attention is far from uniform.
+        parameter.data.mul_(12 if "q_proj" in name or "k_proj" in name else 3)
+    return model
+
+
+def pairs(count: int = 3, seed: int = 1) -> list[dict]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def ids(low, high):
+        size = int(torch.randint(low, high, (1,), generator=generator))
+        return torch.randint(3, 120, (size,), generator=generator).tolist()
+
+    return [{"prompt_ids": ids(3, 30), "chosen_ids": ids(1, 25), "rejected_ids": ids(1, 25)} for _ in range(count)]
+
+
+def collated(rows) -> dict:
+    return DataCollatorForPreference(pad_token_id=0)(rows)
+
+
+def logps(model, batch, packed: bool):
+    extra = pack(batch) if packed else {}
+    labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], **extra}
+    return model(**inputs, labels=labels, use_cache=False, fused_lm_head=True).log_probs
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_log_probs_are_those_of_the_padded_computation(kind):
+    model, batch = tiny(kind), collated(pairs())
+    attach_head(model)
+    with torch.no_grad():
+        stock = sequence_logps(model, batch["input_ids"], batch["attention_mask"], batch["completion_mask"])
+        attach(model)
+        found = logps(model, batch, packed=True)
+        again = sequence_logps(model, batch["input_ids"], batch["attention_mask"], batch["completion_mask"])
+    assert torch.allclose(found.sum(1), stock, atol=1e-4, rtol=0) and stock.abs().min() > 1
+    assert torch.equal(again, stock), "a batch that is not packed is computed as before"
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_are_those_of_the_padded_computation(kind, checkpointing):
+    model, batch = tiny(kind), collated(pairs())
+    attach_head(model)
+    other = copy.deepcopy(model)
+    attach_head(other)
+    found = {}
+    for name, policy, packed in (("stock", model, False), ("packed", other, True)):
+        if packed:
+            attach(policy)
+        policy.train()
+        if checkpointing:
+            policy.gradient_checkpointing_enable({"use_reentrant": False})
+        chosen, rejected = logps(policy, batch, packed).sum(1).chunk(2)
+        (-torch.nn.functional.logsigmoid(0.1 * (chosen - rejected)).mean()).backward()
+        found[name] = {n: p.grad for n, p in policy.named_parameters()}
+    for name, gradient in found["stock"].items():
+        apart = (found["packed"][name] - gradient).abs().max()
+        assert apart <= 1e-4 * max(1.0, gradient.abs().max().item()), name
+
+
+def test_a_window_and_a_softcap_matter_here():
+    """The tests above would pass trivially if no sequence reached the window, or the cap did nothing."""
+    batch = collated(pairs())
+    for kind, change in (("Mistral", {"sliding_window": 4096}), ("Gemma2", {"attn_logit_softcapping": None})):
+        one, other = tiny(kind), tiny(kind, **change)
+        found = []
+        for model in (one, other):
+            attach_head(model)
+            attach(model)
+            with torch.no_grad():
+                found.append(logps(model, batch, packed=True).sum(1))
+        assert not torch.allclose(*found, atol=1e-2), kind
+
+
+def test_neither_order_nor_company_changes_a_pair():
+    model, rows = tiny("Llama"), pairs(5)
+    attach_head(model)
+    attach(model)
+
+    def summed(some):
+        with torch.no_grad():
+            chosen, rejected = logps(model, collated(some), packed=True).sum(1).chunk(2)
+        return torch.stack([chosen, rejected], 1)
+
+    together = summed(rows)
+    assert torch.allclose(torch.cat([summed([row]) for row in rows]), together, atol=1e-5)
+    assert torch.allclose(summed(rows[::-1]).flip(0), together, atol=1e-5)
+
+
+def test_the_layout_by_hand():
+    rows = [
+        {"prompt_ids": [5, 6], "chosen_ids": [7, 8], "rejected_ids": [9]},
+        {"prompt_ids": [10], "chosen_ids": [11], "rejected_ids": [12, 13]},
+    ]
+    batch = collated(rows)
+    found = pack(batch)
+    assert found["packed_ids"].tolist() == [[5, 6, 7, 8, 9, 10, 11, 12, 13]]
+    assert found["packed_positions"].tolist() == [[0, 1, 2, 3, 2, 0, 1, 1, 2]]
+    assert found["packed_lengths"] == ((2, 2, 1), (1, 1, 2))
+    assert found["unpack"].tolist() == [[0, 1, 2, 3], [5, 6, 0, 0], [0, 1, 4, 0], [5, 7, 8, 0]]
+    assert set(found) == set(KEYS)
+    ids = found["packed_ids"][0][found["unpack"]]
+    assert torch.equal(ids * batch["attention_mask"], batch["input_ids"] * batch["attention_mask"])
+
+
+def test_flex_attentions_mask_lets_everyone_see_what_the_padded_row_shows():
+    lengths, window = ((3, 2, 2), (1, 1, 3)), 3
+    rule, windowed = mask_rule(lengths, "cpu"), mask_rule(lengths, "cpu", window)
+    tokens, start = [], 0
+    for p, c, r in lengths:
+        tokens += [(start, "prompt", k) for k in range(p)] + [(start, "chosen", p + k) for k in range(c)]
+        tokens += [(start, "rejected", p + k) for k in range(r)]
+        start += p + c + r
+    for q, (pair, part, at) in enumerate(tokens):
+        for k, (other, side, place) in enumerate(tokens):
+            sees = pair == other and side in ("prompt", part) and place <= at
+            assert bool(rule(0, 0, q, k)) == sees
+            assert bool(windowed(0, 0, q, k)) == (sees and at - place < window)
+
+
+# --------------------------------------------------------------------------------------------------------- token budget
+
+ONE = type("Accelerator", (), {"num_processes": 1, "device": "cpu"})()
+
+
+def micro_batches(rows, size=2) -> list[dict]:
+    return [collated(rows[k : k + size]) for k in range(0, len(rows), size)]
+
+
+def ids(batches) -> list[tuple]:
+    keys = ("prompt_ids", "chosen_ids", "rejected_ids")
+    return [tuple(tuple(e[key]) for key in keys) for b in batches if b["input_ids"].numel() for e in split(b)]
+
+
+def test_a_step_is_cut_by_tokens_and_keeps_its_pairs_in_order():
+    rows = pairs(8)
+    sizes = [sum(len(part) for part in row.values()) for row in rows]
+    before = micro_batches(rows)
+    for budget in (max(sizes) * 2, sum(sizes)):
+        found = recut(before, budget, PackingCollator(collated), ONE)
+        assert len(found) == len(before) and ids(found) == ids(before)
+        full = [batch for batch in found if batch["input_ids"].numel()]
+        assert found[-len(full) :] == full, "empty places come first"
+        assert all(batch["packed_ids"].shape[1] <= budget for batch in full)
+        assert sum(batch["loss_weight"] for batch in full) == pytest.approx(len(before))
+    assert len(full) == 1 and full[0]["loss_weight"] == 4
+
+
+def test_a_budget_that_nothing_fits_leaves_the_micro_batches_alone():
+    before = micro_batches(pairs(8))
+    assert recut(before, 1, PackingCollator(collated), ONE) is before
+
+
+def test_reference_log_probs_stay_with_their_pairs():
+    rows = [{**row, "ref_chosen_logps": -1.5 * k, "ref_rejected_logps": 0.25 - k} for k, row in enumerate(pairs(6))]
+    for row, again in zip(rows, split(collated(rows)), strict=True):
+        assert again == row
+
+
+def losses(out) -> list[float]:
+    rows = [json.loads(line) for line in (out / "out" / "r" / "train_log.jsonl").read_text().splitlines()]
+    return [row[key] for row in rows if row["split"] == "train" for key in ("loss", "grad_norm", "rewards/margins")]
+
+
+def test_neither_packing_nor_cutting_nor_the_cache_moves_a_training_run(train, tiny, prefs, tmp_path):
+    ways = {
+        "padded": ("--no_shared_prompt", "--no_reference_cache"),
+        "packed": ("--no_reference_cache",),
+        "cut small": ("--no_reference_cache", "--micro_batch_tokens", "80"),
+        "cached": (),
+    }
+    found = {}
+    for name, flags in ways.items():
+        code, out, err = train(*train_args(tiny, prefs, tmp_path / name, *flags))
+        assert code == 0, err
+        assert ("each prompt once" in out) == (name != "padded")
+        assert ("reference: 32 pairs computed, 0 read" in out) == (name == "cached")
+        found[name] = losses(tmp_path / name)
+    for name in ways:
+        assert found[name] == pytest.approx(found["padded"], abs=1e-4), name
+
+
+def test_a_kept_reference_is_read_again_by_other_losses_and_refused_when_it_is_wrong(train, tiny, prefs, tmp_path):
+    shared = ("--eval_out", tmp_path / "out")
+    code, out, err = train(*train_args(tiny, prefs, tmp_path, *shared))
+    assert code == 0 and "32 pairs computed, 0 read" in out, err
+    code, out, err = train(*train_args(tiny, prefs, tmp_path, *shared, "--run_name", "ipo", "--loss_type", "ipo"))
+    assert code == 0 and "0 pairs computed, 32 read" in out, err
+    summary = json.loads((tmp_path / "out" / "ipo" / "train.json").read_text())
+    assert summary["training"]["reference"]["read"] == 32 and summary["training"]["mfu"] > 0
+    # Shorter sequences are other token ids, and another precision is another reference.
+    for flags in (("--max_length", "24"), ("--bf16", "true")):
+        code, out, err = train(*train_args(tiny, prefs, tmp_path, *shared, "--run_name", flags[0][2:], *flags))
+        assert code == 0 and "0 read" in out, err
+    for path in (tmp_path / "out" / ".cache").glob("reference-*/rows-0.jsonl"):
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        path.write_text("".join(json.dumps({**row, "chosen": row["chosen"] - 3}) + "\n" for row in rows))
+    code, _, err = train(*train_args(tiny, prefs, tmp_path, *shared, "--run_name", "again"))
+    assert code == 2
+    assert_one_line(err, "reference-", "not those of this model", "--no_reference_cache")
+
+
+def test_an_architecture_that_is_not_known_falls_back_and_says_so():
+    class Args:
+        shared_prompt = True
+
+    model = tiny("Llama")
+    assert why_not(model, Args) is None
+    assert "auxiliary loss" in why_not(model, Args, aux_loss=True)
+    model.config.model_type = "mamba"
+    assert "mamba" in why_not(model, Args)
+    Args.shared_prompt = False
+    assert why_not(model, Args) == "--no_shared_prompt"

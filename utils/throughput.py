@@ -1,0 +1,43 @@
+"""Speed as a share of what the machine can do."""
+
+import time
+
+ENOUGH_SECONDS = 0.05
+LARGEST = 8192
+
+
+def matmul_rate(dtype: str, device: str) -> float:
+    """Floating-point operations a second of a matrix product in `dtype` on `device`.
+
+    The product is doubled in size until one takes long enough to be timed, so that arithmetic which the processor has
+    to emulate (float16 on most CPUs) costs no minutes; the best of four counts.
+    """
+    import torch
+
+    size = 256
+    while True:
+        a = torch.randn(size, size, device=device).to(getattr(torch, dtype))
+        best = min(_seconds(a) for _ in range(4))
+        if best >= ENOUGH_SECONDS or size >= LARGEST:
+            return 2 * size**3 / best
+        size *= 2
+
+
+def _seconds(a) -> float:
+    import torch
+
+    started = time.monotonic()
+    a @ a
+    if a.device.type != "cpu":
+        torch.accelerator.synchronize()
+    return time.monotonic() - started
+
+
+def model_flops(parameters: int, tokens: int) -> float:
+    """Operations that DPO needs for `tokens` (prompt, chosen and rejected stored once), attention left out.
+
+    6 a parameter and token: 2 for the policy's forward, 2 for the gradients of its activations, 2 for the reference's
+    forward. The gradients of trained weights come on top where all of them are trained; they are not counted, so that
+    the share (MFU) is comparable between LoRA and full fine-tuning.
+    """
+    return 6.0 * parameters * tokens
