@@ -61,6 +61,8 @@ def check(args, c) -> None:
         raise UserError(f"--repeat_share {args.repeat_share}: must be from 0 to 0.5")
     if args.key and not args.score:
         raise UserError("--key belongs to --score: give the votes too")
+    if args.score and (c.run_name or c.limit):
+        raise UserError("--score finds its run by the votes' study: leave --run_name and --limit out")
     if args.score == []:
         raise UserError("--score: give the votes' files")
     taken = {"prompt", "dpo"} & {spec.split("=")[0] for spec in args.models or []}
@@ -73,6 +75,7 @@ def check(args, c) -> None:
 def dump(comparison_args, args, started) -> None:
     """Answers of every model, the page, and its key."""
     import time
+    from pathlib import Path
 
     from utils.answers import all_players, answer_everyone, answerable
     from utils.battles import answer_metrics
@@ -117,8 +120,10 @@ def dump(comparison_args, args, started) -> None:
     key = write_study(paths, prompts, answers, title, about, {**settings, "limit": c.limit}, c.overwrite)
     print(dumped(key, metrics, paths["page"].name, title))
     print(f"\nwrote {', '.join(str(path) for path in paths.values())}")
-    print(f"Send {paths['page'].name} to the annotators and keep {paths['key'].name} to yourself.")
-    print("python human_eval.py --score votes-*.json unblinds what they export.")
+    print(f"Send {paths['page'].name} to the annotators, and nothing else: key and candidates name the models.")
+    found = paths["key"].parent.resolve().parent == Path(c.eval_out).resolve()
+    where = "" if found else f" --key {paths['key']}"
+    print(f"python human_eval.py --score votes-*.json{where} unblinds what they export.")
 
 
 def score(c, args, started) -> None:
@@ -132,12 +137,13 @@ def score(c, args, started) -> None:
     from utils.human_study import find_key, read_study
     from utils.human_votes import read_votes, unblind
     from utils.plots import human_eval_figure
-    from utils.provenance import run_record, sha256_of_files
+    from utils.provenance import run_record, sha256_of_files, tidy
     from utils.runs import all_arguments
 
     exports = read_votes(args.score)
     first = next(iter(exports.values()))
-    place = find_key(first["study"], c.eval_out, args.key, args.score[0])
+    folders = [c.eval_out, *([c.output_dir] if c.output_dir else [])]
+    place = find_key(first["study"], folders, args.key, args.score[0])
     out = check_writable(c.output_dir or place.parent, "--output_dir")
     key, candidates, about = read_study(place)
     rows = unblind(exports, key, about)
@@ -150,6 +156,8 @@ def score(c, args, started) -> None:
     def path(stem, suffix):
         return Path(out) / f"{limited('human_eval', key['limit'])}{stem}{suffix}"
 
+    votes = {tidy(f): {"annotator": e["annotator"], "sha256": sha256_of_files([f])} for f, e in exports.items()}
+    refuse_fewer(path("", ".json"), votes, c.overwrite)
     write_rows(path("_rows", ".jsonl"), rows)
     write_text(path("_strongest", ".md"), strongest(rows, candidates, title))
     human_eval_figure(path("", ".png"), sections, title)
@@ -163,10 +171,7 @@ def score(c, args, started) -> None:
         text=text,
         **sections,
         study={k: key[k] for k in ("study", "sides_seed", "repeat_share", "pairs_per_prompt", "candidates_sha256")},
-        votes={
-            file: {"annotator": found["annotator"], "sha256": sha256_of_files([file])}
-            for file, found in exports.items()
-        },
+        votes=votes,
         data=about["data"],
         sampling=about["sampling"],
     )
@@ -174,6 +179,20 @@ def score(c, args, started) -> None:
     print(text)
     written = [path("", ".json"), path("_rows", ".jsonl"), path("", ".png"), path("_strongest", ".md")]
     print(f"\nwrote {', '.join(map(str, written))}")
+
+
+def refuse_fewer(path, votes: dict, overwrite: bool) -> None:
+    """Refuse to replace a score that counts people whom this one leaves out."""
+    from utils.artifacts import read_json
+
+    before = read_json(path).get("votes", {}) if path.exists() and not overwrite else {}
+    now = {found["annotator"] for found in votes.values()}
+    missing = sorted({found["annotator"] for found in before.values()} - now)
+    if missing:
+        raise UserError(
+            f"{path} also counts {', '.join(missing)}: give all votes together, or name a folder with --output_dir, or"
+            " --overwrite it"
+        )
 
 
 def main():

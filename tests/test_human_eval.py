@@ -11,9 +11,10 @@ from scipy.stats import binomtest
 
 from utils.errors import UserError
 from utils.human_figures import _alpha, agreement, cohen_kappa, summarise
-from utils.human_page import checksum
-from utils.human_study import lay_out, plan
-from utils.human_votes import FORMAT, read_votes, unblind
+from utils.human_page import FORMAT, checksum
+from utils.human_report import conclude
+from utils.human_study import lay_out, plan, quoted
+from utils.human_votes import read_votes, unblind
 from utils.stats import sign_test
 
 NOTHING = {"choice": None, "left_acceptable": None, "right_acceptable": None, "skip": None, "comment": "", "ms": 4000}
@@ -98,6 +99,15 @@ def test_order_sides_and_ids_are_those_of_the_seed_alone():
     assert not {item["id"] for item in one} & {item["id"] for item in other}
     assert [item["prompt"] for item in one] != sorted(item["prompt"] for item in one)
     assert [i["left"] for i in one] != [i["left"] for i in other]
+    salted = lay_out(asked, 0.1, 5, "pepper")
+    assert [i["prompt"] for i in salted] == [i["prompt"] for i in one]
+    assert not {i["id"] for i in salted} & {i["id"] for i in one}, "a guessed seed alone gives no id"
+
+
+def test_sides_are_balanced_all_along_the_page():
+    asked = [{"prompt": k, "a": "tuned", "b": "base"} for k in range(60)]
+    left = [item["left"] == "tuned" for item in lay_out(asked, 0.0, 11)]
+    assert all(abs(sum(left[:k]) - k / 2) <= 1 for k in range(61))
 
 
 def test_no_repeat_is_asked_where_none_is_wanted():
@@ -262,12 +272,49 @@ def test_prompts_weigh_alike_however_many_judged_them():
     assert found["metrics"]["judged"] == {"value": 5, "stderr": None, "ci95": None, "n": 8}
 
 
-def test_identical_answers_tie_without_a_vote():
+def test_identical_answers_are_ties_of_the_whole_set_and_dilute_no_half_finished_study():
     key, candidates, about = study(count=4, repeat_share=0.0)
     key["items"] = [i for i in key["items"] if i["prompt"] != 3]
     key["identical"] = [{"prompt": 3, "a": "tuned", "b": "base"}]
     m = scored(key, candidates, about, export(key, prefers("tuned")))["metrics"]
-    assert m["win_rate"]["value"] == 3.5 / 4 and m["identical_answers"]["value"] == 1 and m["votes"]["value"] == 3
+    assert m["win_rate"]["value"] == 1.0 and m["identical_answers"]["value"] == 1 and m["votes"]["value"] == 3
+    assert m["win_rate_whole_set"]["value"] == 3.5 / 4
+    one = scored(key, candidates, about, export(key, lambda i: prefers("tuned")(i) if i["prompt"] == 0 else None))
+    assert one["metrics"]["win_rate_whole_set"]["value"] == 3.5 / 4
+
+
+def test_equal_shares_of_thirds_tie_exactly():
+    """(1 + 2/3 - 2/3) / 2 is not 0.5 in floating point; ten such prompts would look like ten losses."""
+    key, candidates, about = study(count=10, repeat_share=0.0)
+    good = {"choice": "tie", "left_acceptable": True, "right_acceptable": True}
+    bad = {**good, "left_acceptable": False, "right_acceptable": False}
+    exports = [export(key, lambda i, f=f: f, f"SYNTHETIC {k}") for k, f in enumerate((good, good, bad))]
+    m = scored(key, candidates, about, *exports)["metrics"]
+    assert m["acceptable_a"]["value"] == pytest.approx(2 / 3) and m["acceptable_difference"]["value"] == 0
+    assert m["p_acceptable_difference"]["value"] == 1.0
+
+
+def test_a_second_asking_stands_in_for_a_skipped_first():
+    key, candidates, about = study(count=10, repeat_share=0.2)
+    again = {i["repeat_of"] for i in key["items"]} - {None}
+    vote = export(key, lambda i: {"skip": "other"} if i["id"] in again else prefers("tuned")(i))
+    m = scored(key, candidates, about, vote)["metrics"]
+    assert m["votes"]["value"] == 10 and m["win_rate"]["value"] == 1.0 and m["skipped"]["value"] == 2
+    assert m["self_consistency"]["value"] is None
+
+
+def test_tie_and_both_bad_are_not_the_same_twice():
+    key, candidates, about = study(count=10, repeat_share=0.2)
+    m = scored(key, candidates, about, export(key, lambda i: {"choice": "both_bad" if i["repeat_of"] else "tie"}))
+    assert m["metrics"]["self_consistency"]["value"] == 0.0
+
+
+def test_strengths_need_votes_that_connect_the_models():
+    key, candidates, about = study(("base", "tuned", "third"), count=30, repeat_share=0.0)
+    vote = export(key, lambda i: prefers("tuned")(i) if "base" not in (i["left"], i["right"]) else None)
+    found = scored(key, candidates, about, vote)
+    assert found["bradley_terry"] is None and "win_rate" not in found["metrics"]
+    assert "No claim: nobody judged tuned against base" in conclude(found, "t")[0]
 
 
 def test_an_annotator_who_always_takes_the_left_is_seen_through():
@@ -443,8 +490,9 @@ def test_dump_then_score_of_synthetic_annotators(call, trained, prompts, tmp_pat
     assert code == 0, err
     result = json.loads((folder / "human_eval.json").read_text())
     asked = len(key["items"]) - sum(i["repeat_of"] is not None for i in key["items"])
+    assert result["metrics"]["win_rate"]["value"] == pytest.approx(0.75)
     expected = (asked * 0.75 + len(key["identical"]) * 0.5) / (asked + len(key["identical"]))
-    assert result["metrics"]["win_rate"]["value"] == pytest.approx(expected)
+    assert result["metrics"]["win_rate_whole_set"]["value"] == pytest.approx(expected)
     assert result["stage"] == "human_eval" and result["study"]["sides_seed"] == key["sides_seed"]
     assert set(result["annotators"]) == {"SYNTHETIC 1 (always tuned)", "SYNTHETIC 2"}
     assert result["votes"][files[0]]["sha256"] and result["run"]["versions"]["torch"]
@@ -454,9 +502,14 @@ def test_dump_then_score_of_synthetic_annotators(call, trained, prompts, tmp_pat
     assert len(rows) == 2 * len(key["items"])
     assert "tuned preferred" in (folder / "human_eval_strongest.md").read_text()
 
+    # A score with fewer people does not replace one with more.
+    code, _, err = call("human_eval", "--score", files[1], "--eval_out", tmp_path)
+    assert code == 2
+    assert_one_line(err, "human_eval.json also counts SYNTHETIC 1 (always tuned)", "--overwrite")
+
     # A candidates file that was touched no longer belongs to its votes.
     (folder / "manual_eval_candidates.json").write_text(json.dumps(candidates[:-1]))
-    code, _, err = call("human_eval", "--score", files[0], "--eval_out", tmp_path)
+    code, _, err = call("human_eval", "--score", *files, "--eval_out", tmp_path)
     assert code == 2
     assert_one_line(err, "manual_eval_candidates.json", "changed since")
 
@@ -482,7 +535,7 @@ def test_a_further_model_plays_and_a_limit_marks_the_files(call, trained, prompt
     (["--models", "dpo=x"], ["--models dpo", "column of that name"]),
     (["--output_json", "x.json"], ["--output_json", "--output_dir"]),
     (["--max_new_tokens", "0"], ["--max_new_tokens 0"]),
-    (["--score", "no_such_votes.json"], ["no_such_votes.json", "no such file"]),
+    (["--score", "votes.json"], ["--score finds its run", "--run_name"]),
 ])  # fmt: skip
 def test_bad_input_is_one_line(call, trained, arguments, words, tmp_path):
     code, _, err = call("human_eval", *eval_args(trained, tmp_path, *arguments))
@@ -491,12 +544,35 @@ def test_bad_input_is_one_line(call, trained, arguments, words, tmp_path):
 
 
 def test_votes_without_their_key_are_told_so(call, tmp_path):
+    code, _, err = call("human_eval", "--score", tmp_path / "none.json")
+    assert code == 2
+    assert_one_line(err, "none.json", "no such file")
     key, *_ = study(count=6)
     votes = write(tmp_path / "v.json", export(key, prefers("tuned")))
     code, _, err = call("human_eval", "--score", votes, "--eval_out", tmp_path)
     assert code == 2
     assert_one_line(err, votes, "no human_eval_key.json", "--key")
-    other = write(tmp_path / "human_eval_key.json", {**key, "study": "s9"})
-    code, _, err = call("human_eval", "--score", votes, "--eval_out", tmp_path, "--key", other)
+    no_key = write(tmp_path / "human_eval_key.json", [1])
+    code, _, err = call("human_eval", "--score", votes, "--eval_out", tmp_path)
     assert code == 2
-    assert_one_line(err, other, "another study")
+    assert_one_line(err, no_key, "cannot be read", "--key")
+    whole = {**key, "candidates": "c.json", "candidates_sha256": "", "limit": None}
+    other = write(tmp_path / "human_eval_key.json", {**whole, "study": "s9"})
+    for wrong, words in ((other, "not the key of the study"), (votes, "no key of a study")):
+        code, _, err = call("human_eval", "--score", votes, "--eval_out", tmp_path, "--key", wrong)
+        assert code == 2
+        assert_one_line(err, wrong, words)
+
+
+def test_what_an_answer_opens_ends_with_it():
+    assert quoted("```py\nx = 1") == "> ```py\n> x = 1\n" and quoted("") == "> (empty)\n"
+
+
+def test_votes_with_a_byte_order_mark_are_read(tmp_path):
+    key, *_ = study(count=6)
+    path = tmp_path / "v.json"
+    path.write_text("\ufeff" + json.dumps(export(key, prefers("tuned"))), encoding="utf-8")
+    assert read_votes([str(path)])
+    path.write_text("{")
+    with pytest.raises(UserError, match="ask the annotator to export the votes again"):
+        read_votes([str(path)])

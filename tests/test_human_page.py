@@ -542,9 +542,49 @@ def test_storage_that_fills_up_is_noticed(reader):
     r = reader(2)
     page = r.start()
     assert not page.is_visible("[role=alert]")
-    page.evaluate("() => { Storage.prototype.setItem = () => { throw new DOMException('', 'QuotaExceededError') } }")
+    full = """() => { const keep = Storage.prototype.setItem;
+        Storage.prototype.setItem = function (key, value) {
+            if (value.length > 20) throw new DOMException('', 'QuotaExceededError');
+            return keep.call(this, key, value); } }"""
+    page.evaluate(full)
     r.keys("1")
     assert page.is_visible("[role=alert]")
+    r.keys("?")
+    page.click("#shortcuts")
+    assert page.is_visible("[role=alert]"), "that a setting found room says nothing of the votes"
+
+
+def test_what_is_voted_in_the_browser_is_what_is_scored(reader, tmp_path):
+    """A SYNTHETIC annotator in a real browser, who sees the models in the texts, and every step up to the score."""
+    from utils.human_figures import summarise
+    from utils.human_study import lay_out
+    from utils.human_votes import read_votes, unblind
+
+    asked = [{"prompt": k, "a": "tuned", "b": "base"} for k in range(12)]
+    items = lay_out(asked, 0.2, 5, "salt")
+    shown = [
+        {"id": item["id"], "prompt": f"<p>{item['prompt']}</p>", "left": item["left"], "right": item["right"]}
+        for item in items
+    ]
+    r = reader(shown)
+    page = r.start("SYNTHETIC")
+    for place in range(len(items)):
+        if place == 5:
+            page.reload()
+            r.click("Start")
+        assert text(page, "h2:visible") == f"Pair {place + 1} of {len(items)}"
+        tuned_left = text(page, "#left") == "tuned"
+        r.keys("1" if tuned_left else "5", "q" if tuned_left else "p", "l" if tuned_left else "a", "Enter")
+    votes = tmp_path / "votes.json"
+    votes.write_text(json.dumps(r.export()))
+    key = {"study": r.study, "models": ["base", "tuned"], "items": items, "identical": []}
+    answers = {name: [{"tokens": 1, "finish_reason": "stop"}] * 12 for name in key["models"]}
+    about = {"prompts": [{"category": None}] * 12, "answers": answers}
+    rows = unblind(read_votes([str(votes)]), key, about)
+    candidates = [{"prompt": "p", "base": "base", "dpo": "tuned"}] * 12
+    m = {name: found["value"] for name, found in summarise(rows, key, candidates, about, 0)["metrics"].items()}
+    assert (m["win_rate"], m["votes_much_better"], m["self_consistency"]) == (1.0, 12, 1.0)
+    assert (m["acceptable_a"], m["acceptable_b"], m["judged"]) == (1.0, 0.0, len(items))
 
 
 def test_attacks_run_nothing(reader):

@@ -7,7 +7,7 @@ import numpy as np
 from utils.artifacts import metric
 from utils.battles import answer_metrics, bradley_terry, by_category, pairings, style_controlled
 from utils.human_study import SHOWN
-from utils.stats import bootstrap, ratio_of_sums, sign_test
+from utils.stats import bootstrap, sign_test
 from utils.style import style_differences
 
 
@@ -17,15 +17,16 @@ def summarise(rows: list[dict], key: dict, candidates: list[dict], about: dict, 
     Args:
         rows: from `utils.human_votes.unblind`.
     """
-    first = [row for row in rows if row["repeat_of"] is None]
+    first = first_judgements(rows)
     matches, settled = [], []
     for a, b in pairings(key["models"], None):
         mine = [row for row in first if (row["a"], row["b"]) == (a, b)]
         identical = [pair["prompt"] for pair in key["identical"] if (pair["a"], pair["b"]) == (a, b)]
-        units = by_prompt(mine, identical, about)
+        units = by_prompt(mine)
         if units:
             metrics = match_metrics(mine, units, candidates, about["answers"], seed)
-            metrics["identical_answers"] = metric(len(identical))
+            asked = sum({item["left"], item["right"]} == {a, b} and item["repeat_of"] is None for item in key["items"])
+            metrics |= with_identical(metrics["win_rate"], asked, len(identical))
             matches.append({"a": a, "b": b, "metrics": metrics, "categories": by_category(units, seed)})
             settled += units
     agreed = agreement(first, seed)
@@ -40,26 +41,62 @@ def summarise(rows: list[dict], key: dict, candidates: list[dict], about: dict, 
             name: one_annotator([row for row in rows if row["annotator"] == name], key, seed)
             for name in dict.fromkeys(row["annotator"] for row in rows)
         },
-        "answers": {name: answer_metrics(found, seed) for name, found in about["answers"].items()},
-        "bradley_terry": bradley_terry(settled, key["models"], seed) if len(key["models"]) > 2 and settled else None,
+        "answers": {
+            name: {**answer_metrics(found, seed), "acceptable": acceptable(first, name, seed)}
+            for name, found in about["answers"].items()
+        },
+        "bradley_terry": strengths(settled, key["models"], seed),
     }
 
 
-def by_prompt(rows: list[dict], identical: list[int], about: dict) -> list[dict]:
+def acceptable(rows: list[dict], model: str, seed: int) -> dict:
+    """Share of a model's answers that were marked acceptable, over all its pairings; prompts weigh alike."""
+    marks = [{"prompt": row["prompt"], "mark": row[f"{side}_acceptable"]} for row in rows for side in "ab"
+             if row[side] == model]  # fmt: skip
+    return share(marks, "mark", seed)
+
+
+def strengths(units: list[dict], models: list[str], seed: int) -> dict | None:
+    """Bradley-Terry strengths, None for two models, and where votes do not connect every model with the first."""
+    met, linked = {(unit["a"], unit["b"]) for unit in units}, {models[0]}
+    for _ in models:
+        linked |= {name for pair in met if linked & set(pair) for name in pair}
+    return bradley_terry(units, models, seed) if len(models) > 2 and linked == set(models) else None
+
+
+def first_judgements(rows: list[dict]) -> list[dict]:
+    """Each person's one vote on each pair: the first asking, or the second where the first was left open or skipped."""
+    judged = {(row["annotator"], row["id"]) for row in rows if row["repeat_of"] is None and row["outcome"] is not None}
+    found = []
+    for row in rows:
+        stands_in = row["outcome"] is not None and (row["annotator"], row["repeat_of"]) not in judged
+        if stands_in if row["repeat_of"] else (row["annotator"], row["id"]) in judged or row["outcome"] is None:
+            found.append(row)
+    return found
+
+
+def by_prompt(rows: list[dict]) -> list[dict]:
     """One row a prompt of a pairing, `{prompt, category, a, b, consistent, preference}`: means over its votes.
 
-    `consistent` is the mean outcome of `a`, as battles call it. Identical answers, which nobody was asked about, tie.
+    `consistent` is the mean outcome of `a`, as battles call it.
     """
     found = []
     for votes in _grouped([row for row in rows if row["outcome"] is not None]).values():
         means = {"consistent": _mean(votes, "outcome"), "preference": _mean(votes, "preference")}
         found.append({**{k: votes[0][k] for k in ("prompt", "category", "a", "b")}, **means})
-    if found:
-        met = {k: found[0][k] for k in ("a", "b")}
-        for prompt in identical:
-            category = about["prompts"][prompt]["category"]
-            found.append({"prompt": prompt, "category": category, **met, "consistent": 0.5, "preference": 0.0})
     return found
+
+
+def with_identical(rate: dict, asked: int, identical: int) -> dict:
+    """The win rate over the whole prompt set: pairs of identical answers, which nobody was asked about, tie.
+
+    Judged pairs stand for all `asked` ones, so that a half-finished study is not drawn to 50%.
+    """
+    weight = asked / (asked + identical)
+    ends = None if rate["ci95"] is None else [0.5 + weight * (end - 0.5) for end in rate["ci95"]]
+    stderr = None if rate["stderr"] is None else weight * rate["stderr"]
+    whole = metric(0.5 + weight * (rate["value"] - 0.5), stderr, ends, rate["n"])
+    return {"identical_answers": metric(identical), "win_rate_whole_set": whole}
 
 
 def match_metrics(rows: list[dict], units: list[dict], candidates: list[dict], answers: dict, seed: int) -> dict:
@@ -73,6 +110,9 @@ def match_metrics(rows: list[dict], units: list[dict], candidates: list[dict], a
     found = {
         "votes": metric(len(judged)),
         "prompts": metric(len(units)),
+        "wins": metric(int((y > 0.5).sum()), n=len(y)),
+        "ties": metric(int((y == 0.5).sum()), n=len(y)),
+        "losses": metric(int((y < 0.5).sum()), n=len(y)),
         "win_rate": bootstrap(y, seed),
         "p_win_rate_is_half": metric(sign_test(y), n=len(y)),
         "win_rate_style_controlled": style_controlled(style_differences(*texts, *tokens), y, seed),
@@ -88,29 +128,28 @@ def match_metrics(rows: list[dict], units: list[dict], candidates: list[dict], a
     for side in "ab":
         found[f"acceptable_{side}"] = share(rows, f"{side}_acceptable", seed)
     marked = [row for row in rows if row["a_acceptable"] is not None and row["b_acceptable"] is not None]
-    means = [
-        [np.mean([vote[f"{side}_acceptable"] for vote in votes]) for side in "ab"]
-        for votes in _grouped(marked).values()
-    ]
+    means = [[_mean(votes, f"{side}_acceptable") for side in "ab"] for votes in _grouped(marked).values()]
     if means:
         pairs = np.array(means)
+        # The sign of the difference: means of thirds that are equal must tie exactly.
         found["acceptable_difference"] = bootstrap(pairs, seed)
-        found["p_acceptable_difference"] = metric(sign_test((1 + pairs[:, 0] - pairs[:, 1]) / 2), n=len(pairs))
+        sides = 0.5 + 0.5 * np.sign(np.round(pairs[:, 0] - pairs[:, 1], 9))
+        found["p_acceptable_difference"] = metric(sign_test(sides), n=len(pairs))
     return found
 
 
 def share(rows: list[dict], name: str, seed: int) -> dict:
-    """Share of votes whose `name` is true, among those where it is marked at all; prompts are resampled."""
-    marked = [row for row in rows if row[name] is not None]
-    counts = [[sum(row[name] for row in votes), len(votes)] for votes in _grouped(marked).values()]
-    return bootstrap(np.array(counts, float).reshape(-1, 2), seed, statistic=ratio_of_sums) if counts else metric(None)
+    """Share of votes whose `name` is true, among those where it is marked at all; prompts weigh alike."""
+    means = _prompt_means([row for row in rows if row[name] is not None], name)
+    return bootstrap(means, seed) if means else metric(None)
 
 
 def annotator_metrics(rows: list[dict], key: dict, seed: int) -> dict:
     """How one person voted, or all of them together: coverage, position bias, self-consistency, time.
 
-    left_wins: of the votes that decided for a side, the share for the left one. self_consistency: of the pairs that
-    were asked again with sides swapped, the share whose winner stayed. seconds: median a vote.
+    left_wins: of the votes that decided for a side, the share for the left one. a_on_the_left: how balanced the sides
+    of the judged pairs were. self_consistency: of the pairs that were asked again with sides swapped, the share where
+    the winner, the tie or "both bad" stayed. seconds: median a vote.
     """
     judged = [row for row in rows if row["outcome"] is not None]
     decided = [{**row, "left": (row["outcome"] == 1) == row["a_is_left"]} for row in judged if row["outcome"] != 0.5]
@@ -119,19 +158,24 @@ def annotator_metrics(rows: list[dict], key: dict, seed: int) -> dict:
         "judged": metric(len(judged), n=people * len(key["items"])),
         "skipped": metric(sum(row["skip"] is not None for row in rows), n=people * len(key["items"])),
         "left_wins": share(decided, "left", seed),
-        "p_left_wins_is_half": metric(sign_test(_prompt_means(decided, "left")), n=len(decided)),
+        "p_left_wins_is_half": metric(sign_test(_prompt_means(decided, "left")), n=len(_grouped(decided))),
+        "a_on_the_left": share(judged, "a_is_left", seed),
         "seconds_median": metric(float(np.median([row["seconds"] for row in judged])), n=len(judged)),
     }
     before = {(row["annotator"], row["id"]): row for row in judged}
     again = [(before.get((row["annotator"], row["repeat_of"])), row) for row in judged if row["repeat_of"]]
-    again = [{**row, "same": row["outcome"] == old["outcome"]} for old, row in again if old]
+    again = [
+        {**row, "same": (row["outcome"], row["both_bad"]) == (old["outcome"], old["both_bad"])}
+        for old, row in again
+        if old
+    ]
     found["self_consistency"] = share(again, "same", seed)
     return found
 
 
 def one_annotator(rows: list[dict], key: dict, seed: int) -> dict:
     """`annotator_metrics`, and the win rate of tuned against base by this person's votes alone."""
-    main = [row for row in rows if (row["a"], row["b"]) == ("tuned", "base") and row["repeat_of"] is None]
+    main = [row for row in first_judgements(rows) if (row["a"], row["b"]) == ("tuned", "base")]
     judged = [row for row in main if row["outcome"] is not None]
     return {**annotator_metrics(rows, key, seed), "win_rate": bootstrap(_prompt_means(judged, "outcome"), seed)}
 

@@ -1,6 +1,7 @@
 """What human_eval.py prints and writes to be read."""
 
-from utils.human_study import SHOWN
+from utils.battle_report import categories_table
+from utils.human_study import SHOWN, quoted
 from utils.tables import cell, difference, estimate, render
 
 
@@ -13,7 +14,7 @@ def dumped(key: dict, answers: dict, page: str, title: str) -> str:
     again = sum(item["repeat_of"] is not None for item in key["items"])
     asked = f"{page} asks {len(key['items']) - again} pairs, {again} of them a second time with sides swapped"
     if key["identical"]:
-        asked += f"; {len(key['identical'])} pairs of identical answers are ties without a vote"
+        asked += f"; {len(key['identical'])} pairs of identical answers are not asked"
     return "\n\n".join([render(title, lines), asked + "."])
 
 
@@ -77,28 +78,25 @@ def matches_table(sections: dict, title: str) -> str:
             )
         )
     note = "win rate: prompts weigh alike, ties and both bad count half; same style: length and Markdown held equal"
-    identical = sum(match["metrics"]["identical_answers"]["value"] for match in sections["matches"])
-    if identical:
-        note += f"; {identical} pairs of identical answers are ties"
+    for match in sections["matches"]:
+        m = match["metrics"]
+        if m["identical_answers"]["value"]:
+            note += f"\n{m['identical_answers']['value']} pairs of identical answers were not asked; as ties they make"
+            note += f" {match['a']}'s rate over the whole set {estimate(m['win_rate_whole_set'], 100)}%"
     return "\n".join([render(title, lines), note])
 
 
 def answers_table(sections: dict) -> str:
     """A line a model: acceptable answers where they were marked, lengths, strength."""
-    strengths = sections["bradley_terry"]
-    lines = [("model", "acceptable, %", "difference", "tokens an answer", "cut off, %", "Bradley-Terry, logits")]
+    strengths, main = sections["bradley_terry"], sections["metrics"]
+    lines = [("model", "acceptable, %", "tuned - base", "tokens an answer", "cut off, %", "Bradley-Terry, logits")]
     for name, m in sections["answers"].items():
-        acceptable, moved = "-", ""
-        for match in sections["matches"]:
-            found = match["metrics"]
-            if name in (match["a"], match["b"]) and acceptable == "-":
-                acceptable = estimate(found["acceptable_a" if name == match["a"] else "acceptable_b"], 100)
-                if name == "tuned" and "acceptable_difference" in found:
-                    moved = difference(found["acceptable_difference"], found["p_acceptable_difference"], 100)
+        acceptable, moved = estimate(m["acceptable"], 100), ""
+        if name == "tuned" and "acceptable_difference" in main:
+            moved = difference(main["acceptable_difference"], main["p_acceptable_difference"], 100)
         cut = cell(m["truncated_share"], 100) if "truncated_share" in m else "-"
-        lines.append(
-            (name, acceptable, moved, cell(m["tokens"]), cut, estimate(strengths[name], 1, 2) if strengths else "")
-        )
+        strength = estimate(strengths[name], 1, 2) if strengths else ""
+        lines.append((name, acceptable, moved, cell(m["tokens"]), cut, strength))
     return render("answers", [line if strengths else line[:5] for line in lines])
 
 
@@ -132,14 +130,6 @@ def agreement_table(found: dict) -> str:
     return render("agreement of annotators (alpha: nominal, ordinal; kappa: plain, quadratic)", lines)
 
 
-def categories_table(match: dict) -> str:
-    """Win rate by category of prompts."""
-    lines = [("category", "prompts", f"{match['a']} wins, %", "p")]
-    for name, c in match["categories"].items():
-        lines.append((name, str(c["n"]), estimate(c["win_rate"], 100), f"{c['p_win_rate_is_half']:.2g}"))
-    return render(f"{match['a']} against {match['b']} by category (no correction for many categories)", lines)
-
-
 STEP_NAMES = {2: "much better", 1: "better", 0: "a tie", -1: "worse", -2: "much worse"}
 
 
@@ -158,11 +148,11 @@ def strongest(rows: list[dict], candidates: list[dict], title: str, count: int =
             parts.append(
                 f"---\n\n## Prompt {prompt + 1}: {winner} preferred, {abs(means[a, b, prompt]):.1f} of 2 steps\n"
             )
-            parts.append(candidates[prompt]["prompt"] + "\n")
+            parts.append(quoted(candidates[prompt]["prompt"]))
             for name in (a, b):
-                parts.append(f"### {name}\n\n{candidates[prompt][SHOWN.get(name, name)]}\n")
+                parts.append(f"### {name}\n\n{quoted(candidates[prompt][SHOWN.get(name, name)])}")
             for vote in votes[a, b, prompt]:
-                said = f": {vote['comment']}" if vote["comment"] else ""
+                said = f": {' '.join(vote['comment'].split())}" if vote["comment"] else ""
                 how = "both bad" if vote["both_bad"] else STEP_NAMES[vote["preference"]]
                 parts.append(f"- {vote['annotator']}: {a} {how}{said}")
             parts.append("")

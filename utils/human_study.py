@@ -30,9 +30,14 @@ def as_markdown(title: str, rows: list[dict]) -> str:
     """The candidates as a Markdown text to be read."""
     parts = [f"# {title}\n\nNot blind: every answer stands under its model's name.\n"]
     for k, row in enumerate(rows, 1):
-        parts.append(f"---\n\n## {k}\n\n{row['prompt']}\n")
-        parts += [f"### {name}\n\n{text}\n" for name, text in row.items() if name != "prompt"]
+        parts.append(f"---\n\n## {k}\n\n{quoted(row['prompt'])}")
+        parts += [f"### {name}\n\n{quoted(text)}" for name, text in row.items() if name != "prompt"]
     return "\n".join(parts)
+
+
+def quoted(text: str) -> str:
+    """A text as a Markdown quotation: what it opens (a code fence, say) ends with it."""
+    return "".join(f"> {line}\n" for line in text.splitlines() or ["(empty)"])
 
 
 def plan(answers: dict[str, list[dict]], pairs_per_prompt: int, rng: random.Random) -> tuple[list[dict], list[dict]]:
@@ -57,38 +62,34 @@ def plan(answers: dict[str, list[dict]], pairs_per_prompt: int, rng: random.Rand
     return asked, identical
 
 
-def lay_out(asked: list[dict], repeat_share: float, seed: int) -> list[dict]:
+def lay_out(asked: list[dict], repeat_share: float, seed: int, salt: str = "") -> list[dict]:
     """The pairs in the order of the page: `{id, prompt, left, right, repeat_of}` each.
 
-    Of every pairing one half has its first model on the left, the other half on the right. `repeat_share` of the pairs
-    is asked once more, sides swapped, half a page or more after the first time. Ids are hashes of the seed: who does
-    not hold it learns nothing from them.
+    Sides are balanced all along the page: of every two successive pairs of one pairing, one has its first model on the
+    left and one on the right. `repeat_share` of the pairs is asked once more, sides swapped, half a page or more after
+    the first time. Ids are hashes of seed and salt: who does not hold the key's salt learns nothing from them.
     """
     rng = random.Random(seed)
-    left_first = {}
-    for met in sorted({(pair["a"], pair["b"]) for pair in asked}):
-        mine = [k for k, pair in enumerate(asked) if (pair["a"], pair["b"]) == met]
-        rng.shuffle(mine)
-        half = (len(mine) + rng.randrange(2)) // 2
-        left_first |= {k: place < half for place, k in enumerate(mine)}
     order = rng.sample(range(len(asked)), len(asked))
-    items, late = [], []
+    items, late, pending = [], [], {}
     for place, k in enumerate(order):
         pair = asked[k]
-        left, right = (pair["a"], pair["b"]) if left_first[k] else (pair["b"], pair["a"])
-        item = {"id": _opaque(seed, k), "prompt": pair["prompt"], "left": left, "right": right, "repeat_of": None}
+        met = (pair["a"], pair["b"])
+        left_first = not pending.pop(met) if met in pending else pending.setdefault(met, rng.random() < 0.5)
+        left, right = met if left_first else met[::-1]
+        item = {"id": _opaque(seed, salt, k), "prompt": pair["prompt"], "left": left, "right": right, "repeat_of": None}
         items.append((place, item))
     half = len(asked) // 2
     for place in rng.sample(range(half), min(half, math.ceil(repeat_share * len(asked)))):
         first = items[place][1]
-        again = {"id": _opaque(seed, len(asked) + place), "prompt": first["prompt"]}
+        again = {"id": _opaque(seed, salt, len(asked) + place), "prompt": first["prompt"]}
         again |= {"left": first["right"], "right": first["left"], "repeat_of": first["id"]}
         late.append((rng.randrange(place + half, len(asked)) + 0.5, again))
     return [item for _, item in sorted([*items, *late], key=lambda entry: (entry[0], entry[1]["id"]))]
 
 
-def _opaque(seed: int, number: int) -> str:
-    return sha256_of(f"{seed} {number}")[:12]
+def _opaque(seed: int, salt: str, number: int) -> str:
+    return sha256_of(f"{seed} {number}", salt)[:12]
 
 
 def page(key: dict, prompts: list[Prompt], answers: dict[str, list[dict]]) -> str:
@@ -115,17 +116,18 @@ def write_study(paths: dict[str, Path], prompts, answers, title: str, about: dic
     """
     rows = candidates(prompts, answers)
     content = dumps(rows) + "\n"
-    before = read_json(paths["key"]) if paths["key"].exists() and not overwrite else {}
-    seed = settings["sides_seed"]
+    before = read_json(paths["key"]) if paths["key"].exists() else {}
+    salt, seed = before.get("salt", secrets.token_hex(16)), settings["sides_seed"]
     if seed is None:
         seed = before.get("sides_seed", secrets.randbits(62))
-    rng = random.Random(seed)
-    asked, identical = plan(answers, settings["pairs_per_prompt"], rng)
+    asked, identical = plan(answers, settings["pairs_per_prompt"], random.Random(seed))
     if not asked:
         raise UserError("every pair of answers is the same text twice: there is nothing to ask")
+    items = lay_out(asked, settings["repeat_share"], seed, salt)
     key = {
-        # What identifies a study: these very texts, on these sides.
-        "study": sha256_of(str(seed), content, dumps(settings["repeat_share"]))[:16],
+        # What identifies a study: these very texts, on these sides, under this salt.
+        "study": sha256_of(salt, content, dumps(items))[:16],
+        "salt": salt,
         "sides_seed": seed,
         "repeat_share": settings["repeat_share"],
         "pairs_per_prompt": settings["pairs_per_prompt"],
@@ -133,10 +135,10 @@ def write_study(paths: dict[str, Path], prompts, answers, title: str, about: dic
         "models": list(answers),
         "candidates": paths["candidates"].name,
         "candidates_sha256": sha256_of(content),
-        "items": lay_out(asked, settings["repeat_share"], seed),
+        "items": items,
         "identical": identical,
     }
-    if before and before != key:
+    if before and before != key and not overwrite:
         raise UserError(
             f"{paths['key']} is the key of another study (other answers or settings): votes for it would be lost; name"
             " a folder for this one with --output_dir, or --overwrite it"
@@ -149,27 +151,45 @@ def write_study(paths: dict[str, Path], prompts, answers, title: str, about: dic
     return key
 
 
-def find_key(study: str, eval_out: str, named: str | None, votes: str) -> Path:
-    """The key of a study: the one that is named, else the one of the votes' study below `eval_out`."""
-    places = [Path(named)] if named else sorted(Path(eval_out).glob(f"*/{STEMS[2]}*.json"))
-    for place in places:
-        if read_json(place).get("study") == study:
-            return place
+def find_key(study: str, folders: list[str], named: str | None, votes: str) -> Path:
+    """The key of a study: the one that is named, else that of the votes' study below or in `folders`."""
     if named:
-        raise UserError(
-            f"--key {named}: the key of another study than that of {votes}; give the key that its dump wrote"
-        )
+        if _key(Path(named)).get("study") != study:
+            raise UserError(f"--key {named}: not the key of the study of {votes}; give the key that its dump wrote")
+        return Path(named)
+    unread = []
+    for folder in map(Path, folders):
+        for place in sorted([*folder.glob(f"{STEMS[2]}*.json"), *folder.glob(f"*/{STEMS[2]}*.json")]):
+            try:
+                if _key(place)["study"] == study:
+                    return place
+            except UserError:
+                # Another study's broken key is no reason not to score this one.
+                unread.append(str(place))
+    also = f" ({', '.join(unread)} cannot be read)" if unread else ""
     raise UserError(
-        f"{votes}: no {STEMS[2]}.json below {eval_out}/ belongs to its study {study!r}; name it with --key, or give the"
-        " votes of a page that was not made anew"
+        f"{votes}: no {STEMS[2]}.json below {' or '.join(map(str, folders))} belongs to its study {study!r}{also}; name"
+        " it with --key"
     )
+
+
+KEY_FIELDS = {"study", "models", "items", "identical", "candidates", "candidates_sha256", "limit"}
+
+
+def _key(path: Path) -> dict:
+    found = read_json(path)
+    if not isinstance(found, dict) or not KEY_FIELDS <= set(found):
+        raise UserError(f"{path}: no key of a study; give the {STEMS[2]}.json that the dump wrote")
+    return found
 
 
 def read_study(path: Path) -> tuple[dict, list[dict], dict]:
     """(key, candidates, what made them) of a study's key file; UserError where the candidates changed since."""
-    key = read_json(path)
+    key = _key(path)
     place = path.parent / key["candidates"]
     rows, about = read_json(place), read_json(place.with_suffix(".about.json"))
+    if not {"prompts", "answers", "model", "run"} <= set(about):
+        raise UserError(f"{place.with_suffix('.about.json')}: not what the dump wrote; restore the file")
     if sha256_of(place.read_text(encoding="utf-8")) != key["candidates_sha256"]:
         raise UserError(f"{place}: changed since its page was made, so its votes judge other texts; restore the file")
     return key, rows, about

@@ -1,12 +1,11 @@
 """Votes of the human-evaluation page: read, checked against the study's key, and unblinded."""
 
+import json
 from pathlib import Path
 
-from utils.artifacts import read_json
 from utils.errors import UserError
-from utils.human_page import CHOICES, SKIPS, checksum
+from utils.human_page import CHOICES, FORMAT, SKIPS, checksum
 
-FORMAT = "preferencelab-votes-1"
 # Steps of preference for the left answer.
 STEPS = {"left_much": 2, "left": 1, "tie": 0, "both_bad": 0, "right": -1, "right_much": -2}
 FIELDS = {
@@ -22,7 +21,7 @@ def read_votes(paths: list[str]) -> dict[str, dict]:
     """
     found, annotators = {}, {}
     for path in paths:
-        export = read_json(Path(path))
+        export = _read(path)
         _check_form(path, export)
         name = " ".join(export["annotator"].split()).casefold()
         if name in annotators:
@@ -36,6 +35,16 @@ def read_votes(paths: list[str]) -> dict[str, dict]:
             raise UserError(f"{path}: of another dump (study {export['study']!r}) than {paths[0]}; score them apart")
         found[path] = export
     return found
+
+
+def _read(path: str):
+    try:
+        # An editor may have put a byte order mark in front of votes that were copied into it.
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; give what the page's export button saved") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); ask the annotator to export the votes again") from None
 
 
 def _check_form(path: str, export) -> None:
@@ -78,11 +87,13 @@ def unblind(exports: dict[str, dict], key: dict, about: dict) -> list[dict]:
         seen = set()
         if export["items"] != len(items):
             raise UserError(
-                f"{path}: of a page with {export['items']} pairs, the key has {len(items)}; of another dump?"
+                f"{path}: of a page with {export['items']} pairs, the key has {len(items)}: of another dump; give --key"
             )
         for vote in export["votes"]:
             if vote["id"] not in items:
-                raise UserError(f"{path}: vote on {vote['id']!r}, which is no pair of this study; of another dump?")
+                raise UserError(
+                    f"{path}: vote on {vote['id']!r}, no pair of this study: of another dump; leave the file out"
+                )
             if vote["id"] in seen:
                 raise UserError(f"{path}: two votes on {vote['id']!r}; export the votes again")
             seen.add(vote["id"])

@@ -316,17 +316,24 @@ def human_eval_figure(path, sections: dict, headline: str) -> None:
     Args:
         sections: from `utils.human_figures.summarise`.
     """
-    if not is_main_process() or not sections["matches"]:
+    if not is_main_process():
         return
     fig, axes = figure(1, 3, headline)
+    axes[0].set_title("Win rate, 95% intervals")
+    axes[1].set(title="Votes, as the first named model fared", xlabel="share of votes", xlim=(0, 1))
+    if not sections["matches"]:
+        for ax in axes:
+            _say(ax, "no votes yet")
+        return save(fig, path)
     rates = []
-    for match in sections["matches"]:
+    for match in sections["matches"][:4]:
         who = f"{match['a']} against {match['b']}"
         rates.append((who, match["metrics"]["win_rate"], CHOSEN))
         rates.append((f"{who}\nstyle held equal", match["metrics"]["win_rate_style_controlled"], EVAL))
-    rates += [(name, m["win_rate"], NEUTRAL) for name, m in sections["annotators"].items() if m["win_rate"]["n"]]
-    _win_rate_bars(axes[0], rates[:14])
-    axes[0].set_title("Win rate, 95% intervals")
+    people = [(name, m["win_rate"], NEUTRAL) for name, m in sections["annotators"].items() if m["win_rate"]["n"]]
+    _win_rate_bars(axes[0], [*rates, *people[:10]])
+    if len(people) > 10:
+        axes[0].set_title(f"Win rate, 95% intervals (10 of {len(people)} people)")
 
     matches = sections["matches"][:8]
     for y, match in enumerate(matches):
@@ -336,12 +343,10 @@ def human_eval_figure(path, sections: dict, headline: str) -> None:
             axes[1].barh(y, width, left=left, color=colour, height=0.6, label=label if y == 0 else None)
             left += width
     axes[1].set_yticks(range(len(matches)), [f"{m['a']}\nagainst {m['b']}" for m in matches], fontsize=7)
-    axes[1].invert_yaxis()
-    axes[1].set(title="Votes, as the first named model fared", xlabel="share of votes", xlim=(0, 1))
     axes[1].set_ylim(len(matches) - 0.4, -1.1)
     axes[1].legend(fontsize=7, ncols=3, loc="upper center", framealpha=0.9)
 
-    main = sections["matches"][-1]
+    main = next((m for m in sections["matches"] if (m["a"], m["b"]) == ("tuned", "base")), sections["matches"][0])
     parts = [(f"{name} ({c['n']})", c["win_rate"], CHOSEN) for name, c in main["categories"].items()]
     _win_rate_bars(axes[2], parts[:16])
     axes[2].set_title(f"{main['a']} against {main['b']}, by category")

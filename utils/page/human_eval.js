@@ -20,10 +20,11 @@ let pointed = false; // whether the focus came by pointer
 /* The browser may forbid or fill up its storage; then the page says so and works on. */
 const storage = {
   works: true,
-  try(use) {
+  try(use, mends = false) {
     try {
       const value = use(localStorage);
-      this.works = true;
+      // Only votes that were kept say that votes are kept: a setting finds room where they do not.
+      this.works ||= mends;
       return value;
     } catch {
       this.works = false;
@@ -41,7 +42,8 @@ const storage = {
     }
   },
   write(value, ...key) {
-    this.try((local) => local.setItem(JSON.stringify([format, ...key]), JSON.stringify(value)));
+    const votes = key.length > 1;
+    this.try((local) => local.setItem(JSON.stringify([format, ...key]), JSON.stringify(value)), votes);
   },
 };
 
