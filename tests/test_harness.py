@@ -3,12 +3,15 @@
 import json
 import math
 import sys
+from fractions import Fraction
+from importlib.metadata import version
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from scipy.stats import binomtest, norm
 
+from utils.artifacts import write_json
 from utils.errors import UserError
 from utils.harness import HarnessArguments, check, leading_bos, own_and_harness
 from utils.harness_calls import PROGRESS, Call, batch_size, execute, model_arguments, plan
@@ -26,7 +29,7 @@ from utils.harness_suites import (
     suite_of,
     suites,
 )
-from utils.harness_tasks import check_names, missing, task_manager
+from utils.harness_tasks import expand, missing, task_manager
 from utils.provenance import ROOT
 from utils.stats import bootstrap_test, holm
 
@@ -92,17 +95,21 @@ def test_llama3_8b_alpacas_published_rows_give_its_published_averages():
 
 def test_sppo_iter2s_six_scores_give_its_published_average():
     suite, reference = load_suite("openllm_v2"), load_reference("sppo-iter2")
-    six = suite.averages[-1]["of"]
-    assert len(six) == 6
-    last = Suite("s", "", "", [], averages=[{"name": "Average", "of": [{"task": n, "metric": "x"} for n in six]}])
-    mean = averages(last, lambda entry: reference["averages"][entry["task"]])["Average"]
-    assert round(mean, 2) == 21.22 == published_averages(suite, reference)["Average"]
+    # Figures that make each of the suite's own six averages the published one: the baseline's formula turned round.
+    wanted = {}
+    for average in suite.averages[:-1]:
+        for entry in average["of"]:
+            share, b = reference["averages"][average["name"]] / 100, float(Fraction(str(entry.get("baseline", 0))))
+            wanted[entry["task"], entry["metric"]] = b + share * (1 - b)
+    found = averages(suite, lambda entry: wanted[entry["task"], entry["metric"]])
+    assert found["MuSR"] == pytest.approx(10.94) and round(found["Average"], 2) == 21.22
+    assert published_averages(suite, reference)["Average"] == 21.22
 
 
 def test_open_llm_v2_is_normalised_between_guessing_and_right():
     suite = load_suite("openllm_v2")
     # Guessing everywhere is 0, everything right is 100.
-    guess = averages(suite, lambda entry: float(eval(str(entry.get("baseline", 0)))))
+    guess = averages(suite, lambda entry: float(Fraction(str(entry.get("baseline", 0)))))
     assert all(value == pytest.approx(0, abs=1e-9) for value in guess.values())
     right = averages(suite, lambda entry: 1.0)
     assert all(value == pytest.approx(100) for value in right.values())
@@ -145,14 +152,17 @@ def test_errors_of_averages_are_those_of_independent_tasks():
     assert found["B"] == pytest.approx(100 * 0.02 / 0.75)
     assert found["C"] == pytest.approx(math.hypot(found["A"], found["B"]) / 2)
     assert found["same task"] == pytest.approx(0.03), "two metrics of one task move together"
-    assert found["below guessing"] == 0.0
+    assert found["below guessing"] is None, "first order knows nothing there"
 
 
 def test_unknown_names_are_told_with_the_close_ones(tmp_path):
     with pytest.raises(UserError, match="--suite openlm_v1: no such suite; did you mean openllm_v1"):
         load_suite("openlm_v1")
     with pytest.raises(UserError, match=r"--tasks hellaswagg: .*close: hellaswag"):
-        check_names(suite_of(["hellaswagg"]), None)
+        expand(suite_of(["hellaswagg"]), None)
+    globbed = suite_of(["quick_s*", "quick_sums"])
+    expand(globbed, globbed.include_path)
+    assert [entry["task"] for entry in globbed.tasks] == ["quick_sense", "quick_sums"]
     path = tmp_path / "mine.yaml"
     path.write_text("title: x\nsource: y\ntasks: [{task: arc_easy}]\nshotz: 3\n")
     with pytest.raises(UserError, match=r"mine\.yaml: not a suite .*shotz"):
@@ -160,12 +170,17 @@ def test_unknown_names_are_told_with_the_close_ones(tmp_path):
     path.write_text("title: x\nsource: y\ntasks: [{task: arc_easy}, {task: arc_easy}]\n")
     with pytest.raises(UserError, match="each of them once"):
         load_suite(str(path))
+    for wrong in ("averages: [{name: A, of: [B]}]", "averages: [{name: A, of: [{task: x}]}]", "references: [nobody]"):
+        path.write_text(f"title: x\nsource: y\ntasks: [{{task: arc_easy}}]\n{wrong}\n")
+        with pytest.raises(UserError, match=r"mine\.yaml: an average|nobody\.yaml"):
+            load_suite(str(path))
 
 
 def test_what_a_task_lacks_is_told_before_the_run():
     suite = suite_of(["leaderboard_math_hard", "arc_easy", "quick_facts"])
     suite.needs["packages"]["leaderboard_math_hard"] = ["no_such_package"]
-    found = missing(suite, str(ROOT / suite.include_path))
+    found, documents = missing(suite, suite.include_path, 0)
+    assert documents == 48
     assert found["leaderboard_math_hard"] == 'lacks the packages no_such_package: pip install "lm-eval[math]"'
     assert "data cannot be loaded" in found["arc_easy"], "the tests have no hub"
     assert "quick_facts" not in found
@@ -180,7 +195,13 @@ def test_missing_nltk_data_are_told(monkeypatch):
     monkeypatch.setattr(nltk.data, "find", find)
     suite = suite_of(["leaderboard_ifeval"])
     suite.needs["packages"] = {}
-    assert "nltk's punkt_tab: python -m nltk.downloader punkt_tab" in missing(suite, None)["leaderboard_ifeval"]
+    assert "nltk's punkt_tab: python -m nltk.downloader punkt_tab" in missing(suite, None, 0)[0]["leaderboard_ifeval"]
+
+
+def test_a_task_that_two_entries_bring_is_refused():
+    suite = suite_of(["quick_facts", str(ROOT / "configs" / "lm_eval" / "tasks" / "quick_facts.yaml")])
+    with pytest.raises(UserError, match="quick_facts is in quick_facts too; name it once"):
+        missing(suite, suite.include_path, 0)
 
 
 # ------------------------------------------------------------------------------------------------- paired differences
@@ -356,8 +377,11 @@ def test_holms_correction_by_hand():
 
 # ------------------------------------------------------------------------------------------------------------ report
 
-SETTINGS = {"apply_chat_template": False, "limit": None, "num_fewshot": None, "missing": {}, "unquantised": None}
-REFERENCE = {"name": "r", "apply_chat_template": False, "scale": 100, "averages": {}, "rows": [
+HARNESS = f"lm-eval {version('lm_eval')}"
+SETTINGS = {"apply_chat_template": False, "limit": None, "num_fewshot": None, "missing": {}, "unquantised": None,
+            "dtype": "float32"}  # fmt: skip
+REFERENCE = {"name": "r", "source": "a paper", "apply_chat_template": False, "scale": 100, "averages": {},
+    "harness": HARNESS, "dtype": "float32", "rows": [
     {"task": "t", "metric": "acc", "filter": "none", "shots": 0, "value": 40.0, "stderr": 1.0}]}  # fmt: skip
 
 
@@ -370,6 +394,8 @@ REFERENCE = {"name": "r", "apply_chat_template": False, "scale": 100, "averages"
     ({"apply_chat_template": True}, {}, {}, "chat template on"),
     ({}, {}, {"limit": 24}, "--limit"),
     ({}, {}, {"apply_chat_template": True}, "chat template off"),
+    ({"harness": "a fork of lm-eval 0.3"}, {}, {}, "another harness"),
+    ({"dtype": "float16"}, {}, {}, "dtype float16"),
 ])  # fmt: skip
 def test_published_figures_of_another_setting_are_told_apart(reference, row, settings, reason):
     row = {**REFERENCE["rows"][0], **row}
@@ -396,6 +422,16 @@ def test_a_published_row_of_our_setting_is_compared():
         "value": 0.4, "stderr": 0.01, "published_as": "t acc", "other_setting": None,
     }  # fmt: skip
     assert "base (template off)" in text and "not human preference" in text
+    assert f"r: a paper; harness: {HARNESS}; dtype: float32; chat template off; published on a scale to 100" in text
+
+
+@pytest.mark.parametrize("name", SUITES)
+def test_no_reference_that_ships_was_measured_in_our_setting(name):
+    """All of them come from older harnesses, which asked other prompts: none is compared."""
+    for stem in load_suite(name).references:
+        reference = load_reference(stem)
+        for row in [*reference["rows"], None]:
+            assert differs(reference, row, row and row["shots"], {**SETTINGS, "dtype": "float16"})
 
 
 def test_a_published_row_of_another_setting_is_greyed_and_not_compared():
@@ -431,14 +467,8 @@ def test_limits_shots_and_missing_tasks_stand_below_the_table():
 
 
 def row_of(task, p, difference=0.1, higher=True, depth=0):
-    return {
-        "task": task,
-        "metric": "acc",
-        "p": p,
-        "difference": {"value": difference},
-        "higher": higher,
-        "depth": depth,
-    }
+    row = {"task": task, "metric": "acc", "p": p, "difference": {"value": difference}}
+    return {**row, "higher": higher, "depth": depth, "top": not depth}
 
 
 def test_claims_are_corrected_for_the_number_of_tasks():
@@ -446,15 +476,12 @@ def test_claims_are_corrected_for_the_number_of_tasks():
     assert text.startswith("No claim")
     found = [row_of("a", 0.001), row_of("ppl", 0.002, higher=False), row_of("c", 0.9), row_of("sub", 1e-9, depth=1)]
     text = claim(found)
-    assert "Tuned is better on a acc (+0.1000); worse on ppl" not in text
     assert "better on a acc (+0.1000)" in text and "worse on ppl acc (+0.1000)" in text and "3 paired tests" in text
     assert found[0]["significant"] and not found[2]["significant"] and "significant" not in found[3]
+    assert claim([row_of("sub", 0.01, depth=1)]) == "No claim: no figure of these tasks could be tested."
 
 
 def test_eq_bench_has_both_averages():
-    def figures(score, parsed):
-        return {"base": {"value": score}, "tuned": {"value": score}, "task": "eq_bench", "parsed": parsed}
-
     found = [
         {"task": "eq_bench", "metric": "eqbench", "base": {"value": 27.0}, "tuned": {"value": 20.0}},
         {"task": "eq_bench", "metric": "percent_parseable", "base": {"value": 90.0}, "tuned": {"value": 50.0}},
@@ -508,6 +535,7 @@ def test_vllm_gets_the_adapter_and_its_gpus(tmp_path):
 OPTIONS = {
     "backend": "hf", "batch_size": "8", "limit": None, "seed": 1234, "num_fewshot": None, "apply_chat_template": False,
     "fewshot_as_multiturn": False, "include_path": None, "processes": 1, "device": "cpu", "extra": [],
+    "tasks_sha256": "",
 }  # fmt: skip
 
 
@@ -543,6 +571,7 @@ def test_no_two_models_share_a_cache_of_answers(tmp_path):
         planned(tmp_path, backend="vllm"),
         planned(tmp_path, batch_size="4"),
         planned(tmp_path, processes=2),
+        planned(tmp_path, device="cuda"),
         planned(tmp_path, extra=["--gen_kwargs", "temperature=1"]),
     ]
     assert len({cache_of(calls[0]) for calls in variants}) == len(variants)
@@ -550,12 +579,16 @@ def test_no_two_models_share_a_cache_of_answers(tmp_path):
     # A part of the documents is a part of the same answers.
     assert cache_of(planned(tmp_path, limit=8)[0]) == cache_of(planned(tmp_path)[0])
     assert planned(tmp_path, limit=8)[0].folder != planned(tmp_path)[0].folder
+    changed = planned(tmp_path, tasks_sha256="other")[0]
+    assert changed.folder != planned(tmp_path)[0].folder, "a task file that changed is run again"
 
 
 def test_the_template_goes_with_multi_turn_shots(tmp_path):
     command = planned(tmp_path, apply_chat_template=True, fewshot_as_multiturn=True)[0].command
     at = command.index("--apply_chat_template")
     assert command[at + 1 : at + 3] == ["--fewshot_as_multiturn", "true"]
+    own = planned(tmp_path, apply_chat_template=True, fewshot_as_multiturn=None)[0].command
+    assert "--apply_chat_template" in own and "--fewshot_as_multiturn" not in own, "the harness's own default"
 
 
 def fake_call(tmp_path, code: str) -> Call:
@@ -594,12 +627,16 @@ def test_only_the_bars_of_requests_are_shown():
     assert not PROGRESS.match("2026-01-01 WARNING [evaluator] 5%| something")
 
 
-def test_auto_is_one_number_for_both_models(monkeypatch):
+def test_auto_is_one_number_for_both_models(monkeypatch, tmp_path):
     import torch
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert batch_size("auto", "hf", {}) == "8" and batch_size("16", "hf", {}) == "16"
-    assert batch_size("auto", "vllm", {}) == "auto", "vLLM batches by itself"
+    nowhere = tmp_path / "batch_size.json"
+    assert batch_size("auto", "hf", {}, nowhere) == "8" and batch_size("16", "hf", {}, nowhere) == "16"
+    assert batch_size("auto", "vllm", {}, nowhere) == "auto", "vLLM batches by itself"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    write_json(nowhere, {"batch_size": "32", "arguments": "{}"})
+    assert batch_size("auto", "hf", {}, nowhere) == "32", "what was detected once stays"
 
 
 def test_the_harnesss_own_detection_is_still_there():
@@ -618,6 +655,9 @@ def test_the_harnesss_own_detection_is_still_there():
     ({"load_in_4bit": True}, [], "cannot quantise"),
     ({"backend": "vllm"}, [], "vLLM is not installed"),
     ({}, ["--use_cache", "x"], "-- --use_cache"),
+    ({}, ["-L", "10"], "-- -L"),
+    ({}, ["--lim=10"], "-- --lim"),
+    ({}, ["--apply_chat_template"], "-- --apply_chat_template"),
 ])  # fmt: skip
 def test_bad_options_are_refused(overrides, extra, words):
     with pytest.raises(UserError, match=words):

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import shutil
 import sqlite3
 import subprocess
@@ -75,24 +76,37 @@ def test_it_ends_in_one_table_one_json_and_one_picture(done):
 
 
 def test_its_figures_are_those_of_a_direct_call_exactly(done, trained, tiny, tmp_path):
+    """The call typed by hand, and the one that was printed, without the cache."""
     folder, _ = done
     model = f"pretrained={tiny},dtype=float32,peft={trained / 'ck' / 'r'}"
-    direct = command(
-        *("-m", "lm_eval", "run", "--model", "hf", "--model_args", model, "--tasks", TASKS, "--batch_size", "8"),
-        *("--device", "cpu", "--limit", "12", "--seed", "1234", "--include_path", "configs/lm_eval/tasks"),
-        *("--log_samples", "--output_path", tmp_path / "direct.json"),
-    )
-    assert direct.returncode == 0, direct.stderr[-2000:]
-    (path,) = tmp_path.glob("direct_*.json")
-    assert figures(read_json(path)) == figures(results(folder, "tuned"))
-    assert figures(read_json(path)) != figures(results(folder, "base"))
+    by_hand = [
+        *("run", "--model", "hf", "--model_args", model, "--tasks", TASKS, "--batch_size", "8", "--device", "cpu"),
+        *("--limit", "12", "--seed", "1234", "--include_path", "configs/lm_eval/tasks", "--log_samples"),
+    ]
+    (kept,) = folder.glob("base-*/call.json")
+    printed = shlex.split(read_json(kept)["command"])
+    assert printed[0] == "lm_eval"
+    for flag in ("--output_path", "--use_cache"):
+        at = printed.index(flag)
+        del printed[at : at + 2]
+    for side, arguments in (("tuned", by_hand), ("base", printed[1:])):
+        direct = command("-m", "lm_eval", *arguments, "--output_path", tmp_path / f"{side}.json")
+        assert direct.returncode == 0, direct.stderr[-2000:]
+        (path,) = tmp_path.glob(f"{side}_*.json")
+        assert figures(read_json(path)) == figures(results(folder, side))
+    assert figures(results(folder, "tuned")) != figures(results(folder, "base"))
 
 
 def test_a_second_call_runs_nothing(done, trained):
     folder, first = done
     again = shell(*where(trained, folder.parents[2]))
-    assert again.returncode == 0 and again.stderr.count("done before") == 2
+    assert again.returncode == 0 and again.stderr.count("done before") == 2, again.stderr
     assert again.stdout == first.stdout
+    # Other settings of the same tasks do not write over it, also where they stand after the dashes.
+    for other in (("--num-fewshot", "1"), ("--", "--gen_kwargs", "max_gen_toks=4")):
+        refused = shell(*where(trained, folder.parents[2]), *other)
+        assert refused.returncode == 2
+        assert_one_line(refused.stderr, "lm_eval.json holds another evaluation", "--output_dir")
 
 
 def test_base_then_tuned_from_a_warm_cache_equal_a_cold_run(done, trained, tmp_path):

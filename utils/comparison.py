@@ -15,6 +15,7 @@ FREE = {
     "batch_size", "batch_tokens", "overwrite", "checkpoints", "eval_out", "output_dir", "output_json", "run_name",
     "expected", "expected_batch_size", "expected_processes", "length_bias_splits", "published", "judge_attempts",
     "judge_timeout", "judge_concurrency", "trust_remote_code", "allow_other_base", "processes", "tensor_parallel",
+    "skip_missing",
 }  # fmt: skip
 
 

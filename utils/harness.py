@@ -49,6 +49,9 @@ class HarnessArguments(ComparisonArguments):
     processes: int | None = option("Processes of accelerate launch, data parallel (default: one a GPU).")
     tensor_parallel: int | None = option("GPUs of one vLLM engine (default: all).")
     skip_missing: bool = option("Run what can be run where tasks lack data or packages.", False)
+    include_path: str | None = option("Folder with task YAMLs of your own, for --tasks.")
+    overwrite: bool = option("Ask everything again, and forget the responses kept for these two models.", False)
+    after_dashes: list[str] | None = option("What follows -- on the command line; not to be given as a key.")
 
 
 def own_and_harness(argv: list[str]) -> tuple[list[str], list[str]]:
@@ -72,12 +75,8 @@ def check(args, extra: list[str]) -> None:
         raise UserError("--output-json: this stage writes a folder of files; --output-dir names another")
     if args.load_in_4bit:
         raise UserError("--load-in-4bit: lm-eval 0.4.13 cannot quantise a model under transformers 5; leave it out")
-    ours = {"--output_path", "--use_cache", "--log_samples", "--limit", "--batch_size", "--model", "--tasks", "--seed"}
-    taken = ours & {word.split("=")[0] for word in extra}
-    if taken:
-        raise UserError(
-            f"-- {taken.pop()}: run_lm_eval.sh decides that one itself; give it before the --, where it has it"
-        )
+    for word in extra:
+        refuse_twice(word)
     if args.backend == "vllm":
         from importlib.util import find_spec
 
@@ -85,28 +84,45 @@ def check(args, extra: list[str]) -> None:
             raise UserError("--backend vllm: vLLM is not installed here; requirements/vllm.txt, or --backend hf")
 
 
+# What run_lm_eval.sh decides: the harness's long names with ours, and its short ones.
+DECIDED = {
+    "tasks": "-t", "model": "-M", "limit": "-L", "batch_size": "-b", "num_fewshot": "-f", "use_cache": "-c",
+    "output_path": "-o", "log_samples": "-s", "samples": "-E", "apply_chat_template": None, "include_path": None,
+    "device": None, "config": "-C", "predict_only": "-x", "seed": None,
+}  # fmt: skip
+
+
+def refuse_twice(word: str) -> None:
+    """Raise UserError for a flag after `--` that run_lm_eval.sh decides, also where it is written short or cut off."""
+    flag = word.split("=")[0]
+    for name, short in DECIDED.items():
+        if flag == short or (len(flag) > 3 and f"--{name}".startswith(flag.replace("-", "_").replace("__", "--", 1))):
+            raise UserError(
+                f"-- {flag}: run_lm_eval.sh decides that one; give it before the --, where it has it (--help)"
+            )
+
+
 def choose(args):
     """The suite, checked name by name, with the user's words about it carried out."""
     from utils.harness_suites import load_suite, suite_of
-    from utils.harness_tasks import check_names
-    from utils.provenance import ROOT
+    from utils.harness_tasks import expand
 
-    suite = suite_of(args.tasks.split(",")) if args.tasks else load_suite(args.suite or "quick")
-    if suite.include_path:
-        suite.include_path = str(ROOT / suite.include_path)
-    if args.apply_chat_template is not None:
-        suite.fewshot_as_multiturn = args.apply_chat_template and suite.fewshot_as_multiturn
-        suite.apply_chat_template = args.apply_chat_template
-    check_names(suite, suite.include_path)
+    suite = suite_of(args.tasks.split(",")) if args.tasks else load_suite(args.suite)
+    if args.include_path:
+        suite.include_path = args.include_path
+    if args.apply_chat_template not in (None, suite.apply_chat_template):
+        # The suite's word on multi-turn shots was meant for its own choice of template.
+        suite.apply_chat_template, suite.fewshot_as_multiturn = args.apply_chat_template, None
+    expand(suite, suite.include_path)
     return suite
 
 
-def runnable(suite, args) -> dict[str, str]:
-    """Tasks that lack something here, which are taken out of the suite under --skip-missing and stop the run else."""
+def runnable(suite, args) -> tuple[dict[str, str], int]:
+    """(tasks that lack something here, documents of the smallest other): under --skip-missing they are taken out."""
     from utils.harness_tasks import missing
 
     print(f"checking the data of {len(suite.tasks)} tasks", file=sys.stderr)
-    lacking = missing(suite, suite.include_path)
+    lacking, smallest = missing(suite, suite.include_path, args.seed)
     if lacking and not args.skip_missing:
         for task, reason in lacking.items():
             print(f"{task}: {reason}", file=sys.stderr)
@@ -114,7 +130,7 @@ def runnable(suite, args) -> dict[str, str]:
     if len(lacking) == len(suite.tasks):
         raise UserError("no task can run: " + "; ".join(f"{task} {reason}" for task, reason in lacking.items()))
     suite.tasks = [entry for entry in suite.tasks if entry["task"] not in lacking]
-    return lacking
+    return lacking, min(smallest, args.limit or smallest)
 
 
 def leading_bos(tokenizer, prompt: str) -> int:
@@ -158,22 +174,34 @@ def main():
     absolute_paths(args, invoked)
     if not (args.run_name or args.adapter_path or args.tuned_model):
         args.run_name = latest_run(args.checkpoints)
-    asked_batch, asked_length, args.batch_size = args.batch_size, args.max_length, None
+    if not args.tasks:
+        args.suite = args.suite or "quick"
+    asked_batch, asked_length, args.batch_size, args.after_dashes = args.batch_size, args.max_length, None, extra
     suite, comparison = choose(args), resolve(args)
+    # What the harness is not told, it does not do: the run's own length is no word of the user's.
+    args.max_length = asked_length
     models = TwoModels(comparison)
     folder = comparison.out / "lm_eval" / limited(suite.name, args.limit)
     comparison.refuse_other("lm_eval", [args], folder)
-    lacking = runnable(suite, args)
+    lacking, documents = runnable(suite, args)
     gpus = torch.cuda.device_count()
     arguments = {
         side: model_arguments(models, side, args.backend, asked_length, args.tensor_parallel or max(gpus, 1))
         for side in models.sides
     }
-    args.batch_size = batch_size(asked_batch, args.backend, arguments["tuned"])
+    if suite.apply_chat_template and args.chat_template_path:
+        # The harness takes a template from a tokenizer's folder alone.
+        models.tokenizer.save_pretrained(folder / "tokenizer")
+        arguments = {
+            side: {**found, "tokenizer": str((folder / "tokenizer").resolve())} for side, found in arguments.items()
+        }
+    args.batch_size = batch_size(asked_batch, args.backend, arguments["tuned"], folder / "batch_size.json")
     options = {
         **{key: getattr(args, key) for key in ("backend", "batch_size", "limit", "seed", "num_fewshot")},
         **{key: getattr(suite, key) for key in ("apply_chat_template", "fewshot_as_multiturn", "include_path")},
-        "processes": args.processes or max(gpus, 1),
+        # A process without a document would stop the harness.
+        "processes": min(args.processes or max(gpus, 1), documents),
+        "tasks_sha256": local_tasks(suite),
         "device": "cuda" if gpus else "cpu",
         "extra": extra,
     }
@@ -195,6 +223,7 @@ def main():
     references = [load_reference(name) for name in suite.references]
     settings = {
         **{key: options[key] for key in ("apply_chat_template", "limit", "num_fewshot", "batch_size")},
+        "dtype": arguments["tuned"].get("mixed_precision_dtype", arguments["tuned"]["dtype"]),
         "tokenizer_bos": leading_bos(models.tokenizer, sides["base"].first_prompt),
         "missing": lacking,
         "unquantised": UNQUANTISED if models.quantized else None,
@@ -216,7 +245,7 @@ def main():
         rows=found,
         averages=means,
         suite={**suite.__dict__, "include_path": suite.include_path and tidy(suite.include_path)},
-        settings={**settings, "harness_arguments": extra, "first_prompt": sides["base"].first_prompt[:2000]},
+        settings={**settings, "first_prompt": sides["base"].first_prompt[:2000]},
         headers={name: side.headers for name, side in sides.items()},
         generated_characters={name: side.lengths for name, side in sides.items()},
         seconds={name: side.seconds for name, side in sides.items()},
@@ -231,14 +260,37 @@ def main():
 
 def absolute_paths(args, invoked: Path) -> None:
     """Paths of the command line as seen from where the user stands; the stage itself runs in the repository."""
-    for key in ("adapter_path", "base_model", "tuned_model", "output_dir", "checkpoints", "eval_out", "suite"):
+
+    def absolute(value: str) -> str:
+        return str((invoked / Path(value).expanduser()).resolve())
+
+    for key in ("output_dir", "checkpoints", "eval_out", "include_path", "chat_template_path"):
         value = getattr(args, key)
-        default = HarnessArguments.__dataclass_fields__[key].default
-        if value is None or value == default:
-            continue
-        place = invoked / Path(value).expanduser()
-        if key in ("output_dir", "checkpoints", "eval_out") or place.exists():
-            setattr(args, key, str(place.resolve()))
+        if value not in (None, HarnessArguments.__dataclass_fields__[key].default):
+            setattr(args, key, absolute(value))
+    for key in ("adapter_path", "base_model", "tuned_model"):
+        value = getattr(args, key)
+        # A name that is no folder here is a hub id, or a folder of the repository.
+        if value is not None and Path(absolute(value)).is_dir():
+            setattr(args, key, absolute(value))
+    if args.suite and args.suite.endswith((".yaml", ".yml")):
+        args.suite = absolute(args.suite)
+    if args.tasks:
+        names = args.tasks.split(",")
+        args.tasks = ",".join(absolute(name) if name.endswith(".yaml") else name for name in names)
+
+
+def local_tasks(suite) -> str:
+    """SHA-256 of the task files that do not come with the harness: their figures are other ones when they change."""
+    from utils.provenance import ROOT, sha256_of_files
+
+    folders = [Path(suite.include_path)] if suite.include_path else []
+    if str(ROOT) in str(suite.include_path):
+        folders.append(ROOT / "data" / "lm_eval_quick")
+    files = [
+        path for folder in folders for path in folder.rglob("*") if path.suffix in (".yaml", ".py", ".jsonl", ".json")
+    ]
+    return sha256_of_files([*files, *(e["task"] for e in suite.tasks if e["task"].endswith(".yaml"))])
 
 
 def forget(calls) -> None:

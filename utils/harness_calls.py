@@ -15,7 +15,7 @@ from pathlib import Path
 from utils.artifacts import dumps, read_json, write_json
 from utils.errors import UserError, explain
 from utils.harness_suites import Suite
-from utils.provenance import ROOT, sha256_of, tidy, versions
+from utils.provenance import ROOT, sha256_of, sha256_of_files, versions
 
 AUTO_ON_CPU = 8
 
@@ -53,6 +53,7 @@ def model_arguments(models, side: str, backend: str, max_length: int | None, ten
     A base that training quantised is taken in its compute precision: see `UNQUANTISED`.
     """
     from utils.models import locate
+    from utils.vllm_engine import lora_rank
 
     c, args = models.comparison, models.comparison.args
     own_weights = side == "tuned" and c.tuned
@@ -67,7 +68,7 @@ def model_arguments(models, side: str, backend: str, max_length: int | None, ten
         found["trust_remote_code"] = True
     if backend == "vllm":
         length = {"max_model_len": max_length} if max_length else {}
-        lora = {"lora_local_path": adapter, "max_lora_rank": max(16, _rank(adapter))} if adapter else {}
+        lora = {"lora_local_path": adapter, "max_lora_rank": lora_rank(adapter)} if adapter else {}
         return {**found, "tensor_parallel_size": tensor_parallel, **length, **lora}
     if whole and compute != models.dtype:
         found["mixed_precision_dtype"] = compute
@@ -82,24 +83,29 @@ def _absolute(name: str) -> str:
     return str(Path(name).expanduser().resolve()) if Path(name).expanduser().is_dir() else name
 
 
-def _rank(adapter: str) -> int:
-    return int(read_json(Path(adapter) / "adapter_config.json").get("r") or 16)
+def batch_size(asked: str, backend: str, arguments: dict, remembered: Path) -> str:
+    """The one batch size of both models. `auto` is detected once, on a GPU by the harness's own trial of what fits.
 
-
-def batch_size(asked: str, backend: str, arguments: dict) -> str:
-    """The one batch size of both models. `auto` is detected once, on a GPU by the harness's own trial of what fits."""
+    Args:
+        remembered: a file that keeps the detected number, so that a later call goes on with the same.
+    """
     import torch
 
     if asked != "auto" or backend == "vllm":
         return asked
     if not torch.cuda.is_available():
         return str(AUTO_ON_CPU)
+    told = dumps(arguments)
+    if remembered.exists() and (kept := read_json(remembered))["arguments"] == told:
+        return kept["batch_size"]
     from concurrent.futures import ProcessPoolExecutor
     from multiprocessing import get_context
 
     # In a process of its own, which gives the GPU's memory back when it ends.
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return str(pool.submit(_detect, arguments).result())
+        found = str(pool.submit(_detect, arguments).result())
+    write_json(remembered, {"batch_size": found, "arguments": told})
+    return found
 
 
 def _detect(arguments: dict) -> int:
@@ -116,7 +122,7 @@ def plan(
     Args:
         arguments: from `model_arguments`. identity: what identifies the model's weights and precision.
         options: backend, batch_size, limit, seed, apply_chat_template, fewshot_as_multiturn, num_fewshot,
-            include_path, processes, extra (further arguments of the harness).
+            include_path, tasks_sha256 (of local task files), processes, device, extra (arguments after `--`).
         cache: the folder of response caches; each model, precision, backend, length and batch size has its own.
     """
     o, groups = options, {}
@@ -124,15 +130,24 @@ def plan(
         shots = o["num_fewshot"] if o["num_fewshot"] is not None else entry.get("num_fewshot")
         groups.setdefault(shots, []).append(entry["task"])
     told = {"arguments": arguments, "identity": identity, "versions": versions(), "extra": o["extra"]}
-    told |= {key: o[key] for key in ("backend", "batch_size", "processes")}
+    told |= {key: o[key] for key in ("backend", "batch_size", "processes", "device")}
+    told["files"] = _model_files(arguments)
     responses = cache / f"lm_eval-{sha256_of(dumps(told))[:16]}" / "responses"
     calls = []
     for shots, tasks in groups.items():
         command = _launcher(o) + _harness(o, arguments, tasks, shots)
-        place = folder / f"{side}-{'own' if shots is None else shots}shot-{sha256_of(dumps([told, command]))[:8]}"
+        what = sha256_of(dumps([told, command, o["tasks_sha256"]]))[:8]
+        place = folder / f"{side}-{'own' if shots is None else shots}shot-{what}"
         written = ["--log_samples", "--output_path", str(place / "results.json"), "--use_cache", str(responses)]
         calls.append(Call(side, tasks, shots, [*command, *written, *o["extra"]], place))
     return calls
+
+
+def _model_files(arguments: dict) -> str | None:
+    """SHA-256 of a local model's tokenizer and configuration, which its weights' hash does not hold."""
+    folders = [Path(str(arguments.get(key, ""))) for key in ("pretrained", "tokenizer")]
+    files = [path for folder in folders if folder.is_dir() for path in folder.glob("*.json")]
+    return sha256_of_files(files) if files else None
 
 
 def _launcher(o: dict) -> list[str]:
@@ -153,7 +168,9 @@ def _harness(o: dict, arguments: dict, tasks: list[str], shots: int | None) -> l
     if o["limit"] is not None:
         found += ["--limit", str(o["limit"])]
     if o["apply_chat_template"]:
-        found += ["--apply_chat_template", "--fewshot_as_multiturn", str(o["fewshot_as_multiturn"]).lower()]
+        found += ["--apply_chat_template"]
+        if o["fewshot_as_multiturn"] is not None:
+            found += ["--fewshot_as_multiturn", str(o["fewshot_as_multiturn"]).lower()]
     if o["include_path"]:
         found += ["--include_path", o["include_path"]]
     return found
@@ -169,7 +186,7 @@ def execute(call: Call, title: str, cwd: Path) -> None:
         return
     shutil.rmtree(call.folder, ignore_errors=True)
     call.folder.mkdir(parents=True)
-    print(f"{title}: {tidy(shlex.join(_readable(call.command)))}", file=sys.stderr)
+    print(f"{title}: {shlex.join(_readable(call.command))}", file=sys.stderr)
     started = time.monotonic()
     environment = {"LMEVAL_LOG_LEVEL": "WARNING", "TOKENIZERS_PARALLELISM": "false", **os.environ}
     log = call.folder / "log.txt"

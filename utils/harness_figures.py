@@ -122,24 +122,26 @@ def rows(base: Side, tuned: Side, suite: Suite, seed: int) -> list[dict]:
     """A row for every figure of the harness's tables, base beside tuned, groups before their subtasks.
 
     Returns:
-        `{task, alias, depth, version, filter, shots, metric, higher, base, tuned, difference, p, test, n, note}` each.
+        `{task, alias, depth, top, version, filter, shots, metric, higher, base, tuned, difference, p, test, n, note}`.
         base and tuned are the harness's own value and stderr; difference and p are paired over documents.
     """
     found, children = [], {child for kids in base.subtasks.values() for child in kids}
 
-    def visit(name: str, depth: int):
+    def visit(name: str, depth: int, top: bool):
+        before = len(found)
         for key in sorted(base.results.get(name, {})):
             value = base.results[name][key]
             measure, _, filtered = key.partition(",")
             if filtered and not measure.endswith("_stderr") and isinstance(value, (int, float)):
-                found.append(_row(base, tuned, name, measure, filtered, depth, seed))
+                row = _row(base, tuned, name, measure, filtered, depth, seed)
+                found.append({**row, "top": top})
         for child in base.subtasks.get(name, []):
-            visit(child, depth + 1)
+            visit(child, depth + 1, top and len(found) == before)
 
     asked = [entry["task"] for entry in suite.tasks]
     tops = [name for name in base.results if name not in children]
     for name in sorted(tops, key=lambda name: (asked.index(name) if name in asked else len(asked), name)):
-        visit(name, 0)
+        visit(name, 0, True)
     return found
 
 
@@ -224,7 +226,8 @@ def _values(base: Side, tuned: Side, tasks: list[str], measure: str, filtered: s
             if one and other and one[1] == other[1]:
                 found.append((one[0], other[0], one[1]))
             elif measure in a["values"]:
-                return np.empty((0, 3)), 0
+                # Answers kept for an aggregation of the task's own, as f1's pairs of gold and prediction.
+                return np.full((1, 3), np.nan), 0
     return np.array(found, float).reshape(-1, 3), unpaired
 
 
@@ -310,7 +313,13 @@ def suite_averages(suite: Suite, base: Side, tuned: Side, seed: int) -> dict[str
     sides = {side: averages(suite, part(side, "value")) for side in ("base", "tuned")}
     spread = {side: errors(suite, part(side, "value"), part(side, "stderr")) for side in ("base", "tuned")}
     exact = {side: averages(suite, part(side, "value"), rounded=False) for side in ("base", "tuned")}
-    moved = errors(suite, part("tuned", "value"), part("difference", "stderr"))
+
+    def lower(entry):
+        """The lower of both figures: where it lies below a baseline, the difference's error is not known."""
+        values = [part(side, "value")(entry) for side in sides]
+        return None if None in values else min(values)
+
+    moved = errors(suite, lower, part("difference", "stderr"))
     found = {}
     for name, value in sides["base"].items():
         figures = {side: metric(sides[side][name], spread[side][name]) for side in sides}

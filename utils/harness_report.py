@@ -1,5 +1,7 @@
 """What run_lm_eval.sh prints and writes: the harness's table for base and tuned, averages, published rows."""
 
+from importlib.metadata import version
+
 from utils.harness_figures import Side
 from utils.harness_suites import Suite, on_harness_scale, published_averages, published_row
 from utils.stats import holm
@@ -28,7 +30,9 @@ def report(title: str, suite: Suite, sides: dict[str, Side], rows: list[dict], a
     parts.append(table(rows, settings, published))
     if averages:
         parts.append(averages_table(suite, averages, references, settings))
-    parts += [*_below(suite, sides, rows, why, settings), PURPOSE, verdict]
+    parts += _below(suite, sides, rows, why, settings)
+    parts += [about(reference, settings) for reference in references]
+    parts += [PURPOSE, verdict]
     return "\n\n".join(parts), verdict
 
 
@@ -64,7 +68,9 @@ def _value(m: dict, sign: str = "") -> tuple[str, str]:
 
 def claim(rows: list[dict]) -> str:
     """What changed for certain: the tasks' own rows, corrected for their number. Marks those rows `significant`."""
-    tested = [row for row in rows if row["depth"] == 0 and row["p"] is not None]
+    tested = [row for row in rows if row["top"] and row["p"] is not None]
+    if not tested:
+        return "No claim: no figure of these tasks could be tested."
     better, worse = [], []
     for row, p in zip(tested, holm([row["p"] for row in tested]), strict=True):
         row["p_holm"], row["significant"] = p, p < 0.05
@@ -96,6 +102,10 @@ def differs(reference: dict, row: dict | None, shots: int | None, settings: dict
         return "whether with a chat template is not published"
     if reference["apply_chat_template"] != settings["apply_chat_template"]:
         return f"chat template {'on' if reference['apply_chat_template'] else 'off'}"
+    if reference.get("harness") != f"lm-eval {version('lm_eval')}":
+        return "another harness"
+    if reference.get("dtype") != settings["dtype"]:
+        return f"dtype {reference.get('dtype') or 'not published'}"
     return None
 
 
@@ -131,27 +141,42 @@ def published_columns(rows: list[dict], references: list[dict], settings: dict) 
 
 def averages_table(suite: Suite, averages: dict, references: list[dict], settings: dict) -> str:
     """A line a model, a column an average: the summary of a suite; parentheses mark another setting."""
-    lines = [["Model", *averages]]
+    lines, digits = [["Model", *averages]], {}
+    for average in suite.averages:
+        inner = [digits[entry] for entry in average["of"] if isinstance(entry, str)]
+        digits[average["name"]] = max(inner) if inner else 2 if average.get("scale", 1) > 1 else 4
     for side in ("base", "tuned"):
-        lines.append([side, *(_average(m[side]) for m in averages.values())])
-    lines.append(["tuned - base", *(_average(m["difference"], "+", m["p"]) for m in averages.values())])
+        lines.append([side, *(_average(m[side], digits[name]) for name, m in averages.items())])
+    moved = (_average(m["difference"], digits[name], "+", m["p"]) for name, m in averages.items())
+    lines.append(["tuned - base", *moved])
     for reference in references:
         published = published_averages(suite, reference)
         if any(value is not None for value in published.values()):
             other = differs(reference, None, None, settings) or settings["num_fewshot"] is not None
-            cells = ["" if value is None else f"{value:.2f}" for value in published.values()]
+            cells = ["" if value is None else f"{value:.{digits[name]}f}" for name, value in published.items()]
             lines.append([reference["name"], *(f"({c})" if other and c else c for c in cells)])
     return markdown_table(lines)
 
 
-def _average(m: dict, sign: str = "", p: float | None = None) -> str:
+def _average(m: dict, digits: int, sign: str = "", p: float | None = None) -> str:
     if m["value"] is None:
         return "-"
-    error = "" if m["stderr"] is None else f" ± {m['stderr']:.2f}"
-    return f"{m['value']:{sign}.2f}{error}" + ("" if p is None else f" p={p:.2g}")
+    error = "" if m["stderr"] is None else f" ± {m['stderr']:.{digits}f}"
+    return f"{m['value']:{sign}.{digits}f}{error}" + ("" if p is None else f" p={p:.2g}")
 
 
 # ---------------------------------------------------------------------------------------------------- below the table
+
+
+def about(reference: dict, settings: dict) -> str:
+    """Where a reference's figures come from, and in which setting they were measured."""
+    template = {None: "chat template not published", True: "chat template on", False: "chat template off"}
+    said = [reference["source"], f"harness: {reference.get('harness')}", f"dtype: {reference.get('dtype')}"]
+    said += [template[reference.get("apply_chat_template")], f"published on a scale to {reference.get('scale', 1)}"]
+    note = f". {reference['note']}" if reference.get("note") else ""
+    other = differs(reference, None, None, settings)
+    averages = f"; its averages are of another setting: {other}" if reference["averages"] and other else ""
+    return f"{reference['name']}: {'; '.join(said)}{averages}{note}."
 
 
 def _below(suite: Suite, sides: dict[str, Side], rows: list[dict], why: dict, settings: dict) -> list[str]:

@@ -12,7 +12,7 @@ from utils.errors import UserError
 from utils.provenance import ROOT
 
 FOLDER = ROOT / "configs" / "lm_eval"
-OWN_TASKS = "configs/lm_eval/tasks"
+OWN_TASKS = str(FOLDER / "tasks")
 
 
 @dataclass
@@ -24,7 +24,7 @@ class Suite:
     source: str
     tasks: list[dict]
     apply_chat_template: bool = False
-    fewshot_as_multiturn: bool = False
+    fewshot_as_multiturn: bool | None = None
     include_path: str | None = None
     averages: list[dict] = field(default_factory=list)
     references: list[str] = field(default_factory=list)
@@ -52,6 +52,16 @@ def load_suite(name: str) -> Suite:
         raise UserError(f"{path}: not a suite ({error}); configs/lm_eval/openllm_v1.yaml shows every key") from None
     if not tasks or len(set(tasks)) < len(tasks):
         raise UserError(f"{path}: needs tasks, each of them once")
+    try:
+        # What the averages and references name is there, before anything runs for hours.
+        averages(suite, lambda entry: 0.5 if entry["task"] and entry["metric"] else None)
+        for reference in suite.references:
+            load_reference(reference)
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise UserError(f"{path}: an average names what is not there or is no entry ({error})") from None
+    if suite.include_path:
+        beside = path.parent / suite.include_path
+        suite.include_path = str((ROOT / suite.include_path if path.parent == FOLDER else beside).resolve())
     return suite
 
 
@@ -114,8 +124,8 @@ def _normalised(entry: dict, x: float | None) -> float | None:
 def errors(suite: Suite, value, stderr) -> dict[str, float | None]:
     """Standard errors of the averages, from those of their entries to first order.
 
-    Tasks are independent of each other; two metrics of one task are taken as if they moved together. An entry that its
-    baseline cuts to 0 has no error here.
+    Tasks are independent of each other; two metrics of one task are taken as if they moved together. Where a baseline
+    cuts an entry to 0, first order knows nothing of its error: the average has none then.
 
     Args:
         value, stderr: functions of an entry to its figure and the figure's standard error, or None.
@@ -133,9 +143,9 @@ def errors(suite: Suite, value, stderr) -> dict[str, float | None]:
                 known = False
                 continue
             b = float(Fraction(str(entry.get("baseline", 0))))
-            slope = 0.0 if "baseline" in entry and x <= b else 1 / (1 - b)
+            known &= "baseline" not in entry or x > b
             part = (entry["task"], entry.get("choices"))
-            by_task[part] = by_task.get(part, 0.0) + scale * slope * error
+            by_task[part] = by_task.get(part, 0.0) + scale / (1 - b) * error
         found[average["name"]] = sqrt(squares + sum(e * e for e in by_task.values())) if known else None
     return found
 

@@ -5,6 +5,7 @@ import importlib.util
 import io
 import logging
 import os
+import random
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 
@@ -20,31 +21,52 @@ def task_manager(include_path: str | None):
         return TaskManager(include_path=include_path)
 
 
-def check_names(suite: Suite, include_path: str | None) -> None:
-    """Raise UserError for a task that the harness does not know, with the names that are close."""
-    manager = task_manager(include_path)
+def expand(suite: Suite, include_path: str | None) -> None:
+    """Take the suite's task names as the harness does: globs become what they match.
+
+    Raises UserError for a name that the harness does not know, with those that are close.
+    """
+    manager, found = task_manager(include_path), {}
     for entry in suite.tasks:
         name = entry["task"]
-        if name.endswith(".yaml") and Path(name).is_file():
-            continue
-        if not manager.match_tasks([name]):
+        known = [name] if name.endswith(".yaml") and Path(name).is_file() else manager.match_tasks([name])
+        if not known:
             close = difflib.get_close_matches(name, manager.all_tasks, n=5, cutoff=0.5)
             hint = f"close: {', '.join(close)}" if close else "`lm_eval ls tasks` lists all"
             raise UserError(f"--tasks {name}: lm-evaluation-harness knows no such task; {hint}")
+        found |= {task: {**entry, "task": task} for task in known if task not in found}
+    suite.tasks = list(found.values())
 
 
-def missing(suite: Suite, include_path: str | None) -> dict[str, str]:
-    """`{task: what it lacks and the mend}` of the tasks that cannot run here. Loads, and so downloads, their data."""
-    found, manager = {}, None
+def missing(suite: Suite, include_path: str | None, seed: int) -> tuple[dict[str, str], int | None]:
+    """Loads, and so downloads, the data of every task.
+
+    Args:
+        seed: some tasks shuffle while they load, and `datasets` keeps what came out: they must find the run's seed.
+
+    Returns:
+        (`{task: what it lacks and the mend}`, documents of the smallest task that can run). Raises UserError where two
+        entries bring the same task, whose figures would overwrite each other.
+    """
+    import numpy as np
+
+    lacking, owner, smallest, manager = {}, {}, None, task_manager(include_path)
     for entry in suite.tasks:
         task = entry["task"]
-        reason = _missing_extra(suite.needs, task)
+        reason, loaded = _missing_extra(suite.needs, task), {}
         if reason is None:
-            manager = manager or task_manager(include_path)
-            reason = _missing_data(manager, suite.needs, task)
+            random.seed(seed)
+            np.random.seed(seed)
+            reason, loaded = _load(manager, suite.needs, task)
         if reason:
-            found[task] = reason
-    return found
+            lacking[task] = reason
+        for leaf, found in loaded.items():
+            if leaf in owner:
+                raise UserError(f"--tasks {task}: {leaf} is in {owner[leaf]} too; name it once")
+            owner[leaf] = task
+            documents = len(found.eval_docs)
+            smallest = documents if smallest is None else min(smallest, documents)
+    return lacking, smallest
 
 
 def _missing_extra(needs: dict, task: str) -> str | None:
@@ -63,23 +85,26 @@ def _missing_extra(needs: dict, task: str) -> str | None:
     return None
 
 
-def _missing_data(manager, needs: dict, task: str) -> str | None:
-    """Why the task's data cannot be loaded, None where they can: it is loaded as the run will load it."""
+def _load(manager, needs: dict, task: str) -> tuple[str | None, dict]:
+    """(why the task's data cannot be loaded or None, its leaf tasks by name): loaded as the run will load it."""
     try:
         with quiet_harness(), redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()):
-            manager.load([task])
+            if task.endswith(".yaml"):
+                from lm_eval.tasks._yaml_loader import load_yaml
+
+                return None, manager.load([load_yaml(task, resolve_func=True)])["tasks"]
+            return None, manager.load([task])["tasks"]
     except Exception as error:
         # Whatever loading raises is what the run would die of, hours later.
         text = " ".join(str(error).split())[:200] or type(error).__name__
-        gated = needs.get("gated", {}).get(task)
-        if gated or "gated" in text.lower():
-            return f"lacks access to gated data ({gated or text}): accept its terms on the hub, then `hf auth login`"
+        if "gated" in f"{type(error).__name__} {text}".lower():
+            what = needs.get("gated", {}).get(task, text)
+            return f"lacks access to gated data ({what}): accept its terms on the hub, then `hf auth login`", {}
         if "trust_remote_code" in text or "dataset script" in text.lower():
-            return f"its data set is a script, which datasets no longer runs ({text})"
+            return f"its data set is a script, which datasets no longer runs ({text})", {}
         if isinstance(error, ModuleNotFoundError):
-            return f"lacks the package {error.name}: pip install {error.name}"
-        return f"its data cannot be loaded ({type(error).__name__}: {text})"
-    return None
+            return f"lacks the package {error.name}: pip install {error.name}", {}
+        return f"its data cannot be loaded ({type(error).__name__}: {text})", {}
 
 
 @contextmanager

@@ -355,6 +355,11 @@ def human_eval_figure(path, sections: dict, headline: str) -> None:
     save(fig, path)
 
 
+def is_share(metric: str) -> bool:
+    """Whether a metric of the harness is a share of documents right, from 0 to 1."""
+    return metric.startswith(("acc", "exact_match")) or metric.endswith(("_acc", "_match")) or metric == "em"
+
+
 def harness_figure(path, rows: list[dict], headline: str) -> None:
     """Two panels, a line a task and metric: base and tuned with 95% intervals and published figures, and differences.
 
@@ -365,10 +370,14 @@ def harness_figure(path, rows: list[dict], headline: str) -> None:
     """
     import numpy as np
 
-    shown = [r for r in rows if r["depth"] == 0 and all(0 <= r[s]["value"] <= 1 for s in ("base", "tuned"))]
-    if not is_main_process() or not shown:
+    if not is_main_process():
         return
+    shown = [r for r in rows if r["top"] and is_share(r["metric"])]
     fig, axes = figure(1, 2, headline)
+    if not shown:
+        for ax in axes:
+            _say(ax, "no figure of these tasks is a share: see lm_eval.md")
+        return save(fig, path)
     fig.set_size_inches(9.5, max(2.6, 1.2 + 0.32 * len(shown)))
     y = np.arange(len(shown))
     for side, colour, shift in (("base", NEUTRAL, -0.14), ("tuned", CHOSEN, 0.14)):
@@ -376,11 +385,13 @@ def harness_figure(path, rows: list[dict], headline: str) -> None:
         error = 196 * np.array([r[side]["stderr"] or 0 for r in shown])
         axes[0].errorbar(value, y + shift, xerr=error, fmt="o", ms=4, lw=1.2, color=colour, label=side)
     published = [
-        (y[k], name, 100 * m["value"]) for k, r in enumerate(shown) for name, m in r.get("references", {}).items()
+        (y[k], f"{name}{', other setting' if m['other_setting'] else ''}", 100 * m["value"])
+        for k, r in enumerate(shown)
+        for name, m in r.get("references", {}).items()
     ]
     for marker, name in zip("x+1234", dict.fromkeys(name for _, name, _ in published), strict=False):
         points = [(value, place) for place, other, value in published if other == name]
-        axes[0].plot(*zip(*points, strict=True), marker, color="grey", ms=6, label=f"{name}, published")
+        axes[0].plot(*zip(*points, strict=True), marker, color="grey", ms=6, alpha=0.6, label=f"published: {name}")
     axes[0].set_yticks(y, [f"{r['task']}\n{r['metric']}, {r['shots']}-shot" for r in shown], fontsize=7)
     axes[0].set(title="Base and tuned, 95% intervals", xlabel="score (%)")
     axes[0].legend(fontsize=7)

@@ -44,6 +44,12 @@ def compute_dtype(models) -> str:
     return str(models.autocast).removeprefix("torch.") if models.autocast else models.dtype
 
 
+def lora_rank(adapter: str) -> int:
+    """The smallest of vLLM's own ranks that holds the adapter's."""
+    rank = read_json(Path(adapter) / "adapter_config.json").get("r", 64)
+    return next((size for size in (8, 16, 32, 64, 128, 256, 320, 512) if size >= rank), rank)
+
+
 def load_engine(model: str, dtype: str, adapter: str | None = None, **kwargs):
     """(engine, LoRA request or None) for a hub id or folder, with the adapter of a LoRA folder."""
     from vllm import LLM
@@ -52,9 +58,7 @@ def load_engine(model: str, dtype: str, adapter: str | None = None, **kwargs):
         return LLM(model=model, dtype=dtype, **kwargs), None
     from vllm.lora.request import LoRARequest
 
-    rank = read_json(Path(adapter) / "adapter_config.json").get("r", 64)
-    fits = next((size for size in (8, 16, 32, 64, 128, 256, 320, 512) if size >= rank), rank)
-    engine = LLM(model=model, dtype=dtype, enable_lora=True, max_lora_rank=fits, **kwargs)
+    engine = LLM(model=model, dtype=dtype, enable_lora=True, max_lora_rank=lora_rank(adapter), **kwargs)
     return engine, LoRARequest("tuned", 1, str(Path(adapter).resolve()))
 
 
