@@ -24,6 +24,10 @@ ARCHITECTURES = {
     "Gemma3Text": {"sliding_window": 8},
     "Qwen3": {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 2},
     "Mistral": {"sliding_window": 8},
+    "Qwen2": {},
+    "Phi3": {"sliding_window": 8},
+    "Olmo2": {},
+    "SmolLM3": {},
 }
 
 
