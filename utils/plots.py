@@ -392,9 +392,11 @@ def harness_figure(path, rows: list[dict], headline: str) -> None:
     for marker, name in zip("x+1234", dict.fromkeys(name for _, name, _ in published), strict=False):
         points = [(value, place) for place, other, value in published if other == name]
         axes[0].plot(*zip(*points, strict=True), marker, color="grey", ms=6, alpha=0.6, label=f"published: {name}")
-    axes[0].set_yticks(y, [f"{r['task']}\n{r['metric']}, {r['shots']}-shot" for r in shown], fontsize=7)
+    filters = [f" ({r['filter']})" if r["filter"] != "none" else "" for r in shown]
+    names = [f"{r['task']}\n{r['metric']}{f}, {r['shots']}-shot" for r, f in zip(shown, filters, strict=True)]
+    axes[0].set_yticks(y, names, fontsize=7)
     axes[0].set(title="Base and tuned, 95% intervals", xlabel="score (%)")
-    axes[0].legend(fontsize=7)
+    axes[0].legend(fontsize=7, ncols=4, loc="lower left", bbox_to_anchor=(0, 1.06), frameon=False)
     difference = 100 * np.array([r["difference"]["value"] for r in shown])
     ends = [r["difference"]["ci95"] or (r["difference"]["value"],) * 2 for r in shown]
     error = np.clip(
