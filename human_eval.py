@@ -119,7 +119,7 @@ def dump(comparison_args, args, started) -> None:
     settings = {k: getattr(args, k) for k in ("pairs_per_prompt", "repeat_share", "sides_seed")}
     key = write_study(paths, prompts, answers, title, about, {**settings, "limit": c.limit}, c.overwrite)
     print(dumped(key, metrics, paths["page"].name, title))
-    print(f"\nwrote {', '.join(str(path) for path in paths.values())}")
+    print(f"\nwrote {', '.join(str(path) for path in paths.values())}, and the candidates' .md and .about.json")
     print(f"Send {paths['page'].name} to the annotators, and nothing else: key and candidates name the models.")
     found = paths["key"].parent.resolve().parent == Path(c.eval_out).resolve()
     where = "" if found else f" --key {paths['key']}"

@@ -583,6 +583,19 @@ def test_no_two_models_share_a_cache_of_answers(tmp_path):
     assert changed.folder != planned(tmp_path)[0].folder, "a task file that changed is run again"
 
 
+def test_files_that_lie_about_are_no_part_of_a_call(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = planned(tmp_path)[0]
+    (tmp_path / "votes-ann.json").write_text("{}")
+    assert planned(tmp_path)[0] == before
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "tokenizer.json").write_text("{}")
+    local = planned(tmp_path, arguments={"pretrained": str(model)})[0]
+    (model / "tokenizer.json").write_text("[]")
+    assert planned(tmp_path, arguments={"pretrained": str(model)})[0].folder != local.folder
+
+
 def test_the_template_goes_with_multi_turn_shots(tmp_path):
     command = planned(tmp_path, apply_chat_template=True, fewshot_as_multiturn=True)[0].command
     at = command.index("--apply_chat_template")

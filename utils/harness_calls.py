@@ -145,7 +145,7 @@ def plan(
 
 def _model_files(arguments: dict) -> str | None:
     """SHA-256 of a local model's tokenizer and configuration, which its weights' hash does not hold."""
-    folders = [Path(str(arguments.get(key, ""))) for key in ("pretrained", "tokenizer")]
+    folders = [Path(arguments[key]) for key in ("pretrained", "tokenizer") if key in arguments]
     files = [path for folder in folders if folder.is_dir() for path in folder.glob("*.json")]
     return sha256_of_files(files) if files else None
 

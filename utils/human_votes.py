@@ -59,7 +59,7 @@ def _check_form(path: str, export) -> None:
     for number, vote in enumerate(export["votes"], 1):
         wrong = not isinstance(vote, dict) or set(vote) != set(FIELDS)
         if wrong or not all(isinstance(vote[key], kind) for key, kind in FIELDS.items()):
-            raise UserError(f"{path} vote {number}: malformed; export the votes again")
+            raise UserError(f"{path} vote {number}: malformed (a vote has {', '.join(FIELDS)}); export the votes again")
         if vote["choice"] not in (None, *CHOICES) or vote["skip"] not in (None, *SKIPS):
             raise UserError(f"{path} vote {number}: unknown choice or reason; export the votes again")
         if vote["choice"] and vote["skip"]:
