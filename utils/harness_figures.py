@@ -269,8 +269,7 @@ def _by_task(base, tuned, tasks, measure, filtered, reported, seed) -> dict | No
     if not np.allclose(means, [reported[side]["value"] for side in ("base", "tuned")], rtol=1e-6):
         return None
     parts = [paired(base, tuned, [t], measure, filtered, pair, seed) for t, pair in zip(tasks, each, strict=True)]
-    found = [part["difference"]["stderr"] for part in parts]
-    stderr = None if None in found else math.sqrt(sum(e * e for e in found)) / len(parts)
+    stderr = _plain_mean([part["difference"] for part in parts])["stderr"]
     return {
         **normal(float(means[1] - means[0]), stderr),
         "test": "normal",

@@ -67,12 +67,11 @@ def strengths(units: list[dict], models: list[str], seed: int) -> dict | None:
 def first_judgements(rows: list[dict]) -> list[dict]:
     """Each person's one vote on each pair: the first asking, or the second where the first was left open or skipped."""
     judged = {(row["annotator"], row["id"]) for row in rows if row["repeat_of"] is None and row["outcome"] is not None}
-    found = []
-    for row in rows:
-        stands_in = row["outcome"] is not None and (row["annotator"], row["repeat_of"]) not in judged
-        if stands_in if row["repeat_of"] else (row["annotator"], row["id"]) in judged or row["outcome"] is None:
-            found.append(row)
-    return found
+
+    def stands_in(row):
+        return row["outcome"] is not None and (row["annotator"], row["repeat_of"]) not in judged
+
+    return [row for row in rows if row["repeat_of"] is None or stands_in(row)]
 
 
 def by_prompt(rows: list[dict]) -> list[dict]:

@@ -12,11 +12,11 @@ import torch
 from utils.batching import token_batches
 from utils.errors import UserError, is_main_process
 from utils.ledger import Ledger, key_of
+from utils.preference_trainer import STEP0_TOLERANCE
 
 PARTS = ("prompt_ids", "chosen_ids", "rejected_ids")
 # A few cached pairs are computed again before any is believed.
 CHECKED = 4
-TOLERANCE = {"fp32": 1e-3, "bf16": 0.5, "fp16": 0.5}
 
 
 def why_not(trainer) -> str | None:
@@ -100,7 +100,7 @@ def _check(trainer, dataset, keys: list[str], known: dict, folder) -> None:
     some = kept[:: max(1, len(kept) // CHECKED)][:CHECKED]
     if not some:
         return
-    tolerance = TOLERANCE[trainer.args.precision]
+    tolerance = STEP0_TOLERANCE["float32" if trainer.args.precision == "fp32" else "16-bit"]
     for i, now in zip(some, reference_logps(trainer, dataset, some), strict=True):
         before = (known[keys[i]]["chosen"], known[keys[i]]["rejected"])
         apart = max(abs(a - b) for a, b in zip(before, now, strict=True))
