@@ -33,8 +33,9 @@ def stock(folder, loss_type: str, tmp_path, rows) -> list[dict]:
     import trl.kernels.chunked_logprob
     import trl.trainer.utils
 
-    # Stock means stock: undo what score_responses_only changed in this process.
+    # Stock means stock: undo what fused_head.install changed in this process.
     trl.trainer.utils._use_triton = trl.kernels.chunked_logprob._use_triton
+    trl.trainer.utils._ChunkedLogProbFunction = trl.kernels.ChunkedLogProbFunction
     tokenizer = load_tokenizer(str(folder))
     data = [{"prompt": r["chosen"][:1], "chosen": r["chosen"][1:], "rejected": r["rejected"][1:]} for r in rows]
     args = DPOConfig(str(tmp_path / "stock"), loss_type=[loss_type], bf16=False, **SETTINGS)

@@ -1,7 +1,8 @@
 """The one sequence log-probability: log pi(y|x), summed in float32 over response tokens.
 
 Training (policy and reference), the preflight and every evaluation go through the same head: TRL's fused LM head,
-which knows final-logit softcaps and logit scales and accumulates the log-sum-exp in float32. Padding is on the right
+which knows final-logit softcaps and logit scales and accumulates the log-sum-exp in float32; on a CPU its arithmetic is
+that of utils.fused_head. Padding is on the right
 and masked, and positions outside the response add exactly 0, so neither padding nor batch size changes a sum beyond
 rounding.
 """
@@ -9,23 +10,14 @@ rounding.
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-
-def score_responses_only() -> None:
-    """Make TRL's fused head skip prompt and padding positions on every device, not only where Triton runs.
-
-    TRL keeps all positions off Triton for the sake of compilers that need fixed shapes (Neuron); on a CPU the skipped
-    half of the vocabulary-wide work is free speed, and no position's value changes.
-    """
-    import trl.trainer.utils
-
-    trl.trainer.utils._use_triton = lambda device: device.type != "neuron"
+from utils import fused_head
 
 
 def attach_head(model) -> None:
     """Give `model` (or the base under its adapter) the fused head, once."""
     from trl.trainer.utils import add_fused_lm_head
 
-    score_responses_only()
+    fused_head.install()
     base = without_adapter_shell(model)
     if not getattr(base, "_has_logp_head", False):
         add_fused_lm_head(base)

@@ -16,10 +16,10 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl import DPOConfig, DPOTrainer
 
-from utils import shared_prompt
+from utils import fused_head, fused_lora, shared_prompt
 from utils.artifacts import RowFile, read_json
 from utils.errors import UserError, is_main_process
-from utils.logps import pair_batches, score_responses_only, sum_logps
+from utils.logps import pair_batches, sum_logps
 from utils.rewards import displacement_text
 from utils.runs import MANIFEST, seal
 
@@ -93,7 +93,7 @@ class PreferenceTrainer(DPOTrainer):
     """DPOTrainer on rows that utils.preferences tokenised. Adds whole checkpoints, exact resume and per-pair scores."""
 
     def __init__(self, *args, row_log: RowFile, **kwargs):
-        score_responses_only()
+        fused_head.install()
         self.row_log, self.step0_reward = row_log, None
         self.seconds_before, self.started, self.ended = 0.0, None, None
         super().__init__(*args, **kwargs)
@@ -103,6 +103,9 @@ class PreferenceTrainer(DPOTrainer):
                 if model is not None:
                     shared_prompt.attach(self.accelerator.unwrap_model(model))
             self.data_collator = shared_prompt.PackingCollator(self.data_collator)
+        if not self.is_sharded:
+            # Sharding may gather a layer's A and B only when they are called as modules.
+            fused_lora.attach(self.model)
         for param in self.model.parameters():
             # TRL casts QLoRA adapters to bf16, where an Adam update of 2e-6 on a weight of 1e-2 rounds to nothing.
             if param.requires_grad and param.dtype in (torch.bfloat16, torch.float16) and self.is_quantized:

@@ -186,15 +186,16 @@ def _attention(usual, module, query, key, value, attention_mask, packed_lengths=
     if repeats > 1:
         key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
     settings["dropout"] = kwargs.get("dropout", 0.0)
-    parts, start = [], 0
-    for prompt, chosen, rejected in packed_lengths:
+    # Split once, not sliced pair by pair: the backward of each slice would fill a whole row with zeros.
+    sizes = [size for prompt, chosen, rejected in packed_lengths for size in (prompt + chosen, rejected)]
+    queries, keys, values = (x.split(sizes, dim=2) for x in (query, key, value))
+    parts = []
+    for k, (prompt, _, _) in enumerate(packed_lengths):
         # Prompt and chosen answer are an ordinary causal sequence; the rejected one looks back over the prompt alone.
-        first, end = start + prompt + chosen, start + prompt + chosen + rejected
-        here = (slice(None), slice(None), slice(start, first))
-        parts.append(_causal(query[here], key[here], value[here], **settings))
-        seen = [torch.cat([x[:, :, start : start + prompt], x[:, :, first:end]], dim=2) for x in (key, value)]
-        parts.append(_causal(query[:, :, first:end], *seen, **settings))
-        start = end
+        first, second = 2 * k, 2 * k + 1
+        parts.append(_causal(queries[first], keys[first], values[first], **settings))
+        seen = [torch.cat([x[first][:, :, :prompt], x[second]], dim=2) for x in (keys, values)]
+        parts.append(_causal(queries[second], *seen, **settings))
     return torch.cat(parts, dim=2).transpose(1, 2), None
 
 
