@@ -19,7 +19,8 @@ The keys that matter (YAML keys and flags are the same; the command line wins; -
            --test_dataset_name OTHER   --drop_ties   --min_score_margin X   --keep_duplicate_prompts
            --train_test_overlap refuse|drop|keep   --prompt_format auto|chat   --limit N
            several datasets: a `datasets:` list in the YAML, each {path, split, test_split, fraction}
-  loss     --loss_type sigmoid ipo hinge robust sppo_hard apo_zero ...   --beta 0.1   --label_smoothing 0
+  loss     --loss_type sigmoid ipo hinge robust sppo_hard apo_zero simpo sppo ...   --beta 0.1   --label_smoothing 0
+           --gamma_beta_ratio 0.5 (simpo)
   length   --max_length 1024   --max_prompt_length 512 (used only in pairs longer than max_length)
   steps    --per_device_train_batch_size 2  --gradient_accumulation_steps 4  or  --global_batch_size 8
            --num_train_epochs 1 | --max_steps N   --learning_rate 1e-6   --lr_scheduler_type cosine  --warmup_steps N
@@ -36,6 +37,7 @@ def parse_arguments():
     from trl import ModelConfig
 
     from utils.cli import parse
+    from utils.losses import OWN_LOSSES
     from utils.preference_trainer import LOSS_TYPES, PreferenceConfig
     from utils.preferences import DataArguments
 
@@ -60,6 +62,12 @@ def parse_arguments():
         raise UserError(f"--num_train_epochs {args.num_train_epochs}: must be above 0 (or give --max_steps)")
     if not 0 <= args.label_smoothing < 0.5:
         raise UserError(f"--label_smoothing {args.label_smoothing}: must be at least 0 and below 0.5")
+    if set(args.loss_type) & set(OWN_LOSSES):
+        for key, idle in (("ld_alpha", None), ("use_weighting", False), ("f_divergence_type", "reverse_kl")):
+            if getattr(args, key) != idle:
+                raise UserError(f"--{key} belongs to TRL's losses; simpo and sppo know nothing of it")
+        if "sppo" in args.loss_type and args.label_smoothing:
+            raise UserError("--label_smoothing: sppo has none; its win probabilities say how sure a label is")
     if "exo_pair" in args.loss_type and args.label_smoothing == 0:
         raise UserError("--loss_type exo_pair needs --label_smoothing above 0 (its paper recommends 1e-3)")
     if args.f_divergence_type not in F_DIVERGENCES:
@@ -141,16 +149,25 @@ def load_data(data, args, tokenizer):
         remove_overlap(train, test, data.train_test_overlap)
         test_ids, _ = tokenize(test, tokenizer, *lengths, desc="test")
     train_ids, truncation = tokenize(train, tokenizer, *lengths, desc="train")
+    if "sppo" in args.loss_type:
+        for name, split in (("train", train), ("test", test)):
+            pairs = split.pairs if split else []
+            lacking = [p for p in pairs if any(w is None or not 0 <= w <= 1 for w in (p.win_chosen, p.win_rejected))]
+            if lacking:
+                raise UserError(
+                    f"{lacking[0].where}: --loss_type sppo needs 'win_chosen' and 'win_rejected' (probabilities from 0"
+                    f" to 1) in every row of the {name} split, and {len(lacking)} rows have none"
+                )
     return train, train_ids, test, test_ids, truncation
 
 
-def build_trainer(args, model_args, tokenizer, train_ids, test_ids, row_log):
-    """Policy, reference and trainer."""
+def build_trainer(args, model_args, tokenizer, train_ids, test_ids, row_log, notes):
+    """Policy, reference and trainer. Whether memory asks for gradient checkpointing is decided here, and noted."""
     import torch
     from trl import get_peft_config
 
     from utils.models import load_model, quantization
-    from utils.preference_trainer import PreferenceTrainer
+    from utils.preference_trainer import PreferenceTrainer, longest_sequence
 
     compute = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[args.precision]
     quantized = quantization(
@@ -175,8 +192,14 @@ def build_trainer(args, model_args, tokenizer, train_ids, test_ids, row_log):
     if test_ids is None:
         args.eval_strategy = "no"
     try:
+        policy = load()
+        longest = longest_sequence(train_ids)
+        trained = 0 if model_args.use_peft else sum(p.numel() for p in policy.parameters())
+        beside = not (model_args.use_peft or args.precompute_ref_log_probs)
+        why = args.decide_checkpointing(policy, trained, longest, beside)
+        notes += [why] if why else []
         return PreferenceTrainer(
-            model=load(),
+            model=policy,
             # With LoRA the reference is the policy with its adapter switched off; precomputed, none is kept.
             ref_model=None if model_args.use_peft or args.precompute_ref_log_probs else load(),
             args=args,
@@ -343,7 +366,7 @@ def main():
     train, train_ids, test, test_ids, truncation = load_data(data_args, args, tokenizer)
     current.pin(sha256_of(train.summary()["text_sha256"], test.summary()["text_sha256"] if test else ""))
     row_log = RowFile(current.out / "train_log.jsonl")
-    trainer = build_trainer(args, model_args, tokenizer, train_ids, test_ids, row_log)
+    trainer = build_trainer(args, model_args, tokenizer, train_ids, test_ids, row_log, notes)
 
     # Preflight.
     flight = run_preflight(trainer, args, model_args, train, train_ids, test, truncation, notes)

@@ -25,7 +25,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils.cli import quick_help
-from utils.errors import UserError, run
+from utils.errors import UserError, is_main_process, run
 from utils.evaluation_arguments import option
 
 # True shapes with random weights, for machines that hold no model: what a step costs does not depend on the weights.
@@ -57,6 +57,7 @@ class BenchmarkArguments:
     dtype: str = option("float32 or bfloat16, of weights and arithmetic.", "float32", choices=["float32", "bfloat16"])
     device: str = option("cpu or cuda.", "cpu", choices=["cpu", "cuda"])
     lora_r: int = option("Rank of the LoRA on all seven projections; 0 trains every weight.", 16)
+    micro_batch_tokens: int | None = option("Tokens that ours computes together (default: its own).")
     json: str | None = option("Write the figures here.")
     way: str | None = option("Internal: run one way and print its figures.", choices=["stock", "ours"])
 
@@ -86,6 +87,7 @@ def load(args):
 def one_way(args) -> dict:
     """Train with stock TRL or with this project's trainer: seconds of the timed steps, losses, tokens, memory."""
     import torch
+    from accelerate import PartialState
     from peft import LoraConfig
     from transformers import TrainerCallback
     from trl import DPOConfig, DPOTrainer
@@ -109,8 +111,10 @@ def one_way(args) -> dict:
                 torch.cuda.synchronize()
             self.times.append(time.monotonic())
 
+    PartialState(cpu=args.device == "cpu")
     tokenizer, model = load(args)
-    wanted = args.batch * args.accumulation * (args.steps + 1)
+    step = args.batch * args.accumulation * PartialState().num_processes
+    wanted = step * (args.steps + 1)
     data = load_pairs([{"name": args.data, "split": args.split}], keep_duplicate_prompts=True, limit=wanted)
     ids, _ = tokenize(data, tokenizer, args.max_length, args.max_length // 2)
     folder = tempfile.mkdtemp()
@@ -127,11 +131,12 @@ def one_way(args) -> dict:
         trainer = Stock(model, args=DPOConfig(**settings), **common)
     else:
         log = RowFile(Path(folder) / "log.jsonl")
-        trainer = PreferenceTrainer(model, args=PreferenceConfig(**settings), row_log=log, **common)
+        config = PreferenceConfig(**settings, micro_batch_tokens=args.micro_batch_tokens)
+        trainer = PreferenceTrainer(model, args=config, row_log=log, **common)
     clock = Clock()
     trainer.add_callback(clock)
     trainer.train()
-    timed = ids.select(range(args.batch * args.accumulation, wanted))
+    timed = ids.select(range(step, wanted))
     tokens = sum(len(row[f"{part}_ids"]) for row in timed for part in ("prompt", "chosen", "rejected"))
     backbone = sum(p.numel() for p in model.parameters())
     return {
@@ -173,7 +178,8 @@ def main():
     quiet_libraries()
     (args,) = parse((BenchmarkArguments,))
     if args.way:
-        return print(json.dumps(one_way(args)))
+        found = one_way(args)
+        return print(json.dumps(found)) if is_main_process() else None
     for key in ("steps", "rounds", "batch", "accumulation", "max_length"):
         if getattr(args, key) < 1:
             raise UserError(f"--{key} {getattr(args, key)}: must be at least 1")

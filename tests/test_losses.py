@@ -9,11 +9,11 @@ from peft import LoraConfig
 from trl import DPOConfig, DPOTrainer
 
 from utils.models import load_model, load_tokenizer
-from utils.preference_trainer import LOSS_TYPES, PreferenceConfig, PreferenceTrainer
+from utils.preference_trainer import TRL_LOSSES, PreferenceConfig, PreferenceTrainer
 from utils.preferences import load_pairs, tokenize
 
 SETTINGS = dict(
-    per_device_train_batch_size=3, gradient_accumulation_steps=2, max_steps=4, learning_rate=1e-2, beta=0.5, seed=7,
+    per_device_train_batch_size=3, gradient_accumulation_steps=2, max_steps=20, learning_rate=1e-3, beta=0.5, seed=7,
     gradient_checkpointing=False, report_to="none", logging_steps=1, save_strategy="no", max_length=256, use_cpu=True,
     label_smoothing=0.1, disable_tqdm=True,
 )  # fmt: skip
@@ -50,13 +50,13 @@ def stock(folder, loss_type: str, tmp_path, rows) -> list[dict]:
     )
 
 
-def ours(folder, loss_type: str, tmp_path, rows) -> list[dict]:
+def ours(folder, loss_type: str, tmp_path, rows, **extra) -> list[dict]:
     from utils.artifacts import RowFile
 
     tokenizer = load_tokenizer(str(folder))
     data = load_pairs([{"name": str(write_jsonl(tmp_path / "x.jsonl", rows)), "split": "train"}])
     ids, _ = tokenize(data, tokenizer, 256, 128)
-    args = PreferenceConfig(str(tmp_path / "ours"), loss_type=[loss_type], **SETTINGS)
+    args = PreferenceConfig(str(tmp_path / "ours"), loss_type=[loss_type], **SETTINGS, **extra)
     log = RowFile(tmp_path / "log.jsonl")
     trainer = PreferenceTrainer(
         load_model(str(folder)),
@@ -72,7 +72,7 @@ def ours(folder, loss_type: str, tmp_path, rows) -> list[dict]:
     return history
 
 
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize("loss_type", TRL_LOSSES)
 def test_every_loss_trains_as_stock_trl(loss_type, tiny, tmp_path):
     rows = make_pairs(24)
     for a, b in zip(ours(tiny, loss_type, tmp_path, rows), stock(tiny, loss_type, tmp_path, rows), strict=True):
@@ -96,4 +96,4 @@ def test_the_list_of_losses_is_trls():
 
     source = inspect.getsource(DPOTrainer._compute_loss)
     named = set(re.findall(r'loss_type == "(\w+)"', source))
-    assert named == set(LOSS_TYPES)
+    assert named == set(TRL_LOSSES)

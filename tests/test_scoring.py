@@ -1,10 +1,13 @@
 """Scoring under base and tuned: the slow loop's figures whatever the batch, kept work, and an adapter that is idle."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import eval_args
 from test_logps import slow_logp
 
+import utils.scoring
 from utils.cli import parse
 from utils.comparison import TwoModels, resolve
 from utils.errors import UserError
@@ -12,7 +15,7 @@ from utils.evaluation_arguments import ComparisonArguments
 from utils.evaluation_data import held_out_pairs
 from utils.ledger import Ledger
 from utils.models import load_model
-from utils.scoring import Sequence, score_sequences
+from utils.scoring import Sequence, batches_of, score_sequences, shared_lengths, units_of
 
 
 def compare(trained, out, *extra):
@@ -71,6 +74,35 @@ def test_figures_are_the_slow_loops_whatever_the_batch(trained, tiny, tmp_path, 
     for row, wanted in zip(rows, slow_figures(trained, tiny, sequences), strict=True):
         assert [row["base"], row["tuned"], row["kl"]] == pytest.approx(wanted, abs=1e-4)
         assert abs(row["tuned"] - row["base"]) > 1e-3
+
+
+def test_neighbours_share_what_they_begin_with():
+    a, b, c = [1, 2, 3, 4, 5], [1, 2, 3, 9], [1, 2]
+    assert shared_lengths([a, b]) == [3] and shared_lengths([a, a]) == [4] and shared_lengths([a, c]) == [1]
+    assert shared_lengths([a, b, a]) is None, "one has no neighbour"
+    assert shared_lengths([a, b, a, [7, 8]]) is None, "two begin differently"
+    args = SimpleNamespace(batch_tokens=12, batch_size=None)
+    rows = [a, b, a, a, a, c]
+    # Tokens of each pair stored once: 6, 6, 6.
+    units = units_of(rows, True)
+    assert units == [((0, 1), 6), ((2, 3), 6), ((4, 5), 6)]
+    assert units_of(rows, False) == [((i,), len(row)) for i, row in enumerate(rows)]
+    assert batches_of(units, args) == [[0, 1, 2, 3], [4, 5]]
+    for args.batch_size in (2, 1):
+        assert batches_of(units, args) == [[0, 1], [2, 3], [4, 5]], "a pair is never cut"
+    assert batches_of([], args) == []
+
+
+@pytest.mark.parametrize("switch", [True, False])
+def test_pairs_reach_the_model_packed_unless_told_otherwise(switch, trained, tmp_path, monkeypatch):
+    models, sequences = sequences_of(compare(trained, tmp_path, *(() if switch else ("--no_shared_prompt",))))
+    packed = []
+    usual = utils.scoring.token_logps
+    monkeypatch.setattr(
+        utils.scoring, "token_logps", lambda *a, **k: packed.append("packed_ids" in k) or usual(*a, **k)
+    )
+    score_sequences(models, sequences, summed, "test")
+    assert packed and set(packed) == {switch}
 
 
 def test_order_changes_nothing(trained, tmp_path):

@@ -224,6 +224,24 @@ def test_neither_packing_nor_cutting_nor_the_cache_moves_a_training_run(train, t
         assert found[name] == pytest.approx(found["padded"], abs=1e-4), name
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--load_in_4bit", "true"),
+        ("--gradient_checkpointing", "true"),
+        ("--use_peft", "false", "--learning_rate", "1e-3"),
+        ("--use_peft", "false", "--learning_rate", "1e-3", "--gradient_checkpointing", "true"),
+    ],
+)
+def test_qlora_checkpointing_and_full_fine_tuning_share_prompts_too(flags, train, tiny, prefs, tmp_path):
+    found = []
+    for name, more in (("padded", ("--no_shared_prompt",)), ("packed", ())):
+        code, out, err = train(*train_args(tiny, prefs, tmp_path / name, "--no_reference_cache", *flags, *more))
+        assert code == 0 and ("each prompt once" in out) == (name == "packed"), err
+        found.append(losses(tmp_path / name))
+    assert found[1] == pytest.approx(found[0], abs=1e-4, rel=1e-4)
+
+
 def test_a_kept_reference_is_read_again_by_other_losses_and_refused_when_it_is_wrong(train, tiny, prefs, tmp_path):
     shared = ("--eval_out", tmp_path / "out")
     code, out, err = train(*train_args(tiny, prefs, tmp_path, *shared))
@@ -245,13 +263,8 @@ def test_a_kept_reference_is_read_again_by_other_losses_and_refused_when_it_is_w
 
 
 def test_an_architecture_that_is_not_known_falls_back_and_says_so():
-    class Args:
-        shared_prompt = True
-
     model = tiny("Llama")
-    assert why_not(model, Args) is None
-    assert "auxiliary loss" in why_not(model, Args, aux_loss=True)
+    assert why_not(model) is None
+    assert "auxiliary loss" in why_not(model, aux_loss=True)
     model.config.model_type = "mamba"
-    assert "mamba" in why_not(model, Args)
-    Args.shared_prompt = False
-    assert why_not(model, Args) == "--no_shared_prompt"
+    assert "mamba" in why_not(model)

@@ -15,7 +15,7 @@ FREE = {
     "batch_size", "batch_tokens", "overwrite", "checkpoints", "eval_out", "output_dir", "output_json", "run_name",
     "expected", "expected_batch_size", "expected_processes", "length_bias_splits", "published", "judge_attempts",
     "judge_timeout", "judge_concurrency", "trust_remote_code", "allow_other_base", "processes", "tensor_parallel",
-    "skip_missing",
+    "skip_missing", "shared_prompt",
 }  # fmt: skip
 
 
@@ -261,7 +261,7 @@ class TwoModels:
         )
         if comparison.tuned:
             self._refuse_other_tokenizer()
-        self._base = self._tuned = None
+        self._base, self._tuned, self.shares_prompts = None, None, False
 
     def _refuse_other_tokenizer(self) -> None:
         """Both models must read the same token ids."""
@@ -275,7 +275,8 @@ class TwoModels:
             )
 
     def load(self) -> "TwoModels":
-        """Load the weights, once, in eval mode, with the log-probability head on both."""
+        """Load the weights, once, in eval mode, with the log-probability head and shared prompts on both."""
+        from utils import shared_prompt
         from utils.logps import attach_head
 
         if self._base is None:
@@ -284,6 +285,11 @@ class TwoModels:
             self._tuned = self._base if c.adapter else self.load_one(c.tuned, args.tuned_revision)
             for model in (self._base, self._tuned):
                 attach_head(model)
+            known = not any(shared_prompt.why_not(model) for model in (self._base, self._tuned))
+            self.shares_prompts = args.shared_prompt and known
+            if self.shares_prompts:
+                for model in (self._base, self._tuned):
+                    shared_prompt.attach(model)
         return self
 
     def load_one(self, name: str, revision: str | None = None, adapter: str | None = None, quantized: bool = True):

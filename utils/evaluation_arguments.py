@@ -40,6 +40,7 @@ class ComparisonArguments:
     chat_template_path: str | None = option("Jinja file that replaces the chat template.")
     max_length: int | None = option("Longest sequence in tokens (default: the run's, else 1024).")
     max_prompt_length: int | None = option("In longer pairs the prompt is cut to this (default: as trained, or half).")
+    shared_prompt: bool = option("Compute what two answers to one prompt share once; no figure changes.", True)
     batch_size: int | None = option("Most sequences a batch, below the token budget (default: no limit).")
     batch_tokens: int | None = option("Padded tokens a batch (default: 16384 on a GPU, 2048 on a CPU).")
     limit: int | None = option("Use only the first rows; marks every file name.")

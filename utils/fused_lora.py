@@ -1,4 +1,4 @@
-"""LoRA's addend in place: y = W x, then y += s B (A x), without the copies that separate products, scalings and sums make.
+"""LoRA's addend in place: y = W x, then y += s B (A x), without a copy for each of product, scaling and sum.
 
 The matrix products are those of PEFT's lora.Linear (Hu et al. 2021, arXiv 2106.09685, s = alpha / r). On a CPU a
 product with r columns costs less than writing its result once more, and PEFT writes it three times.
@@ -15,7 +15,7 @@ class AddLora(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y, x, A, B, scaling):
         dtype = y.dtype
-        flat, a, b = x.reshape(-1, x.shape[-1]).to(dtype), A.to(dtype), B.to(dtype) * scaling
+        flat, a, b = x.reshape(-1, x.shape[-1]).to(dtype), A.to(dtype), (B * scaling).to(dtype)
         low = flat @ a.t()
         y.view(-1, y.shape[-1]).addmm_(low, b.t())
         ctx.mark_dirty(y)
@@ -30,8 +30,11 @@ class AddLora(torch.autograd.Function):
         flat = grad.reshape(-1, grad.shape[-1]).to(dtype)
         low_grad = (flat @ B.to(dtype)) * ctx.scaling
         to_x = (low_grad @ A.to(dtype)).view(x.shape).to(x.dtype) if ctx.needs_input_grad[1] else None
-        to_a = (low_grad.t() @ x.reshape(-1, x.shape[-1]).to(dtype)).to(A.dtype)
-        to_b = (flat.t() @ low).mul_(ctx.scaling).to(B.dtype)
+        to_a = to_b = None
+        if ctx.needs_input_grad[2]:
+            to_a = (low_grad.t() @ x.reshape(-1, x.shape[-1]).to(dtype)).to(A.dtype)
+        if ctx.needs_input_grad[3]:
+            to_b = (flat.t() @ low).mul_(ctx.scaling).to(B.dtype)
         return grad, to_x, to_a, to_b, None
 
 
@@ -56,4 +59,7 @@ def _forward(layer, usual, x, *args, **kwargs):
     if not plain:
         return usual(x, *args, **kwargs)
     A, B = layer.lora_A[active[0]].weight, layer.lora_B[active[0]].weight
+    if x.dtype != A.dtype and not torch.is_autocast_enabled(x.device.type):
+        # PEFT computes the addend in A's precision then, and rounds the sum once.
+        return usual(x, *args, **kwargs)
     return AddLora.apply(layer.base_layer(x), x, A, B, layer.scaling[active[0]])

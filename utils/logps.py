@@ -29,18 +29,20 @@ def without_adapter_shell(model):
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def token_logps(model, input_ids, attention_mask, completion_mask):
+def token_logps(model, input_ids, attention_mask, completion_mask, **packed):
     """Log-probability of each response token. `model` carries the head (`attach_head`, or TRL's trainer gave it one).
 
     Args:
         input_ids, attention_mask, completion_mask: shape (batch, length), right-padded; completion_mask is 1 on the
             response's tokens, its end-of-turn token included.
+        packed: from `shared_prompt.pack`, where the model computes pairs packed (`shared_prompt.attach`).
 
     Returns:
         Shape (batch, length - 1), float32, in nats: entry t belongs to token t + 1, and is 0 outside the response.
     """
     labels = input_ids.masked_fill(completion_mask == 0, -100)
-    out = model(input_ids=input_ids, attention_mask=attention_mask, labels=labels, use_cache=False, fused_lm_head=True)
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels, **packed}
+    out = model(**inputs, use_cache=False, fused_lm_head=True)
     return out.log_probs.float()
 
 

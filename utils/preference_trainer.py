@@ -16,17 +16,19 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl import DPOConfig, DPOTrainer
 
-from utils import fused_head, fused_lora, shared_prompt
+from utils import fused_head, fused_lora, losses, shared_prompt
 from utils.artifacts import RowFile, read_json
 from utils.errors import UserError, is_main_process
 from utils.logps import pair_batches, sum_logps
 from utils.rewards import displacement_text
 from utils.runs import MANIFEST, seal
 
-LOSS_TYPES = (
+TRL_LOSSES = (
     "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
     "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
 )  # fmt: skip
+LOSS_TYPES = (*TRL_LOSSES, *losses.OWN_LOSSES)
+WINS = ("win_chosen", "win_rejected")
 # Their value depends on how a step is cut into micro-batches, which are kept whole for them.
 CUT_MATTERS = {"aot", "aot_unpaired", "bco_pair", "sft"}
 SCORE_KEYS = ("row", "chosen", "rejected", "ref_chosen", "ref_rejected")
@@ -39,6 +41,9 @@ class PreferenceConfig(DPOConfig):
 
     output_dir: str = field(default="checkpoints", metadata={"help": "Weights go to <output_dir>/<run_name>/."})
     eval_out: str = field(default="eval_out", metadata={"help": "Results go to <eval_out>/<run_name>/."})
+    gamma_beta_ratio: float = field(
+        default=0.5, metadata={"help": "simpo: the margin gamma that the loss asks for, as a multiple of beta."}
+    )
     max_prompt_length: int | None = field(
         default=None,
         metadata={"help": "In pairs longer than max_length the prompt is cut to this (default: half of max_length)."},
@@ -58,6 +63,10 @@ class PreferenceConfig(DPOConfig):
         default=True,
         metadata={"help": "Compute the reference's log-probabilities once, and keep them below <eval_out>/.cache."},
     )
+    gradient_checkpointing: bool | None = field(
+        default=None,
+        metadata={"help": "Compute activations twice instead of keeping them (default: where memory asks for it)."},
+    )
     micro_batch_tokens: int | None = field(
         default=None,
         metadata={
@@ -73,12 +82,32 @@ class PreferenceConfig(DPOConfig):
 
     def __post_init__(self):
         # transformers asks for use_cpu before it allows bf16 there; without an accelerator nothing else can be meant.
+        self.checkpointing_is_open = self.gradient_checkpointing is None and self.activation_checkpointing is None
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         self.disable_tqdm = bool(self.disable_tqdm)
         if self.bf16 is None and not self.fp16:
             # TRL's default is bf16 everywhere; a plain CPU run is float32 unless asked otherwise.
             self.bf16 = not self.use_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         super().__post_init__()
+
+    def token_budget(self, longest: int) -> int:
+        """Tokens up to which pairs are computed together. `longest`: tokens of the longest sequence in the data."""
+        return self.micro_batch_tokens or 2 * self.per_device_train_batch_size * (self.max_length or longest)
+
+    def decide_checkpointing(self, model, trained: int, longest: int, reference_beside: bool) -> str | None:
+        """Where neither YAML nor command line decided, checkpointing only if memory asks for it: why, or None.
+
+        All processes decide alike: where one of them is short of memory, all compute activations twice.
+        """
+        from utils.memory import asks_for_checkpointing, free_bytes, needed
+
+        if not self.checkpointing_is_open:
+            return None
+        why = asks_for_checkpointing(needed(model, self, trained, longest, reference_beside), free_bytes(model))
+        if self.world_size > 1:
+            why = next((one for one in gather_object([why]) if one), None)
+        self.gradient_checkpointing = self.activation_checkpointing = why is not None
+        return why
 
     @property
     def precision(self) -> str:
@@ -95,13 +124,19 @@ class PreferenceTrainer(DPOTrainer):
     def __init__(self, *args, row_log: RowFile, **kwargs):
         fused_head.install()
         self.row_log, self.step0_reward = row_log, None
+        self.longest = longest_sequence(kwargs["train_dataset"])
         self.seconds_before, self.started, self.ended = 0.0, None, None
         super().__init__(*args, **kwargs)
-        self.padded_because = shared_prompt.why_not(self.model, self.args, self.aux_loss_enabled)
+        self.padded_because = "--no_shared_prompt"
+        if self.args.shared_prompt:
+            self.padded_because = shared_prompt.why_not(self.model, self.aux_loss_enabled)
         if self.padded_because is None:
             for model in (self.model, self.ref_model):
                 if model is not None:
                     shared_prompt.attach(self.accelerator.unwrap_model(model))
+        if "sppo" in self.loss_types:
+            self.data_collator = WinCollator(self.data_collator)
+        if self.padded_because is None:
             self.data_collator = shared_prompt.PackingCollator(self.data_collator)
         if not self.is_sharded:
             # Sharding may gather a layer's A and B only when they are called as modules.
@@ -132,6 +167,14 @@ class PreferenceTrainer(DPOTrainer):
         # TRL would tokenise here, with no max_prompt_length; the rows come tokenised by utils.preferences.
         return dataset
 
+    def _set_signature_columns_if_needed(self):
+        super()._set_signature_columns_if_needed()
+        self._signature_columns += [name for name in WINS if name not in self._signature_columns]
+
+    def compute_ref_log_probs(self, model, inputs):
+        """TRL's, without what only the loss wants to know of a pair."""
+        return super().compute_ref_log_probs(model, {k: v for k, v in inputs.items() if k not in WINS})
+
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """One optimiser step's micro-batches: the configured ones, or the same pairs cut anew by tokens."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -140,8 +183,9 @@ class PreferenceTrainer(DPOTrainer):
         # At the end of an epoch the last micro-batch may be short, and stock then weighs its pairs more: left alone.
         if len({len(batch["input_ids"]) for batch in batches}) != 1:
             return batches, items
-        budget = self.args.micro_batch_tokens or 2 * self.args.per_device_train_batch_size * self.args.max_length
-        return shared_prompt.recut(batches, budget, self.data_collator, self.accelerator), items
+        return shared_prompt.recut(
+            batches, self.args.token_budget(self.longest), self.data_collator, self.accelerator
+        ), items
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """transformers' step; nothing for the places that recutting left empty."""
@@ -220,6 +264,51 @@ class PreferenceTrainer(DPOTrainer):
         self.seconds_before = state["seconds"]
 
     def _compute_loss(self, model, inputs, return_outputs):
+        """TRL's loss and metrics, and the losses of utils.losses on the same forward passes."""
+        wins = [inputs.pop(name, None) for name in WINS]
+        asked = list(zip(self.loss_types, self.loss_weights, strict=True))
+        own = [(loss, weight) for loss, weight in asked if loss in losses.OWN_LOSSES]
+        if not own:
+            return self._loss_of_trl(model, inputs, return_outputs)
+        theirs = [pair for pair in asked if pair not in own]
+        self.loss_types, self.loss_weights = [loss for loss, _ in theirs], [weight for _, weight in theirs]
+        outputs = []
+
+        def policy(**kwargs):
+            outputs.append(model(**kwargs))
+            return outputs[-1]
+
+        try:
+            with self._captured_logps() as captured:
+                found = self._loss_of_trl(policy, inputs, return_outputs)
+        finally:
+            self.loss_types, self.loss_weights = [loss for loss, _ in asked], [weight for _, weight in asked]
+        logps = sum_logps(outputs[0])
+        reference = [inputs[k] for k in ("ref_chosen_logps", "ref_rejected_logps") if k in inputs]
+        reference = reference or captured[1].chunk(2)
+        more = sum(weight * self._own_loss(loss, logps, reference, inputs, wins).mean() for loss, weight in own)
+        return (found[0] + more, *found[1:]) if return_outputs else found + more
+
+    def _own_loss(self, loss: str, logps, reference, inputs, wins):
+        if loss == "simpo":
+            lengths = inputs["completion_mask"].sum(1).clamp(min=1)
+            chosen_mean, rejected_mean = (logps / lengths).chunk(2)
+            self._log_simpo(self.beta * chosen_mean.detach(), self.beta * rejected_mean.detach())
+            return losses.simpo(
+                chosen_mean, rejected_mean, self.beta, self.args.gamma_beta_ratio, self.label_smoothing
+            )  # fmt: skip
+        ratios = (side - ref for side, ref in zip(logps.chunk(2), reference, strict=True))
+        return losses.sppo(*ratios, *wins, self.beta)
+
+    def _log_simpo(self, chosen, rejected):
+        """SimPO's rewards (beta x mean log-probability), under names of their own: rewards/* are log-ratios always."""
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        chosen, rejected = self.accelerator.gather(chosen), self.accelerator.gather(rejected)
+        metrics["simpo/chosen"].append(chosen.mean().item())
+        metrics["simpo/rejected"].append(rejected.mean().item())
+        metrics["simpo/accuracies"].append((chosen > rejected).float().mean().item())
+
+    def _loss_of_trl(self, model, inputs, return_outputs):
         if not (self.is_sharded and self.model.training and self.state.global_step == 0 and self.step0_reward is None):
             return super()._compute_loss(model, inputs, return_outputs)
         # A sharded model exists only inside training, so its step-0 rewards are read off the first micro-batch.
@@ -291,6 +380,23 @@ class PreferenceTrainer(DPOTrainer):
         finally:
             for hook in hooks:
                 hook.remove()
+
+
+def longest_sequence(dataset) -> int:
+    """Tokens of the longest prompt with its longer answer."""
+    lengths = (len(r["prompt_ids"]) + max(len(r["chosen_ids"]), len(r["rejected_ids"])) for r in dataset)
+    return max(lengths, default=0)
+
+
+class WinCollator:
+    """TRL's collator, with the pairs' win probabilities (shape (pairs,)) where the rows have them."""
+
+    def __init__(self, collator):
+        self.collator = collator
+
+    def __call__(self, examples: list[dict]) -> dict:
+        wins = {name: torch.tensor([e[name] for e in examples]) for name in WINS if name in examples[0]}
+        return {**self.collator(examples), **wins}
 
 
 def check_step0(reward: float, args: PreferenceConfig) -> None:

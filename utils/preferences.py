@@ -105,6 +105,8 @@ class Pair:
     text: str | None = None
     score_chosen: float | None = None
     score_rejected: float | None = None
+    win_chosen: float | None = None
+    win_rejected: float | None = None
     where: str = ""
 
     @property
@@ -134,7 +136,10 @@ class PreferenceData:
             "pairs": len(self.pairs),
             "dropped": dict(self.dropped),
             "sources": self.sources,
-            "text_sha256": sha256_of(*[text for p in self.pairs for text in (p.prompt_text, p.chosen, p.rejected)]),
+            "text_sha256": sha256_of(
+                *[text for p in self.pairs for text in (p.prompt_text, p.chosen, p.rejected)],
+                *[str((p.win_chosen, p.win_rejected)) for p in self.pairs if p.win_chosen is not None],
+            ),
         }
 
 
@@ -175,6 +180,16 @@ def _number(row: dict, key: str, where: str) -> float | None:
     return None if value is None else float(value)
 
 
+# Estimated win probabilities of the two answers (SPPO): this project's names, and those of UCLA-AGI's data.
+WIN_KEYS = {"win_chosen": ("win_chosen", "chosen_probs_win"), "win_rejected": ("win_rejected", "chosen_probs_lose")}
+
+
+def _wins(row: dict) -> dict:
+    """What the row says of its answers' win probabilities; whether they are any, only the loss that needs them asks."""
+    values = {name: next((row[k] for k in keys if row.get(k) is not None), None) for name, keys in WIN_KEYS.items()}
+    return {k: float(v) if isinstance(v, (int, float)) and not isinstance(v, bool) else None for k, v in values.items()}
+
+
 def to_pair(row: dict, where: str, plain_as_chat: bool = False) -> Pair | str:
     """One row of any known format as a Pair, or the name of the filter that drops it.
 
@@ -193,7 +208,7 @@ def to_pair(row: dict, where: str, plain_as_chat: bool = False) -> Pair | str:
         raise UserError(f"{where}: 'chosen' and 'rejected' must both be text or both be message lists")
     if prompt is not None and not isinstance(prompt, (str, list)):
         raise UserError(f"{where}: key 'prompt' must be text or a message list, found {type(prompt).__name__}")
-    scores = {k: _number(row, k, where) for k in ("score_chosen", "score_rejected")}
+    scores = {k: _number(row, k, where) for k in ("score_chosen", "score_rejected")} | _wins(row)
 
     if isinstance(chosen, str):
         if prompt is None and chosen.startswith("\n\nHuman:") and rejected.startswith("\n\nHuman:"):
@@ -359,7 +374,8 @@ def tokenize(data: PreferenceData, tokenizer, max_length: int | None, max_prompt
     prompt's end in all templates but a few. A conversation that the template refuses is dropped and counted.
 
     Returns:
-        (dataset, counts): columns prompt_ids, chosen_ids, rejected_ids and `pair` (index into `data.pairs`).
+        (dataset, counts): columns prompt_ids, chosen_ids, rejected_ids and `pair` (index into `data.pairs`), and
+        win_chosen and win_rejected where every pair has them.
     """
     from datasets import Dataset
     from tqdm import tqdm
@@ -406,6 +422,9 @@ def tokenize(data: PreferenceData, tokenizer, max_length: int | None, max_prompt
         why = f"; the chat template refused e.g. {refusal}" if refusal else ""
         raise UserError(f"0 {desc} pairs are left of {data.rows} rows; dropped: {dict(data.dropped)}{why}")
     data.pairs = kept
+    for name in WIN_KEYS:
+        if all(getattr(pair, name) is not None for pair in kept):
+            columns[name] = [getattr(pair, name) for pair in kept]
     return Dataset.from_dict(columns), dict(counts)
 
 

@@ -6,6 +6,7 @@ import time
 import numpy as np
 
 from utils.errors import UserError
+from utils.memory import needed
 
 
 def token_counts(dataset) -> dict:
@@ -168,20 +169,14 @@ def trainable(model) -> dict:
 
 
 def estimate(args, model, plan_: dict, pair_seconds: float | None, longest: int, cached: bool) -> dict:
-    """A rough estimate of time and memory, to be read as an order of magnitude.
+    """A rough estimate of time and memory (utils.memory), to be read as an order of magnitude.
 
     Time: one forward of policy and reference was timed; a backward costs two forwards, checkpointing one more.
-    Memory: weights as loaded, 12 bytes a trained parameter (gradient and Adam in float32), and activations of about
-    34 hidden values a token and layer (Korthikanti et al. 2022), a sixteenth of that under checkpointing.
     """
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    if not (cached or hasattr(model, "peft_config")):
-        weights *= 2  # full fine-tuning keeps the reference beside the policy
-    config = model.config.get_text_config()
-    tokens = 2 * args.per_device_train_batch_size * longest
-    activations = tokens * config.hidden_size * config.num_hidden_layers * 34 * (4 if args.precision == "fp32" else 2)
-    memory = weights + 12 * trainable(model)["trainable"] + activations / (16 if args.gradient_checkpointing else 1)
-    found = {"memory_gib": round(memory / 2**30, 2)}
+    # Full fine-tuning keeps the reference beside the policy.
+    beside = not (cached or hasattr(model, "peft_config"))
+    memory = needed(model, args, trainable(model)["trainable"], longest, beside)
+    found = {"memory_gib": round(memory.total(args.gradient_checkpointing) / 2**30, 2)}
     if pair_seconds is not None:
         forwards = 3 + bool(args.gradient_checkpointing) + (not cached)
         per_process = plan_["pairs_seen"] / plan_["batch"]["processes"]

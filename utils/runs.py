@@ -26,6 +26,10 @@ FREE_ARGUMENTS = {
 }  # fmt: skip
 
 
+# Keys that runs of earlier versions do not name, and what they trained with.
+ADDED_SINCE = {"gamma_beta_ratio": 0.5}
+
+
 @dataclasses.dataclass
 class Run:
     """Where a run keeps its weights (`folder`) and its results (`out`), and whether it is finished already."""
@@ -133,7 +137,7 @@ def _holds_files(folder: Path) -> bool:
 
 
 def _refuse_other(folder: Path, before: dict, wanted: dict) -> None:
-    changed = sorted(k for k in wanted if wanted[k] != before.get(k))
+    changed = sorted(k for k in wanted if wanted[k] != before.get(k, ADDED_SINCE.get(k)))
     if changed:
         what = ", ".join(f"{k} {before.get(k)!r} -> {wanted[k]!r}" for k in changed[:4])
         raise UserError(f"{folder} holds another run ({what}): choose another --run_name, or --overwrite it")

@@ -1,4 +1,8 @@
-"""Token sequences scored under base and tuned: batched by token budget, sharded over processes, kept as they come."""
+"""Token sequences scored under base and tuned: batched by token budget, sharded over processes, kept as they come.
+
+Two neighbours that begin alike, as the two answers to one prompt do, are read as one: what they share is computed once
+(utils.shared_prompt).
+"""
 
 import math
 import time
@@ -10,6 +14,7 @@ from utils.errors import UserError, is_main_process
 from utils.ledger import Ledger
 from utils.logps import captured_hidden, kl_divergence, token_logps
 from utils.provenance import sha256_of
+from utils.shared_prompt import pack
 
 UNCHANGED = 1e-5
 
@@ -61,12 +66,13 @@ def score_sequences(models: TwoModels, sequences: list[Sequence], summarise, kin
     todo = [i for i in range(len(sequences)) if str(i) not in done]
     if todo:
         models.load()
-    batches = token_batches([len(sequences[i].ids) for i in todo], args.batch_tokens, args.batch_size)
+    # Cut before what is done is left out, so that a rerun reads the same neighbours together.
+    units = units_of([s.ids for s in sequences], models.shares_prompts)
+    batches = batches_of([u for u in units if any(str(i) not in done for i in u[0])], args)
     tokens, started = sum(len(sequences[i].ids) for i in todo), time.monotonic()
     silent = not (todo and is_main_process())
     with tqdm(total=tokens, unit="tok", unit_scale=True, desc=kind, disable=silent) as bar:
-        for batch in ledger.share(batches):
-            take = [todo[k] for k in batch]
+        for take in ledger.share(batches):
             for i, scores in zip(take, score_batch(models, [sequences[i] for i in take]), strict=True):
                 moved = float((scores.tuned - scores.base).abs().max())
                 if not math.isfinite(moved):
@@ -97,6 +103,35 @@ def score_sequences(models: TwoModels, sequences: list[Sequence], summarise, kin
     return rows, {**speed, **found.get("spread", {})}
 
 
+def units_of(ids: list[list[int]], pairs: bool) -> list[tuple[tuple[int, ...], int]]:
+    """(sequences, tokens) that are read as one: neighbours (2k, 2k + 1), what they share counted once; else each alone.
+
+    `pairs` is taken back where a sequence has no neighbour that begins as it does.
+    """
+    shared = shared_lengths(ids) if pairs else None
+    if shared is None:
+        return [((i,), len(row)) for i, row in enumerate(ids)]
+    return [((2 * k, 2 * k + 1), len(ids[2 * k]) + len(ids[2 * k + 1]) - n) for k, n in enumerate(shared)]
+
+
+def batches_of(units: list[tuple[tuple[int, ...], int]], args) -> list[list[int]]:
+    """The sequences of `units` in batches by `batch_tokens` and `batch_size`; what is read as one stays together."""
+    most = max(1, args.batch_size // len(units[0][0])) if args.batch_size and units else None
+    batches = token_batches([tokens for _, tokens in units], args.batch_tokens, most)
+    return [[i for k in batch for i in units[k][0]] for batch in batches]
+
+
+def shared_lengths(ids: list[list[int]]) -> list[int] | None:
+    """Leading tokens that (2k, 2k + 1) share, at most all but one of the shorter; None where some share none."""
+    if len(ids) % 2:
+        return None
+    found = []
+    for a, b in zip(ids[::2], ids[1::2], strict=True):
+        most = min(len(a), len(b)) - 1
+        found.append(next((n for n in range(most) if a[n] != b[n]), most))
+    return found if all(n > 0 for n in found) else None
+
+
 def collate(models: TwoModels, sequences: list[Sequence]):
     """(input_ids, attention_mask, scored), each (batch, length), right-padded; scored is 1 on the tokens to score."""
     ids, mask = pad_right([s.ids for s in sequences], models.tokenizer.pad_token_id, models.device)
@@ -108,14 +143,29 @@ def collate(models: TwoModels, sequences: list[Sequence]):
 
 def score_batch(models: TwoModels, sequences: list[Sequence]) -> list[TokenScores]:
     """The token figures of one batch, both models, on the CPU."""
+    shared = shared_lengths([s.ids for s in sequences]) if models.shares_prompts else None
+    if shared:
+        return _score_pairs(models, sequences, shared)
+    return _score(models, sequences, *collate(models, sequences), {})
+
+
+def _score_pairs(models, sequences, shared):
+    """Neighbours packed: all firsts before all seconds, as `pack` has it, and back in order."""
+    half = len(shared)
+    rows = sequences[::2] + sequences[1::2]
+    ids, mask, scored = collate(models, rows)
+    found = _score(models, rows, ids, mask, scored, pack({"input_ids": ids, "attention_mask": mask}, shared))
+    return [found[k + side * half] for k in range(half) for side in (0, 1)]
+
+
+def _score(models, sequences, ids, mask, scored, packed) -> list[TokenScores]:
     import torch
 
-    ids, mask, scored = collate(models, sequences)
     logps, hidden = {}, {}
     with torch.inference_mode():
         for side in models.sides:
             with models.side(side) as model, captured_hidden(model) as states:
-                logps[side] = token_logps(model, ids, mask, scored).cpu()
+                logps[side] = token_logps(model, ids, mask, scored, **packed).cpu()
                 hidden[side] = states[0]
         kls = [None] * len(sequences)
         if any(s.kl_start is not None for s in sequences):

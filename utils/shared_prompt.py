@@ -19,29 +19,32 @@ from utils.logps import without_adapter_shell
 KNOWN = {
     "llama", "mistral", "gemma", "gemma2", "gemma3_text", "qwen2", "qwen3", "phi3", "olmo2", "smollm3",
 }  # fmt: skip
+OF_A_PAIR = ("ref_chosen_logps", "ref_rejected_logps", "win_chosen", "win_rejected")
 KEYS = ("packed_ids", "packed_positions", "packed_lengths", "unpack")
 
 
 # -------------------------------------------------------------------------------------------------------------- layout
 
 
-def pack(batch: dict) -> dict:
+def pack(batch: dict, shared: list[int] | None = None) -> dict:
     """What the packed computation of a padded batch needs, beside the batch itself.
 
     Args:
         batch: TRL's collated tensors: input_ids, attention_mask, completion_mask, shape (2 × pairs, length),
             right-padded, the chosen rows first.
+        shared: how many leading tokens the two rows of each pair share (default: those outside completion_mask).
 
     Returns:
         packed_ids and packed_positions, shape (1, tokens); packed_lengths, (prompt, chosen, rejected) of each pair;
         unpack, shape (2 × pairs, length): where each position of the padded batch lies in the packed row.
     """
-    masks = batch["completion_mask"].bool()
-    whole, answer = batch["attention_mask"].sum(1).tolist(), masks.sum(1).tolist()
-    pairs, length = len(whole) // 2, batch["input_ids"].shape[1]
+    whole, length = batch["attention_mask"].sum(1).tolist(), batch["input_ids"].shape[1]
+    pairs, device = len(whole) // 2, batch["input_ids"].device
+    if shared is None:
+        shared = (batch["attention_mask"].sum(1) - batch["completion_mask"].sum(1)).tolist()[:pairs]
     ids, positions, lengths, unpack, start = [], [], [], torch.zeros(2 * pairs, length, dtype=torch.long), 0
     for k in range(pairs):
-        prompt, chosen, rejected = whole[k] - answer[k], answer[k], answer[pairs + k]
+        prompt, chosen, rejected = shared[k], whole[k] - shared[k], whole[pairs + k] - shared[k]
         ids += [batch["input_ids"][k, : prompt + chosen], batch["input_ids"][pairs + k, prompt : prompt + rejected]]
         positions += [torch.arange(prompt + chosen), torch.arange(prompt, prompt + rejected)]
         unpack[k, : prompt + chosen] = torch.arange(start, start + prompt + chosen)
@@ -52,9 +55,9 @@ def pack(batch: dict) -> dict:
         start = after + rejected
     return {
         "packed_ids": torch.cat(ids)[None],
-        "packed_positions": torch.cat(positions)[None],
+        "packed_positions": torch.cat(positions)[None].to(device),
         "packed_lengths": tuple(lengths),
-        "unpack": unpack,
+        "unpack": unpack.to(device),
     }
 
 
@@ -100,7 +103,7 @@ def recut(batches: list[dict], budget: int, collator, accelerator) -> list[dict]
 
 
 def split(batch: dict) -> list[dict]:
-    """The examples of a collated batch, with reference log-probabilities where it has them."""
+    """The examples of a collated batch, with what it holds of each pair beside the tokens."""
     pairs, found = len(batch["input_ids"]) // 2, []
     ids = batch["input_ids"].tolist()
     whole, answer = batch["attention_mask"].sum(1).tolist(), batch["completion_mask"].sum(1).tolist()
@@ -111,16 +114,14 @@ def split(batch: dict) -> list[dict]:
             "chosen_ids": ids[k][prompt : whole[k]],
             "rejected_ids": ids[pairs + k][prompt : whole[pairs + k]],
         }
-        example |= {name: batch[name][k].item() for name in ("ref_chosen_logps", "ref_rejected_logps") if name in batch}
+        example |= {name: batch[name][k].item() for name in OF_A_PAIR if name in batch}
         found.append(example)
     return found
 
 
-def why_not(model, args, aux_loss: bool = False) -> str | None:
+def why_not(model, aux_loss: bool = False) -> str | None:
     """Why this model's pairs cannot be packed, None where they can."""
     config = without_adapter_shell(model).config
-    if not args.shared_prompt:
-        return "--no_shared_prompt"
     if aux_loss:
         return "the router's auxiliary loss counts every token of the padded batch"
     if config.model_type not in KNOWN:

@@ -1,0 +1,173 @@
+"""How fast are scoring and generation, beside plain loops that take one row at a time?
+
+    python benchmarks/eval_throughput.py                                     # the quickstart run, 40 pairs
+    python benchmarks/eval_throughput.py --run_name NAME --pairs 200 [--dataset_name ID --split NAME ...]
+
+The plain loops are what a reader would write first. Scoring: for each answer one forward of base and one of tuned over
+prompt and answer, log_softmax of all logits, the answer's entries summed. Generation: model.generate, greedily, prompt
+by prompt, --max_new_tokens each. The ways take turns, `--rounds` times. Prints tokens a second of
+each, the ratio with its spread over rounds, and the largest difference of a sum; --json FILE writes them.
+
+Tokens are those of the plain loop: what ours need not compute counts as work done. The third way of scoring does more
+than the loop: whole texts, and KL over the vocabulary.
+"""
+
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from utils.cli import quick_help
+from utils.errors import UserError, run
+from utils.evaluation_arguments import ComparisonArguments, option
+
+
+@dataclass
+class BenchmarkArguments:
+    """Keys of this benchmark."""
+
+    pairs: int = option("Held-out pairs to score.", 40)
+    prompts: int = option("Held-out prompts to answer; 0 leaves generation out.", 16)
+    max_new_tokens: int = option("Tokens of an answer.", 64)
+    rounds: int = option("Times that each way is timed, in turns.", 3)
+    json: str | None = option("Write the figures here.")
+
+
+def plain_loop(models, sequences):
+    """[base, tuned] summed log-probability of each sequence's answer, one row at a time."""
+    import torch
+
+    found = []
+    with torch.inference_mode():
+        for s in sequences:
+            ids = torch.tensor([s.ids], device=models.device)
+            row = []
+            for side in models.sides:
+                with models.side(side) as model:
+                    logps = model(input_ids=ids, use_cache=False).logits[0, :-1].float().log_softmax(-1)
+                row.append(logps.gather(1, ids[0, 1:, None])[s.start - 1 :, 0].sum().item())
+            found.append(row)
+    return found
+
+
+def batched(models, sequences, args):
+    """The same from utils.scoring, in the batches that the evaluation scripts take."""
+    from utils.scoring import batches_of, score_batch, units_of
+
+    found = [None] * len(sequences)
+    for batch in batches_of(units_of([s.ids for s in sequences], models.shares_prompts), args):
+        for i, scores in zip(batch, score_batch(models, [sequences[i] for i in batch]), strict=True):
+            found[i] = [float(scores.base.sum()), float(scores.tuned.sum())]
+    return found
+
+
+def plain_answers(models, prompts, limit):
+    """Greedy answers of the tuned model, one prompt at a time: their token counts."""
+    import torch
+
+    from utils.chat import ChatRenderer
+
+    chat, found = ChatRenderer(models.tokenizer), []
+    with torch.inference_mode(), models.tuned() as model:
+        for messages in prompts:
+            ids = torch.tensor(chat.ids([chat.prompt_text(messages)]), device=models.device)
+            settings = dict(do_sample=False, max_new_tokens=limit, eos_token_id=sorted(chat.end_ids()))
+            new = model.generate(ids, pad_token_id=models.tokenizer.pad_token_id, **settings)
+            found.append(new.shape[1] - ids.shape[1])
+    return found
+
+
+def batched_answers(models, prompts, limit):
+    """The same from utils.generation."""
+    from utils.generation import generate
+
+    with models.tuned() as model:
+        found = sorted(generate(model, models.tokenizer, prompts, limit), key=lambda answer: answer["index"])
+    return [answer["tokens"] for answer in found]
+
+
+def in_turns(ways: dict, rounds: int) -> tuple[dict, dict]:
+    """(seconds of each round, last result) of each way; the second round begins with the last way, and so on."""
+    seconds, results = {name: [] for name in ways}, {}
+    for number in range(rounds):
+        for name in list(ways)[:: -1 if number % 2 else 1]:
+            started = time.monotonic()
+            results[name] = ways[name]()
+            seconds[name].append(time.monotonic() - started)
+    return seconds, results
+
+
+def table(title: str, tokens: int, seconds: dict) -> dict:
+    """Print and return tokens a second and the ratio to the first way, with its spread."""
+    print(title)
+    plain, found = next(iter(seconds.values())), {}
+    for name, times in seconds.items():
+        ratios = [a / b for a, b in zip(plain, times, strict=True)]
+        speed, ratio = tokens * len(times) / sum(times), sum(plain) / sum(times)
+        found[name] = {"seconds": times, "tokens_per_second": speed, "ratio": ratio}
+        found[name] |= {"ratio_min": min(ratios), "ratio_max": max(ratios)}
+        spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
+        print(f"  {name:<50} {speed:7.0f} tokens/s  {ratio:.2f} times the loop ({spread})")
+    return found
+
+
+def main():
+    quick_help(__doc__, runs_bare=True)
+
+    from utils.artifacts import write_json
+    from utils.cli import parse
+    from utils.comparison import TwoModels, resolve
+    from utils.distributed import join_processes
+    from utils.evaluation_data import held_out_pairs
+    from utils.logs import quiet_libraries
+    from utils.provenance import run_record
+    from utils.scoring import Sequence
+
+    quiet_libraries()
+    args, ours = parse((ComparisonArguments, BenchmarkArguments))
+    if ours.rounds < 1 or ours.pairs < 1:
+        raise UserError("--rounds and --pairs must be at least 1")
+    args.limit = ours.pairs
+    comparison = resolve(args)
+    join_processes()
+    models = TwoModels(comparison)
+    started = time.monotonic()
+    data, ids, _ = held_out_pairs(comparison, models.tokenizer)
+    models.load()
+    answers, with_kl = [], []
+    for row in ids:
+        for side in ("chosen", "rejected"):
+            start = len(row["prompt_ids"])
+            answers.append(Sequence(row["prompt_ids"] + row[f"{side}_ids"], start))
+            with_kl.append(Sequence(row["prompt_ids"] + row[f"{side}_ids"], 1, start))
+    ways = {
+        "plain loop, one row at a time": lambda: plain_loop(models, answers),
+        "eval_win_rate.py's scoring": lambda: batched(models, answers, args),
+        "eval_perplexity.py's scoring, whole texts and KL": lambda: batched(models, with_kl, args),
+    }
+    tokens = sum(len(s.ids) for s in answers)
+    seconds, results = in_turns(ways, ours.rounds)
+    plain, scored, _ = results.values()
+    apart = max(abs(a - b) for x, y in zip(plain, scored, strict=True) for a, b in zip(x, y, strict=True))
+    title = f"scoring {len(answers)} answers, {tokens} tokens, each read by base and tuned"
+    figures = {"scoring": table(title, tokens, seconds), "max_logp_difference": apart}
+    print(f"largest difference of a summed log-probability: {apart:.2g} nats")
+    prompts = [pair.messages for pair in data.pairs if pair.messages][: ours.prompts]
+    if prompts:
+        ways = {
+            "plain loop, one prompt at a time": lambda: plain_answers(models, prompts, ours.max_new_tokens),
+            "utils.generation": lambda: batched_answers(models, prompts, ours.max_new_tokens),
+        }
+        seconds, results = in_turns(ways, ours.rounds)
+        counts = [sum(result) for result in results.values()]
+        title = f"greedy answers of the tuned model to {len(prompts)} prompts, {counts[0]} and {counts[1]} tokens"
+        figures["generation"] = table(title, counts[0], seconds)
+    if ours.json:
+        asked = {"args": args.__dict__, "benchmark": ours.__dict__, "run": run_record(42, time.monotonic() - started)}
+        write_json(ours.json, {**figures, **asked})
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,139 @@
+"""In 16 bits, how far do log-probabilities lie from a float32 run: this project's beside stock TRL's?
+
+    python benchmarks/precision.py                                              # SmolLM2, 32 shipped pairs, bfloat16
+    python benchmarks/precision.py --data HuggingFaceH4/ultrafeedback_binarized --split train_prefs
+
+16-bit weights with a LoRA adapter whose B is not zero are read four times on the same pairs: in float32 arithmetic (the
+measure), as stock TRL computes a batch of --batch padded pairs under autocast, the same one pair at a time, and as this
+project computes it. Prints the root mean square error of the policy's and the reference's summed log-probabilities, of
+their ratio, and of the margin that the loss sees, in nats.
+"""
+
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from utils.cli import quick_help
+from utils.errors import run
+from utils.evaluation_arguments import option
+
+# A step of Adam at learning rate 1e-4 moves every entry of B by about this.
+ENTRY_OF_B = 1e-4
+
+
+@dataclass
+class PrecisionArguments:
+    """Keys of this benchmark."""
+
+    model: str = option("builtin:smollm2-135m-instruct, a hub id or a folder.", "builtin:smollm2-135m-instruct")
+    data: str = option("Preference data in any format of the training script.", "data/quickstart_prefs")
+    split: str = option("Split of --data.", "train")
+    pairs: int = option("Pairs to read.", 32)
+    batch: int = option("Pairs a batch.", 2)
+    max_length: int = option("Longest sequence in tokens.", 512)
+    dtype: str = option("Of weights and autocast.", "bfloat16", choices=["bfloat16", "float16"])
+    device: str = option("cpu or cuda.", "cpu", choices=["cpu", "cuda"])
+    json: str | None = option("Write the figures here.")
+
+
+def adapted(args):
+    """The model with TRL's head and a LoRA adapter, the same one at every call."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from trl.trainer.utils import add_fused_lm_head
+
+    from utils.models import load_model
+
+    model = load_model(args.model, dtype=args.dtype).to(args.device).eval()
+    add_fused_lm_head(model)
+    linear = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    torch.manual_seed(0)
+    model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules=linear))
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            p.data = (torch.randint(2, p.shape).mul(2).sub(1) * ENTRY_OF_B).to(p)
+    return model
+
+
+def read(model, rows, collator, batch: int):
+    """(policy, reference): summed log-probabilities, each of shape (pairs, 2), float64 on the CPU."""
+    import torch
+
+    def once():
+        found = []
+        for start in range(0, len(rows), batch):
+            inputs = collator([rows[i] for i in range(start, min(start + batch, len(rows)))])
+            inputs = {k: v.to(model.device) if hasattr(v, "to") else v for k, v in inputs.items()}
+            labels = inputs["input_ids"].masked_fill(inputs.pop("completion_mask") == 0, -100)
+            out = model(**inputs, labels=labels, fused_lm_head=True, use_cache=False)
+            found.append(out.log_probs.double().sum(1).view(2, -1).t().cpu())
+        return torch.cat(found)
+
+    policy = once()
+    with model.disable_adapter():
+        return policy, once()
+
+
+def errors(found, exact) -> dict:
+    """{figure: error of each answer or pair, nats}."""
+    (policy, reference), (policy_, reference_) = found, exact
+    ratio = (policy - reference) - (policy_ - reference_)
+    return {
+        "policy": (policy - policy_).flatten(),
+        "reference": (reference - reference_).flatten(),
+        "log-ratio": ratio.flatten(),
+        "margin": ratio[:, 0] - ratio[:, 1],
+    }
+
+
+def main():
+    quick_help(__doc__, runs_bare=True)
+
+    import torch
+    from trl.trainer.dpo_trainer import DataCollatorForPreference
+
+    from utils import fused_head, fused_lora, shared_prompt
+    from utils.artifacts import write_json
+    from utils.cli import parse
+    from utils.logs import quiet_libraries
+    from utils.models import load_tokenizer
+    from utils.preferences import load_pairs, tokenize
+    from utils.provenance import run_record
+    from utils.tables import render
+
+    quiet_libraries()
+    (args,) = parse((PrecisionArguments,))
+    started = time.monotonic()
+    tokenizer = load_tokenizer(args.model)
+    data = load_pairs([{"name": args.data, "split": args.split}], keep_duplicate_prompts=True, limit=args.pairs)
+    rows, _ = tokenize(data, tokenizer, args.max_length, args.max_length // 2)
+    collator = DataCollatorForPreference(pad_token_id=tokenizer.pad_token_id)
+    found = {}
+    with torch.inference_mode():
+        exact = read(adapted(args).float(), rows, collator, args.batch)
+        model = adapted(args)
+        with torch.autocast(args.device, getattr(torch, args.dtype)):
+            found["stock TRL"] = read(model, rows, collator, args.batch)
+            found["stock TRL, one pair at a time"] = read(model, rows, collator, 1)
+            # From here on nothing is stock any more.
+            fused_head.install()
+            fused_lora.attach(model)
+            shared_prompt.attach(model)
+            found["this project"] = read(model, rows, shared_prompt.PackingCollator(collator), args.batch)
+    apart = {way: errors(figures, exact) for way, figures in found.items()}
+    names = list(next(iter(apart.values())))
+    rms = {way: {name: e[name].square().mean().sqrt().item() for name in names} for way, e in apart.items()}
+    effect = (exact[0] - exact[1]).square().mean().sqrt().item()
+    title = f"root mean square error against float32, nats, {len(rows)} pairs, {args.dtype}"
+    print(render(title, [("", *names), *((way, *(f"{v:.3f}" for v in m.values())) for way, m in rms.items())]))
+    print(f"the adapter itself moves a log-probability by {effect:.3f} nats (root mean square, float32)")
+    if args.json:
+        record = {"args": args.__dict__, "run": run_record(0, time.monotonic() - started)}
+        write_json(args.json, {"rms": rms, "adapter_moves": effect, **record})
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,144 @@
+"""Turn a base model and its LoRA adapter into one plain model folder, and prove that they are the same model.
+
+    python merge_adapter.py                                     # the quickstart run -> checkpoints/quickstart-merged
+    python merge_adapter.py --run_name gemma-2b-it-dpo --dtype bfloat16
+    python merge_adapter.py --adapter_path FOLDER --base_model google/gemma-2b-it --dataset_name my_pairs.jsonl
+
+Answers: does the merged folder say what adapter and base say? The adapter is merged into the base's full-precision
+weights, also where it was trained on a quantised base. The folder is written, read again, and its log-probabilities of
+the held-out pairs are compared with the adapter's; it gets its name only if they differ by no more than the precision
+allows. Writes merge.json and merge_rows.jsonl to eval_out/<run_name>/, and a model card into the folder.
+
+  --merged_dir FOLDER   where the model goes (default: <checkpoints>/<run_name>-merged)
+  --dtype float32|bfloat16|float16   precision of the merged weights (default: as trained)
+  --limit N             compare on the first N held-out pairs
+"""
+
+from dataclasses import dataclass
+
+from utils.cli import quick_help
+from utils.errors import UserError, run
+from utils.evaluation_arguments import ComparisonArguments, option
+
+SIDES = ("chosen", "rejected")
+MARK = "merged_from.json"
+
+
+@dataclass
+class MergeArguments:
+    """Keys of this script."""
+
+    merged_dir: str | None = option("Folder of the merged model (default: <checkpoints>/<run_name>-merged).")
+
+
+def target_folder(args, merge, comparison):
+    """Where the merged model goes. Raises UserError where there is no adapter, or the place is taken."""
+    import shutil
+    from pathlib import Path
+
+    if comparison.adapter is None:
+        raise UserError(f"{comparison.tuned} is a model of its own: there is no adapter to merge")
+    folder = Path(merge.merged_dir or Path(args.checkpoints) / f"{comparison.name}-merged")
+    if folder.exists() and not args.overwrite:
+        raise UserError(f"{folder} is there already: name another folder with --merged_dir, or --overwrite it")
+    staging = folder.with_name(folder.name + ".part")
+    for place in (folder, staging):
+        if place.exists() and not (place / MARK).exists():
+            raise UserError(
+                f"{place}: not overwritten, since this script did not write it; choose another --merged_dir"
+            )
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    return folder, staging
+
+
+def main():
+    quick_help(__doc__, runs_bare=True)
+
+    import os
+    import shutil
+    import time
+
+    import numpy as np
+
+    from utils.artifacts import envelope, metric, write_json, write_rows, write_text
+    from utils.cli import parse
+    from utils.comparison import TwoModels, resolve
+    from utils.evaluation_data import held_out_pairs
+    from utils.logs import quiet_libraries
+    from utils.merging import card, conclude, response_logps, tolerance
+    from utils.provenance import run_record
+    from utils.runs import all_arguments
+    from utils.stats import bootstrap
+
+    # What to merge, where to, and on which pairs to compare.
+    started = time.monotonic()
+    quiet_libraries()
+    args, merge = parse((ComparisonArguments, MergeArguments))
+    comparison = resolve(args)
+    folder, staging = target_folder(args, merge, comparison)
+    models = TwoModels(comparison)
+    data, ids, _ = held_out_pairs(comparison, models.tokenizer)
+
+    # The adapter's figures, and the merged model on disk.
+    write_json(staging / MARK, {})
+    model = models.load_one(comparison.base, args.base_revision, comparison.adapter, quantized=False)
+    adapted = response_logps(model, models.tokenizer, ids, "adapter")
+    merged = model.merge_and_unload(safe_merge=True)
+    merged.save_pretrained(staging)
+    write_json(staging / MARK, {"base": comparison.base, "adapter": models.identity("tuned")})
+    models.tokenizer.save_pretrained(staging)
+    del model, merged
+
+    # What was written, read again.
+    plain = response_logps(models.load_one(str(staging), quantized=False), models.tokenizer, ids, "merged")
+
+    tokens = np.array([[len(row[f"{side}_ids"]) for side in SIDES] for row in ids])
+
+    # Compare: log-probabilities of both answers, and which of them each model prefers.
+    apart, allowed = np.abs(plain - adapted), tolerance(adapted, tokens, models.dtype)
+    metrics = {
+        "largest_difference": metric(float(apart.max()), n=apart.size),
+        "largest_share_of_allowed": metric(float((apart / allowed).max()), n=apart.size),
+        "mean_difference": bootstrap((plain - adapted).mean(1), args.seed),
+        "logps_adapter": bootstrap(adapted.mean(1), args.seed),
+        "logps_merged": bootstrap(plain.mean(1), args.seed),
+        "same_preference": bootstrap(np.sign(plain[:, 0] - plain[:, 1]) == np.sign(adapted[:, 0] - adapted[:, 1])),
+    }
+    text, verdict, same = conclude(metrics, comparison, models.dtype)
+    if not same:
+        shutil.rmtree(staging)
+        raise UserError(f"{verdict} Nothing was kept; merge with --dtype float32, or look for a broken adapter")
+
+    # Write: rows, card, summary, and last the folder's name.
+    rows = [
+        {
+            "row": i,
+            "where": pair.where,
+            "adapter": dict(zip(SIDES, one, strict=True)),
+            "merged": dict(zip(SIDES, other, strict=True)),
+        }
+        for i, (pair, one, other) in enumerate(zip(data.pairs, adapted.tolist(), plain.tolist(), strict=True))
+    ]
+    summary = envelope(
+        "merge",
+        models.describe(),
+        metrics,
+        all_arguments([args, merge]),
+        run_record(args.seed, time.monotonic() - started, run_name=comparison.name, limit=args.limit),
+        claim=verdict,
+        text=text,
+        merged={"folder": str(folder), "dtype": models.dtype, "trained_on_quantised_base": bool(models.quantized)},
+        data=data.summary(),
+    )
+    write_rows(comparison.path("merge", ".jsonl", rows=True), rows)
+    write_text(staging / "README.md", card(summary, comparison, str(folder)))
+    if folder.exists():
+        shutil.rmtree(folder)
+    os.replace(staging, folder)
+    write_json(comparison.path("merge", ".json"), summary)
+    print(f"{text}\n\nwrote {folder}/ and {comparison.path('merge', '.json')}")
+
+
+if __name__ == "__main__":
+    run(main, "give --dtype bfloat16, or compare on fewer pairs with --limit")

@@ -1,0 +1,76 @@
+"""The memory estimate by hand, and checkpointing only where memory asks for it."""
+
+import json
+from types import SimpleNamespace
+
+import torch
+from conftest import train_args
+
+from utils.memory import Memory, asks_for_checkpointing, needed
+
+
+class Model(torch.nn.Module):
+    """1,000 float32 weights, and the shape of 3 layers of width 10 with a feed-forward of 20."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1000))
+        shape = SimpleNamespace(num_hidden_layers=3, hidden_size=10, intermediate_size=20)
+        self.config = SimpleNamespace(get_text_config=lambda: shape)
+
+
+def asked(tokens=None, precision="fp32", accumulation=1):
+    return SimpleNamespace(
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=accumulation,
+        precision=precision,
+        token_budget=lambda longest: tokens or 4 * 100,
+    )
+
+
+def test_the_estimate_by_hand():
+    found = needed(Model(), asked(), trained=100, longest=50, reference_beside=True)
+    # Two copies of 4,000 bytes, 12 a trained weight; a step has 2 x 2 x 50 tokens, a token 16 x 10 + 6 x 20 values.
+    assert found.resident == 2 * 4000 + 1200
+    assert found.activations == 200 * 3 * 280 * 4
+    # The budget of 400 tokens, where a step has more; never less than one pair of 100.
+    assert needed(Model(), asked(accumulation=9), 0, 50, False).activations == 400 * 3 * 280 * 4
+    found = needed(Model(), asked(tokens=32, precision="bf16"), trained=0, longest=50, reference_beside=False)
+    assert (found.resident, found.activations) == (4000, 100 * 3 * 280 * 2)
+    assert found.total(True) == 4000 + 100 * 3 * 280 * 2 / 16
+
+
+def test_the_estimate_and_the_trainer_have_one_budget(tmp_path):
+    from utils.preference_trainer import PreferenceConfig
+
+    args = PreferenceConfig(str(tmp_path), per_device_train_batch_size=3, max_length=40)
+    assert args.token_budget(25) == 2 * 3 * 40
+    args.max_length = None
+    assert args.token_budget(25) == 2 * 3 * 25
+    args.micro_batch_tokens = 77
+    assert args.token_budget(25) == 77
+
+
+def test_memory_asks_only_where_a_tenth_would_not_be_left():
+    memory = Memory(resident=50.0, activations=40.0)
+    assert asks_for_checkpointing(memory, 100.0) is None
+    assert "gradient checkpointing is on" in asks_for_checkpointing(memory, 99.0)
+
+
+def checkpointing(train, tiny, prefs, folder, *flags):
+    base = train_args(tiny, prefs, folder, "--preflight_only")
+    at = base.index("--gradient_checkpointing")
+    code, out, err = train(*base[:at], *base[at + 2 :], *flags)
+    assert code == 0, err
+    return out, json.loads((folder / "out" / "r" / "preflight.json").read_text())
+
+
+def test_a_run_checkpoints_only_if_memory_asks_or_the_user_does(train, tiny, prefs, tmp_path, monkeypatch):
+    out, plenty = checkpointing(train, tiny, prefs, tmp_path / "plenty")
+    assert "gradient checkpointing" not in out
+    monkeypatch.setattr("utils.memory.free_bytes", lambda model: 1e6)
+    out, scarce = checkpointing(train, tiny, prefs, tmp_path / "scarce")
+    assert "note      gradient checkpointing is on: without it" in out
+    assert scarce["estimate"]["memory_gib"] <= plenty["estimate"]["memory_gib"]
+    out, _ = checkpointing(train, tiny, prefs, tmp_path / "refused", "--gradient_checkpointing", "false")
+    assert "gradient checkpointing is on" not in out
