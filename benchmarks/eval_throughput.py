@@ -75,7 +75,8 @@ def plain_answers(models, prompts, limit):
             ids = torch.tensor(chat.ids([chat.prompt_text(messages)]), device=models.device)
             settings = dict(do_sample=False, max_new_tokens=limit, eos_token_id=sorted(chat.end_ids()))
             new = model.generate(ids, pad_token_id=models.tokenizer.pad_token_id, **settings)
-            found.append(new.shape[1] - ids.shape[1])
+            # As utils.generation counts: without the token that ends the turn.
+            found.append(new.shape[1] - ids.shape[1] - (int(new[0, -1]) in chat.end_ids()))
     return found
 
 

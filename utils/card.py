@@ -56,8 +56,8 @@ def usage_snippet(base: str, folder: str, peft: bool) -> str:
 
 
 HYPERPARAMETERS = (
-    "loss_type", "beta", "label_smoothing", "learning_rate", "lr_scheduler_type", "warmup_steps", "optim",
-    "weight_decay", "max_length", "max_prompt_length", "seed", "use_peft", "lora_r", "lora_alpha",
+    "loss_type", "beta", "gamma_beta_ratio", "label_smoothing", "learning_rate", "lr_scheduler_type", "warmup_steps",
+    "optim", "weight_decay", "max_length", "max_prompt_length", "seed", "use_peft", "lora_r", "lora_alpha",
     "lora_target_modules", "load_in_4bit", "dtype",
 )  # fmt: skip
 

@@ -275,8 +275,8 @@ class TwoModels:
             )
 
     def load(self) -> "TwoModels":
-        """Load the weights, once, in eval mode, with the log-probability head and shared prompts on both."""
-        from utils import shared_prompt
+        """Load the weights, once, in eval mode, with the log-probability head, LoRA in place and shared prompts."""
+        from utils import fused_lora, shared_prompt
         from utils.logps import attach_head
 
         if self._base is None:
@@ -285,6 +285,7 @@ class TwoModels:
             self._tuned = self._base if c.adapter else self.load_one(c.tuned, args.tuned_revision)
             for model in (self._base, self._tuned):
                 attach_head(model)
+                fused_lora.attach(model)
             known = not any(shared_prompt.why_not(model) for model in (self._base, self._tuned))
             self.shares_prompts = args.shared_prompt and known
             if self.shares_prompts:
