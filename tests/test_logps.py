@@ -74,21 +74,23 @@ def test_softcap_is_applied(tiny_gemma2):
 
 
 def test_prompt_positions_do_not_count(setup):
-    """Skipping prompt positions (on every device) changes no value against TRL's own all-positions head."""
+    """Skipping prompt positions, and our arithmetic, change no value against TRL's own all-positions head."""
+    import trl.kernels
     import trl.trainer.utils
     from trl.trainer.utils import add_fused_lm_head
 
     model, tokenizer, rows = setup
     attach_head(model)
     ours = scored(model, tokenizer, rows, 3)
-    compact = trl.trainer.utils._use_triton
+    compact, head = trl.trainer.utils._use_triton, trl.trainer.utils._ChunkedLogProbFunction
     try:
         trl.trainer.utils._use_triton = lambda device: False
+        trl.trainer.utils._ChunkedLogProbFunction = trl.kernels.ChunkedLogProbFunction
         again = load_model(model.name_or_path).eval()
         add_fused_lm_head(again)
         theirs = scored(again, tokenizer, rows, 3)
     finally:
-        trl.trainer.utils._use_triton = compact
+        trl.trainer.utils._use_triton, trl.trainer.utils._ChunkedLogProbFunction = compact, head
     for i in ours:
         assert ours[i] == pytest.approx(theirs[i], abs=1e-4)
 
