@@ -13,7 +13,7 @@ from utils.preference_trainer import TRL_LOSSES, PreferenceConfig, PreferenceTra
 from utils.preferences import load_pairs, tokenize
 
 SETTINGS = dict(
-    per_device_train_batch_size=3, gradient_accumulation_steps=2, max_steps=20, learning_rate=1e-3, beta=0.5, seed=7,
+    per_device_train_batch_size=3, gradient_accumulation_steps=2, max_steps=4, learning_rate=1e-2, beta=0.5, seed=7,
     gradient_checkpointing=False, report_to="none", logging_steps=1, save_strategy="no", max_length=256, use_cpu=True,
     label_smoothing=0.1, disable_tqdm=True,
 )  # fmt: skip
@@ -29,7 +29,7 @@ def steps(trainer) -> list[dict]:
     return [row for row in trainer.state.log_history if "loss" in row]
 
 
-def stock(folder, loss_type: str, tmp_path, rows) -> list[dict]:
+def stock(folder, loss_type: str, tmp_path, rows, **extra) -> list[dict]:
     import trl.kernels.chunked_logprob
     import trl.trainer.utils
 
@@ -38,7 +38,7 @@ def stock(folder, loss_type: str, tmp_path, rows) -> list[dict]:
     trl.trainer.utils._ChunkedLogProbFunction = trl.kernels.ChunkedLogProbFunction
     tokenizer = load_tokenizer(str(folder))
     data = [{"prompt": r["chosen"][:1], "chosen": r["chosen"][1:], "rejected": r["rejected"][1:]} for r in rows]
-    args = DPOConfig(str(tmp_path / "stock"), loss_type=[loss_type], bf16=False, **SETTINGS)
+    args = DPOConfig(str(tmp_path / "stock"), loss_type=[loss_type], bf16=False, **{**SETTINGS, **extra})
     return steps(
         DPOTrainer(
             load_model(str(folder)),
@@ -56,7 +56,7 @@ def ours(folder, loss_type: str, tmp_path, rows, **extra) -> list[dict]:
     tokenizer = load_tokenizer(str(folder))
     data = load_pairs([{"name": str(write_jsonl(tmp_path / "x.jsonl", rows)), "split": "train"}])
     ids, _ = tokenize(data, tokenizer, 256, 128)
-    args = PreferenceConfig(str(tmp_path / "ours"), loss_type=[loss_type], **SETTINGS, **extra)
+    args = PreferenceConfig(str(tmp_path / "ours"), loss_type=[loss_type], **{**SETTINGS, **extra})
     log = RowFile(tmp_path / "log.jsonl")
     trainer = PreferenceTrainer(
         load_model(str(folder)),
@@ -72,21 +72,30 @@ def ours(folder, loss_type: str, tmp_path, rows, **extra) -> list[dict]:
     return history
 
 
+def assert_equal(mine: list[dict], theirs: list[dict]) -> None:
+    for a, b in zip(mine, theirs, strict=True):
+        for key in KEYS:
+            assert a[key] == pytest.approx(b[key], abs=1e-4, rel=1e-4), (a["step"], key)
+
+
 @pytest.mark.parametrize("loss_type", TRL_LOSSES)
 def test_every_loss_trains_as_stock_trl(loss_type, tiny, tmp_path):
     rows = make_pairs(24)
-    for a, b in zip(ours(tiny, loss_type, tmp_path, rows), stock(tiny, loss_type, tmp_path, rows), strict=True):
-        for key in KEYS:
-            assert a[key] == pytest.approx(b[key], abs=1e-4, rel=1e-4), (loss_type, a["step"], key)
+    assert_equal(ours(tiny, loss_type, tmp_path, rows), stock(tiny, loss_type, tmp_path, rows))
+
+
+# One of them on every commit; half a minute each.
+@pytest.mark.parametrize("loss_type", ["sigmoid", *(pytest.param(x, marks=pytest.mark.slow) for x in TRL_LOSSES[1:])])
+def test_and_still_after_20_steps(loss_type, tiny, tmp_path):
+    rows, longer = make_pairs(24), {"max_steps": 20, "learning_rate": 1e-3}
+    mine = ours(tiny, loss_type, tmp_path, rows, **longer)
+    assert len(mine) == 20
+    assert_equal(mine, stock(tiny, loss_type, tmp_path, rows, **longer))
 
 
 def test_softcapped_gemma_2_trains_as_stock_trl(tiny_gemma2, tmp_path):
     rows = make_pairs(24)
-    for a, b in zip(
-        ours(tiny_gemma2, "sigmoid", tmp_path, rows), stock(tiny_gemma2, "sigmoid", tmp_path, rows), strict=True
-    ):
-        for key in KEYS:
-            assert a[key] == pytest.approx(b[key], abs=1e-4, rel=1e-4), (a["step"], key)
+    assert_equal(ours(tiny_gemma2, "sigmoid", tmp_path, rows), stock(tiny_gemma2, "sigmoid", tmp_path, rows))
 
 
 def test_the_list_of_losses_is_trls():
