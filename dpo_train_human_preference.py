@@ -338,6 +338,7 @@ def main():
     from utils.provenance import run_record, sha256_of
     from utils.rewards import conclude
     from utils.runs import all_arguments, checkpoint_to_resume, claim_run, identity, run_name
+    from utils.throughput import slower_than_float32
 
     # The run: its name, its folders, and whether it stands there already.
     started = time.monotonic()
@@ -369,6 +370,9 @@ def main():
     trainer = build_trainer(args, model_args, tokenizer, train_ids, test_ids, row_log, notes)
 
     # Preflight.
+    if args.use_cpu and args.precision != "fp32":
+        slow = slower_than_float32({"bf16": "bfloat16", "fp16": "float16"}[args.precision], "cpu")
+        notes += [slow] if slow else []
     flight = run_preflight(trainer, args, model_args, train, train_ids, test, truncation, notes)
     write_json(current.out / "preflight.json", flight)
     say(report(flight))

@@ -3,6 +3,7 @@
 import json
 from types import SimpleNamespace
 
+import pytest
 import torch
 from conftest import train_args
 
@@ -74,3 +75,12 @@ def test_a_run_checkpoints_only_if_memory_asks_or_the_user_does(train, tiny, pre
     assert scarce["estimate"]["memory_gib"] <= plenty["estimate"]["memory_gib"]
     out, _ = checkpointing(train, tiny, prefs, tmp_path / "refused", "--gradient_checkpointing", "false")
     assert "gradient checkpointing is on" not in out
+
+
+@pytest.mark.parametrize(("rates", "told"), [((400.0, 190.0), False), ((3.0, 190.0), True)])
+def test_16_bits_are_told_where_they_are_slower_than_float32(rates, told, train, tiny, prefs, tmp_path, monkeypatch):
+    found = dict(zip(("bfloat16", "float32"), rates, strict=True))
+    monkeypatch.setattr("utils.throughput.matmul_rate", lambda dtype, device: 1e9 * found[dtype])
+    code, out, err = train(*train_args(tiny, prefs, tmp_path, "--preflight_only", "--bf16", "true"))
+    assert code == 0, err
+    assert ("matrix products in bfloat16 run at 3 GFLOP/s here, in float32 at 190" in out) == told

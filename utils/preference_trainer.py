@@ -7,6 +7,7 @@ import sys
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -124,7 +125,6 @@ class PreferenceTrainer(DPOTrainer):
     def __init__(self, *args, row_log: RowFile, **kwargs):
         fused_head.install()
         self.row_log, self.step0_reward = row_log, None
-        self.longest = longest_sequence(kwargs["train_dataset"])
         self.seconds_before, self.started, self.ended = 0.0, None, None
         super().__init__(*args, **kwargs)
         self.padded_because = "--no_shared_prompt"
@@ -152,6 +152,11 @@ class PreferenceTrainer(DPOTrainer):
         self.add_callback(RowLog(row_log))
         self.stopper = GracefulStop(self.accelerator)
         self.add_callback(self.stopper)
+
+    @cached_property
+    def longest(self) -> int:
+        """Tokens of the longest training sequence."""
+        return longest_sequence(self.train_dataset)
 
     @property
     def is_quantized(self) -> bool:
@@ -184,7 +189,7 @@ class PreferenceTrainer(DPOTrainer):
         if len({len(batch["input_ids"]) for batch in batches}) != 1:
             return batches, items
         return shared_prompt.recut(
-            batches, self.args.token_budget(self.longest), self.data_collator, self.accelerator
+            batches, self.args.token_budget(self.args.max_length or self.longest), self.data_collator, self.accelerator
         ), items
 
     def training_step(self, model, inputs, num_items_in_batch=None):
@@ -384,8 +389,8 @@ class PreferenceTrainer(DPOTrainer):
 
 def longest_sequence(dataset) -> int:
     """Tokens of the longest prompt with its longer answer."""
-    lengths = (len(r["prompt_ids"]) + max(len(r["chosen_ids"]), len(r["rejected_ids"])) for r in dataset)
-    return max(lengths, default=0)
+    columns = (dataset[f"{part}_ids"] for part in ("prompt", "chosen", "rejected"))
+    return max(len(p) + max(len(c), len(r)) for p, c, r in zip(*columns, strict=True))
 
 
 class WinCollator:

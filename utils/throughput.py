@@ -23,6 +23,17 @@ def matmul_rate(dtype: str, device: str) -> float:
         size *= 2
 
 
+def slower_than_float32(dtype: str, device: str) -> str | None:
+    """The sentence that says so where products in `dtype` are slower than in float32, as where they are emulated."""
+    mine, plain = matmul_rate(dtype, device), matmul_rate("float32", device)
+    if mine >= plain:
+        return None
+    return (
+        f"matrix products in {dtype} run at {mine / 1e9:.0f} GFLOP/s here, in float32 at {plain / 1e9:.0f}: this"
+        " processor has no such arithmetic, train in float32 (--bf16 false --fp16 false)"
+    )
+
+
 def _seconds(a) -> float:
     import torch
 
