@@ -91,7 +91,7 @@ def parse_arguments():
 
 POSITIVE = (
     "beta", "learning_rate", "per_device_train_batch_size", "per_device_eval_batch_size",
-    "gradient_accumulation_steps", "global_batch_size", "max_length",
+    "gradient_accumulation_steps", "global_batch_size", "max_length", "micro_batch_tokens",
 )  # fmt: skip
 
 

@@ -48,7 +48,6 @@ def target_folder(args, merge, comparison):
                 f"{place}: not overwritten, since this script did not write it; choose another --merged_dir"
             )
     shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
     return folder, staging
 
 
@@ -86,6 +85,9 @@ def main():
     adapted = response_logps(model, models.tokenizer, ids, "adapter")
     merged = model.merge_and_unload(safe_merge=True)
     merged.save_pretrained(staging)
+    for path in staging.iterdir():
+        # safetensors keeps its files from everybody else.
+        path.chmod((staging / MARK).stat().st_mode)
     write_json(staging / MARK, {"base": comparison.base, "adapter": models.identity("tuned")})
     models.tokenizer.save_pretrained(staging)
     del model, merged
@@ -93,9 +95,8 @@ def main():
     # What was written, read again.
     plain = response_logps(models.load_one(str(staging), quantized=False), models.tokenizer, ids, "merged")
 
-    tokens = np.array([[len(row[f"{side}_ids"]) for side in SIDES] for row in ids])
-
     # Compare: log-probabilities of both answers, and which of them each model prefers.
+    tokens = np.array([[len(row[f"{side}_ids"]) for side in SIDES] for row in ids])
     apart, allowed = np.abs(plain - adapted), tolerance(adapted, tokens, models.dtype)
     metrics = {
         "largest_difference": metric(float(apart.max()), n=apart.size),
@@ -133,10 +134,14 @@ def main():
     )
     write_rows(comparison.path("merge", ".jsonl", rows=True), rows)
     write_text(staging / "README.md", card(summary, comparison, str(folder)))
+    # The old folder leaves only once the new one is whole beside it: a kill costs neither.
+    old = folder.with_name(folder.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
-        shutil.rmtree(folder)
+        os.replace(folder, old)
     os.replace(staging, folder)
     write_json(comparison.path("merge", ".json"), summary)
+    shutil.rmtree(old, ignore_errors=True)
     print(f"{text}\n\nwrote {folder}/ and {comparison.path('merge', '.json')}")
 
 

@@ -73,6 +73,7 @@ def test_a_run_checkpoints_only_if_memory_asks_or_the_user_does(train, tiny, pre
     out, scarce = checkpointing(train, tiny, prefs, tmp_path / "scarce")
     assert "note      gradient checkpointing is on: without it" in out
     assert scarce["estimate"]["memory_gib"] <= plenty["estimate"]["memory_gib"]
+    assert "computed twice" in out and scarce["gradient_checkpointing"] and not plenty["gradient_checkpointing"]
     out, _ = checkpointing(train, tiny, prefs, tmp_path / "refused", "--gradient_checkpointing", "false")
     assert "gradient checkpointing is on" not in out
 

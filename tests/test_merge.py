@@ -38,7 +38,12 @@ def test_the_folder_is_base_and_adapter_and_says_how_well(call, trained, tiny, t
     assert len(rows) == 8 and largest == pytest.approx(summary["metrics"]["largest_difference"]["value"])
     card = (tmp_path / "merged" / "README.md").read_text()
     assert summary["claim"] in card and "library_name: transformers" in card
-    assert not (tmp_path / "merged.part").exists() and not (tmp_path / "merged" / "adapter_config.json").exists()
+    assert {p.stat().st_mode & 0o444 for p in (tmp_path / "merged").iterdir()} == {0o444}, "everybody may read it"
+    assert (
+        not (tmp_path / "merged.part").exists()
+        and not (tmp_path / "merged.old").exists()
+        and not (tmp_path / "merged" / "adapter_config.json").exists()
+    )
 
 
 def test_the_adapters_figures_are_the_trainers(call, trained, tmp_path):
@@ -107,3 +112,10 @@ def test_overwrite_replaces_a_merged_folder(call, trained, tmp_path):
         code, _, err = call("merge_adapter", *merge_args(trained, tmp_path, *extra))
         assert code == 0, err
     assert json.loads((tmp_path / "merged" / "merged_from.json").read_text())["base"]
+
+
+def test_a_mistyped_dataset_does_not_lock_the_place(call, trained, tmp_path):
+    code, _, err = call("merge_adapter", *merge_args(trained, tmp_path, "--dataset_name", "nosuch.jsonl"))
+    assert code == 2 and "nosuch.jsonl" in err
+    code, _, err = call("merge_adapter", *merge_args(trained, tmp_path))
+    assert code == 0, err

@@ -23,15 +23,20 @@ def response_logps(model, tokenizer, ids, desc: str):
     from tqdm import tqdm
     from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-    from utils.logps import attach_head, pair_batches, sequence_logps
+    from utils import fused_lora, shared_prompt
+    from utils.logps import attach_head, pair_batches, token_logps
 
     attach_head(model)
+    fused_lora.attach(model)
     found = np.zeros((len(ids), 2))
     collator = DataCollatorForPreference(pad_token_id=tokenizer.pad_token_id)
+    if shared_prompt.why_not(model) is None:
+        shared_prompt.attach(model)
+        collator = shared_prompt.PackingCollator(collator)
     with torch.inference_mode(), tqdm(total=len(ids), desc=desc, unit="pair") as bar:
         for rows, batch in pair_batches(ids, collator, 4):
-            keys = ("input_ids", "attention_mask", "completion_mask")
-            sums = sequence_logps(model, *(batch[k].to(model.device) for k in keys))
+            on_device = {k: v.to(model.device) if hasattr(v, "to") else v for k, v in batch.items()}
+            sums = token_logps(model, **on_device).sum(1)
             found[rows] = torch.stack(sums.chunk(2), 1).cpu().numpy()
             bar.update(len(rows))
     return found

@@ -155,6 +155,7 @@ def run_preflight(trainer, args, model_args, train, train_ids, test, truncation,
         "precision": args.precision,
         "dropout": dropout_that_runs(args, model_args),
         "padded_because": trainer.padded_because,
+        "gradient_checkpointing": args.gradient_checkpointing,
         "plan": steps,
         "estimate": estimate(args, trainer.model, steps, seconds, longest, cached),
         "step0": step0,
@@ -221,7 +222,8 @@ def report(flight: dict) -> str:
         f"  plan      {steps['steps']} steps ({steps['epochs']} epochs) of {steps['global_batch_size']} pairs"
         f" ({batch['per_device']} a process × {batch['accumulation']} accumulation × {batch['processes']} processes),"
         f" about {steps['tokens_seen']:,} tokens",
-        f"  compute   {'each prompt once, without padding' if why is None else f'padded pairs, as stock: {why}'}",
+        f"  compute   {'each prompt once, without padding' if why is None else f'padded pairs, as stock: {why}'}"
+        + (", activations computed twice (gradient checkpointing)" if flight["gradient_checkpointing"] else ""),
         f"  estimate  {estimate_.get('minutes', '?')} minutes, {estimate_['memory_gib']} GiB (rough)",
     ]
     if margin["largest_margin"] is not None:
