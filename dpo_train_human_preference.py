@@ -167,9 +167,9 @@ def build_trainer(args, model_args, tokenizer, train_ids, test_ids, row_log, not
     from trl import get_peft_config
 
     from utils.models import load_model, quantization
-    from utils.preference_trainer import PreferenceTrainer, longest_sequence
+    from utils.preference_trainer import PreferenceTrainer
 
-    compute = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[args.precision]
+    compute = getattr(torch, args.dtype_name)
     quantized = quantization(
         model_args.load_in_4bit,
         model_args.load_in_8bit,
@@ -193,10 +193,9 @@ def build_trainer(args, model_args, tokenizer, train_ids, test_ids, row_log, not
         args.eval_strategy = "no"
     try:
         policy = load()
-        longest = longest_sequence(train_ids)
         trained = 0 if model_args.use_peft else sum(p.numel() for p in policy.parameters())
         beside = not (model_args.use_peft or args.precompute_ref_log_probs)
-        why = args.decide_checkpointing(policy, trained, longest, beside)
+        why = args.decide_checkpointing(policy, trained, train_ids, beside)
         notes += [why] if why else []
         return PreferenceTrainer(
             model=policy,
@@ -270,8 +269,7 @@ def training_summary(log: list[dict], trainer, flight: dict) -> dict:
 
     losses, plan = [row["loss"] for row in log if row["split"] == "train"], flight["plan"]
     tenth = max(1, len(losses) // 10)
-    dtype = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[trainer.args.precision]
-    rate = matmul_rate(dtype, trainer.accelerator.device.type) * plan["batch"]["processes"]
+    rate = matmul_rate(trainer.args.dtype_name, trainer.accelerator.device.type) * plan["batch"]["processes"]
     needed = model_flops(flight["parameters"]["total"], plan["tokens_stored_once"])
     return {
         "steps": trainer.state.global_step,
@@ -371,7 +369,7 @@ def main():
 
     # Preflight.
     if args.use_cpu and args.precision != "fp32":
-        slow = slower_than_float32({"bf16": "bfloat16", "fp16": "float16"}[args.precision], "cpu")
+        slow = slower_than_float32(args.dtype_name, "cpu")
         notes += [slow] if slow else []
     flight = run_preflight(trainer, args, model_args, train, train_ids, test, truncation, notes)
     write_json(current.out / "preflight.json", flight)

@@ -32,7 +32,10 @@ class MergeArguments:
 
 
 def target_folder(args, merge, comparison):
-    """Where the merged model goes. Raises UserError where there is no adapter, or the place is taken."""
+    """(folder, where it is written first, where what it replaces is kept meanwhile).
+
+    Raises UserError where there is no adapter, or a place is taken.
+    """
     import shutil
     from pathlib import Path
 
@@ -41,14 +44,14 @@ def target_folder(args, merge, comparison):
     folder = Path(merge.merged_dir or Path(args.checkpoints) / f"{comparison.name}-merged")
     if folder.exists() and not args.overwrite:
         raise UserError(f"{folder} is there already: name another folder with --merged_dir, or --overwrite it")
-    staging = folder.with_name(folder.name + ".part")
-    for place in (folder, staging):
+    staging, old = (folder.with_name(folder.name + ending) for ending in (".part", ".old"))
+    for place in (folder, staging, old):
         if place.exists() and not (place / MARK).exists():
             raise UserError(
                 f"{place}: not overwritten, since this script did not write it; choose another --merged_dir"
             )
     shutil.rmtree(staging, ignore_errors=True)
-    return folder, staging
+    return folder, staging, old
 
 
 def main():
@@ -75,14 +78,14 @@ def main():
     quiet_libraries()
     args, merge = parse((ComparisonArguments, MergeArguments))
     comparison = resolve(args)
-    folder, staging = target_folder(args, merge, comparison)
+    folder, staging, old = target_folder(args, merge, comparison)
     models = TwoModels(comparison)
     data, ids, _ = held_out_pairs(comparison, models.tokenizer)
 
     # The adapter's figures, and the merged model on disk.
     write_json(staging / MARK, {})
     model = models.load_one(comparison.base, args.base_revision, comparison.adapter, quantized=False)
-    adapted = response_logps(model, models.tokenizer, ids, "adapter")
+    adapted = response_logps(model, models.tokenizer, ids, args.shared_prompt, "adapter")
     merged = model.merge_and_unload(safe_merge=True)
     merged.save_pretrained(staging)
     for path in staging.iterdir():
@@ -93,7 +96,8 @@ def main():
     del model, merged
 
     # What was written, read again.
-    plain = response_logps(models.load_one(str(staging), quantized=False), models.tokenizer, ids, "merged")
+    model = models.load_one(str(staging), quantized=False)
+    plain = response_logps(model, models.tokenizer, ids, args.shared_prompt, "merged")
 
     # Compare: log-probabilities of both answers, and which of them each model prefers.
     tokens = np.array([[len(row[f"{side}_ids"]) for side in SIDES] for row in ids])
@@ -135,7 +139,6 @@ def main():
     write_rows(comparison.path("merge", ".jsonl", rows=True), rows)
     write_text(staging / "README.md", card(summary, comparison, str(folder)))
     # The old folder leaves only once the new one is whole beside it: a kill costs neither.
-    old = folder.with_name(folder.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         os.replace(folder, old)

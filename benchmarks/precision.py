@@ -62,14 +62,14 @@ def read(model, rows, collator, batch: int):
     """(policy, reference): summed log-probabilities, each of shape (pairs, 2), float64 on the CPU."""
     import torch
 
+    from utils.logps import token_logps
+
     def once():
         found = []
         for start in range(0, len(rows), batch):
             inputs = collator([rows[i] for i in range(start, min(start + batch, len(rows)))])
             inputs = {k: v.to(model.device) if hasattr(v, "to") else v for k, v in inputs.items()}
-            labels = inputs["input_ids"].masked_fill(inputs.pop("completion_mask") == 0, -100)
-            out = model(**inputs, labels=labels, fused_lm_head=True, use_cache=False)
-            found.append(out.log_probs.double().sum(1).view(2, -1).t().cpu())
+            found.append(token_logps(model, **inputs).double().sum(1).view(2, -1).t().cpu())
         return torch.cat(found)
 
     policy = once()

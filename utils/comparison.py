@@ -286,11 +286,8 @@ class TwoModels:
             for model in (self._base, self._tuned):
                 attach_head(model)
                 fused_lora.attach(model)
-            known = not any(shared_prompt.why_not(model) for model in (self._base, self._tuned))
-            self.shares_prompts = args.shared_prompt and known
-            if self.shares_prompts:
-                for model in (self._base, self._tuned):
-                    shared_prompt.attach(model)
+            known = [args.shared_prompt and shared_prompt.attach_if_known(model) for model in (self._base, self._tuned)]
+            self.shares_prompts = all(known)
         return self
 
     def load_one(self, name: str, revision: str | None = None, adapter: str | None = None, quantized: bool = True):

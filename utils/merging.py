@@ -4,15 +4,13 @@ from utils.card import usage_snippet
 from utils.models import BUILTIN_HUB_ID
 from utils.tables import cell, render
 
-# Relative spacing of the numbers of a dtype: one rounding of every weight moves a log-probability by about that share.
-SPACING = {"float32": 2.0**-23, "bfloat16": 2.0**-8, "float16": 2.0**-11}
 # A large logit, whose rounding moves the log-probability of its token.
 LOGIT = 32.0
 # Sums of thousands of float32 products in another order.
 FLOOR_NATS = 1e-3
 
 
-def response_logps(model, tokenizer, ids, desc: str):
+def response_logps(model, tokenizer, ids, share_prompts: bool, desc: str):
     """Summed log-probabilities of (chosen, rejected), shape (pairs, 2), nats.
 
     Args:
@@ -30,8 +28,7 @@ def response_logps(model, tokenizer, ids, desc: str):
     fused_lora.attach(model)
     found = np.zeros((len(ids), 2))
     collator = DataCollatorForPreference(pad_token_id=tokenizer.pad_token_id)
-    if shared_prompt.why_not(model) is None:
-        shared_prompt.attach(model)
+    if share_prompts and shared_prompt.attach_if_known(model):
         collator = shared_prompt.PackingCollator(collator)
     with torch.inference_mode(), tqdm(total=len(ids), desc=desc, unit="pair") as bar:
         for rows, batch in pair_batches(ids, collator, 4):
@@ -50,7 +47,10 @@ def tolerance(logps, tokens, dtype: str):
     Args:
         logps, tokens: of each answer, shape (pairs, 2).
     """
-    return FLOOR_NATS + 2 * SPACING[dtype] * (abs(logps) + LOGIT * tokens**0.5)
+    import torch
+
+    rounding = torch.finfo(getattr(torch, dtype)).eps / 2
+    return FLOOR_NATS + 2 * rounding * (abs(logps) + LOGIT * tokens**0.5)
 
 
 def conclude(metrics: dict, comparison, dtype: str) -> tuple[str, str, bool]:

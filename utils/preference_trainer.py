@@ -21,6 +21,7 @@ from utils import fused_head, fused_lora, losses, shared_prompt
 from utils.artifacts import RowFile, read_json
 from utils.errors import UserError, is_main_process
 from utils.logps import pair_batches, sum_logps
+from utils.preferences import WIN_KEYS
 from utils.rewards import displacement_text
 from utils.runs import MANIFEST, seal
 
@@ -29,7 +30,7 @@ TRL_LOSSES = (
     "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
 )  # fmt: skip
 LOSS_TYPES = (*TRL_LOSSES, *losses.OWN_LOSSES)
-WINS = ("win_chosen", "win_rejected")
+WINS = tuple(WIN_KEYS)
 # Their value depends on how a step is cut into micro-batches, which are kept whole for them.
 CUT_MATTERS = {"aot", "aot_unpaired", "bco_pair", "sft"}
 SCORE_KEYS = ("row", "chosen", "rejected", "ref_chosen", "ref_rejected")
@@ -95,7 +96,7 @@ class PreferenceConfig(DPOConfig):
         """Tokens up to which pairs are computed together. `longest`: tokens of the longest sequence in the data."""
         return self.micro_batch_tokens or 2 * self.per_device_train_batch_size * (self.max_length or longest)
 
-    def decide_checkpointing(self, model, trained: int, longest: int, reference_beside: bool) -> str | None:
+    def decide_checkpointing(self, model, trained: int, dataset, reference_beside: bool) -> str | None:
         """Where neither YAML nor command line decided, checkpointing only if memory asks for it: why, or None.
 
         All processes decide alike: where one of them is short of memory, all compute activations twice.
@@ -104,7 +105,8 @@ class PreferenceConfig(DPOConfig):
 
         if not self.checkpointing_is_open:
             return None
-        why = asks_for_checkpointing(needed(model, self, trained, longest, reference_beside), free_bytes(model))
+        memory = needed(model, self, trained, longest_sequence(dataset), reference_beside)
+        why = asks_for_checkpointing(memory, free_bytes(model))
         if self.world_size > 1:
             why = next((one for one in gather_object([why]) if one), None)
         self.gradient_checkpointing = self.activation_checkpointing = why is not None
@@ -114,6 +116,11 @@ class PreferenceConfig(DPOConfig):
     def precision(self) -> str:
         """The precision that the forward pass runs in."""
         return "bf16" if self.bf16 else "fp16" if self.fp16 else "fp32"
+
+    @property
+    def dtype_name(self) -> str:
+        """torch's name of that precision."""
+        return {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[self.precision]
 
 
 # ---------------------------------------------------------------------------------------------------------- trainer
@@ -127,6 +134,8 @@ class PreferenceTrainer(DPOTrainer):
         self.row_log, self.step0_reward = row_log, None
         self.seconds_before, self.started, self.ended = 0.0, None, None
         super().__init__(*args, **kwargs)
+        if "sppo" in self.loss_types:
+            self.data_collator = WinCollator(self.data_collator)
         self.padded_because = "--no_shared_prompt"
         if self.args.shared_prompt:
             self.padded_because = shared_prompt.why_not(self.model, self.aux_loss_enabled)
@@ -134,9 +143,6 @@ class PreferenceTrainer(DPOTrainer):
             for model in (self.model, self.ref_model):
                 if model is not None:
                     shared_prompt.attach(self.accelerator.unwrap_model(model))
-        if "sppo" in self.loss_types:
-            self.data_collator = WinCollator(self.data_collator)
-        if self.padded_because is None:
             self.data_collator = shared_prompt.PackingCollator(self.data_collator)
         if not self.is_sharded:
             # Sharding may gather a layer's A and B only when they are called as modules.
@@ -289,8 +295,7 @@ class PreferenceTrainer(DPOTrainer):
         finally:
             self.loss_types, self.loss_weights = [loss for loss, _ in asked], [weight for _, weight in asked]
         logps = sum_logps(outputs[0])
-        reference = [inputs[k] for k in ("ref_chosen_logps", "ref_rejected_logps") if k in inputs]
-        reference = reference or captured[1].chunk(2)
+        reference = cached_reference(inputs) or captured[1].chunk(2)
         more = sum(weight * self._own_loss(loss, logps, reference, inputs, wins).mean() for loss, weight in own)
         return (found[0] + more, *found[1:]) if return_outputs else found + more
 
@@ -319,7 +324,7 @@ class PreferenceTrainer(DPOTrainer):
         # A sharded model exists only inside training, so its step-0 rewards are read off the first micro-batch.
         with self._captured_logps() as captured:
             result = super()._compute_loss(model, inputs, return_outputs)
-        cached = [inputs[k] for k in ("ref_chosen_logps", "ref_rejected_logps") if k in inputs]
+        cached = cached_reference(inputs)
         reference = torch.cat(cached) if cached else captured[1]
         rewards = self.args.beta * (captured[0].detach() - reference).abs().max()
         self.step0_reward = self.accelerator.gather(rewards).max().item()
@@ -343,7 +348,6 @@ class PreferenceTrainer(DPOTrainer):
         # Every process must run equally many forwards (they may be collective): the last rows are repeated.
         share = -(-len(indices) // world)
         mine = [indices[min(k, len(indices) - 1)] for k in range(rank, share * world, world)]
-        cached = "ref_chosen_logps" in dataset.column_names
         model = self.model_wrapped if self.is_deepspeed_enabled else self.model
         was_training = self.model.training
         self.model.eval()
@@ -354,9 +358,8 @@ class PreferenceTrainer(DPOTrainer):
                 batch = self._prepare_inputs(batch)
                 with self.accelerator.autocast():
                     losses += [self.compute_loss(model, batch).item()] * len(take)
-                reference = (
-                    torch.cat([batch["ref_chosen_logps"], batch["ref_rejected_logps"]]) if cached else captured[1]
-                )
+                cached = cached_reference(batch)
+                reference = torch.cat(cached) if cached else captured[1]
                 sides = (*captured[0].chunk(2), *reference.float().chunk(2))
                 values = zip(take, *(side.tolist() for side in sides), strict=True)
                 rows += [dict(zip(SCORE_KEYS, v, strict=True)) for v in values]
@@ -391,6 +394,11 @@ def longest_sequence(dataset) -> int:
     """Tokens of the longest prompt with its longer answer."""
     columns = (dataset[f"{part}_ids"] for part in ("prompt", "chosen", "rejected"))
     return max(len(p) + max(len(c), len(r)) for p, c, r in zip(*columns, strict=True))
+
+
+def cached_reference(batch: dict) -> list:
+    """[chosen, rejected] reference log-probabilities of a batch, each (pairs,); empty where none were kept."""
+    return [batch[name] for name in ("ref_chosen_logps", "ref_rejected_logps") if name in batch]
 
 
 class WinCollator:

@@ -19,7 +19,6 @@ from utils.logps import without_adapter_shell
 KNOWN = {
     "llama", "mistral", "gemma", "gemma2", "gemma3_text", "qwen2", "qwen3", "phi3", "olmo2", "smollm3",
 }  # fmt: skip
-OF_A_PAIR = ("ref_chosen_logps", "ref_rejected_logps", "win_chosen", "win_rejected")
 KEYS = ("packed_ids", "packed_positions", "packed_lengths", "unpack")
 
 
@@ -106,6 +105,8 @@ def split(batch: dict) -> list[dict]:
     """The examples of a collated batch, with what it holds of each pair beside the tokens."""
     pairs, found = len(batch["input_ids"]) // 2, []
     ids = batch["input_ids"].tolist()
+    # What is told of a pair beside its tokens has one value for each.
+    of_a_pair = {name: values.tolist() for name, values in batch.items() if getattr(values, "ndim", 0) == 1}
     whole, answer = batch["attention_mask"].sum(1).tolist(), batch["completion_mask"].sum(1).tolist()
     for k in range(pairs):
         prompt = whole[k] - answer[k]
@@ -114,7 +115,7 @@ def split(batch: dict) -> list[dict]:
             "chosen_ids": ids[k][prompt : whole[k]],
             "rejected_ids": ids[pairs + k][prompt : whole[pairs + k]],
         }
-        example |= {name: batch[name][k].item() for name in OF_A_PAIR if name in batch}
+        example |= {name: values[k] for name, values in of_a_pair.items()}
         found.append(example)
     return found
 
@@ -159,6 +160,14 @@ def attach(model) -> None:
 
     backbone.forward = forward
     backbone._packs_pairs = True
+
+
+def attach_if_known(model) -> bool:
+    """`attach` where pairs of this model can be packed; whether they can."""
+    known = why_not(model) is None
+    if known:
+        attach(model)
+    return known
 
 
 def register(config) -> None:
