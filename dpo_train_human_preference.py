@@ -40,11 +40,15 @@ def parse_arguments():
     from utils.losses import OWN_LOSSES
     from utils.preference_trainer import LOSS_TYPES, PreferenceConfig
     from utils.preferences import DataArguments
+    from utils.training import check_positive, check_run
 
     data, args, model = parse((DataArguments, PreferenceConfig, ModelConfig))
     unknown = [loss for loss in args.loss_type if loss not in LOSS_TYPES]
     if unknown:
         raise UserError(f"--loss_type {unknown[0]}: unknown; one or several of {', '.join(LOSS_TYPES)}")
+    check_positive((args, ("beta", "micro_batch_tokens")))
+    check_run(args, model)
+    data.check()
     if args.max_length is not None:
         if args.max_prompt_length is None:
             args.max_prompt_length = args.max_length // 2
@@ -53,13 +57,6 @@ def parse_arguments():
                 f"--max_prompt_length {args.max_prompt_length} must be above 0 and below --max_length"
                 f" {args.max_length}, so that an answer always keeps a token"
             )
-    for holder, keys in ((args, POSITIVE), (data, ("limit",)), (model, ("lora_r", "lora_alpha"))):
-        for key in keys:
-            value = getattr(holder, key)
-            if value is not None and not value > 0:
-                raise UserError(f"--{key} {value}: must be above 0")
-    if args.max_steps <= 0 and not args.num_train_epochs > 0:
-        raise UserError(f"--num_train_epochs {args.num_train_epochs}: must be above 0 (or give --max_steps)")
     if not 0 <= args.label_smoothing < 0.5:
         raise UserError(f"--label_smoothing {args.label_smoothing}: must be at least 0 and below 0.5")
     if set(args.loss_type) & set(OWN_LOSSES):
@@ -78,51 +75,10 @@ def parse_arguments():
         )
     if args.ld_alpha is not None and args.precompute_ref_log_probs:
         raise UserError("--ld_alpha with --precompute_ref_log_probs: leave one out; step 0 could not be checked")
-    if model.model_name_or_path is None:
-        raise UserError("--model_name_or_path is missing: a hub id, a folder, or builtin:smollm2-135m-instruct")
-    if not data.datasets and data.dataset_name is None:
-        raise UserError("--dataset_name is missing: a hub id, a local file or a folder (see --help)")
-    if (model.load_in_4bit or model.load_in_8bit) and not model.use_peft:
-        raise UserError("--load_in_4bit and --load_in_8bit need --use_peft: quantised weights cannot be trained")
-    if args.resume_from_checkpoint:
-        raise UserError("--resume_from_checkpoint: here the flag is --resume auto|PATH|never")
     return data, args, model
 
 
-POSITIVE = (
-    "beta", "learning_rate", "per_device_train_batch_size", "per_device_eval_batch_size",
-    "gradient_accumulation_steps", "global_batch_size", "max_length", "micro_batch_tokens",
-)  # fmt: skip
-
-
 F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
-
-
-def say(text: str) -> None:
-    """Print from rank 0 alone."""
-    if is_main_process():
-        print(text, flush=True)
-
-
-def fit_global_batch(args) -> list[str]:
-    """Derive accumulation (and, where needed, the per-process batch) from `global_batch_size`; returns what to note."""
-    world, wanted = args.world_size, args.global_batch_size
-    before = args.per_device_train_batch_size, args.gradient_accumulation_steps
-    if wanted is None:
-        one = before[0] * before[1]
-        return [f"global batch is {one * world} on {world} processes; on one it is {one}"] if world > 1 else []
-    if wanted % world:
-        raise UserError(f"--global_batch_size {wanted} does not divide over {world} processes; choose a multiple")
-    share = wanted // world
-    args.per_device_train_batch_size = next(n for n in range(min(before[0], share), 0, -1) if share % n == 0)
-    args.gradient_accumulation_steps = share // args.per_device_train_batch_size
-    after = args.per_device_train_batch_size, args.gradient_accumulation_steps
-    if after == before:
-        return []
-    return [
-        f"batch {before[0]} × {before[1]} became {after[0]} × {after[1]} on {world} processes: the global batch stays"
-        f" {wanted}"
-    ]
 
 
 def load_data(data, args, tokenizer):
@@ -132,7 +88,8 @@ def load_data(data, args, tokenizer):
         (train, train_ids, test, test_ids, truncation): PreferenceData and Dataset a split (test: None where there is
         none), and the train split's truncation counts.
     """
-    from utils.preferences import load_pairs, remove_overlap, tokenize
+    from utils.preferences import load_pairs, tokenize
+    from utils.sources import without_overlap
 
     filters = {
         "drop_ties": data.drop_ties,
@@ -146,7 +103,7 @@ def load_data(data, args, tokenizer):
     train, test, test_ids = load_pairs(train_sources, **filters), None, None
     if test_sources:
         test = load_pairs(test_sources, **filters)
-        remove_overlap(train, test, data.train_test_overlap)
+        train.pairs = without_overlap(train.pairs, test.pairs, data.train_test_overlap, train.dropped)
         test_ids, _ = tokenize(test, tokenizer, *lengths, desc="test")
     train_ids, truncation = tokenize(train, tokenizer, *lengths, desc="train")
     if "sppo" in args.loss_type:
@@ -161,61 +118,43 @@ def load_data(data, args, tokenizer):
     return train, train_ids, test, test_ids, truncation
 
 
-def build_trainer(args, model_args, tokenizer, train_ids, test_ids, row_log, notes):
+def build_trainer(args, model_args, start, tokenizer, train_ids, test_ids, row_log, notes):
     """Policy, reference and trainer. Whether memory asks for gradient checkpointing is decided here, and noted."""
-    import torch
     from trl import get_peft_config
 
-    from utils.models import load_model, quantization
-    from utils.preference_trainer import PreferenceTrainer
-
-    compute = getattr(torch, args.dtype_name)
-    quantized = quantization(
-        model_args.load_in_4bit,
-        model_args.load_in_8bit,
-        model_args.bnb_4bit_quant_type,
-        model_args.use_bnb_nested_quant,
-        compute,
-        model_args.bnb_4bit_quant_storage,
-    )
-
-    def load():
-        return load_model(
-            model_args.model_name_or_path,
-            model_args.model_revision if model_args.model_revision != "main" else None,
-            model_args.dtype,
-            model_args.attn_implementation,
-            quantized,
-            trust_remote_code=args.trust_remote_code,
-        )
+    from utils.models import load_adapter, load_for_training
+    from utils.preference_trainer import PreferenceTrainer, longest_sequence
 
     if test_ids is None:
         args.eval_strategy = "no"
+    further = start is not None and start.use == "continue"
     try:
-        policy = load()
+        policy = load_for_training(args, model_args)
         trained = 0 if model_args.use_peft else sum(p.numel() for p in policy.parameters())
         beside = not (model_args.use_peft or args.precompute_ref_log_probs)
-        why = args.decide_checkpointing(policy, trained, train_ids, beside)
+        why = args.decide_checkpointing(policy, trained, lambda: longest_sequence(train_ids), beside)
         notes += [why] if why else []
         return PreferenceTrainer(
-            model=policy,
+            # An adapter that is trained further becomes the policy; TRL freezes a copy of it as the reference.
+            model=load_adapter(policy, start.adapter, is_trainable=True) if further else policy,
             # With LoRA the reference is the policy with its adapter switched off; precomputed, none is kept.
-            ref_model=None if model_args.use_peft or args.precompute_ref_log_probs else load(),
+            ref_model=load_for_training(args, model_args) if beside else None,
             args=args,
             train_dataset=train_ids,
             eval_dataset=test_ids,
             processing_class=tokenizer,
-            peft_config=get_peft_config(model_args),
+            peft_config=None if further else get_peft_config(model_args),
             row_log=row_log,
         )
     except (ValueError, NotImplementedError) as error:
         raise UserError(f"{model_args.model_name_or_path}: {str(error).splitlines()[0]}") from error
 
 
-def cache_reference(trainer, args, model_args, tokenizer) -> dict:
+def cache_reference(trainer, args, model_args, start, tokenizer) -> dict:
     """Reference log-probabilities of all pairs, from disk where an earlier run left them; why not, where not."""
     from utils import reference_cache
     from utils.models import describe
+    from utils.training import say
 
     why = reference_cache.why_not(trainer)
     if why is not None:
@@ -223,26 +162,10 @@ def cache_reference(trainer, args, model_args, tokenizer) -> dict:
     identity = describe(model_args.model_name_or_path, trainer.model, tokenizer, model_args.model_revision)
     quantised = {k: getattr(model_args, k) for k in ("load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type")}
     quantised |= {"nested": model_args.use_bnb_nested_quant, "precision": args.precision}
-    found = reference_cache.use(trainer, args.eval_out, {**identity, **quantised})
+    frozen = {"start": start.describe()} if start and start.use == "continue" else {}
+    found = reference_cache.use(trainer, args.eval_out, {**identity, **quantised, **frozen})
     say(f"reference: {found['computed']} pairs computed, {found['read']} read, {found['seconds']} s")
     return found
-
-
-def train_or_resume(trainer, checkpoint, run_) -> None:
-    """Train to the last step; leave with code 130 where Ctrl-C stopped it, after saving a checkpoint."""
-    import sys
-
-    if checkpoint:
-        say(f"resuming from {checkpoint}")
-        trainer.continue_from(checkpoint)
-    with trainer.stopper:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if trainer.stopper.asked and trainer.state.global_step < trainer.state.max_steps:
-        say(
-            f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}, saved in {run_.folder}; the"
-            " same command (without --overwrite) goes on from there"
-        )
-        sys.exit(130)
 
 
 def evaluate(trainer, args, train, test) -> tuple[list[dict], dict]:
@@ -259,60 +182,21 @@ def evaluate(trainer, args, train, test) -> tuple[list[dict], dict]:
     return rows, reward_metrics(rows, surface_scores(*texts, seed=args.seed), args.seed)
 
 
-def training_summary(log: list[dict], trainer, flight: dict) -> dict:
-    """Figures of the training itself, from train_log.jsonl: steps, tokens, speed, loss of its first and last tenth.
-
-    tokens_per_second counts [prompt, chosen, rejected] stored once, over all processes and the whole of training, its
-    evaluations and saves included; mfu is its share of the measured rate of matrix products.
-    """
-    from utils.throughput import matmul_rate, model_flops
-
-    losses, plan = [row["loss"] for row in log if row["split"] == "train"], flight["plan"]
-    tenth = max(1, len(losses) // 10)
-    rate = matmul_rate(trainer.args.dtype_name, trainer.accelerator.device.type) * plan["batch"]["processes"]
-    needed = model_flops(flight["parameters"]["total"], plan["tokens_stored_once"])
-    return {
-        "steps": trainer.state.global_step,
-        "seconds": round(trainer.seconds, 1),
-        "num_tokens": trainer._total_train_tokens,
-        "pairs_per_second": round(plan["pairs_seen"] / trainer.seconds, 3),
-        "tokens_per_second": round(plan["tokens_stored_once"] / trainer.seconds, 1),
-        "mfu": round(needed / trainer.seconds / rate, 4),
-        "loss_first_tenth": sum(losses[:tenth]) / tenth if losses else None,
-        "loss_last_tenth": sum(losses[-tenth:]) / tenth if losses else None,
-    }
-
-
-def write_samples(trainer, test, count: int, path) -> None:
-    """A few held-out prompts answered greedily by base and tuned, side by side, to be read."""
+def answer_samples(trainer, test, count: int, path) -> None:
+    """A few held-out prompts answered greedily by reference and policy, side by side, to be read."""
     from contextlib import nullcontext
 
-    from utils.artifacts import write_text
-    from utils.generation import generate
+    from utils.samples import write_samples
+    from utils.starting import as_reference
 
     # A sharded model cannot answer from rank 0 alone, and text-only pairs are no questions.
     prompts = [pair.messages for pair in test.pairs if pair.messages][:count] if test else []
-    if not prompts or trainer.is_sharded or not is_main_process():
-        return
     policy = trainer.accelerator.unwrap_model(trainer.model)
-    peft = hasattr(policy, "disable_adapter")
-    if not peft and trainer.ref_model is None:
-        return
-    sides = {
-        "base": (policy if peft else trainer.ref_model, policy.disable_adapter() if peft else nullcontext()),
-        "tuned": (policy, nullcontext()),
-    }
-    answers = {}
-    for side, (model, context) in sides.items():
-        with context, trainer.accelerator.autocast():
-            found = sorted(generate(model, trainer.processing_class, prompts, 64), key=lambda a: a["index"])
-        answers[side] = found
-    parts = ["# Held-out prompts, answered greedily (at most 64 tokens)\n"]
-    for i, messages in enumerate(prompts):
-        parts += [f"**{m['role']}**: {m['content']}\n" for m in messages]
-        parts += [f"- **{side}** ({a[i]['finish_reason']}): {a[i]['text']}\n" for side, a in answers.items()]
-        parts.append("---\n")
-    write_text(path, "\n".join(parts))
+    has_reference = trainer.ref_model is not None or hasattr(policy, "peft_config")
+    if prompts and has_reference and is_main_process() and not trainer.is_sharded:
+        sides = {"base": as_reference(policy, trainer.ref_model), "tuned": nullcontext(policy)}
+        with trainer.accelerator.autocast():
+            write_samples(path, sides, trainer.processing_class, prompts)
 
 
 def main():
@@ -334,15 +218,20 @@ def main():
     from utils.preference_trainer import check_step0
     from utils.preflight import report, run_preflight
     from utils.provenance import run_record, sha256_of
+    from utils.published import read_published
     from utils.rewards import conclude
     from utils.runs import all_arguments, checkpoint_to_resume, claim_run, identity, run_name
-    from utils.throughput import slower_than_float32
+    from utils.starting import find_start, merge
+    from utils.throughput import DPO_OPERATIONS, slower_than_float32
+    from utils.training import fit_global_batch, say, train_or_resume, training_summary
 
     # The run: its name, its folders, and whether it stands there already.
     started = time.monotonic()
     notes = fit_global_batch(args)
+    published = read_published(args.published, list) if args.published else None
     args.run_name = run_name(args.run_name, model_args.model_name_or_path, args.loss_type, data_args.limit)
     locate(model_args.model_name_or_path, model_args.model_revision)
+    start = find_start(args, model_args)
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     arguments = identity([data_args, args, model_args], batch)
     claim = (args.run_name, args.output_dir, args.eval_out, arguments, args.resume, args.overwrite)
@@ -357,17 +246,20 @@ def main():
 
     # Data and model.
     tokenizer = load_tokenizer(
-        model_args.model_name_or_path,
-        model_args.model_revision,
+        start.tokenizer if start else model_args.model_name_or_path,
+        None if start else model_args.model_revision,
         data_args.chat_template_path,
         trust_remote_code=args.trust_remote_code,
     )
     train, train_ids, test, test_ids, truncation = load_data(data_args, args, tokenizer)
     current.pin(sha256_of(train.summary()["text_sha256"], test.summary()["text_sha256"] if test else ""))
     row_log = RowFile(current.out / "train_log.jsonl")
-    trainer = build_trainer(args, model_args, tokenizer, train_ids, test_ids, row_log, notes)
+    if start and start.merged:
+        merge(start, model_args.dtype, model_args.attn_implementation, args.trust_remote_code)
+    trainer = build_trainer(args, model_args, start, tokenizer, train_ids, test_ids, row_log, notes)
 
     # Preflight.
+    notes += [start.told()] if start else []
     if args.use_cpu and args.precision != "fp32":
         slow = slower_than_float32(args.dtype_name, "cpu")
         notes += [slow] if slow else []
@@ -380,7 +272,7 @@ def main():
         return say(f"\npreflight only: see {current.out}/preflight.json")
 
     # The reference, once and for all runs; then train, and save weights and tokenizer.
-    reference = cache_reference(trainer, args, model_args, tokenizer)
+    reference = cache_reference(trainer, args, model_args, start, tokenizer)
     train_or_resume(trainer, checkpoint, current)
     trainer.save_model(args.output_dir)
     if trainer.step0_reward is not None:
@@ -389,7 +281,7 @@ def main():
 
     # Evaluate on the held-out pairs.
     rows, metrics = evaluate(trainer, args, train, test) if test else ([], {})
-    write_samples(trainer, test, args.sample_prompts, current.out / "samples.md")
+    answer_samples(trainer, test, args.sample_prompts, current.out / "samples.md")
     if not is_main_process():
         return
     lora = "LoRA" if model_args.use_peft else "full fine-tuning"
@@ -397,6 +289,9 @@ def main():
         f"{args.run_name}: {model_args.model_name_or_path}, {lora}, {'+'.join(args.loss_type)}, {len(train_ids)} pairs"
     )
     text, verdict, warning = conclude(metrics, title)
+    speed = training_summary(
+        row_log.read(), trainer, flight, "pairs", flight["plan"]["tokens_stored_once"], DPO_OPERATIONS
+    )
 
     # Write: rows, curves, card, and last the summary that declares the run complete.
     summary = envelope(
@@ -408,8 +303,10 @@ def main():
         claim=verdict,
         warning=warning,
         text=text,
-        training={**training_summary(row_log.read(), trainer, flight), "reference": reference},
+        training={**speed, "reference": reference},
         **{key: flight[key] for key in ("plan", "dropout", "precision", "parameters", "padded_because")},
+        start=start.describe() if start else None,
+        published=published,
         data={"train": train.summary(), "test": test.summary() if test else None},
     )
     if rows:

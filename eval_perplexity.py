@@ -211,7 +211,7 @@ def main():
     metrics, unit = compute(rows, text_rows, args.skip_kl, seed)
     if data:
         metrics["skipped_examples"] = metric(sum(data.dropped.values()), n=data.rows)
-    title = f"{comparison.name}: {comparison.adapter or comparison.tuned} against {comparison.base}"
+    title = f"{comparison.name}: {comparison.names['tuned']} against {comparison.names['base']}"
     text, verdict = conclude(metrics, bias, title, left_out(data, cut) if data else None)
 
     # Write, and print the table.

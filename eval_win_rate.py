@@ -143,7 +143,7 @@ def reward_mode(comparison, args, started):
     metrics = win_rate_metrics(rows, args.beta, data.dropped, seed)
     parts, bins = slices(rows, seed), calibration_bins(margins(rows), seed)
     expected = compare_expected(rows, *trainers) if trainers else None
-    title = f"{comparison.name}: {comparison.adapter or comparison.tuned} against {comparison.base}"
+    title = f"{comparison.name}: {comparison.names['tuned']} against {comparison.names['base']}"
     seen = was_trained_on(comparison.args, comparison.trained)
     text, verdict = conclude(metrics, parts, bias, expected, title, left_out(data, cut), seen)
 
@@ -206,17 +206,18 @@ def battle_mode(comparison, args, started):
     import time
 
     from utils.artifacts import envelope, write_json, write_rows
-    from utils.battle_report import battle_summary, conclude, published_rows
+    from utils.battle_report import battle_summary, conclude
     from utils.battles import judge_rows, two_orders
     from utils.comparison import TwoModels
     from utils.judges import make_judge
     from utils.plots import battle_figure
     from utils.provenance import run_record
+    from utils.published import read_published
     from utils.runs import all_arguments
 
     c, models = comparison.args, TwoModels(comparison)
     comparison.refuse_other("battle", [c, args])
-    published = published_rows(args.published) if args.published else None
+    published = read_published(args.published) if args.published else None
     options = args.judge_options(c)
     judges = [make_judge(spec, args.judge_prompt, options) for spec in dict.fromkeys([args.judge, "longer", "random"])]
     prompts, players, answers, pairs, read = answers_and_pairings(args, comparison, models)

@@ -21,7 +21,6 @@ from utils.errors import UserError, run
 from utils.evaluation_arguments import ComparisonArguments, option
 
 SIDES = ("chosen", "rejected")
-MARK = "merged_from.json"
 
 
 @dataclass
@@ -36,8 +35,9 @@ def target_folder(args, merge, comparison):
 
     Raises UserError where there is no adapter, or a place is taken.
     """
-    import shutil
     from pathlib import Path
+
+    from utils.merging import MARK
 
     if comparison.adapter is None:
         raise UserError(f"{comparison.tuned} is a model of its own: there is no adapter to merge")
@@ -50,7 +50,6 @@ def target_folder(args, merge, comparison):
             raise UserError(
                 f"{place}: not overwritten, since this script did not write it; choose another --merged_dir"
             )
-    shutil.rmtree(staging, ignore_errors=True)
     return folder, staging, old
 
 
@@ -68,7 +67,7 @@ def main():
     from utils.comparison import TwoModels, resolve
     from utils.evaluation_data import held_out_pairs
     from utils.logs import quiet_libraries
-    from utils.merging import card, conclude, response_logps, tolerance
+    from utils.merging import card, conclude, response_logps, tolerance, write_merged
     from utils.provenance import run_record
     from utils.runs import all_arguments
     from utils.stats import bootstrap
@@ -83,17 +82,12 @@ def main():
     data, ids, _ = held_out_pairs(comparison, models.tokenizer)
 
     # The adapter's figures, and the merged model on disk.
-    write_json(staging / MARK, {})
     model = models.load_one(comparison.base, args.base_revision, comparison.adapter, quantized=False)
     adapted = response_logps(model, models.tokenizer, ids, args.shared_prompt, "adapter")
-    merged = model.merge_and_unload(safe_merge=True)
-    merged.save_pretrained(staging)
-    for path in staging.iterdir():
-        # safetensors keeps its files from everybody else.
-        path.chmod((staging / MARK).stat().st_mode)
-    write_json(staging / MARK, {"base": comparison.base, "adapter": models.identity("tuned")})
-    models.tokenizer.save_pretrained(staging)
-    del model, merged
+    write_merged(
+        staging, model, models.tokenizer, {"base": comparison.base, "adapter": models.identity("tuned")}
+    )  # fmt: skip
+    del model
 
     # What was written, read again.
     model = models.load_one(str(staging), quantized=False)

@@ -86,7 +86,7 @@ def generate(comparison, args, reference, folder) -> None:
         answers[player.name] = answer_all(player, prompts, sampling, c, engine)
         seconds[player.name] = round(time.monotonic() - started, 1)
     refuse_equal(answers)
-    names = {"base": comparison.base, "tuned": comparison.adapter or comparison.tuned}
+    names = comparison.names
     for player in players:
         made_by = {**player.identity, **sampling, "engine": engine, "seconds": seconds[player.name]}
         write_outputs(folder, player.name, names[player.name], reference, answers[player.name], made_by)

@@ -65,11 +65,19 @@ def test_missing_config_file():
         parse((), ["--config", "none.yaml"])
 
 
-def test_help_is_a_page_within_two_seconds():
+@pytest.mark.parametrize(
+    ("script", "flag"),
+    [
+        ("dpo_train_human_preference", "--beta"),
+        ("sft_train_instruction", "--loss_on"),
+        ("generate_preference_pairs", "--scorer"),
+    ],
+)
+def test_help_is_a_page_within_two_seconds(script, flag):
     started = time.monotonic()
-    done = command("dpo_train_human_preference.py", "--help")
+    done = command(f"{script}.py", "--help")
     assert time.monotonic() - started < 2
-    assert done.returncode == 0 and "accelerate launch" in done.stdout and "--beta" in done.stdout
+    assert done.returncode == 0 and "accelerate launch" in done.stdout and flag in done.stdout
     assert len(done.stdout.splitlines()) < 60
 
 
@@ -115,6 +123,8 @@ def test_missing_model_and_data_are_named(train):
 def test_every_training_config_parses_and_names_its_keys():
     from trl import ModelConfig
 
+    from utils.instruction_trainer import InstructionConfig
+    from utils.instructions import InstructionArguments
     from utils.preference_trainer import PreferenceConfig
     from utils.preferences import DataArguments
 
@@ -124,9 +134,8 @@ def test_every_training_config_parses_and_names_its_keys():
     assert {path.stem for path in set(texts) - set(configs)} == {"battle_arena_hard", "alpacaeval"}
     assert len(configs) >= 2
     for config in configs:
-        data, args, model = parse(
-            (DataArguments, PreferenceConfig, ModelConfig), ["--config", str(config), "--bf16", "false"]
-        )
+        stage = (InstructionArguments, InstructionConfig) if "sft" in config.stem else (DataArguments, PreferenceConfig)
+        data, args, model = parse((*stage, ModelConfig), ["--config", str(config), "--bf16", "false"])
         assert model.model_name_or_path and data.dataset_name, config
 
 

@@ -171,9 +171,9 @@ def test_given_answers_are_met_by_base_and_tuned(battle, prefs, tmp_path):
 
 def test_the_arena_hard_config_reaches_the_battle_as_it_stands():
     from eval_win_rate import WinRateArguments
-    from utils.battle_report import published_rows
     from utils.evaluation_arguments import ComparisonArguments
     from utils.judges import JudgePrompt
+    from utils.published import read_published
 
     path = ROOT / "configs/battle_arena_hard.yaml"
     _, args = parse((ComparisonArguments, WinRateArguments), ["--config", str(path)])
@@ -182,7 +182,7 @@ def test_the_arena_hard_config_reaches_the_battle_as_it_stands():
     assert args.battle and args.max_new_tokens == 4096
     prompt = JudgePrompt.read(ROOT / args.judge_prompt)
     assert prompt.verdict == "text" and len(prompt.labels) == 5 and prompt.labels["[[B>>A]]"] == (0.0, 3)
-    scores = {name: row["score"] for name, row in published_rows(ROOT / args.published)["rows"].items()}
+    scores = {name: row["score"] for name, row in read_published(ROOT / args.published)["rows"].items()}
     assert scores == {"gemma-2-9b-it": 40.8, "gemma-2-9b-it-DPO": 58.9, "gemma-2-9b-it-SimPO": 59.1}
 
 

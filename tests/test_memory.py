@@ -25,6 +25,7 @@ def asked(tokens=None, precision="fp32", accumulation=1):
         per_device_train_batch_size=2,
         gradient_accumulation_steps=accumulation,
         precision=precision,
+        sequences_a_row=2,
         token_budget=lambda longest: tokens or 4 * 100,
     )
 

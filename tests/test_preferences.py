@@ -7,8 +7,9 @@ import pytest
 from conftest import make_pairs, write_jsonl
 
 from utils.errors import UserError
-from utils.preferences import DataArguments, Pair, load_pairs, remove_overlap, to_pair, tokenize, truncate
+from utils.preferences import DataArguments, Pair, load_pairs, to_pair, tokenize, truncate
 from utils.rows import read_rows
+from utils.sources import without_overlap
 
 USER = {"role": "user", "content": "Two plus two?"}
 GOOD, BAD = {"role": "assistant", "content": "Four."}, {"role": "assistant", "content": "Five."}
@@ -222,17 +223,16 @@ def test_overlap_is_refused_dropped_or_kept(tmp_path):
     shouted[0]["rejected"][0]["content"] = shouted[0]["chosen"][0]["content"]
     train_file, test_file = write_jsonl(tmp_path / "a.jsonl", make_pairs(6)), write_jsonl(tmp_path / "b.jsonl", shouted)
 
-    def load():
-        return [load_pairs([{"name": str(f), "split": "x"}]) for f in (train_file, test_file)]
+    def overlap(policy):
+        train, test = (load_pairs([{"name": str(f), "split": "x"}]) for f in (train_file, test_file))
+        return without_overlap(train.pairs, test.pairs, policy, train.dropped), train.dropped
 
     with pytest.raises(UserError, match="^2 train prompts.*a.jsonl line 5.*train_test_overlap"):
-        remove_overlap(*load(), "refuse")
-    train, test = load()
-    remove_overlap(train, test, "drop")
-    assert len(train.pairs) == 4 and train.dropped == {"prompt_in_test_split": 2}
-    train, test = load()
-    remove_overlap(train, test, "keep")
-    assert len(train.pairs) == 6 and train.dropped == {"prompt_in_test_split_kept": 2}
+        overlap("refuse")
+    kept, dropped = overlap("drop")
+    assert len(kept) == 4 and dropped == {"prompt_in_test_split": 2}
+    kept, dropped = overlap("keep")
+    assert len(kept) == 6 and dropped == {"prompt_in_test_split_kept": 2}
 
 
 def test_mixing_takes_shares_and_repeats_nothing(tmp_path):

@@ -53,6 +53,24 @@ def test_top_p_cuts_the_tail_and_keeps_the_rest_in_proportion():
     assert set(drawn(range(300), top_p=0.01, logits=np.log(p)).ravel()) == {0}
 
 
+@pytest.mark.parametrize("spread", [3.0, 0.05], ids=["peaked", "flat"])
+def test_the_nucleus_of_a_large_vocabulary_is_transformers(spread):
+    """Peaked, it lies among the likeliest few that are looked at first; flat, it holds more of them than that."""
+    from transformers import TopPLogitsWarper
+
+    logits = spread * np.random.default_rng(1).standard_normal(1000)
+    warped = TopPLogitsWarper(0.8)(None, torch.tensor(logits)[None])
+    kept = set(warped[0].isfinite().nonzero()[:, 0].tolist())
+    assert (len(kept) > 256) == (spread < 1)
+    tokens = drawn(range(3000), top_p=0.8, logits=logits).ravel()
+    p = softmax(logits)
+    likely = [k for k in kept if 3000 * p[k] / 0.8 > 12]
+    assert set(likely) <= set(tokens) <= kept and (len(set(tokens)) > 256) == (spread < 1)
+    if likely:
+        inside = np.array([likely.index(t) for t in tokens if t in likely])
+        assert p_value(inside, p[likely] / p[likely].sum()) > 1e-3
+
+
 def test_top_p_is_taken_after_the_temperature():
     # At temperature 0.5 the first of 0.5, 0.3, 0.2 has 0.25 / 0.38 = 0.66 of the mass, above 0.6.
     logits = np.log([0.5, 0.3, 0.2])

@@ -348,17 +348,25 @@ def test_data_without_pairs_is_refused(call, trained, tmp_path):
     assert_one_line(err, "none.jsonl line 1", "'chosen' is missing")
 
 
-def test_a_model_without_chat_template_is_told_what_it_needs(call, trained, tiny, prefs, tmp_path):
+def without_template(folder, copy):
+    """A copy of a model's or adapter's folder whose tokenizer has no chat template."""
     import shutil
 
-    plain = tmp_path / "tiny-llama"
-    shutil.copytree(tiny, plain)
-    (plain / "chat_template.jinja").unlink(missing_ok=True)
-    config = json.loads((plain / "tokenizer_config.json").read_text())
+    shutil.copytree(folder, copy)
+    (copy / "chat_template.jinja").unlink(missing_ok=True)
+    config = json.loads((copy / "tokenizer_config.json").read_text())
     config.pop("chat_template", None)
-    (plain / "tokenizer_config.json").write_text(json.dumps(config))
-    args = ("--adapter_path", trained / "ck/r", "--base_model", plain, "--eval_out", tmp_path, "--allow_other_base")
-    code, _, err = call("eval_win_rate", *args)
+    (copy / "tokenizer_config.json").write_text(json.dumps(config))
+    return copy
+
+
+def test_a_base_without_chat_template_takes_the_adapters_or_is_told_what_it_needs(call, trained, tiny, tmp_path):
+    plain = without_template(tiny, tmp_path / "tiny-llama")
+    bare = without_template(trained / "ck/r", tmp_path / "bare")
+    same = ("--base_model", plain, "--allow_other_base", "--dataset_name", "data/quickstart_prefs", "--limit", 4)
+    code, out, err = call("eval_win_rate", "--adapter_path", trained / "ck/r", *same, "--eval_out", tmp_path / "a")
+    assert code == 0 and "win rate by reward" in out, err
+    code, _, err = call("eval_win_rate", "--adapter_path", bare, *same, "--eval_out", tmp_path / "b")
     assert code == 2
     assert_one_line(err, "has no chat template", "--chat_template_path")
 

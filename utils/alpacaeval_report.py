@@ -8,8 +8,8 @@ import numpy as np
 
 from utils import alpacaeval
 from utils.artifacts import metric
-from utils.battle_report import published_rows
 from utils.errors import UserError
+from utils.published import read_published
 from utils.stats import bootstrap, signed_rank
 from utils.tables import cell, difference, estimate, interval, render
 
@@ -89,7 +89,7 @@ def published(path: str | None) -> dict:
     """
     extra = {}
     if path:
-        read = published_rows(path)
+        read = read_published(path)
         for name, row in read["rows"].items():
             if not isinstance(row, dict) or not all(isinstance(row.get(k), (int, float)) for k in NEEDED):
                 raise UserError(f"--published {path}: row {name} needs {' and '.join(NEEDED)} as numbers")

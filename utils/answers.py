@@ -1,6 +1,6 @@
 """Answers of a model to prompts, cached on disk by model, prompt and settings."""
 
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from utils.comparison import TwoModels, base_of
 from utils.errors import UserError, is_main_process
 from utils.generation import generate
 from utils.ledger import Ledger, key_of
-from utils.models import load_tokenizer
+from utils.models import adapter_sha256, identify, load_model, load_tokenizer, locate_adapter
 from utils.prompts import Prompt
 
 
@@ -29,7 +29,7 @@ class Player:
 def comparison_players(models: TwoModels) -> list[Player]:
     """Base and tuned."""
     c = models.comparison
-    weights = {"base": (c.base, None), "tuned": (c.base, c.adapter) if c.adapter else (c.tuned, None)}
+    weights = {side: c.weights(side)[::2] for side in models.sides}
     remote = c.args.trust_remote_code
     return [
         Player(
@@ -37,6 +37,43 @@ def comparison_players(models: TwoModels) -> list[Player]:
         )
         for side in models.sides
     ]
+
+
+def policy_player(args) -> Player:
+    """The model that samples its own answers: a base, perhaps with an adapter.
+
+    Args:
+        args: model_name_or_path, model_revision, adapter_path, dtype, attn_implementation, chat_template_path,
+            trust_remote_code.
+    """
+    import torch
+    from accelerate import PartialState
+
+    name, revision, device = args.model_name_or_path, args.model_revision, PartialState().device
+    adapter = locate_adapter(args.adapter_path) if args.adapter_path else None
+    dtype = args.dtype or ("bfloat16" if torch.cuda.is_available() else "float32")
+    # As in training: an adapter that brings a tokenizer was trained under its template.
+    brings = adapter and (Path(adapter) / "tokenizer_config.json").exists()
+    tokenizer = load_tokenizer(
+        *((adapter, None) if brings else (name, revision)),
+        args.chat_template_path,
+        trust_remote_code=args.trust_remote_code,
+    )
+    identity = {
+        **identify(name, tokenizer, revision),
+        "asked_revision": revision,
+        "adapter_sha256": adapter_sha256(adapter) if adapter else None,
+        "dtype": dtype,
+        "autocast": None,
+        "attn_implementation": args.attn_implementation,
+    }
+
+    @contextmanager
+    def opened():
+        options = (revision, dtype, args.attn_implementation, None, adapter, args.trust_remote_code)
+        yield load_model(name, *options).to(device).eval()
+
+    return Player("policy", identity, tokenizer, opened, name, adapter, args.trust_remote_code)
 
 
 def further_player(spec: str, models: TwoModels) -> Player:
@@ -91,37 +128,54 @@ GENERATION_BUDGET = 4
 
 
 def answer_all(player: Player, prompts: list[Prompt], sampling: dict, args, engine: str = "hf") -> list[dict]:
-    """`{text, tokens, finish_reason}` of every prompt, in order, on every process: sharded, and kept batch by batch.
+    """One answer a prompt: `answer_each` under one setting."""
+    return answer_each(player, prompts, [sampling], args, engine)[0]
+
+
+def answer_each(player: Player, prompts: list[Prompt], samplings: list[dict], args, engine: str = "hf") -> list[list]:
+    """`{text, tokens, finish_reason}` of every prompt, in order, under each setting, on every process.
+
+    The work is sharded, and kept batch by batch; the model is loaded once, and only where something is left to answer.
 
     Args:
-        sampling: max_new_tokens, temperature, top_p and seed, which decide an answer.
-        args: ComparisonArguments; its batch sizes decide nothing but the speed.
+        samplings: max_new_tokens, temperature, top_p and seed of each setting, which decide an answer.
+        args: eval_out, overwrite and the batch sizes, which decide nothing but the speed.
         engine: hf or vllm; answers of one are never taken for those of the other.
     """
     from tqdm import tqdm
 
+    keys = [key_of(prompt.messages) for prompt in prompts]
+    batches = {"batch_tokens": GENERATION_BUDGET * args.batch_tokens, "batch_size": args.batch_size}
+    ledgers = []
+    with ExitStack() as opened:
+        answers = None
+        for number, sampling in enumerate(samplings, 1):
+            ledger = _ledger(player, sampling, args, engine)
+            ledgers.append(ledger)
+            todo = list({key: i for i, key in enumerate(keys) if key not in ledger.before}.values())
+            # Dealt out by length, so that every process gets as much to do.
+            todo.sort(key=lambda i: (-len(prompts[i].text), i))
+            mine = ledger.share(todo)
+            if not mine:
+                continue
+            answers = answers or opened.enter_context(engine_of(player, engine))
+            what = f"{player.name} answers" + (f" {number}/{len(samplings)}" if len(samplings) > 1 else "")
+            with tqdm(total=len(mine), desc=what, unit="prompt", disable=not is_main_process()) as bar:
+                for answer in answers([prompts[i].messages for i in mine], **sampling, **batches):
+                    ledger.add(keys[mine[answer.pop("index")]], answer)
+                    bar.update()
+    found = [ledger.gather() for ledger in ledgers]
+    return [[one[key] for key in keys] for one in found]
+
+
+def _ledger(player: Player, sampling: dict, args, engine: str) -> Ledger:
+    """Where a player's answers under one setting are kept."""
     decisive = dict(sampling)
     if not sampling["temperature"]:
         decisive |= {"top_p": None, "seed": None}
     if engine != "hf":
         decisive["engine"] = engine
-    ledger = Ledger(args.eval_out, f"answers-{player.name}", {**player.identity, **decisive}, args.overwrite)
-    keys = [key_of(prompt.messages) for prompt in prompts]
-    done = ledger.before
-    todo = list({key: i for i, key in enumerate(keys) if key not in done}.values())
-    # Dealt out by length, so that every process gets as much to do.
-    todo.sort(key=lambda i: (-len(prompts[i].text), i))
-    mine = ledger.share(todo)
-    if mine:
-        bar = tqdm(total=len(mine), desc=f"{player.name} answers", unit="prompt", disable=not is_main_process())
-        asked = [prompts[i].messages for i in mine]
-        batches = {"batch_tokens": GENERATION_BUDGET * args.batch_tokens, "batch_size": args.batch_size}
-        with engine_of(player, engine) as answers, bar:
-            for answer in answers(asked, **sampling, **batches):
-                ledger.add(keys[mine[answer.pop("index")]], answer)
-                bar.update()
-    found = ledger.gather()
-    return [found[key] for key in keys]
+    return Ledger(args.eval_out, f"answers-{player.name}", {**player.identity, **decisive}, args.overwrite)
 
 
 def answer_everyone(models: TwoModels, players: list[Player], prompts: list[Prompt], sampling: dict) -> dict[str, list]:

@@ -1,9 +1,6 @@
 """The summary of battles, and what eval_win_rate.py --battle prints."""
 
-from pathlib import Path
-
 from utils.battles import against_opponent, answer_metrics, battle_metrics, bradley_terry, by_category
-from utils.errors import UserError
 from utils.tables import cell, difference, estimate, render
 
 
@@ -44,19 +41,6 @@ def battle_summary(judged: dict, answers: dict, pairs: list[tuple[str, str]], pl
     names = list(dict.fromkeys([*players, *lengths]))
     strengths = bradley_terry(decided, names, seed) if len(names) > 2 and decided else None
     return {"metrics": metrics, "matches": matches, "answers": lengths, "bradley_terry": strengths}
-
-
-def published_rows(path: str) -> dict:
-    """A file of published scores: source, setting and rows. Raises UserError naming the file."""
-    import yaml
-
-    try:
-        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"--published {path}: cannot be read ({error})") from None
-    if not isinstance(found, dict) or not {"source", "setting", "rows"} <= set(found):
-        raise UserError(f"--published {path}: needs source, setting and rows")
-    return found
 
 
 def conclude(sections: dict, published: dict | None, title: str, read: dict) -> tuple[str, str]:

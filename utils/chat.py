@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from utils.errors import UserError
 
@@ -58,6 +59,27 @@ class ChatRenderer:
         """The prompt and the assistant's `response`, with its end-of-turn token. Raises TemplateRefused."""
         return self._text([*self.fold(messages), {"role": "assistant", "content": response}], False)
 
+    def answers(self, turns: list[dict]) -> tuple[str, list[tuple[int, int]]]:
+        """A rendered conversation, and the spans of it that are answers, each with the token that ends it.
+
+        An answer that the template writes otherwise once turns follow it (without its thoughts, say) is left out.
+        Raises TemplateRefused.
+        """
+        turns = self.fold(turns)
+        whole, spans = self._text(turns, False), []
+        for i, turn in enumerate(turns):
+            if turn["role"] == "assistant":
+                opening, closed = self._text(turns[:i], True), self._text(turns[: i + 1], False)
+                start = shared_prefix(opening, whole)
+                if i + 1 == len(turns) or (start == len(opening) and whole.startswith(closed)):
+                    spans.append((start, len(closed)))
+        return whole, spans
+
+    @cached_property
+    def reads_input(self) -> bool:
+        """Whether the template has a place of its own for Alpaca's `input`."""
+        return "INPUT-PROBE" in self._text([{"role": "user", "content": "x", "input": "INPUT-PROBE"}], True)
+
     def ids(self, texts: list[str]) -> list[list[int]]:
         """Token ids of rendered texts, with no special token beyond those in the text."""
         return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
@@ -92,8 +114,8 @@ def break_up(pattern: re.Pattern, text: str) -> str:
     return pattern.sub(lambda m: f"{m[0][0]} {m[0][1:]}", text)
 
 
-def shared_prefix(a: list[int], b: list[int]) -> int:
-    """Number of leading ids that `a` and `b` have in common."""
+def shared_prefix(a: list | str, b: list | str) -> int:
+    """Number of leading ids, messages or characters that `a` and `b` have in common."""
     for i, (x, y) in enumerate(zip(a, b, strict=False)):
         if x != y:
             return i

@@ -7,8 +7,11 @@ from pathlib import Path
 
 from utils.errors import UserError
 from utils.evaluation_arguments import DEFAULT_RUN, ULTRAFEEDBACK, ComparisonArguments
-from utils.models import identify, load_model, load_tokenizer, quantization
-from utils.provenance import sha256_of_files
+from utils.models import adapter_sha256, identify, load_model, load_tokenizer, locate_adapter, quantization
+from utils.starting import FROZEN
+
+# The name of the adapter on the base's side, where there is one.
+BASE_ADAPTER = "base"
 
 # What changes neither a figure nor the question may differ between two calls that write the same files.
 FREE = {
@@ -31,6 +34,19 @@ class Comparison:
     trained: dict
     out: Path
     step: int | None = None
+    base_adapter: str | None = None
+
+    def weights(self, side: str) -> tuple[str, str | None, str | None]:
+        """(model, revision, adapter) of "base" or "tuned"."""
+        if side == "tuned" and self.tuned:
+            return self.tuned, self.args.tuned_revision, None
+        return self.base, self.args.base_revision, self.adapter if side == "tuned" else self.base_adapter
+
+    @property
+    def names(self) -> dict[str, str]:
+        """What base and tuned are called in titles."""
+        base = f"{self.base} with {self.base_adapter}" if self.base_adapter else self.base
+        return {"base": base, "tuned": self.adapter or self.tuned}
 
     def refuse_other(self, stem: str, asked: list, folder: Path | None = None) -> None:
         """Raise UserError where another evaluation's summary stands at this one's place, unless --overwrite is given.
@@ -75,7 +91,7 @@ def resolve(args: ComparisonArguments) -> Comparison:
     """
     from utils.artifacts import check_writable
 
-    for key in ("base_model", "adapter_path", "tuned_model"):
+    for key in ("base_model", "adapter_path", "tuned_model", "base_adapter"):
         if (getattr(args, key) or "").startswith("~"):
             setattr(args, key, str(Path(getattr(args, key)).expanduser()))
     if args.adapter_path and args.tuned_model:
@@ -94,15 +110,23 @@ def resolve(args: ComparisonArguments) -> Comparison:
     base = args.base_model or trained.get("model_name_or_path") or (base_of(adapter) if adapter else None)
     if base is None:
         raise UserError("--base_model is missing: the model that the tuned one is compared with")
-    if adapter and not args.allow_other_base:
-        _refuse_other_base(adapter, base)
+    frozen = folder / FROZEN if folder and (folder / FROZEN / "adapter_config.json").exists() else None
+    if (args.base_adapter or "").lower() == "none":
+        args.base_adapter, frozen = None, None
+    if args.base_adapter is not None and adapter is None:
+        raise UserError("--base_adapter: the tuned model is one of its own; name the base with --base_model")
+    args.base_adapter = locate_adapter(args.base_adapter) if args.base_adapter else str(frozen) if frozen else None
+    for one in (adapter, args.base_adapter):
+        if one and not args.allow_other_base:
+            _refuse_other_base(one, base)
     _fill(args, trained)
     name = args.run_name or _name_of(folder or Path(args.tuned_model))
     out = Path(args.output_dir) if args.output_dir else Path(args.eval_out) / name
     flag = "--output_json" if args.output_json else "--output_dir" if args.output_dir else "--eval_out"
     check_writable(Path(args.output_json).parent if args.output_json else out, flag)
     step = re.fullmatch(r"checkpoint-(\d+)", folder.name) if folder else None
-    return Comparison(args, name, base, adapter, tuned, trained, out, int(step[1]) if step else None)
+    step = int(step[1]) if step else None
+    return Comparison(args, name, base, adapter, tuned, trained, out, step, args.base_adapter)
 
 
 def _tuned_folder(args) -> Path | None:
@@ -125,12 +149,18 @@ def _tuned_folder(args) -> Path | None:
 
 
 def _run_of(folder: Path) -> dict:
-    """The arguments of the run that wrote `folder` (its weights, or one of its checkpoints); empty for a stranger's."""
+    """The arguments of the run that wrote `folder` (its weights, or one of its checkpoints); empty for a stranger's.
+
+    What an instruction run trained on are no pairs: those keys are left out.
+    """
     from utils.artifacts import read_json
+    from utils.sources import SourceArguments
 
     for place in (folder, folder.parent):
         if (place / "run.json").exists():
-            return read_json(place / "run.json").get("args", {})
+            found = read_json(place / "run.json").get("args", {})
+            instructions = SourceArguments.__dataclass_fields__ if "loss_on" in found else ()
+            return {key: value for key, value in found.items() if key not in instructions}
     return {}
 
 
@@ -201,7 +231,7 @@ def _fill(args: ComparisonArguments, trained: dict) -> None:
     """The run's values where the command line gave none, then the field's."""
     import torch
 
-    if args.dataset_name is None and not trained:
+    if args.dataset_name is None and not (trained.get("dataset_name") or trained.get("datasets")):
         args.dataset_name = ULTRAFEEDBACK
     if args.dataset_name is not None:
         args.split = args.split or ("test_prefs" if args.dataset_name == ULTRAFEEDBACK else "test")
@@ -259,6 +289,10 @@ class TwoModels:
         self.tokenizer = load_tokenizer(
             comparison.base, args.base_revision, args.chat_template_path, trust_remote_code=args.trust_remote_code
         )
+        adapter = comparison.adapter
+        if adapter and not self.tokenizer.chat_template and (Path(adapter) / "tokenizer_config.json").exists():
+            # A base without a chat template, tuned under one: the adapter brings it.
+            self.tokenizer = load_tokenizer(adapter)
         if comparison.tuned:
             self._refuse_other_tokenizer()
         self._base, self._tuned, self.shares_prompts = None, None, False
@@ -281,8 +315,11 @@ class TwoModels:
 
         if self._base is None:
             args, c = self.comparison.args, self.comparison
-            self._base = self.load_one(c.base, args.base_revision, c.adapter)
-            self._tuned = self._base if c.adapter else self.load_one(c.tuned, args.tuned_revision)
+            self._tuned = self.load_one(*c.weights("tuned"))
+            self._base = self._tuned if c.adapter else self.load_one(*c.weights("base"))
+            if c.base_adapter:
+                self._base.load_adapter(c.base_adapter, adapter_name=BASE_ADAPTER)
+                self._base.eval()
             for model in (self._base, self._tuned):
                 attach_head(model)
                 fused_lora.attach(model)
@@ -339,9 +376,11 @@ class TwoModels:
 
     @contextmanager
     def base(self):
-        """The base model, its adapter switched off."""
-        off = self._base.disable_adapter() if self.comparison.adapter else nullcontext()
-        with off, self.autocasting():
+        """The base model, the tuned one's adapter switched off."""
+        from trl.trainer.utils import use_adapter
+
+        own = BASE_ADAPTER if self.comparison.base_adapter else None
+        with use_adapter(self._base, own) if self.comparison.adapter else nullcontext(), self.autocasting():
             yield self._base
 
     @contextmanager
@@ -356,10 +395,7 @@ class TwoModels:
 
     def identity(self, side: str) -> dict:
         """What identifies one side's figures before its weights are loaded: names, hashes, precision, template."""
-        args, c = self.comparison.args, self.comparison
-        if side == "base" or c.adapter:
-            return self.identity_of(c.base, args.base_revision, c.adapter if side == "tuned" else None, self.tokenizer)
-        return self.identity_of(c.tuned, args.tuned_revision, None, self.tokenizer)
+        return self.identity_of(*self.comparison.weights(side), self.tokenizer)
 
     def identity_of(self, name: str, revision, adapter: str | None, tokenizer, quantized: bool = True) -> dict:
         """What identifies the figures of a model that `load_one` loads."""
@@ -376,13 +412,5 @@ class TwoModels:
     def describe(self) -> dict:
         """The `model` section of an artifact."""
         base, tuned = self.identity("base"), self.identity("tuned")
-        return {"base": base, "tuned": {**tuned, "name": self.comparison.adapter or self.comparison.tuned}}
-
-
-def adapter_sha256(folder: str) -> str:
-    """SHA-256 of a LoRA folder's config and weights."""
-    files = [p for p in Path(folder).iterdir() if p.name in ADAPTER_FILES]
-    return sha256_of_files(files)
-
-
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+        names = self.comparison.names
+        return {"base": {**base, "name": names["base"]}, "tuned": {**tuned, "name": names["tuned"]}}

@@ -22,6 +22,9 @@ class ComparisonArguments:
     base_model: str | None = option("Hub id, folder or builtin model (default: what the tuned one was trained from).")
     adapter_path: str | None = option("LoRA folder: the tuned model is the base with this adapter.")
     tuned_model: str | None = option("Hub id or folder of a tuned model of its own.")
+    base_adapter: str | None = option(
+        "LoRA folder on the base's side too, or none (default: the frozen reference of an adapter trained further)."
+    )
     base_revision: str | None = option("Hub revision of the base model.")
     tuned_revision: str | None = option("Hub revision of --tuned_model.")
     allow_other_base: bool = option("Accept an adapter that names another base model.", False)

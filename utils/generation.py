@@ -105,24 +105,55 @@ def as_text(messages: list[dict], tokenizer) -> list[dict]:
     return [{**m, "content": neutralise(m["content"], tokenizer)} for m in messages]
 
 
+# Tokens among which the nucleus is looked for first: sorting a whole vocabulary costs more than a small model's step.
+LIKELIEST = 256
+
+
 def seeded_sampling(seeds: list[int], temperature: float, top_p: float, device):
     """A logits processor under which the argmax is a sample: one generator a row, so that no row depends on another.
 
-    Gumbel-max: argmax_i (z_i - log E_i) with E_i ~ Exp(1) is distributed as softmax(z).
+    Gumbel-max: argmax_i (z_i - log E_i) with E_i ~ Exp(1) is distributed as softmax(z). The nucleus is the likeliest
+    tokens up to the one with which their probabilities reach `top_p` (Holtzman et al. 2019, arXiv 1904.09751).
 
     Args:
         seeds: one a row of the batch.
     """
     import torch
-    from transformers import LogitsProcessor, TopPLogitsWarper
+    from transformers import LogitsProcessor
 
     generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
-    nucleus = TopPLogitsWarper(top_p)
+
+    def drawn(scores, generator):
+        """The place of a sample of softmax(scores), scores of shape (tokens,)."""
+        return (scores - torch.empty_like(scores).exponential_(generator=generator).log()).argmax()
+
+    def in_nucleus(scores, before, generator):
+        """The same among the tokens before which less than top_p of the probability lies."""
+        return drawn(scores.masked_fill(before >= top_p, float("-inf")), generator)
 
     class SeededSampling(LogitsProcessor):
         def __call__(self, input_ids, scores):
-            scores = nucleus(input_ids, scores.float() / temperature)
-            draws = [torch.empty_like(scores[0]).exponential_(generator=g) for g in generators]
-            return scores - torch.stack(draws).log()
+            scores = scores.float() / temperature
+            if top_p < 1:
+                chosen = self.nucleus(scores)
+            else:
+                chosen = torch.stack([drawn(row, g) for row, g in zip(scores, generators, strict=True)])
+            return torch.full_like(scores, float("-inf")).scatter_(1, chosen[:, None], 0.0)
+
+        def nucleus(self, scores):
+            log_z = scores.logsumexp(-1, keepdim=True)
+            few, places = scores.topk(min(LIKELIEST, scores.shape[1]))
+            p = (few - log_z).exp()
+            mass = p.cumsum(-1)
+            found = []
+            for row, (reached, generator) in enumerate(zip((mass[:, -1] >= top_p).tolist(), generators, strict=True)):
+                if reached:
+                    found.append(places[row, in_nucleus(few[row], mass[row] - p[row], generator)])
+                    continue
+                # A flat distribution: its nucleus is larger.
+                every, order = scores[row].sort(descending=True)
+                all_p = (every - log_z[row]).exp()
+                found.append(order[in_nucleus(every, all_p.cumsum(-1) - all_p, generator)])
+            return torch.stack(found)
 
     return SeededSampling()

@@ -56,10 +56,9 @@ def model_arguments(models, side: str, backend: str, max_length: int | None, ten
     from utils.vllm_engine import lora_rank
 
     c, args = models.comparison, models.comparison.args
-    own_weights = side == "tuned" and c.tuned
-    name, revision = (c.tuned, args.tuned_revision) if own_weights else (c.base, args.base_revision)
+    name, revision, adapter = c.weights(side)
     compute = models.dtype if models.autocast is None else str(models.autocast).removeprefix("torch.")
-    adapter = str(Path(c.adapter).resolve()) if side == "tuned" and c.adapter else None
+    adapter = str(Path(adapter).resolve()) if adapter else None
     whole = backend == "hf" and not models.quantized
     found = {"pretrained": _absolute(locate(name, revision)), "dtype": models.dtype if whole else compute}
     if revision:

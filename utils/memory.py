@@ -32,9 +32,10 @@ def needed(model, args, trained: int, longest: int, reference_beside: bool) -> M
     """
     weights = sum(p.numel() * p.element_size() for p in model.parameters()) * (1 + reference_beside)
     config = model.config.get_text_config()
-    # A pair has at most two sequences, and a step no more than its pairs.
-    step = 2 * longest * args.per_device_train_batch_size * args.gradient_accumulation_steps
-    tokens = max(2 * longest, min(args.token_budget(longest), step))
+    # A step computes no more than its own rows together.
+    row = args.sequences_a_row * longest
+    step = row * args.per_device_train_batch_size * args.gradient_accumulation_steps
+    tokens = max(row, min(args.token_budget(longest), step))
     wide = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     values = tokens * config.num_hidden_layers * (16 * config.hidden_size + 6 * wide)
     return Memory(weights + 12 * trained, values * (4 if args.precision == "fp32" else 2))

@@ -1,13 +1,43 @@
-"""A merged model against adapter and base: their log-probabilities, what may lie between them, and the card."""
+"""An adapter merged into its base: written to disk, held against the adapter's own log-probabilities, and its card."""
 
+import shutil
+from pathlib import Path
+
+from utils.artifacts import write_json
 from utils.card import usage_snippet
+from utils.errors import UserError
 from utils.models import BUILTIN_HUB_ID
 from utils.tables import cell, render
 
+# The file that marks a folder as one that this project merged, and says of what.
+MARK = "merged_from.json"
 # A large logit, whose rounding moves the log-probability of its token.
 LOGIT = 32.0
 # Sums of thousands of float32 products in another order.
 FLOOR_NATS = 1e-3
+
+
+def write_merged(folder: Path, model, tokenizer, about: dict) -> None:
+    """Merge the adapter of `model` into its weights, and write the plain model with its tokenizer to `folder`.
+
+    Args:
+        folder: emptied before.
+        about: what was merged, for the folder's mark.
+
+    Raises:
+        UserError: where weights come out that are no numbers.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        merged = model.merge_and_unload(safe_merge=True)
+    except ValueError as error:
+        raise UserError(f"{folder}: {error} Merge in float32, or look for a broken adapter") from None
+    write_json(folder / MARK, about)
+    merged.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    for path in folder.iterdir():
+        # safetensors keeps its files from everybody else.
+        path.chmod((folder / MARK).stat().st_mode)
 
 
 def response_logps(model, tokenizer, ids, share_prompts: bool, desc: str):

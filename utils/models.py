@@ -107,6 +107,32 @@ def locate(name: str, revision: str | None = None) -> str:
     return name
 
 
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "chat_template.jinja", "special_tokens_map.json")
+
+
+def locate_adapter(name: str) -> str:
+    """The folder of a LoRA adapter: `name` itself, or what is downloaded from the hub repository of that name.
+
+    A tokenizer that lies beside the adapter comes with it. Raises UserError for a folder or repository without one.
+    """
+    path = Path(name).expanduser()
+    if path.exists() or name.startswith((".", "/", "~")):
+        if not (path / "adapter_config.json").exists():
+            why = "holds no adapter_config.json" if path.is_dir() else "is no folder"
+            raise UserError(f"adapter {name} {why}: give the folder that training wrote, or a hub id")
+        return str(path)
+    from huggingface_hub import snapshot_download
+
+    fetch(name, "adapter_config.json", "model", None, "a local folder")
+    return snapshot_download(name, allow_patterns=[*ADAPTER_FILES, *TOKENIZER_FILES])
+
+
+def adapter_sha256(folder: str) -> str:
+    """SHA-256 of a LoRA folder's config and weights."""
+    return sha256_of_files([p for p in Path(folder).iterdir() if p.name in ADAPTER_FILES])
+
+
 def load_tokenizer(name: str, revision: str | None = None, chat_template_path: str | None = None, **kwargs):
     """The tokenizer of `name`, right-padding, with a pad token; `chat_template_path` replaces its chat template.
 
@@ -114,8 +140,10 @@ def load_tokenizer(name: str, revision: str | None = None, chat_template_path: s
     """
     from transformers import AutoTokenizer
 
+    # A folder with a tokenizer is enough: a LoRA adapter may bring one, and is no model.
+    where = name if (Path(name) / "tokenizer_config.json").exists() else locate(name, revision)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(locate(name, revision), revision=revision, **kwargs)
+        tokenizer = AutoTokenizer.from_pretrained(where, revision=revision, **kwargs)
     except LOAD_ERRORS as error:
         raise _unreadable(f"tokenizer of {name}", error) from error
     tokenizer.padding_side = "right"
@@ -195,7 +223,29 @@ def load_model(
     return model
 
 
-def load_adapter(model, adapter: str):
+def load_for_training(args, model_args):
+    """The model that a training stage starts from: TRL's ModelConfig, under the precision of `args` (RunKeys)."""
+    import torch
+
+    quantized = quantization(
+        model_args.load_in_4bit,
+        model_args.load_in_8bit,
+        model_args.bnb_4bit_quant_type,
+        model_args.use_bnb_nested_quant,
+        getattr(torch, args.dtype_name),
+        model_args.bnb_4bit_quant_storage,
+    )
+    return load_model(
+        model_args.model_name_or_path,
+        model_args.model_revision if model_args.model_revision != "main" else None,
+        model_args.dtype,
+        model_args.attn_implementation,
+        quantized,
+        trust_remote_code=args.trust_remote_code,
+    )
+
+
+def load_adapter(model, adapter: str, is_trainable: bool = False):
     """`model` with the LoRA adapter of the folder `adapter` applied. Raises UserError where it does not fit."""
     from peft import PeftModel
 
@@ -208,7 +258,7 @@ def load_adapter(model, adapter: str):
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            tuned = PeftModel.from_pretrained(model, adapter)
+            tuned = PeftModel.from_pretrained(model, adapter, is_trainable=is_trainable)
     except (RuntimeError, ValueError, KeyError) as error:
         raise UserError(f"adapter {adapter} (trained on {trained_on}) does not fit {model.name_or_path}") from error
     if any("missing adapter keys" in str(w.message) for w in caught):

@@ -43,6 +43,55 @@ def _smooth(values: list[float]) -> list[float]:
     return [sum(values[max(0, i - span + 1) : i + 1]) / (i + 1 - max(0, i - span + 1)) for i in range(len(values))]
 
 
+def _curve(ax, rows: list[dict], key: str, colour: str, label: str) -> None:
+    """One figure of train_log.jsonl over the steps: train as a thin line with its running mean, test as dots."""
+    points = [(r["step"], r[key]) for r in rows if r["split"] == "train" and r.get(key) is not None]
+    if points:
+        x, y = zip(*points, strict=True)
+        ax.plot(x, y, color=colour, alpha=0.25, lw=0.8)
+        ax.plot(x, _smooth(y), color=colour, lw=1.8, label=f"{label}, train")
+    points = [(r["step"], r[key]) for r in rows if r["split"] == "eval" and r.get(key) is not None]
+    if points:
+        ax.plot(*zip(*points, strict=True), "o-", color=colour, mec="black", ms=5, lw=1, label=f"{label}, test")
+
+
+def _finish(ax, name: str, unit: str) -> None:
+    ax.set(title=name, xlabel="optimiser step", ylabel=unit)
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.legend(fontsize=7, framealpha=0.6)
+
+
+def _rate_and_norm(ax, train: list[dict]) -> None:
+    """Learning rate and gradient norm, an axis each."""
+    steps = [r["step"] for r in train]
+    ax.plot(steps, [r.get("learning_rate") for r in train], color=NEUTRAL, label="learning rate")
+    norm = ax.twinx()
+    norm.plot(steps, [r.get("grad_norm") for r in train], color=EVAL, lw=0.9, label="gradient norm")
+    norm.set_ylabel("gradient norm")
+    norm.grid(False)
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.set(title="Learning rate and gradient norm", xlabel="optimiser step", ylabel="learning rate")
+    lines = [*ax.get_lines(), *norm.get_lines()]
+    ax.legend(lines, [line.get_label() for line in lines], fontsize=7, framealpha=0.6)
+
+
+def instruction_curves(path, rows: list[dict], title: str) -> None:
+    """Four panels from train_log.jsonl: loss, token accuracy, entropy, learning rate and gradient norm."""
+    train = [r for r in rows if r["split"] == "train"]
+    if not train or not is_main_process():
+        return
+    fig, axes = figure(2, 2, title)
+    for ax, key, name, unit in (
+        (axes[0], "loss", "Loss", "nats a token trained on"),
+        (axes[1], "mean_token_accuracy", "Token accuracy", "share of tokens that are likeliest"),
+        (axes[2], "entropy", "Entropy of the next token", "nats"),
+    ):
+        _curve(ax, rows, key, NEUTRAL, name.split()[0].lower())
+        _finish(ax, name, unit)
+    _rate_and_norm(axes[3], train)
+    save(fig, path)
+
+
 def training_curves(path, rows: list[dict], title: str, warning: str | None = None) -> None:
     """Six panels from train_log.jsonl: loss, accuracy, margin, rewards, log-probs, learning rate and gradient norm.
 
@@ -50,52 +99,26 @@ def training_curves(path, rows: list[dict], title: str, warning: str | None = No
     step was logged.
     """
     train = [r for r in rows if r["split"] == "train"]
-    test = [r for r in rows if r["split"] == "eval"]
     if not train or not is_main_process():
         return
     fig, axes = figure(2, 3, title)
 
-    def draw(ax, key, colour, label):
-        points = [(r["step"], r[key]) for r in train if r.get(key) is not None]
-        if points:
-            x, y = zip(*points, strict=True)
-            ax.plot(x, y, color=colour, alpha=0.25, lw=0.8)
-            ax.plot(x, _smooth(y), color=colour, lw=1.8, label=f"{label}, train")
-        points = [(r["step"], r[key]) for r in test if r.get(key) is not None]
-        if points:
-            ax.plot(*zip(*points, strict=True), "o-", color=colour, mec="black", ms=5, lw=1, label=f"{label}, test")
-
-    def finish(ax, name, unit, legend=True):
-        ax.set(title=name, xlabel="optimiser step", ylabel=unit)
-        ax.xaxis.get_major_locator().set_params(integer=True)
-        if legend:
-            ax.legend(fontsize=7, framealpha=0.6)
-
-    draw(axes[0], "loss", NEUTRAL, "loss")
-    finish(axes[0], "Loss", "loss per pair")
-    draw(axes[1], "rewards/accuracies", NEUTRAL, "accuracy")
+    _curve(axes[0], rows, "loss", NEUTRAL, "loss")
+    _finish(axes[0], "Loss", "loss per pair")
+    _curve(axes[1], rows, "rewards/accuracies", NEUTRAL, "accuracy")
     axes[1].axhline(0.5, color="grey", ls=":", lw=1)
     axes[1].set_ylim(-0.02, 1.02)
-    finish(axes[1], "Reward accuracy (chosen above rejected)", "share of pairs")
-    draw(axes[2], "rewards/margins", NEUTRAL, "margin")
+    _finish(axes[1], "Reward accuracy (chosen above rejected)", "share of pairs")
+    _curve(axes[2], rows, "rewards/margins", NEUTRAL, "margin")
     axes[2].axhline(0, color="grey", ls=":", lw=1)
-    finish(axes[2], "Reward margin", "chosen − rejected (beta × nats)")
+    _finish(axes[2], "Reward margin", "chosen − rejected (beta × nats)")
     for side, colour in (("chosen", CHOSEN), ("rejected", REJECTED)):
-        draw(axes[3], f"rewards/{side}", colour, side)
-        draw(axes[4], f"logps/{side}", colour, side)
+        _curve(axes[3], rows, f"rewards/{side}", colour, side)
+        _curve(axes[4], rows, f"logps/{side}", colour, side)
     axes[3].axhline(0, color="grey", ls=":", lw=1)
-    finish(axes[3], "Rewards", "beta × log ratio (beta × nats)")
-    finish(axes[4], "Log-probabilities", "summed over the answer (nats)")
-    steps = [r["step"] for r in train]
-    axes[5].plot(steps, [r.get("learning_rate") for r in train], color=NEUTRAL, label="learning rate")
-    norm = axes[5].twinx()
-    norm.plot(steps, [r.get("grad_norm") for r in train], color=EVAL, lw=0.9, label="gradient norm")
-    norm.set_ylabel("gradient norm")
-    norm.grid(False)
-    axes[5].xaxis.get_major_locator().set_params(integer=True)
-    axes[5].set(title="Learning rate and gradient norm", xlabel="optimiser step", ylabel="learning rate")
-    lines = [*axes[5].get_lines(), *norm.get_lines()]
-    axes[5].legend(lines, [line.get_label() for line in lines], fontsize=7, framealpha=0.6)
+    _finish(axes[3], "Rewards", "beta × log ratio (beta × nats)")
+    _finish(axes[4], "Log-probabilities", "summed over the answer (nats)")
+    _rate_and_norm(axes[5], train)
     if warning:
         fig.text(0.5, -0.03, f"Warning: {warning}", ha="center", color=REJECTED, fontsize=9)
         fig.set_layout_engine("constrained", rect=(0, 0.03, 1, 0.97))
@@ -352,6 +375,33 @@ def human_eval_figure(path, sections: dict, headline: str) -> None:
     axes[2].set_title(f"{main['a']} against {main['b']}, by category")
     if not parts:
         _say(axes[2], "the prompts name no category")
+    save(fig, path)
+
+
+def pairs_figure(path, rows: list[dict], title: str) -> None:
+    """Three panels of preference pairs: scores of both sides, win probabilities, and the difference in length.
+
+    Args:
+        rows: from `utils.pairing.pair_of`.
+    """
+    import numpy as np
+
+    if not is_main_process():
+        return
+    fig, axes = figure(1, 3, title)
+    for side, colour in (("chosen", CHOSEN), ("rejected", REJECTED)):
+        for ax, key in zip(axes, ("score", "win"), strict=False):
+            values = np.array([row[f"{key}_{side}"] for row in rows])
+            bins = np.linspace(0, 1, 21) if key == "win" else 20
+            ax.hist(values, bins=bins, color=colour, alpha=0.6, label=f"{side}, mean {values.mean():.2f}")
+    length = np.array([len(row["chosen"][0]["content"]) - len(row["rejected"][0]["content"]) for row in rows])
+    axes[2].hist(length, bins=20, color=NEUTRAL, label=f"chosen longer in {(length > 0).mean():.0%}")
+    axes[2].axvline(0, color="grey", ls=":", lw=1)
+    axes[0].set(title="Scores", xlabel="score (log-odds, or as the scorer has it)", ylabel="pairs")
+    axes[1].set(title="Win probabilities", xlabel="estimated P(beats the policy's own answers)", ylabel="pairs")
+    axes[2].set(title="Length", xlabel="chosen − rejected (characters)", ylabel="pairs")
+    for ax in axes:
+        ax.legend(fontsize=7, framealpha=0.6)
     save(fig, path)
 
 

@@ -1,10 +1,6 @@
-"""TRL's DPOTrainer as the engine, with this project's token ids, checkpoints that survive kill -9, and logs."""
+"""TRL's DPOTrainer as the engine, on this project's token ids: shared prompts, further losses, scores of each pair."""
 
-import math
 import shutil
-import signal
-import sys
-import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,17 +9,15 @@ from pathlib import Path
 import torch
 from accelerate.utils import gather_object
 from datasets import load_from_disk
-from transformers import PrinterCallback, ProgressCallback, TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl import DPOConfig, DPOTrainer
 
-from utils import fused_head, fused_lora, losses, shared_prompt
-from utils.artifacts import RowFile, read_json
+from utils import fused_head, losses, shared_prompt
+from utils.artifacts import RowFile
 from utils.errors import UserError, is_main_process
 from utils.logps import pair_batches, sum_logps
 from utils.preferences import WIN_KEYS
 from utils.rewards import displacement_text
-from utils.runs import MANIFEST, seal
+from utils.training import Resumable, RunKeys
 
 TRL_LOSSES = (
     "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
@@ -38,11 +32,9 @@ STEP0_TOLERANCE = {"float32": 1e-3, "16-bit": 0.5}
 
 
 @dataclass
-class PreferenceConfig(DPOConfig):
+class PreferenceConfig(RunKeys, DPOConfig):
     """TRL's DPOConfig with this project's keys; every other key is TRL's or transformers' own."""
 
-    output_dir: str = field(default="checkpoints", metadata={"help": "Weights go to <output_dir>/<run_name>/."})
-    eval_out: str = field(default="eval_out", metadata={"help": "Results go to <eval_out>/<run_name>/."})
     gamma_beta_ratio: float = field(
         default=0.5, metadata={"help": "simpo: the margin gamma that the loss asks for, as a multiple of beta."}
     )
@@ -50,13 +42,6 @@ class PreferenceConfig(DPOConfig):
         default=None,
         metadata={"help": "In pairs longer than max_length the prompt is cut to this (default: half of max_length)."},
     )
-    global_batch_size: int | None = field(
-        default=None,
-        metadata={"help": "Pairs per optimiser step over all processes; gradient accumulation is derived from it."},
-    )
-    resume: str = field(default="auto", metadata={"help": "auto, never, or the path of a checkpoint."})
-    overwrite: bool = field(default=False, metadata={"help": "Delete what an earlier run of this name wrote."})
-    preflight_only: bool = field(default=False, metadata={"help": "Stop after the preflight."})
     shared_prompt: bool = field(
         default=True,
         metadata={"help": "Compute each pair's prompt once and no padding at all; the figures stay the same."},
@@ -65,10 +50,6 @@ class PreferenceConfig(DPOConfig):
         default=True,
         metadata={"help": "Compute the reference's log-probabilities once, and keep them below <eval_out>/.cache."},
     )
-    gradient_checkpointing: bool | None = field(
-        default=None,
-        metadata={"help": "Compute activations twice instead of keeping them (default: where memory asks for it)."},
-    )
     micro_batch_tokens: int | None = field(
         default=None,
         metadata={
@@ -76,63 +57,24 @@ class PreferenceConfig(DPOConfig):
             " (default: what the configured micro-batch could hold padded)."
         },
     )
-    sample_prompts: int = field(default=4, metadata={"help": "Test prompts answered by base and tuned at the end."})
-    logging_steps: float = field(default=1, metadata={"help": "Log every so many optimiser steps."})
-    report_to: None | str | list[str] = field(default="none", metadata={"help": "tensorboard, trackio, wandb or none."})
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Replace NaN losses in the log."})
-    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept; the oldest are deleted."})
 
-    def __post_init__(self):
-        # transformers asks for use_cpu before it allows bf16 there; without an accelerator nothing else can be meant.
-        self.checkpointing_is_open = self.gradient_checkpointing is None and self.activation_checkpointing is None
-        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
-        self.disable_tqdm = bool(self.disable_tqdm)
-        if self.bf16 is None and not self.fp16:
-            # TRL's default is bf16 everywhere; a plain CPU run is float32 unless asked otherwise.
-            self.bf16 = not self.use_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-        super().__post_init__()
+    # A pair is at most two sequences.
+    sequences_a_row = 2
 
     def token_budget(self, longest: int) -> int:
         """Tokens up to which pairs are computed together. `longest`: tokens of the longest sequence in the data."""
         return self.micro_batch_tokens or 2 * self.per_device_train_batch_size * (self.max_length or longest)
 
-    def decide_checkpointing(self, model, trained: int, dataset, reference_beside: bool) -> str | None:
-        """Where neither YAML nor command line decided, checkpointing only if memory asks for it: why, or None.
-
-        All processes decide alike: where one of them is short of memory, all compute activations twice.
-        """
-        from utils.memory import asks_for_checkpointing, free_bytes, needed
-
-        if not self.checkpointing_is_open:
-            return None
-        memory = needed(model, self, trained, longest_sequence(dataset), reference_beside)
-        why = asks_for_checkpointing(memory, free_bytes(model))
-        if self.world_size > 1:
-            why = next((one for one in gather_object([why]) if one), None)
-        self.gradient_checkpointing = self.activation_checkpointing = why is not None
-        return why
-
-    @property
-    def precision(self) -> str:
-        """The precision that the forward pass runs in."""
-        return "bf16" if self.bf16 else "fp16" if self.fp16 else "fp32"
-
-    @property
-    def dtype_name(self) -> str:
-        """torch's name of that precision."""
-        return {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[self.precision]
-
 
 # ---------------------------------------------------------------------------------------------------------- trainer
 
 
-class PreferenceTrainer(DPOTrainer):
+class PreferenceTrainer(Resumable, DPOTrainer):
     """DPOTrainer on rows that utils.preferences tokenised. Adds whole checkpoints, exact resume and per-pair scores."""
 
     def __init__(self, *args, row_log: RowFile, **kwargs):
         fused_head.install()
-        self.row_log, self.step0_reward = row_log, None
-        self.seconds_before, self.started, self.ended = 0.0, None, None
+        self.step0_reward = None
         super().__init__(*args, **kwargs)
         if "sppo" in self.loss_types:
             self.data_collator = WinCollator(self.data_collator)
@@ -144,35 +86,18 @@ class PreferenceTrainer(DPOTrainer):
                 if model is not None:
                     shared_prompt.attach(self.accelerator.unwrap_model(model))
             self.data_collator = shared_prompt.PackingCollator(self.data_collator)
-        if not self.is_sharded:
-            # Sharding may gather a layer's A and B only when they are called as modules.
-            fused_lora.attach(self.model)
-        for param in self.model.parameters():
-            # TRL casts QLoRA adapters to bf16, where an Adam update of 2e-6 on a weight of 1e-2 rounds to nothing.
-            if param.requires_grad and param.dtype in (torch.bfloat16, torch.float16) and self.is_quantized:
-                param.data = param.data.float()
-        self.remove_callback(ProgressCallback)
-        self.remove_callback(PrinterCallback)
-        if not self.args.disable_tqdm:
-            self.add_callback(QuietProgress())
-        self.add_callback(RowLog(row_log))
-        self.stopper = GracefulStop(self.accelerator)
-        self.add_callback(self.stopper)
+        self.set_up(row_log, self._displacement)
+
+    def _displacement(self, row: dict) -> str | None:
+        """What an evaluation's means say of likelihood displacement: a fall of a hundredth or more is told."""
+        falls = [row[f"rewards/{side}"] / self.args.beta for side in ("chosen", "rejected")]
+        told = falls[0] < -0.01 * abs(row["logps/chosen"]) and falls[1] < 0
+        return displacement_text(*falls) if told else None
 
     @cached_property
     def longest(self) -> int:
         """Tokens of the longest training sequence."""
         return longest_sequence(self.train_dataset)
-
-    @property
-    def is_quantized(self) -> bool:
-        """Whether the base's weights are quantised by bitsandbytes."""
-        return getattr(self.model, "is_loaded_in_4bit", False) or getattr(self.model, "is_loaded_in_8bit", False)
-
-    @property
-    def is_sharded(self) -> bool:
-        """Whether parameters are spread over processes once training starts (FSDP, DeepSpeed ZeRO-3)."""
-        return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         # TRL would tokenise here, with no max_prompt_length; the rows come tokenised by utils.preferences.
@@ -226,53 +151,6 @@ class PreferenceTrainer(DPOTrainer):
             self.accelerator.wait_for_everyone()
             dataset = load_from_disk(str(shared))
         return super()._precompute_ref_logps(dataset, name, batch_size)
-
-    def create_model_card(self, *args, **kwargs):
-        """Nothing: utils.card writes the card once, at the end, with the results in it."""
-
-    def train(self, *args, **kwargs):
-        """transformers' train, timed."""
-        self.started = time.monotonic()
-        try:
-            return super().train(*args, **kwargs)
-        finally:
-            self.ended = time.monotonic()
-
-    @property
-    def seconds(self) -> float:
-        """Wall time of training so far, its evaluations and saves included, in seconds, over all interruptions."""
-        return self.seconds_before + ((self.ended or time.monotonic()) - self.started if self.started else 0.0)
-
-    def _save_checkpoint(self, model, trial):
-        # The manifest comes last and is renamed into place, so a folder without it is half-written. Older checkpoints
-        # go only after that: a kill at any point leaves one whole checkpoint.
-        folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        if is_main_process() and folder.exists():
-            shutil.rmtree(folder)
-        self.accelerator.wait_for_everyone()
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self.args.save_total_limit = limit
-        self.accelerator.wait_for_everyone()
-        if is_main_process():
-            seal(folder, step=self.state.global_step, num_tokens=self._total_train_tokens, seconds=self.seconds)
-            rotate_checkpoints(str(folder.parent), limit, self.state.best_model_checkpoint, use_mtime=True)
-        self.accelerator.wait_for_everyone()
-
-    def _run_epoch(self, **kwargs):
-        # transformers takes one step too many where the checkpoint it resumes from is the last.
-        if self.state.global_step >= self.state.max_steps:
-            self.control.should_training_stop = True
-            return
-        super()._run_epoch(**kwargs)
-
-    def continue_from(self, checkpoint: Path) -> None:
-        """Take over what transformers does not restore: TRL's token count, and the wall time so far."""
-        state = read_json(checkpoint / MANIFEST)
-        self._total_train_tokens = state["num_tokens"]
-        self.seconds_before = state["seconds"]
 
     def _compute_loss(self, model, inputs, return_outputs):
         """TRL's loss and metrics, and the losses of utils.losses on the same forward passes."""
@@ -428,82 +306,3 @@ def step0_tolerance(args: PreferenceConfig) -> float:
     if args.precision == "fp32":
         return STEP0_TOLERANCE["float32"]
     return max(STEP0_TOLERANCE["float32"], args.beta * STEP0_TOLERANCE["16-bit"])
-
-
-# -------------------------------------------------------------------------------------------------------- callbacks
-
-
-class RowLog(TrainerCallback):
-    """Every metric of every logged step in train_log.jsonl, each step once, also after a resume."""
-
-    def __init__(self, rows: RowFile):
-        self.rows = rows
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.rows.keep(lambda row: row["step"] <= state.global_step)
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if "train_runtime" in logs or not state.is_world_process_zero:
-            return
-        split = "eval" if any(k.startswith("eval_") for k in logs) else "train"
-        loss = logs.get("loss", logs.get("eval_loss"))
-        if loss is not None and not math.isfinite(loss):
-            raise UserError(
-                f"the {split} loss at step {state.global_step} is {loss}: lower --learning_rate, or leave 16 bits"
-                " (--bf16 false --fp16 false); with --save_steps the checkpoints before it are kept"
-            )
-        row = {"split": split, "step": state.global_step, **{k.removeprefix("eval_"): v for k, v in logs.items()}}
-        self.rows.append(row)
-        if split == "eval":
-            falls = [row[f"rewards/{side}"] / args.beta for side in ("chosen", "rejected")]
-            # Means without intervals: a fall of less than a hundredth of the log-probability is not told.
-            if falls[0] < -0.01 * abs(row["logps/chosen"]) and falls[1] < 0:
-                print(f"\nwarning: step {state.global_step}: {displacement_text(*falls)}", file=sys.stderr)
-
-
-class QuietProgress(ProgressCallback):
-    """A progress bar that carries the latest loss, accuracy and margin instead of printing each log."""
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if state.is_world_process_zero and self.training_bar is not None and "loss" in logs:
-            names = {"loss": "loss", "accuracy": "rewards/accuracies", "margin": "rewards/margins"}
-            self.training_bar.set_postfix({k: f"{logs[v]:.3f}" for k, v in names.items() if v in logs})
-
-
-class GracefulStop(TrainerCallback):
-    """Ctrl-C or SIGTERM: finish the optimiser step, save a checkpoint, stop. A second Ctrl-C stops at once.
-
-    A launcher passes on the Ctrl-C that its processes got already: a second one counts only after some seconds.
-    """
-
-    SAME_KEYSTROKE_SECONDS = 3.0
-
-    def __init__(self, accelerator):
-        self.accelerator = accelerator
-        self.asked, self.asked_at = False, 0.0
-
-    def __enter__(self):
-        self.previous = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *exc):
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-
-    def _ask(self, number, frame):
-        if self.asked:
-            if number == signal.SIGINT and time.monotonic() - self.asked_at > self.SAME_KEYSTROKE_SECONDS:
-                raise KeyboardInterrupt
-            return
-        self.asked, self.asked_at = True, time.monotonic()
-        if is_main_process():
-            print("\nstopping after this step, with a checkpoint (Ctrl-C again: stop at once)", file=sys.stderr)
-
-    def on_step_end(self, args, state, control, **kwargs):
-        asked = self.asked
-        if self.accelerator.num_processes > 1:
-            # The signal reaches the processes at different moments; all must leave at the same step.
-            flag = torch.tensor([int(asked)], device=self.accelerator.device)
-            asked = bool(self.accelerator.reduce(flag, "sum").item())
-        if asked:
-            self.asked = control.should_save = control.should_training_stop = True

@@ -7,92 +7,27 @@ implicit prompts as messages or plain text, and Anthropic's `\\n\\nHuman: ... \\
 import re
 from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from utils.chat import ChatRenderer, TemplateRefused, shared_prefix
 from utils.errors import UserError
 from utils.provenance import sha256_of
-from utils.rows import read_rows
+from utils.sources import SourceArguments, read_sources
 
 ROLES = ("system", "user", "assistant")
 
 
 @dataclass
-class DatasetSource:
-    """One entry of a `datasets:` mix."""
-
-    path: str
-    name: str | None = None
-    split: str = "train"
-    test_split: str | None = None
-    revision: str | None = None
-    fraction: float | None = None
-
-
-@dataclass
-class DataArguments:
+class DataArguments(SourceArguments):
     """Where preference pairs come from and which are left out."""
 
-    dataset_name: str | None = field(default=None, metadata={"help": "Hub id, local file, or folder."})
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
-    dataset_revision: str | None = field(default=None, metadata={"help": "Revision of a hub dataset."})
-    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
-    dataset_test_split: str = field(default="test", metadata={"help": "Split to evaluate on; none for none."})
-    test_dataset_name: str | None = field(default=None, metadata={"help": "Dataset of the test split, if another."})
-    datasets: list[DatasetSource] = field(default_factory=list, metadata={"help": "A mix of datasets, in YAML."})
     drop_ties: bool = field(default=False, metadata={"help": "Drop pairs with equal scores."})
     min_score_margin: float | None = field(default=None, metadata={"help": "Drop pairs with a smaller score margin."})
     keep_duplicate_prompts: bool = field(default=False, metadata={"help": "Keep pairs that share a prompt."})
-    train_test_overlap: str = field(
-        default="refuse",
-        metadata={"help": "What to do with train prompts of the test split.", "choices": ["refuse", "drop", "keep"]},
-    )
     prompt_format: str = field(
         default="auto",
         metadata={"help": "Plain-text pairs: auto keeps them text, chat makes turns.", "choices": ["auto", "chat"]},
     )
     chat_template_path: str | None = field(default=None, metadata={"help": "Jinja file that replaces the template."})
-    limit: int | None = field(default=None, metadata={"help": "Use only the first pairs; marks every name."})
-
-    def sources(self) -> tuple[list[dict], list[dict]]:
-        """The train and the test sources that `load_pairs` reads. Raises UserError for an unusable mix."""
-        if self.datasets:
-            mix = [_dataset_source(entry) for entry in self.datasets]
-            common = [{"name": d.path, "config": d.name, "revision": d.revision} for d in mix]
-            train = [{**c, "split": d.split, "fraction": d.fraction} for c, d in zip(common, mix, strict=True)]
-            test = [{**c, "split": d.test_split} for c, d in zip(common, mix, strict=True) if d.test_split]
-        else:
-            one = {"name": self.dataset_name, "config": self.dataset_config, "revision": self.dataset_revision}
-            train = [{**one, "split": self.dataset_train_split}]
-            test = [{**one, "split": self.dataset_test_split}]
-        if self.test_dataset_name:
-            test = [{"name": self.test_dataset_name, "split": self.dataset_test_split}]
-        if self.dataset_test_split.lower() == "none":
-            return train, []
-        for held_out in test:
-            same = [s for s in train if all(s.get(k) == held_out.get(k) for k in ("name", "config"))]
-            if any(s["split"] == held_out["split"] or Path(s["name"]).is_file() for s in same):
-                raise UserError(
-                    f"{held_out['name']} would be both train and test data: name held-out pairs with"
-                    " --test_dataset_name or --dataset_test_split, or pass --dataset_test_split none"
-                )
-        return train, test
-
-
-def _dataset_source(entry) -> DatasetSource:
-    """One checked entry of a `datasets:` mix."""
-    if isinstance(entry, DatasetSource):
-        return entry
-    known = DatasetSource.__dataclass_fields__
-    if not isinstance(entry, dict) or "path" not in entry or not set(entry) <= set(known):
-        raise UserError(f"datasets: {entry!r} is no entry; one has path and perhaps {', '.join(list(known)[1:])}")
-    for key, value in entry.items():
-        kind = (int, float) if key == "fraction" else str
-        if value is not None and (isinstance(value, bool) or not isinstance(value, kind)):
-            raise UserError(
-                f"datasets: {key} of {entry['path']!r} must be a {'number' if key == 'fraction' else 'text'}"
-            )
-    return DatasetSource(**entry)
 
 
 @dataclass
@@ -273,19 +208,9 @@ def load_pairs(
     """Read, normalise and filter the rows of one or several sources, in order, up to `limit` pairs.
 
     Args:
-        sources: `{"name", "split"}` each, with optional "config", "revision" and "fraction" (its share of the mix;
-            the first rows of each are taken, so many that none is used twice).
+        sources: as `read_sources` takes them.
     """
-    read = [read_rows(s["name"], s["split"], s.get("config"), s.get("revision")) for s in sources]
-    fractions = [s.get("fraction") for s in sources]
-    if any(f is not None for f in fractions):
-        if not all(f is not None and f > 0 for f in fractions):
-            raise UserError("datasets: give every dataset of the mix a fraction above 0, or none of them")
-        total = min(len(rows) * sum(fractions) / f for (rows, _), f in zip(read, fractions, strict=True))
-        read = [
-            (rows[: round(total * f / sum(fractions))], {**source, "fraction": f})
-            for (rows, source), f in zip(read, fractions, strict=True)
-        ]
+    read = read_sources(sources)
     data = PreferenceData([], [source for _, source in read], sum(len(rows) for rows, _ in read))
     seen = set()
     taken = Counter()
@@ -328,22 +253,6 @@ def _drop_reason(pair: Pair, drop_ties: bool, min_score_margin: float | None) ->
         if min_score_margin is not None and margin < min_score_margin:
             return "score_margin_below_threshold"
     return None
-
-
-def remove_overlap(train: PreferenceData, test: PreferenceData, policy: str) -> None:
-    """Deal with train prompts that also stand in the test split: "refuse" them, "drop" them from train, or "keep"."""
-    held_out = {pair.prompt_key for pair in test.pairs}
-    shared = [pair for pair in train.pairs if pair.prompt_key in held_out]
-    if not shared:
-        return
-    if policy == "refuse":
-        raise UserError(
-            f"{len(shared)} train prompts also stand in the test split (first: {shared[0].where}): pass"
-            " --train_test_overlap drop to train without them, or keep to leave them in"
-        )
-    train.dropped["prompt_in_test_split" if policy == "drop" else "prompt_in_test_split_kept"] += len(shared)
-    if policy == "drop":
-        train.pairs = [pair for pair in train.pairs if pair.prompt_key not in held_out]
 
 
 # ------------------------------------------------------------------------------------------------------- tokenising

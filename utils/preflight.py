@@ -29,26 +29,32 @@ def token_counts(dataset) -> dict:
     }
 
 
-def special_tokens(dataset, tokenizer) -> dict:
-    """Leading BOS tokens per sequence, and the share of answers that end with an end-of-turn or EOS token."""
+def special_tokens(openings, answers: dict, tokenizer) -> dict:
+    """Leading BOS tokens per sequence, and the share of answers that end with an end-of-turn or EOS token.
+
+    Args:
+        openings: token ids of what opens each sequence.
+        answers: `{name: token ids of each answer}`.
+
+    Raises:
+        UserError: where a sequence opens with two BOS tokens.
+    """
     bos = tokenizer.bos_token_id
-    leading = [next((i for i, t in enumerate(ids) if t != bos), len(ids)) for ids in dataset["prompt_ids"]]
+    leading = [next((i for i, t in enumerate(ids) if t != bos), len(ids)) for ids in openings]
+    if max(leading) > 1:
+        raise UserError(f"{max(leading)} BOS tokens open a prompt: template and text both add one")
     ends = {tokenizer.eos_token_id}
     if tokenizer.chat_template:
         from utils.chat import ChatRenderer
 
         ends |= ChatRenderer(tokenizer).end_ids()
-    ended = {
-        side: float(np.mean([any(t in ends for t in ids[-3:]) for ids in dataset[f"{side}_ids"]]))
-        for side in ("chosen", "rejected")
-    }
+    ended = {name: np.mean([any(t in ends for t in ids[-3:]) for ids in rows]) for name, rows in answers.items()}
     return {
         "bos_token": tokenizer.bos_token,
         "end_tokens": sorted(tokenizer.convert_ids_to_tokens(sorted(ends - {None}))),
         "leading_bos_min": int(min(leading)),
         "leading_bos_max": int(max(leading)),
-        "chosen_with_end_token": ended["chosen"],
-        "rejected_with_end_token": ended["rejected"],
+        **{f"{name}_with_end_token": float(share) for name, share in ended.items()},
     }
 
 
@@ -63,20 +69,20 @@ def first_pair(dataset, tokenizer) -> dict:
     }
 
 
-def plan(args, tokens: dict, world_size: int) -> dict:
-    """Steps, pairs and tokens that training will see, as transformers' Trainer counts them.
+def plan(args, rows: int, an_epoch: dict, world_size: int) -> dict:
+    """Steps, rows and tokens that training will see, as transformers' Trainer counts them.
 
     Args:
-        tokens: from `token_counts`.
+        rows: rows of the train split, as the trainer takes them.
+        an_epoch: `{name: tokens in an epoch}`; each is told for the whole run.
     """
-    pairs = tokens["pairs"]
-    per_device = -(-pairs // world_size)
+    per_device = -(-rows // world_size)
     micro = -(-per_device // args.per_device_train_batch_size)
     steps_per_epoch = max(-(-micro // args.gradient_accumulation_steps), 1)
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * world_size
     epochs, rest = divmod(steps, steps_per_epoch)
-    seen = epochs * pairs + min(rest * batch, pairs)
+    seen = epochs * rows + min(rest * batch, rows)
     return {
         "steps": steps,
         "steps_per_epoch": steps_per_epoch,
@@ -87,16 +93,15 @@ def plan(args, tokens: dict, world_size: int) -> dict:
             "accumulation": args.gradient_accumulation_steps,
             "processes": world_size,
         },
-        "pairs_seen": seen,
-        "tokens_seen": round(seen * tokens["tokens_per_epoch"] / pairs),
-        "tokens_stored_once": round(seen * tokens["tokens_stored_once"] / pairs),
+        "rows_seen": seen,
+        **{name: round(seen * tokens / rows) for name, tokens in an_epoch.items()},
     }
 
 
 def dropout_that_runs(args, model_args) -> str:
     """The dropout that training really uses: TRL's disable_dropout makes lora_dropout 0 without a word."""
-    if not args.disable_dropout:
-        return f"on (lora_dropout {model_args.lora_dropout if model_args.use_peft else 'none'})"
+    if not getattr(args, "disable_dropout", False):
+        return f"on (lora_dropout {model_args.lora_dropout})" if model_args.use_peft else "as the model's config has it"
     if model_args.use_peft and model_args.lora_dropout:
         return f"0 (lora_dropout {model_args.lora_dropout} is switched off by disable_dropout: true)"
     return "0"
@@ -128,7 +133,7 @@ def step0_margins(trainer, pairs: int) -> tuple[dict, float | None]:
 
 
 def run_preflight(trainer, args, model_args, train, train_ids, test, truncation, notes) -> dict:
-    """The whole preflight, as preflight.json holds it.
+    """The whole preflight of a preference run, as preflight.json holds it.
 
     Args:
         train, test: PreferenceData of the splits (test may be None).
@@ -138,12 +143,15 @@ def run_preflight(trainer, args, model_args, train, train_ids, test, truncation,
         UserError: where a prompt opens with two BOS tokens.
     """
     tokens = token_counts(train_ids)
-    special = special_tokens(train_ids, trainer.processing_class)
-    if special["leading_bos_max"] > 1:
-        raise UserError(f"{special['leading_bos_max']} BOS tokens open a prompt: template and text both add one")
+    answers = {side: train_ids[f"{side}_ids"] for side in ("chosen", "rejected")}
+    special = special_tokens(train_ids["prompt_ids"], answers, trainer.processing_class)
     step0, seconds = step0_margins(trainer, len(train_ids))
-    steps = plan(args, tokens, trainer.accelerator.num_processes)
-    longest, cached = tokens["longest_sequence"], args.precompute_ref_log_probs
+    an_epoch = {"tokens_seen": tokens["tokens_per_epoch"], "tokens_stored_once": tokens["tokens_stored_once"]}
+    steps = plan(args, len(train_ids), an_epoch, trainer.accelerator.num_processes)
+    cached = args.precompute_ref_log_probs
+    # Policy and reference were timed together; full fine-tuning keeps the reference beside the policy.
+    forward = None if seconds is None else seconds / (2 - cached)
+    beside = not (cached or hasattr(trainer.model, "peft_config"))
     return {
         "first_pair": first_pair(train_ids, trainer.processing_class),
         "special_tokens": special,
@@ -157,7 +165,7 @@ def run_preflight(trainer, args, model_args, train, train_ids, test, truncation,
         "padded_because": trainer.padded_because,
         "gradient_checkpointing": args.gradient_checkpointing,
         "plan": steps,
-        "estimate": estimate(args, trainer.model, steps, seconds, longest, cached),
+        "estimate": estimate(args, trainer.model, steps, forward, 3 + (not cached), tokens["longest_sequence"], beside),
         "step0": step0,
         "notes": notes,
     }
@@ -169,39 +177,63 @@ def trainable(model) -> dict:
     return {"trainable": sum(n for on, n in numel if on), "total": sum(n for _, n in numel)}
 
 
-def estimate(args, model, plan_: dict, pair_seconds: float | None, longest: int, cached: bool) -> dict:
+def estimate(args, model, plan_: dict, forward: float | None, forwards: int, longest: int, reference_beside: bool):
     """A rough estimate of time and memory (utils.memory), to be read as an order of magnitude.
 
-    Time: one forward of policy and reference was timed; a backward costs two forwards, checkpointing one more.
+    Args:
+        forward: seconds that one forward of one row was timed to take; None leaves the time out.
+        forwards: what a row's step costs, in forwards (a backward counts as two); checkpointing adds one.
+        longest: tokens of the longest sequence.
     """
-    # Full fine-tuning keeps the reference beside the policy.
-    beside = not (cached or hasattr(model, "peft_config"))
-    memory = needed(model, args, trainable(model)["trainable"], longest, beside)
+    memory = needed(model, args, trainable(model)["trainable"], longest, reference_beside)
     found = {"memory_gib": round(memory.total(args.gradient_checkpointing) / 2**30, 2)}
-    if pair_seconds is not None:
-        forwards = 3 + bool(args.gradient_checkpointing) + (not cached)
-        per_process = plan_["pairs_seen"] / plan_["batch"]["processes"]
-        found["minutes"] = round(per_process * pair_seconds * forwards / (2 - cached) / 60, 1)
+    if forward is not None:
+        per_process = plan_["rows_seen"] / plan_["batch"]["processes"]
+        found["minutes"] = round(per_process * forward * (forwards + bool(args.gradient_checkpointing)) / 60, 1)
     return found
 
 
-def report(flight: dict) -> str:
-    """The preflight as a person reads it."""
-    train, tokens, special, pair = (flight[k] for k in ("train", "tokens", "special_tokens", "first_pair"))
-    cut = flight["truncation"]
+def short(text: str, end: bool = False) -> str:
+    """`text` on one line, its start or its end where it is long."""
+    text = text.replace("\n", "⏎")
+    return text if len(text) <= 300 else ("… " + text[-300:] if end else text[:300] + " …")
 
-    def short(text, end=False):
-        text = text.replace("\n", "⏎")
-        return text if len(text) <= 300 else ("… " + text[-300:] if end else text[:300] + " …")
+
+def drops(split: dict) -> str:
+    """What the filters left out of a split, from its summary."""
+    return ", ".join(f"{k} {v}" for k, v in split["dropped"].items()) or "nothing"
+
+
+def run_lines(flight: dict, unit: str) -> list[str]:
+    """The report's lines on model and plan. `unit`: what a step counts, in the plural."""
+    steps = flight["plan"]
+    batch = steps["batch"]
+    return [
+        f"  model     {flight['parameters']['trainable']:,} of {flight['parameters']['total']:,} parameters trained,"
+        f" {flight['precision']}, dropout {flight['dropout']}",
+        f"  plan      {steps['steps']} steps ({steps['epochs']} epochs) of {steps['global_batch_size']} {unit}"
+        f" ({batch['per_device']} a process × {batch['accumulation']} accumulation × {batch['processes']} processes),"
+        f" about {steps['tokens_seen']:,} tokens",
+    ]
+
+
+def estimate_line(flight: dict) -> str:
+    """The report's line on time and memory."""
+    found = flight["estimate"]
+    return f"  estimate  {found.get('minutes', '?')} minutes, {found['memory_gib']} GiB (rough)"
+
+
+CHECKPOINTED = ", activations computed twice (gradient checkpointing)"
+
+
+def report(flight: dict) -> str:
+    """The preflight of a preference run as a person reads it."""
+    train, tokens, special, pair = (flight[k] for k in ("train", "tokens", "special_tokens", "first_pair"))
+    cut, margin = flight["truncation"], flight["step0"]
 
     def share(part):
         return f"{cut.get(f'truncated_{part}', 0) / train['pairs']:.1%}"
 
-    def drops(split):
-        return ", ".join(f"{k} {v}" for k, v in split["dropped"].items()) or "nothing"
-
-    steps, estimate_, margin = flight["plan"], flight["estimate"], flight["step0"]
-    batch = steps["batch"]
     size, test, why = pair["tokens"], flight["test"], flight["padded_because"]
     held_out = f"{test['pairs']} test pairs; dropped: {drops(test)}" if test else "no test split"
     lines = [
@@ -217,14 +249,10 @@ def report(flight: dict) -> str:
         " rejected",
         f"  special   leading BOS {special['leading_bos_min']} to {special['leading_bos_max']}"
         f" ({special['bos_token']}), end {' '.join(special['end_tokens'])}",
-        f"  model     {flight['parameters']['trainable']:,} of {flight['parameters']['total']:,} parameters trained,"
-        f" {flight['precision']}, dropout {flight['dropout']}",
-        f"  plan      {steps['steps']} steps ({steps['epochs']} epochs) of {steps['global_batch_size']} pairs"
-        f" ({batch['per_device']} a process × {batch['accumulation']} accumulation × {batch['processes']} processes),"
-        f" about {steps['tokens_seen']:,} tokens",
+        *run_lines(flight, "pairs"),
         f"  compute   {'each prompt once, without padding' if why is None else f'padded pairs, as stock: {why}'}"
-        + (", activations computed twice (gradient checkpointing)" if flight["gradient_checkpointing"] else ""),
-        f"  estimate  {estimate_.get('minutes', '?')} minutes, {estimate_['memory_gib']} GiB (rough)",
+        + (CHECKPOINTED if flight["gradient_checkpointing"] else ""),
+        estimate_line(flight),
     ]
     if margin["largest_margin"] is not None:
         lines.append(

@@ -139,6 +139,79 @@ def load_answers(name: str, prompts: list[Prompt]) -> tuple[str, list[str | None
     return str(model or "opponent"), found, source
 
 
+# Several answers to one prompt, with a number for each: the field's names (princeton-nlp's, UCLA-AGI's) and plain ones.
+MANY_ANSWERS = ("all_generated_responses", "responses", "answers", "completions")
+NUMBERS = {
+    "scores": ("all_rm_scores", "rm_scores", "scores"),
+    "wins": ("win_probabilities", "win_probability"),
+}
+
+
+def load_candidates(sources: list[dict], limit: int | None = None) -> tuple[list[tuple[Prompt, list[str], dict]], dict]:
+    """Rows that hold several answers to a prompt, and perhaps a score or a win probability of each.
+
+    Args:
+        sources: as `load_prompts` takes them.
+
+    Returns:
+        (candidates, summary): (prompt, answers, {"scores" or "wins": numbers} or {}) a row; a prompt that occurs twice
+        is taken once. Raises UserError, naming row and key, for a row without answers or with other than one number
+        for each.
+    """
+    read = [read_rows(s["name"], s["split"], s.get("config"), s.get("revision")) for s in sources]
+    found, left_out = {}, {}
+    for where, row in (row for rows, _ in read for row in rows):
+        messages = _conversation(row, where)
+        prompt = None if isinstance(messages, str) else Prompt(messages, where, _uid(row))
+        reason = messages if prompt is None else "duplicate_prompt" if prompt.key in found else None
+        if reason:
+            left_out[reason] = left_out.get(reason, 0) + 1
+            continue
+        answers = _several(row, where)
+        numbers = {}
+        for kind, keys in NUMBERS.items():
+            key = next((k for k in keys if row.get(k) is not None), None)
+            if key is not None and not numbers:
+                numbers[kind] = _as_list(row[key])
+                if len(numbers[kind]) != len(answers) or not all(
+                    isinstance(x, (int, float)) and not isinstance(x, bool) for x in numbers[kind]
+                ):
+                    raise UserError(f"{where}: key {key!r} must hold one number for each of the {len(answers)} answers")
+        found[prompt.key] = (prompt, answers, numbers)
+        if limit is not None and len(found) >= limit:
+            break
+    if not found:
+        raise UserError(f"{sources[0]['name']}: no prompt is left; left out: {left_out}")
+    return list(found.values()), {"prompts": len(found), "left_out": left_out, "sources": [s for _, s in read]}
+
+
+def _as_list(value) -> list:
+    """A list, or the JSON text of one."""
+    import json
+
+    try:
+        value = json.loads(value) if isinstance(value, str) else value
+    except ValueError:
+        return []
+    return list(value) if isinstance(value, (list, tuple)) else []
+
+
+def _several(row: dict, where: str) -> list[str]:
+    key = next((k for k in MANY_ANSWERS if row.get(k) is not None), None)
+    if key is not None:
+        answers = _as_list(row[key])
+    else:
+        key, numbered = "generate_0", [f"generate_{k}" for k in range(100)]
+        turns = [list(row[k])[-1:] for k in numbered if isinstance(row.get(k), (list, tuple))]
+        answers = [t[0].get("content") if t and isinstance(t[0], dict) else None for t in turns]
+    if not answers or not all(isinstance(answer, str) for answer in answers):
+        raise UserError(
+            f"{where}: no answers there; a row holds a list of texts under one of {', '.join(MANY_ANSWERS)}, or"
+            " conversations generate_0, generate_1, ..."
+        )
+    return answers
+
+
 def _answer(row: dict):
     for key in ("output", "answer", "response"):
         if row.get(key) is not None:

@@ -44,11 +44,15 @@ def _seconds(a) -> float:
     return time.monotonic() - started
 
 
-def model_flops(parameters: int, tokens: int) -> float:
-    """Operations that DPO needs for `tokens` (prompt, chosen and rejected stored once), attention left out.
+DPO_OPERATIONS, SFT_OPERATIONS = 6.0, 4.0
 
-    6 a parameter and token: 2 for the policy's forward, 2 for the gradients of its activations, 2 for the reference's
-    forward. The gradients of trained weights come on top where all of them are trained; they are not counted, so that
-    the share (MFU) is comparable between LoRA and full fine-tuning.
+
+def model_flops(parameters: int, tokens: int, operations: float = DPO_OPERATIONS) -> float:
+    """Operations that training needs for `tokens`, attention left out.
+
+    A parameter and token cost 2 for the policy's forward, 2 for the gradients of its activations, and in preference
+    training (prompt, chosen and rejected stored once) 2 for the reference's forward. The gradients of trained weights
+    come on top where all of them are trained; they are not counted, so that the share (MFU) is comparable between LoRA
+    and full fine-tuning.
     """
-    return 6.0 * parameters * tokens
+    return operations * parameters * tokens

@@ -1,0 +1,210 @@
+"""Does a trait that a scorer rewards grow from one SPPO iteration to the next, on prompts that no iteration saw?
+
+    python benchmarks/sppo_trait.py --png eval_out/example/sppo_trait.png --json eval_out/example/sppo_trait.json
+
+Runs `run_sppo_iteration.sh` for every iteration of every seed, once with the toy scorer's scores (the trait is short
+words, configs/scorers/plain_words.py) and once with the scores shuffled among each prompt's answers, so that the labels
+say nothing. After each iteration the model answers the 60 prompts of data/eval_prompts, --samples times. Prints and
+writes the mean number of letters a word after each iteration, what each iteration changed with its 95% interval over
+prompts (averaged over seeds), and Wilcoxon's signed-rank test. Everything is kept in --folder: an interrupted call goes
+on.
+"""
+
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from utils.cli import quick_help
+from utils.errors import UserError, run
+from utils.evaluation_arguments import option
+
+ROOT = Path(__file__).resolve().parent.parent
+LABELS = ("scored", "shuffled")
+
+
+@dataclass
+class TraitArguments:
+    """Keys of this measurement."""
+
+    name: str = option("Recipe: configs/<name>-iterT.yaml and configs/pairs/<name>.yaml.", "quickstart-sppo")
+    seeds: list[int] = field(default_factory=lambda: [1, 2, 3], metadata={"help": "Of sampling and training."})
+    iterations: int = option("Iterations of each seed.", 3)
+    samples: int = option("Answers to each held-out prompt after an iteration.", 4)
+    prompts: int = option("Held-out prompts.", 60)
+    pairs: str = option("Further flags of generate_preference_pairs.py.", "")
+    train: str = option("Further flags of dpo_train_human_preference.py.", "")
+    model: str | None = option("Another model than the recipe's.")
+    folder: str = option("Where runs and answers are kept.", "checkpoints/sppo_trait")
+    json: str | None = option("Write the figures here.")
+    png: str | None = option("Draw the curve here.")
+
+
+def recipe_of(args, label: str, seed: int) -> Path:
+    """The recipe's YAML files for one seed and kind of labels, in a folder of their own."""
+    import yaml
+
+    folder = Path(args.folder) / f"{label}-{seed}"
+    configs = folder / "configs"
+    (configs / "pairs").mkdir(parents=True, exist_ok=True)
+    sampling = yaml.safe_load((ROOT / "configs" / "pairs" / f"{args.name}.yaml").read_text())
+    sampling["sampling_seeds"] = [1000 * seed + s for s in sampling["sampling_seeds"]]
+    sampling |= {"shuffle_scores": seed} if label == "shuffled" else {}
+    (configs / "pairs" / f"{args.name}.yaml").write_text(yaml.safe_dump(sampling))
+    for t in range(1, args.iterations + 1):
+        training = yaml.safe_load((ROOT / "configs" / f"{args.name}-iter{t}.yaml").read_text())
+        training |= {"output_dir": str(folder), "eval_out": str(Path(args.folder) / "out"), "seed": seed}
+        training |= {"dataset_name": str(Path(args.folder) / "out" / f"{label}-{seed}-iter{t}-pairs")}
+        training |= {"run_name": f"{label}-{seed}-iter{t}", "disable_tqdm": True, "sample_prompts": 0}
+        training |= {"model_name_or_path": args.model} if args.model else {}
+        if t > 1:
+            training["start_adapter"] = str(adapter_of(args, label, seed, t - 1))
+        (configs / f"{args.name}-iter{t}.yaml").write_text(yaml.safe_dump(training))
+    return configs
+
+
+def adapter_of(args, label: str, seed: int, iteration: int) -> Path:
+    """Where an iteration leaves its adapter."""
+    return Path(args.folder) / f"{label}-{seed}" / f"{label}-{seed}-iter{iteration}"
+
+
+def iterate(args, label: str, seed: int) -> None:
+    """All iterations of one seed, through the shell command."""
+    configs = recipe_of(args, label, seed)
+    for t in range(1, args.iterations + 1):
+        if (adapter_of(args, label, seed, t) / "README.md").exists():
+            continue
+        command = ["bash", str(ROOT / "run_sppo_iteration.sh"), str(t), "--name", args.name]
+        command += ["--configs", str(configs.resolve()), "--pairs", args.pairs, "--train", args.train]
+        started = time.monotonic()
+        done = subprocess.run(command, env=environment(), capture_output=True, text=True)
+        if done.returncode:
+            errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+            raise UserError(f"{label}, seed {seed}, iteration {t}: {(errors or [done.stderr[-300:]])[0]}")
+        print(f"{label}, seed {seed}, iteration {t}: {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
+
+
+def environment() -> dict:
+    """This process's, with its Python as the one that the shell command takes."""
+    import os
+
+    return {**os.environ, "PYTHON": sys.executable}
+
+
+def trait(args, prompts, adapter: Path | None):
+    """Mean letters a word of each held-out prompt's answers, shape (prompts,)."""
+    import importlib.util
+    from types import SimpleNamespace
+
+    import numpy as np
+    import yaml
+
+    from utils.answers import answer_each, policy_player
+
+    spec = importlib.util.spec_from_file_location("plain_words", ROOT / "configs" / "scorers" / "plain_words.py")
+    plain_words = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(plain_words)
+    sampling = yaml.safe_load((ROOT / "configs" / "pairs" / f"{args.name}.yaml").read_text())
+    first = yaml.safe_load((ROOT / "configs" / f"{args.name}-iter1.yaml").read_text())
+    wanted = {
+        "model_name_or_path": args.model or first["model_name_or_path"],
+        "adapter_path": str(adapter) if adapter else None,
+        "eval_out": str(Path(args.folder) / "out"),
+        "batch_tokens": 2048,
+        **dict.fromkeys(("model_revision", "dtype", "attn_implementation", "chat_template_path", "batch_size")),
+        **dict.fromkeys(("trust_remote_code", "overwrite"), False),
+    }
+    asked = SimpleNamespace(**wanted)
+    settings = {key: sampling[key] for key in ("max_new_tokens", "temperature", "top_p")}
+    seeded = [{**settings, "seed": 77 + s} for s in range(args.samples)]
+    answers = answer_each(policy_player(asked), prompts, seeded, asked)
+    return np.array([[plain_words.letters_per_word(a["text"]) for a in one] for one in answers]).mean(0)
+
+
+def draw(path, curves: dict, title: str) -> None:
+    """Letters a word over the iterations: a thin line a seed, a thick one their mean with its interval over prompts."""
+    import numpy as np
+
+    from utils.plots import CHOSEN, NEUTRAL, figure, save
+    from utils.stats import bootstrap
+
+    fig, (ax,) = figure(1, 1, title)
+    fig.set_size_inches(6.4, 4)
+    for label, colour in zip(LABELS, (CHOSEN, NEUTRAL), strict=True):
+        values = curves[label]
+        for one in values:
+            ax.plot(range(one.shape[0]), one.mean(1), color=colour, alpha=0.35, lw=0.8)
+        found = [bootstrap(step) for step in values.mean(0)]
+        mean = np.array([m["value"] for m in found])
+        error = np.abs(np.array([m["ci95"] for m in found]).T - mean)
+        name = "ranked by the scorer" if label == "scored" else "scores shuffled"
+        ax.errorbar(range(len(mean)), mean, error, color=colour, lw=2, marker="o", capsize=3, label=name)
+    ax.set(xlabel="iteration (0: the model that all start from)", ylabel="letters a word, held-out answers")
+    ax.set_xticks(range(len(mean)))
+    ax.legend(frameon=False)
+    save(fig, path)
+
+
+def main():
+    quick_help(__doc__, runs_bare=True)
+
+    import numpy as np
+
+    from utils.artifacts import metric, write_json
+    from utils.cli import parse
+    from utils.distributed import join_processes
+    from utils.logs import quiet_libraries
+    from utils.prompts import load_prompts
+    from utils.provenance import run_record
+    from utils.stats import bootstrap, signed_rank
+    from utils.tables import cell, difference, render
+
+    quiet_libraries()
+    (args,) = parse((TraitArguments,))
+    for key in ("iterations", "samples", "prompts"):
+        if getattr(args, key) < 1:
+            raise UserError(f"--{key} {getattr(args, key)}: must be at least 1")
+    join_processes()
+    started = time.monotonic()
+    source = {"name": str(ROOT / "data" / "eval_prompts" / "reference.jsonl"), "split": "test"}
+    prompts, _ = load_prompts([source], limit=args.prompts)
+    base = trait(args, prompts, None)
+
+    # (seeds, iterations + 1, prompts) of each kind of labels.
+    curves = {label: [] for label in LABELS}
+    for seed in args.seeds:
+        for label in LABELS:
+            iterate(args, label, seed)
+            after = [trait(args, prompts, adapter_of(args, label, seed, t)) for t in range(1, args.iterations + 1)]
+            curves[label].append(np.stack([base, *after]))
+    curves = {label: np.stack(found) for label, found in curves.items()}
+
+    metrics, lines = {}, [("letters a word, held-out answers", *LABELS)]
+    lines.append(("the model that all start from", *[cell(bootstrap(base), 1, 3)] * 2))
+    for t in range(1, args.iterations + 1):
+        level, moved = [], []
+        for label, values in curves.items():
+            by_prompt = values.mean(0)
+            metrics[f"{label}_letters_{t}"] = bootstrap(by_prompt[t])
+            change = metrics[f"{label}_change_{t}"] = bootstrap(np.stack([by_prompt[t], by_prompt[t - 1]], 1))
+            p = metric(signed_rank(by_prompt[t] - by_prompt[t - 1]), n=len(prompts))
+            metrics[f"p_{label}_change_{t}"] = p
+            metrics[f"{label}_change_{t}_by_seed"] = [float(one[t].mean() - one[t - 1].mean()) for one in values]
+            level.append(cell(metrics[f"{label}_letters_{t}"], 1, 3))
+            moved.append(difference(change, p, 1, 3))
+        lines += [(f"after iteration {t}", *level), ("  changed by", *moved)]
+    title = f"{args.name}: {len(args.seeds)} seeds, {len(prompts)} held-out prompts, {args.samples} answers each"
+    print(render(title, lines))
+    if args.png:
+        draw(args.png, curves, "SPPO with a toy scorer that likes short words")
+    if args.json:
+        values = {label: found.tolist() for label, found in curves.items()}
+        record = run_record(min(args.seeds), time.monotonic() - started)
+        write_json(args.json, {"metrics": metrics, "letters": values, "args": args.__dict__, "run": record})
+
+
+if __name__ == "__main__":
+    run(main)
