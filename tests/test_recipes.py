@@ -4,38 +4,119 @@ import json
 
 import pytest
 import yaml
-from conftest import ROOT
+from conftest import ROOT, make_pairs, write_jsonl
 
-RECIPES = ("gemma-2b-it-dpo", "gemma-2-9b-it-dpo", "gemma-2-9b-it-simpo")
+SPPO = tuple(f"gemma-2-9b-it-sppo-iter{t}" for t in (1, 2, 3))
+ZEPHYR = ("zephyr-7b-dpo-lora", "zephyr-7b-dpo-qlora", "juanako-7b-v1-dpo-1", "juanako-7b-v1-dpo-2")
+PREFERENCE = ("gemma-2b-it-dpo", "gemma-2-9b-it-dpo", "gemma-2-9b-it-simpo", *SPPO, *ZEPHYR)
+SFT = ("llama3-8b-alpaca-sft",)
 # What a machine without the hub, a GPU or hours must change: model, data, precision, and the number of steps.
 OVERRIDDEN = {
-    "model_name_or_path", "dataset_name", "dataset_train_split", "dataset_test_split", "bf16", "load_in_4bit",
-    "max_steps", "num_train_epochs",
+    "model_name_or_path", "start_adapter", "dataset_name", "dataset_train_split", "dataset_test_split", "bf16", "dtype",
+    "load_in_4bit", "max_steps", "num_train_epochs",
 }  # fmt: skip
+# The product of these stays (global_batch_size), their split follows the number of processes.
+DERIVED = {"gradient_accumulation_steps", "per_device_train_batch_size"}
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_a_published_recipe_runs_as_it_stands(name, train, tiny_gemma2, prefs, tmp_path):
-    path = ROOT / "configs" / f"{name}.yaml"
-    code, out, err = train(
-        *("--config", path, "--model_name_or_path", tiny_gemma2, "--dataset_name", prefs),
-        *("--dataset_train_split", "train", "--dataset_test_split", "test", "--bf16", "false"),
-        *("--load_in_4bit", "false", "--max_steps", "1", "--run_name", "r", "--disable_tqdm", "true"),
-        *("--output_dir", tmp_path / "ck", "--eval_out", tmp_path / "out", "--sample_prompts", "0"),
-    )
-    assert code == 0, err
-    asked = yaml.safe_load(path.read_text())
-    args = json.loads((tmp_path / "out" / "r" / "train.json").read_text())["args"]
-    for key in asked.keys() - OVERRIDDEN - {"gradient_accumulation_steps", "per_device_train_batch_size"}:
+@pytest.fixture(scope="module")
+def wins(tmp_path_factory):
+    """A folder of pairs with win probabilities, as generate_preference_pairs.py writes them."""
+    folder = tmp_path_factory.mktemp("wins")
+    for name, rows in (("train", make_pairs(24)), ("test", make_pairs(8, 100))):
+        write_jsonl(folder / f"{name}.jsonl", [{**r, "win_chosen": 0.8, "win_rejected": 0.3} for r in rows])
+    return folder
+
+
+def arrived(asked: dict, args: dict) -> None:
+    """Every key of the YAML but those that a small machine must change stands in the run's arguments."""
+    for key in asked.keys() - OVERRIDDEN - DERIVED:
         wanted = [asked[key]] if key == "loss_type" else asked[key]
         assert args[key] == wanted, key
     batch = args["per_device_train_batch_size"] * args["gradient_accumulation_steps"]
     assert batch == args["global_batch_size"] == asked["global_batch_size"]
 
 
-@pytest.mark.parametrize("name", RECIPES)
+def run_as_it_stands(run, name, model, data, folder, *more) -> dict:
+    """The run's summary, once the recipe has run for one step."""
+    code, out, err = run(
+        *("--config", ROOT / "configs" / f"{name}.yaml", "--model_name_or_path", model, "--dataset_name", data),
+        *("--dataset_train_split", "train", "--dtype", "float32", "--bf16", "false", "--load_in_4bit", "false"),
+        *("--max_steps", "1", "--run_name", "r", "--disable_tqdm", "true", "--sample_prompts", "0", *more),
+        *("--output_dir", folder / "ck", "--eval_out", folder / "out"),
+    )
+    assert code == 0, err
+    return json.loads((folder / "out" / "r" / "train.json").read_text())
+
+
+@pytest.mark.parametrize("name", PREFERENCE)
+def test_a_published_recipe_runs_as_it_stands(name, train, tiny, tiny_gemma2, trained, prefs, wins, tmp_path):
+    asked = yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text())
+    model, data = (tiny_gemma2, wins if name in SPPO else prefs) if "gemma" in name else (tiny, prefs)
+    more = ("--dataset_test_split", "test")
+    more += ("--start_adapter", trained / "ck" / "r") if "start_adapter" in asked else ()
+    summary = run_as_it_stands(train, name, model, data, tmp_path, *more)
+    arrived(asked, summary["args"])
+    assert (summary["start"] is not None) == ("start_adapter" in asked)
+    card = (tmp_path / "ck" / "r" / "README.md").read_text()
+    assert ("| 0.4853 | 0.62 | 200 | 0.4640 | -1.0787 |" in card) == (name == "juanako-7b-v1-dpo-2")
+    if name == "juanako-7b-v1-dpo-2":
+        assert "### As published" in card and "UNA" in card and "| - | 1.00 | 300 | 0.4594 |" in card
+
+
+@pytest.mark.parametrize("name", SFT)
+def test_a_published_sft_recipe_runs_as_it_stands(name, call, tiny, tmp_path):
+    rows = [{"instruction": f"Say {k}.", "input": "", "output": f"{k}, as you wish."} for k in range(240)]
+    data = write_jsonl(tmp_path / "data" / "train.jsonl", rows).parent
+    asked = yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text())
+    summary = run_as_it_stands(lambda *args: call("sft_train_instruction", *args), name, tiny, data, tmp_path)
+    arrived(asked, summary["args"])
+    assert summary["data"]["test"]["conversations"] == 200 and summary["packing"]["rows"] >= 1
+    assert "### Instruction:" in (tmp_path / "ck" / "r" / "chat_template.jinja").read_text()
+
+
+def test_the_recipe_of_sppos_pairs_reaches_the_script_as_it_stands():
+    from generate_preference_pairs import PairArguments
+    from utils.cli import parse
+
+    path = ROOT / "configs" / "pairs" / "gemma-2-9b-it-sppo.yaml"
+    training = ROOT / "configs" / "gemma-2-9b-it-sppo-iter2.yaml"
+    (args,) = parse((PairArguments,), ["--config", str(path), "--training_config", str(training), "--part", "2"])
+    for key, value in yaml.safe_load(path.read_text()).items():
+        assert getattr(args, key) == value, key
+
+    from generate_preference_pairs import as_training_asks, check
+
+    as_training_asks(args)
+    check(args)
+    assert args.model_name_or_path == "checkpoints/gemma-2-9b-it-sppo-iter1" and args.attn_implementation == "eager"
+    assert (args.run_name, args.eval_out) == ("gemma-2-9b-it-sppo-iter2-pairs", "eval_out")
+
+
+def test_the_three_iterations_differ_in_nothing_but_where_they_start():
+    texts = [yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text()) for name in SPPO]
+    for t, config in enumerate(texts, 1):
+        assert config.pop("dataset_name") == f"eval_out/gemma-2-9b-it-sppo-iter{t}-pairs"
+        start = config.pop("model_name_or_path")
+        assert start == ("google/gemma-2-9b-it" if t == 1 else f"checkpoints/gemma-2-9b-it-sppo-iter{t - 1}")
+    assert texts[0] == texts[1] == texts[2]
+
+
+def test_the_published_table_of_juanako_is_complete():
+    from utils.card import PREFERENCE_COLUMNS
+    from utils.published import read_published
+
+    found = read_published(ROOT / "configs/published/juanako-7b-v1.yaml", list)
+    assert [row["step"] for row in found["rows"]] == [50, 100, 150, 200, 250, 300, 300]
+    for row in found["rows"]:
+        assert set(row) >= {key for _, key in PREFERENCE_COLUMNS if key != "train_loss"}
+
+
+@pytest.mark.parametrize("name", [*PREFERENCE, *SFT, "pairs/gemma-2-9b-it-sppo"])
 def test_every_number_of_a_recipe_names_its_source(name):
     lines = (ROOT / "configs" / f"{name}.yaml").read_text().splitlines()
     keys = [line for line in lines if line and not line.startswith("#")]
     bare = [line for line in keys if "#" not in line]
-    assert lines[1].startswith("# Source:") and len(bare) <= 3, bare
+    head = [line for line in lines if line.startswith("#")]
+    assert any(line.startswith("# Source:") for line in head) and any("Hardware:" in line for line in head)
+    assert len(bare) <= 3, bare

@@ -162,6 +162,30 @@ def test_flex_attentions_mask_lets_everyone_see_what_the_padded_row_shows():
             assert bool(windowed(0, 0, q, k)) == (sees and at - place < window)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("window", [None, 8])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("key_heads", [2, 4])
+def test_the_gpus_attention_is_the_cpus(window, softcap, key_heads, monkeypatch):
+    """FlexAttention as a GPU runs it, uncompiled (a CPU has its forward, no backward), against SDPA and the softcap."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    from utils import shared_prompt
+
+    lengths = ((30, 12, 17), (5, 40, 9), (64, 1, 33))
+    tokens, generator = sum(map(sum, lengths)), torch.Generator().manual_seed(3)
+    query, key, value = (torch.randn(1, heads, tokens, 16, generator=generator) for heads in (4, key_heads, key_heads))
+    masks = {
+        w: create_block_mask(mask_rule(lengths, "cpu", w), None, None, tokens, tokens, device="cpu")
+        for w in {None, window}
+    }
+    monkeypatch.setattr(shared_prompt, "_compiled_flex", lambda: flex_attention)
+    settings = {"scaling": 0.8, "softcap": softcap, "sliding_window": window}
+    found = shared_prompt._flex(query, key, value, masks, **settings)
+    wanted, _ = shared_prompt._attention("sdpa", None, query, key, value, None, packed_lengths=lengths, **settings)
+    assert torch.allclose(found, wanted, atol=1e-5)
+
+
 # --------------------------------------------------------------------------------------------------------- token budget
 
 ONE = type("Accelerator", (), {"num_processes": 1, "device": "cpu"})()

@@ -1,0 +1,550 @@
+"""generate_preference_pairs.py: win probabilities as published, equal and empty answers, every scorer, the script."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, assert_one_line, make_pairs, train_args, write_jsonl
+
+from utils.artifacts import read_json
+from utils.errors import UserError
+from utils.pairing import (
+    Sampled,
+    agreement,
+    candidates_of,
+    held_out_keys,
+    pair_of,
+    part_of,
+    shuffled,
+)
+from utils.prompts import Prompt, load_candidates
+from utils.scorers import Candidates, Scores, make_scorer, ranker_scores, win_probabilities, wins_of
+
+OPTIONS = {
+    "dtype": "float32", "judge_prompt": "configs/judges/pairwise.yaml", "attempts": 0, "timeout": 5.0, "concurrency": 2,
+    "batch_tokens": 2048, "batch_size": None, "attn_implementation": None, "seed": 3,
+}  # fmt: skip
+
+
+def prompt(text="Say something.") -> Prompt:
+    return Prompt([{"role": "user", "content": text}], f"{text} line 1")
+
+
+def sampled(*texts, held_out=False, given=None) -> Sampled:
+    answers = [{"text": t, "tokens": len(t.split()), "finish_reason": "stop", "seed": k} for k, t in enumerate(texts)]
+    return Sampled(prompt(), answers, held_out, given)
+
+
+# ------------------------------------------------------------------------------------------------------------ formulas
+
+
+def test_win_probabilities_are_those_of_the_published_code():
+    """scripts/compute_prob.py of uclaml/SPPO: 1 / (1 + exp(s_j - s_i)), the mean of a row, the diagonal among it."""
+    scores = [0.3, -1.2, 2.0, 0.3, -0.5]
+    matrix = np.array([[1 / (1 + np.exp(b - a)) for b in scores] for a in scores])
+    assert win_probabilities(scores, [1] * 5) == pytest.approx(matrix.sum(1) / 5)
+    # By hand: sigma(0) = 1/2 and sigma(log 3) = 3/4.
+    assert win_probabilities([math.log(3), 0.0], [1, 1]) == pytest.approx([(0.5 + 0.75) / 2, (0.25 + 0.5) / 2])
+    assert win_probabilities([1e6, -1e6], [1, 1]) == pytest.approx([0.75, 0.25])
+
+
+def test_an_answer_that_was_given_twice_counts_twice():
+    whole = win_probabilities([0.3, 0.3, -1.2, 2.0], [1, 1, 1, 1])
+    assert win_probabilities([0.3, -1.2, 2.0], [2, 1, 1]) == pytest.approx([whole[0], whole[2], whole[3]])
+
+
+def test_ranker_scores_are_llm_blenders_max_logits():
+    """llm_blender/gpt_eval/utils.py, get_scores_from_cmps: (cmp - cmp.T).mean(axis=-1)."""
+    logits = np.random.default_rng(0).normal(size=(4, 4))
+    np.fill_diagonal(logits, 0)
+    assert ranker_scores(logits.tolist(), [1] * 4) == pytest.approx((logits - logits.T).mean(-1))
+
+
+def test_wins_of_a_matrix_by_hand():
+    assert wins_of([[0.5, 0.9], [0.1, 0.5]], [3, 1]) == pytest.approx([(1.5 + 0.9) / 4, (0.3 + 0.5) / 4])
+
+
+# ---------------------------------------------------------------------------------------------------------- candidates
+
+
+def test_equal_and_empty_answers():
+    found = candidates_of(sampled("b", "a", " b ", "", "c"))
+    assert (found.answers, found.counts) == (["b", "a", "c"], [2, 1, 1])
+    assert candidates_of(sampled("", " ")) == "all_samples_empty"
+    assert candidates_of(sampled("a", "a ", "")) == "all_samples_identical"
+    given = candidates_of(sampled("b", "a", "b", given={"scores": [1, 2, 3]}))
+    assert given.given == {"scores": [1, 2]}
+
+
+def test_the_best_meets_the_worst():
+    one = sampled("worst", "best", "middle", "best")
+    candidates = candidates_of(one)
+    row = pair_of(one, candidates, Scores([0.0, 2.0, 1.0], [0.1, 0.7, 0.4]))
+    assert row["chosen"][0]["content"] == "best" and row["rejected"][0]["content"] == "worst"
+    assert (row["win_chosen"], row["win_rejected"]) == (0.7, 0.1) and row["prompt_id"] == one.prompt.key
+    assert row["sampled_chosen"] == {"tokens": 1, "finish_reason": "stop"}
+    assert pair_of(one, candidates, Scores([1.0] * 3, [0.5] * 3)) == "all_scores_equal"
+
+
+def test_shuffled_scores_are_the_same_scores_of_other_answers():
+    many = [Candidates(prompt(f"Question {k}"), list("abcde"), [1] * 5) for k in range(300)]
+    best = []
+    for candidates in many:
+        found = shuffled(candidates, Scores([0, 1, 2, 3, 4], [0.1, 0.3, 0.5, 0.7, 0.9]), 7)
+        assert sorted(found.scores) == [0, 1, 2, 3, 4]
+        assert found.wins == pytest.approx([0.1 + 0.2 * s for s in found.scores])
+        best.append(int(np.argmax(found.scores)))
+    from scipy.stats import chisquare
+
+    assert chisquare(np.bincount(best, minlength=5)).pvalue > 1e-3
+    again = shuffled(many[0], Scores([0, 1, 2, 3, 4], [0] * 5), 7)
+    assert again.scores == shuffled(many[0], Scores([0, 1, 2, 3, 4], [0] * 5), 7).scores
+
+
+def test_parts_and_held_out_prompts():
+    prompts = [prompt(f"Q{k}") for k in range(10)]
+    parts = [part_of(prompts, 3, t) for t in (1, 2, 3)]
+    assert sorted(len(p) for p in parts) == [3, 3, 4] and {q.key for p in parts for q in p} == {q.key for q in prompts}
+    assert part_of(prompts, None, 1) == prompts
+    held = held_out_keys(prompts, 4)
+    assert len(held) == 4 and held == held_out_keys(prompts[::-1], 4)
+
+
+def test_agreement_by_hand():
+    rows, scored, theirs = [], {}, {}
+    for k, other in enumerate(([2.0, 1.0, 0.0], [0.0, 1.0, 2.0], [1.0, 5.0, 0.0], [1.0, 1.0, 1.0])):
+        one = Sampled(prompt(f"Q{k}"), [{"text": t} for t in "abc"], False)
+        candidates, mine = candidates_of(one), Scores([2.0, 1.0, 0.0], [0.8, 0.5, 0.2])
+        row = pair_of(one, candidates, mine)
+        rows.append(row)
+        scored[row["prompt_id"]], theirs[row["prompt_id"]] = (candidates, mine), Scores(other, other)
+    found = agreement(rows, scored, {"other": theirs})["other"]
+    assert found["same_order"]["value"] == pytest.approx((1 + 0 + 1 + 0.5) / 4)
+    assert found["same_best"]["value"] == pytest.approx((1 + 0 + 0 + 1) / 4)
+    # Kendall's tau is 1, -1 and 1/3; where all scores are equal there is none.
+    assert (
+        found["rank_correlation"]["value"] == pytest.approx((1 - 1 + 1 / 3) / 3) and found["rank_correlation"]["n"] == 3
+    )
+    with pytest.raises(UserError, match="--also_score other"):
+        agreement(rows, scored, {"other": {}})
+
+
+# ------------------------------------------------------------------------------------------------------------- scorers
+
+
+def scored(spec, items, tmp_path, **options):
+    return make_scorer(spec, {**OPTIONS, **options}).score(items, str(tmp_path), False)
+
+
+def items(*texts) -> list[Candidates]:
+    return [Candidates(prompt("Who are you?"), list(texts), [1] * len(texts))]
+
+
+def test_the_controls(tmp_path):
+    one = items("short", "a good deal longer")
+    (longer,) = scored("longer", one, tmp_path)
+    (shorter,) = scored("shorter", one, tmp_path)
+    assert longer.scores[1] > longer.scores[0] and shorter.scores == [-s for s in longer.scores]
+    assert longer.wins == pytest.approx(win_probabilities(longer.scores, [1, 1]))
+    first, again, other = (scored("random", one, tmp_path, seed=s)[0].scores for s in (1, 1, 2))
+    assert first == again != other
+
+
+def test_a_function_of_the_users(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "def score(prompt, answers):\n    return [len(prompt) * len(a) for a in answers]\n"
+    )
+    (found,) = scored(f"{tmp_path}/mine.py:score", items("a", "bb"), tmp_path)
+    assert found.scores == [12.0, 24.0]
+    name = make_scorer(f"{tmp_path}/mine.py:score", OPTIONS).identity()
+    (tmp_path / "mine.py").write_text("def score(prompt, answers):\n    return [1.0]\n")
+    assert make_scorer(f"{tmp_path}/mine.py:score", OPTIONS).identity() != name
+    for body, words in (
+        ("def score(prompt, answers):\n    return [1.0]\n", "a finite number for each answer"),
+        ("def score(prompt, answers):\n    return [float('nan')] * 2\n", "a finite number"),
+        ("def score(prompt, answers):\n    return 1 / 0\n", "ZeroDivisionError"),
+        ("def other():\n    pass\n", "no function score"),
+        ("import nothing_of_this_name\n", "cannot be run"),
+    ):
+        (tmp_path / "mine.py").write_text(body)
+        with pytest.raises(UserError, match=words):
+            scored(f"{tmp_path}/mine.py:score", items("a", "bb"), tmp_path)
+    with pytest.raises(UserError, match="no such file"):
+        make_scorer("nowhere.py:score", OPTIONS)
+
+
+def test_the_toy_scorer_that_ships_likes_short_words(tmp_path):
+    (found,) = scored(
+        f"{ROOT}/configs/scorers/plain_words.py:score", items("it is so", "extraordinary matters"), tmp_path
+    )
+    assert found.scores == pytest.approx([-4 * 2.0, -4 * 10.0])
+
+
+def test_columns_are_taken_as_they_stand(tmp_path):
+    one = [Candidates(prompt(), ["a", "b"], [1, 1], {"wins": [0.9, 0.2]})]
+    (wins,) = scored("columns", one, tmp_path)
+    assert wins.wins == wins.scores == [0.9, 0.2]
+    (scores,) = scored("columns", [Candidates(prompt(), ["a", "b"], [1, 1], {"scores": [math.log(3), 0.0]})], tmp_path)
+    assert scores.wins == pytest.approx([0.625, 0.375])
+    with pytest.raises(UserError, match="--answers given"):
+        scored("columns", items("a", "b"), tmp_path)
+
+
+def test_a_judge_is_asked_in_both_orders(tmp_path, monkeypatch):
+    """One that says 0.8 for whatever stands first and adds 0.1 for the answer it likes: the first slot cancels out."""
+    from utils import scorers
+    from utils.judges import Verdict
+
+    class Biased:
+        name, instant = "biased", True
+
+        def identity(self):
+            return {"judge": "biased"}
+
+        def judge(self, asked):
+            for k, item in enumerate(asked):
+                p = 0.8 + 0.1 * (item.first == "good") - 0.1 * (item.second == "good")
+                yield k, Verdict(1.0, p)
+
+    monkeypatch.setattr("utils.judges.make_judge", lambda *a: Biased())
+    (found,) = scored("judge:hf:x", items("good", "bad"), tmp_path)
+    beats = ((0.8 + 0.1) + (1 - (0.8 - 0.1))) / 2
+    assert found.wins == pytest.approx([(0.5 + beats) / 2, (1.5 - beats) / 2]) and found.scores == found.wins
+    assert scorers.KINDS
+
+
+def test_a_judge_without_a_verdict_leaves_the_prompt_unscored(tmp_path, monkeypatch):
+    from utils.judges import Verdict, unparsed
+
+    class Mute:
+        name, instant = "mute", True
+
+        def identity(self):
+            return {}
+
+        def judge(self, asked):
+            for k, item in enumerate(asked):
+                yield k, unparsed("no") if "b" in (item.first, item.second) else Verdict(1.0)
+
+    monkeypatch.setattr("utils.judges.make_judge", lambda *a: Mute())
+    two = [Candidates(prompt("1"), ["a", "b"], [1, 1]), Candidates(prompt("2"), ["a", "c"], [1, 1])]
+    first, second = scored("judge:hf:x", two, tmp_path)
+    assert first == "no verdict: no" and isinstance(second, Scores)
+
+
+@pytest.fixture(scope="module")
+def reward_model(tmp_path_factory, smol_tokenizer):
+    """A tiny random sequence classifier with one output."""
+    import transformers
+
+    torch.manual_seed(1)
+    config = transformers.LlamaConfig(
+        vocab_size=len(smol_tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, num_labels=1, max_position_embeddings=512,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("rm") / "rm"
+    transformers.LlamaForSequenceClassification(config).save_pretrained(folder)
+    smol_tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_reward_models_scores_are_the_models_and_are_kept(reward_model, smol_tokenizer, tmp_path, monkeypatch):
+    import transformers
+
+    from utils.chat import ChatRenderer
+
+    one = items("I am a cat.", "I am the sea, and the sand.", "word " * 600)
+    (cut,) = scored(f"rm:{reward_model}", one, tmp_path)
+    assert "more than the reward model reads" in cut
+    one[0].answers, one[0].counts = one[0].answers[:2], [1, 1]
+    (found,) = scored(f"rm:{reward_model}", one, tmp_path)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(reward_model).eval()
+    model.config.pad_token_id = 0
+    chat = ChatRenderer(smol_tokenizer)
+    for answer, score in zip(one[0].answers, found.scores, strict=True):
+        ids = chat.ids([chat.full_text(one[0].prompt.messages, answer)])
+        with torch.no_grad():
+            assert score == pytest.approx(model(input_ids=torch.tensor(ids)).logits.item(), abs=1e-5)
+    monkeypatch.setattr("utils.judges.RewardModel.score", lambda *a: pytest.fail("asked again"))
+    assert scored(f"rm:{reward_model}", one, tmp_path) == [found]
+
+
+@pytest.fixture(scope="module")
+def pair_ranker(tmp_path_factory, smol_tokenizer):
+    """A tiny random PairRM under SmolLM2's vocabulary, with the published marks."""
+    import copy
+
+    import transformers
+
+    from utils.pair_ranker import FIRST, SECOND, SOURCE, pair_rm
+
+    tokenizer = copy.deepcopy(smol_tokenizer)
+    tokenizer.add_tokens([SOURCE, FIRST, SECOND])
+    torch.manual_seed(2)
+    config = transformers.DebertaV2Config(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        relative_attention=True, pos_att_type=["p2c", "c2p"], position_biased_input=False, n_tasks=1, drop_out=0.1,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("pairrm") / "pairrm"
+    pair_rm()(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_pairwise_ranker_reads_marks_and_both_orders(pair_ranker, tmp_path):
+    """Against an independent forward: the backbone of transformers, the head's weights by their published names."""
+    import transformers
+    from safetensors.torch import load_file
+
+    from utils.pair_ranker import FIRST, SECOND, SOURCE, PairRanker
+
+    ranker = PairRanker(str(pair_ranker), OPTIONS)
+    answers = ["I am a cat.", "The sea, the sand, and more of it.", "No."]
+    logits = ranker.logits("Who are you?", answers)
+    weights = load_file(pair_ranker / "model.safetensors")
+    backbone = transformers.DebertaV2Model(transformers.AutoConfig.from_pretrained(pair_ranker)).eval()
+    prefix = "pretrained_model."
+    backbone.load_state_dict({k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)})
+    marks = [ranker.marks[m] for m in (SOURCE, FIRST, SECOND)]
+    for i, j in ((0, 1), (1, 0), (2, 1)):
+        ids = torch.tensor([ranker.ids("Who are you?", answers[i], answers[j])])
+        assert [int((ids == mark).sum()) for mark in marks] == [1, 1, 1]
+        with torch.no_grad():
+            hidden = backbone(input_ids=ids).last_hidden_state[0]
+        at = [hidden[(ids[0] == mark).nonzero()[0, 0]] for mark in marks]
+
+        def head(candidate, at=at):
+            x = torch.cat([at[0], candidate])
+            x = torch.tanh(weights["head_layer.1.weight"] @ x + weights["head_layer.1.bias"])
+            return (weights["head_layer.4.weight"] @ x + weights["head_layer.4.bias"]).item()
+
+        assert logits[i][j] == pytest.approx(head(at[1]) - head(at[2]), abs=1e-5)
+    assert [logits[k][k] for k in range(3)] == [0.0] * 3
+    (found,) = scored(f"pair:{pair_ranker}", items(*answers), tmp_path)
+    assert found.scores == pytest.approx(((np.array(logits) - np.array(logits).T).mean(1)).tolist())
+    # An answer that spells a mark out is no mark.
+    assert sum(i == ranker.marks[FIRST] for i in ranker.ids("?", f"{FIRST} {SECOND}", "x")) == 1
+
+
+def test_a_model_that_is_no_pairwise_ranker_is_named(tiny):
+    with pytest.raises(UserError, match="its tokenizer has no <|source|>"):
+        make_scorer(f"pair:{tiny}", OPTIONS)
+
+
+@pytest.mark.parametrize("spec", ["nobody", "rm:", "pair:", "judge:", "judge:nobody"])
+def test_an_unknown_scorer_is_named(spec):
+    with pytest.raises(UserError, match="unknown"):
+        make_scorer(spec, OPTIONS)
+
+
+# -------------------------------------------------------------------------------------------------- answers in the data
+
+
+@pytest.mark.parametrize(
+    ("row", "numbers"),
+    [
+        ({"prompt": "Q", "all_generated_responses": ["a", "b"], "all_rm_scores": [0.1, 0.2]}, {"scores": [0.1, 0.2]}),
+        ({"prompt": "Q", "all_generated_responses": '["a", "b"]', "all_rm_scores": "[1, 2]"}, {"scores": [1, 2]}),
+        ({"prompt": "Q", "responses": ["a", "b"], "win_probabilities": [0.9, 0.3]}, {"wins": [0.9, 0.3]}),
+        ({"prompt": "Q", "responses": ["a", "b"]}, {}),
+        (
+            {"prompt": "Q", "generate_0": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "a"}],
+             "generate_1": [{"role": "assistant", "content": "b"}], "rm_scores": [3.0, 1.0]},
+            {"scores": [3.0, 1.0]},
+        ),
+    ],
+)  # fmt: skip
+def test_answers_and_scores_that_the_data_hold(row, numbers, tmp_path):
+    ((found, answers, given),), summary = load_candidates(
+        [{"name": str(write_jsonl(tmp_path / "x.jsonl", [row, row])), "split": "train"}]
+    )
+    assert (found.text, answers, given) == ("Q", ["a", "b"], numbers)
+    assert summary["left_out"] == {"duplicate_prompt": 1}
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"prompt": "Q"}, "no answers there"),
+        ({"prompt": "Q", "responses": ["a", 2]}, "no answers there"),
+        ({"prompt": "Q", "responses": ["a", "b"], "scores": [1]}, "one number for each of the 2"),
+        ({"prompt": "Q", "responses": ["a", "b"], "scores": [1, True]}, "one number for each"),
+    ],
+)
+def test_rows_without_usable_answers_are_named(row, words, tmp_path):
+    with pytest.raises(UserError, match=f"line 1.*{words}"):
+        load_candidates([{"name": str(write_jsonl(tmp_path / "x.jsonl", [row])), "split": "train"}])
+
+
+# -------------------------------------------------------------------------------------------------------------- script
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    rows = [{"instruction": r["prompt"]} for r in make_pairs(9)]
+    return write_jsonl(tmp_path_factory.mktemp("prompts") / "prompts.jsonl", rows)
+
+
+@pytest.fixture
+def pairs(call):
+    """Run generate_preference_pairs.py in this process; returns (exit code, stdout, stderr)."""
+    return lambda *args: call("generate_preference_pairs", *args)
+
+
+def pair_args(model, prompts, folder, *extra) -> list[str]:
+    return [
+        *("--model_name_or_path", str(model), "--dataset_name", str(prompts), "--sampling_seeds", "0", "50", "100"),
+        *("--max_new_tokens", "6", "--temperature", "1.5", "--top_p", "1.0", "--test_prompts", "2"),
+        *("--scorer", "longer", "--eval_out", str(folder), "--run_name", "p", *map(str, extra)),
+    ]
+
+
+def rows_of(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_from_prompts_to_a_trained_model(pairs, train, tiny, prompts, tmp_path):
+    code, out, err = pairs(*pair_args(tiny, prompts, tmp_path / "out", "--also_score", "random", "shorter"))
+    assert code == 0, err
+    folder = tmp_path / "out/p"
+    assert {p.name for p in folder.iterdir()} == {
+        "samples.jsonl", "scores.jsonl", "train.jsonl", "test.jsonl", "manifest.json", "preference_pairs.json",
+        "preference_pairs.png",
+    }  # fmt: skip
+    found, held_out = rows_of(folder / "train.jsonl"), rows_of(folder / "test.jsonl")
+    assert (
+        len(found) + len(held_out) + sum(read_json(folder / "preference_pairs.json")["counts"]["dropped"].values()) == 9
+    )
+    assert not {r["prompt_id"] for r in found} & {r["prompt_id"] for r in held_out} and len(held_out) == 2
+    samples = {row["prompt_id"]: row for row in rows_of(folder / "samples.jsonl")}
+    for row in found:
+        texts = sorted({a["text"].strip() for a in samples[row["prompt_id"]]["answers"]} - {""}, key=len)
+        assert row["chosen"][0]["content"] == texts[-1] or len(row["chosen"][0]["content"]) == len(texts[-1])
+        assert len(row["rejected"][0]["content"]) == len(texts[0]) and row["win_chosen"] > 0.5 > row["win_rejected"] > 0
+    summary = read_json(folder / "preference_pairs.json")
+    assert summary["model"]["policy"]["weights_sha256"] and summary["model"]["scorers"]["longer"] == {
+        "scorer": "longer"
+    }
+    assert summary["metrics"]["shorter/same_order"]["value"] == 0 and "other scorers on the same answers" in out
+    assert summary["metrics"]["chosen_longer"]["value"] == 1
+    # The pairs train as they are, with the loss that needs win probabilities.
+    code, out, err = train(
+        *train_args(tiny, folder, tmp_path, "--loss_type", "sppo", "--max_steps", "1", "--beta", "1")
+    )
+    assert code == 0, err
+
+
+def test_a_second_call_samples_and_scores_nothing(pairs, tiny, prompts, tmp_path, monkeypatch):
+    assert pairs(*pair_args(tiny, prompts, tmp_path))[0] == 0
+    before = (tmp_path / "p/train.jsonl").read_text()
+    monkeypatch.setattr("utils.answers.generate", lambda *a, **k: pytest.fail("sampled again"))
+    code, _, err = pairs(*pair_args(tiny, prompts, tmp_path))
+    assert code == 0 and (tmp_path / "p/train.jsonl").read_text() == before, err
+    # Another scorer on the same samples, under another name, samples nothing either.
+    code, _, err = pairs(*pair_args(tiny, prompts, tmp_path, "--run_name", "q", "--scorer", "shorter"))
+    assert code == 0, err
+    code, _, err = pairs(*pair_args(tiny, prompts, tmp_path, "--scorer", "shorter"))
+    assert code == 2
+    assert_one_line(err, "holds other pairs", "scorer 'longer' -> 'shorter'", "--run_name")
+
+
+def test_sampling_that_was_cut_off_goes_on(pairs, tiny, prompts, tmp_path, monkeypatch):
+    import utils.answers
+
+    usual, calls = utils.answers.generate, []
+
+    def dying(*args, **kwargs):
+        for answer in usual(*args, **kwargs):
+            calls.append(answer["index"])
+            if len(calls) == 12:
+                raise KeyboardInterrupt
+            yield answer
+
+    small = ("--batch_size", "2")
+    monkeypatch.setattr("utils.answers.generate", dying)
+    assert pairs(*pair_args(tiny, prompts, tmp_path, *small))[0] == 130
+    assert not (tmp_path / "p/samples.jsonl").exists()
+    calls.clear()
+    calls.extend([None] * 100)
+    code, _, err = pairs(*pair_args(tiny, prompts, tmp_path, *small))
+    assert code == 0 and len(calls) - 100 == 27 - 11, err
+    monkeypatch.setattr("utils.answers.generate", usual)
+    assert pairs(*pair_args(tiny, prompts, tmp_path / "whole"))[0] == 0
+    assert (tmp_path / "p/train.jsonl").read_text() == (tmp_path / "whole/p/train.jsonl").read_text()
+
+
+def test_stages_apart_give_what_all_give(pairs, tiny, prompts, tmp_path):
+    assert pairs(*pair_args(tiny, prompts, tmp_path / "all"))[0] == 0
+    for stage in ("pair", "score"):
+        code, _, err = pairs(*pair_args(tiny, prompts, tmp_path / "apart", "--stage", stage))
+        assert code == 2
+        assert_one_line(err, "samples.jsonl is not there", "--stage sample")
+    for stage in ("sample", "score", "pair"):
+        code, out, err = pairs(*pair_args(tiny, prompts, tmp_path / "apart", "--stage", stage))
+        assert code == 0, err
+        manifest = read_json(tmp_path / "apart/p/manifest.json")["stages"]
+        assert manifest[stage]["run"]["git_commit"] and manifest[stage]["seconds"] >= 0
+    assert list(manifest) == ["sample", "score", "pair"]
+    for name in ("samples.jsonl", "scores.jsonl", "train.jsonl", "test.jsonl"):
+        assert (tmp_path / "apart/p" / name).read_text() == (tmp_path / "all/p" / name).read_text(), name
+
+
+def test_given_answers_with_their_scores(pairs, tiny, tmp_path):
+    rows = [
+        {"prompt": f"Q{k}", "all_generated_responses": ["good", "fair", "bad"], "all_rm_scores": [2.0, 1.0, -1.0]}
+        for k in range(6)
+    ]
+    data = write_jsonl(tmp_path / "x.jsonl", rows)
+    given = (
+        "--dataset_name",
+        data,
+        "--answers",
+        "given",
+        "--scorer",
+        "columns",
+        "--test_prompts",
+        "1",
+        "--eval_out",
+        tmp_path,
+    )
+    code, out, err = pairs(*given, "--run_name", "g")
+    assert code == 0, err
+    row = rows_of(tmp_path / "g/train.jsonl")[0]
+    assert row["chosen"][0]["content"] == "good" and row["rejected"][0]["content"] == "bad"
+    assert row["win_chosen"] == pytest.approx(win_probabilities([2.0, 1.0, -1.0], [1, 1, 1])[0])
+    code, out, err = pairs(*given, "--run_name", "s", "--shuffle_scores", "1")
+    assert code == 0 and "SCORES WERE SHUFFLED" in out, err
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--temperature", "0"), ("--temperature",)),
+        (("--sampling_seeds", "3"), ("--sampling_seeds", "two")),
+        (("--parts", "3"), ("--parts 3", "--part")),
+        (("--parts", "3", "--part", "4"), ("--part",)),
+        (("--split", "train_{part}"), ("--split train_{part}", "--part")),
+        (("--test_prompts", "9"), ("--test_prompts 9", "hold out all")),
+        (("--scorer", "nobody"), ("--scorer nobody", "unknown")),
+        (("--training_config", "nowhere.yaml"), ("nowhere.yaml", "cannot be read")),
+        (("--model_name_or_path", "./nowhere"), ("./nowhere", "no such folder")),
+        (("--adapter_path", "./nowhere"), ("adapter ./nowhere",)),
+        (("--dataset_name", "nowhere.jsonl"), ("nowhere.jsonl",)),
+        (("--limit", "0"), ("--limit 0",)),
+        (("--max_new_tokens", "0"), ("--max_new_tokens 0",)),
+    ],
+)
+def test_bad_input_is_one_line(flags, words, pairs, tiny, prompts, tmp_path):
+    code, _, err = pairs(*pair_args(tiny, prompts, tmp_path, *flags))
+    assert code == 2
+    assert_one_line(err, *words)
+
+
+def test_a_folder_of_something_else_is_left_alone(pairs, tiny, prompts, tmp_path):
+    (tmp_path / "p").mkdir()
+    (tmp_path / "p/thesis.txt").write_text("mine")
+    code, _, err = pairs(*pair_args(tiny, prompts, tmp_path, "--overwrite"))
+    assert code == 2 and (tmp_path / "p/thesis.txt").exists()
+    assert_one_line(err, "no pairs of this script", "--run_name")

@@ -1,0 +1,332 @@
+"""sft_train_instruction.py: TRL's losses, packing that changes none, artifacts, resume, and what it refuses."""
+
+import json
+
+import pytest
+import torch
+from conftest import ROOT, assert_one_line, command, make_pairs, write_jsonl
+from datasets import Dataset
+from peft import LoraConfig
+from trl import SFTConfig, SFTTrainer
+
+from utils.artifacts import RowFile, read_json
+from utils.instruction_report import claim, heldout_metrics
+from utils.instruction_trainer import InstructionConfig, InstructionTrainer
+from utils.instructions import load_conversations, tokenize
+from utils.models import load_model, load_tokenizer
+
+
+def instructions(count: int, offset: int = 0) -> list[dict]:
+    """Short rows in Alpaca's form."""
+    rows = make_pairs(count, offset)
+    return [
+        {"instruction": r["prompt"], "input": "in one line" if i % 3 == 0 else "", "output": r["chosen"][1]["content"]}
+        for i, r in enumerate(rows)
+    ]
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """A folder with train.jsonl (32 rows)."""
+    folder = tmp_path_factory.mktemp("rows")
+    write_jsonl(folder / "train.jsonl", instructions(32))
+    return folder
+
+
+def sft_args(model, data, folder, *extra) -> list[str]:
+    return [
+        *("--model_name_or_path", str(model), "--dataset_name", str(data), "--use_peft", "--lora_r", "4"),
+        *("--lora_target_modules", "q_proj", "v_proj", "--learning_rate", "1e-2", "--max_length", "128"),
+        *("--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2", "--max_steps", "4"),
+        *("--gradient_checkpointing", "false", "--disable_tqdm", "true", "--test_rows", "8"),
+        *("--output_dir", str(folder / "ck"), "--eval_out", str(folder / "out"), "--run_name", "r", *map(str, extra)),
+    ]
+
+
+@pytest.fixture
+def sft(call):
+    """Run sft_train_instruction.py in this process; returns (exit code, stdout, stderr)."""
+    return lambda *args: call("sft_train_instruction", *args)
+
+
+def log(folder, split="train") -> list[dict]:
+    found = [json.loads(line) for line in (folder / "out/r/train_log.jsonl").read_text().splitlines()]
+    return [row for row in found if row["split"] == split]
+
+
+# ----------------------------------------------------------------------------------------------------------------- TRL
+
+SETTINGS = dict(
+    per_device_train_batch_size=3, gradient_accumulation_steps=2, max_steps=5, learning_rate=1e-2, seed=7,
+    gradient_checkpointing=False, report_to="none", logging_steps=1, save_strategy="no", max_length=96, use_cpu=True,
+    disable_tqdm=True,
+)  # fmt: skip
+KEYS = ("loss", "grad_norm", "mean_token_accuracy", "entropy", "num_tokens")
+
+
+def lora() -> LoraConfig:
+    return LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+
+
+def history(trainer) -> list[dict]:
+    trainer.train()
+    return [row for row in trainer.state.log_history if "loss" in row]
+
+
+def stock(folder, data: list[dict], **extra) -> list[dict]:
+    """TRL's trainer on the same conversations, rendered, tokenised and masked by TRL itself."""
+    import trl.kernels.chunked_logprob
+    import trl.trainer.utils
+
+    trl.trainer.utils._use_triton = trl.kernels.chunked_logprob._use_triton
+    trl.trainer.utils._ChunkedLogProbFunction = trl.kernels.ChunkedLogProbFunction
+    args = SFTConfig(str(folder / "stock"), bf16=False, **{**SETTINGS, **extra})
+    model = load_model(str(folder))
+    tokenizer = load_tokenizer(str(folder))
+    common = {"processing_class": tokenizer, "peft_config": lora()}
+    return history(SFTTrainer(model, args=args, train_dataset=Dataset.from_list(data), **common))
+
+
+def ours(folder, path, tmp_path, loss_on="responses", **extra) -> list[dict]:
+    tokenizer = load_tokenizer(str(folder))
+    data = load_conversations([{"name": str(path), "split": "train"}])
+    ids, _ = tokenize(data, tokenizer, loss_on, SETTINGS["max_length"])
+    args = InstructionConfig(str(tmp_path / "ours"), **{**SETTINGS, **extra})
+    trainer = InstructionTrainer(
+        model=load_model(str(folder)),
+        args=args,
+        train_dataset=ids,
+        processing_class=tokenizer,
+        peft_config=lora(),
+        row_log=RowFile(tmp_path / "log.jsonl"),
+    )
+    return history(trainer)
+
+
+@pytest.mark.parametrize("loss_on", ["responses", "everything"])
+def test_it_trains_as_stock_trl(loss_on, tiny, tmp_path):
+    pairs = make_pairs(30)
+    path = write_jsonl(tmp_path / "x.jsonl", [{"messages": r["chosen"]} for r in pairs])
+    if loss_on == "responses":
+        theirs = [{"prompt": r["chosen"][:1], "completion": r["chosen"][1:]} for r in pairs]
+    else:
+        theirs = [{"messages": r["chosen"]} for r in pairs]
+    for a, b in zip(ours(tiny, path, tmp_path, loss_on), stock(tiny, theirs), strict=True):
+        for key in KEYS:
+            assert a[key] == pytest.approx(b[key], abs=1e-4, rel=1e-4), (a["step"], key)
+
+
+@pytest.mark.parametrize("kind", ["tiny", "tiny_gemma2"])
+def test_a_packed_conversation_sees_nothing_of_its_neighbours(kind, request, tmp_path):
+    """One packed batch of all rows against the rows one by one: the same loss and the same gradients."""
+    folder = request.getfixturevalue(kind)
+    path = write_jsonl(tmp_path / "x.jsonl", [{"messages": r["chosen"]} for r in make_pairs(12)])
+    one_step = {"max_steps": 1, "gradient_accumulation_steps": 1, "learning_rate": 1e-3}
+    packed = ours(folder, path, tmp_path, per_device_train_batch_size=12, packing=True, **one_step)
+    padded = ours(folder, path, tmp_path, per_device_train_batch_size=12, **one_step)
+    singly = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 12}
+    alone = ours(folder, path, tmp_path, **{**one_step, **singly})
+    for other in (padded, alone):
+        for key in ("loss", "grad_norm"):
+            assert packed[0][key] == pytest.approx(other[0][key], rel=1e-4), key
+
+
+def test_scores_are_the_models_own_and_know_no_batch(tiny, tmp_path):
+    path = write_jsonl(tmp_path / "x.jsonl", [{"messages": r["chosen"]} for r in make_pairs(7)])
+    tokenizer = load_tokenizer(str(tiny))
+    ids, _ = tokenize(load_conversations([{"name": str(path), "split": "train"}]), tokenizer, "responses", None)
+
+    def scored(batch):
+        args = InstructionConfig(str(tmp_path / "o"), **{**SETTINGS, "per_device_eval_batch_size": batch})
+        trainer = InstructionTrainer(
+            model=load_model(str(tiny)), args=args, train_dataset=ids, processing_class=tokenizer,
+            row_log=RowFile(tmp_path / "log.jsonl"),
+        )  # fmt: skip
+        return trainer.score(ids), trainer.score(ids, [5, 2])
+
+    found, some = scored(3)
+    model = load_model(str(tiny)).eval()
+    for row, nll in zip(ids, found, strict=True):
+        labels = torch.tensor([row["labels"]])
+        with torch.no_grad():
+            mean = model(input_ids=torch.tensor([row["input_ids"]]), labels=labels).loss
+        assert nll == pytest.approx(mean.item() * (labels[0, 1:] != -100).sum().item(), rel=1e-5)
+    assert some == pytest.approx([found[5], found[2]], rel=1e-6)
+    assert scored(1)[0] == pytest.approx(found, rel=1e-5)
+
+
+# -------------------------------------------------------------------------------------------------------------- script
+
+
+def test_a_run_writes_everything_it_promises(sft, call, tiny, rows, tmp_path):
+    code, out, err = sft(*sft_args(tiny, rows, tmp_path, "--eval_strategy", "steps", "--eval_steps", 2))
+    assert code == 0, err
+    folder, weights = tmp_path / "out/r", tmp_path / "ck/r"
+    assert {p.name for p in folder.iterdir()} == {
+        "preflight.json", "train.json", "train_log.jsonl", "heldout_rows.jsonl", "samples.md",
+        "sft_training_curves.png",
+    }  # fmt: skip
+    assert {"adapter_model.safetensors", "tokenizer.json", "README.md"} <= {p.name for p in weights.iterdir()}
+    summary = read_json(folder / "train.json")
+    assert summary["stage"] == "sft" and summary["data"]["train"]["conversations"] == 24
+    assert summary["data"]["test"]["conversations"] == 8 and summary["model"]["weights_sha256"]
+    assert "perplexity a token" in out and "trained on" in out and "read only" in out
+    for figure in summary["metrics"].values():
+        assert set(figure) == {"value", "stderr", "ci95", "n"} and figure["n"] == 8
+    # The held-out rows give the summary's figures again.
+    held_out = [json.loads(line) for line in (folder / "heldout_rows.jsonl").read_text().splitlines()]
+    for side in ("base", "tuned"):
+        mean = sum(r[f"nll_{side}"] for r in held_out) / sum(r["tokens"] for r in held_out)
+        assert summary["metrics"][f"heldout_nll_{side}"]["value"] == pytest.approx(mean)
+    assert log(tmp_path, "eval")[-1]["step"] == 4 and log(tmp_path, "eval")[-1]["mean_token_accuracy"] >= 0
+    assert (folder / "sft_training_curves.png").read_bytes()[:4] == b"\x89PNG"
+    card = (weights / "README.md").read_text()
+    assert "instruction-tuning" in card and "| Token accuracy |" in card and "24 conversations" in card
+    samples = (folder / "samples.md").read_text()
+    assert "**base**" in samples and "**tuned**" in samples
+
+    # The run can be evaluated, on pairs that are named.
+    test = write_jsonl(tmp_path / "pairs.jsonl", make_pairs(6, 300))
+    where = ("--run_name", "r", "--checkpoints", tmp_path / "ck", "--eval_out", tmp_path / "out")
+    code, out, err = call("eval_win_rate", *where, "--dataset_name", test)
+    assert code == 0 and "on 6 held-out pairs" in out, err
+    # Finished, it is not trained again.
+    code, out, _ = sft(*sft_args(tiny, rows, tmp_path, "--eval_strategy", "steps", "--eval_steps", 2))
+    assert code == 0 and "nothing to train" in out and "perplexity a token" in out
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--use_peft", "false", "--learning_rate", "1e-3"),
+        ("--load_in_4bit", "--packing"),
+        ("--loss_on", "everything", "--packing", "--gradient_checkpointing", "true"),
+        ("--chat_template_path", ROOT / "configs/templates/alpaca.jinja", "--test_rows", "0"),
+    ],
+)
+def test_ways_of_training(flags, sft, tiny, rows, tmp_path):
+    code, out, err = sft(*sft_args(tiny, rows, tmp_path, "--max_steps", 2, "--sample_prompts", 1, *flags))
+    assert code == 0 and len(log(tmp_path)) == 2, err
+    summary = read_json(tmp_path / "out/r/train.json")
+    if "--test_rows" in flags:
+        assert summary["metrics"] == {} and "No claim" in summary["claim"] and "### Response:" in out
+        # The template goes with the weights.
+        assert "### Response:" in load_tokenizer(str(tmp_path / "ck/r")).chat_template
+        assert summary["args"]["chat_template_path"].endswith("alpaca.jinja")
+    else:
+        assert summary["metrics"]["heldout_ppl_base"]["value"] > 1
+        # Without an adapter to switch off, no base is left to answer.
+        assert ("**base**" in (tmp_path / "out/r/samples.md").read_text()) == ("--use_peft" not in flags)
+    assert ("packed rows" in out) == ("--packing" in flags)
+
+
+def test_an_interrupted_run_goes_on_with_the_same_losses(sft, tiny, rows, tmp_path, monkeypatch):
+    code, _, err = sft(*sft_args(tiny, rows, tmp_path / "whole", "--save_steps", 2))
+    assert code == 0, err
+
+    from utils.training import RowLog
+
+    usual = RowLog.on_log
+
+    def killed(self, args, state, control, logs=None, **kwargs):
+        if state.global_step == 3:
+            raise KeyboardInterrupt
+        return usual(self, args, state, control, logs, **kwargs)
+
+    monkeypatch.setattr(RowLog, "on_log", killed)
+    code, _, _ = sft(*sft_args(tiny, rows, tmp_path / "cut", "--save_steps", 2))
+    assert code == 130
+    monkeypatch.setattr(RowLog, "on_log", usual)
+    code, out, err = sft(*sft_args(tiny, rows, tmp_path / "cut", "--save_steps", 2))
+    assert code == 0 and "resuming from" in out, err
+    whole, cut = log(tmp_path / "whole"), log(tmp_path / "cut")
+    assert [r["step"] for r in cut] == [1, 2, 3, 4]
+    for a, b in zip(whole, cut, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-6) and a["num_tokens"] == b["num_tokens"]
+    both = [read_json(tmp_path / w / "out/r/train.json")["metrics"] for w in ("whole", "cut")]
+    for key in ("heldout_ppl_base", "heldout_ppl_tuned"):
+        assert both[0][key]["value"] == pytest.approx(both[1][key]["value"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--max_length", "0"), ("--max_length 0",)),
+        (("--packing", "--max_length", "None"), ("--packing", "--max_length")),
+        (("--assistant_only_loss", "true"), ("--assistant_only_loss", "--loss_on")),
+        (("--test_rows", "-1"), ("--test_rows",)),
+        (("--test_rows", "999"), ("--test_rows 999", "hold out all")),
+        (("--loss_on", "everythin"), ("--loss_on",)),
+        (("--start_adapter", "x"), ("--start_adapter_use", "merge", "continue")),
+        (("--dataset_test_split", "test"), ("no file of split 'test'",)),
+        (("--chat_template_path", "nowhere.jinja"), ("nowhere.jinja",)),
+        (("--published", "nowhere.yaml"), ("nowhere.yaml",)),
+    ],
+)
+def test_bad_input_is_one_line(flags, words, sft, tiny, rows, tmp_path):
+    if flags[:2] == ("--packing", "--max_length"):
+        (tmp_path / "c.yaml").write_text("max_length: null\npacking: true\n")
+        args = sft_args(tiny, rows, tmp_path)
+        at = args.index("--max_length")
+        code, _, err = sft("--config", tmp_path / "c.yaml", *args[:at], *args[at + 2 :])
+    else:
+        code, _, err = sft(*sft_args(tiny, rows, tmp_path), *flags)
+    assert code == 2
+    assert_one_line(err, *words)
+
+
+def test_unusable_rows_are_named(sft, tiny, tmp_path):
+    data = write_jsonl(tmp_path / "x.jsonl", [{"instruction": "a", "output": "b"}, {"a": 1}])
+    code, _, err = sft(*sft_args(tiny, data, tmp_path))
+    assert code == 2
+    assert_one_line(err, "x.jsonl line 2", "no instruction there")
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_single_process_run(tiny, rows, tmp_path):
+    import os
+    import subprocess
+    import sys
+
+    alone = command("sft_train_instruction.py", *sft_args(tiny, rows, tmp_path / "one", "--global_batch_size", 4))
+    assert alone.returncode == 0, alone.stderr[-2000:]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/cpu_2proc.yaml"]
+    args = sft_args(tiny, rows, tmp_path / "two", "--global_batch_size", 4)
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*launch, "sft_train_instruction.py", *args], cwd=ROOT, env=env, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    for a, b in zip(log(tmp_path / "one"), log(tmp_path / "two"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-4) and a["num_tokens"] == b["num_tokens"]
+    one, two = (read_json(tmp_path / w / "out/r/train.json")["metrics"] for w in ("one", "two"))
+    for key in ("heldout_ppl_base", "heldout_ppl_tuned"):
+        assert one[key]["value"] == pytest.approx(two[key]["value"], rel=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------------------- figures
+
+
+def test_held_out_figures_by_hand():
+    import math
+
+    rows = [
+        {"nll_base": 6.0, "nll_tuned": 3.0, "tokens": 3, "bytes": 10},
+        {"nll_base": 2.0, "nll_tuned": 2.0, "tokens": 1, "bytes": 5},
+    ]
+    found = heldout_metrics(rows)
+    assert found["heldout_ppl_base"]["value"] == pytest.approx(math.exp(8 / 4))
+    assert found["heldout_ppl_tuned"]["value"] == pytest.approx(math.exp(5 / 4))
+    assert found["heldout_nll_difference"]["value"] == pytest.approx(-0.75)
+    assert found["heldout_bits_per_byte_tuned"]["value"] == pytest.approx(5 / math.log(2) / 15)
+    alone = heldout_metrics([{**row, "nll_base": None} for row in rows])
+    assert "heldout_ppl_base" not in alone and alone["heldout_ppl_tuned"] == found["heldout_ppl_tuned"]
+
+
+@pytest.mark.parametrize(("shift", "said"), [(-0.5, "helped"), (0.5, "hurt"), (0.0, "No claim")])
+def test_the_claim_follows_interval_and_test(shift, said):
+    rows = [
+        {"nll_base": 10.0 + k, "nll_tuned": 10.0 + k + 5 * shift + 0.01 * (-1) ** k, "tokens": 5, "bytes": 20}
+        for k in range(12)
+    ]
+    assert said in claim(heldout_metrics(rows))[1]

@@ -1,0 +1,109 @@
+"""run_sppo_iteration.sh: an iteration from the one before, its reference the iteration's start, and what it refuses."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import yaml
+from conftest import ROOT, make_pairs, write_jsonl
+
+from utils.artifacts import RowFile, read_json
+
+
+def iteration(number, *flags, **env) -> subprocess.CompletedProcess:
+    command = ["bash", str(ROOT / "run_sppo_iteration.sh"), str(number), *map(str, flags)]
+    env = {**os.environ, "PYTHON": sys.executable, **env}
+    return subprocess.run(command, cwd="/", env=env, capture_output=True, text=True, timeout=600)
+
+
+@pytest.fixture
+def recipe(tiny, tmp_path):
+    """The shipped toy recipe on a tiny model: eight prompts an iteration, six tokens an answer, one step."""
+    configs = tmp_path / "configs"
+    (configs / "pairs").mkdir(parents=True)
+    prompts = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": r["prompt"]} for r in make_pairs(16)])
+    sampling = yaml.safe_load((ROOT / "configs/pairs/quickstart-sppo.yaml").read_text())
+    sampling |= {"dataset_name": str(prompts), "parts": 2, "test_prompts": 2, "max_new_tokens": 6, "temperature": 1.5}
+    (configs / "pairs/toy.yaml").write_text(yaml.safe_dump({**sampling, "scorer": "longer", "also_score": []}))
+    for t in (1, 2):
+        training = yaml.safe_load((ROOT / f"configs/quickstart-sppo-iter{t}.yaml").read_text())
+        training |= {"model_name_or_path": str(tiny), "output_dir": str(tmp_path / "ck"), "sample_prompts": 0}
+        training |= {"eval_out": str(tmp_path / "out"), "dataset_name": str(tmp_path / f"out/toy-iter{t}-pairs")}
+        training |= {"max_steps": 2, "global_batch_size": 2, "per_device_train_batch_size": 2, "learning_rate": 1e-2}
+        training |= {"start_adapter": str(tmp_path / "ck/toy-iter1")} if t > 1 else {}
+        (configs / f"toy-iter{t}.yaml").write_text(yaml.safe_dump({**training, "disable_tqdm": True}))
+    return ("--name", "toy", "--configs", configs)
+
+
+def test_two_iterations_each_against_itself_as_it_began(recipe, tmp_path):
+    for t in (1, 2):
+        done = iteration(t, *recipe)
+        assert done.returncode == 0, done.stderr[-2000:]
+        # Both commands are printed as they would be typed.
+        assert [line.split()[2] for line in done.stdout.splitlines() if line.startswith("+ ")] == [
+            "generate_preference_pairs.py",
+            "dpo_train_human_preference.py",
+        ]
+    out = tmp_path / "out"
+    first, second = (RowFile(out / f"toy-iter{t}/heldout_rows.jsonl").read() for t in (1, 2))
+    assert read_json(out / "toy-iter2/preflight.json")["step0"]["largest_margin"] <= 1e-3
+    assert read_json(out / "toy-iter2/train.json")["start"]["use"] == "continue"
+    sampled = [read_json(out / f"toy-iter{t}-pairs/preference_pairs.json") for t in (1, 2)]
+    before, after = (s["model"]["policy"] for s in sampled)
+    assert before["adapter_sha256"] is None
+    adapter = read_json(out / "toy-iter2/train.json")["start"]["adapter_sha256"]
+    assert after["adapter_sha256"] == adapter, "the second iteration's answers are the first one's model's"
+    prompts = [{r["prompt_id"] for r in RowFile(out / f"toy-iter{t}-pairs/samples.jsonl").read()} for t in (1, 2)]
+    assert not prompts[0] & prompts[1] and len(prompts[0]) == len(prompts[1]) == 8
+    assert first and second
+
+    # A second call makes and trains nothing.
+    done = iteration(2, *recipe)
+    assert done.returncode == 0 and "nothing to train" in done.stdout, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (("x", "--name", "quickstart-sppo"), "iteration x: give its number first"),
+        (("0", "--name", "quickstart-sppo"), "iteration 0"),
+        (("1",), "--name is missing"),
+        (("1", "--name", "nobody"), "configs/nobody-iter1.yaml is not there"),
+        (("4", "--name", "quickstart-sppo"), "configs/quickstart-sppo-iter4.yaml is not there"),
+        (("1", "--nome", "x"), "unknown flag --nome"),
+        (("1", "--name"), "--name needs a value"),
+        (("1", "--name", "quickstart-sppo", "--launch", "nowhere.yaml"), "nowhere.yaml is not there"),
+    ],
+)
+def test_bad_input_is_one_line(args, words):
+    done = iteration(*args)
+    assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_help_and_an_iteration_whose_start_is_missing(recipe, tmp_path):
+    done = iteration("--help")
+    assert done.returncode == 0 and "--launch YAML" in done.stdout and "set -euo" not in done.stdout
+    done = iteration(2, *recipe)
+    assert done.returncode == 2 and "adapter" in done.stderr and "is no folder" in done.stderr
+    assert done.stderr.count("error: ") == 1 and "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_the_trait_grows_from_iteration_to_iteration_and_not_with_labels_shuffled(tmp_path):
+    """Three iterations of the toy recipe on SmolLM2, over three seeds, on prompts that none of them saw."""
+    command = [
+        sys.executable,
+        "benchmarks/sppo_trait.py",
+        "--folder",
+        str(tmp_path),
+        "--json",
+        str(tmp_path / "x.json"),
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    metrics = read_json(tmp_path / "x.json")["metrics"]
+    for t in (1, 2, 3):
+        assert metrics[f"scored_change_{t}"]["ci95"][1] < 0 and metrics[f"p_scored_change_{t}"]["value"] < 0.05, t
+        low, high = metrics[f"shuffled_change_{t}"]["ci95"]
+        assert low < 0 < high or metrics[f"p_shuffled_change_{t}"]["value"] > 0.05 / 3, t
