@@ -6,7 +6,9 @@
 The plain loops are what a reader would write first. Scoring: for each answer one forward of base and one of tuned over
 prompt and answer, log_softmax of all logits, the answer's entries summed. Generation: model.generate, greedily, prompt
 by prompt, --max_new_tokens each. The ways take turns, `--rounds` times. Prints tokens a second of
-each, the ratio with its spread over rounds, and the largest difference of a sum; --json FILE writes them.
+each, the ratio with its spread over rounds, and the largest difference of a sum; --json FILE writes them. --profile runs
+each way of scoring once more and tells its matrix products' share of the time, how many operations they are, and at
+which share of the machine's own rate they run: what is left to be gained.
 
 Tokens are those of the plain loop: what ours need not compute counts as work done. The third way of scoring does more
 than the loop: whole texts, and KL over the vocabulary.
@@ -32,6 +34,7 @@ class BenchmarkArguments:
     prompts: int = option("Held-out prompts to answer; 0 leaves generation out.", 16)
     max_new_tokens: int = option("Tokens of an answer.", 64)
     rounds: int = option("Times that each way is timed, in turns.", 3)
+    profile: bool = option("Also tell where the time of each way of scoring goes.", False)
     json: str | None = option("Write the figures here.")
 
 
@@ -100,6 +103,42 @@ def in_turns(ways: dict, rounds: int) -> tuple[dict, dict]:
     return seconds, results
 
 
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm")
+
+
+def profiled(way, rate: float) -> dict:
+    """Shares of the time of one run: matrix products, attention, the rest; the products' operations and their rate."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], with_flops=True) as seen:
+        way()
+    events = seen.key_averages()
+    total = sum(e.self_cpu_time_total for e in events)
+    products = [e for e in events if e.key in PRODUCTS]
+    seconds, operations = sum(e.self_cpu_time_total for e in products) / 1e6, sum(e.flops for e in products)
+    attention = sum(e.self_cpu_time_total for e in events if "scaled_dot_product" in e.key)
+    return {
+        "products_share": 1e6 * seconds / total,
+        "attention_share": attention / total,
+        "operations": operations,
+        "rate": operations / seconds,
+        "of_the_machines": operations / seconds / rate,
+    }
+
+
+def tell_profile(found: dict, rate: float) -> None:
+    """Print what `profiled` found of every way, against the first of them."""
+    plain = next(iter(found.values()))
+    print(f"where the time goes (this machine multiplies at {rate / 1e9:.0f} GFLOP/s)")
+    for name, m in found.items():
+        left = 1 - m["products_share"] - m["attention_share"]
+        print(
+            f"  {name:<50} products {m['products_share']:.0%} at {m['of_the_machines']:.0%} of that rate, attention"
+            f" {m['attention_share']:.0%}, the rest {left:.0%}; {m['operations'] / plain['operations']:.2f} of the"
+            " loop's operations"
+        )
+
+
 def table(title: str, tokens: int, seconds: dict) -> dict:
     """Print and return tokens a second and the ratio to the first way, with its spread."""
     print(title)
@@ -155,6 +194,12 @@ def main():
     title = f"scoring {len(answers)} answers, {tokens} tokens, each read by base and tuned"
     figures = {"scoring": table(title, tokens, seconds), "max_logp_difference": apart}
     print(f"largest difference of a summed log-probability: {apart:.2g} nats")
+    if ours.profile:
+        from utils.throughput import matmul_rate
+
+        rate = matmul_rate(models.dtype, models.device.type)
+        figures["profile"] = {name: profiled(way, rate) for name, way in ways.items()}
+        tell_profile(figures["profile"], rate)
     prompts = [pair.messages for pair in data.pairs if pair.messages][: ours.prompts]
     if prompts:
         ways = {

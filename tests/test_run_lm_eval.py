@@ -109,6 +109,7 @@ def test_a_second_call_runs_nothing(done, trained):
         assert_one_line(refused.stderr, "lm_eval.json holds another evaluation", "--output_dir")
 
 
+@pytest.mark.slow
 def test_base_then_tuned_from_a_warm_cache_equal_a_cold_run(done, trained, tmp_path):
     folder, _ = done
     shutil.copytree(folder.parents[2] / ".cache", tmp_path / ".cache")
@@ -122,6 +123,7 @@ def test_base_then_tuned_from_a_warm_cache_equal_a_cold_run(done, trained, tmp_p
     assert figures(results(warm, "base")) != figures(results(warm, "tuned"))
 
 
+@pytest.mark.slow
 def test_an_interrupted_call_goes_on_from_its_cache(done, trained, tmp_path):
     """kill -9 in the middle of the base's requests: what was answered by then is not computed again."""
     folder, _ = done
