@@ -5,10 +5,10 @@
 
 The plain loops are what a reader would write first. Scoring: for each answer one forward of base and one of tuned over
 prompt and answer, log_softmax of all logits, the answer's entries summed. Generation: model.generate, greedily, prompt
-by prompt, --max_new_tokens each. The ways take turns, `--rounds` times. Prints tokens a second of
-each, the ratio with its spread over rounds, and the largest difference of a sum; --json FILE writes them. --profile runs
-each way of scoring once more and tells its matrix products' share of the time, how many operations they are, and at
-which share of the machine's own rate they run: what is left to be gained.
+by prompt, --max_new_tokens each. The ways take turns, `--rounds` times. Prints tokens a second of each, the ratio with
+its spread over rounds, and the largest difference of a sum; --json FILE writes them. --profile runs each way of scoring
+once more and tells its matrix products' share of the time, how many operations they are, and at which share of the
+machine's own rate they run: what is left to be gained.
 
 Tokens are those of the plain loop: what ours need not compute counts as work done. The third way of scoring does more
 than the loop: whole texts, and KL over the vocabulary.

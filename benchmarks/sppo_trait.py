@@ -6,10 +6,11 @@ Runs `run_sppo_iteration.sh` for every iteration of every seed, once with the to
 words, configs/scorers/plain_words.py) and once with the scores shuffled among each prompt's answers, so that the labels
 say nothing. After each iteration the model answers the 60 prompts of data/eval_prompts, --samples times. Prints and
 writes the mean number of letters a word after each iteration, what each iteration changed with its 95% interval over
-prompts (averaged over seeds), and Wilcoxon's signed-rank test. Everything is kept in --folder: an interrupted call goes
-on.
+prompts (averaged over seeds) and Wilcoxon's signed-rank test, the changes of each seed, and how much more the scored
+labels changed than the shuffled ones. Everything is kept in --folder: an interrupted call goes on.
 """
 
+import re
 import subprocess
 import sys
 import time
@@ -94,9 +95,18 @@ def environment() -> dict:
     return {**os.environ, "PYTHON": sys.executable}
 
 
+# A burst of one letter ("Awwww...") weighs no more than a long word.
+LONGEST = 15
+
+
+def letters_per_word(text: str) -> float:
+    """Mean number of letters of the words in `text`, each counted with LONGEST at most; LONGEST where there is none."""
+    words = [min(len(word), LONGEST) for word in re.findall(r"[^\W\d_]+", text)]
+    return sum(words) / len(words) if words else LONGEST
+
+
 def trait(args, prompts, adapter: Path | None):
     """Mean letters a word of each held-out prompt's answers, shape (prompts,)."""
-    import importlib.util
     from types import SimpleNamespace
 
     import numpy as np
@@ -104,9 +114,6 @@ def trait(args, prompts, adapter: Path | None):
 
     from utils.answers import answer_each, policy_player
 
-    spec = importlib.util.spec_from_file_location("plain_words", ROOT / "configs" / "scorers" / "plain_words.py")
-    plain_words = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(plain_words)
     sampling = yaml.safe_load((ROOT / "configs" / "pairs" / f"{args.name}.yaml").read_text())
     first = yaml.safe_load((ROOT / "configs" / f"{args.name}-iter1.yaml").read_text())
     wanted = {
@@ -121,7 +128,7 @@ def trait(args, prompts, adapter: Path | None):
     settings = {key: sampling[key] for key in ("max_new_tokens", "temperature", "top_p")}
     seeded = [{**settings, "seed": 77 + s} for s in range(args.samples)]
     answers = answer_each(policy_player(asked), prompts, seeded, asked)
-    return np.array([[plain_words.letters_per_word(a["text"]) for a in one] for one in answers]).mean(0)
+    return np.array([[letters_per_word(a["text"]) for a in one] for one in answers]).mean(0)
 
 
 def draw(path, curves: dict, title: str) -> None:
@@ -195,7 +202,16 @@ def main():
             metrics[f"{label}_change_{t}_by_seed"] = [float(one[t].mean() - one[t - 1].mean()) for one in values]
             level.append(cell(metrics[f"{label}_letters_{t}"], 1, 3))
             moved.append(difference(change, p, 1, 3))
+        seeds = [metrics[f"{label}_change_{t}_by_seed"] for label in LABELS]
         lines += [(f"after iteration {t}", *level), ("  changed by", *moved)]
+        lines.append(("  of each seed", *(", ".join(f"{x:+.3f}" for x in one) for one in seeds)))
+    for t, name in [*((t, f"iteration {t}") for t in range(1, args.iterations + 1)), (0, "all iterations")]:
+        # Of one iteration, and from the start to the end.
+        before, after = (t - 1, t) if t else (0, args.iterations)
+        apart = [values.mean(0)[after] - values.mean(0)[before] for values in curves.values()]
+        found = metrics[f"scored_minus_shuffled_{t or 'all'}"] = bootstrap(np.stack(apart, 1))
+        p = metrics[f"p_scored_minus_shuffled_{t or 'all'}"] = metric(signed_rank(apart[0] - apart[1]), n=len(prompts))
+        lines.append((f"scored less shuffled, {name}", difference(found, p, 1, 3), ""))
     title = f"{args.name}: {len(args.seeds)} seeds, {len(prompts)} held-out prompts, {args.samples} answers each"
     print(render(title, lines))
     if args.png:
