@@ -120,6 +120,8 @@ def load_data(data, args, tokenizer):
 
 def build_trainer(args, model_args, start, tokenizer, train_ids, test_ids, row_log, notes):
     """Policy, reference and trainer. Whether memory asks for gradient checkpointing is decided here, and noted."""
+    from functools import cache
+
     from trl import get_peft_config
 
     from utils.models import load_adapter, load_for_training
@@ -132,7 +134,9 @@ def build_trainer(args, model_args, start, tokenizer, train_ids, test_ids, row_l
         policy = load_for_training(args, model_args)
         trained = 0 if model_args.use_peft else sum(p.numel() for p in policy.parameters())
         beside = not (model_args.use_peft or args.precompute_ref_log_probs)
-        why = args.decide_checkpointing(policy, trained, lambda: longest_sequence(train_ids), beside)
+        longest = cache(lambda: longest_sequence(train_ids))
+        args.decide_budget(policy, trained, longest, beside)
+        why = args.decide_checkpointing(policy, trained, longest, beside)
         notes += [why] if why else []
         return PreferenceTrainer(
             # An adapter that is trained further becomes the policy; TRL freezes a copy of it as the reference.

@@ -12,8 +12,10 @@ largest difference of a step's loss.
 
 Tokens are those of [prompt, chosen, rejected] stored once: padding and repeated prompts are no work done. MFU counts 6
 floating-point operations a parameter and token: forward, the backward of activations, and the reference's forward.
+--profile takes one more step of each way under the profiler, after the timed ones, and tells where its time goes.
 """
 
+import itertools
 import json
 import subprocess
 import sys
@@ -47,6 +49,8 @@ class BenchmarkArguments:
 
     model: str = option("builtin:smollm2-135m-instruct, a hub id or folder, or shape:gemma-2b, shape:llama-3-8b.",
                         "builtin:smollm2-135m-instruct")  # fmt: skip
+    tokenizer: str = option("Tokenizer of a shape: its ids lie in every shape's vocabulary.",
+                            "builtin:smollm2-135m-instruct")  # fmt: skip
     data: str = option("Preference data in any format of the training script.", "data/quickstart_prefs")
     split: str = option("Split of --data.", "train")
     steps: int = option("Timed optimiser steps of a run; one more comes before them.", 4)
@@ -58,6 +62,7 @@ class BenchmarkArguments:
     device: str = option("cpu or cuda.", "cpu", choices=["cpu", "cuda"])
     lora_r: int = option("Rank of the LoRA on all seven projections; 0 trains every weight.", 16)
     micro_batch_tokens: int | None = option("Tokens that ours computes together (default: its own).")
+    profile: bool = option("Also tell where the time of a step goes.", False)
     json: str | None = option("Write the figures here.")
     way: str | None = option("Internal: run one way and print its figures.", choices=["stock", "ours"])
 
@@ -66,7 +71,7 @@ def load(args):
     """(tokenizer, model) of --model in --dtype."""
     import torch
 
-    from utils.models import BUILTIN, load_model, load_tokenizer
+    from utils.models import load_model, load_tokenizer
 
     if not args.model.startswith("shape:"):
         return load_tokenizer(args.model), load_model(args.model, dtype=args.dtype)
@@ -80,8 +85,7 @@ def load(args):
     with torch.device(args.device):
         config = getattr(transformers, f"{kind}Config")(**shape, max_position_embeddings=8192, dtype=args.dtype)
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, args.dtype))
-    # SmolLM2's token ids lie in every one of these vocabularies.
-    return load_tokenizer(BUILTIN), model
+    return load_tokenizer(args.tokenizer), model
 
 
 def one_way(args) -> dict:
@@ -93,9 +97,10 @@ def one_way(args) -> dict:
     from trl import DPOConfig, DPOTrainer
 
     from utils.artifacts import RowFile
-    from utils.preference_trainer import PreferenceConfig, PreferenceTrainer
+    from utils.preference_trainer import PreferenceConfig, PreferenceTrainer, longest_sequence
     from utils.preferences import load_pairs, tokenize
     from utils.provenance import peak_memory_gib
+    from utils.throughput import time_by_kind
 
     class Stock(DPOTrainer):
         """TRL's trainer on rows that are tokenised already, so that both ways see the same token ids."""
@@ -104,50 +109,66 @@ def one_way(args) -> dict:
             return dataset
 
     class Clock(TrainerCallback):
-        times = []
+        times, peak, kinds, profiler = [], None, None, None
+
+        def on_step_begin(self, _, state, *others, **named):
+            if state.global_step == args.steps + 1:
+                self.profiler = torch.profiler.profile()
+                self.profiler.start()
 
         def on_step_end(self, *others, **named):
             if args.device == "cuda":
                 torch.cuda.synchronize()
             self.times.append(time.monotonic())
+            self.peak = self.peak if self.profiler else peak_memory_gib()
+            if self.profiler:
+                self.profiler.stop()
+                wall = self.times[-1] - self.times[-2]
+                self.kinds = time_by_kind(self.profiler, args.device, wall)
 
     PartialState(cpu=args.device == "cpu")
     tokenizer, model = load(args)
     step = args.batch * args.accumulation * PartialState().num_processes
-    wanted = step * (args.steps + 1)
+    steps = args.steps + 1 + args.profile
+    wanted = step * steps
     data = load_pairs([{"name": args.data, "split": args.split}], keep_duplicate_prompts=True, limit=wanted)
     ids, _ = tokenize(data, tokenizer, args.max_length, args.max_length // 2)
     folder = tempfile.mkdtemp()
     settings = dict(
         output_dir=folder, per_device_train_batch_size=args.batch, gradient_accumulation_steps=args.accumulation,
-        max_steps=args.steps + 1, learning_rate=1e-4, max_length=args.max_length, bf16=args.dtype == "bfloat16",
+        max_steps=steps, learning_rate=1e-4, max_length=args.max_length, bf16=args.dtype == "bfloat16",
         use_cpu=args.device == "cpu", gradient_checkpointing=False, save_strategy="no", report_to="none",
         logging_steps=1, disable_tqdm=True, seed=42, train_sampling_strategy="sequential",
     )  # fmt: skip
     linear = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     peft = LoraConfig(r=args.lora_r, lora_alpha=2 * args.lora_r, target_modules=linear) if args.lora_r else None
     common = {"train_dataset": ids, "processing_class": tokenizer, "peft_config": peft}
+    backbone = sum(p.numel() for p in model.parameters())
     if args.way == "stock":
         trainer = Stock(model, args=DPOConfig(**settings), **common)
     else:
         log = RowFile(Path(folder) / "log.jsonl")
         config = PreferenceConfig(**settings, micro_batch_tokens=args.micro_batch_tokens)
+        config.decide_budget(model, 0 if peft else backbone, lambda: longest_sequence(ids), peft is None)
         trainer = PreferenceTrainer(model, args=config, row_log=log, **common)
     clock = Clock()
     trainer.add_callback(clock)
     trainer.train()
-    timed = ids.select(range(step, wanted))
+    timed = ids.select(range(step, step * (args.steps + 1)))
+    times = clock.times[: args.steps + 1]
     tokens = sum(len(row[f"{part}_ids"]) for row in timed for part in ("prompt", "chosen", "rejected"))
-    backbone = sum(p.numel() for p in model.parameters())
     return {
-        "seconds": clock.times[-1] - clock.times[0],
+        "seconds": times[-1] - times[0],
+        "step_seconds": [after - before for before, after in itertools.pairwise(times)],
         "pairs": len(timed),
         "tokens": tokens,
         "padded_tokens": padded(timed, args.batch),
         "losses": [row["loss"] for row in trainer.state.log_history if "loss" in row],
         "parameters": backbone,
-        "peak_memory_gib": peak_memory_gib(),
+        "peak_memory_gib": clock.peak,
+        "time_by_kind": clock.kinds,
         "padded_because": getattr(trainer, "padded_because", None),
+        "micro_batch_tokens": getattr(trainer.args, "micro_batch_tokens", None),
     }
 
 
@@ -162,6 +183,8 @@ def child(way: str) -> dict:
     done = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--way", way], capture_output=True, text=True)
     if done.returncode:
         last = [line for line in done.stderr.splitlines() if line.strip()][-1:]
+        if not last or not last[0].startswith("error: "):
+            sys.stderr.write(done.stderr)
         raise UserError(f"the {way} run failed: {' '.join(last).removeprefix('error: ')}")
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -216,6 +239,10 @@ def main():
     spread = f"{result['ratio_min']:.2f} to {result['ratio_max']:.2f} over {args.rounds} rounds"
     print(f"ratio {result['ratio']:.2f} ({spread})")
     print(f"largest difference of a step's loss {apart:.2g}")
+    for way, m in ways.items():
+        if m["time_by_kind"]:
+            shares = ", ".join(f"{kind} {share:.0%}" for kind, share in m["time_by_kind"].items())
+            print(f"one step of {way}: {shares}")
     if args.json:
         write_json(args.json, result)
 
@@ -232,7 +259,10 @@ def figures(runs: list[dict], rate: float) -> dict:
         "tokens_per_second": tokens / seconds,
         "mfu": model_flops(one["parameters"], tokens) / seconds / rate,
         "peak_memory_gib": {k: max(run["peak_memory_gib"][k] for run in runs) for k in one["peak_memory_gib"]},
+        "step_seconds": [run["step_seconds"] for run in runs],
+        "time_by_kind": one["time_by_kind"],
         "losses": one["losses"],
+        "micro_batch_tokens": one["micro_batch_tokens"],
         "padded_because": one["padded_because"],
     }
 

@@ -53,6 +53,28 @@ def test_the_estimate_and_the_trainer_have_one_budget(tmp_path):
     assert args.token_budget(25) == 77
 
 
+def test_a_gpu_with_room_computes_more_tokens_together(tmp_path, monkeypatch):
+    from utils.preference_trainer import PreferenceConfig
+
+    # 4,000 bytes of weights; a token of 3 layers takes 3 x 280 values of 4 bytes; a step has 2 x 2 x 64 x 50 tokens.
+    enough = {tokens: 4000 + tokens * 3 * 280 * 4 for tokens in (4096, 8192)}
+    for card, wanted in [
+        (None, None),
+        (2 * enough[8192], 8192),
+        (2 * enough[8192] - 2, 4096),
+        (2 * enough[4096] - 2, None),
+    ]:
+        monkeypatch.setattr("utils.memory.card_bytes", lambda card=card: card)
+        args = PreferenceConfig(
+            str(tmp_path), per_device_train_batch_size=2, gradient_accumulation_steps=64, max_length=50, bf16=False
+        )
+        args.decide_budget(Model(), 0, lambda: 50, False)
+        assert args.micro_batch_tokens == wanted
+        args.micro_batch_tokens = 77
+        args.decide_budget(Model(), 0, lambda: 50, False)
+        assert args.micro_batch_tokens == 77
+
+
 def test_memory_asks_only_where_a_tenth_would_not_be_left():
     memory = Memory(resident=50.0, activations=40.0)
     assert asks_for_checkpointing(memory, 100.0) is None

@@ -41,6 +41,30 @@ def needed(model, args, trained: int, longest: int, reference_beside: bool) -> M
     return Memory(weights + 12 * trained, values * (4 if args.precision == "fp32" else 2))
 
 
+# A 2B model's step on an H200 waits for the launches of its kernels below some thousand tokens (benchmarks/README.md).
+ROOMY = (8192, 4096)
+
+
+def roomy_tokens(estimate, usual: int, card: float) -> int | None:
+    """Tokens to compute together on a GPU: the first of ROOMY that half of the card holds; None leaves `usual`.
+
+    Args:
+        estimate: bytes of training with a number of tokens computed together.
+        usual: tokens that would be computed together otherwise.
+        card: memory of the GPU in bytes.
+    """
+    return next((tokens for tokens in ROOMY if tokens > usual and estimate(tokens) <= card / 2), None)
+
+
+def card_bytes() -> float | None:
+    """Memory of this process's GPU, used or not, so that the same card decides the same; None without one."""
+    import torch
+    from accelerate import PartialState
+
+    device = PartialState().device
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+
+
 def free_bytes(model) -> float:
     """Memory that this process may fill where `model` will be trained, the model's own weights included."""
     import torch

@@ -1,7 +1,9 @@
 """TRL's DPOTrainer as the engine, on this project's token ids: shared prompts, further losses, scores of each pair."""
 
 import shutil
+from collections.abc import Callable
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -64,6 +66,25 @@ class PreferenceConfig(RunKeys, DPOConfig):
     def token_budget(self, longest: int) -> int:
         """Tokens up to which pairs are computed together. `longest`: tokens of the longest sequence in the data."""
         return self.micro_batch_tokens or 2 * self.per_device_train_batch_size * (self.max_length or longest)
+
+    def decide_budget(self, model, trained: int, longest: Callable[[], int], reference_beside: bool) -> None:
+        """Where nobody set it, compute more tokens together on a GPU that has room for them; arguments as
+        `decide_checkpointing`. All processes decide alike."""
+        from utils.memory import card_bytes, needed, roomy_tokens
+
+        card = card_bytes()
+        if self.micro_batch_tokens or not self.shared_prompt or card is None:
+            return
+
+        def estimate(tokens: int) -> float:
+            args = copy(self)
+            args.micro_batch_tokens = tokens
+            return needed(model, args, trained, longest(), reference_beside).total(bool(self.gradient_checkpointing))
+
+        found = roomy_tokens(estimate, self.token_budget(longest()), card)
+        if self.world_size > 1:
+            found = min(gather_object([found or 0])) or None
+        self.micro_batch_tokens = found
 
 
 # ---------------------------------------------------------------------------------------------------------- trainer

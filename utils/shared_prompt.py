@@ -261,31 +261,44 @@ def _block_masks(config, packed_lengths, packed_ids) -> dict:
     """On a GPU, FlexAttention's block masks of a row, made once for all layers: {sliding window or None: mask}."""
     if packed_ids.device.type != "cuda":
         return {}
+    windows = {None, getattr(config, "sliding_window", None)}
+    return {"packed_masks": {w: _block_mask(packed_lengths, packed_ids.device, w) for w in windows}}
+
+
+# Policy and reference see the same rows one after the other.
+@functools.lru_cache(maxsize=4)
+def _block_mask(packed_lengths, device, window: int | None):
     from torch.nn.attention.flex_attention import create_block_mask
 
-    tokens, device = packed_ids.shape[1], packed_ids.device
-    windows = {None, getattr(config, "sliding_window", None)}
-    make = {w: mask_rule(packed_lengths, device, w) for w in windows}
-    return {
-        "packed_masks": {
-            w: create_block_mask(rule, None, None, tokens, tokens, device=device) for w, rule in make.items()
-        }
-    }
+    tokens = sum(map(sum, packed_lengths))
+    return create_block_mask(mask_rule(packed_lengths, device, window), None, None, tokens, tokens, device=device)
 
 
 @functools.cache
 def _compiled_flex():
     from torch.nn.attention.flex_attention import flex_attention
 
+    # With gradients and without, each window and precision is a variant; past the limit the slow path would take over.
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     return torch.compile(flex_attention, dynamic=True)
 
 
+@functools.lru_cache(maxsize=4)
+def _softcaps(softcap: float, heads: int, device):
+    # A plain number would be a scalar on the CPU to a kernel compiled for any shape, which it cannot read.
+    return torch.full((heads,), softcap, device=device)
+
+
 def _flex(query, key, value, masks, scaling, softcap, sliding_window):
+    caps = None if softcap is None else _softcaps(softcap, query.shape[1], query.device)
+
     def capped(score, batch, head, q, k):
-        return softcap * torch.tanh(score / softcap)
+        return caps[head] * torch.tanh(score / caps[head])
 
     output = _compiled_flex()(
         query, key, value, score_mod=capped if softcap is not None else None, block_mask=masks[sliding_window],
         scale=scaling, enable_gqa=query.shape[1] != key.shape[1],
+        # Rows below 128 tokens would get a kernel for generation, which is compiled anew for each length.
+        kernel_options={"BACKEND": "TRITON"},
     )  # fmt: skip
     return output.transpose(1, 2)

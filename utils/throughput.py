@@ -44,6 +44,26 @@ def _seconds(a) -> float:
     return time.monotonic() - started
 
 
+# What a profiler calls them: operators on a CPU; on a GPU kernels of SDPA, FlexAttention and cuBLAS.
+KINDS = {
+    "attention": ("scaled_dot_product", "flash", "fmha", "sdpa", "flex_attention", "triton_tem"),
+    "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "gemm", "nvjet", "cutlass", "xmma", "splitK"),
+}
+
+
+def time_by_kind(profiler, device: str, wall: float) -> dict[str, float]:
+    """Shares of `wall` seconds by kind of work; on a GPU with the share in which no kernel ran ("idle")."""
+    on_gpu, seconds = device == "cuda", dict.fromkeys((*KINDS, "other"), 0.0)
+    for event in profiler.key_averages():
+        if on_gpu != (event.device_type.name == "CUDA") or getattr(event, "is_user_annotation", False):
+            continue
+        time_of_it = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        kind = next((k for k, names in KINDS.items() if any(n in event.key for n in names)), "other")
+        seconds[kind] += time_of_it / 1e6
+    shares = {kind: s / wall for kind, s in seconds.items()}
+    return {**shares, "idle": max(0.0, 1 - sum(shares.values()))} if on_gpu else shares
+
+
 DPO_OPERATIONS, SFT_OPERATIONS = 6.0, 4.0
 
 
