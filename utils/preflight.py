@@ -101,7 +101,7 @@ def plan(args, rows: int, an_epoch: dict, world_size: int) -> dict:
 def dropout_that_runs(args, model_args) -> str:
     """The dropout that training really uses: TRL's disable_dropout makes lora_dropout 0 without a word."""
     if not getattr(args, "disable_dropout", False):
-        return f"on (lora_dropout {model_args.lora_dropout})" if model_args.use_peft else "as the model's config has it"
+        return f"{model_args.lora_dropout:g} (lora_dropout)" if model_args.use_peft else "as the model's config has it"
     if model_args.use_peft and model_args.lora_dropout:
         return f"0 (lora_dropout {model_args.lora_dropout} is switched off by disable_dropout: true)"
     return "0"
