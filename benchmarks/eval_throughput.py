@@ -103,20 +103,19 @@ def in_turns(ways: dict, rounds: int) -> tuple[dict, dict]:
     return seconds, results
 
 
-PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm")
-
-
 def profiled(way, rate: float) -> dict:
     """Shares of the time of one run: matrix products, attention, the rest; the products' operations and their rate."""
     from torch.profiler import ProfilerActivity, profile
+
+    from utils.throughput import kind_of
 
     with profile(activities=[ProfilerActivity.CPU], with_flops=True) as seen:
         way()
     events = seen.key_averages()
     total = sum(e.self_cpu_time_total for e in events)
-    products = [e for e in events if e.key in PRODUCTS]
+    products = [e for e in events if kind_of(e.key) == "matrix products"]
     seconds, operations = sum(e.self_cpu_time_total for e in products) / 1e6, sum(e.flops for e in products)
-    attention = sum(e.self_cpu_time_total for e in events if "scaled_dot_product" in e.key)
+    attention = sum(e.self_cpu_time_total for e in events if kind_of(e.key) == "attention")
     return {
         "products_share": 1e6 * seconds / total,
         "attention_share": attention / total,

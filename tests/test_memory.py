@@ -1,6 +1,7 @@
 """The memory estimate by hand, and checkpointing only where memory asks for it."""
 
 import json
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -108,3 +109,19 @@ def test_16_bits_are_told_where_they_are_slower_than_float32(rates, told, train,
     code, out, err = train(*train_args(tiny, prefs, tmp_path, "--preflight_only", "--bf16", "true"))
     assert code == 0, err
     assert ("matrix products in bfloat16 run at 3 GFLOP/s here, in float32 at 190" in out) == told
+
+
+def test_a_profile_is_told_by_kind_of_work():
+    from utils.throughput import kind_of, time_by_kind
+
+    assert kind_of("triton_tem_fused_flex_attention_0") == kind_of("aten::_scaled_dot_product_flash") == "attention"
+    assert kind_of("nvjet_tst_128x256_64x4") == kind_of("aten::addmm_") == "matrix products"
+    assert kind_of("aten::tanh") == "other"
+    x = torch.randn(600, 600)
+    started = time.monotonic()
+    with torch.profiler.profile() as seen:
+        for _ in range(20):
+            x = x @ x / x.norm()
+    shares = time_by_kind(seen, "cpu", time.monotonic() - started)
+    assert set(shares) == {"attention", "matrix products", "other"} and sum(shares.values()) <= 1.05
+    assert shares["attention"] == 0 and shares["matrix products"] > shares["other"] > 0
