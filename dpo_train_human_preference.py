@@ -157,15 +157,14 @@ def build_trainer(args, model_args, start, tokenizer, train_ids, test_ids, row_l
 def cache_reference(trainer, args, model_args, start, tokenizer) -> dict:
     """Reference log-probabilities of all pairs, from disk where an earlier run left them; why not, where not."""
     from utils import reference_cache
-    from utils.models import describe
+    from utils.models import describe, quantised_as
     from utils.training import say
 
     why = reference_cache.why_not(trainer)
     if why is not None:
         return {"in_every_step_because": why}
     identity = describe(model_args.model_name_or_path, trainer.model, tokenizer, model_args.model_revision)
-    quantised = {k: getattr(model_args, k) for k in ("load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type")}
-    quantised |= {"nested": model_args.use_bnb_nested_quant, "precision": args.precision}
+    quantised = {**quantised_as(model_args), "precision": args.precision}
     frozen = {"start": start.describe()} if start and start.use == "continue" else {}
     found = reference_cache.use(trainer, args.eval_out, {**identity, **quantised, **frozen})
     say(f"reference: {found['computed']} pairs computed, {found['read']} read, {found['seconds']} s")
@@ -224,6 +223,7 @@ def main():
     from utils.provenance import run_record, sha256_of
     from utils.published import read_published
     from utils.rewards import conclude
+    from utils.rows import refuse_other_data
     from utils.runs import all_arguments, checkpoint_to_resume, claim_run, identity, run_name
     from utils.starting import find_start, merge
     from utils.throughput import DPO_OPERATIONS, slower_than_float32
@@ -237,11 +237,12 @@ def main():
     locate(model_args.model_name_or_path, model_args.model_revision)
     start = find_start(args, model_args)
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    arguments = identity([data_args, args, model_args], batch)
+    arguments = identity([data_args, args, model_args], batch) | (start.identity() if start else {})
     claim = (args.run_name, args.output_dir, args.eval_out, arguments, args.resume, args.overwrite)
     current = on_main_process(lambda: claim_run(*claim))
     if current.finished:
         results = read_json(current.out / "train.json")
+        refuse_other_data(current.folder, results["data"])
         return say(
             f"{current.folder} is finished, nothing to train; from {current.out}/train.json:\n\n{results['text']}"
         )

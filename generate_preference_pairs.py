@@ -62,7 +62,7 @@ class PairArguments:
     temperature: float = option("Of the sampling, above 0.", 0.7)
     top_p: float = option("Nucleus of the sampling.", 0.9)
     max_new_tokens: int = option("Longest answer in tokens.", 2048)
-    scorer: str = option("What ranks the answers (see --help).", "rm:RLHFlow/ArmoRM-Llama3-8B-v0.1")
+    scorer: str = option("What ranks the answers (see --help).", "pair:llm-blender/PairRM-hf")
     also_score: list[str] = field(
         default_factory=list, metadata={"help": "Further scorers, whose agreement with the first is reported."}
     )
@@ -84,6 +84,11 @@ class PairArguments:
 
 # What moves no pair may differ between two calls that write the same files.
 FREE = {"stage", "batch_size", "batch_tokens", "overwrite", "eval_out", "engine", "trust_remote_code"}
+# What the later stages look at; all else is the samples' business.
+OF_STAGE = {"scorer": "score", "also_score": "score", "scorer_dtype": "score", "judge_prompt": "score",
+            "seed": "score", "shuffle_scores": "pair"}  # fmt: skip
+WRITES = {"sample": ("samples.jsonl",), "score": ("scores.jsonl",),
+          "pair": ("train.jsonl", "test.jsonl", "preference_pairs.json", "preference_pairs.png")}  # fmt: skip
 
 
 def check(args) -> None:
@@ -108,22 +113,37 @@ def check(args) -> None:
 
 
 def output_folder(args, asked: dict):
-    """The folder of the results, claimed for this request. Raises UserError where it holds another's."""
+    """The folder of the results, claimed for this request by its manifest. For rank 0 alone.
+
+    Raises UserError where it holds another's, or where a stage is asked for whose input was made otherwise.
+    """
     from pathlib import Path
 
-    from utils.artifacts import check_writable, limited, read_json
+    from utils.artifacts import check_writable, limited, read_json, write_json
 
     check_writable(args.eval_out, "--eval_out")
     folder = Path(args.eval_out) / limited(args.run_name, args.limit)
     manifest = folder / "manifest.json"
-    if manifest.exists() and not args.overwrite:
-        before = read_json(manifest)["args"]
-        changed = sorted(k for k in asked if k not in FREE and asked[k] != before.get(k))
-        if changed:
-            what = ", ".join(f"{k} {before.get(k)!r} -> {asked[k]!r}" for k in changed[:3])
-            raise UserError(f"{folder} holds other pairs ({what}): choose another --run_name, or --overwrite them")
-    elif folder.exists() and any(folder.iterdir()) and not manifest.exists():
+    if not manifest.exists() and folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} holds files that are no pairs of this script: choose another --run_name")
+    before = read_json(manifest) if manifest.exists() else {"args": asked, "stages": {}}
+    # Where no stage was finished there is nothing to protect: answers and scores are kept under their own settings.
+    protected = asked if before["stages"] else {}
+    changed = sorted(k for k in protected if k not in FREE and asked[k] != before["args"].get(k))
+    first = 0 if args.stage == "all" else STAGES.index(args.stage)
+    earlier = [k for k in changed if STAGES.index(OF_STAGE.get(k, "sample")) < first]
+    refused = earlier if args.overwrite else changed
+    if refused:
+        what = ", ".join(f"{k} {before['args'].get(k)!r} -> {asked[k]!r}" for k in refused[:3])
+        mend = "redo the stage that they belong to, too" if args.overwrite else "or --overwrite them"
+        raise UserError(f"{folder} holds other pairs ({what}): choose another --run_name, {mend}")
+    if args.overwrite:
+        for stage in STAGES[first:]:
+            before["stages"].pop(stage, None)
+            for name in WRITES[stage]:
+                (folder / name).unlink(missing_ok=True)
+    # Before the first answer, so that an interrupted call is known for what it was.
+    write_json(manifest, {"args": asked, "stages": before["stages"]})
     return folder
 
 
@@ -204,6 +224,7 @@ def scorers_of(args) -> list:
         "timeout": 120.0,
         "concurrency": 8,
         **{key: getattr(args, key) for key in ("batch_tokens", "batch_size", "attn_implementation", "seed")},
+        "trust_remote_code": args.trust_remote_code,
     }
     return [make_scorer(spec, options) for spec in dict.fromkeys([args.scorer, *args.also_score])]
 
@@ -332,9 +353,11 @@ def main():
         args.batch_tokens = 16384 if torch.cuda.is_available() else 2048
     state, asked = join_processes(), all_arguments([args])
     folder = on_main_process(lambda: output_folder(args, asked))
-    before = read_json(folder / "manifest.json") if (folder / "manifest.json").exists() and not args.overwrite else {}
-    manifest = {"args": asked, "stages": before.get("stages", {})}
+    manifest = read_json(folder / "manifest.json")
     state.wait_for_everyone()
+    if args.stage in ("all", "score"):
+        # A scorer that cannot be made is told before the hours of sampling.
+        scorers_of(args)
 
     # Sample, score, pair: each stage reads what the one before wrote.
     sections = None

@@ -45,6 +45,12 @@ while [ $# -gt 0 ]; do
 done
 [ -n "$name" ] || fail "--name is missing: quickstart-sppo, gemma-2-9b-it-sppo, or a recipe of your own"
 training="$configs/$name-iter$iteration.yaml" sampling="$configs/pairs/$name.yaml"
+for flag in $pairs; do
+    case "$flag" in
+        --run_name* | --limit* | --eval_out*)
+            fail "--pairs \"$flag ...\": the training reads the folder that its dataset_name names; change both YAML files" ;;
+    esac
+done
 for file in "$training" "$sampling" ${launch:+"$launch"}; do
     [ -f "$file" ] || fail "$file is not there: iteration $iteration of --name $name needs it"
 done
@@ -67,9 +73,13 @@ say_and_run() {
 generate=("$python") fit=("$python")
 if [ -n "$launch" ]; then
     fit+=(-m accelerate.commands.launch --config_file "$launch")
+    # Sharded training states nothing about answering but how many processes there are.
+    processes=$(sed -n 's/^num_processes: *\([0-9]*\).*/\1/p' "$launch")
+    on=configs/accelerate/multi_gpu.yaml
+    ! grep -q '^use_cpu: *true' "$launch" || on="$launch"
     # vLLM drives all GPUs from one process.
     "$python" -c 'import vllm' 2>/dev/null ||
-        generate+=(-m accelerate.commands.launch --config_file configs/accelerate/multi_gpu.yaml)
+        generate+=(-m accelerate.commands.launch --config_file "$on" --num_processes "${processes:-1}")
 fi
 # shellcheck disable=SC2086
 say_and_run "${generate[@]}" generate_preference_pairs.py --config "$sampling" --training_config "$training" \

@@ -21,7 +21,7 @@ The keys that matter (YAML keys and flags are the same; the command line wins; -
            several datasets: a `datasets:` list in the YAML, each {path, split, test_split, fraction}
   text     --chat_template_path FILE (default: the model's own; configs/templates has alpaca.jinja and llama3.jinja for
            base models)   --loss_on responses|everything
-  length   --max_length 1024   --packing   --packing_strategy bfd|bfd_split|wrapped
+  length   --max_length 1024   --packing   --packing_strategy bfd|bfd_split
   steps    --per_device_train_batch_size 2  --gradient_accumulation_steps 4  or  --global_batch_size 8
            --num_train_epochs 1 | --max_steps N   --learning_rate 2e-4   --lr_scheduler_type linear  --warmup_steps N
   run      --run_name NAME   --output_dir checkpoints   --eval_out eval_out   --resume auto|PATH|never   --overwrite
@@ -46,6 +46,11 @@ def parse_arguments():
     data.check()
     if args.packing and args.max_length is None:
         raise UserError("--packing needs --max_length: the tokens of a packed row")
+    if args.packing and args.packing_strategy not in UNBROKEN:
+        raise UserError(
+            f"--packing_strategy {args.packing_strategy}: conversations would see each other; take one of"
+            f" {', '.join(UNBROKEN)}"
+        )
     for key, ours in IDLE.items():
         if getattr(args, key):
             raise UserError(f"--{key}: rows come tokenised here; {ours}")
@@ -59,6 +64,7 @@ IDLE = {
     "eos_token": "the chat template ends an answer",
     "shuffle_dataset": "the trainer shuffles",
 }
+UNBROKEN = ("bfd", "bfd_split")
 
 
 def load_data(data, args, tokenizer):
@@ -128,15 +134,17 @@ def main():
 
     from utils.artifacts import RowFile, envelope, read_json, write_json, write_rows, write_text
     from utils.card import model_card
+    from utils.chat import ChatRenderer
     from utils.instruction_preflight import report, run_preflight
     from utils.instruction_report import conclude, heldout_metrics, heldout_rows
-    from utils.models import describe, load_tokenizer, locate
+    from utils.models import describe, load_tokenizer, locate, quantised_as
     from utils.plots import instruction_curves
     from utils.provenance import run_record, sha256_of
     from utils.published import read_published
+    from utils.rows import refuse_other_data
     from utils.runs import all_arguments, checkpoint_to_resume, claim_run, identity, run_name
     from utils.samples import write_samples
-    from utils.starting import as_reference, find_start, merge
+    from utils.starting import as_reference, find_start, keep_reference, merge
     from utils.throughput import SFT_OPERATIONS, slower_than_float32
     from utils.training import fit_global_batch, say, train_or_resume, training_summary
 
@@ -148,11 +156,12 @@ def main():
     locate(model_args.model_name_or_path, model_args.model_revision)
     start = find_start(args, model_args)
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    arguments = identity([data_args, args, model_args], batch)
+    arguments = identity([data_args, args, model_args], batch) | (start.identity() if start else {})
     claim = (args.run_name, args.output_dir, args.eval_out, arguments, args.resume, args.overwrite)
     current = on_main_process(lambda: claim_run(*claim))
     if current.finished:
         results = read_json(current.out / "train.json")
+        refuse_other_data(current.folder, results["data"])
         return say(
             f"{current.folder} is finished, nothing to train; from {current.out}/train.json:\n\n{results['text']}"
         )
@@ -188,8 +197,10 @@ def main():
     base = None
     if test and not trainer.is_sharded:
         model = describe(model_args.model_name_or_path, trainer.model, tokenizer, model_args.model_revision)
-        about = {**model, "precision": args.precision, "start": start.describe() if start else None}
+        about = {**model, **quantised_as(model_args), "precision": args.precision}
+        about["start"] = start.describe() if start else None
         base = trainer.base_figures(test_ids, args.eval_out, about)
+    keep_reference(start, args.output_dir)
     train_or_resume(trainer, checkpoint, current)
     trainer.save_model(args.output_dir)
 
@@ -198,7 +209,8 @@ def main():
     metrics = heldout_metrics(rows, args.seed) if rows else {}
     if not is_main_process():
         return
-    prompts = [c.turns[:-1] for c in test.conversations[: args.sample_prompts]] if test else []
+    chat = ChatRenderer(tokenizer)
+    prompts = [c.turns_for(chat)[:-1] for c in test.conversations[: args.sample_prompts]] if test else []
     if prompts and not trainer.is_sharded:
         policy = trainer.accelerator.unwrap_model(trainer.model)
         fresh = model_args.use_peft and not (start and start.use == "continue")

@@ -207,7 +207,8 @@ def test_every_answer_of_a_conversation_is_trained_on_with_its_end(smol_tokenize
     for tokenizer, end in ((smol_tokenizer, "<|im_end|>\n"), (gemma_like_tokenizer, "<end_of_turn>\n")):
         ids, labels, size = labelled(tokenizer, {"messages": LONGER})
         assert tokenizer.decode([i for i in labels if i != -100]) == f"Four.{end}Six 🐦!{end}"
-        assert size == len(f"Four.{end}Six 🐦!{end}".encode())
+        # Tokens that frame the text are no text, as in eval_perplexity.py.
+        assert size == len("Four.\nSix 🐦!\n".encode())
         whole = ChatRenderer(tokenizer).full_text(LONGER[:-1], "Six 🐦!")
         assert ids == tokenizer(whole, add_special_tokens=False)["input_ids"]
 
@@ -243,9 +244,27 @@ def test_an_answer_that_is_written_otherwise_later_is_left_out(smol_tokenizer):
     assert forgetful.decode([i for i in labels if i != -100]).startswith("Six 🐦!<|im_end|>")
 
 
+def test_a_token_without_characters_of_its_own_is_part_of_its_answer(smol_tokenizer):
+    """GPT-NeoX's and Pythia's tokenizers trim offsets: a lone space begins where it ends."""
+    import copy
+
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+    from tokenizers.processors import ByteLevel as Trim
+
+    trimming = copy.deepcopy(smol_tokenizer)
+    trimming.backend_tokenizer.post_processor = Trim(trim_offsets=True)
+    trimming.backend_tokenizer.pre_tokenizer = Sequence([Digits(individual_digits=True), ByteLevel(False)])
+    talk = {"messages": [ASKED, {"role": "assistant", "content": "return 1"}]}
+    text = ChatRenderer(trimming).full_text([ASKED], "return 1")
+    offsets = trimming(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    assert any(a == b for a, b in offsets), "the case under test"
+    _, labels, _ = labelled(trimming, talk)
+    assert trimming.decode([i for i in labels if i != -100]) == "return 1<|im_end|>\n"
+
+
 def test_a_loss_on_everything_and_cutting(smol_tokenizer):
     ids, labels, size = labelled(smol_tokenizer, {"messages": LONGER}, "everything")
-    assert labels == ids and size == len(smol_tokenizer.decode(ids[1:]).encode())
+    assert labels == ids and size == len(smol_tokenizer.decode(ids[1:], skip_special_tokens=True).encode())
     cut, some, _ = labelled(smol_tokenizer, {"messages": LONGER}, max_length=len(ids) - 3)
     assert cut == ids[:-3] and len(some) == len(cut)
     data = InstructionData([to_conversation({"messages": [ASKED, SAID]}, "x")] * 2, [], 2)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -108,6 +109,10 @@ def test_parts_and_held_out_prompts():
     parts = [part_of(prompts, 3, t) for t in (1, 2, 3)]
     assert sorted(len(p) for p in parts) == [3, 3, 4] and {q.key for p in parts for q in p} == {q.key for q in prompts}
     assert part_of(prompts, None, 1) == prompts
+    # As training tells prompts apart: a twin in other case and spacing is held out with its like.
+    twins = [*prompts, *(prompt(f" q{k} ") for k in range(10))]
+    kept = held_out_keys(twins, 4)
+    assert len(kept) == 4 and all((a.key in kept) == (b.key in kept) for a, b in zip(twins, twins[10:], strict=False))
     held = held_out_keys(prompts, 4)
     assert len(held) == 4 and held == held_out_keys(prompts[::-1], 4)
 
@@ -271,6 +276,68 @@ def test_a_reward_models_scores_are_the_models_and_are_kept(reward_model, smol_t
     assert scored(f"rm:{reward_model}", one, tmp_path) == [found]
 
 
+def test_an_output_that_is_no_number_leaves_the_prompt_unscored(reward_model, pair_ranker, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    for kind, folder, weight in (("rm", reward_model, "score.weight"), ("pair", pair_ranker, "head_layer.0.weight")):
+        broken = tmp_path / kind
+        shutil.copytree(folder, broken)
+        weights = load_file(broken / "model.safetensors")
+        name = next(n for n in weights if n.endswith(weight) or (kind == "pair" and "head" in n))
+        save_file({**weights, name: weights[name] * float("nan")}, broken / "model.safetensors", {"format": "pt"})
+        assert scored(f"{kind}:{broken}", items("I am a cat.", "The sea."), tmp_path) == [
+            "the model's output is no finite number"
+        ], kind
+
+
+OWN_CODE = """
+import torch
+from transformers import LlamaForSequenceClassification
+from transformers.modeling_outputs import SequenceClassifierOutputWithPast
+
+class Gated(LlamaForSequenceClassification):
+    def forward(self, **inputs):
+        found = super().forward(**inputs)
+        output = SequenceClassifierOutputWithPast(logits=found.logits)
+        output.score = found.logits[:, 0] - found.logits[:, 2]
+        return output
+"""
+
+
+def test_a_reward_model_with_a_score_of_its_own(reward_model, tmp_path):
+    """As ArmoRM: many outputs, and code of its own that makes one score of them."""
+    import transformers
+
+    folder = tmp_path / "gated"
+    shutil.copytree(reward_model, folder)
+    torch.manual_seed(4)
+    config = transformers.AutoConfig.from_pretrained(folder)
+    config.num_labels = 3
+    model = transformers.LlamaForSequenceClassification(config)
+    model.save_pretrained(folder)
+    with pytest.raises(UserError, match="has 3 outputs; a reward model has one"):
+        make_scorer(f"rm:{folder}", OPTIONS)
+    (folder / "modeling_gated.py").write_text(OWN_CODE)
+    about = json.loads((folder / "config.json").read_text())
+    about["auto_map"] = {"AutoModelForSequenceClassification": "modeling_gated.Gated"}
+    (folder / "config.json").write_text(json.dumps(about))
+    with pytest.raises(UserError, match="--trust_remote_code"):
+        make_scorer(f"rm:{folder}", OPTIONS)
+    asked = items("I am a cat.", "The sea, and the sand.")
+    (found,) = make_scorer(f"rm:{folder}", {**OPTIONS, "trust_remote_code": True}).score(asked, str(tmp_path), False)
+    model = model.eval()
+    model.config.pad_token_id = 0
+    from utils.chat import ChatRenderer
+    from utils.models import load_tokenizer
+
+    chat = ChatRenderer(load_tokenizer(str(folder)))
+    for answer, score in zip(asked[0].answers, found.scores, strict=True):
+        ids = torch.tensor(chat.ids([chat.full_text(asked[0].prompt.messages, answer)]))
+        with torch.no_grad():
+            logits = model(input_ids=ids).logits[0]
+        assert score == pytest.approx((logits[0] - logits[2]).item(), abs=1e-5)
+
+
 @pytest.fixture(scope="module")
 def pair_ranker(tmp_path_factory, smol_tokenizer):
     """A tiny random PairRM under SmolLM2's vocabulary, with the published marks."""
@@ -369,8 +436,9 @@ def test_answers_and_scores_that_the_data_hold(row, numbers, tmp_path):
     [
         ({"prompt": "Q"}, "no answers there"),
         ({"prompt": "Q", "responses": ["a", 2]}, "no answers there"),
-        ({"prompt": "Q", "responses": ["a", "b"], "scores": [1]}, "one number for each of the 2"),
-        ({"prompt": "Q", "responses": ["a", "b"], "scores": [1, True]}, "one number for each"),
+        ({"prompt": "Q", "responses": ["a", "b"], "scores": [1]}, "one finite number for each of the 2"),
+        ({"prompt": "Q", "responses": ["a", "b"], "scores": [1, True]}, "one finite number for each"),
+        ({"prompt": "Q", "responses": ["a", "b"], "scores": [1, float("nan")]}, "one finite number for each"),
     ],
 )
 def test_rows_without_usable_answers_are_named(row, words, tmp_path):
@@ -473,6 +541,51 @@ def test_sampling_that_was_cut_off_goes_on(pairs, tiny, prompts, tmp_path, monke
     monkeypatch.setattr("utils.answers.generate", usual)
     assert pairs(*pair_args(tiny, prompts, tmp_path / "whole"))[0] == 0
     assert (tmp_path / "p/train.jsonl").read_text() == (tmp_path / "whole/p/train.jsonl").read_text()
+
+
+def test_other_pairs_may_overwrite_and_be_interrupted(pairs, tiny, prompts, tmp_path, monkeypatch):
+    import utils.answers
+
+    assert pairs(*pair_args(tiny, prompts, tmp_path))[0] == 0
+    usual = utils.answers.generate
+
+    def dying(*args, **kwargs):
+        yield next(iter(usual(*args, **kwargs)))
+        raise KeyboardInterrupt
+
+    other = pair_args(tiny, prompts, tmp_path, "--temperature", "1.2")
+    assert pairs(*other)[0] == 2
+    monkeypatch.setattr("utils.answers.generate", dying)
+    assert pairs(*other, "--overwrite")[0] == 130
+    monkeypatch.setattr("utils.answers.generate", usual)
+    code, _, err = pairs(*other)
+    assert code == 0 and read_json(tmp_path / "p/preference_pairs.json")["args"]["temperature"] == 1.2, err
+
+
+def test_a_stage_is_not_redone_on_what_was_made_otherwise(pairs, tiny, prompts, tmp_path):
+    assert pairs(*pair_args(tiny, prompts, tmp_path))[0] == 0
+    before = (tmp_path / "p/train.jsonl").read_text()
+    for stage, flags, changed in (
+        ("pair", ("--scorer", "shorter"), "scorer 'longer' -> 'shorter'"),
+        ("score", ("--temperature", "1.2"), "temperature 1.5 -> 1.2"),
+    ):
+        code, _, err = pairs(*pair_args(tiny, prompts, tmp_path, "--stage", stage, "--overwrite", *flags))
+        assert code == 2 and (tmp_path / "p/train.jsonl").read_text() == before
+        assert_one_line(err, "holds other pairs", changed, "redo the stage")
+    again = pair_args(tiny, prompts, tmp_path, "--scorer", "shorter", "--overwrite")
+    assert pairs(*again, "--stage", "score")[0] == 0 and not (tmp_path / "p/train.jsonl").exists()
+    code, _, err = pairs(*pair_args(tiny, prompts, tmp_path, "--scorer", "shorter", "--stage", "pair"))
+    assert code == 0, err
+    for row in rows_of(tmp_path / "p/train.jsonl"):
+        assert len(row["chosen"][0]["content"]) < len(row["rejected"][0]["content"])
+    stages = read_json(tmp_path / "p/manifest.json")["stages"]
+    assert list(stages) == ["sample", "score", "pair"] and "shorter" in stages["score"]["scorers"]
+
+
+def test_a_scorer_that_cannot_be_made_is_told_before_any_sampling(pairs, tiny, prompts, tmp_path):
+    code, _, err = pairs(*pair_args(tiny, prompts, tmp_path, "--scorer", f"rm:{tiny}"))
+    assert code == 2 and not (tmp_path / "p/samples.jsonl").exists()
+    assert_one_line(err, "outputs; a reward model has one")
 
 
 def test_stages_apart_give_what_all_give(pairs, tiny, prompts, tmp_path):

@@ -258,6 +258,7 @@ def test_an_interrupted_run_goes_on_with_the_same_losses(sft, tiny, rows, tmp_pa
         (("--test_rows", "999"), ("--test_rows 999", "hold out all")),
         (("--loss_on", "everythin"), ("--loss_on",)),
         (("--start_adapter", "x"), ("--start_adapter_use", "merge", "continue")),
+        (("--packing", "true", "--packing_strategy", "wrapped"), ("--packing_strategy wrapped", "bfd")),
         (("--dataset_test_split", "test"), ("no file of split 'test'",)),
         (("--chat_template_path", "nowhere.jinja"), ("nowhere.jinja",)),
         (("--published", "nowhere.yaml"), ("nowhere.yaml",)),

@@ -61,6 +61,9 @@ def test_two_iterations_each_against_itself_as_it_began(recipe, tmp_path):
     # A second call makes and trains nothing.
     done = iteration(2, *recipe)
     assert done.returncode == 0 and "nothing to train" in done.stdout, done.stderr[-2000:]
+    # Pairs that the finished run was not trained on are no reason to call it finished.
+    done = iteration(2, *recipe, "--pairs", "--scorer shorter --overwrite")
+    assert done.returncode == 2 and "holds other rows than it was trained on" in done.stderr, done.stderr[-2000:]
 
 
 @pytest.mark.parametrize(
@@ -74,11 +77,30 @@ def test_two_iterations_each_against_itself_as_it_began(recipe, tmp_path):
         (("1", "--nome", "x"), "unknown flag --nome"),
         (("1", "--name"), "--name needs a value"),
         (("1", "--name", "quickstart-sppo", "--launch", "nowhere.yaml"), "nowhere.yaml is not there"),
+        (("1", "--name", "quickstart-sppo", "--pairs", "--seed 3 --limit 8"), "its dataset_name names"),
     ],
 )
 def test_bad_input_is_one_line(args, words):
     done = iteration(*args)
     assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("launch", "told"),
+    [
+        ("deepspeed_zero3", "configs/accelerate/multi_gpu.yaml --num_processes 8"),
+        ("cpu_2proc", "configs/accelerate/cpu_2proc.yaml --num_processes 2"),
+    ],
+)
+def test_pairs_are_made_by_as_many_processes_as_train(launch, told, recipe, tmp_path):
+    stub = tmp_path / "python"
+    stub.write_text('#!/bin/sh\n[ "$1" != -c ]\n')
+    stub.chmod(0o755)
+    launch = f"configs/accelerate/{launch}.yaml"
+    done = iteration(1, *recipe, "--launch", launch, PYTHON=str(stub))
+    sampling, training = [line for line in done.stdout.splitlines() if line.startswith("+ ")]
+    assert f"--config_file {told} generate_preference_pairs.py" in sampling
+    assert f"--config_file {launch} dpo_train_human_preference.py" in training
 
 
 def test_help_and_an_iteration_whose_start_is_missing(recipe, tmp_path):

@@ -127,6 +127,56 @@ def test_a_resumed_run_keeps_its_reference(train, trained, tiny, prefs, tmp_path
             assert a[key] == pytest.approx(b[key], abs=1e-4), key
 
 
+def test_a_run_does_not_go_on_from_another_start(train, trained, tiny, prefs, tmp_path, monkeypatch):
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    from utils.training import RowLog
+
+    start = tmp_path / "start"
+    shutil.copytree(trained / "ck/r", start)
+    args = train_args(tiny, prefs, tmp_path, "--start_adapter", start, "--start_adapter_use", "continue")
+    usual = RowLog.on_log
+
+    def killed(self, arguments, state, control, logs=None, **kwargs):
+        if state.global_step == 3:
+            raise KeyboardInterrupt
+        return usual(self, arguments, state, control, logs, **kwargs)
+
+    monkeypatch.setattr(RowLog, "on_log", killed)
+    assert train(*args)[0] == 130
+    monkeypatch.setattr(RowLog, "on_log", usual)
+    weights = load_file(start / "adapter_model.safetensors")
+    save_file({name: 2 * w for name, w in weights.items()}, start / "adapter_model.safetensors", {"format": "pt"})
+    code, _, err = train(*args)
+    assert code == 2
+    assert_one_line(err, "holds another run", "adapter_sha256")
+
+
+def test_sft_that_goes_on_is_compared_with_its_start(call, trained, tiny, prefs, tmp_path):
+    """In its own figures and in every evaluation, of the run and of its checkpoints."""
+    flags = ("--save_steps", 2, "--dataset_test_split", "test")
+    args = train_args(tiny, prefs, tmp_path, *started(trained, "continue"), *flags)
+    code, out, err = call("sft_train_instruction", *args)
+    assert code == 0, err
+    folder = tmp_path / "ck/r"
+    frozen = load_model(str(tiny), adapter=str(folder / "ref"))
+    assert torch.equal(logits(frozen), logits(came(trained, tiny)))
+    own = {row["where"]: row for row in rows_of(tmp_path / "out/r/heldout_rows.jsonl")}
+    for tuned in (folder, folder / "checkpoint-2"):
+        place = tmp_path / tuned.name
+        asked = ("--adapter_path", tuned, "--dataset_name", prefs, "--split", "test", "--output_dir", place)
+        code, out, err = call("eval_perplexity", *map(str, (*asked, "--eval_out", tmp_path / "out")))
+        assert code == 0, err
+        assert f"against {tiny} with {folder / 'ref'}" in out
+        for row in rows_of(place / "perplexity_rows.jsonl"):
+            mine = own[row["where"]]
+            assert row["nll_response_chosen_base"] == pytest.approx(mine["nll_base"], abs=1e-3)
+            if tuned == folder:
+                assert row["nll_response_chosen_tuned"] == pytest.approx(mine["nll_tuned"], abs=1e-3)
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [

@@ -371,6 +371,31 @@ def test_a_base_without_chat_template_takes_the_adapters_or_is_told_what_it_need
     assert_one_line(err, "has no chat template", "--chat_template_path")
 
 
+def test_an_adapter_is_evaluated_under_the_template_that_it_brings(call, trained, tiny, tmp_path):
+    """Also where its base has one of its own: as training read it."""
+    import shutil
+
+    from utils.chat import ChatRenderer
+    from utils.models import load_tokenizer
+
+    other = tmp_path / "other"
+    shutil.copytree(trained / "ck/r", other)
+    (other / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m['role'] }} says:\n{{ m['content'] }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}assistant says:\n{% endif %}"
+    )
+    same = ("--base_model", tiny, "--dataset_name", "data/quickstart_prefs", "--split", "test", "--limit", 1)
+    for folder in (trained / "ck/r", other):
+        flags = ("--adapter_path", folder, *same, "--output_dir", tmp_path / folder.name, "--eval_out", tmp_path)
+        code, _, err = call("eval_win_rate", *map(str, flags))
+        assert code == 0, err
+        (row,) = map(json.loads, (tmp_path / folder.name / "win_rate_LIMIT1_rows.jsonl").read_text().splitlines())
+        pair = json.loads(open("data/quickstart_prefs/test.jsonl").readline())
+        chat = ChatRenderer(load_tokenizer(str(folder)))
+        (ids,) = chat.ids([chat.prompt_text(pair["chosen"][:-1])])
+        assert row["tokens_prompt"] == len(ids)
+
+
 def run_with(trained, tmp_path, **changed):
     """A copy of the tiny run whose run.json says something else."""
     import shutil

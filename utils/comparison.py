@@ -110,7 +110,9 @@ def resolve(args: ComparisonArguments) -> Comparison:
     base = args.base_model or trained.get("model_name_or_path") or (base_of(adapter) if adapter else None)
     if base is None:
         raise UserError("--base_model is missing: the model that the tuned one is compared with")
-    frozen = folder / FROZEN if folder and (folder / FROZEN / "adapter_config.json").exists() else None
+    # Beside the weights, or beside the checkpoints of a run that keeps one for all.
+    places = [p / FROZEN for p in (folder, folder.parent) if p == folder or is_checkpoint(folder)] if folder else []
+    frozen = next((place for place in places if (place / "adapter_config.json").exists()), None)
     if (args.base_adapter or "").lower() == "none":
         args.base_adapter, frozen = None, None
     if args.base_adapter is not None and adapter is None:
@@ -124,8 +126,7 @@ def resolve(args: ComparisonArguments) -> Comparison:
     out = Path(args.output_dir) if args.output_dir else Path(args.eval_out) / name
     flag = "--output_json" if args.output_json else "--output_dir" if args.output_dir else "--eval_out"
     check_writable(Path(args.output_json).parent if args.output_json else out, flag)
-    step = re.fullmatch(r"checkpoint-(\d+)", folder.name) if folder else None
-    step = int(step[1]) if step else None
+    step = int(folder.name.rpartition("-")[2]) if folder and is_checkpoint(folder) else None
     return Comparison(args, name, base, adapter, tuned, trained, out, step, args.base_adapter)
 
 
@@ -168,7 +169,7 @@ def _name_of(folder: Path) -> str:
     folder = folder.resolve() if folder.exists() else folder
     parent = folder.parent.name
     # checkpoint-7000 of one run is not that of another.
-    stranger = re.fullmatch(r"checkpoint-\d+", folder.name) and parent != "checkpoints"
+    stranger = is_checkpoint(folder) and parent != "checkpoints"
     own = (folder.parent / "run.json").exists() or stranger
     return re.sub(r"[^\w.\-]", "-", "-".join([*([parent] if own and parent else []), folder.name]))
 
@@ -251,6 +252,11 @@ def _fill(args: ComparisonArguments, trained: dict) -> None:
         args.batch_tokens = 16384 if torch.cuda.is_available() else 2048
 
 
+def is_checkpoint(folder: Path) -> bool:
+    """Whether it is named as a trainer names the state of a step."""
+    return re.fullmatch(r"checkpoint-\d+", folder.name) is not None
+
+
 def _quantized(args: ComparisonArguments, trained: dict) -> dict | None:
     """The base's quantisation as the run trained it, as keywords of `utils.models.quantization`; None for none."""
     as_trained = args.load_in_4bit is None or args.load_in_4bit == bool(trained.get("load_in_4bit"))
@@ -286,13 +292,13 @@ class TwoModels:
         self.autocast = getattr(torch, compute) if compute and args.dtype is None else None
         self.dtype = args.dtype or own or ("bfloat16" if torch.cuda.is_available() and not trained else "float32")
         self.quantized = _quantized(args, trained)
+        # As in training: an adapter that brings a tokenizer was trained under its template.
+        brings = comparison.adapter and (Path(comparison.adapter) / "tokenizer_config.json").exists()
         self.tokenizer = load_tokenizer(
-            comparison.base, args.base_revision, args.chat_template_path, trust_remote_code=args.trust_remote_code
+            *((comparison.adapter, None) if brings else (comparison.base, args.base_revision)),
+            args.chat_template_path,
+            trust_remote_code=args.trust_remote_code,
         )
-        adapter = comparison.adapter
-        if adapter and not self.tokenizer.chat_template and (Path(adapter) / "tokenizer_config.json").exists():
-            # A base without a chat template, tuned under one: the adapter brings it.
-            self.tokenizer = load_tokenizer(adapter)
         if comparison.tuned:
             self._refuse_other_tokenizer()
         self._base, self._tuned, self.shares_prompts = None, None, False

@@ -113,5 +113,6 @@ class JudgedAnswers(Answers):
             "batch_size": comparison.batch_size,
             "attn_implementation": comparison.attn_implementation,
             "seed": comparison.seed,
+            "trust_remote_code": comparison.trust_remote_code,
             **{key: getattr(self, f"judge_{key}") for key in ("attempts", "timeout", "concurrency")},
         }

@@ -245,7 +245,9 @@ def tokenize(data: InstructionData, tokenizer, loss_on: str, max_length: int | N
         if batch:
             read = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
             for k, conversation in enumerate(batch):
-                row = _row(texts[k], spans[k], read["input_ids"][k], read["offset_mapping"][k], loss_on, max_length)
+                ids, offsets = read["input_ids"][k][:max_length], read["offset_mapping"][k][:max_length]
+                parts = [slice(1, None)] if loss_on == "everything" else _answers(offsets, spans[k])
+                row = _row(ids, parts, loss_on, tokenizer)
                 counts["truncated"] += len(row["input_ids"]) < len(read["input_ids"][k])
                 if not any(label != -100 for label in row["labels"][1:]):
                     data.dropped["nothing_left_to_train_on"] += 1
@@ -262,20 +264,20 @@ def tokenize(data: InstructionData, tokenizer, loss_on: str, max_length: int | N
     return Dataset.from_dict(columns), dict(counts)
 
 
-def _row(
-    text: str, spans: list[tuple[int, int]], ids: list[int], offsets, loss_on: str, max_length: int | None
-) -> dict:
-    """input_ids, labels and the bytes of what is trained on, cut to `max_length`."""
-    ids, offsets = ids[:max_length], offsets[:max_length]
-    if loss_on == "everything":
-        # The first token is predicted from nothing.
-        return {"input_ids": ids, "labels": list(ids), "bytes": len(text[offsets[0][1] : offsets[-1][1]].encode())}
-    labels, size = [-100] * len(ids), 0
-    for start, end in spans:
-        inside = [k for k, (a, b) in enumerate(offsets) if start <= a < b <= end]
-        for k in inside:
-            labels[k] = ids[k]
-        if inside:
-            # Several tokens may share a character, so their bytes cannot be summed one by one.
-            size += len(text[offsets[inside[0]][0] : offsets[inside[-1]][1]].encode())
+def _answers(offsets: list[tuple[int, int]], spans: list[tuple[int, int]]) -> list[slice]:
+    """The tokens of each answer: those from the first to the last that lie in its characters `start` to `end`.
+
+    A token between them may have no characters of its own, as a lone space under tokenizers that trim offsets.
+    """
+    inside = [[k for k, (a, b) in enumerate(offsets) if start <= a < b <= end] for start, end in spans]
+    return [slice(found[0], found[-1] + 1) for found in inside if found]
+
+
+def _row(ids: list[int], parts: list[slice], loss_on: str, tokenizer) -> dict:
+    """input_ids, labels, and the bytes of the text that is trained on; tokens that frame it are no text."""
+    # On everything, transformers' shift leaves the first token out.
+    labels = list(ids) if loss_on == "everything" else [-100] * len(ids)
+    for part in parts:
+        labels[part] = ids[part]
+    size = sum(len(tokenizer.decode(ids[part], skip_special_tokens=True).encode()) for part in parts)
     return {"input_ids": ids, "labels": labels, "bytes": size}

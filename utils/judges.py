@@ -212,6 +212,9 @@ class Random:
             yield i, Verdict(float(toss.random() < 0.5))
 
 
+NO_NUMBER = "the model's output is no finite number"
+
+
 def longest_text(model) -> int:
     """Tokens that a transformers model can read, as its config says; no bound where it says nothing."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9
@@ -362,6 +365,7 @@ class RewardModel:
 
         self.name, self.model_name, self.options = f"rm:{model}", model, options
         locate(model)
+        self._refuse_unreadable_head()
         self.tokenizer, self.model = load_tokenizer(model), None
         self.chat = ChatRenderer(self.tokenizer)
 
@@ -370,8 +374,26 @@ class RewardModel:
 
         return {"judge": self.name, **identify(self.model_name, self.tokenizer), "dtype": self.options["dtype"]}
 
+    def _refuse_unreadable_head(self) -> None:
+        """Raise UserError, before anything long, where the config has not exactly one output or code of its own."""
+        from transformers import AutoConfig
+
+        from utils.models import LOAD_ERRORS, _unreadable, locate
+
+        self.own_code = False
+        try:
+            config = AutoConfig.from_pretrained(locate(self.model_name), trust_remote_code=False)
+        except LOAD_ERRORS as error:
+            raise _unreadable(f"reward model {self.model_name}", error) from error
+        if "AutoModelForSequenceClassification" in (getattr(config, "auto_map", None) or {}):
+            if not self.options.get("trust_remote_code"):
+                raise UserError(f"{self.name}: computes its score with code of its own; --trust_remote_code runs it")
+            self.own_code = True
+        elif config.num_labels != 1:
+            raise UserError(f"{self.name}: has {config.num_labels} outputs; a reward model has one")
+
     def load(self) -> None:
-        """Load the weights, once. Raises UserError where the model has not exactly one output."""
+        """Load the weights, once."""
         import torch
         from accelerate import PartialState
         from transformers import AutoModelForSequenceClassification
@@ -382,12 +404,10 @@ class RewardModel:
             return
         try:
             self.model = AutoModelForSequenceClassification.from_pretrained(
-                locate(self.model_name), dtype=getattr(torch, self.options["dtype"])
+                locate(self.model_name), dtype=getattr(torch, self.options["dtype"]), trust_remote_code=self.own_code
             )
         except LOAD_ERRORS as error:
             raise _unreadable(f"reward model {self.model_name}", error) from error
-        if self.model.config.num_labels != 1:
-            raise UserError(f"--judge {self.name}: has {self.model.config.num_labels} outputs; a reward model has one")
         self.model.to(PartialState().device).eval()
 
     def score(self, asked: list[tuple[Prompt, str]]) -> Iterator[tuple[int, float | str]]:
@@ -424,8 +444,12 @@ class RewardModel:
             self.model.config.get_text_config().pad_token_id = self.model.config.pad_token_id = pad
             ids, mask = pad_right([rows[i] for i in take], pad, self.model.device)
             with torch.inference_mode():
-                found = self.model(input_ids=ids, attention_mask=mask).logits.float().squeeze(-1).tolist()
-            yield from zip(take, found, strict=True)
+                output = self.model(input_ids=ids, attention_mask=mask)
+                # ArmoRM's own code has many logits, one an attribute, and the score that it makes of them.
+                reward = output.score if self.own_code and hasattr(output, "score") else output.logits
+                found = reward.float().reshape(len(take)).tolist()
+            for i, value in zip(take, found, strict=True):
+                yield i, value if math.isfinite(value) else NO_NUMBER
 
     def judge(self, items: list[Item]) -> Iterator[tuple[int, Verdict]]:
         asked, waiting, known = {}, {}, {}

@@ -177,6 +177,12 @@ def quantization(load_in_4bit: bool, load_in_8bit: bool, quant_type: str, nested
     )
 
 
+def quantised_as(model_args) -> dict:
+    """How training quantises its base, for the identity of what is computed with it."""
+    kinds = ("load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type")
+    return {**{k: getattr(model_args, k) for k in kinds}, "nested": model_args.use_bnb_nested_quant}
+
+
 def load_model(
     name: str,
     revision: str | None = None,

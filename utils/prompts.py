@@ -1,5 +1,6 @@
 """Prompt sets and given answers, in the forms the field ships them."""
 
+import math
 from dataclasses import dataclass
 
 from utils.errors import UserError
@@ -174,9 +175,11 @@ def load_candidates(sources: list[dict], limit: int | None = None) -> tuple[list
             if key is not None and not numbers:
                 numbers[kind] = _as_list(row[key])
                 if len(numbers[kind]) != len(answers) or not all(
-                    isinstance(x, (int, float)) and not isinstance(x, bool) for x in numbers[kind]
+                    isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x) for x in numbers[kind]
                 ):
-                    raise UserError(f"{where}: key {key!r} must hold one number for each of the {len(answers)} answers")
+                    raise UserError(
+                        f"{where}: key {key!r} must hold one finite number for each of the {len(answers)} answers"
+                    )
         found[prompt.key] = (prompt, answers, numbers)
         if limit is not None and len(found) >= limit:
             break

@@ -124,8 +124,9 @@ def claim_run(name: str, output_dir: str, eval_out: str, wanted: dict, resume: s
             return run
     elif _holds_files(run.out):
         # Results without weights (a clone brings those of eval_out/quickstart): the same run makes them anew.
-        arguments = read_json(run.out / "train.json")["args"] if (run.out / "train.json").exists() else {}
-        _refuse_other(run.out, {**arguments, "batch": wanted["batch"]}, wanted)
+        before = read_json(run.out / "train.json") if (run.out / "train.json").exists() else {}
+        started = {"adapter_sha256": (before.get("start") or {}).get("adapter_sha256")}
+        _refuse_other(run.out, {**before.get("args", {}), **started, "batch": wanted["batch"]}, wanted)
         shutil.rmtree(run.out)
     write_json(manifest, {"args": wanted, "finished": False})
     run.out.mkdir(parents=True, exist_ok=True)

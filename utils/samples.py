@@ -19,7 +19,9 @@ def write_samples(path, sides: dict, tokenizer, prompts: list[list[dict]]) -> No
             answers[name] = sorted(generate(model, tokenizer, prompts, LONGEST), key=lambda a: a["index"])
     parts = [f"# Held-out prompts, answered greedily (at most {LONGEST} tokens)\n"]
     for i, messages in enumerate(prompts):
-        parts += [f"**{m['role']}**: {m['content']}\n" for m in messages]
+        # Alpaca's own template has a place for an input beside the instruction.
+        shown = ((m["role"], "\n\n".join(m[key] for key in ("content", "input") if m.get(key))) for m in messages)
+        parts += [f"**{role}**: {text}\n" for role, text in shown]
         parts += [
             f"- **{name}** ({found[i]['finish_reason']}): {found[i]['text']}\n" for name, found in answers.items()
         ]

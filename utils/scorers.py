@@ -162,7 +162,7 @@ class Function:
 
 
 class Reward:
-    """A sequence classifier with one output, such as ArmoRM: the answer's reward is its score."""
+    """A sequence classifier with one output, or with a `score` of its own (ArmoRM): the answer's reward."""
 
     def __init__(self, model: str, options: dict):
         from utils.judges import RewardModel
@@ -205,12 +205,19 @@ class Pairwise:
         asked = {key_of(i.prompt.messages, i.answers): i for i in items}
 
         def work(keys):
+            from utils.judges import NO_NUMBER
+
             for key in keys:
-                yield key, {"logits": self.model.logits(asked[key].prompt.text, asked[key].answers)}
+                logits = self.model.logits(asked[key].prompt.text, asked[key].answers)
+                finite = all(math.isfinite(x) for row in logits for x in row)
+                yield key, {"logits": logits} if finite else {"error": NO_NUMBER}
 
         found = _kept(self, list(asked), work, eval_out, overwrite, "prompt")
-        rows = [found[key_of(item.prompt.messages, item.answers)]["logits"] for item in items]
-        return [_scores(item, ranker_scores(logits, item.counts)) for item, logits in zip(items, rows, strict=True)]
+        rows = [found[key_of(item.prompt.messages, item.answers)] for item in items]
+        return [
+            row["error"] if "error" in row else _scores(item, ranker_scores(row["logits"], item.counts))
+            for item, row in zip(items, rows, strict=True)
+        ]
 
 
 def ranker_scores(logits: list[list[float]], counts: list[int]) -> list[float]:

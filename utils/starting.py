@@ -7,12 +7,14 @@ base. continue: the adapter itself is trained further, and a frozen copy of it i
 
 import contextlib
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from utils.distributed import on_main_process
+from utils.errors import is_main_process
 from utils.merging import MARK, write_merged
-from utils.models import adapter_sha256, identify, load_model, load_tokenizer, locate_adapter
+from utils.models import ADAPTER_FILES, adapter_sha256, identify, load_model, load_tokenizer, locate_adapter
 from utils.provenance import sha256_of
 
 # The name under which TRL keeps the frozen copy of an adapter that is trained further; its folder in a checkpoint.
@@ -42,7 +44,11 @@ class Start:
 
     def describe(self) -> dict:
         """For an artifact."""
-        return {**self.__dict__, "adapter_sha256": adapter_sha256(self.adapter)}
+        return {**self.__dict__, **self.identity()}
+
+    def identity(self) -> dict:
+        """What tells this start from another of the same name: a run that goes on must find the same weights."""
+        return {"adapter_sha256": adapter_sha256(self.adapter)}
 
 
 def find_start(args, model_args) -> Start | None:
@@ -80,6 +86,23 @@ def merge(start: Start, dtype: str, attn_implementation: str | None, trust_remot
                 os.replace(staging, folder)
 
     on_main_process(write)
+
+
+def keep_reference(start: Start | None, folder: str) -> None:
+    """Copy an adapter that is trained further to `<folder>/ref`, where evaluations look for what it is compared with.
+
+    For trainers that keep no frozen copy themselves.
+    """
+    if start is None or start.use != "continue" or not is_main_process():
+        return
+    kept, staging = Path(folder) / FROZEN, Path(folder) / f"{FROZEN}.part"
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    for name in ADAPTER_FILES:
+        if (Path(start.adapter) / name).exists():
+            shutil.copy2(Path(start.adapter) / name, staging / name)
+    shutil.rmtree(kept, ignore_errors=True)
+    os.replace(staging, kept)
 
 
 @contextlib.contextmanager
