@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -174,6 +175,23 @@ def trained(tiny, prefs, tmp_path_factory):
     done = command("dpo_train_human_preference.py", *train_args(tiny, prefs, folder, *extra))
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
+
+
+@contextmanager
+def interrupted_at(step: int):
+    """Ctrl-C comes at this step of whatever is trained meanwhile."""
+    from utils.training import RowLog
+
+    usual = RowLog.on_log
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.global_step == step:
+            raise KeyboardInterrupt
+        return usual(self, args, state, control, logs, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RowLog, "on_log", on_log)
+        yield
 
 
 def eval_args(folder: Path, out: Path, *extra) -> list[str]:

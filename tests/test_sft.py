@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import ROOT, assert_one_line, command, make_pairs, write_jsonl
+from conftest import ROOT, assert_one_line, command, interrupted_at, make_pairs, write_jsonl
 from datasets import Dataset
 from peft import LoraConfig
 from trl import SFTConfig, SFTTrainer
@@ -220,23 +220,13 @@ def test_ways_of_training(flags, sft, tiny, rows, tmp_path):
     assert ("packed rows" in out) == ("--packing" in flags)
 
 
-def test_an_interrupted_run_goes_on_with_the_same_losses(sft, tiny, rows, tmp_path, monkeypatch):
+def test_an_interrupted_run_goes_on_with_the_same_losses(sft, tiny, rows, tmp_path):
     code, _, err = sft(*sft_args(tiny, rows, tmp_path / "whole", "--save_steps", 2))
     assert code == 0, err
 
-    from utils.training import RowLog
-
-    usual = RowLog.on_log
-
-    def killed(self, args, state, control, logs=None, **kwargs):
-        if state.global_step == 3:
-            raise KeyboardInterrupt
-        return usual(self, args, state, control, logs, **kwargs)
-
-    monkeypatch.setattr(RowLog, "on_log", killed)
-    code, _, _ = sft(*sft_args(tiny, rows, tmp_path / "cut", "--save_steps", 2))
-    assert code == 130
-    monkeypatch.setattr(RowLog, "on_log", usual)
+    with interrupted_at(3):
+        code, _, _ = sft(*sft_args(tiny, rows, tmp_path / "cut", "--save_steps", 2))
+        assert code == 130
     code, out, err = sft(*sft_args(tiny, rows, tmp_path / "cut", "--save_steps", 2))
     assert code == 0 and "resuming from" in out, err
     whole, cut = log(tmp_path / "whole"), log(tmp_path / "cut")

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import assert_one_line, eval_args, train_args
+from conftest import assert_one_line, eval_args, interrupted_at, train_args
 
 from utils.artifacts import read_json
 from utils.models import load_model
@@ -102,21 +102,11 @@ def test_full_fine_tuning_starts_from_the_merged_model(train, trained, tiny, pre
         assert [row["ref_chosen"], row["ref_rejected"]] == pytest.approx(before, abs=1e-3)
 
 
-def test_a_resumed_run_keeps_its_reference(train, trained, tiny, prefs, tmp_path, monkeypatch):
+def test_a_resumed_run_keeps_its_reference(train, trained, tiny, prefs, tmp_path):
     args = train_args(tiny, prefs, tmp_path, *started(trained, "continue"), "--save_steps", 2)
 
-    from utils.training import RowLog
-
-    usual = RowLog.on_log
-
-    def killed(self, arguments, state, control, logs=None, **kwargs):
-        if state.global_step == 3:
-            raise KeyboardInterrupt
-        return usual(self, arguments, state, control, logs, **kwargs)
-
-    monkeypatch.setattr(RowLog, "on_log", killed)
-    assert train(*args)[0] == 130
-    monkeypatch.setattr(RowLog, "on_log", usual)
+    with interrupted_at(3):
+        assert train(*args)[0] == 130
     code, out, err = train(*args)
     assert code == 0 and "resuming from" in out, err
     whole = train_args(tiny, prefs, tmp_path / "whole", *started(trained, "continue"), "--save_steps", 2)
@@ -127,26 +117,16 @@ def test_a_resumed_run_keeps_its_reference(train, trained, tiny, prefs, tmp_path
             assert a[key] == pytest.approx(b[key], abs=1e-4), key
 
 
-def test_a_run_does_not_go_on_from_another_start(train, trained, tiny, prefs, tmp_path, monkeypatch):
+def test_a_run_does_not_go_on_from_another_start(train, trained, tiny, prefs, tmp_path):
     import shutil
 
     from safetensors.torch import load_file, save_file
 
-    from utils.training import RowLog
-
     start = tmp_path / "start"
     shutil.copytree(trained / "ck/r", start)
     args = train_args(tiny, prefs, tmp_path, "--start_adapter", start, "--start_adapter_use", "continue")
-    usual = RowLog.on_log
-
-    def killed(self, arguments, state, control, logs=None, **kwargs):
-        if state.global_step == 3:
-            raise KeyboardInterrupt
-        return usual(self, arguments, state, control, logs, **kwargs)
-
-    monkeypatch.setattr(RowLog, "on_log", killed)
-    assert train(*args)[0] == 130
-    monkeypatch.setattr(RowLog, "on_log", usual)
+    with interrupted_at(3):
+        assert train(*args)[0] == 130
     weights = load_file(start / "adapter_model.safetensors")
     save_file({name: 2 * w for name, w in weights.items()}, start / "adapter_model.safetensors", {"format": "pt"})
     code, _, err = train(*args)
