@@ -223,7 +223,6 @@ def main():
     from utils.provenance import run_record, sha256_of
     from utils.published import read_published
     from utils.rewards import conclude
-    from utils.rows import refuse_other_data
     from utils.runs import all_arguments, checkpoint_to_resume, claim_run, identity, run_name
     from utils.starting import find_start, merge
     from utils.throughput import DPO_OPERATIONS, slower_than_float32
@@ -242,7 +241,7 @@ def main():
     current = on_main_process(lambda: claim_run(*claim))
     if current.finished:
         results = read_json(current.out / "train.json")
-        refuse_other_data(current.folder, results["data"])
+        current.refuse_other_data(results["data"])
         return say(
             f"{current.folder} is finished, nothing to train; from {current.out}/train.json:\n\n{results['text']}"
         )

@@ -141,7 +141,6 @@ def main():
     from utils.plots import instruction_curves
     from utils.provenance import run_record, sha256_of
     from utils.published import read_published
-    from utils.rows import refuse_other_data
     from utils.runs import all_arguments, checkpoint_to_resume, claim_run, identity, run_name
     from utils.samples import write_samples
     from utils.starting import as_reference, find_start, keep_reference, merge
@@ -161,7 +160,7 @@ def main():
     current = on_main_process(lambda: claim_run(*claim))
     if current.finished:
         results = read_json(current.out / "train.json")
-        refuse_other_data(current.folder, results["data"])
+        current.refuse_other_data(results["data"])
         return say(
             f"{current.folder} is finished, nothing to train; from {current.out}/train.json:\n\n{results['text']}"
         )

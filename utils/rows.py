@@ -72,23 +72,6 @@ def _read_local(path: Path, split: str) -> tuple[list[tuple[str, dict]], dict]:
     return rows, {"name": str(path), "split": split, "files": [f.name for f in files], "sha256": sha256_of_files(files)}
 
 
-def refuse_other_data(run, data: dict) -> None:
-    """Raise UserError where local files that a finished run read hold something else by now.
-
-    Args:
-        run: the run's folder, for the message.
-        data: summaries by split (or None), whose `sources` say name, files and sha256.
-    """
-    for source in (s for summary in data.values() if summary for s in summary["sources"]):
-        path = Path(source["name"])
-        files = [path / name for name in source.get("files", ())] if path.is_dir() else [path]
-        if "files" in source and all(f.is_file() for f in files) and sha256_of_files(files) != source["sha256"]:
-            raise UserError(
-                f"{run} is finished, but {path} holds other rows than it was trained on: choose another --run_name, or"
-                " --overwrite it"
-            )
-
-
 def _read_hub(name: str, split: str, config: str | None, revision: str | None) -> tuple[list[tuple[str, dict]], dict]:
     from datasets import load_dataset
     from datasets.exceptions import DatasetNotFoundError

@@ -11,6 +11,7 @@ from filelock import FileLock, Timeout
 
 from utils.artifacts import check_writable, dumps, limited, read_json, write_json
 from utils.errors import UserError, is_main_process
+from utils.provenance import sha256_of_files
 
 MANIFEST = "checkpoint_manifest.json"
 # Arguments that move no weight may differ between a run's first call and the one that resumes it. The batch's three
@@ -49,6 +50,21 @@ class Run:
         if manifest.setdefault("data_sha256", data_sha256) != data_sha256:
             raise UserError(f"{self.folder}: the data changed since this run began; choose another --run_name")
         write_json(self.folder / "run.json", manifest)
+
+    def refuse_other_data(self, data: dict) -> None:
+        """Raise UserError where local files that this finished run read hold something else by now.
+
+        Args:
+            data: summaries by split (or None) from the run's train.json, whose `sources` say name, files and sha256.
+        """
+        for source in (s for summary in data.values() if summary for s in summary["sources"] if "files" in s):
+            path = Path(source["name"])
+            files = [path / name for name in source["files"]] if path.is_dir() else [path]
+            if all(f.is_file() for f in files) and sha256_of_files(files) != source["sha256"]:
+                raise UserError(
+                    f"{self.folder} is finished, but {path} holds other rows than it was trained on: choose another"
+                    " --run_name, or --overwrite it"
+                )
 
     def finish(self) -> None:
         """Record that the run is complete, so that the same command prints its results instead of training again."""
