@@ -15,6 +15,7 @@ The keys that matter (YAML keys and flags are the same; the command line wins; -
   model    --model_name_or_path ID|FOLDER|builtin:smollm2-135m-instruct   --model_revision  --dtype float32|bfloat16
            --use_peft --lora_r 16 --lora_alpha 32 --lora_target_modules q_proj v_proj ...   --load_in_4bit
            --attn_implementation sdpa|eager|flash_attention_2   --bf16 | --fp16   --chat_template_path FILE
+           --start_adapter FOLDER|ID --start_adapter_use merge|continue (with --use_peft)
   data     --dataset_name HUB_ID|FILE|FOLDER   --dataset_train_split train   --dataset_test_split test (or none)
            --test_dataset_name OTHER   --drop_ties   --min_score_margin X   --keep_duplicate_prompts
            --train_test_overlap refuse|drop|keep   --prompt_format auto|chat   --limit N

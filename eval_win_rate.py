@@ -17,7 +17,7 @@ battle.json, battle_rows.jsonl and battle.png.
 The keys that matter (YAML keys and flags are the same; dashes and underscores both work; --help_all lists every key):
 
   models   --run_name NAME | --base_model ID --adapter_path FOLDER | --base_model ID --tuned_model ID|FOLDER
-           --dtype float32|bfloat16|float16   --load_in_4bit   --attn_implementation
+           --dtype float32|bfloat16|float16   --load_in_4bit   --attn_implementation   --base_adapter FOLDER|none
   data     --dataset_name ID|FILE|FOLDER --split test_prefs   --max_length 1024   --limit N
            left out: what the tuned model's run held out, else UltraFeedback's test_prefs
   reward   --beta 0.1   --expected FILE (the trainer's own eval metrics, to be found again within 1e-3)

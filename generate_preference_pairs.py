@@ -151,7 +151,7 @@ def sample(args, folder) -> dict:
     """Answer every prompt under each seed, or read the answers that the data hold; write samples.jsonl."""
     from utils.answers import answer_each, answerable, policy_player
     from utils.artifacts import write_rows
-    from utils.pairing import Sampled, held_out_keys, part_of
+    from utils.pairing import Sampled, part_of
     from utils.prompts import load_candidates, load_prompts
     from utils.vllm_engine import choose_engine
 
@@ -170,18 +170,28 @@ def sample(args, folder) -> dict:
         player = policy_player(args)
         prompts, refused = answerable([player], prompts)
         summary["left_out"] |= {"template_refused": refused} if refused else {}
+        kept_for_testing(args, prompts)
         sampling = {key: getattr(args, key) for key in ("max_new_tokens", "temperature", "top_p")}
         engine = choose_engine(args.engine)
         columns = answer_each(player, prompts, [{**sampling, "seed": s} for s in args.sampling_seeds], args, engine)
         seeded = list(zip(args.sampling_seeds, columns, strict=True))
         answers = [[{**column[k], "seed": seed} for seed, column in seeded] for k in range(len(prompts))]
         given, model = [None] * len(prompts), {**player.identity, "engine": engine}
-    held_out = held_out_keys(prompts, args.test_prompts)
-    if len(held_out) == len(prompts):
-        raise UserError(f"--test_prompts {args.test_prompts}: would hold out all {len(prompts)} prompts; lower it")
+    held_out = kept_for_testing(args, prompts)
     rows = [Sampled(p, a, p.key in held_out, g).row() for p, a, g in zip(prompts, answers, given, strict=True)]
     write_rows(folder / "samples.jsonl", rows)
     return {"prompts": len(prompts), "data": summary, "model": model}
+
+
+def kept_for_testing(args, prompts) -> set[str]:
+    """The keys of the held-out prompts. Raises UserError where none would be left to train on."""
+    from utils.pairing import held_out_keys
+
+    held_out = held_out_keys(prompts, args.test_prompts)
+    if len(held_out) == len({p.key for p in prompts}):
+        few = f" that --limit {args.limit} leaves" if args.limit else ""
+        raise UserError(f"--test_prompts {args.test_prompts}: would hold out all {len(prompts)} prompts{few}; lower it")
+    return held_out
 
 
 def score(args, folder) -> dict:
@@ -334,6 +344,7 @@ def main():
     from utils.cli import parse
     from utils.distributed import join_processes, on_main_process
     from utils.logs import quiet_libraries
+    from utils.models import locate_adapter
     from utils.pairing_report import conclude
     from utils.plots import pairs_figure
     from utils.provenance import run_record
@@ -346,6 +357,8 @@ def main():
     if args.training_config:
         as_training_asks(args)
     check(args)
+    if args.adapter_path:
+        locate_adapter(args.adapter_path)
     if args.run_name is None:
         args.run_name = run_name(None, args.model_name_or_path or args.dataset_name, ["pairs"], None)
         args.run_name += f"-part{args.part}" if args.part else ""
@@ -398,7 +411,8 @@ def main():
     )
     pairs_figure(folder / "preference_pairs.png", [*pairs["train"], *pairs["test"]], title)
     write_json(folder / "preference_pairs.json", summary)
-    print(f"{text}\n\nwrote {folder}/: train.jsonl, test.jsonl, preference_pairs.json, preference_pairs.png")
+    kept = "samples.jsonl, scores.jsonl, manifest.json"
+    print(f"{text}\n\nwrote {folder}/: train.jsonl, test.jsonl, preference_pairs.json, preference_pairs.png, {kept}")
 
 
 if __name__ == "__main__":

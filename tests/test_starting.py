@@ -117,6 +117,17 @@ def test_a_resumed_run_keeps_its_reference(train, trained, tiny, prefs, tmp_path
             assert a[key] == pytest.approx(b[key], abs=1e-4), key
 
 
+def test_an_adapter_that_goes_on_keeps_its_shape_and_says_so(train, trained, tiny, prefs, tmp_path):
+    flags = ("--lora_r", 2, "--lora_target_modules", "q_proj", "--max_steps", 1)
+    code, out, err = train(*train_args(tiny, prefs, tmp_path, *started(trained, "continue"), *flags))
+    assert code == 0, err
+    told = next(line for line in out.splitlines() if "is trained further" in line)
+    assert "its own shape stays (lora_r 4, not 2; lora_target_modules ['q_proj', 'v_proj'], not ['q_proj'])" in told
+    asked = read_json(tmp_path / "out/r/train.json")["args"]
+    assert (asked["lora_r"], asked["lora_target_modules"]) == (4, ["q_proj", "v_proj"])
+    assert read_json(tmp_path / "ck/r/adapter_config.json")["r"] == 4
+
+
 def test_a_run_does_not_go_on_from_another_start(train, trained, tiny, prefs, tmp_path):
     import shutil
 
@@ -164,6 +175,10 @@ def test_sft_that_goes_on_is_compared_with_its_start(call, trained, tiny, prefs,
         (("--start_adapter_use", "merge"), ("--start_adapter",)),
         (("--start_adapter", "X", "--start_adapter_use", "mix"), ("--start_adapter_use", "mix")),
         (("--start_adapter", "./nowhere", "--start_adapter_use", "merge"), ("adapter ./nowhere", "is no folder")),
+        (
+            ("--start_adapter", "checkpoints/x", "--start_adapter_use", "merge"),
+            ("checkpoints/x is no", "train it first"),
+        ),
         (("--start_adapter", "TINY", "--start_adapter_use", "merge"), ("holds no adapter_config.json",)),
     ],
 )

@@ -9,7 +9,7 @@ from utils.comparison import TwoModels, base_of
 from utils.errors import UserError, is_main_process
 from utils.generation import generate
 from utils.ledger import Ledger, key_of
-from utils.models import adapter_sha256, identify, load_model, load_tokenizer, locate_adapter
+from utils.models import adapter_sha256, identify, load_model, load_tokenizer, locate_adapter, tokenizer_home
 from utils.prompts import Prompt
 
 
@@ -52,13 +52,8 @@ def policy_player(args) -> Player:
     name, revision, device = args.model_name_or_path, args.model_revision, PartialState().device
     adapter = locate_adapter(args.adapter_path) if args.adapter_path else None
     dtype = args.dtype or ("bfloat16" if torch.cuda.is_available() else "float32")
-    # As in training: an adapter that brings a tokenizer was trained under its template.
-    brings = adapter and (Path(adapter) / "tokenizer_config.json").exists()
-    tokenizer = load_tokenizer(
-        *((adapter, None) if brings else (name, revision)),
-        args.chat_template_path,
-        trust_remote_code=args.trust_remote_code,
-    )
+    home = tokenizer_home(name, revision, adapter)
+    tokenizer = load_tokenizer(*home, args.chat_template_path, trust_remote_code=args.trust_remote_code)
     identity = {
         **identify(name, tokenizer, revision),
         "asked_revision": revision,
@@ -86,7 +81,7 @@ def further_player(spec: str, models: TwoModels) -> Player:
         raise UserError(f"--models {spec}: expected name=PATH, with a name other than {' and '.join(models.sides)}")
     adapter = path if (Path(path) / "adapter_config.json").exists() else None
     base = (base_of(adapter) or models.comparison.base) if adapter else path
-    tokenizer = load_tokenizer(base, chat_template_path=models.comparison.args.chat_template_path)
+    tokenizer = load_tokenizer(*tokenizer_home(base, None, adapter), models.comparison.args.chat_template_path)
     identity = models.identity_of(base, None, adapter, tokenizer, quantized=adapter is not None)
 
     @contextmanager

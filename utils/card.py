@@ -160,15 +160,17 @@ def model_card(summary: dict, rows: list[dict], folder: str, peft: bool) -> str:
         if preference
         else f"instructions, with a loss on {args['loss_on']}"
     )
+    trial, evaluated = args.get("limit"), any(row["split"] == "eval" for row in rows)
     sections = [
         _metadata(summary, peft),
         f"# {summary['run']['run_name']}",
         f"{base}, trained on {what} ({how}).{_started(start)}",
+        f"> A trial run on the first {trial} rows (--limit)." if trial else "",
         summary["claim"],
         f"> Warning: {summary['warning']}" if summary["warning"] else "",
         f"## Use\n\n```python\n{usage_snippet(base, folder, peft)}\n```",
         f"## Held-out {'pairs' if preference else 'conversations'}\n\n{_metrics(summary['metrics'])}",
-        f"## Training results\n\n{results_table(rows, columns)}",
+        f"## Training results\n\n{results_table(rows, columns)}" if evaluated or published else "",
         _published(published, columns) if published else "",
         f"## Hyperparameters\n\n{_hyperparameters(summary)}",
         f"## Data\n\n{_provenance(summary['data'])}",

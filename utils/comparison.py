@@ -1,13 +1,22 @@
 """What every evaluation compares: the base model, and the tuned one (a LoRA adapter on it, or a model of its own)."""
 
 import re
+import sys
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 from utils.errors import UserError
 from utils.evaluation_arguments import DEFAULT_RUN, ULTRAFEEDBACK, ComparisonArguments
-from utils.models import adapter_sha256, identify, load_model, load_tokenizer, locate_adapter, quantization
+from utils.models import (
+    adapter_sha256,
+    identify,
+    load_model,
+    load_tokenizer,
+    locate_adapter,
+    quantization,
+    tokenizer_home,
+)
 from utils.starting import FROZEN
 
 # The name of the adapter on the base's side, where there is one.
@@ -89,7 +98,7 @@ def resolve(args: ComparisonArguments) -> Comparison:
     Raises:
         UserError: nothing to compare, two tuned models at once, a missing run, folder or base model.
     """
-    from utils.artifacts import check_writable
+    from utils.artifacts import check_writable, read_json
 
     for key in ("base_model", "adapter_path", "tuned_model", "base_adapter"):
         if (getattr(args, key) or "").startswith("~"):
@@ -105,6 +114,8 @@ def resolve(args: ComparisonArguments) -> Comparison:
             raise UserError(f"--{key} {getattr(args, key)}: must be above 0")
     folder = _tuned_folder(args)
     trained = _run_of(folder) if folder else {}
+    if folder and (folder / "run.json").exists() and not read_json(folder / "run.json").get("finished"):
+        print(f"note: the training of {folder} has not finished; the same command goes on with it", file=sys.stderr)
     adapter = str(folder) if folder and (folder / "adapter_config.json").exists() else None
     tuned = None if adapter else str(folder) if folder else args.tuned_model
     base = args.base_model or trained.get("model_name_or_path") or (base_of(adapter) if adapter else None)
@@ -145,6 +156,8 @@ def _tuned_folder(args) -> Path | None:
     folder = Path(args.checkpoints) / name
     if not any((folder / f).exists() for f in ("adapter_config.json", "config.json")):
         mend = "bash quickstart.sh trains it" if name == DEFAULT_RUN else "train it first"
+        trials = sorted(p.name for p in Path(args.checkpoints).glob(f"{name}_LIMIT*"))
+        mend = f"--run_name {trials[0]} is a trial of it" if trials else mend
         raise UserError(f"{folder} holds no trained model: {mend}, or give --base_model and --adapter_path")
     return folder
 
@@ -292,13 +305,8 @@ class TwoModels:
         self.autocast = getattr(torch, compute) if compute and args.dtype is None else None
         self.dtype = args.dtype or own or ("bfloat16" if torch.cuda.is_available() and not trained else "float32")
         self.quantized = _quantized(args, trained)
-        # As in training: an adapter that brings a tokenizer was trained under its template.
-        brings = comparison.adapter and (Path(comparison.adapter) / "tokenizer_config.json").exists()
-        self.tokenizer = load_tokenizer(
-            *((comparison.adapter, None) if brings else (comparison.base, args.base_revision)),
-            args.chat_template_path,
-            trust_remote_code=args.trust_remote_code,
-        )
+        home = tokenizer_home(comparison.base, args.base_revision, comparison.adapter)
+        self.tokenizer = load_tokenizer(*home, args.chat_template_path, trust_remote_code=args.trust_remote_code)
         if comparison.tuned:
             self._refuse_other_tokenizer()
         self._base, self._tuned, self.shares_prompts = None, None, False

@@ -158,6 +158,7 @@ def main():
     from utils.harness_report import report
     from utils.harness_suites import load_reference
     from utils.logs import quiet_libraries
+    from utils.models import load_tokenizer
     from utils.plots import harness_figure
     from utils.provenance import run_record, tidy
     from utils.runs import all_arguments, latest_run
@@ -189,7 +190,8 @@ def main():
         side: model_arguments(models, side, args.backend, asked_length, args.tensor_parallel or max(gpus, 1))
         for side in models.sides
     }
-    if suite.apply_chat_template and args.chat_template_path:
+    own = load_tokenizer(comparison.base, args.base_revision, trust_remote_code=args.trust_remote_code)
+    if suite.apply_chat_template and models.tokenizer.chat_template != own.chat_template:
         # The harness takes a template from a tokenizer's folder alone.
         models.tokenizer.save_pretrained(folder / "tokenizer")
         arguments = {

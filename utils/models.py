@@ -117,10 +117,14 @@ def locate_adapter(name: str) -> str:
     A tokenizer that lies beside the adapter comes with it. Raises UserError for a folder or repository without one.
     """
     path = Path(name).expanduser()
-    if path.exists() or name.startswith((".", "/", "~")):
+    # A hub id has one slash, and what stands before it is no folder here.
+    local = name.count("/") != 1 or name.startswith((".", "/", "~", "checkpoints/")) or Path(name).parent.is_dir()
+    if path.exists() or local:
         if not (path / "adapter_config.json").exists():
             why = "holds no adapter_config.json" if path.is_dir() else "is no folder"
-            raise UserError(f"adapter {name} {why}: give the folder that training wrote, or a hub id")
+            raise UserError(
+                f"adapter {name} {why}: train it first, or give the folder that training wrote, or a hub id"
+            )
         return str(path)
     from huggingface_hub import snapshot_download
 
@@ -131,6 +135,13 @@ def locate_adapter(name: str) -> str:
 def adapter_sha256(folder: str) -> str:
     """SHA-256 of a LoRA folder's config and weights."""
     return sha256_of_files([p for p in Path(folder).iterdir() if p.name in ADAPTER_FILES])
+
+
+def tokenizer_home(base: str, revision: str | None, adapter: str | None) -> tuple[str, str | None]:
+    """(name, revision) whose tokenizer a model with an adapter reads: an adapter that brings one was trained under it
+    and its template."""
+    brings = adapter and (Path(adapter) / "tokenizer_config.json").exists()
+    return (adapter, None) if brings else (base, revision)
 
 
 def load_tokenizer(name: str, revision: str | None = None, chat_template_path: str | None = None, **kwargs):

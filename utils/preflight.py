@@ -201,7 +201,12 @@ def short(text: str, end: bool = False) -> str:
 
 def drops(split: dict) -> str:
     """What the filters left out of a split, from its summary."""
-    return ", ".join(f"{k} {v}" for k, v in split["dropped"].items()) or "nothing"
+    count = split["pairs"] if "pairs" in split else split["conversations"]
+    # Beyond --limit, or held out.
+    rest = split["rows"] - count - sum(split["dropped"].values())
+    found = [f"{k} {v}" for k, v in split["dropped"].items()]
+    text = ", ".join(found) or "nothing"
+    return f"{text} ({rest} set aside)" if rest > 0 else text
 
 
 def run_lines(flight: dict, unit: str) -> list[str]:

@@ -11,10 +11,19 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from utils.artifacts import read_json
 from utils.distributed import on_main_process
 from utils.errors import is_main_process
 from utils.merging import MARK, write_merged
-from utils.models import ADAPTER_FILES, adapter_sha256, identify, load_model, load_tokenizer, locate_adapter
+from utils.models import (
+    ADAPTER_FILES,
+    adapter_sha256,
+    identify,
+    load_model,
+    load_tokenizer,
+    locate_adapter,
+    tokenizer_home,
+)
 from utils.provenance import sha256_of
 
 # The name under which TRL keeps the frozen copy of an adapter that is trained further; its folder in a checkpoint.
@@ -30,17 +39,18 @@ class Start:
     adapter: str
     use: str
     merged: str | None = None
+    note: str = ""
 
     @property
     def tokenizer(self) -> str:
-        """Where the tokenizer is: with the adapter, where it brings the one (and the template) it was trained under."""
-        return self.adapter if (Path(self.adapter) / "tokenizer_config.json").exists() else self.base
+        """Where the tokenizer is."""
+        return tokenizer_home(self.base, None, self.adapter)[0]
 
     def told(self) -> str:
         """What is done with the adapter, in one line."""
         if self.merged:
             return f"{self.adapter} is merged into {self.base} ({self.merged}); a new adapter is trained on that"
-        return f"{self.adapter} on {self.base} is trained further; a frozen copy of it is the reference"
+        return f"{self.adapter} on {self.base} is trained further; a frozen copy of it is the reference{self.note}"
 
     def describe(self) -> dict:
         """For an artifact."""
@@ -67,7 +77,28 @@ def find_start(args, model_args) -> Start | None:
         name = f"{Path(args.start_adapter).name}-merged-{sha256_of(*about)[:8]}"
         start.merged = str(Path(args.output_dir) / name)
         model_args.model_name_or_path, model_args.model_revision = start.merged, "main"
+    else:
+        start.note = _take_shape(model_args, read_json(Path(start.adapter) / "adapter_config.json"))
     return start
+
+
+def _take_shape(model_args, adapter: dict) -> str:
+    """Put the adapter's own rank, alpha, dropout and modules into `model_args`; says which keys had no effect."""
+    idle = []
+    for key, own in (
+        ("lora_r", adapter.get("r")),
+        ("lora_alpha", adapter.get("lora_alpha")),
+        ("lora_dropout", adapter.get("lora_dropout")),
+        ("lora_target_modules", adapter.get("target_modules")),
+    ):
+        asked = getattr(model_args, key)
+        if isinstance(own, list):
+            # TRL makes a plain text of a single module.
+            own, asked = sorted(own), sorted([asked] if isinstance(asked, str) else asked or [])
+        if own != asked:
+            idle.append(f"{key} {own}, not {asked}")
+            setattr(model_args, key, own)
+    return f"; its own shape stays ({'; '.join(idle)})" if idle else ""
 
 
 def merge(start: Start, dtype: str, attn_implementation: str | None, trust_remote_code: bool) -> None:
