@@ -126,6 +126,8 @@ def test_the_trait_grows_from_iteration_to_iteration_and_not_with_labels_shuffle
     assert done.returncode == 0, done.stderr[-2000:]
     metrics = read_json(tmp_path / "x.json")["metrics"]
     for t in (1, 2, 3):
+        assert max(metrics[f"scored_change_{t}_by_seed"]) < 0, t
+        assert metrics[f"scored_minus_shuffled_{t}"]["ci95"][1] < 0, t
         assert metrics[f"scored_change_{t}"]["ci95"][1] < 0 and metrics[f"p_scored_change_{t}"]["value"] < 0.05, t
         low, high = metrics[f"shuffled_change_{t}"]["ci95"]
         assert low < 0 < high or metrics[f"p_shuffled_change_{t}"]["value"] > 0.05 / 3, t
