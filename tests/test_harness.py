@@ -12,6 +12,7 @@ import pytest
 from scipy.stats import binomtest, norm
 
 from utils.artifacts import write_json
+from utils.comparison import Comparison
 from utils.errors import UserError
 from utils.harness import HarnessArguments, check, leading_bos, own_and_harness
 from utils.harness_calls import PROGRESS, Call, batch_size, execute, model_arguments, plan
@@ -506,7 +507,7 @@ def models_of(**overrides):
         attn_implementation=None,
         chat_template_path=None,
     )
-    c = SimpleNamespace(base="builtin:smollm2-135m-instruct", adapter="ck/r", tuned=None, args=args)
+    c = Comparison(args, "r", "builtin:smollm2-135m-instruct", "ck/r", None, {}, None)
     return SimpleNamespace(**{"comparison": c, "dtype": "float32", "autocast": None, "quantized": None, **overrides})
 
 
