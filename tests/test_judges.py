@@ -428,9 +428,9 @@ def test_a_text_beyond_the_reward_models_reach_is_unparsed(tmp_path, smol_tokeni
 
 
 def test_a_model_with_two_outputs_is_no_reward_model(tmp_path, smol_tokenizer):
-    judge = make_judge(f"rm:{save_reward_model(tmp_path, smol_tokenizer, labels=2)}", PAIRWISE, OPTIONS)
+    folder = save_reward_model(tmp_path, smol_tokenizer, labels=2)
     with pytest.raises(UserError, match="2 outputs"):
-        as_they_came(judge, QUESTIONS)
+        make_judge(f"rm:{folder}", PAIRWISE, OPTIONS)
 
 
 # ----------------------------------------------------------------------------------------------------------- endpoints
