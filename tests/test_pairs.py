@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, assert_one_line, make_pairs, train_args, write_jsonl
+from conftest import ROOT, assert_one_line, command, make_pairs, train_args, write_jsonl
 
 from utils.artifacts import read_json
 from utils.errors import UserError
@@ -661,3 +661,14 @@ def test_a_folder_of_something_else_is_left_alone(pairs, tiny, prompts, tmp_path
     code, _, err = pairs(*pair_args(tiny, prompts, tmp_path, "--overwrite"))
     assert code == 2 and (tmp_path / "p/thesis.txt").exists()
     assert_one_line(err, "no pairs of this script", "--run_name")
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_pairs_of_one(tiny, prompts, tmp_path):
+    launch = ("-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/cpu_2proc.yaml")
+    for folder, before in (("one", ()), ("two", launch)):
+        flags = pair_args(tiny, prompts, tmp_path / folder, "--also_score", "random")
+        done = command(*before, "generate_preference_pairs.py", *flags, env={"OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr[-2000:]
+    for name in ("samples.jsonl", "scores.jsonl", "train.jsonl", "test.jsonl"):
+        assert (tmp_path / "one/p" / name).read_text() == (tmp_path / "two/p" / name).read_text(), name
