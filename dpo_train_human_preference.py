@@ -251,8 +251,7 @@ def main():
 
     # Data and model.
     tokenizer = load_tokenizer(
-        start.tokenizer if start else model_args.model_name_or_path,
-        None if start else model_args.model_revision,
+        *(start.tokenizer if start else (model_args.model_name_or_path, model_args.model_revision)),
         data_args.chat_template_path,
         trust_remote_code=args.trust_remote_code,
     )

@@ -162,6 +162,7 @@ def sample(args, folder) -> dict:
         rows, summary = load_candidates([source], None if args.parts else args.limit)
         rows = part_of(rows, args.parts, args.part)[: args.limit]
         prompts, model = [prompt for prompt, _, _ in rows], None
+        held_out = kept_for_testing(args, prompts)
         answers = [[{"text": text, "tokens": None, "finish_reason": None} for text in texts] for _, texts, _ in rows]
         given = [numbers or None for _, _, numbers in rows]
     else:
@@ -170,14 +171,13 @@ def sample(args, folder) -> dict:
         player = policy_player(args)
         prompts, refused = answerable([player], prompts)
         summary["left_out"] |= {"template_refused": refused} if refused else {}
-        kept_for_testing(args, prompts)
+        held_out = kept_for_testing(args, prompts)
         sampling = {key: getattr(args, key) for key in ("max_new_tokens", "temperature", "top_p")}
         engine = choose_engine(args.engine)
         columns = answer_each(player, prompts, [{**sampling, "seed": s} for s in args.sampling_seeds], args, engine)
         seeded = list(zip(args.sampling_seeds, columns, strict=True))
         answers = [[{**column[k], "seed": seed} for seed, column in seeded] for k in range(len(prompts))]
         given, model = [None] * len(prompts), {**player.identity, "engine": engine}
-    held_out = kept_for_testing(args, prompts)
     rows = [Sampled(p, a, p.key in held_out, g).row() for p, a, g in zip(prompts, answers, given, strict=True)]
     write_rows(folder / "samples.jsonl", rows)
     return {"prompts": len(prompts), "data": summary, "model": model}
@@ -194,7 +194,7 @@ def kept_for_testing(args, prompts) -> set[str]:
     return held_out
 
 
-def score(args, folder) -> dict:
+def score(args, folder, scorers: list) -> dict:
     """Ask every scorer about every prompt's distinct answers; write scores.jsonl."""
     from utils.artifacts import write_rows
     from utils.pairing import candidates_of
@@ -206,7 +206,7 @@ def score(args, folder) -> dict:
     if not items:
         raise UserError(f"{folder}/samples.jsonl: no prompt has two different answers; raise --temperature or --top_p")
     about, columns = {}, {}
-    for scorer in scorers_of(args):
+    for scorer in scorers:
         about[scorer.name] = scorer.identity()
         columns[scorer.name] = scorer.score(items, args.eval_out, args.overwrite)
     rows = []
@@ -368,9 +368,8 @@ def main():
     folder = on_main_process(lambda: output_folder(args, asked))
     manifest = read_json(folder / "manifest.json")
     state.wait_for_everyone()
-    if args.stage in ("all", "score"):
-        # A scorer that cannot be made is told before the hours of sampling.
-        scorers_of(args)
+    # A scorer that cannot be made is told before the hours of sampling.
+    scorers = scorers_of(args) if args.stage in ("all", "score") else []
 
     # Sample, score, pair: each stage reads what the one before wrote.
     sections = None
@@ -379,7 +378,7 @@ def main():
         if stage == "sample":
             found = sample(args, folder)
         elif stage == "score":
-            found = score(args, folder)
+            found = score(args, folder, scorers)
         else:
             pairs, sections = make_pairs(args, folder)
             found = sections["counts"]

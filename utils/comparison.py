@@ -6,7 +6,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils.errors import UserError
+from utils.errors import UserError, is_main_process
 from utils.evaluation_arguments import DEFAULT_RUN, ULTRAFEEDBACK, ComparisonArguments
 from utils.models import (
     adapter_sha256,
@@ -114,7 +114,8 @@ def resolve(args: ComparisonArguments) -> Comparison:
             raise UserError(f"--{key} {getattr(args, key)}: must be above 0")
     folder = _tuned_folder(args)
     trained = _run_of(folder) if folder else {}
-    if folder and (folder / "run.json").exists() and not read_json(folder / "run.json").get("finished"):
+    unfinished = folder and (folder / "run.json").exists() and not read_json(folder / "run.json").get("finished")
+    if unfinished and is_main_process():
         print(f"note: the training of {folder} has not finished; the same command goes on with it", file=sys.stderr)
     adapter = str(folder) if folder and (folder / "adapter_config.json").exists() else None
     tuned = None if adapter else str(folder) if folder else args.tuned_model
@@ -122,8 +123,8 @@ def resolve(args: ComparisonArguments) -> Comparison:
     if base is None:
         raise UserError("--base_model is missing: the model that the tuned one is compared with")
     # Beside the weights, or beside the checkpoints of a run that keeps one for all.
-    places = [p / FROZEN for p in (folder, folder.parent) if p == folder or is_checkpoint(folder)] if folder else []
-    frozen = next((place for place in places if (place / "adapter_config.json").exists()), None)
+    homes = [folder, *([folder.parent] if is_checkpoint(folder) else [])] if folder else []
+    frozen = next((h / FROZEN for h in homes if (h / FROZEN / "adapter_config.json").exists()), None)
     if (args.base_adapter or "").lower() == "none":
         args.base_adapter, frozen = None, None
     if args.base_adapter is not None and adapter is None:

@@ -190,8 +190,8 @@ def main():
         side: model_arguments(models, side, args.backend, asked_length, args.tensor_parallel or max(gpus, 1))
         for side in models.sides
     }
-    own = load_tokenizer(comparison.base, args.base_revision, trust_remote_code=args.trust_remote_code)
-    if suite.apply_chat_template and models.tokenizer.chat_template != own.chat_template:
+    harness_reads = load_tokenizer(comparison.base, args.base_revision, trust_remote_code=args.trust_remote_code)
+    if suite.apply_chat_template and models.tokenizer.chat_template != harness_reads.chat_template:
         # The harness takes a template from a tokenizer's folder alone.
         models.tokenizer.save_pretrained(folder / "tokenizer")
         arguments = {

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from utils.chat import ChatRenderer, TemplateRefused
 from utils.errors import UserError
 from utils.provenance import sha256_of
-from utils.sources import SourceArguments, read_sources
+from utils.sources import SourceArguments, by_hash, folded, read_sources
 
 ROLES = {"system": "system", "user": "user", "assistant": "assistant", "human": "user", "gpt": "assistant"}
 
@@ -61,7 +61,7 @@ class Conversation:
     @property
     def prompt_key(self) -> str:
         """A key that prompts share where they differ in nothing but case and spacing."""
-        return " ".join("\n".join(f"{m['role']}: {m['content']}" for m in self.turns[:-1]).lower().split())
+        return folded("\n".join(f"{m['role']}: {m['content']}" for m in self.turns[:-1]))
 
 
 @dataclass
@@ -189,12 +189,7 @@ def hold_out(data: InstructionData, count: int) -> InstructionData | None:
     if not count:
         return None
     prompts = Counter(c.prompt_key for c in data.conversations)
-    chosen, taken = set(), 0
-    for key in sorted(prompts, key=sha256_of):
-        if taken >= count:
-            break
-        chosen.add(key)
-        taken += prompts[key]
+    chosen = by_hash(prompts, count)
     if len(chosen) == len(prompts):
         raise UserError(
             f"--test_rows {count}: would hold out all {len(data.conversations)} conversations; lower it, name a"

@@ -1,6 +1,7 @@
 """Pairs out of sampled answers: each prompt's candidates, the best and the worst of them, where scorers disagree."""
 
 import random
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +11,7 @@ from utils.errors import UserError
 from utils.prompts import Prompt
 from utils.provenance import sha256_of
 from utils.scorers import Candidates, Scores
+from utils.sources import by_hash, folded
 from utils.stats import bootstrap, sign_test
 
 
@@ -47,14 +49,9 @@ def held_out_keys(prompts: list[Prompt], count: int) -> set[str]:
 
     Prompts that differ in nothing but case and spacing go together, as training tells them apart.
     """
-    alike, found = {}, set()
-    for p in prompts:
-        alike.setdefault(" ".join(p.text.lower().split()), []).append(p.key)
-    for text in sorted(alike, key=sha256_of):
-        if len(found) >= count:
-            break
-        found.update(alike[text])
-    return found
+    distinct = {p.key: folded(p.text) for p in prompts}
+    chosen = by_hash(Counter(distinct.values()), count)
+    return {key for key, text in distinct.items() if text in chosen}
 
 
 def candidates_of(sampled: Sampled) -> Candidates | str:

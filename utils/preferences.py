@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from utils.chat import ChatRenderer, TemplateRefused, shared_prefix
 from utils.errors import UserError
 from utils.provenance import sha256_of
-from utils.sources import SourceArguments, read_sources
+from utils.sources import SourceArguments, folded, read_sources
 
 ROLES = ("system", "user", "assistant")
 
@@ -52,7 +52,7 @@ class Pair:
     @property
     def prompt_key(self) -> str:
         """A key that prompts share where they differ in nothing but case and spacing."""
-        return " ".join(self.prompt_text.lower().split())
+        return folded(self.prompt_text)
 
 
 @dataclass

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from utils.errors import UserError
+from utils.provenance import sha256_of
 from utils.rows import read_rows
 
 
@@ -104,6 +105,22 @@ def read_sources(sources: list[dict]) -> list[tuple[list[tuple[str, dict]], dict
         (rows[: round(total * f / sum(fractions))], {**source, "fraction": f})
         for (rows, source), f in zip(read, fractions, strict=True)
     ]
+
+
+def folded(text: str) -> str:
+    """Equal for prompts that differ in nothing but case and spacing."""
+    return " ".join(text.lower().split())
+
+
+def by_hash(sizes: dict[str, int], count: int) -> set[str]:
+    """Keys that together hold about `count` rows (`sizes`: rows of each), told by a hash of their text alone."""
+    chosen, taken = set(), 0
+    for key in sorted(sizes, key=sha256_of):
+        if taken >= count:
+            break
+        chosen.add(key)
+        taken += sizes[key]
+    return chosen
 
 
 def without_overlap(train: list, test: list, policy: str, dropped: Counter) -> list:

@@ -42,9 +42,9 @@ class Start:
     note: str = ""
 
     @property
-    def tokenizer(self) -> str:
-        """Where the tokenizer is."""
-        return tokenizer_home(self.base, None, self.adapter)[0]
+    def tokenizer(self) -> tuple[str, str | None]:
+        """(name, revision) of where the tokenizer is."""
+        return tokenizer_home(self.base, self.revision, self.adapter)
 
     def told(self) -> str:
         """What is done with the adapter, in one line."""
@@ -72,7 +72,7 @@ def find_start(args, model_args) -> Start | None:
     revision = model_args.model_revision if model_args.model_revision != "main" else None
     start = Start(base, revision, locate_adapter(args.start_adapter), args.start_adapter_use)
     if start.use == "merge":
-        tokenizer = load_tokenizer(start.tokenizer)
+        tokenizer = load_tokenizer(*start.tokenizer)
         about = (str(identify(base, tokenizer, revision)), adapter_sha256(start.adapter), str(model_args.dtype))
         name = f"{Path(args.start_adapter).name}-merged-{sha256_of(*about)[:8]}"
         start.merged = str(Path(args.output_dir) / name)
@@ -113,7 +113,7 @@ def merge(start: Start, dtype: str, attn_implementation: str | None, trust_remot
                 # Also where the run quantises its base: the adapter goes into the full-precision weights.
                 options = (start.revision, dtype, attn_implementation, None, start.adapter, trust_remote_code)
                 model = load_model(start.base, *options)
-                write_merged(staging, model, load_tokenizer(start.tokenizer), start.describe())
+                write_merged(staging, model, load_tokenizer(*start.tokenizer), start.describe())
                 os.replace(staging, folder)
 
     on_main_process(write)
