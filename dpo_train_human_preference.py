@@ -37,11 +37,11 @@ def parse_arguments():
     """(DataArguments, PreferenceConfig, ModelConfig) from YAML and command line, checked before anything is loaded."""
     from trl import ModelConfig
 
+    from preflab.data.preferences import DataArguments
+    from preflab.training.dpo_trainer import LOSS_TYPES, PreferenceConfig
+    from preflab.training.losses import OWN_LOSSES
+    from preflab.training.run_config import check_positive, check_run
     from utils.cli import parse
-    from utils.losses import OWN_LOSSES
-    from utils.preference_trainer import LOSS_TYPES, PreferenceConfig
-    from utils.preferences import DataArguments
-    from utils.training import check_positive, check_run
 
     data, args, model = parse((DataArguments, PreferenceConfig, ModelConfig))
     unknown = [loss for loss in args.loss_type if loss not in LOSS_TYPES]
@@ -89,8 +89,8 @@ def load_data(data, args, tokenizer):
         (train, train_ids, test, test_ids, truncation): PreferenceData and Dataset a split (test: None where there is
         none), and the train split's truncation counts.
     """
-    from utils.preferences import load_pairs, tokenize
-    from utils.sources import without_overlap
+    from preflab.data.preferences import load_pairs, tokenize
+    from preflab.data.sources import without_overlap
 
     filters = {
         "drop_ties": data.drop_ties,
@@ -125,8 +125,8 @@ def build_trainer(args, model_args, start, tokenizer, train_ids, test_ids, row_l
 
     from trl import get_peft_config
 
-    from utils.models import load_adapter, load_for_training
-    from utils.preference_trainer import PreferenceTrainer, longest_sequence
+    from preflab.models.loading import load_adapter, load_for_training
+    from preflab.training.dpo_trainer import PreferenceTrainer, longest_sequence
 
     if test_ids is None:
         args.eval_strategy = "no"
@@ -157,9 +157,9 @@ def build_trainer(args, model_args, start, tokenizer, train_ids, test_ids, row_l
 
 def cache_reference(trainer, args, model_args, start, tokenizer) -> dict:
     """Reference log-probabilities of all pairs, from disk where an earlier run left them; why not, where not."""
-    from utils import reference_cache
-    from utils.models import describe, quantised_as
-    from utils.training import say
+    from preflab.models.loading import describe, quantised_as
+    from preflab.training import reference_cache
+    from preflab.training.run_config import say
 
     why = reference_cache.why_not(trainer)
     if why is not None:
@@ -174,8 +174,8 @@ def cache_reference(trainer, args, model_args, start, tokenizer) -> dict:
 
 def evaluate(trainer, args, train, test) -> tuple[list[dict], dict]:
     """Rows and metrics of the held-out pairs: implicit rewards, the base's ranking, and what the surface gives away."""
-    from utils.rewards import reward_metrics, reward_rows
-    from utils.surface import surface_scores
+    from preflab.evaluation.rewards import reward_metrics, reward_rows
+    from preflab.evaluation.surface_baseline import surface_scores
 
     logged = [row["step"] for row in trainer.row_log.read() if row["split"] == "eval"]
     scores = trainer.score(trainer.eval_dataset, log=trainer.state.global_step not in logged)
@@ -190,8 +190,8 @@ def answer_samples(trainer, test, count: int, path) -> None:
     """A few held-out prompts answered greedily by reference and policy, side by side, to be read."""
     from contextlib import nullcontext
 
-    from utils.samples import write_samples
-    from utils.starting import as_reference
+    from preflab.models.start_adapter import as_reference
+    from preflab.training.samples import write_samples
 
     # A sharded model cannot answer from rank 0 alone, and text-only pairs are no questions.
     prompts = [pair.messages for pair in test.pairs if pair.messages][:count] if test else []
@@ -206,8 +206,7 @@ def answer_samples(trainer, test, count: int, path) -> None:
 def main():
     quick_help(__doc__)
 
-    from utils.distributed import keep_fsdp_on_cpu, on_main_process
-    from utils.logs import quiet_libraries
+    from utils.distributed import keep_fsdp_on_cpu, on_main_process, quiet_libraries
 
     quiet_libraries()
     data_args, args, model_args = parse_arguments()
@@ -215,19 +214,28 @@ def main():
 
     import time
 
-    from utils.artifacts import RowFile, envelope, read_json, write_json, write_rows, write_text
-    from utils.card import model_card
-    from utils.models import describe, load_tokenizer, locate
-    from utils.plots import training_curves
-    from utils.preference_trainer import check_step0
-    from utils.preflight import report, run_preflight
+    from preflab.models.card import model_card
+    from preflab.models.loading import describe, load_tokenizer, locate
+    from preflab.models.start_adapter import find_start, merge
+    from preflab.training.curves import training_curves
+    from preflab.training.dpo_report import conclude
+    from preflab.training.dpo_trainer import check_step0
+    from preflab.training.preflight import report, run_preflight
+    from preflab.training.run_config import fit_global_batch, say, train_or_resume, training_summary
+    from preflab.training.run_folder import checkpoint_to_resume, claim_run, identity
+    from preflab.training.throughput import DPO_OPERATIONS, slower_than_float32
+    from utils.artifacts import (
+        RowFile,
+        all_arguments,
+        envelope,
+        read_json,
+        read_published,
+        write_json,
+        write_rows,
+        write_text,
+    )
+    from utils.cli import run_name
     from utils.provenance import run_record, sha256_of
-    from utils.published import read_published
-    from utils.rewards import conclude
-    from utils.runs import all_arguments, checkpoint_to_resume, claim_run, identity, run_name
-    from utils.starting import find_start, merge
-    from utils.throughput import DPO_OPERATIONS, slower_than_float32
-    from utils.training import fit_global_batch, say, train_or_resume, training_summary
 
     # The run: its name, its folders, and whether it stands there already.
     started = time.monotonic()

@@ -25,9 +25,9 @@ What was scored is kept as it comes: the same command goes on where another call
 
 from dataclasses import dataclass
 
-from utils.cli import quick_help
+from preflab.evaluation.arguments import ComparisonArguments
+from utils.cli import option, quick_help
 from utils.errors import UserError, is_main_process, run
-from utils.evaluation_arguments import ComparisonArguments, option
 
 
 @dataclass
@@ -61,8 +61,8 @@ def check(args, comparison) -> None:
 
 def score_pairs(comparison, models, args):
     """Both answers of every held-out pair, whole text and response alone: (data, rows, speed, what was cut)."""
-    from utils.evaluation_data import held_out_pairs
-    from utils.scoring import Sequence, score_sequences
+    from preflab.evaluation.held_out import held_out_pairs
+    from preflab.evaluation.logprob_scoring import Sequence, score_sequences
 
     data, ids, cut = held_out_pairs(comparison, models.tokenizer)
     sequences, starts = [], []
@@ -100,7 +100,7 @@ def score_pairs(comparison, models, args):
 
 def cut_text(models, args):
     """Plain text in windows, read before anything is scored: (sequences, rows, what was read)."""
-    from utils.perplexity import bos_protocol, cut_documents, read_documents
+    from preflab.evaluation.perplexity import bos_protocol, cut_documents, read_documents
 
     if not (args.text_file or args.text_dataset):
         return [], [], None
@@ -115,7 +115,7 @@ def cut_text(models, args):
 
 def score_text(models, sequences, rows):
     """Plain text, window by window: (rows, speed)."""
-    from utils.scoring import score_sequences
+    from preflab.evaluation.logprob_scoring import score_sequences
 
     def summed(index, scores):
         return {"nll_base": -float(scores.base.sum()), "nll_tuned": -float(scores.tuned.sum())}
@@ -153,7 +153,7 @@ def compute(rows, text_rows, skip_kl, seed) -> tuple[dict, dict]:
     """(metrics, units): every section's figures, and what was resampled in each."""
     import numpy as np
 
-    from utils.perplexity import pair_units, section_metrics, text_units
+    from preflab.evaluation.perplexity import pair_units, section_metrics, text_units
     from utils.stats import bootstrap, ratio_of_sums
 
     metrics, unit = {}, {}
@@ -175,16 +175,14 @@ def main():
 
     import time
 
-    from utils.artifacts import envelope, metric, write_json, write_rows
+    from preflab.evaluation.comparison import resolve
+    from preflab.evaluation.held_out import left_out, length_bias
+    from preflab.evaluation.perplexity_report import conclude, perplexity_figure
+    from preflab.evaluation.two_models import TwoModels
+    from utils.artifacts import all_arguments, envelope, metric, write_json, write_rows
     from utils.cli import parse
-    from utils.comparison import TwoModels, resolve
-    from utils.distributed import join_processes
-    from utils.evaluation_data import left_out, length_bias
-    from utils.logs import quiet_libraries
-    from utils.perplexity_report import conclude
-    from utils.plots import perplexity_figure
+    from utils.distributed import join_processes, quiet_libraries
     from utils.provenance import run_record
-    from utils.runs import all_arguments
 
     # What to measure.
     started = time.monotonic()

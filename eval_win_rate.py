@@ -31,9 +31,9 @@ What was scored, answered or judged is kept as it comes: the same command goes o
 
 from dataclasses import dataclass
 
-from utils.cli import quick_help
+from preflab.evaluation.arguments import ComparisonArguments, JudgedAnswers
+from utils.cli import option, quick_help
 from utils.errors import UserError, is_main_process, run
-from utils.evaluation_arguments import ComparisonArguments, JudgedAnswers, option
 
 
 @dataclass
@@ -64,9 +64,9 @@ class WinRateArguments(JudgedAnswers):
 
 def implicit_rewards(comparison, models, args):
     """Held-out pairs scored under both models: (data, rows, speed, counts of what was cut)."""
-    from utils.evaluation_data import held_out_pairs
-    from utils.rewards import reward_rows
-    from utils.scoring import Sequence, score_sequences
+    from preflab.evaluation.held_out import held_out_pairs
+    from preflab.evaluation.logprob_scoring import Sequence, score_sequences
+    from preflab.evaluation.rewards import reward_rows
 
     data, ids, cut = held_out_pairs(comparison, models.tokenizer)
     sequences = [
@@ -98,7 +98,7 @@ def implicit_rewards(comparison, models, args):
 
 def trainers_figures(args, comparison):
     """What --expected holds, and the batching behind it, read before anything is scored; None without it."""
-    from utils.reward_analysis import read_expected, training_batches
+    from preflab.evaluation.reward_slices import read_expected, training_batches
 
     if args.expected is None:
         return None
@@ -123,14 +123,13 @@ def reward_mode(comparison, args, started):
     """Win rate by implicit rewards: score, compute, write, print."""
     import time
 
-    from utils.artifacts import envelope, write_json, write_rows
-    from utils.comparison import TwoModels, was_trained_on
-    from utils.evaluation_data import left_out, length_bias
-    from utils.plots import win_rate_figure
+    from preflab.evaluation.comparison import was_trained_on
+    from preflab.evaluation.held_out import left_out, length_bias
+    from preflab.evaluation.reward_slices import calibration_bins, compare_expected, margins, slices, win_rate_metrics
+    from preflab.evaluation.two_models import TwoModels
+    from preflab.evaluation.win_rate_report import conclude, win_rate_figure
+    from utils.artifacts import all_arguments, envelope, write_json, write_rows
     from utils.provenance import run_record
-    from utils.reward_analysis import calibration_bins, compare_expected, margins, slices, win_rate_metrics
-    from utils.runs import all_arguments
-    from utils.win_rate_report import conclude
 
     models = TwoModels(comparison)
     comparison.refuse_other("win_rate", [comparison.args, args])
@@ -174,10 +173,10 @@ def reward_mode(comparison, args, started):
 
 def answers_and_pairings(args, comparison, models):
     """Prompts, every model's answers to them, who meets whom, and what was read: base and tuned come first."""
-    from utils.answers import all_players, answer_everyone, answerable, given_answers
-    from utils.battles import pairings
-    from utils.comparison import held_out_sources
-    from utils.prompts import load_answers, load_prompts
+    from preflab.data.prompts import load_answers, load_prompts
+    from preflab.evaluation.comparison import held_out_sources
+    from preflab.judging.answers import all_players, answer_everyone, answerable, given_answers
+    from preflab.judging.battles import pairings
 
     c = comparison.args
     sources = [{"name": args.prompts, "split": args.prompts_split, "config": args.prompts_config}]
@@ -205,15 +204,12 @@ def battle_mode(comparison, args, started):
     """Battles under a judge: answer, judge in both orders, compute, write, print."""
     import time
 
-    from utils.artifacts import envelope, write_json, write_rows
-    from utils.battle_report import battle_summary, conclude
-    from utils.battles import judge_rows, two_orders
-    from utils.comparison import TwoModels
-    from utils.judges import make_judge
-    from utils.plots import battle_figure
+    from preflab.evaluation.two_models import TwoModels
+    from preflab.judging.battle_report import battle_figure, battle_summary, conclude
+    from preflab.judging.battles import judge_rows, two_orders
+    from preflab.judging.judges import make_judge
+    from utils.artifacts import all_arguments, envelope, read_published, write_json, write_rows
     from utils.provenance import run_record
-    from utils.published import read_published
-    from utils.runs import all_arguments
 
     c, models = comparison.args, TwoModels(comparison)
     comparison.refuse_other("battle", [c, args])
@@ -267,10 +263,9 @@ def main():
 
     import time
 
+    from preflab.evaluation.comparison import resolve
     from utils.cli import parse
-    from utils.comparison import resolve
-    from utils.distributed import join_processes
-    from utils.logs import quiet_libraries
+    from utils.distributed import join_processes, quiet_libraries
 
     started = time.monotonic()
     quiet_libraries()

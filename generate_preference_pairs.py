@@ -24,9 +24,8 @@ dpo_train_human_preference.py), preference_pairs.json and preference_pairs.png; 
 
 from dataclasses import dataclass, field
 
-from utils.cli import quick_help
+from utils.cli import option, quick_help
 from utils.errors import UserError, is_main_process, run
-from utils.evaluation_arguments import option
 
 STAGES = ("sample", "score", "pair")
 
@@ -149,11 +148,11 @@ def output_folder(args, asked: dict):
 
 def sample(args, folder) -> dict:
     """Answer every prompt under each seed, or read the answers that the data hold; write samples.jsonl."""
-    from utils.answers import answer_each, answerable, policy_player
+    from preflab.data.prompts import load_candidates, load_prompts
+    from preflab.judging.answers import answer_each, answerable, policy_player
+    from preflab.models.vllm_engine import choose_engine
+    from preflab.pairs.pairing import Sampled, part_of
     from utils.artifacts import write_rows
-    from utils.pairing import Sampled, part_of
-    from utils.prompts import load_candidates, load_prompts
-    from utils.vllm_engine import choose_engine
 
     split = args.split.replace("{part}", str(args.part))
     source = {"name": args.dataset_name, "split": split, "config": args.dataset_config}
@@ -185,7 +184,7 @@ def sample(args, folder) -> dict:
 
 def kept_for_testing(args, prompts) -> set[str]:
     """The keys of the held-out prompts. Raises UserError where none would be left to train on."""
-    from utils.pairing import held_out_keys
+    from preflab.pairs.pairing import held_out_keys
 
     held_out = held_out_keys(prompts, args.test_prompts)
     if len(held_out) == len({p.key for p in prompts}):
@@ -196,9 +195,9 @@ def kept_for_testing(args, prompts) -> set[str]:
 
 def score(args, folder, scorers: list) -> dict:
     """Ask every scorer about every prompt's distinct answers; write scores.jsonl."""
+    from preflab.pairs.pairing import candidates_of
+    from preflab.pairs.scorers import Candidates
     from utils.artifacts import write_rows
-    from utils.pairing import candidates_of
-    from utils.scorers import Candidates
 
     samples = read_samples(folder)
     found = [candidates_of(s) for s in samples]
@@ -224,7 +223,7 @@ def scorers_of(args) -> list:
     """The scorers, the one that ranks first. Raises UserError for one that cannot be made."""
     import torch
 
-    from utils.scorers import make_scorer
+    from preflab.pairs.scorers import make_scorer
 
     gpu = torch.cuda.is_available()
     options = {
@@ -241,8 +240,8 @@ def scorers_of(args) -> list:
 
 def read_samples(folder) -> list:
     """What the stage before wrote."""
+    from preflab.pairs.pairing import Sampled
     from utils.artifacts import RowFile
-    from utils.pairing import Sampled
 
     rows = RowFile(folder / "samples.jsonl").read()
     if not rows:
@@ -258,9 +257,9 @@ def make_pairs(args, folder) -> tuple[dict, dict]:
     """
     from collections import Counter
 
+    from preflab.pairs.pairing import agreement, candidates_of, pair_metrics, pair_of, sampling_metrics, shuffled
+    from preflab.pairs.scorers import Scores
     from utils.artifacts import RowFile, write_rows
-    from utils.pairing import agreement, candidates_of, pair_metrics, pair_of, sampling_metrics, shuffled
-    from utils.scorers import Scores
 
     samples, rows = read_samples(folder), RowFile(folder / "scores.jsonl").read()
     if not rows:
@@ -340,15 +339,12 @@ def main():
 
     import torch
 
-    from utils.artifacts import envelope, limited, read_json, write_json
-    from utils.cli import parse
-    from utils.distributed import join_processes, on_main_process
-    from utils.logs import quiet_libraries
-    from utils.models import locate_adapter
-    from utils.pairing_report import conclude
-    from utils.plots import pairs_figure
+    from preflab.models.loading import locate_adapter
+    from preflab.pairs.report import conclude, pairs_figure
+    from utils.artifacts import all_arguments, envelope, limited, read_json, write_json
+    from utils.cli import parse, run_name
+    from utils.distributed import join_processes, on_main_process, quiet_libraries
     from utils.provenance import run_record
-    from utils.runs import all_arguments, run_name
 
     # What to make, and where to.
     started = time.monotonic()

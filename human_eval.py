@@ -29,9 +29,9 @@ page again, so that votes stay good.
 
 from dataclasses import dataclass
 
-from utils.cli import quick_help
+from preflab.evaluation.arguments import Answers, ComparisonArguments
+from utils.cli import option, quick_help
 from utils.errors import UserError, is_main_process, run
-from utils.evaluation_arguments import Answers, ComparisonArguments, option
 
 
 @dataclass
@@ -77,14 +77,15 @@ def dump(comparison_args, args, started) -> None:
     import time
     from pathlib import Path
 
-    from utils.answers import all_players, answer_everyone, answerable
-    from utils.battles import answer_metrics
-    from utils.comparison import TwoModels, resolve
-    from utils.human_report import dumped
-    from utils.human_study import STEMS, write_study
-    from utils.prompts import load_prompts
+    from preflab.data.prompts import load_prompts
+    from preflab.evaluation.comparison import resolve
+    from preflab.evaluation.two_models import TwoModels
+    from preflab.human.report import dumped
+    from preflab.human.study import STEMS, write_study
+    from preflab.judging.answers import all_players, answer_everyone, answerable
+    from preflab.judging.battles import answer_metrics
+    from utils.artifacts import all_arguments
     from utils.provenance import run_record
-    from utils.runs import all_arguments
 
     comparison = resolve(comparison_args)
     c, models = comparison.args, TwoModels(comparison)
@@ -131,14 +132,12 @@ def score(c, args, started) -> None:
     import time
     from pathlib import Path
 
-    from utils.artifacts import check_writable, envelope, limited, write_json, write_rows, write_text
-    from utils.human_figures import summarise
-    from utils.human_report import conclude, strongest
-    from utils.human_study import find_key, read_study
-    from utils.human_votes import read_votes, unblind
-    from utils.plots import human_eval_figure
+    from preflab.human.metrics import summarise
+    from preflab.human.report import conclude, human_eval_figure, strongest
+    from preflab.human.study import find_key, read_study
+    from preflab.human.votes import read_votes, unblind
+    from utils.artifacts import all_arguments, check_writable, envelope, limited, write_json, write_rows, write_text
     from utils.provenance import run_record, sha256_of_files, tidy
-    from utils.runs import all_arguments
 
     exports = read_votes(args.score)
     first = next(iter(exports.values()))
@@ -201,8 +200,7 @@ def main():
     import time
 
     from utils.cli import parse
-    from utils.distributed import join_processes
-    from utils.logs import quiet_libraries
+    from utils.distributed import join_processes, quiet_libraries
 
     started = time.monotonic()
     quiet_libraries()

@@ -16,9 +16,9 @@ allows. Writes merge.json and merge_rows.jsonl to eval_out/<run_name>/, and a mo
 
 from dataclasses import dataclass
 
-from utils.cli import quick_help
+from preflab.evaluation.arguments import ComparisonArguments
+from utils.cli import option, quick_help
 from utils.errors import UserError, run
-from utils.evaluation_arguments import ComparisonArguments, option
 
 SIDES = ("chosen", "rejected")
 
@@ -37,7 +37,7 @@ def target_folder(args, merge, comparison):
     """
     from pathlib import Path
 
-    from utils.merging import MARK
+    from preflab.models.merging import MARK
 
     if comparison.adapter is None:
         raise UserError(f"{comparison.tuned} is a model of its own: there is no adapter to merge")
@@ -62,14 +62,14 @@ def main():
 
     import numpy as np
 
-    from utils.artifacts import envelope, metric, write_json, write_rows, write_text
+    from preflab.evaluation.comparison import resolve
+    from preflab.evaluation.held_out import held_out_pairs
+    from preflab.evaluation.two_models import TwoModels
+    from preflab.models.merging import card, conclude, response_logps, tolerance, write_merged
+    from utils.artifacts import all_arguments, envelope, metric, write_json, write_rows, write_text
     from utils.cli import parse
-    from utils.comparison import TwoModels, resolve
-    from utils.evaluation_data import held_out_pairs
-    from utils.logs import quiet_libraries
-    from utils.merging import card, conclude, response_logps, tolerance, write_merged
+    from utils.distributed import quiet_libraries
     from utils.provenance import run_record
-    from utils.runs import all_arguments
     from utils.stats import bootstrap
 
     # What to merge, where to, and on which pairs to compare.

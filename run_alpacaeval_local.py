@@ -27,9 +27,9 @@ Every stage keeps what it did: the same command goes on where another call stopp
 
 from dataclasses import dataclass
 
-from utils.cli import quick_help
+from preflab.evaluation.arguments import ComparisonArguments, JudgedAnswers
+from utils.cli import option, quick_help
 from utils.errors import UserError, is_main_process, run
-from utils.evaluation_arguments import ComparisonArguments, JudgedAnswers, option
 
 
 @dataclass
@@ -65,11 +65,11 @@ def generate(comparison, args, reference, folder) -> None:
     """Answers of base and tuned, written as model_outputs_<name>.json."""
     import time
 
-    from utils.alpacaeval_files import write_outputs
-    from utils.answers import answer_all, answerable, comparison_players, refuse_equal
-    from utils.comparison import TwoModels
-    from utils.prompts import Prompt
-    from utils.vllm_engine import choose_engine
+    from preflab.alpacaeval.files import write_outputs
+    from preflab.data.prompts import Prompt
+    from preflab.evaluation.two_models import TwoModels
+    from preflab.judging.answers import answer_all, answerable, comparison_players, refuse_equal
+    from preflab.models.vllm_engine import choose_engine
 
     c, models = comparison.args, TwoModels(comparison)
     prompts = [Prompt([{"role": "user", "content": row["instruction"]}], row["where"]) for row in reference]
@@ -97,10 +97,10 @@ def judge(comparison, args, asked, reference, folder) -> None:
     """Judgements of both models' outputs against the reference, and the judge audit, all written at the end."""
     import time
 
-    from utils.alpacaeval_files import annotate, outputs_hash, read_outputs, write_annotations
+    from preflab.alpacaeval.files import annotate, outputs_hash, read_outputs, write_annotations
+    from preflab.evaluation.two_models import TwoModels
+    from preflab.judging.judges import make_judge
     from utils.artifacts import write_json
-    from utils.comparison import TwoModels
-    from utils.judges import make_judge
 
     c, models = comparison.args, TwoModels(comparison)
     controls = [make_judge(name, "", args.judge_options(c)) for name in ("longer", "random")]
@@ -130,8 +130,8 @@ def judge(comparison, args, asked, reference, folder) -> None:
 
 def alpaca_judge(spec: str, options: dict):
     """The judge, asked with AlpacaEval's own prompt; a name without a colon may be one of the package's evaluators."""
-    from utils.alpacaeval import PackageEvaluator, clf_prompt, shipped_evaluators
-    from utils.judges import make_judge
+    from preflab.alpacaeval.package import PackageEvaluator, clf_prompt, shipped_evaluators
+    from preflab.judging.judges import make_judge
 
     if ":" not in spec and spec in shipped_evaluators():
         return PackageEvaluator(spec)
@@ -142,10 +142,10 @@ def audit_judges(comparison, args, judges) -> dict:
     """The audit of the judge and its controls on a seeded sample of labelled pairs."""
     import time
 
-    from utils.comparison import held_out_sources
-    from utils.judge_audit import against_longer, audit, audit_items, passes, sample, table, verdict, whose_labels
-    from utils.judges import judge_all
-    from utils.preferences import load_pairs
+    from preflab.data.preferences import load_pairs
+    from preflab.evaluation.comparison import held_out_sources
+    from preflab.judging.audit import against_longer, audit, audit_items, passes, sample, table, verdict, whose_labels
+    from preflab.judging.judges import judge_all
 
     c, started = comparison.args, time.monotonic()
     sources = [{"name": args.audit_dataset, "split": args.audit_split}]
@@ -179,12 +179,10 @@ def score(comparison, args, rows, folder, started) -> None:
     """Rates, intervals, table and files from the annotations that are there."""
     import time
 
-    from utils.alpacaeval_files import about, read_annotations, refuse_mixture, write_llm_comparator, write_samples
-    from utils.alpacaeval_report import conclude, leaderboard, summarise
-    from utils.artifacts import envelope, read_json, write_json, write_text
-    from utils.plots import alpacaeval_figure
+    from preflab.alpacaeval.files import about, read_annotations, refuse_mixture, write_llm_comparator, write_samples
+    from preflab.alpacaeval.report import alpacaeval_figure, conclude, leaderboard, summarise
+    from utils.artifacts import all_arguments, envelope, read_json, write_json, write_text
     from utils.provenance import run_record
-    from utils.runs import all_arguments
 
     c, scoring = comparison.args, time.monotonic()
     names = ["base", "tuned", *(f"{side}_{control}" for side in ("base", "tuned") for control in ("longer", "random"))]
@@ -231,8 +229,8 @@ def score_file(args, c) -> None:
     """--annotations: the figures of one file, as the package computes them."""
     from pathlib import Path
 
-    from utils.alpacaeval_files import read_annotations
-    from utils.alpacaeval_report import one_file
+    from preflab.alpacaeval.files import read_annotations
+    from preflab.alpacaeval.report import one_file
 
     print(one_file(read_annotations(Path(args.annotations)), args.annotations, c.eval_out, c.seed, args.lc_resamples))
 
@@ -242,13 +240,12 @@ def main():
 
     import time
 
-    from utils.alpacaeval_files import read_reference
-    from utils.alpacaeval_report import published
+    from preflab.alpacaeval.files import read_reference
+    from preflab.alpacaeval.report import published
+    from preflab.evaluation.comparison import resolve
     from utils.artifacts import limited
     from utils.cli import parse
-    from utils.comparison import resolve
-    from utils.distributed import join_processes
-    from utils.logs import quiet_libraries
+    from utils.distributed import join_processes, quiet_libraries
 
     # What to run; whatever can be wrong is told before the first answer.
     started = time.monotonic()

@@ -21,4 +21,4 @@ fi
     echo "error: $python has no lm-evaluation-harness: bash quickstart.sh makes .venv with it, or pip install -r requirements.txt" >&2
     exit 2
 }
-exec "$python" -m utils.harness "$@"
+exec "$python" -m preflab.harness.run "$@"

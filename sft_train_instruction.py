@@ -36,10 +36,10 @@ def parse_arguments():
     """(InstructionArguments, InstructionConfig, ModelConfig) from YAML and command line, checked before loading."""
     from trl import ModelConfig
 
+    from preflab.data.conversations import InstructionArguments
+    from preflab.training.run_config import check_run
+    from preflab.training.sft_trainer import InstructionConfig
     from utils.cli import parse
-    from utils.instruction_trainer import InstructionConfig
-    from utils.instructions import InstructionArguments
-    from utils.training import check_run
 
     data, args, model = parse((InstructionArguments, InstructionConfig, ModelConfig))
     check_run(args, model)
@@ -74,8 +74,8 @@ def load_data(data, args, tokenizer):
         (train, train_ids, test, test_ids, counts): InstructionData and Dataset a split (test: None where there is
         none), and the train split's counts.
     """
-    from utils.instructions import hold_out, load_conversations, tokenize
-    from utils.sources import without_overlap
+    from preflab.data.conversations import hold_out, load_conversations, tokenize
+    from preflab.data.sources import without_overlap
 
     train_sources, test_sources = data.sources()
     train, test, test_ids = load_conversations(train_sources, data.limit), None, None
@@ -95,8 +95,8 @@ def build_trainer(args, model_args, start, tokenizer, train_ids, test_ids, row_l
     """Model and trainer. Whether memory asks for gradient checkpointing is decided here, and noted."""
     from trl import get_peft_config
 
-    from utils.instruction_trainer import InstructionTrainer, longest_row
-    from utils.models import load_adapter, load_for_training
+    from preflab.models.loading import load_adapter, load_for_training
+    from preflab.training.sft_trainer import InstructionTrainer, longest_row
 
     if test_ids is None:
         args.eval_strategy = "no"
@@ -122,8 +122,7 @@ def build_trainer(args, model_args, start, tokenizer, train_ids, test_ids, row_l
 def main():
     quick_help(__doc__)
 
-    from utils.distributed import keep_fsdp_on_cpu, on_main_process
-    from utils.logs import quiet_libraries
+    from utils.distributed import keep_fsdp_on_cpu, on_main_process, quiet_libraries
 
     quiet_libraries()
     data_args, args, model_args = parse_arguments()
@@ -132,20 +131,29 @@ def main():
     import time
     from contextlib import nullcontext
 
-    from utils.artifacts import RowFile, envelope, read_json, write_json, write_rows, write_text
-    from utils.card import model_card
-    from utils.chat import ChatRenderer
-    from utils.instruction_preflight import report, run_preflight
-    from utils.instruction_report import conclude, heldout_metrics, heldout_rows
-    from utils.models import describe, load_tokenizer, locate, quantised_as
-    from utils.plots import instruction_curves
+    from preflab.data.chat_template import ChatRenderer
+    from preflab.models.card import model_card
+    from preflab.models.loading import describe, load_tokenizer, locate, quantised_as
+    from preflab.models.start_adapter import as_reference, find_start, keep_reference, merge
+    from preflab.training.curves import instruction_curves
+    from preflab.training.run_config import fit_global_batch, say, train_or_resume, training_summary
+    from preflab.training.run_folder import checkpoint_to_resume, claim_run, identity
+    from preflab.training.samples import write_samples
+    from preflab.training.sft_preflight import report, run_preflight
+    from preflab.training.sft_report import conclude, heldout_metrics, heldout_rows
+    from preflab.training.throughput import SFT_OPERATIONS, slower_than_float32
+    from utils.artifacts import (
+        RowFile,
+        all_arguments,
+        envelope,
+        read_json,
+        read_published,
+        write_json,
+        write_rows,
+        write_text,
+    )
+    from utils.cli import run_name
     from utils.provenance import run_record, sha256_of
-    from utils.published import read_published
-    from utils.runs import all_arguments, checkpoint_to_resume, claim_run, identity, run_name
-    from utils.samples import write_samples
-    from utils.starting import as_reference, find_start, keep_reference, merge
-    from utils.throughput import SFT_OPERATIONS, slower_than_float32
-    from utils.training import fit_global_batch, say, train_or_resume, training_summary
 
     # The run: its name, its folders, and whether it stands there already.
     started = time.monotonic()

@@ -16,9 +16,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.cli import quick_help
+from utils.cli import option, quick_help
 from utils.errors import UserError, run
-from utils.evaluation_arguments import option
 
 PAIRS_A_STEP = 8
 SCRIPT = Path(__file__).with_name("train_throughput.py")
@@ -85,7 +84,7 @@ def main():
 
     from utils.artifacts import write_json
     from utils.cli import parse
-    from utils.logs import quiet_libraries
+    from utils.distributed import quiet_libraries
     from utils.provenance import run_record
     from utils.tables import markdown_table
 

@@ -21,9 +21,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.cli import quick_help
+from preflab.evaluation.arguments import ComparisonArguments
+from utils.cli import option, quick_help
 from utils.errors import UserError, run
-from utils.evaluation_arguments import ComparisonArguments, option
 
 
 @dataclass
@@ -56,8 +56,8 @@ def plain_loop(models, sequences):
 
 
 def batched(models, sequences, args):
-    """The same from utils.scoring, in the batches that the evaluation scripts take."""
-    from utils.scoring import batches_of, score_batch, units_of
+    """The same from preflab.evaluation.logprob_scoring, in the batches that the evaluation scripts take."""
+    from preflab.evaluation.logprob_scoring import batches_of, score_batch, units_of
 
     found = [None] * len(sequences)
     for batch in batches_of(units_of([s.ids for s in sequences], models.shares_prompts), args):
@@ -70,7 +70,7 @@ def plain_answers(models, prompts, limit):
     """Greedy answers of the tuned model, one prompt at a time: their token counts."""
     import torch
 
-    from utils.chat import ChatRenderer
+    from preflab.data.chat_template import ChatRenderer
 
     chat, found = ChatRenderer(models.tokenizer), []
     with torch.inference_mode(), models.tuned() as model:
@@ -78,14 +78,14 @@ def plain_answers(models, prompts, limit):
             ids = torch.tensor(chat.ids([chat.prompt_text(messages)]), device=models.device)
             settings = dict(do_sample=False, max_new_tokens=limit, eos_token_id=sorted(chat.end_ids()))
             new = model.generate(ids, pad_token_id=models.tokenizer.pad_token_id, **settings)
-            # As utils.generation counts: without the token that ends the turn.
+            # As preflab.models.generation counts: without the token that ends the turn.
             found.append(new.shape[1] - ids.shape[1] - (int(new[0, -1]) in chat.end_ids()))
     return found
 
 
 def batched_answers(models, prompts, limit):
-    """The same from utils.generation."""
-    from utils.generation import generate
+    """The same from preflab.models.generation."""
+    from preflab.models.generation import generate
 
     with models.tuned() as model:
         found = sorted(generate(model, models.tokenizer, prompts, limit), key=lambda answer: answer["index"])
@@ -107,7 +107,7 @@ def profiled(way, rate: float) -> dict:
     """Shares of the time of one run: matrix products, attention, the rest; the products' operations and their rate."""
     from torch.profiler import ProfilerActivity, profile
 
-    from utils.throughput import kind_of
+    from benchmarks.profile import kind_of
 
     with profile(activities=[ProfilerActivity.CPU], with_flops=True) as seen:
         way()
@@ -155,14 +155,14 @@ def table(title: str, tokens: int, seconds: dict) -> dict:
 def main():
     quick_help(__doc__, runs_bare=True)
 
+    from preflab.evaluation.comparison import resolve
+    from preflab.evaluation.held_out import held_out_pairs
+    from preflab.evaluation.logprob_scoring import Sequence
+    from preflab.evaluation.two_models import TwoModels
     from utils.artifacts import write_json
     from utils.cli import parse
-    from utils.comparison import TwoModels, resolve
-    from utils.distributed import join_processes
-    from utils.evaluation_data import held_out_pairs
-    from utils.logs import quiet_libraries
+    from utils.distributed import join_processes, quiet_libraries
     from utils.provenance import run_record
-    from utils.scoring import Sequence
 
     quiet_libraries()
     args, ours = parse((ComparisonArguments, BenchmarkArguments))
@@ -194,7 +194,7 @@ def main():
     figures = {"scoring": table(title, tokens, seconds), "max_logp_difference": apart}
     print(f"largest difference of a summed log-probability: {apart:.2g} nats")
     if ours.profile:
-        from utils.throughput import matmul_rate
+        from preflab.training.throughput import matmul_rate
 
         rate = matmul_rate(models.dtype, models.device.type)
         figures["profile"] = {name: profiled(way, rate) for name, way in ways.items()}
@@ -203,7 +203,7 @@ def main():
     if prompts:
         ways = {
             "plain loop, one prompt at a time": lambda: plain_answers(models, prompts, ours.max_new_tokens),
-            "utils.generation": lambda: batched_answers(models, prompts, ours.max_new_tokens),
+            "preflab.models.generation": lambda: batched_answers(models, prompts, ours.max_new_tokens),
         }
         seconds, results = in_turns(ways, ours.rounds)
         counts = [sum(result) for result in results.values()]

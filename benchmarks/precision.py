@@ -16,9 +16,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.cli import quick_help
+from utils.cli import option, quick_help
 from utils.errors import run
-from utils.evaluation_arguments import option
 
 # A step of Adam at learning rate 1e-4 moves every entry of B by about this.
 ENTRY_OF_B = 1e-4
@@ -45,7 +44,7 @@ def adapted(args):
     from peft import LoraConfig, get_peft_model
     from trl.trainer.utils import add_fused_lm_head
 
-    from utils.models import load_model
+    from preflab.models.loading import load_model
 
     model = load_model(args.model, dtype=args.dtype).to(args.device).eval()
     add_fused_lm_head(model)
@@ -62,7 +61,7 @@ def read(model, rows, collator, batch: int):
     """(policy, reference): summed log-probabilities, each of shape (pairs, 2), float64 on the CPU."""
     import torch
 
-    from utils.logps import token_logps
+    from preflab.models.logprobs import token_logps
 
     def once():
         found = []
@@ -95,12 +94,12 @@ def main():
     import torch
     from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-    from utils import fused_head, fused_lora, shared_prompt
+    from preflab.data.preferences import load_pairs, tokenize
+    from preflab.models.fast import fused_head, fused_lora, shared_prompt
+    from preflab.models.loading import load_tokenizer
     from utils.artifacts import write_json
     from utils.cli import parse
-    from utils.logs import quiet_libraries
-    from utils.models import load_tokenizer
-    from utils.preferences import load_pairs, tokenize
+    from utils.distributed import quiet_libraries
     from utils.provenance import run_record
     from utils.tables import render
 

@@ -19,9 +19,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.cli import quick_help
+from utils.cli import option, quick_help
 from utils.errors import UserError, run
-from utils.evaluation_arguments import option
 
 ROOT = Path(__file__).resolve().parent.parent
 LABELS = ("scored", "shuffled")
@@ -112,7 +111,7 @@ def trait(args, prompts, adapter: Path | None):
     import numpy as np
     import yaml
 
-    from utils.answers import answer_each, policy_player
+    from preflab.judging.answers import answer_each, policy_player
 
     sampling = yaml.safe_load((ROOT / "configs" / "pairs" / f"{args.name}.yaml").read_text())
     first = yaml.safe_load((ROOT / "configs" / f"{args.name}-iter1.yaml").read_text())
@@ -160,11 +159,10 @@ def main():
 
     import numpy as np
 
+    from preflab.data.prompts import load_prompts
     from utils.artifacts import metric, write_json
     from utils.cli import parse
-    from utils.distributed import join_processes
-    from utils.logs import quiet_libraries
-    from utils.prompts import load_prompts
+    from utils.distributed import join_processes, quiet_libraries
     from utils.provenance import run_record
     from utils.stats import bootstrap, signed_rank
     from utils.tables import cell, difference, render

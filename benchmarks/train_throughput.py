@@ -26,9 +26,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.cli import quick_help
+from utils.cli import option, quick_help
 from utils.errors import UserError, is_main_process, run
-from utils.evaluation_arguments import option
 
 # True shapes with random weights, for machines that hold no model: what a step costs does not depend on the weights.
 SHAPES = {
@@ -71,7 +70,7 @@ def load(args):
     """(tokenizer, model) of --model in --dtype."""
     import torch
 
-    from utils.models import load_model, load_tokenizer
+    from preflab.models.loading import load_model, load_tokenizer
 
     if not args.model.startswith("shape:"):
         return load_tokenizer(args.model), load_model(args.model, dtype=args.dtype)
@@ -96,11 +95,11 @@ def one_way(args) -> dict:
     from transformers import TrainerCallback
     from trl import DPOConfig, DPOTrainer
 
+    from benchmarks.profile import time_by_kind
+    from preflab.data.preferences import load_pairs, tokenize
+    from preflab.training.dpo_trainer import PreferenceConfig, PreferenceTrainer, longest_sequence
     from utils.artifacts import RowFile
-    from utils.preference_trainer import PreferenceConfig, PreferenceTrainer, longest_sequence
-    from utils.preferences import load_pairs, tokenize
     from utils.provenance import peak_memory_gib
-    from utils.throughput import time_by_kind
 
     class Stock(DPOTrainer):
         """TRL's trainer on rows that are tokenised already, so that both ways see the same token ids."""
@@ -192,11 +191,11 @@ def child(way: str) -> dict:
 def main():
     quick_help(__doc__, runs_bare=True)
 
+    from preflab.training.throughput import matmul_rate
     from utils.artifacts import write_json
     from utils.cli import parse
-    from utils.logs import quiet_libraries
+    from utils.distributed import quiet_libraries
     from utils.provenance import run_record
-    from utils.throughput import matmul_rate
 
     quiet_libraries()
     (args,) = parse((BenchmarkArguments,))
@@ -249,7 +248,7 @@ def main():
 
 def figures(runs: list[dict], rate: float) -> dict:
     """Speed and memory of one way over its runs."""
-    from utils.throughput import model_flops
+    from preflab.training.throughput import model_flops
 
     seconds, one = sum(run["seconds"] for run in runs), runs[0]
     tokens = one["tokens"] * len(runs)

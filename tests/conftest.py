@@ -29,7 +29,7 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(scope="session")
 def smol_tokenizer():
     """SmolLM2's real tokenizer: its pad is its end-of-turn, its BOS opens every turn."""
-    from utils.models import BUILTIN, load_tokenizer
+    from preflab.models.loading import BUILTIN, load_tokenizer
 
     return load_tokenizer(BUILTIN)
 
@@ -47,7 +47,7 @@ GEMMA_TEMPLATE = (
 @pytest.fixture(scope="session")
 def gemma_like_tokenizer():
     """SmolLM2's vocabulary with Gemma's special tokens and template: a BOS, its own pad, no system role."""
-    from utils.models import BUILTIN, load_tokenizer
+    from preflab.models.loading import BUILTIN, load_tokenizer
 
     tokenizer = load_tokenizer(BUILTIN)
     tokenizer.add_special_tokens(
@@ -180,7 +180,7 @@ def trained(tiny, prefs, tmp_path_factory):
 @contextmanager
 def interrupted_at(step: int):
     """Ctrl-C comes at this step of whatever is trained meanwhile."""
-    from utils.training import RowLog
+    from preflab.training.resumable import RowLog
 
     usual = RowLog.on_log
 

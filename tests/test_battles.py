@@ -8,8 +8,9 @@ import pytest
 from scipy.special import expit
 from scipy.stats import wilcoxon
 
-from utils.answers import refuse_equal
-from utils.battles import (
+from preflab.data.prompts import Prompt
+from preflab.judging.answers import refuse_equal
+from preflab.judging.battles import (
     against_opponent,
     answer_metrics,
     battle_metrics,
@@ -22,10 +23,10 @@ from utils.battles import (
     style_controlled,
     two_orders,
 )
+from preflab.judging.judge_prompt import Verdict, unparsed
+from preflab.judging.judges import Longer
+from preflab.judging.style import markdown_counts, scaled, style_differences
 from utils.errors import UserError
-from utils.judges import Longer, Verdict, unparsed
-from utils.prompts import Prompt
-from utils.style import markdown_counts, scaled, style_differences
 
 WIN, LOSS, TIE, LOST = (1, 0), (0, 1), (0.5, 0.5), (None, 1)
 

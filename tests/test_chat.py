@@ -2,7 +2,7 @@
 
 import pytest
 
-from utils.chat import ChatRenderer, TemplateRefused, shared_prefix
+from preflab.data.chat_template import ChatRenderer, TemplateRefused, shared_prefix
 from utils.errors import UserError
 
 TURNS = [

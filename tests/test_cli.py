@@ -12,8 +12,8 @@ from utils.errors import UserError
 def parsed(tmp_path, yaml: str, *flags):
     from trl import ModelConfig
 
-    from utils.preference_trainer import PreferenceConfig
-    from utils.preferences import DataArguments
+    from preflab.data.preferences import DataArguments
+    from preflab.training.dpo_trainer import PreferenceConfig
 
     (tmp_path / "x.yaml").write_text(yaml)
     return parse((DataArguments, PreferenceConfig, ModelConfig), ["--config", str(tmp_path / "x.yaml"), *flags])
@@ -123,10 +123,10 @@ def test_missing_model_and_data_are_named(train):
 def test_every_training_config_parses_and_names_its_keys():
     from trl import ModelConfig
 
-    from utils.instruction_trainer import InstructionConfig
-    from utils.instructions import InstructionArguments
-    from utils.preference_trainer import PreferenceConfig
-    from utils.preferences import DataArguments
+    from preflab.data.conversations import InstructionArguments
+    from preflab.data.preferences import DataArguments
+    from preflab.training.dpo_trainer import PreferenceConfig
+    from preflab.training.sft_trainer import InstructionConfig
 
     texts = {path: path.read_text() for path in sorted((ROOT / "configs").glob("*.yaml"))}
     configs = [path for path, text in texts.items() if "\nmodel_name_or_path:" in text]
@@ -140,18 +140,10 @@ def test_every_training_config_parses_and_names_its_keys():
 
 
 def test_no_import_does_work():
-    """Importing utils and the scripts reads no arguments, starts no device and prints nothing."""
-    modules = [f"utils.{p.stem}" for p in (ROOT / "utils").glob("*.py")] + [p.stem for p in ROOT.glob("*.py")]
+    """Importing the packages and the scripts reads no arguments, starts no device and prints nothing."""
+    packages = [p.relative_to(ROOT).with_suffix("") for d in ("utils", "preflab") for p in (ROOT / d).rglob("*.py")]
+    modules = [".".join(p.parts) for p in packages] + [p.stem for p in ROOT.glob("*.py")]
     code = f"import importlib; [importlib.import_module(m) for m in {modules!r}]"
     done = command("-c", code)
     assert done.returncode == 0 and done.stdout == ""
     assert "error" not in done.stderr.lower(), done.stderr
-
-
-def test_utils_know_no_script():
-    scripts = {p.stem for p in ROOT.glob("*.py")}
-    for path in (ROOT / "utils").glob("*.py"):
-        for line in path.read_text().splitlines():
-            words = line.split()
-            if words[:1] in (["import"], ["from"]):
-                assert words[1].split(".")[0] not in scripts, (path, line)

@@ -11,8 +11,8 @@ import pytest
 import yaml
 from conftest import ROOT, train_args
 
+from preflab.training.run_folder import checkpoints, is_whole
 from utils.artifacts import RowFile, read_json
-from utils.runs import checkpoints, is_whole
 
 CPU = ROOT / "configs" / "accelerate" / "cpu_2proc.yaml"
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch"]

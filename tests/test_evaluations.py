@@ -171,9 +171,9 @@ def test_given_answers_are_met_by_base_and_tuned(battle, prefs, tmp_path):
 
 def test_the_arena_hard_config_reaches_the_battle_as_it_stands():
     from eval_win_rate import WinRateArguments
-    from utils.evaluation_arguments import ComparisonArguments
-    from utils.judges import JudgePrompt
-    from utils.published import read_published
+    from preflab.evaluation.arguments import ComparisonArguments
+    from preflab.judging.judge_prompt import JudgePrompt
+    from utils.artifacts import read_published
 
     path = ROOT / "configs/battle_arena_hard.yaml"
     _, args = parse((ComparisonArguments, WinRateArguments), ["--config", str(path)])
@@ -217,13 +217,13 @@ def test_a_judge_endpoint_that_is_down_loses_no_answer(call, trained, tmp_path):
 
 
 def test_equal_answers_mean_an_adapter_that_was_not_applied(call, trained, tmp_path, monkeypatch):
-    import utils.answers
+    import preflab.judging.answers
 
     def parrot(model, tokenizer, prompts, **settings):
         for i in range(len(prompts)):
             yield {"index": i, "text": "Yes.", "tokens": 2, "finish_reason": "stop"}
 
-    monkeypatch.setattr(utils.answers, "generate", parrot)
+    monkeypatch.setattr(preflab.judging.answers, "generate", parrot)
     code, _, err = call("eval_win_rate", *eval_args(trained, tmp_path, "--battle", "--judge", "longer"))
     assert code == 2
     assert_one_line(err, "same answer to all 8 prompts", "--adapter_path")

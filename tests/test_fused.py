@@ -5,8 +5,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from trl.kernels import ChunkedLogProbFunction
 
-from utils import fused_head, fused_lora
-from utils.fused_head import ALSO, TargetLogps
+from preflab.models.fast import fused_head, fused_lora
+from preflab.models.fast.fused_head import ALSO, TargetLogps
 
 CASES = {
     "plain": {},

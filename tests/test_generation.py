@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from utils.chat import ChatRenderer
-from utils.generation import generate
-from utils.models import BUILTIN, load_model, load_tokenizer
+from preflab.data.chat_template import ChatRenderer
+from preflab.models.generation import generate
+from preflab.models.loading import BUILTIN, load_model, load_tokenizer
 
 PROMPTS = [
     [{"role": "user", "content": "Name a colour."}],

@@ -11,14 +11,12 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest, norm
 
-from utils.artifacts import write_json
-from utils.comparison import Comparison
-from utils.errors import UserError
-from utils.harness import HarnessArguments, check, leading_bos, own_and_harness
-from utils.harness_calls import PROGRESS, Call, batch_size, execute, model_arguments, plan
-from utils.harness_figures import Side, leaves, paired, refuse_equal, rows, suite_averages
-from utils.harness_report import claim, clock, differs, eq_bench, report
-from utils.harness_suites import (
+from preflab.evaluation.comparison import Comparison
+from preflab.harness.calls import PROGRESS, Call, batch_size, execute, model_arguments, plan
+from preflab.harness.metrics import Side, leaves, paired, refuse_equal, rows, suite_averages
+from preflab.harness.report import claim, clock, differs, eq_bench, report
+from preflab.harness.run import HarnessArguments, check, leading_bos, own_and_harness
+from preflab.harness.suites import (
     Suite,
     averages,
     errors,
@@ -30,7 +28,9 @@ from utils.harness_suites import (
     suite_of,
     suites,
 )
-from utils.harness_tasks import expand, missing, task_manager
+from preflab.harness.tasks import expand, missing, task_manager
+from utils.artifacts import write_json
+from utils.errors import UserError
 from utils.provenance import ROOT
 from utils.stats import bootstrap_test, holm
 

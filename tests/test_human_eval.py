@@ -9,12 +9,12 @@ import pytest
 from conftest import assert_one_line, eval_args, write_jsonl
 from scipy.stats import binomtest
 
+from preflab.human.metrics import _alpha, agreement, cohen_kappa, summarise
+from preflab.human.page import FORMAT, checksum
+from preflab.human.report import conclude
+from preflab.human.study import lay_out, plan, quoted
+from preflab.human.votes import read_votes, unblind
 from utils.errors import UserError
-from utils.human_figures import _alpha, agreement, cohen_kappa, summarise
-from utils.human_page import FORMAT, checksum
-from utils.human_report import conclude
-from utils.human_study import lay_out, plan, quoted
-from utils.human_votes import read_votes, unblind
 from utils.stats import sign_test
 
 NOTHING = {"choice": None, "left_acceptable": None, "right_acceptable": None, "skip": None, "comment": "", "ms": 4000}

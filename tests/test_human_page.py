@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from utils import human_page
-from utils.human_page import CHOICES, SKIPS, build_page, checksum, conversation, markdown
+from preflab.human import page as human_page
+from preflab.human.page import CHOICES, SKIPS, build_page, checksum, conversation, markdown
 
 HOW = "no browser for the page's tests: pip install -r requirements/browser-tests.txt; Debian: apt-get install chromium"
 ATTACKS = [
@@ -556,9 +556,9 @@ def test_storage_that_fills_up_is_noticed(reader):
 
 def test_what_is_voted_in_the_browser_is_what_is_scored(reader, tmp_path):
     """A SYNTHETIC annotator in a real browser, who sees the models in the texts, and every step up to the score."""
-    from utils.human_figures import summarise
-    from utils.human_study import lay_out
-    from utils.human_votes import read_votes, unblind
+    from preflab.human.metrics import summarise
+    from preflab.human.study import lay_out
+    from preflab.human.votes import read_votes, unblind
 
     asked = [{"prompt": k, "a": "tuned", "b": "base"} for k in range(12)]
     items = lay_out(asked, 0.2, 5, "salt")

@@ -3,9 +3,8 @@
 import pytest
 from conftest import ROOT, write_jsonl
 
-from utils.chat import ChatRenderer
-from utils.errors import UserError
-from utils.instructions import (
+from preflab.data.chat_template import ChatRenderer
+from preflab.data.conversations import (
     Conversation,
     InstructionArguments,
     InstructionData,
@@ -14,7 +13,8 @@ from utils.instructions import (
     to_conversation,
     tokenize,
 )
-from utils.sources import without_overlap
+from preflab.data.sources import without_overlap
+from utils.errors import UserError
 
 ASKED, SAID = {"role": "user", "content": "Two plus two?"}, {"role": "assistant", "content": "Four."}
 

@@ -14,10 +14,11 @@ import torch
 import yaml
 from conftest import ROOT
 
-from utils.chat import ChatRenderer, neutralise
+from preflab.data.chat_template import ChatRenderer, neutralise
+from preflab.data.prompts import Prompt
+from preflab.judging.judge_prompt import Item, JudgePrompt, Verdict, unparsed
+from preflab.judging.judges import Longer, Random, judge_all, make_judge
 from utils.errors import UserError
-from utils.judges import Item, JudgePrompt, Longer, Random, Verdict, judge_all, make_judge, unparsed
-from utils.prompts import Prompt
 
 PAIRWISE, FIVE_STEP = (str(ROOT / "configs" / "judges" / f"{name}.yaml") for name in ("pairwise", "five_step"))
 OPTIONS = {
@@ -328,7 +329,7 @@ def test_written_verdicts_are_parsed_and_belong_to_their_question(tiny, tmp_path
         for index in reversed(range(len(prompts))):
             yield {"index": index, "text": "so " + prompts[index][-1]["content"].split(" / ")[1]}
 
-    monkeypatch.setattr("utils.generation.generate", echo)
+    monkeypatch.setattr("preflab.models.generation.generate", echo)
     judge = make_judge(f"hf:{tiny}", prompt_file(tmp_path, max_new_tokens=4), OPTIONS)
     items = [asked(first="A"), asked(first="word " * 3000), asked(first="none"), asked(first="B")]
     assert [v.first for v in as_they_came(judge, items)] == [1, None, None, 0]

@@ -4,8 +4,8 @@ import random
 
 import pytest
 
-from utils.batching import token_batches
-from utils.ledger import Ledger, key_of
+from preflab.models.batching import token_batches
+from utils.cache import Ledger, key_of
 
 
 def folder_of(out):

@@ -4,9 +4,16 @@ import pytest
 import torch
 from conftest import make_pairs, write_jsonl
 
-from utils.logps import attach_head, captured_hidden, head_logits, kl_divergence, pair_batches, sequence_logps
-from utils.models import load_model, load_tokenizer
-from utils.preferences import load_pairs, tokenize
+from preflab.data.preferences import load_pairs, tokenize
+from preflab.models.loading import load_model, load_tokenizer
+from preflab.models.logprobs import (
+    attach_head,
+    captured_hidden,
+    head_logits,
+    kl_divergence,
+    pair_batches,
+    sequence_logps,
+)
 
 
 def slow_logp(model, prompt: list[int], answer: list[int]) -> float:

@@ -8,9 +8,9 @@ from datasets import Dataset
 from peft import LoraConfig
 from trl import DPOConfig, DPOTrainer
 
-from utils.models import load_model, load_tokenizer
-from utils.preference_trainer import TRL_LOSSES, PreferenceConfig, PreferenceTrainer
-from utils.preferences import load_pairs, tokenize
+from preflab.data.preferences import load_pairs, tokenize
+from preflab.models.loading import load_model, load_tokenizer
+from preflab.training.dpo_trainer import TRL_LOSSES, PreferenceConfig, PreferenceTrainer
 
 SETTINGS = dict(
     per_device_train_batch_size=3, gradient_accumulation_steps=2, max_steps=4, learning_rate=1e-2, beta=0.5, seed=7,

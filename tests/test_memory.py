@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import train_args
 
-from utils.memory import Memory, asks_for_checkpointing, needed
+from preflab.training.memory import Memory, asks_for_checkpointing, needed
 
 
 class Model(torch.nn.Module):
@@ -44,7 +44,7 @@ def test_the_estimate_by_hand():
 
 
 def test_the_estimate_and_the_trainer_have_one_budget(tmp_path):
-    from utils.preference_trainer import PreferenceConfig
+    from preflab.training.dpo_trainer import PreferenceConfig
 
     args = PreferenceConfig(str(tmp_path), per_device_train_batch_size=3, max_length=40)
     assert args.token_budget(25) == 2 * 3 * 40
@@ -55,7 +55,7 @@ def test_the_estimate_and_the_trainer_have_one_budget(tmp_path):
 
 
 def test_a_gpu_with_room_computes_more_tokens_together(tmp_path, monkeypatch):
-    from utils.preference_trainer import PreferenceConfig
+    from preflab.training.dpo_trainer import PreferenceConfig
 
     # 4,000 bytes of weights; a token of 3 layers takes 3 x 280 values of 4 bytes; a step has 2 x 2 x 64 x 50 tokens.
     enough = {tokens: 4000 + tokens * 3 * 280 * 4 for tokens in (4096, 8192)}
@@ -65,7 +65,7 @@ def test_a_gpu_with_room_computes_more_tokens_together(tmp_path, monkeypatch):
         (2 * enough[8192] - 2, 4096),
         (2 * enough[4096] - 2, None),
     ]:
-        monkeypatch.setattr("utils.memory.card_bytes", lambda card=card: card)
+        monkeypatch.setattr("preflab.training.memory.card_bytes", lambda card=card: card)
         args = PreferenceConfig(
             str(tmp_path), per_device_train_batch_size=2, gradient_accumulation_steps=64, max_length=50, bf16=False
         )
@@ -93,7 +93,7 @@ def checkpointing(train, tiny, prefs, folder, *flags):
 def test_a_run_checkpoints_only_if_memory_asks_or_the_user_does(train, tiny, prefs, tmp_path, monkeypatch):
     out, plenty = checkpointing(train, tiny, prefs, tmp_path / "plenty")
     assert "gradient checkpointing" not in out
-    monkeypatch.setattr("utils.memory.free_bytes", lambda model: 1e6)
+    monkeypatch.setattr("preflab.training.memory.free_bytes", lambda model: 1e6)
     out, scarce = checkpointing(train, tiny, prefs, tmp_path / "scarce")
     assert "note      gradient checkpointing is on: without it" in out
     assert scarce["estimate"]["memory_gib"] <= plenty["estimate"]["memory_gib"]
@@ -105,14 +105,14 @@ def test_a_run_checkpoints_only_if_memory_asks_or_the_user_does(train, tiny, pre
 @pytest.mark.parametrize(("rates", "told"), [((400.0, 190.0), False), ((3.0, 190.0), True)])
 def test_16_bits_are_told_where_they_are_slower_than_float32(rates, told, train, tiny, prefs, tmp_path, monkeypatch):
     found = dict(zip(("bfloat16", "float32"), rates, strict=True))
-    monkeypatch.setattr("utils.throughput.matmul_rate", lambda dtype, device: 1e9 * found[dtype])
+    monkeypatch.setattr("preflab.training.throughput.matmul_rate", lambda dtype, device: 1e9 * found[dtype])
     code, out, err = train(*train_args(tiny, prefs, tmp_path, "--preflight_only", "--bf16", "true"))
     assert code == 0, err
     assert ("matrix products in bfloat16 run at 3 GFLOP/s here, in float32 at 190" in out) == told
 
 
 def test_a_profile_is_told_by_kind_of_work():
-    from utils.throughput import kind_of, time_by_kind
+    from benchmarks.profile import kind_of, time_by_kind
 
     assert kind_of("triton_tem_fused_flex_attention_0") == kind_of("aten::_scaled_dot_product_flash") == "attention"
     assert kind_of("nvjet_tst_128x256_64x4") == kind_of("aten::addmm_") == "matrix products"

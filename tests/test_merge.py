@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import assert_one_line, eval_args
 
-from utils.models import load_model, load_tokenizer
+from preflab.models.loading import load_model, load_tokenizer
 
 IDS = torch.tensor([[5, 9, 11, 40, 7, 3, 21]])
 
@@ -65,9 +65,9 @@ def test_16_bits_are_merged_in_16_bits(call, trained, tmp_path):
 
 
 def test_another_model_gets_no_name(call, trained, tmp_path, monkeypatch):
-    import utils.comparison
+    import preflab.evaluation.comparison
 
-    usual = utils.comparison.load_model
+    usual = preflab.evaluation.comparison.load_model
 
     def disturbed(name, *args, **kwargs):
         model = usual(name, *args, **kwargs)
@@ -76,7 +76,7 @@ def test_another_model_gets_no_name(call, trained, tmp_path, monkeypatch):
                 model.lm_head.weight.mul_(1.01)
         return model
 
-    monkeypatch.setattr(utils.comparison, "load_model", disturbed)
+    monkeypatch.setattr(preflab.evaluation.comparison, "load_model", disturbed)
     code, _, err = call("merge_adapter", *merge_args(trained, tmp_path))
     assert code == 2
     assert_one_line(err, "another model", "Nothing was kept")

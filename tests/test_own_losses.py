@@ -8,9 +8,9 @@ import torch
 from conftest import assert_one_line, make_pairs, train_args, write_jsonl
 from test_losses import SETTINGS, assert_equal, lora, ours, stock
 
-from utils import losses
-from utils.models import load_model, load_tokenizer
-from utils.preference_trainer import PreferenceConfig, PreferenceTrainer
+from preflab.models.loading import load_model, load_tokenizer
+from preflab.training import losses
+from preflab.training.dpo_trainer import PreferenceConfig, PreferenceTrainer
 
 # Log-probabilities of two chosen and three rejected tokens, reference sums -4 and -4.5: d_w = 1, d_l = -0.5,
 # means -3/2 and -5/3. Each entry: settings, loss, gradient of each chosen and of each rejected token, by hand.

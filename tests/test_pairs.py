@@ -9,19 +9,11 @@ import pytest
 import torch
 from conftest import ROOT, assert_one_line, command, make_pairs, train_args, write_jsonl
 
+from preflab.data.prompts import Prompt, load_candidates
+from preflab.pairs.pairing import Sampled, agreement, candidates_of, held_out_keys, pair_of, part_of, shuffled
+from preflab.pairs.scorers import Candidates, Scores, make_scorer, ranker_scores, win_probabilities, wins_of
 from utils.artifacts import read_json
 from utils.errors import UserError
-from utils.pairing import (
-    Sampled,
-    agreement,
-    candidates_of,
-    held_out_keys,
-    pair_of,
-    part_of,
-    shuffled,
-)
-from utils.prompts import Prompt, load_candidates
-from utils.scorers import Candidates, Scores, make_scorer, ranker_scores, win_probabilities, wins_of
 
 OPTIONS = {
     "dtype": "float32", "judge_prompt": "configs/judges/pairwise.yaml", "attempts": 0, "timeout": 5.0, "concurrency": 2,
@@ -199,8 +191,8 @@ def test_columns_are_taken_as_they_stand(tmp_path):
 
 def test_a_judge_is_asked_in_both_orders(tmp_path, monkeypatch):
     """One that says 0.8 for whatever stands first and adds 0.1 for the answer it likes: the first slot cancels out."""
-    from utils import scorers
-    from utils.judges import Verdict
+    from preflab.judging.judge_prompt import Verdict
+    from preflab.pairs import scorers
 
     class Biased:
         name, instant = "biased", True
@@ -213,7 +205,7 @@ def test_a_judge_is_asked_in_both_orders(tmp_path, monkeypatch):
                 p = 0.8 + 0.1 * (item.first == "good") - 0.1 * (item.second == "good")
                 yield k, Verdict(1.0, p)
 
-    monkeypatch.setattr("utils.judges.make_judge", lambda *a: Biased())
+    monkeypatch.setattr("preflab.judging.judges.make_judge", lambda *a: Biased())
     (found,) = scored("judge:hf:x", items("good", "bad"), tmp_path)
     beats = ((0.8 + 0.1) + (1 - (0.8 - 0.1))) / 2
     assert found.wins == pytest.approx([(0.5 + beats) / 2, (1.5 - beats) / 2]) and found.scores == found.wins
@@ -221,7 +213,7 @@ def test_a_judge_is_asked_in_both_orders(tmp_path, monkeypatch):
 
 
 def test_a_judge_without_a_verdict_leaves_the_prompt_unscored(tmp_path, monkeypatch):
-    from utils.judges import Verdict, unparsed
+    from preflab.judging.judge_prompt import Verdict, unparsed
 
     class Mute:
         name, instant = "mute", True
@@ -233,7 +225,7 @@ def test_a_judge_without_a_verdict_leaves_the_prompt_unscored(tmp_path, monkeypa
             for k, item in enumerate(asked):
                 yield k, unparsed("no") if "b" in (item.first, item.second) else Verdict(1.0)
 
-    monkeypatch.setattr("utils.judges.make_judge", lambda *a: Mute())
+    monkeypatch.setattr("preflab.judging.judges.make_judge", lambda *a: Mute())
     two = [Candidates(prompt("1"), ["a", "b"], [1, 1]), Candidates(prompt("2"), ["a", "c"], [1, 1])]
     first, second = scored("judge:hf:x", two, tmp_path)
     assert first == "no verdict: no" and isinstance(second, Scores)
@@ -258,7 +250,7 @@ def reward_model(tmp_path_factory, smol_tokenizer):
 def test_a_reward_models_scores_are_the_models_and_are_kept(reward_model, smol_tokenizer, tmp_path, monkeypatch):
     import transformers
 
-    from utils.chat import ChatRenderer
+    from preflab.data.chat_template import ChatRenderer
 
     one = items("I am a cat.", "I am the sea, and the sand.", "word " * 600)
     (cut,) = scored(f"rm:{reward_model}", one, tmp_path)
@@ -272,7 +264,7 @@ def test_a_reward_models_scores_are_the_models_and_are_kept(reward_model, smol_t
         ids = chat.ids([chat.full_text(one[0].prompt.messages, answer)])
         with torch.no_grad():
             assert score == pytest.approx(model(input_ids=torch.tensor(ids)).logits.item(), abs=1e-5)
-    monkeypatch.setattr("utils.judges.RewardModel.score", lambda *a: pytest.fail("asked again"))
+    monkeypatch.setattr("preflab.judging.reward_model.RewardModel.score", lambda *a: pytest.fail("asked again"))
     assert scored(f"rm:{reward_model}", one, tmp_path) == [found]
 
 
@@ -327,8 +319,8 @@ def test_a_reward_model_with_a_score_of_its_own(reward_model, tmp_path):
     (found,) = make_scorer(f"rm:{folder}", {**OPTIONS, "trust_remote_code": True}).score(asked, str(tmp_path), False)
     model = model.eval()
     model.config.pad_token_id = 0
-    from utils.chat import ChatRenderer
-    from utils.models import load_tokenizer
+    from preflab.data.chat_template import ChatRenderer
+    from preflab.models.loading import load_tokenizer
 
     chat = ChatRenderer(load_tokenizer(str(folder)))
     for answer, score in zip(asked[0].answers, found.scores, strict=True):
@@ -345,7 +337,7 @@ def pair_ranker(tmp_path_factory, smol_tokenizer):
 
     import transformers
 
-    from utils.pair_ranker import FIRST, SECOND, SOURCE, pair_rm
+    from preflab.pairs.pairrm import FIRST, SECOND, SOURCE, pair_rm
 
     tokenizer = copy.deepcopy(smol_tokenizer)
     tokenizer.add_tokens([SOURCE, FIRST, SECOND])
@@ -365,7 +357,7 @@ def test_a_pairwise_ranker_reads_marks_and_both_orders(pair_ranker, tmp_path):
     import transformers
     from safetensors.torch import load_file
 
-    from utils.pair_ranker import FIRST, SECOND, SOURCE, PairRanker
+    from preflab.pairs.pairrm import FIRST, SECOND, SOURCE, PairRanker
 
     ranker = PairRanker(str(pair_ranker), OPTIONS)
     answers = ["I am a cat.", "The sea, the sand, and more of it.", "No."]
@@ -507,7 +499,7 @@ def test_from_prompts_to_a_trained_model(pairs, train, tiny, prompts, tmp_path):
 def test_a_second_call_samples_and_scores_nothing(pairs, tiny, prompts, tmp_path, monkeypatch):
     assert pairs(*pair_args(tiny, prompts, tmp_path))[0] == 0
     before = (tmp_path / "p/train.jsonl").read_text()
-    monkeypatch.setattr("utils.answers.generate", lambda *a, **k: pytest.fail("sampled again"))
+    monkeypatch.setattr("preflab.judging.answers.generate", lambda *a, **k: pytest.fail("sampled again"))
     code, _, err = pairs(*pair_args(tiny, prompts, tmp_path))
     assert code == 0 and (tmp_path / "p/train.jsonl").read_text() == before, err
     # Another scorer on the same samples, under another name, samples nothing either.
@@ -519,9 +511,9 @@ def test_a_second_call_samples_and_scores_nothing(pairs, tiny, prompts, tmp_path
 
 
 def test_sampling_that_was_cut_off_goes_on(pairs, tiny, prompts, tmp_path, monkeypatch):
-    import utils.answers
+    import preflab.judging.answers
 
-    usual, calls = utils.answers.generate, []
+    usual, calls = preflab.judging.answers.generate, []
 
     def dying(*args, **kwargs):
         for answer in usual(*args, **kwargs):
@@ -531,23 +523,23 @@ def test_sampling_that_was_cut_off_goes_on(pairs, tiny, prompts, tmp_path, monke
             yield answer
 
     small = ("--batch_size", "2")
-    monkeypatch.setattr("utils.answers.generate", dying)
+    monkeypatch.setattr("preflab.judging.answers.generate", dying)
     assert pairs(*pair_args(tiny, prompts, tmp_path, *small))[0] == 130
     assert not (tmp_path / "p/samples.jsonl").exists()
     calls.clear()
     calls.extend([None] * 100)
     code, _, err = pairs(*pair_args(tiny, prompts, tmp_path, *small))
     assert code == 0 and len(calls) - 100 == 27 - 11, err
-    monkeypatch.setattr("utils.answers.generate", usual)
+    monkeypatch.setattr("preflab.judging.answers.generate", usual)
     assert pairs(*pair_args(tiny, prompts, tmp_path / "whole"))[0] == 0
     assert (tmp_path / "p/train.jsonl").read_text() == (tmp_path / "whole/p/train.jsonl").read_text()
 
 
 def test_other_pairs_may_overwrite_and_be_interrupted(pairs, tiny, prompts, tmp_path, monkeypatch):
-    import utils.answers
+    import preflab.judging.answers
 
     assert pairs(*pair_args(tiny, prompts, tmp_path))[0] == 0
-    usual = utils.answers.generate
+    usual = preflab.judging.answers.generate
 
     def dying(*args, **kwargs):
         yield next(iter(usual(*args, **kwargs)))
@@ -555,9 +547,9 @@ def test_other_pairs_may_overwrite_and_be_interrupted(pairs, tiny, prompts, tmp_
 
     other = pair_args(tiny, prompts, tmp_path, "--temperature", "1.2")
     assert pairs(*other)[0] == 2
-    monkeypatch.setattr("utils.answers.generate", dying)
+    monkeypatch.setattr("preflab.judging.answers.generate", dying)
     assert pairs(*other, "--overwrite")[0] == 130
-    monkeypatch.setattr("utils.answers.generate", usual)
+    monkeypatch.setattr("preflab.judging.answers.generate", usual)
     code, _, err = pairs(*other)
     assert code == 0 and read_json(tmp_path / "p/preference_pairs.json")["args"]["temperature"] == 1.2, err
 

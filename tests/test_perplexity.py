@@ -8,9 +8,9 @@ import torch
 from conftest import assert_one_line, eval_args, write_jsonl
 from test_logps import slow_logp
 
+from preflab.evaluation.perplexity import bos_protocol, cut_documents, prefix_id, section_metrics, text_units, windows
+from preflab.models.loading import load_model, load_tokenizer
 from utils.artifacts import RowFile, read_json
-from utils.models import load_model, load_tokenizer
-from utils.perplexity import bos_protocol, cut_documents, prefix_id, section_metrics, text_units, windows
 
 TEXTS = [
     "The garden lay under snow, and nobody had come for weeks. A stone wall ran down to the river.",

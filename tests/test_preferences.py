@@ -6,10 +6,10 @@ import json
 import pytest
 from conftest import make_pairs, write_jsonl
 
+from preflab.data.preferences import DataArguments, Pair, load_pairs, to_pair, tokenize, truncate
+from preflab.data.rows import read_rows
+from preflab.data.sources import without_overlap
 from utils.errors import UserError
-from utils.preferences import DataArguments, Pair, load_pairs, to_pair, tokenize, truncate
-from utils.rows import read_rows
-from utils.sources import without_overlap
 
 USER = {"role": "user", "content": "Two plus two?"}
 GOOD, BAD = {"role": "assistant", "content": "Four."}, {"role": "assistant", "content": "Five."}

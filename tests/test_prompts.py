@@ -5,9 +5,9 @@ import json
 import pytest
 from conftest import make_pairs, write_jsonl
 
-from utils.answers import given_answers
+from preflab.data.prompts import Prompt, load_answers, load_prompts
+from preflab.judging.answers import given_answers
 from utils.errors import UserError
-from utils.prompts import Prompt, load_answers, load_prompts
 
 
 def user(text) -> dict:

@@ -103,8 +103,8 @@ def test_the_three_iterations_differ_in_nothing_but_where_they_start():
 
 
 def test_the_published_table_of_juanako_is_complete():
-    from utils.card import PREFERENCE_COLUMNS
-    from utils.published import read_published
+    from preflab.models.card import PREFERENCE_COLUMNS
+    from utils.artifacts import read_published
 
     found = read_published(ROOT / "configs/published/juanako-7b-v1.yaml", list)
     assert [row["step"] for row in found["rows"]] == [50, 100, 150, 200, 250, 300, 300]

@@ -206,14 +206,14 @@ def test_two_processes_give_the_same_figures(done, trained, tmp_path):
     (["--tasks", "arc_easy", "--skip-missing"], ["no task can run", "arc_easy"]),
 ])  # fmt: skip
 def test_bad_input_is_one_line_before_anything_runs(call, trained, tmp_path, arguments, words):
-    code, _, err = call("utils.harness", "--checkpoints", trained / "ck", "--eval-out", tmp_path, *arguments)
+    code, _, err = call("preflab.harness.run", "--checkpoints", trained / "ck", "--eval-out", tmp_path, *arguments)
     assert code == 2
     assert_one_line(err, *words)
     assert not list(tmp_path.rglob("lm_eval"))
 
 
 def test_without_a_run_it_says_so(call, tmp_path):
-    code, _, err = call("utils.harness", "--checkpoints", tmp_path)
+    code, _, err = call("preflab.harness.run", "--checkpoints", tmp_path)
     assert code == 2
     assert_one_line(err, "no finished run yet", "quickstart.sh")
 

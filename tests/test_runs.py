@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, assert_one_line, train_args
 
+from preflab.evaluation.comparison import latest_run
+from preflab.training.run_folder import Run, checkpoint_to_resume, checkpoints, claim_run, is_whole, seal
 from utils.artifacts import RowFile, atomic_write, read_json, write_json
 from utils.errors import UserError
-from utils.runs import Run, checkpoint_to_resume, checkpoints, claim_run, is_whole, latest_run, seal
 
 SCRIPT = [sys.executable, "dpo_train_human_preference.py"]
 
@@ -162,7 +163,7 @@ def test_a_really_full_filesystem(tiny, prefs, tmp_path):
 
 def test_out_of_memory_says_what_to_lower(tiny, prefs, tmp_path):
     code = (
-        "import sys; from utils.errors import run; import utils.preference_trainer as t; import torch\n"
+        "import sys; from utils.errors import run; import preflab.training.dpo_trainer as t; import torch\n"
         "t.PreferenceTrainer.train = lambda self, **k: torch.empty(1 << 50)\n"
         "import dpo_train_human_preference as s; run(s.main)"
     )
@@ -260,7 +261,7 @@ def test_overwrite_deletes_runs_and_nothing_else(tmp_path):
 def test_two_processes_cannot_train_one_run(tmp_path):
     run = claim_run("r", str(tmp_path / "ck"), str(tmp_path / "out"), {"batch": 4}, "auto", False)
     code = (
-        "from utils.runs import claim_run; import sys; from utils.errors import run\n"
+        "from preflab.training.run_folder import claim_run; import sys; from utils.errors import run\n"
         "run(lambda: claim_run('r', sys.argv[1], sys.argv[2], {'batch': 4}, 'auto', False))"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "ck"), str(tmp_path / "out")]

@@ -6,8 +6,8 @@ import torch
 from scipy.special import softmax
 from scipy.stats import chisquare
 
-from utils.generation import generate, seeded_sampling
-from utils.models import load_model, load_tokenizer
+from preflab.models.generation import generate, seeded_sampling
+from preflab.models.loading import load_model, load_tokenizer
 
 LOGITS = np.array([2.0, 1.0, 0.5, 0.0, -1.0, -2.0])
 

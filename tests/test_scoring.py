@@ -7,15 +7,16 @@ import torch
 from conftest import eval_args
 from test_logps import slow_logp
 
-import utils.scoring
+import preflab.evaluation.logprob_scoring
+from preflab.evaluation.arguments import ComparisonArguments
+from preflab.evaluation.comparison import resolve
+from preflab.evaluation.held_out import held_out_pairs
+from preflab.evaluation.logprob_scoring import Sequence, batches_of, score_sequences, shared_lengths, units_of
+from preflab.evaluation.two_models import TwoModels
+from preflab.models.loading import load_model
+from utils.cache import Ledger
 from utils.cli import parse
-from utils.comparison import TwoModels, resolve
 from utils.errors import UserError
-from utils.evaluation_arguments import ComparisonArguments
-from utils.evaluation_data import held_out_pairs
-from utils.ledger import Ledger
-from utils.models import load_model
-from utils.scoring import Sequence, batches_of, score_sequences, shared_lengths, units_of
 
 
 def compare(trained, out, *extra):
@@ -97,9 +98,11 @@ def test_neighbours_share_what_they_begin_with():
 def test_pairs_reach_the_model_packed_unless_told_otherwise(switch, trained, tmp_path, monkeypatch):
     models, sequences = sequences_of(compare(trained, tmp_path, *(() if switch else ("--no_shared_prompt",))))
     packed = []
-    usual = utils.scoring.token_logps
+    usual = preflab.evaluation.logprob_scoring.token_logps
     monkeypatch.setattr(
-        utils.scoring, "token_logps", lambda *a, **k: packed.append("packed_ids" in k) or usual(*a, **k)
+        preflab.evaluation.logprob_scoring,
+        "token_logps",
+        lambda *a, **k: packed.append("packed_ids" in k) or usual(*a, **k),
     )
     score_sequences(models, sequences, summed, "test")
     assert packed and set(packed) == {switch}
@@ -182,7 +185,7 @@ def test_a_slow_process_shares_out_the_same_work(tmp_path):
     script.write_text(
         f"import sys, time; sys.path.insert(0, {str(ROOT)!r})\n"
         "from utils.distributed import join_processes\n"
-        "from utils.ledger import Ledger\n"
+        "from utils.cache import Ledger\n"
         "state = join_processes()\n"
         "whole = Ledger.read\n"
         "def slow(self):\n"

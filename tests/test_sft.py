@@ -9,11 +9,11 @@ from datasets import Dataset
 from peft import LoraConfig
 from trl import SFTConfig, SFTTrainer
 
+from preflab.data.conversations import load_conversations, tokenize
+from preflab.models.loading import load_model, load_tokenizer
+from preflab.training.sft_report import claim, heldout_metrics
+from preflab.training.sft_trainer import InstructionConfig, InstructionTrainer
 from utils.artifacts import RowFile, read_json
-from utils.instruction_report import claim, heldout_metrics
-from utils.instruction_trainer import InstructionConfig, InstructionTrainer
-from utils.instructions import load_conversations, tokenize
-from utils.models import load_model, load_tokenizer
 
 
 def instructions(count: int, offset: int = 0) -> list[dict]:

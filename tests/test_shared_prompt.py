@@ -9,8 +9,8 @@ import transformers
 from conftest import assert_one_line, train_args
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from utils.logps import attach_head, sequence_logps
-from utils.shared_prompt import KEYS, PackingCollator, attach, mask_rule, pack, recut, split, why_not
+from preflab.models.fast.shared_prompt import KEYS, PackingCollator, attach, mask_rule, pack, recut, split, why_not
+from preflab.models.logprobs import attach_head, sequence_logps
 
 SIZE = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4,
@@ -170,7 +170,7 @@ def test_the_gpus_attention_is_the_cpus(window, softcap, key_heads, monkeypatch)
     """FlexAttention as a GPU runs it, uncompiled (a CPU has its forward, no backward), against SDPA and the softcap."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    from utils import shared_prompt
+    from preflab.models.fast import shared_prompt
 
     lengths = ((30, 12, 17), (5, 40, 9), (64, 1, 33))
     tokens, generator = sum(map(sum, lengths)), torch.Generator().manual_seed(3)

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from utils.preferences import load_pairs
+from preflab.data.preferences import load_pairs
+from preflab.evaluation.surface_baseline import surface_scores
 from utils.stats import ranked_right
-from utils.surface import surface_scores
 
 FOLDER = ROOT / "data" / "quickstart_prefs"
 ROWS = {s: [json.loads(line) for line in (FOLDER / f"{s}.jsonl").read_text().splitlines()] for s in ("train", "test")}

@@ -6,8 +6,8 @@ import pytest
 import torch
 from conftest import assert_one_line, eval_args, interrupted_at, train_args
 
+from preflab.models.loading import load_model
 from utils.artifacts import read_json
-from utils.models import load_model
 
 IDS = torch.tensor([[5, 9, 11, 40, 7, 3, 21]])
 

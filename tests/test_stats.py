@@ -5,7 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from utils.rewards import claim, displacement, reward_metrics, reward_rows
+from preflab.evaluation.rewards import reward_metrics, reward_rows
+from preflab.training.dpo_report import claim, displacement
 from utils.stats import bootstrap, mcnemar, ranked_right, sign_test, signed_rank
 
 

@@ -89,8 +89,8 @@ def test_the_card_parses_and_its_snippet_runs(train, tiny, prefs, tmp_path):
 
 
 def test_the_cards_snippet_for_the_builtin_model_runs(tmp_path):
-    from utils.card import usage_snippet
-    from utils.models import BUILTIN, load_model, load_tokenizer
+    from preflab.models.card import usage_snippet
+    from preflab.models.loading import BUILTIN, load_model, load_tokenizer
 
     load_model(BUILTIN).save_pretrained(tmp_path)
     load_tokenizer(BUILTIN).save_pretrained(tmp_path)
@@ -286,8 +286,8 @@ def test_unusable_models_are_named(train, tiny, prefs, tmp_path):
 
 
 def test_an_adapter_for_another_base_is_refused(train, tiny, prefs, tmp_path, smol_tokenizer):
+    from preflab.models.loading import load_model
     from utils.errors import UserError
-    from utils.models import load_model
 
     assert train(*train_args(tiny, prefs, tmp_path), "--max_steps", 1)[0] == 0
     adapter = str(tmp_path / "ck" / "r")

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 from conftest import assert_one_line, eval_args, make_pairs, save_tiny, write_jsonl
 
-from utils.artifacts import RowFile, read_json
-from utils.reward_analysis import (
+from preflab.evaluation.reward_slices import (
     best_scale,
     calibration_bins,
     calibration_metrics,
@@ -17,6 +16,7 @@ from utils.reward_analysis import (
     slices,
     trainer_batches,
 )
+from utils.artifacts import RowFile, read_json
 
 
 @pytest.fixture
@@ -213,7 +213,7 @@ def test_length_bias_counts_whitespace_words_of_the_answers(win_rate, prefs):
 
 
 def test_a_merged_model_of_its_own_gives_the_adapters_figures(call, trained, tiny, prefs, tmp_path):
-    from utils.models import load_model, load_tokenizer
+    from preflab.models.loading import load_model, load_tokenizer
 
     merged = tmp_path / "merged"
     load_model(str(tiny), adapter=str(trained / "ck/r")).merge_and_unload().save_pretrained(merged)
@@ -375,8 +375,8 @@ def test_an_adapter_is_evaluated_under_the_template_that_it_brings(call, trained
     """Also where its base has one of its own: as training read it."""
     import shutil
 
-    from utils.chat import ChatRenderer
-    from utils.models import load_tokenizer
+    from preflab.data.chat_template import ChatRenderer
+    from preflab.models.loading import load_tokenizer
 
     other = tmp_path / "other"
     shutil.copytree(trained / "ck/r", other)
@@ -441,7 +441,7 @@ def test_the_runs_filters_hold_for_its_own_data_alone(call, trained, tmp_path):
 def test_figures_that_are_no_numbers_stop_before_they_are_kept(call, trained, tiny, tmp_path):
     import torch
 
-    from utils.models import load_model, load_tokenizer
+    from preflab.models.loading import load_model, load_tokenizer
 
     broken = load_model(str(tiny), adapter=str(trained / "ck/r")).merge_and_unload()
     broken.get_input_embeddings().weight.data[:] = torch.nan
@@ -456,7 +456,7 @@ def test_figures_that_are_no_numbers_stop_before_they_are_kept(call, trained, ti
 
 
 def test_what_is_wrong_with_the_flags_is_told_before_anything_is_scored(call, trained, tmp_path, monkeypatch):
-    from utils.comparison import TwoModels
+    from preflab.evaluation.two_models import TwoModels
 
     monkeypatch.setattr(TwoModels, "load", lambda self: pytest.fail("scored before the flags were checked"))
     for extra in (("--expected", "gone.json"), ("--length_bias_splits", "gone"), ("--expected", tmp_path)):

@@ -4,6 +4,7 @@ Every stage's summary is `{stage, model, metrics: {name: {value, stderr, ci95, n
 needed to repeat it (utils.provenance). Only rank 0 writes.
 """
 
+import dataclasses
 import json
 import math
 import os
@@ -142,3 +143,28 @@ def check_writable(folder: str | os.PathLike, flag: str) -> Path:
     except OSError as error:
         raise UserError(f"{flag} {folder}: cannot write there ({error.strerror}); choose another folder") from None
     return folder
+
+
+def all_arguments(parts: list) -> dict:
+    """Every argument of the run as JSON, for its artifacts; tokens and passwords are left out."""
+    fields = {f.name: getattr(part, f.name, None) for part in parts for f in dataclasses.fields(part)}
+    return json.loads(dumps({k: v for k, v in fields.items() if not k.endswith("token")}))
+
+
+def read_published(path: str, kind: type = dict) -> dict:
+    """A YAML file of published results: source, setting and rows. Raises UserError naming the file.
+
+    Args:
+        kind: dict for rows by name, list for rows in order.
+    """
+    import yaml
+
+    try:
+        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"--published {path}: cannot be read ({error})") from None
+    if not isinstance(found, dict) or not {"source", "setting", "rows"} <= set(found):
+        raise UserError(f"--published {path}: needs source, setting and rows")
+    if not isinstance(found["rows"], kind):
+        raise UserError(f"--published {path}: rows must be {'a list' if kind is list else 'given by name'}")
+    return found

@@ -6,7 +6,10 @@ import enum
 import sys
 import types
 import typing
+from dataclasses import field
+from pathlib import Path
 
+from utils.artifacts import limited
 from utils.errors import UserError
 
 
@@ -143,3 +146,20 @@ def _is_number(value, kind) -> bool:
     except (TypeError, ValueError):
         return False
     return isinstance(value, str)
+
+
+def run_name(asked: str | None, model_name: str, loss_type: list[str], limit: int | None) -> str:
+    """--run_name, else the config's name, else model and loss; marked where --limit is on."""
+    name = asked
+    argv = [part for arg in sys.argv for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
+    if not name and "--config" in argv:
+        name = Path(argv[argv.index("--config") + 1]).stem
+    name = name or f"{Path(model_name.split(':')[-1]).name}-{'-'.join(loss_type)}"
+    if "/" in name or name.startswith("."):
+        raise UserError(f"--run_name {name}: give a plain name, without / and without a leading dot")
+    return limited(name, limit)
+
+
+def option(text: str, default=None, **extra):
+    """A dataclass field with its help text."""
+    return field(default=default, metadata={"help": text, **extra})

@@ -1,6 +1,8 @@
 """What accelerate's launch leaves open."""
 
+import logging
 import os
+import warnings
 
 from utils.errors import UserError
 
@@ -48,3 +50,19 @@ def join_processes():
 
     # Unless it is told of the CPU, PartialState takes the processes of a CPU launch for strangers.
     return PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(hours=24))
+
+
+def quiet_libraries() -> None:
+    """Silence the libraries' informational chatter; errors and this project's own lines stay."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"(torch|peft|transformers|accelerate|trl)\b")
+    for name in ("bitsandbytes", "accelerate", "trl", "httpx", "torch.distributed", "torch.utils.checkpoint"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    import datasets
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity_error()

@@ -1,0 +1,171 @@
+"""The two models of a comparison, loaded under one tokenizer."""
+
+from contextlib import contextmanager, nullcontext
+
+from preflab.evaluation.arguments import ComparisonArguments
+from preflab.evaluation.comparison import Comparison
+from preflab.models.loading import adapter_sha256, identify, load_model, load_tokenizer, quantization, tokenizer_home
+from utils.errors import UserError
+
+# The name of the adapter on the base's side, where there is one.
+BASE_ADAPTER = "base"
+
+
+def _quantized(args: ComparisonArguments, trained: dict) -> dict | None:
+    """The base's quantisation as the run trained it, as keyword arguments of `models.loading.quantization`, or None."""
+    as_trained = args.load_in_4bit is None or args.load_in_4bit == bool(trained.get("load_in_4bit"))
+    four = bool(trained.get("load_in_4bit")) if args.load_in_4bit is None else args.load_in_4bit
+    eight = as_trained and bool(trained.get("load_in_8bit"))
+    if not (four or eight):
+        return None
+    return {
+        "load_in_4bit": four,
+        "load_in_8bit": eight,
+        "quant_type": trained.get("bnb_4bit_quant_type") or "nf4",
+        "nested": bool(trained.get("use_bnb_nested_quant")),
+        "storage": trained.get("bnb_4bit_quant_storage"),
+    }
+
+
+class TwoModels:
+    """The two loaded models under one tokenizer: `with models.base() as model`, `with models.tuned() as model`.
+
+    With an adapter there is one set of weights, and the base is the tuned model with its adapter switched off.
+    """
+
+    sides = ("base", "tuned")
+
+    def __init__(self, comparison: Comparison):
+        import torch
+
+        args, trained = comparison.args, comparison.trained
+        self.comparison = comparison
+        # A run that trained under autocast is evaluated under it, so that its own figures come out again.
+        own = trained.get("dtype") if trained.get("dtype") not in (None, "auto") else None
+        compute = "bfloat16" if trained.get("bf16") else "float16" if trained.get("fp16") else None
+        self.autocast = getattr(torch, compute) if compute and args.dtype is None else None
+        self.dtype = args.dtype or own or ("bfloat16" if torch.cuda.is_available() and not trained else "float32")
+        self.quantized = _quantized(args, trained)
+        home = tokenizer_home(comparison.base, args.base_revision, comparison.adapter)
+        self.tokenizer = load_tokenizer(*home, args.chat_template_path, trust_remote_code=args.trust_remote_code)
+        if comparison.tuned:
+            self._refuse_other_tokenizer()
+        self._base, self._tuned, self.shares_prompts = None, None, False
+
+    def _refuse_other_tokenizer(self) -> None:
+        """Both models must read the same token ids."""
+        tuned = load_tokenizer(
+            self.comparison.tuned, self.comparison.args.tuned_revision, self.comparison.args.chat_template_path
+        )
+        if tuned.get_vocab() != self.tokenizer.get_vocab():
+            raise UserError(
+                f"{self.comparison.tuned} and {self.comparison.base} have different vocabularies, so they cannot read"
+                " the same token ids: compare models that share a tokenizer"
+            )
+
+    def load(self) -> "TwoModels":
+        """Load the weights, once, in eval mode, with the log-probability head, LoRA in place and shared prompts."""
+        from preflab.models.fast import fused_lora, shared_prompt
+        from preflab.models.logprobs import attach_head
+
+        if self._base is None:
+            args, c = self.comparison.args, self.comparison
+            self._tuned = self.load_one(*c.weights("tuned"))
+            self._base = self._tuned if c.adapter else self.load_one(*c.weights("base"))
+            if c.base_adapter:
+                self._base.load_adapter(c.base_adapter, adapter_name=BASE_ADAPTER)
+                self._base.eval()
+            for model in (self._base, self._tuned):
+                attach_head(model)
+                fused_lora.attach(model)
+            known = [args.shared_prompt and shared_prompt.attach_if_known(model) for model in (self._base, self._tuned)]
+            self.shares_prompts = all(known)
+        return self
+
+    def load_one(self, name: str, revision: str | None = None, adapter: str | None = None, quantized: bool = True):
+        """One model in this comparison's precision, on this process's device, in eval mode."""
+        import torch
+
+        args = self.comparison.args
+        compute, config = self.autocast or getattr(torch, self.dtype), None
+        if self.quantized and quantized:
+            config = quantization(**self.quantized, compute_dtype=compute)
+        model = load_model(
+            name,
+            revision,
+            self.dtype,
+            args.attn_implementation,
+            config,
+            adapter,
+            trust_remote_code=args.trust_remote_code,
+        )
+        return (model if config else model.to(self.device)).eval()
+
+    def unload(self) -> None:
+        """Let the weights go, so that a judge finds room."""
+        import gc
+
+        import torch
+
+        self._base = self._tuned = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    @property
+    def is_float32(self) -> bool:
+        """Whether every matrix product runs in float32."""
+        return self.dtype == "float32" and self.autocast is None and not self.quantized
+
+    @property
+    def device(self):
+        from accelerate import PartialState
+
+        return PartialState().device
+
+    def autocasting(self):
+        """The run's autocast, where it trained under one."""
+        import torch
+
+        return torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None)
+
+    @contextmanager
+    def base(self):
+        """The base model, the tuned one's adapter switched off."""
+        from trl.trainer.utils import use_adapter
+
+        own = BASE_ADAPTER if self.comparison.base_adapter else None
+        with use_adapter(self._base, own) if self.comparison.adapter else nullcontext(), self.autocasting():
+            yield self._base
+
+    @contextmanager
+    def tuned(self):
+        """The tuned model."""
+        with self.autocasting():
+            yield self._tuned
+
+    def side(self, name: str):
+        """`base()` or `tuned()` by name."""
+        return getattr(self, name)()
+
+    def identity(self, side: str) -> dict:
+        """What identifies one side's figures before its weights are loaded: names, hashes, precision, template."""
+        return self.identity_of(*self.comparison.weights(side), self.tokenizer)
+
+    def identity_of(self, name: str, revision, adapter: str | None, tokenizer, quantized: bool = True) -> dict:
+        """What identifies the figures of a model that `load_one` loads."""
+        return {
+            **identify(name, tokenizer, revision),
+            "asked_revision": revision,
+            "adapter_sha256": adapter_sha256(adapter) if adapter else None,
+            "dtype": self.dtype,
+            "autocast": None if self.autocast is None else str(self.autocast).removeprefix("torch."),
+            "quantized": self.quantized if quantized else None,
+            "attn_implementation": self.comparison.args.attn_implementation,
+        }
+
+    def describe(self) -> dict:
+        """The `model` section of an artifact."""
+        base, tuned = self.identity("base"), self.identity("tuned")
+        names = self.comparison.names
+        return {"base": {**base, "name": names["base"]}, "tuned": {**tuned, "name": names["tuned"]}}

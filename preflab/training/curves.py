@@ -1,0 +1,93 @@
+"""Training curves of DPO and SFT runs."""
+
+from utils.errors import is_main_process
+from utils.plots import CHOSEN, EVAL, NEUTRAL, REJECTED, figure, save
+
+
+def _smooth(values: list[float]) -> list[float]:
+    """Running mean over a twentieth of the run, so that single steps do not hide the trend."""
+    span = max(1, len(values) // 20)
+    return [sum(values[max(0, i - span + 1) : i + 1]) / (i + 1 - max(0, i - span + 1)) for i in range(len(values))]
+
+
+def _curve(ax, rows: list[dict], key: str, colour: str, label: str) -> None:
+    """One figure of train_log.jsonl over the steps: train as a thin line with its running mean, test as dots."""
+    points = [(r["step"], r[key]) for r in rows if r["split"] == "train" and r.get(key) is not None]
+    if points:
+        x, y = zip(*points, strict=True)
+        ax.plot(x, y, color=colour, alpha=0.25, lw=0.8)
+        ax.plot(x, _smooth(y), color=colour, lw=1.8, label=f"{label}, train")
+    points = [(r["step"], r[key]) for r in rows if r["split"] == "eval" and r.get(key) is not None]
+    if points:
+        ax.plot(*zip(*points, strict=True), "o-", color=colour, mec="black", ms=5, lw=1, label=f"{label}, test")
+
+
+def _finish(ax, name: str, unit: str) -> None:
+    ax.set(title=name, xlabel="optimiser step", ylabel=unit)
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.legend(fontsize=7, framealpha=0.6)
+
+
+def _rate_and_norm(ax, train: list[dict]) -> None:
+    """Learning rate and gradient norm, an axis each."""
+    steps = [r["step"] for r in train]
+    ax.plot(steps, [r.get("learning_rate") for r in train], color=NEUTRAL, label="learning rate")
+    norm = ax.twinx()
+    norm.plot(steps, [r.get("grad_norm") for r in train], color=EVAL, lw=0.9, label="gradient norm")
+    norm.set_ylabel("gradient norm")
+    norm.grid(False)
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.set(title="Learning rate and gradient norm", xlabel="optimiser step", ylabel="learning rate")
+    lines = [*ax.get_lines(), *norm.get_lines()]
+    ax.legend(lines, [line.get_label() for line in lines], fontsize=7, framealpha=0.6)
+
+
+def instruction_curves(path, rows: list[dict], title: str) -> None:
+    """Four panels from train_log.jsonl: loss, token accuracy, entropy, learning rate and gradient norm."""
+    train = [r for r in rows if r["split"] == "train"]
+    if not train or not is_main_process():
+        return
+    fig, axes = figure(2, 2, title)
+    for ax, key, name, unit in (
+        (axes[0], "loss", "Loss", "nats a token trained on"),
+        (axes[1], "mean_token_accuracy", "Token accuracy", "share of tokens that are likeliest"),
+        (axes[2], "entropy", "Entropy of the next token", "nats"),
+    ):
+        _curve(ax, rows, key, NEUTRAL, name.split()[0].lower())
+        _finish(ax, name, unit)
+    _rate_and_norm(axes[3], train)
+    save(fig, path)
+
+
+def training_curves(path, rows: list[dict], title: str, warning: str | None = None) -> None:
+    """Six panels from train_log.jsonl: loss, accuracy, margin, rewards, log-probs, learning rate and gradient norm.
+
+    Thin lines are single logged steps, thick lines their running mean, dots the test split. Draws nothing where no
+    step was logged.
+    """
+    train = [r for r in rows if r["split"] == "train"]
+    if not train or not is_main_process():
+        return
+    fig, axes = figure(2, 3, title)
+
+    _curve(axes[0], rows, "loss", NEUTRAL, "loss")
+    _finish(axes[0], "Loss", "loss per pair")
+    _curve(axes[1], rows, "rewards/accuracies", NEUTRAL, "accuracy")
+    axes[1].axhline(0.5, color="grey", ls=":", lw=1)
+    axes[1].set_ylim(-0.02, 1.02)
+    _finish(axes[1], "Reward accuracy (chosen above rejected)", "share of pairs")
+    _curve(axes[2], rows, "rewards/margins", NEUTRAL, "margin")
+    axes[2].axhline(0, color="grey", ls=":", lw=1)
+    _finish(axes[2], "Reward margin", "chosen − rejected (beta × nats)")
+    for side, colour in (("chosen", CHOSEN), ("rejected", REJECTED)):
+        _curve(axes[3], rows, f"rewards/{side}", colour, side)
+        _curve(axes[4], rows, f"logps/{side}", colour, side)
+    axes[3].axhline(0, color="grey", ls=":", lw=1)
+    _finish(axes[3], "Rewards", "beta × log ratio (beta × nats)")
+    _finish(axes[4], "Log-probabilities", "summed over the answer (nats)")
+    _rate_and_norm(axes[5], train)
+    if warning:
+        fig.text(0.5, -0.03, f"Warning: {warning}", ha="center", color=REJECTED, fontsize=9)
+        fig.set_layout_engine("constrained", rect=(0, 0.03, 1, 0.97))
+        fig.texts[-1].set_y(0.005)
+    save(fig, path)
