@@ -34,21 +34,21 @@ from utils.errors import UserError, is_main_process, run
 
 
 def parse_arguments():
-    """(DataArguments, PreferenceConfig, ModelConfig) from YAML and command line, checked before anything is loaded."""
+    """(DataArguments, DPORunConfig, ModelConfig) from YAML and command line, checked before anything is loaded."""
     from trl import ModelConfig
 
     from preflab.data.preferences import DataArguments
-    from preflab.training.dpo_trainer import LOSS_TYPES, PreferenceConfig
+    from preflab.training.dpo_trainer import LOSS_TYPES, DPORunConfig
     from preflab.training.losses import OWN_LOSSES
-    from preflab.training.run_config import check_positive, check_run
+    from preflab.training.run_config import check_positive, check_run_config
     from utils.cli import parse
 
-    data, args, model = parse((DataArguments, PreferenceConfig, ModelConfig))
+    data, args, model = parse((DataArguments, DPORunConfig, ModelConfig))
     unknown = [loss for loss in args.loss_type if loss not in LOSS_TYPES]
     if unknown:
         raise UserError(f"--loss_type {unknown[0]}: unknown; one or several of {', '.join(LOSS_TYPES)}")
     check_positive((args, ("beta", "micro_batch_tokens")))
-    check_run(args, model)
+    check_run_config(args, model)
     data.check()
     if args.max_length is not None:
         if args.max_prompt_length is None:
@@ -113,7 +113,7 @@ def load_data(data, args, tokenizer):
             lacking = [p for p in pairs if any(w is None or not 0 <= w <= 1 for w in (p.win_chosen, p.win_rejected))]
             if lacking:
                 raise UserError(
-                    f"{lacking[0].where}: --loss_type sppo needs 'win_chosen' and 'win_rejected' (probabilities from 0"
+                    f"{lacking[0].source}: --loss_type sppo needs 'win_chosen' and 'win_rejected' (probabilities from 0"
                     f" to 1) in every row of the {name} split, and {len(lacking)} rows have none"
                 )
     return train, train_ids, test, test_ids, truncation
@@ -126,7 +126,7 @@ def build_trainer(args, model_args, start, tokenizer, train_ids, test_ids, row_l
     from trl import get_peft_config
 
     from preflab.models.loading import load_adapter, load_for_training
-    from preflab.training.dpo_trainer import PreferenceTrainer, longest_sequence
+    from preflab.training.dpo_trainer import ResumableDPOTrainer, longest_sequence
 
     if test_ids is None:
         args.eval_strategy = "no"
@@ -136,10 +136,10 @@ def build_trainer(args, model_args, start, tokenizer, train_ids, test_ids, row_l
         trained = 0 if model_args.use_peft else sum(p.numel() for p in policy.parameters())
         beside = not (model_args.use_peft or args.precompute_ref_log_probs)
         longest = cache(lambda: longest_sequence(train_ids))
-        args.decide_budget(policy, trained, longest, beside)
-        why = args.decide_checkpointing(policy, trained, longest, beside)
+        args.choose_micro_batch_tokens(policy, trained, longest, beside)
+        why = args.choose_checkpointing(policy, trained, longest, beside)
         notes += [why] if why else []
-        return PreferenceTrainer(
+        return ResumableDPOTrainer(
             # An adapter that is trained further becomes the policy; TRL freezes a copy of it as the reference.
             model=load_adapter(policy, start.adapter, is_trainable=True) if further else policy,
             # With LoRA the reference is the policy with its adapter switched off; precomputed, none is kept.
@@ -159,31 +159,31 @@ def cache_reference(trainer, args, model_args, start, tokenizer) -> dict:
     """Reference log-probabilities of all pairs, from disk where an earlier run left them; why not, where not."""
     from preflab.models.loading import describe, quantised_as
     from preflab.training import reference_cache
-    from preflab.training.run_config import say
+    from preflab.training.run_config import print_main
 
-    why = reference_cache.why_not(trainer)
+    why = reference_cache.unsupported_reason(trainer)
     if why is not None:
         return {"in_every_step_because": why}
     identity = describe(model_args.model_name_or_path, trainer.model, tokenizer, model_args.model_revision)
     quantised = {**quantised_as(model_args), "precision": args.precision}
     frozen = {"start": start.describe()} if start and start.use == "continue" else {}
     found = reference_cache.use(trainer, args.eval_out, {**identity, **quantised, **frozen})
-    say(f"reference: {found['computed']} pairs computed, {found['read']} read, {found['seconds']} s")
+    print_main(f"reference: {found['computed']} pairs computed, {found['read']} read, {found['seconds']} s")
     return found
 
 
 def evaluate(trainer, args, train, test) -> tuple[list[dict], dict]:
     """Rows and metrics of the held-out pairs: implicit rewards, the base's ranking, and what the surface gives away."""
     from preflab.evaluation.rewards import reward_metrics, reward_rows
-    from preflab.evaluation.surface_baseline import surface_scores
+    from preflab.evaluation.surface_baseline import bag_of_words_scores
 
     logged = [row["step"] for row in trainer.row_log.read() if row["split"] == "eval"]
     scores = trainer.score(trainer.eval_dataset, log=trainer.state.global_step not in logged)
     rows = reward_rows(scores, args.beta)
     texts = [[(pair.chosen, pair.rejected) for pair in split.pairs] for split in (train, test)]
     for row, pair in zip(rows, test.pairs, strict=True):
-        row.update(where=pair.where, score_chosen=pair.score_chosen, score_rejected=pair.score_rejected)
-    return rows, reward_metrics(rows, surface_scores(*texts, seed=args.seed), args.seed)
+        row.update(where=pair.source, score_chosen=pair.score_chosen, score_rejected=pair.score_rejected)
+    return rows, reward_metrics(rows, bag_of_words_scores(*texts, seed=args.seed), args.seed)
 
 
 def answer_samples(trainer, test, count: int, path) -> None:
@@ -216,12 +216,12 @@ def main():
 
     from preflab.models.card import model_card
     from preflab.models.loading import describe, load_tokenizer, locate
-    from preflab.models.start_adapter import find_start, merge
-    from preflab.training.curves import training_curves
+    from preflab.models.start_adapter import merge_start_adapter, resolve_start_adapter
+    from preflab.training.curves import dpo_curves
     from preflab.training.dpo_report import conclude
     from preflab.training.dpo_trainer import check_step0
     from preflab.training.preflight import report, run_preflight
-    from preflab.training.run_config import fit_global_batch, say, train_or_resume, training_summary
+    from preflab.training.run_config import fit_global_batch, print_main, train_or_resume, training_summary
     from preflab.training.run_folder import checkpoint_to_resume, claim_run, identity
     from preflab.training.throughput import DPO_OPERATIONS, slower_than_float32
     from utils.artifacts import (
@@ -243,15 +243,15 @@ def main():
     published = read_published(args.published, list) if args.published else None
     args.run_name = run_name(args.run_name, model_args.model_name_or_path, args.loss_type, data_args.limit)
     locate(model_args.model_name_or_path, model_args.model_revision)
-    start = find_start(args, model_args)
+    start = resolve_start_adapter(args, model_args)
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     arguments = identity([data_args, args, model_args], batch) | (start.identity() if start else {})
     claim = (args.run_name, args.output_dir, args.eval_out, arguments, args.resume, args.overwrite)
     current = on_main_process(lambda: claim_run(*claim))
     if current.finished:
         results = read_json(current.out / "train.json")
-        current.refuse_other_data(results["data"])
-        return say(
+        current.ensure_data_unchanged(results["data"])
+        return print_main(
             f"{current.folder} is finished, nothing to train; from {current.out}/train.json:\n\n{results['text']}"
         )
     checkpoint = checkpoint_to_resume(current, args.resume)
@@ -264,24 +264,24 @@ def main():
         trust_remote_code=args.trust_remote_code,
     )
     train, train_ids, test, test_ids, truncation = load_data(data_args, args, tokenizer)
-    current.pin(sha256_of(train.summary()["text_sha256"], test.summary()["text_sha256"] if test else ""))
+    current.record_data_hash(sha256_of(train.summary()["text_sha256"], test.summary()["text_sha256"] if test else ""))
     row_log = RowFile(current.out / "train_log.jsonl")
     if start and start.merged:
-        merge(start, model_args.dtype, model_args.attn_implementation, args.trust_remote_code)
+        merge_start_adapter(start, model_args.dtype, model_args.attn_implementation, args.trust_remote_code)
     trainer = build_trainer(args, model_args, start, tokenizer, train_ids, test_ids, row_log, notes)
 
     # Preflight.
-    notes += [start.told()] if start else []
+    notes += [start.summary()] if start else []
     if args.use_cpu and args.precision != "fp32":
         slow = slower_than_float32(args.dtype_name, "cpu")
         notes += [slow] if slow else []
     flight = run_preflight(trainer, args, model_args, train, train_ids, test, truncation, notes)
     write_json(current.out / "preflight.json", flight)
-    say(report(flight))
+    print_main(report(flight))
     if flight["step0"]["largest_reward"] is not None:
         check_step0(max(flight["step0"]["largest_margin"], flight["step0"]["largest_reward"]), args)
     if args.preflight_only:
-        return say(f"\npreflight only: see {current.out}/preflight.json")
+        return print_main(f"\npreflight only: see {current.out}/preflight.json")
 
     # The reference, once and for all runs; then train, and save weights and tokenizer.
     reference = cache_reference(trainer, args, model_args, start, tokenizer)
@@ -323,15 +323,15 @@ def main():
     )
     if rows:
         write_rows(current.out / "heldout_rows.jsonl", rows)
-    training_curves(current.out / "dpo_training_curves.png", row_log.read(), title, warning)
+    dpo_curves(current.out / "dpo_training_curves.png", row_log.read(), title, warning)
     write_text(
         current.folder / "README.md", model_card(summary, row_log.read(), str(current.folder), model_args.use_peft)
     )
     write_json(current.out / "train.json", summary)
     current.finish()
-    say(f"\n{text}\n\nwrote {current.folder}/ (weights, tokenizer, card) and {current.out}/:")
-    say("\n".join(f"  {path.name}" for path in sorted(current.out.iterdir())))
-    say(f"training took {trainer.seconds:.0f} s, the whole command {time.monotonic() - started:.0f} s")
+    print_main(f"\n{text}\n\nwrote {current.folder}/ (weights, tokenizer, card) and {current.out}/:")
+    print_main("\n".join(f"  {path.name}" for path in sorted(current.out.iterdir())))
+    print_main(f"training took {trainer.seconds:.0f} s, the whole command {time.monotonic() - started:.0f} s")
 
 
 if __name__ == "__main__":

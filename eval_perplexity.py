@@ -84,7 +84,7 @@ def score_pairs(comparison, models, args):
     found, speed = score_sequences(models, sequences, summed, "perplexity")
     rows = []
     for i, pair in enumerate(data.pairs):
-        row = {"set": "pairs", "row": i, "where": pair.where}
+        row = {"set": "pairs", "row": i, "where": pair.source}
         for side, k in (("chosen", 2 * i), ("rejected", 2 * i + 1)):
             for part, start in (("response", starts[k]), ("whole", 1)):
                 scored = sequences[k].ids[start:]
@@ -191,7 +191,7 @@ def main():
     comparison = resolve(comparison_args)
     check(args, comparison)
     join_processes()
-    comparison.refuse_other("perplexity", [comparison_args, args])
+    comparison.ensure_same_evaluation("perplexity", [comparison_args, args])
     models = TwoModels(comparison)
     seed = comparison_args.seed
 

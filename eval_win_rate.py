@@ -31,13 +31,13 @@ What was scored, answered or judged is kept as it comes: the same command goes o
 
 from dataclasses import dataclass
 
-from preflab.evaluation.arguments import ComparisonArguments, JudgedAnswers
+from preflab.evaluation.arguments import ComparisonArguments, JudgeArguments
 from utils.cli import option, quick_help
 from utils.errors import UserError, is_main_process, run
 
 
 @dataclass
-class WinRateArguments(JudgedAnswers):
+class WinRateArguments(JudgeArguments):
     """Keys of this script."""
 
     battle: bool = option("Compare answers under a judge instead of rewards.", False)
@@ -92,7 +92,7 @@ def implicit_rewards(comparison, models, args):
     rows = reward_rows(scores, args.beta)
     for row, pair, tokens in zip(rows, data.pairs, ids, strict=True):
         row |= {f"tokens_{part}": len(tokens[f"{part}_ids"]) for part in ("prompt", "chosen", "rejected")}
-        row |= {"where": pair.where, "score_chosen": pair.score_chosen, "score_rejected": pair.score_rejected}
+        row |= {"where": pair.source, "score_chosen": pair.score_chosen, "score_rejected": pair.score_rejected}
     return data, rows, speed, cut
 
 
@@ -132,7 +132,7 @@ def reward_mode(comparison, args, started):
     from utils.provenance import run_record
 
     models = TwoModels(comparison)
-    comparison.refuse_other("win_rate", [comparison.args, args])
+    comparison.ensure_same_evaluation("win_rate", [comparison.args, args])
     trainers = trainers_figures(args, comparison)
     bias = length_bias(comparison, models.tokenizer, args.length_bias_splits or []) if is_main_process() else {}
     data, rows, speed, cut = implicit_rewards(comparison, models, args)
@@ -175,7 +175,7 @@ def answers_and_pairings(args, comparison, models):
     """Prompts, every model's answers to them, who meets whom, and what was read: base and tuned come first."""
     from preflab.data.prompts import load_answers, load_prompts
     from preflab.evaluation.comparison import held_out_sources
-    from preflab.judging.answers import all_players, answer_everyone, answerable, given_answers
+    from preflab.judging.answers import answer_prompts_with_all, answerable, answering_models, given_answers
     from preflab.judging.battles import pairings
 
     c = comparison.args
@@ -183,9 +183,9 @@ def answers_and_pairings(args, comparison, models):
     if args.prompts is None:
         sources, _ = held_out_sources(c, comparison.trained)
     prompts, read = load_prompts(sources, args.category_key, c.limit)
-    players = all_players(models, args.models)
-    names, opponent, answers, source = [player.name for player in players], None, {}, None
-    prompts, refused = answerable(players, prompts)
+    answering = answering_models(models, args.models)
+    names, opponent, answers, source = [answerer.name for answerer in answering], None, {}, None
+    prompts, refused = answerable(answering, prompts)
     if refused:
         read["left_out"]["prompts refused by a chat template"] = refused
     if args.opponent_outputs:
@@ -196,8 +196,8 @@ def answers_and_pairings(args, comparison, models):
             read["left_out"][f"prompts without an answer of {opponent}"] = len(prompts) - len(met)
         prompts = [prompts[k] for k in met]
         answers[opponent] = given_answers([given[k] for k in met], models.tokenizer)
-    answers |= answer_everyone(models, players, prompts, args.sampling(c.seed))
-    return prompts, players, answers, pairings(names, opponent), {**read, "opponent": source}
+    answers |= answer_prompts_with_all(models, answering, prompts, args.sampling(c.seed))
+    return prompts, answering, answers, pairings(names, opponent), {**read, "opponent": source}
 
 
 def battle_mode(comparison, args, started):
@@ -206,22 +206,22 @@ def battle_mode(comparison, args, started):
 
     from preflab.evaluation.two_models import TwoModels
     from preflab.judging.battle_report import battle_figure, battle_summary, conclude
-    from preflab.judging.battles import judge_rows, two_orders
+    from preflab.judging.battles import both_orders, judge_rows
     from preflab.judging.judges import make_judge
     from utils.artifacts import all_arguments, envelope, read_published, write_json, write_rows
     from utils.provenance import run_record
 
     c, models = comparison.args, TwoModels(comparison)
-    comparison.refuse_other("battle", [c, args])
+    comparison.ensure_same_evaluation("battle", [c, args])
     published = read_published(args.published) if args.published else None
     options = args.judge_options(c)
     judges = [make_judge(spec, args.judge_prompt, options) for spec in dict.fromkeys([args.judge, "longer", "random"])]
-    prompts, players, answers, pairs, read = answers_and_pairings(args, comparison, models)
-    items, rows = two_orders(prompts, answers, pairs)
+    prompts, answering, answers, pairs, read = answers_and_pairings(args, comparison, models)
+    items, rows = both_orders(prompts, answers, pairs)
     judged = {judge.name: judge_rows(judge, items, rows, c.eval_out, c.overwrite) for judge in judges}
     if not is_main_process():
         return
-    sections = battle_summary(judged, answers, pairs, [p.name for p in players], c.seed)
+    sections = battle_summary(judged, answers, pairs, [p.name for p in answering], c.seed)
     met = f"{pairs[0][0]} vs {pairs[0][1]}" if len(pairs) == 1 else f"{len(pairs)} pairings"
     title = f"{comparison.name}: {met}, {len(prompts)} prompts, judge {judges[0].name}, both orders"
     text, verdict = conclude(sections, published, title, read)
@@ -235,7 +235,7 @@ def battle_mode(comparison, args, started):
     battle_figure(path("battle", ".png"), sections, title)
     summary = envelope(
         "battle",
-        {**models.describe(), "others": {p.name: p.identity for p in players[2:]}, "judge": judges[0].identity()},
+        {**models.describe(), "others": {p.name: p.identity for p in answering[2:]}, "judge": judges[0].identity()},
         sections.pop("metrics"),
         all_arguments([c, args]),
         run_record(c.seed, time.monotonic() - started, run_name=comparison.name, limit=c.limit),

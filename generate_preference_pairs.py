@@ -82,9 +82,17 @@ class PairArguments:
 
 
 # What moves no pair may differ between two calls that write the same files.
-FREE = {"stage", "batch_size", "batch_tokens", "overwrite", "eval_out", "engine", "trust_remote_code"}
+ARGUMENTS_NOT_IN_IDENTITY = {
+    "stage",
+    "batch_size",
+    "batch_tokens",
+    "overwrite",
+    "eval_out",
+    "engine",
+    "trust_remote_code",
+}
 # What the later stages look at; all else is the samples' business.
-OF_STAGE = {"scorer": "score", "also_score": "score", "scorer_dtype": "score", "judge_prompt": "score",
+STAGE_OF_ARGUMENT = {"scorer": "score", "also_score": "score", "scorer_dtype": "score", "judge_prompt": "score",
             "seed": "score", "shuffle_scores": "pair"}  # fmt: skip
 WRITES = {"sample": ("samples.jsonl",), "score": ("scores.jsonl",),
           "pair": ("train.jsonl", "test.jsonl", "preference_pairs.json", "preference_pairs.png")}  # fmt: skip
@@ -118,19 +126,19 @@ def output_folder(args, asked: dict):
     """
     from pathlib import Path
 
-    from utils.artifacts import check_writable, limited, read_json, write_json
+    from utils.artifacts import check_writable, read_json, with_limit_suffix, write_json
 
     check_writable(args.eval_out, "--eval_out")
-    folder = Path(args.eval_out) / limited(args.run_name, args.limit)
+    folder = Path(args.eval_out) / with_limit_suffix(args.run_name, args.limit)
     manifest = folder / "manifest.json"
     if not manifest.exists() and folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} holds files that are no pairs of this script: choose another --run_name")
     before = read_json(manifest) if manifest.exists() else {"args": asked, "stages": {}}
     # Where no stage was finished there is nothing to protect: answers and scores are kept under their own settings.
     protected = asked if before["stages"] else {}
-    changed = sorted(k for k in protected if k not in FREE and asked[k] != before["args"].get(k))
+    changed = sorted(k for k in protected if k not in ARGUMENTS_NOT_IN_IDENTITY and asked[k] != before["args"].get(k))
     first = 0 if args.stage == "all" else STAGES.index(args.stage)
-    earlier = [k for k in changed if STAGES.index(OF_STAGE.get(k, "sample")) < first]
+    earlier = [k for k in changed if STAGES.index(STAGE_OF_ARGUMENT.get(k, "sample")) < first]
     refused = earlier if args.overwrite else changed
     if refused:
         what = ", ".join(f"{k} {before['args'].get(k)!r} -> {asked[k]!r}" for k in refused[:3])
@@ -149,7 +157,7 @@ def output_folder(args, asked: dict):
 def sample(args, folder) -> dict:
     """Answer every prompt under each seed, or read the answers that the data hold; write samples.jsonl."""
     from preflab.data.prompts import load_candidates, load_prompts
-    from preflab.judging.answers import answer_each, answerable, policy_player
+    from preflab.judging.answers import answer_each, answerable, policy_model
     from preflab.models.vllm_engine import choose_engine
     from preflab.pairs.pairing import Sampled, part_of
     from utils.artifacts import write_rows
@@ -167,16 +175,16 @@ def sample(args, folder) -> dict:
     else:
         prompts, summary = load_prompts([source], limit=None if args.parts else args.limit)
         prompts = part_of(prompts, args.parts, args.part)[: args.limit]
-        player = policy_player(args)
-        prompts, refused = answerable([player], prompts)
+        answerer = policy_model(args)
+        prompts, refused = answerable([answerer], prompts)
         summary["left_out"] |= {"template_refused": refused} if refused else {}
         held_out = kept_for_testing(args, prompts)
         sampling = {key: getattr(args, key) for key in ("max_new_tokens", "temperature", "top_p")}
         engine = choose_engine(args.engine)
-        columns = answer_each(player, prompts, [{**sampling, "seed": s} for s in args.sampling_seeds], args, engine)
+        columns = answer_each(answerer, prompts, [{**sampling, "seed": s} for s in args.sampling_seeds], args, engine)
         seeded = list(zip(args.sampling_seeds, columns, strict=True))
         answers = [[{**column[k], "seed": seed} for seed, column in seeded] for k in range(len(prompts))]
-        given, model = [None] * len(prompts), {**player.identity, "engine": engine}
+        given, model = [None] * len(prompts), {**answerer.identity, "engine": engine}
     rows = [Sampled(p, a, p.key in held_out, g).row() for p, a, g in zip(prompts, answers, given, strict=True)]
     write_rows(folder / "samples.jsonl", rows)
     return {"prompts": len(prompts), "data": summary, "model": model}
@@ -341,7 +349,7 @@ def main():
 
     from preflab.models.loading import locate_adapter
     from preflab.pairs.report import conclude, pairs_figure
-    from utils.artifacts import all_arguments, envelope, limited, read_json, write_json
+    from utils.artifacts import all_arguments, envelope, read_json, with_limit_suffix, write_json
     from utils.cli import parse, run_name
     from utils.distributed import join_processes, on_main_process, quiet_libraries
     from utils.provenance import run_record
@@ -388,7 +396,7 @@ def main():
         return print(f"{args.stage}: done, see {folder}/manifest.json")
 
     # Write and tell.
-    title = f"{limited(args.run_name, args.limit)}: pairs ranked by {args.scorer}"
+    title = f"{with_limit_suffix(args.run_name, args.limit)}: pairs ranked by {args.scorer}"
     text, verdict = conclude(sections, title)
     metrics = {**sections["sampling"], **{k: m for k, m in sections["pairs"].items()}}
     metrics |= {f"{name}/{k}": m for name, found in sections["agreement"].items() for k, m in found.items()}

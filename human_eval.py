@@ -29,13 +29,13 @@ page again, so that votes stay good.
 
 from dataclasses import dataclass
 
-from preflab.evaluation.arguments import Answers, ComparisonArguments
+from preflab.evaluation.arguments import ComparisonArguments, GenerationArguments
 from utils.cli import option, quick_help
 from utils.errors import UserError, is_main_process, run
 
 
 @dataclass
-class HumanEvalArguments(Answers):
+class HumanEvalArguments(GenerationArguments):
     """Keys of this script."""
 
     prompts: str = option("Prompts: a hub id, file or hf:// file.", "data/eval_prompts/reference.jsonl")
@@ -82,7 +82,7 @@ def dump(comparison_args, args, started) -> None:
     from preflab.evaluation.two_models import TwoModels
     from preflab.human.report import dumped
     from preflab.human.study import STEMS, write_study
-    from preflab.judging.answers import all_players, answer_everyone, answerable
+    from preflab.judging.answers import answer_prompts_with_all, answerable, answering_models
     from preflab.judging.battles import answer_metrics
     from utils.artifacts import all_arguments
     from utils.provenance import run_record
@@ -91,24 +91,24 @@ def dump(comparison_args, args, started) -> None:
     c, models = comparison.args, TwoModels(comparison)
     source = {"name": args.prompts, "split": args.prompts_split, "config": args.prompts_config}
     prompts, read = load_prompts([source], args.category_key, c.limit)
-    players = all_players(models, args.models)
-    prompts, refused = answerable(players, prompts)
+    answering = answering_models(models, args.models)
+    prompts, refused = answerable(answering, prompts)
     if refused:
         read["left_out"]["prompts refused by a chat template"] = refused
-    answers = answer_everyone(models, players, prompts, args.sampling(c.seed))
+    answers = answer_prompts_with_all(models, answering, prompts, args.sampling(c.seed))
     if not is_main_process():
         return
 
     metrics = {name: answer_metrics(found, c.seed) for name, found in answers.items()}
     about = {
         "stage": "human_eval_dump",
-        "model": {**models.describe(), "others": {p.name: p.identity for p in players[2:]}},
+        "model": {**models.describe(), "others": {p.name: p.identity for p in answering[2:]}},
         "sampling": args.sampling(c.seed),
         "metrics": metrics,
         "args": all_arguments([c, args]),
         "run": run_record(c.seed, time.monotonic() - started, run_name=comparison.name, limit=c.limit),
         "data": read,
-        "prompts": [{"where": p.where, "uid": p.uid, "category": p.category} for p in prompts],
+        "prompts": [{"where": p.source, "uid": p.uid, "category": p.category} for p in prompts],
         "answers": {
             name: [{k: answer[k] for k in ("tokens", "finish_reason")} for answer in found]
             for name, found in answers.items()
@@ -136,8 +136,16 @@ def score(c, args, started) -> None:
     from preflab.human.report import conclude, human_eval_figure, strongest
     from preflab.human.study import find_key, read_study
     from preflab.human.votes import read_votes, unblind
-    from utils.artifacts import all_arguments, check_writable, envelope, limited, write_json, write_rows, write_text
-    from utils.provenance import run_record, sha256_of_files, tidy
+    from utils.artifacts import (
+        all_arguments,
+        check_writable,
+        envelope,
+        with_limit_suffix,
+        write_json,
+        write_rows,
+        write_text,
+    )
+    from utils.provenance import run_record, sha256_of_files, shorten_paths
 
     exports = read_votes(args.score)
     first = next(iter(exports.values()))
@@ -153,10 +161,12 @@ def score(c, args, started) -> None:
     text, verdict = conclude(sections, title)
 
     def path(stem, suffix):
-        return Path(out) / f"{limited('human_eval', key['limit'])}{stem}{suffix}"
+        return Path(out) / f"{with_limit_suffix('human_eval', key['limit'])}{stem}{suffix}"
 
-    votes = {tidy(f): {"annotator": e["annotator"], "sha256": sha256_of_files([f])} for f, e in exports.items()}
-    refuse_fewer(path("", ".json"), votes, c.overwrite)
+    votes = {
+        shorten_paths(f): {"annotator": e["annotator"], "sha256": sha256_of_files([f])} for f, e in exports.items()
+    }
+    ensure_no_votes_lost(path("", ".json"), votes, c.overwrite)
     write_rows(path("_rows", ".jsonl"), rows)
     write_text(path("_strongest", ".md"), strongest(rows, candidates, title))
     human_eval_figure(path("", ".png"), sections, title)
@@ -180,7 +190,7 @@ def score(c, args, started) -> None:
     print(f"\nwrote {', '.join(map(str, written))}")
 
 
-def refuse_fewer(path, votes: dict, overwrite: bool) -> None:
+def ensure_no_votes_lost(path, votes: dict, overwrite: bool) -> None:
     """Refuse to replace a score that counts people whom this one leaves out."""
     from utils.artifacts import read_json
 

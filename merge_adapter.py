@@ -113,7 +113,7 @@ def main():
     rows = [
         {
             "row": i,
-            "where": pair.where,
+            "where": pair.source,
             "adapter": dict(zip(SIDES, one, strict=True)),
             "merged": dict(zip(SIDES, other, strict=True)),
         }

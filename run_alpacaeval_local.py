@@ -27,13 +27,13 @@ Every stage keeps what it did: the same command goes on where another call stopp
 
 from dataclasses import dataclass
 
-from preflab.evaluation.arguments import ComparisonArguments, JudgedAnswers
+from preflab.evaluation.arguments import ComparisonArguments, JudgeArguments
 from utils.cli import option, quick_help
 from utils.errors import UserError, is_main_process, run
 
 
 @dataclass
-class AlpacaEvalArguments(JudgedAnswers):
+class AlpacaEvalArguments(JudgeArguments):
     """Keys of this script."""
 
     stage: str = option("generate, judge, score or all.", "all", choices=["generate", "judge", "score", "all"])
@@ -68,28 +68,28 @@ def generate(comparison, args, reference, folder) -> None:
     from preflab.alpacaeval.files import write_outputs
     from preflab.data.prompts import Prompt
     from preflab.evaluation.two_models import TwoModels
-    from preflab.judging.answers import answer_all, answerable, comparison_players, refuse_equal
+    from preflab.judging.answers import answer_all, answerable, base_and_tuned, ensure_adapter_applied
     from preflab.models.vllm_engine import choose_engine
 
     c, models = comparison.args, TwoModels(comparison)
     prompts = [Prompt([{"role": "user", "content": row["instruction"]}], row["where"]) for row in reference]
-    players = comparison_players(models)
-    _, refused = answerable(players, prompts)
+    answering = base_and_tuned(models)
+    _, refused = answerable(answering, prompts)
     if refused:
         raise UserError(
             f"the chat template refuses {refused} of {len(prompts)} instructions; choose other instructions"
         )
     sampling = args.sampling(c.seed)
     engine, answers, seconds = choose_engine(args.engine, models), {}, {}
-    for player in players:
+    for answerer in answering:
         started = time.monotonic()
-        answers[player.name] = answer_all(player, prompts, sampling, c, engine)
-        seconds[player.name] = round(time.monotonic() - started, 1)
-    refuse_equal(answers)
+        answers[answerer.name] = answer_all(answerer, prompts, sampling, c, engine)
+        seconds[answerer.name] = round(time.monotonic() - started, 1)
+    ensure_adapter_applied(answers)
     names = comparison.names
-    for player in players:
-        made_by = {**player.identity, **sampling, "engine": engine, "seconds": seconds[player.name]}
-        write_outputs(folder, player.name, names[player.name], reference, answers[player.name], made_by)
+    for answerer in answering:
+        made_by = {**answerer.identity, **sampling, "engine": engine, "seconds": seconds[answerer.name]}
+        write_outputs(folder, answerer.name, names[answerer.name], reference, answers[answerer.name], made_by)
     models.unload()
 
 
@@ -179,7 +179,7 @@ def score(comparison, args, rows, folder, started) -> None:
     """Rates, intervals, table and files from the annotations that are there."""
     import time
 
-    from preflab.alpacaeval.files import about, read_annotations, refuse_mixture, write_llm_comparator, write_samples
+    from preflab.alpacaeval.files import about, ensure_same_judge, read_annotations, write_llm_comparator, write_samples
     from preflab.alpacaeval.report import alpacaeval_figure, conclude, leaderboard, summarise
     from utils.artifacts import all_arguments, envelope, read_json, write_json, write_text
     from utils.provenance import run_record
@@ -189,7 +189,7 @@ def score(comparison, args, rows, folder, started) -> None:
     found = {name: read_annotations(folder / f"annotations_{name}.json") for name in names}
     audit_file = folder / "judge_audit.json"
     audit = read_json(audit_file) if audit_file.exists() and args.audit_limit else None
-    refuse_mixture(folder, names, audit)
+    ensure_same_judge(folder, names, audit)
     sides = {name: found.pop(name) for name in ("base", "tuned")}
     figures = summarise(sides, found, c.eval_out, c.seed, args.lc_resamples)
     made_by = {name: about(folder / f"annotations_{name}.json") for name in sides}
@@ -243,7 +243,7 @@ def main():
     from preflab.alpacaeval.files import read_reference
     from preflab.alpacaeval.report import published
     from preflab.evaluation.comparison import resolve
-    from utils.artifacts import limited
+    from utils.artifacts import with_limit_suffix
     from utils.cli import parse
     from utils.distributed import join_processes, quiet_libraries
 
@@ -256,7 +256,7 @@ def main():
     if args.annotations:
         return score_file(args, comparison_args) if is_main_process() else None
     comparison = resolve(comparison_args)
-    folder = comparison.out / limited("alpacaeval", comparison_args.limit)
+    folder = comparison.out / with_limit_suffix("alpacaeval", comparison_args.limit)
     reference, rows = read_reference(args.reference, comparison_args.limit), published(args.published)
     judges_now = args.stage in ("judge", "all")
     asked = alpaca_judge(args.judge, args.judge_options(comparison_args)) if judges_now else None

@@ -33,16 +33,16 @@ from utils.errors import UserError, is_main_process, run
 
 
 def parse_arguments():
-    """(InstructionArguments, InstructionConfig, ModelConfig) from YAML and command line, checked before loading."""
+    """(SFTArguments, SFTRunConfig, ModelConfig) from YAML and command line, checked before loading."""
     from trl import ModelConfig
 
-    from preflab.data.conversations import InstructionArguments
-    from preflab.training.run_config import check_run
-    from preflab.training.sft_trainer import InstructionConfig
+    from preflab.data.conversations import SFTArguments
+    from preflab.training.run_config import check_run_config
+    from preflab.training.sft_trainer import SFTRunConfig
     from utils.cli import parse
 
-    data, args, model = parse((InstructionArguments, InstructionConfig, ModelConfig))
-    check_run(args, model)
+    data, args, model = parse((SFTArguments, SFTRunConfig, ModelConfig))
+    check_run_config(args, model)
     data.check()
     if args.packing and args.max_length is None:
         raise UserError("--packing needs --max_length: the tokens of a packed row")
@@ -71,7 +71,7 @@ def load_data(data, args, tokenizer):
     """Read and tokenise both splits.
 
     Returns:
-        (train, train_ids, test, test_ids, counts): InstructionData and Dataset a split (test: None where there is
+        (train, train_ids, test, test_ids, counts): ConversationData and Dataset a split (test: None where there is
         none), and the train split's counts.
     """
     from preflab.data.conversations import hold_out, load_conversations, tokenize
@@ -96,7 +96,7 @@ def build_trainer(args, model_args, start, tokenizer, train_ids, test_ids, row_l
     from trl import get_peft_config
 
     from preflab.models.loading import load_adapter, load_for_training
-    from preflab.training.sft_trainer import InstructionTrainer, longest_row
+    from preflab.training.sft_trainer import ResumableSFTTrainer, longest_row
 
     if test_ids is None:
         args.eval_strategy = "no"
@@ -104,9 +104,9 @@ def build_trainer(args, model_args, start, tokenizer, train_ids, test_ids, row_l
     try:
         model = load_for_training(args, model_args)
         trained = 0 if model_args.use_peft else sum(p.numel() for p in model.parameters())
-        why = args.decide_checkpointing(model, trained, lambda: longest_row(train_ids), False)
+        why = args.choose_checkpointing(model, trained, lambda: longest_row(train_ids), False)
         notes += [why] if why else []
-        return InstructionTrainer(
+        return ResumableSFTTrainer(
             model=load_adapter(model, start.adapter, is_trainable=True) if further else model,
             args=args,
             train_dataset=train_ids,
@@ -134,9 +134,9 @@ def main():
     from preflab.data.chat_template import ChatRenderer
     from preflab.models.card import model_card
     from preflab.models.loading import describe, load_tokenizer, locate, quantised_as
-    from preflab.models.start_adapter import as_reference, find_start, keep_reference, merge
-    from preflab.training.curves import instruction_curves
-    from preflab.training.run_config import fit_global_batch, say, train_or_resume, training_summary
+    from preflab.models.start_adapter import as_reference, keep_reference, merge_start_adapter, resolve_start_adapter
+    from preflab.training.curves import sft_curves
+    from preflab.training.run_config import fit_global_batch, print_main, train_or_resume, training_summary
     from preflab.training.run_folder import checkpoint_to_resume, claim_run, identity
     from preflab.training.samples import write_samples
     from preflab.training.sft_preflight import report, run_preflight
@@ -161,15 +161,15 @@ def main():
     published = read_published(args.published, list) if args.published else None
     args.run_name = run_name(args.run_name, model_args.model_name_or_path, ["sft"], data_args.limit)
     locate(model_args.model_name_or_path, model_args.model_revision)
-    start = find_start(args, model_args)
+    start = resolve_start_adapter(args, model_args)
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     arguments = identity([data_args, args, model_args], batch) | (start.identity() if start else {})
     claim = (args.run_name, args.output_dir, args.eval_out, arguments, args.resume, args.overwrite)
     current = on_main_process(lambda: claim_run(*claim))
     if current.finished:
         results = read_json(current.out / "train.json")
-        current.refuse_other_data(results["data"])
-        return say(
+        current.ensure_data_unchanged(results["data"])
+        return print_main(
             f"{current.folder} is finished, nothing to train; from {current.out}/train.json:\n\n{results['text']}"
         )
     checkpoint = checkpoint_to_resume(current, args.resume)
@@ -182,22 +182,22 @@ def main():
         trust_remote_code=args.trust_remote_code,
     )
     train, train_ids, test, test_ids, counts = load_data(data_args, args, tokenizer)
-    current.pin(sha256_of(train.summary()["text_sha256"], test.summary()["text_sha256"] if test else ""))
+    current.record_data_hash(sha256_of(train.summary()["text_sha256"], test.summary()["text_sha256"] if test else ""))
     row_log = RowFile(current.out / "train_log.jsonl")
     if start and start.merged:
-        merge(start, model_args.dtype, model_args.attn_implementation, args.trust_remote_code)
+        merge_start_adapter(start, model_args.dtype, model_args.attn_implementation, args.trust_remote_code)
     trainer = build_trainer(args, model_args, start, tokenizer, train_ids, test_ids, row_log, notes)
 
     # Preflight.
-    notes += [start.told()] if start else []
+    notes += [start.summary()] if start else []
     if args.use_cpu and args.precision != "fp32":
         slow = slower_than_float32(args.dtype_name, "cpu")
         notes += [slow] if slow else []
     flight = run_preflight(trainer, args, model_args, train, train_ids, test, counts, notes)
     write_json(current.out / "preflight.json", flight)
-    say(report(flight, data_args.loss_on))
+    print_main(report(flight, data_args.loss_on))
     if args.preflight_only:
-        return say(f"\npreflight only: see {current.out}/preflight.json")
+        return print_main(f"\npreflight only: see {current.out}/preflight.json")
 
     # The base's figures, before a weight moves; then train, and save weights and tokenizer.
     base = None
@@ -246,15 +246,15 @@ def main():
     )
     if rows:
         write_rows(current.out / "heldout_rows.jsonl", rows)
-    instruction_curves(current.out / "sft_training_curves.png", row_log.read(), title)
+    sft_curves(current.out / "sft_training_curves.png", row_log.read(), title)
     write_text(
         current.folder / "README.md", model_card(summary, row_log.read(), str(current.folder), model_args.use_peft)
     )
     write_json(current.out / "train.json", summary)
     current.finish()
-    say(f"\n{text}\n\nwrote {current.folder}/ (weights, tokenizer, card) and {current.out}/:")
-    say("\n".join(f"  {path.name}" for path in sorted(current.out.iterdir())))
-    say(f"training took {trainer.seconds:.0f} s, the whole command {time.monotonic() - started:.0f} s")
+    print_main(f"\n{text}\n\nwrote {current.folder}/ (weights, tokenizer, card) and {current.out}/:")
+    print_main("\n".join(f"  {path.name}" for path in sorted(current.out.iterdir())))
+    print_main(f"training took {trainer.seconds:.0f} s, the whole command {time.monotonic() - started:.0f} s")
 
 
 if __name__ == "__main__":

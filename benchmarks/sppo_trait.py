@@ -111,7 +111,7 @@ def trait(args, prompts, adapter: Path | None):
     import numpy as np
     import yaml
 
-    from preflab.judging.answers import answer_each, policy_player
+    from preflab.judging.answers import answer_each, policy_model
 
     sampling = yaml.safe_load((ROOT / "configs" / "pairs" / f"{args.name}.yaml").read_text())
     first = yaml.safe_load((ROOT / "configs" / f"{args.name}-iter1.yaml").read_text())
@@ -126,7 +126,7 @@ def trait(args, prompts, adapter: Path | None):
     asked = SimpleNamespace(**wanted)
     settings = {key: sampling[key] for key in ("max_new_tokens", "temperature", "top_p")}
     seeded = [{**settings, "seed": 77 + s} for s in range(args.samples)]
-    answers = answer_each(policy_player(asked), prompts, seeded, asked)
+    answers = answer_each(policy_model(asked), prompts, seeded, asked)
     return np.array([[letters_per_word(a["text"]) for a in one] for one in answers]).mean(0)
 
 

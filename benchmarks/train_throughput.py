@@ -97,7 +97,7 @@ def one_way(args) -> dict:
 
     from benchmarks.profile import time_by_kind
     from preflab.data.preferences import load_pairs, tokenize
-    from preflab.training.dpo_trainer import PreferenceConfig, PreferenceTrainer, longest_sequence
+    from preflab.training.dpo_trainer import DPORunConfig, ResumableDPOTrainer, longest_sequence
     from utils.artifacts import RowFile
     from utils.provenance import peak_memory_gib
 
@@ -147,9 +147,9 @@ def one_way(args) -> dict:
         trainer = Stock(model, args=DPOConfig(**settings), **common)
     else:
         log = RowFile(Path(folder) / "log.jsonl")
-        config = PreferenceConfig(**settings, micro_batch_tokens=args.micro_batch_tokens)
-        config.decide_budget(model, 0 if peft else backbone, lambda: longest_sequence(ids), peft is None)
-        trainer = PreferenceTrainer(model, args=config, row_log=log, **common)
+        config = DPORunConfig(**settings, micro_batch_tokens=args.micro_batch_tokens)
+        config.choose_micro_batch_tokens(model, 0 if peft else backbone, lambda: longest_sequence(ids), peft is None)
+        trainer = ResumableDPOTrainer(model, args=config, row_log=log, **common)
     clock = Clock()
     trainer.add_callback(clock)
     trainer.train()

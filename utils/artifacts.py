@@ -128,7 +128,7 @@ class RowFile:
             write_rows(self.path, [row for row in self.read() if wanted(row)])
 
 
-def limited(stem: str, limit: int | None) -> str:
+def with_limit_suffix(stem: str, limit: int | None) -> str:
     """`stem`, marked where a run saw only `limit` rows, so that a trial run cannot pass for a real one."""
     return stem if limit is None else f"{stem}_LIMIT{limit}"
 

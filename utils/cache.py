@@ -11,12 +11,12 @@ from utils.provenance import sha256_of
 EMPTIED: set[Path] = set()
 
 
-class Ledger:
+class ResultCache:
     """Finished items below `<eval_out>/.cache/<kind>-<hash>/`, one JSON line each, one file a process.
 
     The folder's name hashes what the items depend on (`identity`: weights, data, settings), so that an item is never
     taken for that of another question; `identity.json` holds it in words. `before` holds what was finished when the
-    ledger was opened, alike on every process.
+    cache was opened, alike on every process.
     """
 
     def __init__(self, eval_out: str | os.PathLike, kind: str, identity: dict, overwrite: bool = False):
@@ -30,7 +30,7 @@ class Ledger:
             broadcast_object_list(name)
         self.folder = Path(eval_out) / ".cache" / name[0]
         if self.state.is_main_process:
-            # Once a call: base and tuned may share a judge's ledger, and the second must not undo the first.
+            # Once a call: base and tuned may share a judge's cache, and the second must not undo the first.
             if overwrite and self.folder.resolve() not in EMPTIED:
                 shutil.rmtree(self.folder, ignore_errors=True)
                 EMPTIED.add(self.folder.resolve())
@@ -63,6 +63,6 @@ class Ledger:
         return self.read()
 
 
-def key_of(*parts) -> str:
+def cache_key(*parts) -> str:
     """A short key of JSON values."""
     return sha256_of(*(json.dumps(part, sort_keys=True, ensure_ascii=False) for part in parts))[:24]

@@ -9,7 +9,7 @@ import typing
 from dataclasses import field
 from pathlib import Path
 
-from utils.artifacts import limited
+from utils.artifacts import with_limit_suffix
 from utils.errors import UserError
 
 
@@ -157,7 +157,7 @@ def run_name(asked: str | None, model_name: str, loss_type: list[str], limit: in
     name = name or f"{Path(model_name.split(':')[-1]).name}-{'-'.join(loss_type)}"
     if "/" in name or name.startswith("."):
         raise UserError(f"--run_name {name}: give a plain name, without / and without a leading dot")
-    return limited(name, limit)
+    return with_limit_suffix(name, limit)
 
 
 def option(text: str, default=None, **extra):

@@ -76,21 +76,21 @@ def peak_memory_gib() -> dict:
     return peak
 
 
-def tidy(text) -> str:
+def shorten_paths(text) -> str:
     """`text` with paths below the repository written relative to it, and those below the home folder with a tilde."""
     return str(text).replace(str(ROOT) + os.sep, "").replace(str(Path.home()) + os.sep, f"~{os.sep}")
 
 
-def tidy_argv() -> list[str]:
+def command_line() -> list[str]:
     """The command line, with tidy paths."""
-    return [tidy(a) for a in [Path(sys.argv[0]).name, *sys.argv[1:]]]
+    return [shorten_paths(a) for a in [Path(sys.argv[0]).name, *sys.argv[1:]]]
 
 
 def run_record(seed: int, wall_seconds: float, **extra) -> dict:
     """The envelope's `run`: commit, command, seed, versions, hardware, processes, UTC time and wall time in seconds."""
     return {
         "git_commit": git_commit(),
-        "command": tidy_argv(),
+        "command": command_line(),
         "seed": seed,
         "versions": versions(),
         "hardware": hardware(),

@@ -89,7 +89,7 @@ def rank_correlation(rows) -> float:
     return float(np.corrcoef(a, b)[0, 1]) if np.ptp(a) and np.ptp(b) else float("nan")
 
 
-def ranked_right(chosen, rejected) -> np.ndarray:
+def pairwise_correct(chosen, rejected) -> np.ndarray:
     """Per row: 1 where chosen scores above rejected, 0 where below, 0.5 where they tie. Shape (n,)."""
     chosen, rejected = np.asarray(chosen, dtype=np.float64), np.asarray(rejected, dtype=np.float64)
     return 0.5 * ((chosen > rejected).astype(float) + (chosen >= rejected).astype(float))

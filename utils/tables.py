@@ -1,11 +1,87 @@
-"""The one table that a script prints: base beside tuned, figures with errors, differences with intervals."""
+"""Printed tables: aligned text of at most 100 columns, Markdown, and metrics with errors and intervals."""
+
+import os
+import shutil
+
+WIDTH = 100
+GAP = "  "
 
 
-def render(title: str, lines: list[tuple]) -> str:
-    """Aligned columns under `title`; the first line is the head."""
+def terminal_width() -> int:
+    """Columns that a table may take: the terminal's, at most 100; 100 where the output is not a terminal."""
+    return min(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns) if os.isatty(1) else WIDTH
+
+
+def render(title: str, lines: list[tuple], width: int | None = None) -> str:
+    """Aligned columns under `title`, at most `width` characters wide; the first line is the head.
+
+    Where a table is too wide, its widest columns wrap at spaces: headings first, then cells.
+
+    Args:
+        lines: tuples of equal length, one text per column.
+        width: default `terminal_width()`.
+    """
+    width = width or terminal_width()
+    limits = _column_widths(lines, width - len(GAP) * (len(lines[0]) - 1))
+    rows = [_wrapped_row(line, limits) for line in lines]
+    longest = max(len(text) for row in rows for text in row)
+    head = "\n".join(rows[0])
+    body = "\n".join(text for row in rows[1:] for text in row)
+    return "\n".join([*_wrap(title, width), "-" * longest, head, "-" * longest, *([body] if body else [])])
+
+
+def _column_widths(lines: list[tuple], room: int) -> list[int]:
+    """The width of each column, so that together they take at most `room` characters where words allow it."""
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    text = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines]
-    return "\n".join([title, "-" * len(text[0]), text[0], "-" * len(text[0]), *text[1:]])
+    # A column cannot be narrower than its longest word. Headings wrap before cells do.
+    cells = [max([1, *(len(line[i]) for line in lines[1:])]) for i in range(len(widths))]
+    words = [max([1, *(len(word) for line in lines for word in _words(line[i]))]) for i in range(len(widths))]
+    for floors in ([max(c, w) for c, w in zip(cells, words, strict=True)], words):
+        while sum(widths) > room:
+            spare = [w - floor for w, floor in zip(widths, floors, strict=True)]
+            if max(spare) <= 0:
+                break
+            # Shrink the widest column that can still shrink.
+            widest = max((w, i) for i, w in enumerate(widths) if spare[i] > 0)[1]
+            widths[widest] -= 1
+    return widths
+
+
+def _words(text: str) -> list[str]:
+    """The pieces at which a cell may break: a bracketed interval and `± error` stay in one piece."""
+    pieces: list[str] = []
+    for word in text.split(" "):
+        open_interval = pieces and pieces[-1].count("[") > pieces[-1].count("]")
+        if open_interval or (pieces and pieces[-1].endswith("±")):
+            pieces[-1] += f" {word}"
+        else:
+            pieces.append(word)
+    return pieces
+
+
+def _wrap(text: str, width: int) -> list[str]:
+    """`text` in lines of at most `width` characters, broken between words."""
+    if len(text) <= width:
+        return [text]
+    indent = " " * (len(text) - len(text.lstrip(" ")))
+    lines: list[str] = []
+    for word in _words(text.strip(" ")):
+        if lines and len(lines[-1]) + 1 + len(word) <= width:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(indent + word)
+    return lines
+
+
+def _wrapped_row(line: tuple, widths: list[int]) -> list[str]:
+    """One table row as one or more lines of text."""
+    columns = [_wrap(text, width) for text, width in zip(line, widths, strict=True)]
+    height = max(map(len, columns))
+    padded = [[*lines, *[""] * (height - len(lines))] for lines in columns]
+    return [
+        GAP.join(lines[k].ljust(width) for lines, width in zip(padded, widths, strict=True)).rstrip()
+        for k in range(height)
+    ]
 
 
 def cell(m: dict, scale: float = 1, digits: int = 1) -> str:

@@ -173,7 +173,7 @@ def write_annotations(folder: Path, name: str, annotations: list[dict], made_by:
     write_json(folder / f"annotations_{name}.about.json", made_by)
 
 
-def refuse_mixture(folder: Path, names: list[str], audit: dict | None) -> None:
+def ensure_same_judge(folder: Path, names: list[str], audit: dict | None) -> None:
     """Raise UserError where the folder's annotations are of different judges, orders, references or outputs."""
     made = {name: about(folder / f"annotations_{name}.json") for name in names}
     first = made[names[0]]

@@ -16,7 +16,7 @@ ROLES = {"system": "system", "user": "user", "assistant": "assistant", "human": 
 
 
 @dataclass
-class InstructionArguments(SourceArguments):
+class SFTArguments(SourceArguments):
     """Where instructions come from, and what of them is trained on."""
 
     dataset_test_split: str | None = field(
@@ -42,7 +42,7 @@ class Conversation:
     """Turns that end with an answer. `input` is Alpaca's, apart from the instruction that is the user's turn."""
 
     messages: list[dict]
-    where: str
+    source: str
     input: str = ""
 
     @property
@@ -65,7 +65,7 @@ class Conversation:
 
 
 @dataclass
-class InstructionData:
+class ConversationData:
     """The conversations of one split, with where they came from and what was left out."""
 
     conversations: list[Conversation]
@@ -161,10 +161,10 @@ def _chat(turns, where: str) -> Conversation | str:
 # ---------------------------------------------------------------------------------------------------------- reading
 
 
-def load_conversations(sources: list[dict], limit: int | None = None) -> InstructionData:
+def load_conversations(sources: list[dict], limit: int | None = None) -> ConversationData:
     """Read and normalise the rows of one or several sources (`read_sources`), in order, up to `limit` of each."""
     read = read_sources(sources)
-    data = InstructionData([], [source for _, source in read], sum(len(rows) for rows, _ in read))
+    data = ConversationData([], [source for _, source in read], sum(len(rows) for rows, _ in read))
     for rows, _ in read:
         taken = 0
         for where, row in rows:
@@ -179,7 +179,7 @@ def load_conversations(sources: list[dict], limit: int | None = None) -> Instruc
     return data
 
 
-def hold_out(data: InstructionData, count: int) -> InstructionData | None:
+def hold_out(data: ConversationData, count: int) -> ConversationData | None:
     """Take about `count` conversations out of `data`, all of a prompt together; None for none.
 
     Which prompts those are depends on a hash of their text alone: neither on their order nor on the other rows.
@@ -198,13 +198,13 @@ def hold_out(data: InstructionData, count: int) -> InstructionData | None:
     held_out = [c for c in data.conversations if c.prompt_key in chosen]
     data.conversations = [c for c in data.conversations if c.prompt_key not in chosen]
     sources = [{**source, "held_out": f"{len(held_out)} conversations, by hash"} for source in data.sources]
-    return InstructionData(held_out, sources, len(held_out))
+    return ConversationData(held_out, sources, len(held_out))
 
 
 # ------------------------------------------------------------------------------------------------------- tokenising
 
 
-def tokenize(data: InstructionData, tokenizer, loss_on: str, max_length: int | None, desc: str = ""):
+def tokenize(data: ConversationData, tokenizer, loss_on: str, max_length: int | None, desc: str = ""):
     """Token ids of every conversation, in order, as a Dataset, and the counts that the preflight shows.
 
     Args:
@@ -231,7 +231,7 @@ def tokenize(data: InstructionData, tokenizer, loss_on: str, max_length: int | N
             try:
                 text, found = chat.answers(conversation.turns_for(chat))
             except TemplateRefused as error:
-                refusal = refusal or f"{conversation.where}: {error}"
+                refusal = refusal or f"{conversation.source}: {error}"
                 data.dropped["template_refused"] += 1
                 continue
             batch.append(conversation)

@@ -42,7 +42,7 @@ class Pair:
     score_rejected: float | None = None
     win_chosen: float | None = None
     win_rejected: float | None = None
-    where: str = ""
+    source: str = ""
 
     @property
     def prompt_text(self) -> str:
@@ -165,8 +165,8 @@ def to_pair(row: dict, where: str, plain_as_chat: bool = False) -> Pair | str:
                 prompt, chosen, rejected = chosen[:cut], chosen[cut:], rejected[cut:]
             chosen, rejected = _without_prompt(prompt, chosen, rejected)
             if plain_as_chat:
-                return Pair(chosen, rejected, messages=[{"role": "user", "content": prompt}], where=where, **scores)
-            return Pair(chosen, rejected, text=prompt, where=where, **scores)
+                return Pair(chosen, rejected, messages=[{"role": "user", "content": prompt}], source=where, **scores)
+            return Pair(chosen, rejected, text=prompt, source=where, **scores)
 
     chosen, rejected = _messages(chosen, where, "chosen"), _messages(rejected, where, "rejected")
     if isinstance(prompt, list):
@@ -191,7 +191,7 @@ def to_pair(row: dict, where: str, plain_as_chat: bool = False) -> Pair | str:
         return "diverges_before_last_turn"
     if chosen[0]["role"] != "assistant" or rejected[0]["role"] != "assistant":
         return "last_turn_not_assistant"
-    return Pair(chosen[0]["content"], rejected[0]["content"], messages=prompt, where=where, **scores)
+    return Pair(chosen[0]["content"], rejected[0]["content"], messages=prompt, source=where, **scores)
 
 
 # -------------------------------------------------------------------------------------------------------- filtering
@@ -236,7 +236,7 @@ def _drop_reason(pair: Pair, drop_ties: bool, min_score_margin: float | None) ->
         "".join((pair.prompt_text, pair.chosen, pair.rejected)).encode()
     except UnicodeEncodeError as error:
         raise UserError(
-            f"{pair.where}: text that is no valid Unicode ({error.reason}); mend or delete the row"
+            f"{pair.source}: text that is no valid Unicode ({error.reason}); mend or delete the row"
         ) from None
     if not pair.chosen.strip() or not pair.rejected.strip():
         return "empty_response"
@@ -245,7 +245,7 @@ def _drop_reason(pair: Pair, drop_ties: bool, min_score_margin: float | None) ->
     if drop_ties or min_score_margin is not None:
         if pair.score_chosen is None or pair.score_rejected is None:
             raise UserError(
-                f"{pair.where}: --drop_ties and --min_score_margin need 'score_chosen' and 'score_rejected' in each row"
+                f"{pair.source}: --drop_ties and --min_score_margin need 'score_chosen' and 'score_rejected'"
             )
         margin = pair.score_chosen - pair.score_rejected
         if drop_ties and margin == 0:
@@ -303,7 +303,7 @@ def tokenize(data: PreferenceData, tokenizer, max_length: int | None, max_prompt
                 texts += _texts(pair, chat, tokenizer)
                 batch.append(pair)
             except TemplateRefused as error:
-                refusal = refusal or f"{pair.where}: {error}"
+                refusal = refusal or f"{pair.source}: {error}"
                 data.dropped["template_refused"] += 1
         ids = _ids(batch, texts, chat, tokenizer)
         for i, pair in enumerate(batch):

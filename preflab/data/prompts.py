@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from preflab.data.preferences import to_pair
 from preflab.data.rows import read_rows
-from utils.cache import key_of
+from utils.cache import cache_key
 from utils.errors import UserError
 
 
@@ -14,14 +14,14 @@ class Prompt:
     """A conversation that ends with a user turn, where it came from, and its category where the data names one."""
 
     messages: list[dict]
-    where: str
+    source: str
     uid: str | None = None
     category: str | None = None
 
     @property
     def key(self) -> str:
         """Equal for equal conversations."""
-        return key_of(self.messages)
+        return cache_key(self.messages)
 
     @property
     def text(self) -> str:
@@ -133,7 +133,7 @@ def load_answers(name: str, prompts: list[Prompt]) -> tuple[str, list[str | None
             asked = {"messages": row["messages"][:-1]}
         asked = _conversation(asked, where) if set(asked) - {"input"} else None
         if isinstance(asked, list):
-            by_text[key_of(asked)] = answer
+            by_text[cache_key(asked)] = answer
     found = [by_uid.get(p.uid) if p.uid in by_uid else by_text.get(p.key) for p in prompts]
     if not any(answer is not None for answer in found):
         raise UserError(f"{name}: holds an answer to none of the {len(prompts)} prompts; is it of another prompt set?")

@@ -136,7 +136,7 @@ def without_overlap(train: list, test: list, policy: str, dropped: Counter) -> l
         return train
     if policy == "refuse":
         raise UserError(
-            f"{len(shared)} train prompts also stand in the test split (first: {shared[0].where}): pass"
+            f"{len(shared)} train prompts also stand in the test split (first: {shared[0].source}): pass"
             " --train_test_overlap drop to train without them, or keep to leave them in"
         )
     dropped["prompt_in_test_split" if policy == "drop" else "prompt_in_test_split_kept"] += len(shared)

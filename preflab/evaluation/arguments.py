@@ -51,7 +51,7 @@ class ComparisonArguments:
 
 
 @dataclass
-class Answers:
+class GenerationArguments:
     """How models answer prompts."""
 
     max_new_tokens: int = option("Longest answer in tokens.", 256)
@@ -76,7 +76,7 @@ class Answers:
 
 
 @dataclass
-class JudgedAnswers(Answers):
+class JudgeArguments(GenerationArguments):
     """How models answer prompts, and the judge that compares the answers."""
 
     judge: str = option(

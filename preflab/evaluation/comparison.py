@@ -15,7 +15,7 @@ from utils.artifacts import read_json
 from utils.errors import UserError, is_main_process
 
 # What changes neither a figure nor the question may differ between two calls that write the same files.
-FREE = {
+ARGUMENTS_NOT_IN_IDENTITY = {
     "batch_size", "batch_tokens", "overwrite", "checkpoints", "eval_out", "output_dir", "output_json", "run_name",
     "expected", "expected_batch_size", "expected_processes", "length_bias_splits", "published", "judge_attempts",
     "judge_timeout", "judge_concurrency", "trust_remote_code", "allow_other_base", "processes", "tensor_parallel",
@@ -49,7 +49,7 @@ class Comparison:
         base = f"{self.base} with {self.base_adapter}" if self.base_adapter else self.base
         return {"base": base, "tuned": self.adapter or self.tuned}
 
-    def refuse_other(self, stem: str, asked: list, folder: Path | None = None) -> None:
+    def ensure_same_evaluation(self, stem: str, asked: list, folder: Path | None = None) -> None:
         """Raise UserError where another evaluation's summary stands at this one's place, unless --overwrite is given.
 
         Args:
@@ -62,7 +62,7 @@ class Comparison:
         if self.args.overwrite or not path.exists():
             return
         before, now = read_json(path).get("args", {}), all_arguments(asked)
-        changed = sorted(k for k in now if k not in FREE and k in before and before[k] != now[k])
+        changed = sorted(k for k in now if k not in ARGUMENTS_NOT_IN_IDENTITY and k in before and before[k] != now[k])
         if changed:
             what = ", ".join(f"{k} {before[k]!r} -> {now[k]!r}" for k in changed[:3])
             raise UserError(
@@ -72,12 +72,12 @@ class Comparison:
 
     def path(self, stem: str, suffix: str, rows: bool = False) -> Path:
         """Where an artifact goes: `<out>/<stem>.json`, or beside --output_json; marked where --limit is on."""
-        from utils.artifacts import limited
+        from utils.artifacts import with_limit_suffix
 
         folder = self.out
         if self.args.output_json:
             folder, stem = Path(self.args.output_json).parent, Path(self.args.output_json).stem
-        return folder / f"{limited(stem, self.args.limit)}{'_rows' if rows else ''}{suffix}"
+        return folder / f"{with_limit_suffix(stem, self.args.limit)}{'_rows' if rows else ''}{suffix}"
 
 
 def resolve(args: ComparisonArguments) -> Comparison:
@@ -123,7 +123,7 @@ def resolve(args: ComparisonArguments) -> Comparison:
     args.base_adapter = locate_adapter(args.base_adapter) if args.base_adapter else str(frozen) if frozen else None
     for one in (adapter, args.base_adapter):
         if one and not args.allow_other_base:
-            _refuse_other_base(one, base)
+            _ensure_same_base(one, base)
     _fill(args, trained)
     name = args.run_name or _name_of(folder or Path(args.tuned_model))
     out = Path(args.output_dir) if args.output_dir else Path(args.eval_out) / name
@@ -216,7 +216,7 @@ def was_trained_on(args: ComparisonArguments, trained: dict) -> bool:
     return Path(str(name)).is_file() or args.split == trained.get("dataset_train_split")
 
 
-def _refuse_other_base(adapter: str, base: str) -> None:
+def _ensure_same_base(adapter: str, base: str) -> None:
     """Refuse an adapter whose config names another base: its shapes may fit, and every figure would be wrong."""
     trained_on = base_of(adapter)
     if not trained_on:

@@ -12,7 +12,7 @@ from preflab.evaluation.two_models import TwoModels
 from preflab.models.batching import pad_right, token_batches
 from preflab.models.fast.shared_prompt import pack
 from preflab.models.logprobs import captured_hidden, kl_divergence, token_logps
-from utils.cache import Ledger
+from utils.cache import ResultCache
 from utils.errors import UserError, is_main_process
 from utils.provenance import sha256_of
 
@@ -44,7 +44,7 @@ def score_sequences(models: TwoModels, sequences: list[Sequence], summarise, kin
 
     Args:
         summarise: reduces a sequence's token figures to the JSON numbers that are kept.
-        kind: names the ledger; with models, token ids and scored spans it identifies what was kept.
+        kind: names the cache; with models, token ids and scored spans it identifies what was kept.
 
     Returns:
         (rows, speed): speed holds tokens and seconds of this call's scoring, and, outside float32, by how much a
@@ -61,8 +61,8 @@ def score_sequences(models: TwoModels, sequences: list[Sequence], summarise, kin
         "ids_sha256": sha256_of(*(str(s.ids) for s in sequences)),
         "spans_sha256": sha256_of(*(f"{s.start}:{s.kl_start}" for s in sequences)),
     }
-    ledger = Ledger(args.eval_out, kind, identity, args.overwrite)
-    done = ledger.before
+    cache = ResultCache(args.eval_out, kind, identity, args.overwrite)
+    done = cache.before
     todo = [i for i in range(len(sequences)) if str(i) not in done]
     if todo:
         models.load()
@@ -72,7 +72,7 @@ def score_sequences(models: TwoModels, sequences: list[Sequence], summarise, kin
     tokens, started = sum(len(sequences[i].ids) for i in todo), time.monotonic()
     silent = not (todo and is_main_process())
     with tqdm(total=tokens, unit="tok", unit_scale=True, desc=kind, disable=silent) as bar:
-        for take in ledger.share(batches):
+        for take in cache.share(batches):
             for i, scores in zip(take, score_batch(models, [sequences[i] for i in take]), strict=True):
                 moved = float((scores.tuned - scores.base).abs().max())
                 if not math.isfinite(moved):
@@ -80,17 +80,17 @@ def score_sequences(models: TwoModels, sequences: list[Sequence], summarise, kin
                         f"{kind}: sequence {i} has a log-probability that is no number under {models.dtype}: give"
                         " --dtype bfloat16 or float32; or the weights themselves are broken"
                     )
-                ledger.add(str(i), {**summarise(i, scores), "moved": moved, "sum": float(scores.tuned.sum())})
-            done_now = ledger.state.num_processes * sum(len(sequences[i].ids) for i in take)
+                cache.add(str(i), {**summarise(i, scores), "moved": moved, "sum": float(scores.tuned.sum())})
+            done_now = cache.state.num_processes * sum(len(sequences[i].ids) for i in take)
             bar.update(min(tokens - bar.n, done_now))
     seconds = time.monotonic() - started
     if todo and not models.is_float32 and is_main_process():
         some = [todo[k] for k in range(0, len(todo), -(-len(todo) // 8))]
         alone = {i: float(score_batch(models, [sequences[i]])[0].tuned.sum()) for i in some}
-        kept = ledger.read()
+        kept = cache.read()
         spread = max((abs(alone[i] - kept[str(i)]["sum"]) for i in some if str(i) in kept), default=None)
-        ledger.add("spread", {"batch_spread_nats": spread})
-    found = ledger.gather()
+        cache.add("spread", {"batch_spread_nats": spread})
+    found = cache.gather()
     rows = [found[str(i)] for i in range(len(sequences))]
     if not any([row.pop("moved") > UNCHANGED for row in rows]):
         raise UserError(

@@ -8,7 +8,7 @@ import numpy as np
 from preflab.evaluation.rewards import reward_metrics
 from utils.artifacts import RowFile, metric, read_json
 from utils.errors import UserError
-from utils.stats import bootstrap, mcnemar, rank_correlation, ranked_right, sign_test
+from utils.stats import bootstrap, mcnemar, pairwise_correct, rank_correlation, sign_test
 
 # The names of the field's win-rate files, for the figures that training calls by the trainer's names.
 WIN_RATE_NAMES = {
@@ -46,7 +46,7 @@ def win_rate_metrics(rows: list[dict], beta: float, skipped: dict, seed: int) ->
             for row in rows
         ]
     )
-    right = ranked_right(*normalised.T)
+    right = pairwise_correct(*normalised.T)
     found |= {
         "win_rate_length_normalised": bootstrap(normalised[:, 0] > normalised[:, 1], seed),
         "win_rate_length_normalised_ties_half": bootstrap(right, seed),
@@ -103,7 +103,7 @@ def best_scale(margin: np.ndarray) -> float:
 
 def calibration_bins(margin: np.ndarray, seed: int, most: int = 10, least: int = 10) -> list[dict]:
     """Up to `most` bins of equal count over the confidence sigmoid(|margin|), each of at least `least` pairs."""
-    confidence, right = _sigmoid(np.abs(margin)), ranked_right(margin, np.zeros(len(margin)))
+    confidence, right = _sigmoid(np.abs(margin)), pairwise_correct(margin, np.zeros(len(margin)))
     count = int(np.clip(len(margin) // least, 1, most))
     found = []
     for part in np.array_split(np.argsort(confidence, kind="stable"), count):
@@ -193,8 +193,8 @@ def _quantiles(values, unit: str, among=None, parts: int = 4) -> dict:
 def _slice(rows: list[dict], mask, seed: int) -> dict:
     part = [row for row, inside in zip(rows, mask, strict=True) if inside]
     margin = margins(part)
-    right = ranked_right(margin, np.zeros(len(part)))
-    base = ranked_right([r["ref_chosen"] for r in part], [r["ref_rejected"] for r in part])
+    right = pairwise_correct(margin, np.zeros(len(part)))
+    base = pairwise_correct([r["ref_chosen"] for r in part], [r["ref_rejected"] for r in part])
     return {
         "n": len(part),
         "win_rate": bootstrap(margin > 0, seed),
@@ -222,7 +222,7 @@ def trainer_batches(count: int, batch_size: int, processes: int) -> list[list[in
 
 
 def longest_first_batches(lengths: list[int], batch_size: int, processes: int) -> list[list[int]]:
-    """The rows behind each averaged step of `PreferenceTrainer.score`: dealt out row by row, then longest first."""
+    """The rows behind each averaged step of `ResumableDPOTrainer.score`: dealt out row by row, then longest first."""
     share = -(-len(lengths) // processes)
     dealt = [
         sorted(

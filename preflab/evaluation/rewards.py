@@ -3,11 +3,11 @@
 import numpy as np
 
 from utils.artifacts import metric
-from utils.stats import bootstrap, mcnemar, ranked_right, sign_test, signed_rank
+from utils.stats import bootstrap, mcnemar, pairwise_correct, sign_test, signed_rank
 
 
 def reward_rows(scores: list[dict], beta: float) -> list[dict]:
-    """Each scored pair (`PreferenceTrainer.score`) with its rewards and margin, in beta x nats."""
+    """Each scored pair (`ResumableDPOTrainer.score`) with its rewards and margin, in beta x nats."""
     rows = []
     for s in scores:
         chosen, rejected = beta * (s["chosen"] - s["ref_chosen"]), beta * (s["rejected"] - s["ref_rejected"])
@@ -29,9 +29,9 @@ def reward_metrics(rows: list[dict], surface=None, seed: int = 42) -> dict:
     """
     columns = {key: np.array([row[key] for row in rows]) for key in rows[0]}
     zero = np.zeros(len(rows))
-    right = ranked_right(columns["margin"], zero)
-    base = ranked_right(columns["ref_chosen"], columns["ref_rejected"])
-    tuned = ranked_right(columns["chosen"], columns["rejected"])
+    right = pairwise_correct(columns["margin"], zero)
+    base = pairwise_correct(columns["ref_chosen"], columns["ref_rejected"])
+    tuned = pairwise_correct(columns["chosen"], columns["rejected"])
 
     def mean(values):
         return bootstrap(values, seed)
@@ -58,7 +58,7 @@ def reward_metrics(rows: list[dict], surface=None, seed: int = 42) -> dict:
         metrics[f"logps_{side}_difference"] = mean(np.stack([columns[side], columns[f"ref_{side}"]], 1))
         metrics[f"p_logps_{side}_difference"] = metric(signed_rank(columns[side] - columns[f"ref_{side}"]), n=len(rows))
     if surface is not None:
-        surface_right = ranked_right(surface, zero)
+        surface_right = pairwise_correct(surface, zero)
         metrics["surface_classifier_accuracy"] = mean(surface_right)
         metrics["reward_accuracy_minus_surface"] = mean(np.stack([right, surface_right], 1))
         metrics["p_reward_accuracy_is_surface"] = metric(mcnemar(right, surface_right), n=len(rows))

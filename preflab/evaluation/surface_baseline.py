@@ -3,7 +3,7 @@
 import numpy as np
 
 
-def surface_scores(train: list[tuple[str, str]], test: list[tuple[str, str]], seed: int = 42) -> np.ndarray:
+def bag_of_words_scores(train: list[tuple[str, str]], test: list[tuple[str, str]], seed: int = 42) -> np.ndarray:
     """Score of chosen over rejected on `test` by a bag-of-words and length classifier fitted on `train`.
 
     A Bradley-Terry logistic regression on the difference of word counts and of log length (no intercept, since

@@ -3,7 +3,7 @@
 from preflab.data.length_bias import sentence
 from utils.errors import is_main_process
 from utils.plots import CHOSEN, NEUTRAL, REJECTED, figure, save
-from utils.stats import ranked_right
+from utils.stats import pairwise_correct
 from utils.tables import cell, difference, estimate, render
 
 
@@ -42,7 +42,7 @@ def claim(metrics: dict) -> str:
 
 def table(metrics: dict, title: str) -> str:
     """Base beside tuned."""
-    m, chance = metrics, above_half(metrics["win_rate_ties_half"])
+    m, chance = metrics, minus_half(metrics["win_rate_ties_half"])
     lines = [
         (f"on {m['evaluated_examples']['value']} held-out pairs", "base", "tuned", "tuned - base [95% interval]"),
         (
@@ -142,8 +142,8 @@ def win_rate_figure(path, rows: list[dict], bins: list[dict], headline: str) -> 
     axes[0].set(title="Reward margins", xlabel="margin (beta × nats)", ylabel="pairs")
 
     longer = np.array([row["tokens_chosen"] - row["tokens_rejected"] for row in rows])
-    tuned = ranked_right(margin, np.zeros(len(rows)))
-    base = ranked_right([row["ref_chosen"] for row in rows], [row["ref_rejected"] for row in rows])
+    tuned = pairwise_correct(margin, np.zeros(len(rows)))
+    base = pairwise_correct([row["ref_chosen"] for row in rows], [row["ref_rejected"] for row in rows])
     parts = [p for p in np.array_split(np.argsort(longer, kind="stable"), min(8, max(1, len(rows) // 10))) if len(p)]
     for right, colour, label in ((tuned, CHOSEN, "tuned, implicit reward"), (base, NEUTRAL, "base, likelihood")):
         y, error = [right[p].mean() for p in parts], [1.96 * right[p].std() / len(p) ** 0.5 for p in parts]
@@ -167,7 +167,7 @@ def win_rate_figure(path, rows: list[dict], bins: list[dict], headline: str) -> 
     save(fig, path)
 
 
-def above_half(share: dict) -> dict:
+def minus_half(share: dict) -> dict:
     """A share's metric as its distance from 50%, the reward accuracy of the base by definition."""
     interval = [x - 0.5 for x in share["ci95"]] if share["ci95"] else None
     return {**share, "value": share["value"] - 0.5, "ci95": interval}

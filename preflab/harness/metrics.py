@@ -11,11 +11,11 @@ from preflab.harness.calls import Call
 from preflab.harness.suites import Suite, averages, errors
 from utils.artifacts import metric, read_json
 from utils.errors import UserError
-from utils.provenance import tidy
+from utils.provenance import shorten_paths
 from utils.stats import bootstrap, bootstrap_test, mcnemar
 
 # How the harness makes one figure of a mean: as it is, perplexity, bits a byte.
-LINKS = {
+AGGREGATIONS = {
     "mean": lambda r: r,
     "perplexity": lambda r: math.exp(min(-r, 700)),
     "bits": lambda r: -r / math.log(2),
@@ -23,7 +23,7 @@ LINKS = {
 
 
 @dataclass
-class Side:
+class ModelResults:
     """What the harness reported of one model, its calls put together, and its samples by task."""
 
     results: dict = field(default_factory=dict)
@@ -40,9 +40,9 @@ class Side:
     seconds: float = 0.0
 
 
-def read_side(calls: list[Call]) -> Side:
+def read_side(calls: list[Call]) -> ModelResults:
     """The newest results of every call and all its samples."""
-    side = Side()
+    side = ModelResults()
     for call in calls:
         path = max(call.folder.glob("results_*.json"), key=lambda p: p.stat().st_mtime)
         found = read_json(path)
@@ -65,12 +65,12 @@ def _header(found: dict, call: Call) -> str:
     c = found["config"]
     sizes = ",".join(map(str, c.get("batch_sizes") or []))
     return (
-        f"{c['model']} ({tidy(c['model_args'])}), gen_kwargs: ({c['gen_kwargs']}), limit: {c['limit']}, num_fewshot:"
-        f" {call.shots}, batch_size: {c['batch_size']}{f' ({sizes})' if sizes else ''}"
+        f"{c['model']} ({shorten_paths(c['model_args'])}), gen_kwargs: ({c['gen_kwargs']}), limit: {c['limit']},"
+        f" num_fewshot: {call.shots}, batch_size: {c['batch_size']}{f' ({sizes})' if sizes else ''}"
     )
 
 
-def _samples(path: Path, side: Side, task: str) -> dict[tuple, dict]:
+def _samples(path: Path, side: ModelResults, task: str) -> dict[tuple, dict]:
     """`{(filter, doc_id): {document, prompt, values, options, answer}}`: what pairing needs of each logged sample."""
     found, lengths = {}, []
     generated = side.configs[task].get("output_type") == "generate_until"
@@ -99,7 +99,7 @@ def _samples(path: Path, side: Side, task: str) -> dict[tuple, dict]:
     return found
 
 
-def refuse_equal(base: Side, tuned: Side) -> None:
+def ensure_adapter_applied(base: ModelResults, tuned: ModelResults) -> None:
     """Raise UserError where both models answered every request alike: the adapter was not applied."""
     pairs = [(a[k], tuned.samples[task][k]) for task, a in base.samples.items() for k in a if k in tuned.samples[task]]
     if pairs and all(a["answer"] == b["answer"] for a, b in pairs):
@@ -112,13 +112,13 @@ def refuse_equal(base: Side, tuned: Side) -> None:
 # ----------------------------------------------------------------------------------------------------- paired figures
 
 
-def leaves(side: Side, name: str) -> list[str]:
+def leaves(side: ModelResults, name: str) -> list[str]:
     """The tasks of a group, or the task itself."""
     children = side.subtasks.get(name, [])
     return [leaf for child in children for leaf in leaves(side, child)] if children else [name]
 
 
-def rows(base: Side, tuned: Side, suite: Suite, seed: int) -> list[dict]:
+def rows(base: ModelResults, tuned: ModelResults, suite: Suite, seed: int) -> list[dict]:
     """A row for every figure of the harness's tables, base beside tuned, groups before their subtasks.
 
     Returns:
@@ -145,7 +145,9 @@ def rows(base: Side, tuned: Side, suite: Suite, seed: int) -> list[dict]:
     return found
 
 
-def _row(base: Side, tuned: Side, name: str, measure: str, filtered: str, depth: int, seed: int) -> dict:
+def _row(
+    base: ModelResults, tuned: ModelResults, name: str, measure: str, filtered: str, depth: int, seed: int
+) -> dict:
     sides = {"base": base, "tuned": tuned}
     reported = {key: _reported(side, name, measure, filtered) for key, side in sides.items()}
     return {
@@ -162,13 +164,15 @@ def _row(base: Side, tuned: Side, name: str, measure: str, filtered: str, depth:
     }
 
 
-def _reported(side: Side, name: str, measure: str, filtered: str) -> dict:
+def _reported(side: ModelResults, name: str, measure: str, filtered: str) -> dict:
     results = side.results.get(name, {})
     value, error = results.get(f"{measure},{filtered}"), results.get(f"{measure}_stderr,{filtered}")
     return metric(value, error if isinstance(error, (int, float)) else None)
 
 
-def paired(base: Side, tuned: Side, tasks: list[str], measure: str, filtered: str, reported: dict, seed: int) -> dict:
+def paired(
+    base: ModelResults, tuned: ModelResults, tasks: list[str], measure: str, filtered: str, reported: dict, seed: int
+) -> dict:
     """Tuned minus base over the documents of `tasks`: `{difference, p, test, n, note}`.
 
     0/1 metrics are tested by exact McNemar, others by a paired bootstrap. A figure that the harness makes in a way
@@ -187,7 +191,7 @@ def paired(base: Side, tuned: Side, tasks: list[str], measure: str, filtered: st
         return {**found, "note": f"{unpaired} documents have other prompts or are missing in one model: unpaired"}
     if not len(values):
         return {**found, "note": "no samples"}
-    link = _link(values, reported)
+    link = aggregation_of(values, reported)
     if link is None:
         return _by_task(base, tuned, tasks, measure, filtered, reported, seed) or {
             **found,
@@ -197,7 +201,7 @@ def paired(base: Side, tuned: Side, tasks: list[str], measure: str, filtered: st
     if plain:
         difference = bootstrap(values[:, :2], seed)
     else:
-        turn = LINKS[link]
+        turn = AGGREGATIONS[link]
         difference = bootstrap(
             values, seed, statistic=lambda v: turn(v[:, 0].sum() / v[:, 2].sum()) - turn(v[:, 1].sum() / v[:, 2].sum())
         )
@@ -210,7 +214,9 @@ def paired(base: Side, tuned: Side, tasks: list[str], measure: str, filtered: st
     return {**found, "difference": difference, "p": p, "test": test}
 
 
-def _values(base: Side, tuned: Side, tasks: list[str], measure: str, filtered: str) -> tuple[np.ndarray, int]:
+def _values(
+    base: ModelResults, tuned: ModelResults, tasks: list[str], measure: str, filtered: str
+) -> tuple[np.ndarray, int]:
     """(tuned's sum, base's sum, weight) of every document, shape (n, 3), and how many cannot be paired."""
     found, unpaired = [], 0
     for task in tasks:
@@ -242,9 +248,9 @@ def _number(value) -> tuple[float, float] | None:
     return None
 
 
-def _link(values: np.ndarray, reported: dict) -> str | None:
-    """Which of `LINKS` makes both reported figures of the documents' mean."""
-    for name, turn in LINKS.items():
+def aggregation_of(values: np.ndarray, reported: dict) -> str | None:
+    """Which of `AGGREGATIONS` makes both reported figures of the documents' mean."""
+    for name, turn in AGGREGATIONS.items():
         made = [turn(values[:, k].sum() / values[:, 2].sum()) for k in (0, 1)]
         if np.allclose(made, [reported["tuned"]["value"], reported["base"]["value"]], rtol=1e-6, atol=1e-9):
             return name
@@ -294,7 +300,7 @@ def normal(value: float, stderr: float | None) -> dict:
 # ----------------------------------------------------------------------------------------------------------- averages
 
 
-def suite_averages(suite: Suite, base: Side, tuned: Side, seed: int) -> dict[str, dict]:
+def suite_averages(suite: Suite, base: ModelResults, tuned: ModelResults, seed: int) -> dict[str, dict]:
     """`{average: {base, tuned, difference, p}}` of the suite, as its leaderboard has it; None where a task lacks.
 
     The difference's error comes from the paired errors of its entries.
@@ -329,7 +335,7 @@ def suite_averages(suite: Suite, base: Side, tuned: Side, seed: int) -> dict[str
     return found
 
 
-def _entry(entry: dict, base: Side, tuned: Side, seed: int) -> dict | None:
+def _entry(entry: dict, base: ModelResults, tuned: ModelResults, seed: int) -> dict | None:
     """Base, tuned and their paired difference of one entry of an average; None where a task of it did not run."""
     filtered, measure = entry.get("filter", "none"), entry["metric"]
     if entry.get("subtasks"):
@@ -346,10 +352,10 @@ def _entry(entry: dict, base: Side, tuned: Side, seed: int) -> dict | None:
     return {**sides, **paired(base, tuned, leaves(base, entry["task"]), measure, filtered, sides, seed)}
 
 
-def _subset(entry: dict, base: Side, tuned: Side, seed: int) -> dict | None:
+def _subset(entry: dict, base: ModelResults, tuned: ModelResults, seed: int) -> dict | None:
     """The documents of a pooled task that have so many answer options."""
     chosen = [
-        Side(
+        ModelResults(
             samples={
                 entry["task"]: {
                     k: s for k, s in side.samples.get(entry["task"], {}).items() if s["options"] == entry["choices"]

@@ -2,7 +2,7 @@
 
 from importlib.metadata import version
 
-from preflab.harness.metrics import Side
+from preflab.harness.metrics import ModelResults
 from preflab.harness.suites import Suite, on_harness_scale, published_averages, published_row
 from utils.errors import is_main_process
 from utils.plots import CHOSEN, EVAL, NEUTRAL, empty_panel, figure, save
@@ -15,12 +15,12 @@ PURPOSE = (
 )
 
 
-def report(title: str, suite: Suite, sides: dict[str, Side], rows: list[dict], averages: dict, references: list[dict],
+def report(title: str, suite: Suite, sides: dict, rows: list[dict], averages: dict, references: list[dict],
            settings: dict) -> tuple[str, str]:  # fmt: skip
     """(text, verdict): everything that is printed, as Markdown.
 
     Args:
-        sides: `{"base": Side, "tuned": Side}`. rows: from `preflab.harness.metrics.rows`.
+        sides: `{"base": ModelResults, "tuned": ModelResults}`. rows: from `preflab.harness.metrics.rows`.
         averages: from `suite_averages`. references: from `load_reference`.
         settings: apply_chat_template, limit, num_fewshot, tokenizer_bos (BOS tokens before the first request), missing.
     """
@@ -181,7 +181,7 @@ def about(reference: dict, settings: dict) -> str:
     return f"{reference['name']}: {'; '.join(said)}{averages}{note}."
 
 
-def _below(suite: Suite, sides: dict[str, Side], rows: list[dict], why: dict, settings: dict) -> list[str]:
+def _below(suite: Suite, sides: dict[str, ModelResults], rows: list[dict], why: dict, settings: dict) -> list[str]:
     """Times, lengths, what cannot be compared and what departs from the published suite."""
     seconds = {name: side.seconds for name, side in sides.items()}
     each = ", ".join(f"{name} {clock(spent)}" for name, spent in seconds.items())

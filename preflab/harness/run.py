@@ -76,7 +76,7 @@ def check(args, extra: list[str]) -> None:
     if args.load_in_4bit:
         raise UserError("--load-in-4bit: lm-eval 0.4.13 cannot quantise a model under transformers 5; leave it out")
     for word in extra:
-        refuse_twice(word)
+        ensure_not_reserved(word)
     if args.backend == "vllm":
         from importlib.util import find_spec
 
@@ -92,7 +92,7 @@ DECIDED = {
 }  # fmt: skip
 
 
-def refuse_twice(word: str) -> None:
+def ensure_not_reserved(word: str) -> None:
     """Raise UserError for a flag after `--` that run_lm_eval.sh decides, also where it is written short or cut off."""
     flag = word.split("=")[0]
     for name, short in DECIDED.items():
@@ -153,14 +153,14 @@ def main():
     from preflab.evaluation.comparison import latest_run, resolve
     from preflab.evaluation.two_models import TwoModels
     from preflab.harness.calls import UNQUANTISED, batch_size, execute, model_arguments, plan
-    from preflab.harness.metrics import read_side, refuse_equal, rows, suite_averages
+    from preflab.harness.metrics import ensure_adapter_applied, read_side, rows, suite_averages
     from preflab.harness.report import harness_figure, report
     from preflab.harness.suites import load_reference
     from preflab.models.loading import load_tokenizer
-    from utils.artifacts import all_arguments, envelope, limited, write_json, write_text
+    from utils.artifacts import all_arguments, envelope, with_limit_suffix, write_json, write_text
     from utils.cli import parse
     from utils.distributed import quiet_libraries
-    from utils.provenance import run_record, tidy
+    from utils.provenance import run_record, shorten_paths
 
     # What to run; whatever can be wrong is told before the first request.
     started, invoked = time.monotonic(), Path(os.environ.get("INVOKED_FROM", "."))
@@ -181,8 +181,8 @@ def main():
     # What the harness is not told, it does not do: the run's own length is no word of the user's.
     args.max_length = asked_length
     models = TwoModels(comparison)
-    folder = comparison.out / "lm_eval" / limited(suite.name, args.limit)
-    comparison.refuse_other("lm_eval", [args], folder)
+    folder = comparison.out / "lm_eval" / with_limit_suffix(suite.name, args.limit)
+    comparison.ensure_same_evaluation("lm_eval", [args], folder)
     lacking, documents = runnable(suite, args)
     gpus = torch.cuda.device_count()
     arguments = {
@@ -216,7 +216,7 @@ def main():
         for k, call in enumerate(calls, 1):
             execute(call, f"{side} {k}/{len(calls)}", invoked)
         sides[side] = read_side(calls)
-    refuse_equal(**sides)
+    ensure_adapter_applied(**sides)
 
     # Compare.
     found = rows(**sides, suite=suite, seed=args.seed)
@@ -245,7 +245,7 @@ def main():
         text=text,
         rows=found,
         averages=means,
-        suite={**suite.__dict__, "include_path": suite.include_path and tidy(suite.include_path)},
+        suite={**suite.__dict__, "include_path": suite.include_path and shorten_paths(suite.include_path)},
         settings={**settings, "first_prompt": sides["base"].first_prompt[:2000]},
         headers={name: side.headers for name, side in sides.items()},
         generated_characters={name: side.lengths for name, side in sides.items()},

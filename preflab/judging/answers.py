@@ -10,12 +10,12 @@ from preflab.evaluation.comparison import base_of
 from preflab.evaluation.two_models import TwoModels
 from preflab.models.generation import generate
 from preflab.models.loading import adapter_sha256, identify, load_model, load_tokenizer, locate_adapter, tokenizer_home
-from utils.cache import Ledger, key_of
+from utils.cache import ResultCache, cache_key
 from utils.errors import UserError, is_main_process
 
 
 @dataclass
-class Player:
+class AnsweringModel:
     """A model that answers: its name, what identifies its answers, its tokenizer, and `open()`, the loaded model."""
 
     name: str
@@ -27,20 +27,20 @@ class Player:
     remote_code: bool = False
 
 
-def comparison_players(models: TwoModels) -> list[Player]:
+def base_and_tuned(models: TwoModels) -> list[AnsweringModel]:
     """Base and tuned."""
     c = models.comparison
     weights = {side: c.weights(side)[::2] for side in models.sides}
     remote = c.args.trust_remote_code
     return [
-        Player(
+        AnsweringModel(
             side, models.identity(side), models.tokenizer, lambda s=side: models.load().side(s), *weights[side], remote
         )
         for side in models.sides
     ]
 
 
-def policy_player(args) -> Player:
+def policy_model(args) -> AnsweringModel:
     """The model that samples its own answers: a base, perhaps with an adapter.
 
     Args:
@@ -69,10 +69,10 @@ def policy_player(args) -> Player:
         options = (revision, dtype, args.attn_implementation, None, adapter, args.trust_remote_code)
         yield load_model(name, *options).to(device).eval()
 
-    return Player("policy", identity, tokenizer, opened, name, adapter, args.trust_remote_code)
+    return AnsweringModel("policy", identity, tokenizer, opened, name, adapter, args.trust_remote_code)
 
 
-def further_player(spec: str, models: TwoModels) -> Player:
+def named_model(spec: str, models: TwoModels) -> AnsweringModel:
     """The model of `name=path`: a hub id, a model's folder, or a LoRA folder, whose config names its base.
 
     It plays under the precision of base and tuned, and a LoRA folder on a base quantised as theirs.
@@ -91,21 +91,21 @@ def further_player(spec: str, models: TwoModels) -> Player:
         with models.autocasting():
             yield model
 
-    return Player(name, identity, tokenizer, opened, base, adapter)
+    return AnsweringModel(name, identity, tokenizer, opened, base, adapter)
 
 
-def all_players(models: TwoModels, further: list[str] | None) -> list[Player]:
+def answering_models(models: TwoModels, further: list[str] | None) -> list[AnsweringModel]:
     """Base, tuned and every `name=path` of `further`. Raises UserError where two have one name."""
-    players = [*comparison_players(models), *(further_player(spec, models) for spec in further or [])]
-    names = [player.name for player in players]
+    answering = [*base_and_tuned(models), *(named_model(spec, models) for spec in further or [])]
+    names = [answerer.name for answerer in answering]
     if len(set(names)) < len(names):
         raise UserError(f"--models: two models have one name ({', '.join(names)}); give each its own")
-    return players
+    return answering
 
 
-def answerable(players: list[Player], prompts: list[Prompt]) -> tuple[list[Prompt], int]:
+def answerable(answering: list[AnsweringModel], prompts: list[Prompt]) -> tuple[list[Prompt], int]:
     """The prompts that every model's chat template takes, and how many were refused."""
-    chats = [ChatRenderer(player.tokenizer) for player in players]
+    chats = [ChatRenderer(answerer.tokenizer) for answerer in answering]
     kept = []
     for prompt in prompts:
         try:
@@ -113,7 +113,7 @@ def answerable(players: list[Player], prompts: list[Prompt]) -> tuple[list[Promp
                 chat.prompt_text(prompt.messages)
             kept.append(prompt)
         except TemplateRefused as error:
-            refusal = f"{prompt.where}: {error}"
+            refusal = f"{prompt.source}: {error}"
     if not kept:
         raise UserError(f"the chat template refuses all {len(prompts)} prompts; the last: {refusal}")
     return kept, len(prompts) - len(kept)
@@ -123,12 +123,14 @@ def answerable(players: list[Player], prompts: list[Prompt]) -> tuple[list[Promp
 GENERATION_BUDGET = 4
 
 
-def answer_all(player: Player, prompts: list[Prompt], sampling: dict, args, engine: str = "hf") -> list[dict]:
+def answer_all(answerer: AnsweringModel, prompts: list[Prompt], sampling: dict, args, engine: str = "hf") -> list[dict]:
     """One answer a prompt: `answer_each` under one setting."""
-    return answer_each(player, prompts, [sampling], args, engine)[0]
+    return answer_each(answerer, prompts, [sampling], args, engine)[0]
 
 
-def answer_each(player: Player, prompts: list[Prompt], samplings: list[dict], args, engine: str = "hf") -> list[list]:
+def answer_each(
+    answerer: AnsweringModel, prompts: list[Prompt], samplings: list[dict], args, engine: str = "hf"
+) -> list[list]:
     """`{text, tokens, finish_reason}` of every prompt, in order, under each setting, on every process.
 
     The work is sharded, and kept batch by batch; the model is loaded once, and only where something is left to answer.
@@ -140,53 +142,55 @@ def answer_each(player: Player, prompts: list[Prompt], samplings: list[dict], ar
     """
     from tqdm import tqdm
 
-    keys = [key_of(prompt.messages) for prompt in prompts]
+    keys = [cache_key(prompt.messages) for prompt in prompts]
     batches = {"batch_tokens": GENERATION_BUDGET * args.batch_tokens, "batch_size": args.batch_size}
-    ledgers = []
+    caches = []
     with ExitStack() as opened:
         answers = None
         for number, sampling in enumerate(samplings, 1):
-            ledger = _ledger(player, sampling, args, engine)
-            ledgers.append(ledger)
-            todo = list({key: i for i, key in enumerate(keys) if key not in ledger.before}.values())
+            cache = _answer_cache(answerer, sampling, args, engine)
+            caches.append(cache)
+            todo = list({key: i for i, key in enumerate(keys) if key not in cache.before}.values())
             # Dealt out by length, so that every process gets as much to do.
             todo.sort(key=lambda i: (-len(prompts[i].text), i))
-            mine = ledger.share(todo)
+            mine = cache.share(todo)
             if not mine:
                 continue
-            answers = answers or opened.enter_context(engine_of(player, engine))
-            what = f"{player.name} answers" + (f" {number}/{len(samplings)}" if len(samplings) > 1 else "")
+            answers = answers or opened.enter_context(engine_of(answerer, engine))
+            what = f"{answerer.name} answers" + (f" {number}/{len(samplings)}" if len(samplings) > 1 else "")
             with tqdm(total=len(mine), desc=what, unit="prompt", disable=not is_main_process()) as bar:
                 for answer in answers([prompts[i].messages for i in mine], **sampling, **batches):
-                    ledger.add(keys[mine[answer.pop("index")]], answer)
+                    cache.add(keys[mine[answer.pop("index")]], answer)
                     bar.update()
-    found = [ledger.gather() for ledger in ledgers]
+    found = [cache.gather() for cache in caches]
     return [[one[key] for key in keys] for one in found]
 
 
-def _ledger(player: Player, sampling: dict, args, engine: str) -> Ledger:
+def _answer_cache(answerer: AnsweringModel, sampling: dict, args, engine: str) -> ResultCache:
     """Where a player's answers under one setting are kept."""
     decisive = dict(sampling)
     if not sampling["temperature"]:
         decisive |= {"top_p": None, "seed": None}
     if engine != "hf":
         decisive["engine"] = engine
-    return Ledger(args.eval_out, f"answers-{player.name}", {**player.identity, **decisive}, args.overwrite)
+    return ResultCache(args.eval_out, f"answers-{answerer.name}", {**answerer.identity, **decisive}, args.overwrite)
 
 
-def answer_everyone(models: TwoModels, players: list[Player], prompts: list[Prompt], sampling: dict) -> dict[str, list]:
-    """`answer_all` of every player, by name; raises UserError where base and tuned answered everything alike."""
+def answer_prompts_with_all(
+    models: TwoModels, answering: list[AnsweringModel], prompts: list[Prompt], sampling: dict
+) -> dict[str, list]:
+    """`answer_all` of every answerer, by name; raises UserError where base and tuned answered everything alike."""
     answers = {}
-    for player in players:
-        if player.name not in models.sides:
+    for answerer in answering:
+        if answerer.name not in models.sides:
             models.unload()
-        answers[player.name] = answer_all(player, prompts, sampling, models.comparison.args)
+        answers[answerer.name] = answer_all(answerer, prompts, sampling, models.comparison.args)
     models.unload()
-    refuse_equal(answers)
+    ensure_adapter_applied(answers)
     return answers
 
 
-def refuse_equal(answers: dict[str, list[dict]]) -> None:
+def ensure_adapter_applied(answers: dict[str, list[dict]]) -> None:
     """Raise UserError where base and tuned answered every prompt alike: the adapter was not applied."""
     if [a["text"] for a in answers["base"]] == [a["text"] for a in answers["tuned"]]:
         raise UserError(
@@ -196,23 +200,23 @@ def refuse_equal(answers: dict[str, list[dict]]) -> None:
 
 
 @contextmanager
-def engine_of(player: Player, engine: str):
-    """What answers prompts with this player: the generation loop, or vLLM."""
+def engine_of(answerer: AnsweringModel, engine: str):
+    """What answers prompts with this answerer: the generation loop, or vLLM."""
     if engine == "vllm":
         from preflab.models import vllm_engine
         from preflab.models.loading import locate
 
-        about = player.identity
-        options = {"revision": about["asked_revision"], "trust_remote_code": player.remote_code}
-        where = locate(player.base, about["asked_revision"])
-        llm, lora = vllm_engine.load_engine(where, about["autocast"] or about["dtype"], player.adapter, **options)
+        about = answerer.identity
+        options = {"revision": about["asked_revision"], "trust_remote_code": answerer.remote_code}
+        where = locate(answerer.base, about["asked_revision"])
+        llm, lora = vllm_engine.load_engine(where, about["autocast"] or about["dtype"], answerer.adapter, **options)
         try:
-            yield lambda prompts, **settings: vllm_engine.generate(llm, lora, player.tokenizer, prompts, **settings)
+            yield lambda prompts, **settings: vllm_engine.generate(llm, lora, answerer.tokenizer, prompts, **settings)
         finally:
             vllm_engine.close(llm)
     else:
-        with player.open() as model:
-            yield lambda prompts, **settings: generate(model, player.tokenizer, prompts, **settings)
+        with answerer.open() as model:
+            yield lambda prompts, **settings: generate(model, answerer.tokenizer, prompts, **settings)
 
 
 def given_answers(answers: list[str | None], tokenizer) -> list[dict | None]:

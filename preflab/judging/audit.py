@@ -42,7 +42,7 @@ def audit_items(pairs: list) -> list:
 
     items = []
     for pair in pairs:
-        prompt = Prompt(pair.messages or [{"role": "user", "content": pair.text}], pair.where)
+        prompt = Prompt(pair.messages or [{"role": "user", "content": pair.text}], pair.source)
         items += [Item(prompt, pair.chosen, pair.rejected), Item(prompt, pair.rejected, pair.chosen)]
     return items
 

@@ -6,12 +6,12 @@ from utils.plots import CHOSEN, EVAL, NEUTRAL, empty_panel, figure, save, win_ra
 from utils.tables import cell, difference, estimate, render
 
 
-def battle_summary(judged: dict, answers: dict, pairs: list[tuple[str, str]], players: list[str], seed: int) -> dict:
+def battle_summary(judged: dict, answers: dict, pairs: list[tuple[str, str]], answering: list[str], seed: int) -> dict:
     """Every section of battle.json.
 
     Args:
         judged: `{judge: rows}`, the judge first and its controls after it.
-        answers: `{model: answers}`. pairs: who met whom, as (a, b). players: the models that answered here.
+        answers: `{model: answers}`. pairs: who met whom, as (a, b). answering: the models that answered here.
 
     Returns:
         metrics (of tuned against base, or of each against the opponent), matches, answers, bradley_terry.
@@ -29,7 +29,7 @@ def battle_summary(judged: dict, answers: dict, pairs: list[tuple[str, str]], pl
             }
         )
     rows = next(iter(judged.values()))
-    opponent = pairs[0][1] if pairs[0][1] not in players else None
+    opponent = pairs[0][1] if pairs[0][1] not in answering else None
     metrics = {}
     for match in matches:
         prefix = f"{match['a']}_" if opponent else "" if (match["a"], match["b"]) == ("tuned", "base") else None
@@ -40,7 +40,7 @@ def battle_summary(judged: dict, answers: dict, pairs: list[tuple[str, str]], pl
         metrics |= against_opponent(rows, ["base", "tuned"], opponent, seed)
     lengths = {name: answer_metrics(found, seed) for name, found in answers.items()}
     decided = [row for row in rows if row["consistent"] is not None]
-    names = list(dict.fromkeys([*players, *lengths]))
+    names = list(dict.fromkeys([*answering, *lengths]))
     strengths = bradley_terry(decided, names, seed) if len(names) > 2 and decided else None
     return {"metrics": metrics, "matches": matches, "answers": lengths, "bradley_terry": strengths}
 

@@ -22,7 +22,7 @@ def pairings(names: list[str], opponent: str | None) -> list[tuple[str, str]]:
     return [(b, a) for a, b in combinations(names, 2)]
 
 
-def two_orders(prompts: list, answers: dict[str, list[dict | None]], pairs: list[tuple[str, str]]):
+def both_orders(prompts: list, answers: dict[str, list[dict | None]], pairs: list[tuple[str, str]]):
     """Every question to the judge, both orders.
 
     Returns:
@@ -39,14 +39,14 @@ def two_orders(prompts: list, answers: dict[str, list[dict | None]], pairs: list
             items += [Item(prompt, one["text"], other["text"]), Item(prompt, other["text"], one["text"])]
             rows.append(
                 {
-                    "prompt": number, "where": prompt.where, "category": prompt.category, "text": prompt.text,
+                    "prompt": number, "where": prompt.source, "category": prompt.category, "text": prompt.text,
                     "a": a, "b": b, "answer_a": one, "answer_b": other,
                 }
             )  # fmt: skip
     return items, rows
 
 
-def settle(first, second) -> dict:
+def combine_orders(first, second) -> dict:
     """One pair of answers from its two verdicts (`a` in the first slot, then in the second).
 
     Returns:
@@ -73,7 +73,7 @@ def judge_rows(judge, items, rows, eval_out: str, overwrite: bool) -> list[dict]
     from preflab.judging.judges import judge_all
 
     verdicts = judge_all(judge, items, eval_out, overwrite)
-    return [{**row, **settle(*verdicts[2 * k : 2 * k + 2])} for k, row in enumerate(rows)]
+    return [{**row, **combine_orders(*verdicts[2 * k : 2 * k + 2])} for k, row in enumerate(rows)]
 
 
 # ---------------------------------------------------------------------------------------------------------- figures

@@ -91,26 +91,26 @@ def judge_all(judge, items: list[Item], eval_out: str, overwrite: bool = False) 
     """
     from tqdm import tqdm
 
-    from utils.cache import Ledger, key_of
+    from utils.cache import ResultCache, cache_key
 
     same = [item.first == item.second for item in items]
     if getattr(judge, "instant", False):
         verdicts = dict(judge.judge(items))
         return [Verdict(0.5, label="identical") if same[i] else verdicts[i] for i in range(len(items))]
     tie = Verdict(0.5, 0.5, label="identical")
-    keys = [key_of(item.prompt.messages, item.first, item.second) for item in items]
-    ledger = Ledger(eval_out, "judgements", judge.identity(), overwrite)
-    done = ledger.before
+    keys = [cache_key(item.prompt.messages, item.first, item.second) for item in items]
+    cache = ResultCache(eval_out, "judgements", judge.identity(), overwrite)
+    done = cache.before
     todo = list({keys[i]: i for i in range(len(items)) if not same[i] and keys[i] not in done}.values())
-    mine = ledger.share(todo)
-    failed = Ledger(eval_out, "unparsed", {**judge.identity(), "items": keys}, overwrite=True)
+    mine = cache.share(todo)
+    failed = ResultCache(eval_out, "unparsed", {**judge.identity(), "items": keys}, overwrite=True)
     silent = not (mine and is_main_process())
     with tqdm(total=len(mine), desc=judge.name, unit="verdict", disable=silent) as bar:
         for k, verdict in judge.judge([items[i] for i in mine]) if mine else ():
-            kept = ledger if verdict.first is not None else failed
+            kept = cache if verdict.first is not None else failed
             kept.add(keys[mine[k]], verdict.__dict__)
             bar.update()
-    found, errors = ledger.gather(), failed.gather()
+    found, errors = cache.gather(), failed.gather()
     verdicts = [tie if same[i] else Verdict(**(found.get(keys[i]) or errors[keys[i]])) for i in range(len(items))]
     asked = [verdict for verdict, free in zip(verdicts, same, strict=True) if not free]
     if asked and all(verdict.first is None for verdict in asked):

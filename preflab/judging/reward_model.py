@@ -33,13 +33,13 @@ class RewardModel:
         """Raise UserError, before anything long, where the config has not exactly one output or code of its own."""
         from transformers import AutoConfig
 
-        from preflab.models.loading import LOAD_ERRORS, _unreadable, locate
+        from preflab.models.loading import LOAD_ERRORS, load_error, locate
 
         self.own_code = False
         try:
             config = AutoConfig.from_pretrained(locate(self.model_name), trust_remote_code=False)
         except LOAD_ERRORS as error:
-            raise _unreadable(f"reward model {self.model_name}", error) from error
+            raise load_error(f"reward model {self.model_name}", error) from error
         if "AutoModelForSequenceClassification" in (getattr(config, "auto_map", None) or {}):
             if not self.options.get("trust_remote_code"):
                 raise UserError(f"{self.name}: computes its score with code of its own; --trust_remote_code runs it")
@@ -53,7 +53,7 @@ class RewardModel:
         from accelerate import PartialState
         from transformers import AutoModelForSequenceClassification
 
-        from preflab.models.loading import LOAD_ERRORS, _unreadable, locate
+        from preflab.models.loading import LOAD_ERRORS, load_error, locate
 
         if self.model is not None:
             return
@@ -62,7 +62,7 @@ class RewardModel:
                 locate(self.model_name), dtype=getattr(torch, self.options["dtype"]), trust_remote_code=self.own_code
             )
         except LOAD_ERRORS as error:
-            raise _unreadable(f"reward model {self.model_name}", error) from error
+            raise load_error(f"reward model {self.model_name}", error) from error
         self.model.to(PartialState().device).eval()
 
     def score(self, asked: list[tuple[Prompt, str]]) -> Iterator[tuple[int, float | str]]:

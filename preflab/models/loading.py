@@ -28,7 +28,7 @@ def cache_dir() -> Path:
 LOAD_ERRORS = (ValueError, ImportError, OSError, KeyError, SafetensorError)
 
 
-def _unreadable(what: str, error: Exception) -> Exception:
+def load_error(what: str, error: Exception) -> Exception:
     """The UserError for files that transformers could not load; `error` itself where the machine is at its limit."""
     if explain(error):
         return error
@@ -156,7 +156,7 @@ def load_tokenizer(name: str, revision: str | None = None, chat_template_path: s
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, revision=revision, **kwargs)
     except LOAD_ERRORS as error:
-        raise _unreadable(f"tokenizer of {name}", error) from error
+        raise load_error(f"tokenizer of {name}", error) from error
     tokenizer.padding_side = "right"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -225,7 +225,7 @@ def load_model(
             device_map={"": device} if quantization_config is not None else None,
         )
     except LOAD_ERRORS as error:
-        raise _unreadable(f"model {name}", error) from error
+        raise load_error(f"model {name}", error) from error
     for module in model.modules():
         # On CPUs with AVX512-BF16 bitsandbytes repacks a weight at its first inference pass and rounds its scales to
         # bf16: training, evaluation and a resumed run would each see another base.
@@ -241,7 +241,7 @@ def load_model(
 
 
 def load_for_training(args, model_args):
-    """The model that a training stage starts from: TRL's ModelConfig, under the precision of `args` (RunKeys)."""
+    """The model that a training stage starts from: TRL's ModelConfig, under the precision of `args` (RunConfig)."""
     import torch
 
     quantized = quantization(

@@ -31,7 +31,7 @@ FROZEN = "ref"
 
 
 @dataclass
-class Start:
+class StartAdapter:
     """A base model and the adapter folder on it, how the adapter is used, and the merged folder where it is merged."""
 
     base: str
@@ -46,7 +46,7 @@ class Start:
         """(name, revision) of where the tokenizer is."""
         return tokenizer_home(self.base, self.revision, self.adapter)
 
-    def told(self) -> str:
+    def summary(self) -> str:
         """What is done with the adapter, in one line."""
         if self.merged:
             return f"{self.adapter} is merged into {self.base} ({self.merged}); a new adapter is trained on that"
@@ -61,7 +61,7 @@ class Start:
         return {"adapter_sha256": adapter_sha256(self.adapter)}
 
 
-def find_start(args, model_args) -> Start | None:
+def resolve_start_adapter(args, model_args) -> StartAdapter | None:
     """The start that `--start_adapter` names, or None; `model_args` then names the model that training loads.
 
     Nothing large is read here: what is merged is merged by `merge`, once the run has its folders.
@@ -70,7 +70,7 @@ def find_start(args, model_args) -> Start | None:
         return None
     base = model_args.model_name_or_path
     revision = model_args.model_revision if model_args.model_revision != "main" else None
-    start = Start(base, revision, locate_adapter(args.start_adapter), args.start_adapter_use)
+    start = StartAdapter(base, revision, locate_adapter(args.start_adapter), args.start_adapter_use)
     if start.use == "merge":
         tokenizer = load_tokenizer(*start.tokenizer)
         about = (str(identify(base, tokenizer, revision)), adapter_sha256(start.adapter), str(model_args.dtype))
@@ -101,7 +101,9 @@ def _take_shape(model_args, adapter: dict) -> str:
     return f"; its own shape stays ({'; '.join(idle)})" if idle else ""
 
 
-def merge(start: Start, dtype: str, attn_implementation: str | None, trust_remote_code: bool) -> None:
+def merge_start_adapter(
+    start: StartAdapter, dtype: str, attn_implementation: str | None, trust_remote_code: bool
+) -> None:
     """Write the merged model to `start.merged`, once for all processes and runs; it appears by a rename."""
     folder, staging = Path(start.merged), Path(f"{start.merged}.part")
 
@@ -119,7 +121,7 @@ def merge(start: Start, dtype: str, attn_implementation: str | None, trust_remot
     on_main_process(write)
 
 
-def keep_reference(start: Start | None, folder: str) -> None:
+def keep_reference(start: StartAdapter | None, folder: str) -> None:
     """Copy an adapter that is trained further to `<folder>/ref`, where evaluations look for what it is compared with.
 
     For trainers that keep no frozen copy themselves.

@@ -30,7 +30,7 @@ class Sampled:
     def row(self) -> dict:
         """A line of samples.jsonl."""
         p = self.prompt
-        about = {"prompt_id": p.key, "where": p.where, "held_out": self.held_out, "messages": p.messages}
+        about = {"prompt_id": p.key, "where": p.source, "held_out": self.held_out, "messages": p.messages}
         return {**about, "answers": self.answers, "given": self.given}
 
     @classmethod

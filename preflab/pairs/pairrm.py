@@ -8,7 +8,7 @@ candidate, and a head of two layers on (source, candidate); the logit is the fir
 import re
 
 from preflab.data.chat_template import break_up, neutralise
-from preflab.models.loading import LOAD_ERRORS, _unreadable, load_tokenizer, locate
+from preflab.models.loading import LOAD_ERRORS, load_error, load_tokenizer, locate
 from utils.errors import UserError
 
 SOURCE, FIRST, SECOND = "<|source|>", "<|candidate1|>", "<|candidate2|>"
@@ -44,7 +44,7 @@ class PairRanker:
             try:
                 self.model = pair_rm().from_pretrained(locate(self.name), dtype=getattr(torch, self.options["dtype"]))
             except LOAD_ERRORS as error:
-                raise _unreadable(f"pairwise ranker {self.name}", error) from error
+                raise load_error(f"pairwise ranker {self.name}", error) from error
             self.model.to(PartialState().device).eval()
 
     def ids(self, source: str, first: str, second: str) -> list[int]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from preflab.data.prompts import Prompt
-from utils.cache import Ledger, key_of
+from utils.cache import ResultCache, cache_key
 from utils.errors import UserError
 from utils.provenance import sha256_of, sha256_of_files
 
@@ -116,7 +116,7 @@ class Columns:
         return {"scorer": self.name}
 
     def score(self, items: list[Candidates], eval_out: str, overwrite: bool) -> list[Scores | str]:
-        lacking = [item.prompt.where for item in items if not item.given]
+        lacking = [item.prompt.source for item in items if not item.given]
         if lacking:
             raise UserError(
                 f"{lacking[0]}: --scorer columns needs the answers and a number for each in the data (--answers given)"
@@ -155,9 +155,9 @@ class Function:
         try:
             found = [float(x) for x in self.call(item.prompt.text, list(item.answers))]
         except Exception as error:
-            raise UserError(f"--scorer {self.name}: {item.prompt.where}: {type(error).__name__}: {error}") from error
+            raise UserError(f"--scorer {self.name}: {item.prompt.source}: {type(error).__name__}: {error}") from error
         if len(found) != len(item.answers) or not all(map(math.isfinite, found)):
-            raise UserError(f"--scorer {self.name}: {item.prompt.where}: must give a finite number for each answer")
+            raise UserError(f"--scorer {self.name}: {item.prompt.source}: must give a finite number for each answer")
         return found
 
 
@@ -174,7 +174,7 @@ class Reward:
         return {"kind": "reward", **self.model.identity()}
 
     def score(self, items: list[Candidates], eval_out: str, overwrite: bool) -> list[Scores | str]:
-        asked = {key_of(i.prompt.messages, a): (i.prompt, a) for i in items for a in i.answers}
+        asked = {cache_key(i.prompt.messages, a): (i.prompt, a) for i in items for a in i.answers}
 
         def work(keys):
             for k, reward in self.model.score([asked[key] for key in keys]):
@@ -183,7 +183,7 @@ class Reward:
         found = _kept(self, list(asked), work, eval_out, overwrite, "answer")
         results = []
         for item in items:
-            rows = [found[key_of(item.prompt.messages, answer)] for answer in item.answers]
+            rows = [found[cache_key(item.prompt.messages, answer)] for answer in item.answers]
             errors = [row["error"] for row in rows if "error" in row]
             results.append(errors[0] if errors else _scores(item, [row["score"] for row in rows]))
         return results
@@ -202,7 +202,7 @@ class Pairwise:
         return {"kind": "pairwise", **self.model.identity()}
 
     def score(self, items: list[Candidates], eval_out: str, overwrite: bool) -> list[Scores | str]:
-        asked = {key_of(i.prompt.messages, i.answers): i for i in items}
+        asked = {cache_key(i.prompt.messages, i.answers): i for i in items}
 
         def work(keys):
             from preflab.judging.reward_model import NO_NUMBER
@@ -213,7 +213,7 @@ class Pairwise:
                 yield key, {"logits": logits} if finite else {"error": NO_NUMBER}
 
         found = _kept(self, list(asked), work, eval_out, overwrite, "prompt")
-        rows = [found[key_of(item.prompt.messages, item.answers)] for item in items]
+        rows = [found[cache_key(item.prompt.messages, item.answers)] for item in items]
         return [
             row["error"] if "error" in row else _scores(item, ranker_scores(row["logits"], item.counts))
             for item, row in zip(items, rows, strict=True)
@@ -277,11 +277,11 @@ def _kept(scorer, keys: list[str], work, eval_out: str, overwrite: bool, unit: s
 
     from utils.errors import is_main_process
 
-    ledger = Ledger(eval_out, "scores", scorer.identity(), overwrite)
-    mine = ledger.share([key for key in keys if key not in ledger.before])
+    cache = ResultCache(eval_out, "scores", scorer.identity(), overwrite)
+    mine = cache.share([key for key in keys if key not in cache.before])
     silent = not (mine and is_main_process())
     with tqdm(total=len(mine), desc=scorer.name, unit=unit, disable=silent) as bar:
         for key, row in work(mine) if mine else ():
-            ledger.add(key, row)
+            cache.add(key, row)
             bar.update()
-    return ledger.gather()
+    return cache.gather()

@@ -42,7 +42,7 @@ def _rate_and_norm(ax, train: list[dict]) -> None:
     ax.legend(lines, [line.get_label() for line in lines], fontsize=7, framealpha=0.6)
 
 
-def instruction_curves(path, rows: list[dict], title: str) -> None:
+def sft_curves(path, rows: list[dict], title: str) -> None:
     """Four panels from train_log.jsonl: loss, token accuracy, entropy, learning rate and gradient norm."""
     train = [r for r in rows if r["split"] == "train"]
     if not train or not is_main_process():
@@ -59,7 +59,7 @@ def instruction_curves(path, rows: list[dict], title: str) -> None:
     save(fig, path)
 
 
-def training_curves(path, rows: list[dict], title: str, warning: str | None = None) -> None:
+def dpo_curves(path, rows: list[dict], title: str, warning: str | None = None) -> None:
     """Six panels from train_log.jsonl: loss, accuracy, margin, rewards, log-probs, learning rate and gradient norm.
 
     Thin lines are single logged steps, thick lines their running mean, dots the test split. Draws nothing where no

@@ -1,6 +1,6 @@
 """Table and verdict of a preference-training run."""
 
-from preflab.evaluation.win_rate_report import above_half
+from preflab.evaluation.win_rate_report import minus_half
 from utils.tables import cell, difference, render
 
 
@@ -51,7 +51,7 @@ def conclude(metrics: dict, title: str) -> tuple[str, str, str | None]:
 
 def table(metrics: dict, title: str) -> str:
     """The one table that a training run prints: base beside tuned, with differences and their 95% intervals."""
-    chance = above_half(metrics["reward_accuracy"])
+    chance = minus_half(metrics["reward_accuracy"])
     lines = [
         (f"on {metrics['reward_accuracy']['n']} held-out pairs", "base", "tuned", "tuned - base [95% interval]"),
         (

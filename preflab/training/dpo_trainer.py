@@ -18,8 +18,8 @@ from preflab.models.fast import fused_head, shared_prompt
 from preflab.models.logprobs import pair_batches, sum_logps
 from preflab.training import losses
 from preflab.training.dpo_report import displacement_text
-from preflab.training.resumable import Resumable
-from preflab.training.run_config import RunKeys
+from preflab.training.resumable import ResumableMixin
+from preflab.training.run_config import RunConfig
 from utils.artifacts import RowFile
 from utils.errors import UserError, is_main_process
 
@@ -36,7 +36,7 @@ STEP0_TOLERANCE = {"float32": 1e-3, "16-bit": 0.5}
 
 
 @dataclass
-class PreferenceConfig(RunKeys, DPOConfig):
+class DPORunConfig(RunConfig, DPOConfig):
     """TRL's DPOConfig with this project's keys; every other key is TRL's or transformers' own."""
 
     gamma_beta_ratio: float = field(
@@ -69,10 +69,12 @@ class PreferenceConfig(RunKeys, DPOConfig):
         """Tokens up to which pairs are computed together. `longest`: tokens of the longest sequence in the data."""
         return self.micro_batch_tokens or 2 * self.per_device_train_batch_size * (self.max_length or longest)
 
-    def decide_budget(self, model, trained: int, longest: Callable[[], int], reference_beside: bool) -> None:
+    def choose_micro_batch_tokens(
+        self, model, trained: int, longest: Callable[[], int], reference_beside: bool
+    ) -> None:
         """Where nobody set it, compute more tokens together on a GPU that has room for them; arguments as
-        `decide_checkpointing`. All processes decide alike."""
-        from preflab.training.memory import card_bytes, needed, roomy_tokens
+        `choose_checkpointing`. All processes decide alike."""
+        from preflab.training.memory import card_bytes, gpu_micro_batch_tokens, needed
 
         card = card_bytes()
         if self.micro_batch_tokens or not self.shared_prompt or card is None:
@@ -83,7 +85,7 @@ class PreferenceConfig(RunKeys, DPOConfig):
             args.micro_batch_tokens = tokens
             return needed(model, args, trained, longest(), reference_beside).total(bool(self.gradient_checkpointing))
 
-        found = roomy_tokens(estimate, self.token_budget(longest()), card)
+        found = gpu_micro_batch_tokens(estimate, self.token_budget(longest()), card)
         if self.world_size > 1:
             found = min(gather_object([found or 0])) or None
         self.micro_batch_tokens = found
@@ -92,7 +94,7 @@ class PreferenceConfig(RunKeys, DPOConfig):
 # ---------------------------------------------------------------------------------------------------------- trainer
 
 
-class PreferenceTrainer(Resumable, DPOTrainer):
+class ResumableDPOTrainer(ResumableMixin, DPOTrainer):
     """DPOTrainer on rows tokenised by `data.preferences`, with complete checkpoints, exact resume, per-pair scores."""
 
     def __init__(self, *args, row_log: RowFile, **kwargs):
@@ -103,7 +105,7 @@ class PreferenceTrainer(Resumable, DPOTrainer):
             self.data_collator = WinCollator(self.data_collator)
         self.padded_because = "--no_shared_prompt"
         if self.args.shared_prompt:
-            self.padded_because = shared_prompt.why_not(self.model, self.aux_loss_enabled)
+            self.padded_because = shared_prompt.unsupported_reason(self.model, self.aux_loss_enabled)
         if self.padded_because is None:
             for model in (self.model, self.ref_model):
                 if model is not None:
@@ -142,7 +144,7 @@ class PreferenceTrainer(Resumable, DPOTrainer):
         # At the end of an epoch the last micro-batch may be short, and stock then weighs its pairs more: left alone.
         if len({len(batch["input_ids"]) for batch in batches}) != 1:
             return batches, items
-        return shared_prompt.recut(
+        return shared_prompt.rebatch(
             batches, self.args.token_budget(self.args.max_length or self.longest), self.data_collator, self.accelerator
         ), items
 
@@ -313,7 +315,7 @@ class WinCollator:
         return {**self.collator(examples), **wins}
 
 
-def check_step0(reward: float, args: PreferenceConfig) -> None:
+def check_step0(reward: float, args: DPORunConfig) -> None:
     """Stop unless the largest |reward| or |margin| before the first step is 0 within the precision's tolerance."""
     tolerance = step0_tolerance(args)
     if not reward <= tolerance:
@@ -323,7 +325,7 @@ def check_step0(reward: float, args: PreferenceConfig) -> None:
         )
 
 
-def step0_tolerance(args: PreferenceConfig) -> float:
+def step0_tolerance(args: DPORunConfig) -> float:
     """Tolerance of the step-0 reward margin: 1e-3 in float32; beta x 0.5 nats in 16 bits, where the batch's shape
     moves a log-probability by up to about 0.1 nats a side."""
     if args.precision == "fp32":

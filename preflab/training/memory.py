@@ -42,18 +42,18 @@ def needed(model, args, trained: int, longest: int, reference_beside: bool) -> M
 
 
 # A 2B model's step on an H200 waits for the launches of its kernels below some thousand tokens (benchmarks/README.md).
-ROOMY = (8192, 4096)
+GPU_MICRO_BATCH_TOKENS = (8192, 4096)
 
 
-def roomy_tokens(estimate, usual: int, card: float) -> int | None:
-    """Tokens to compute together on a GPU: the first of ROOMY that half of the card holds; None leaves `usual`.
+def gpu_micro_batch_tokens(estimate, usual: int, card: float) -> int | None:
+    """The first of GPU_MICRO_BATCH_TOKENS that fits into half of the card's memory; None keeps `usual`.
 
     Args:
         estimate: bytes of training with a number of tokens computed together.
         usual: tokens that would be computed together otherwise.
         card: memory of the GPU in bytes.
     """
-    return next((tokens for tokens in ROOMY if tokens > usual and estimate(tokens) <= card / 2), None)
+    return next((tokens for tokens in GPU_MICRO_BATCH_TOKENS if tokens > usual and estimate(tokens) <= card / 2), None)
 
 
 def card_bytes() -> float | None:

@@ -1,7 +1,7 @@
 """The frozen reference's log-probabilities, computed once and kept: losses, betas and learning rates share them.
 
 A pair's entry is keyed by its token ids, so that tokenizer, template and truncation are in the key; the folder by the
-reference's weights and precision. Evaluations read the same kind of ledger (utils.cache).
+reference's weights and precision. Evaluations read the same kind of cache (utils.cache).
 """
 
 import sys
@@ -11,7 +11,7 @@ import torch
 
 from preflab.models.batching import token_batches
 from preflab.training.dpo_trainer import STEP0_TOLERANCE
-from utils.cache import Ledger, key_of
+from utils.cache import ResultCache, cache_key
 from utils.errors import UserError, is_main_process
 
 PARTS = ("prompt_ids", "chosen_ids", "rejected_ids")
@@ -19,7 +19,7 @@ PARTS = ("prompt_ids", "chosen_ids", "rejected_ids")
 CHECKED = 4
 
 
-def why_not(trainer) -> str | None:
+def unsupported_reason(trainer) -> str | None:
     """Why the reference is computed in every step, None where it can be cached."""
     if not trainer.args.reference_cache:
         return "--no_reference_cache"
@@ -44,21 +44,21 @@ def use(trainer, eval_out: str, identity: dict) -> dict:
         `{computed, read, seconds}`. Raises UserError where kept figures are not those of this reference.
     """
     started = time.monotonic()
-    ledger = Ledger(eval_out, "reference", {"kind": "summed response log-probabilities", **identity})
-    known, counts = ledger.before, {"computed": 0, "read": 0}
+    cache = ResultCache(eval_out, "reference", {"kind": "summed response log-probabilities", **identity})
+    known, counts = cache.before, {"computed": 0, "read": 0}
     splits = {"train_dataset": trainer.train_dataset, "eval_dataset": trainer.eval_dataset}
     keys = {
-        name: [key_of(*(row[part] for part in PARTS)) for row in dataset]
+        name: [cache_key(*(row[part] for part in PARTS)) for row in dataset]
         for name, dataset in splits.items()
         if dataset is not None
     }
     for name, mine in keys.items():
-        _check(trainer, splits[name], mine, known, ledger.folder)
+        _check(trainer, splits[name], mine, known, cache.folder)
         todo = list({key: i for i, key in enumerate(mine) if key not in known}.values())
         counts["computed"] += len(todo)
         counts["read"] += len(mine) - len(todo)
-        _compute(trainer, splits[name], mine, todo, ledger)
-    found = ledger.gather()
+        _compute(trainer, splits[name], mine, todo, cache)
+    found = cache.gather()
     for name, mine in keys.items():
         dataset = splits[name]
         for side in ("chosen", "rejected"):
@@ -68,17 +68,17 @@ def use(trainer, eval_out: str, identity: dict) -> dict:
     return {**counts, "seconds": round(time.monotonic() - started, 1)}
 
 
-def _compute(trainer, dataset, keys: list[str], todo: list[int], ledger: Ledger) -> None:
+def _compute(trainer, dataset, keys: list[str], todo: list[int], cache: ResultCache) -> None:
     from tqdm import tqdm
 
     lengths = [sum(len(dataset[i][part]) for part in PARTS) for i in todo]
-    batches = ledger.share(token_batches(lengths, 4096 if trainer.accelerator.device.type == "cpu" else 32768))
+    batches = cache.share(token_batches(lengths, 4096 if trainer.accelerator.device.type == "cpu" else 32768))
     silent = not (todo and is_main_process())
     with tqdm(total=sum(map(len, batches)), desc="reference", unit="pair", disable=silent, file=sys.stderr) as bar:
         for batch in batches:
             rows = [todo[k] for k in batch]
             for i, (chosen, rejected) in zip(rows, reference_logps(trainer, dataset, rows), strict=True):
-                ledger.add(keys[i], {"chosen": chosen, "rejected": rejected})
+                cache.add(keys[i], {"chosen": chosen, "rejected": rejected})
             bar.update(len(rows))
 
 

@@ -13,12 +13,12 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from preflab.models.fast import fused_lora
-from preflab.training.run_folder import MANIFEST, seal
+from preflab.training.run_folder import MANIFEST, write_manifest
 from utils.artifacts import RowFile, read_json
 from utils.errors import UserError, is_main_process
 
 
-class Resumable:
+class ResumableMixin:
     """Whole checkpoints, exact resume, timing and logs for a trainer of TRL's. Put before it in the bases."""
 
     seconds_before, started, ended = 0.0, None, None
@@ -86,7 +86,9 @@ class Resumable:
             self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()
         if is_main_process():
-            seal(folder, step=self.state.global_step, num_tokens=self._total_train_tokens, seconds=self.seconds)
+            write_manifest(
+                folder, step=self.state.global_step, num_tokens=self._total_train_tokens, seconds=self.seconds
+            )
             rotate_checkpoints(str(folder.parent), limit, self.state.best_model_checkpoint, use_mtime=True)
         self.accelerator.wait_for_everyone()
 

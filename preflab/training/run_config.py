@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 import torch
 from accelerate.utils import gather_object
 
-from utils.errors import UserError, is_main_process
+from utils.errors import UserError
+from utils.stage import print_main
 
 
 @dataclass
-class RunKeys:
+class RunConfig:
     """Keys of this project that every training stage has beside TRL's own. Put before TRL's config in the bases."""
 
     output_dir: str = field(default="checkpoints", metadata={"help": "Weights go to <output_dir>/<run_name>/."})
@@ -56,7 +57,7 @@ class RunKeys:
             self.bf16 = not self.use_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         super().__post_init__()
 
-    def decide_checkpointing(self, model, trained: int, longest: Callable[[], int], reference_beside: bool):
+    def choose_checkpointing(self, model, trained: int, longest: Callable[[], int], reference_beside: bool):
         """Where neither YAML nor command line decided, checkpointing only if memory asks for it: why, or None.
 
         All processes decide alike: where one of them is short of memory, all compute activations twice.
@@ -88,12 +89,6 @@ class RunKeys:
 # ------------------------------------------------------------------------------------------------- the script's steps
 
 
-def say(text: str) -> None:
-    """Print from rank 0 alone."""
-    if is_main_process():
-        print(text, flush=True)
-
-
 def check_positive(*holders_and_keys: tuple[object, tuple[str, ...]]) -> None:
     """Raise UserError for a number that is given and not above 0."""
     for holder, keys in holders_and_keys:
@@ -103,11 +98,11 @@ def check_positive(*holders_and_keys: tuple[object, tuple[str, ...]]) -> None:
                 raise UserError(f"--{key} {value}: must be above 0")
 
 
-def check_run(args, model) -> None:
+def check_run_config(args, model) -> None:
     """Refuse keys of a run that fit together in no training stage.
 
     Args:
-        args: a config with RunKeys.
+        args: a config with RunConfig.
         model: TRL's ModelConfig.
     """
     check_positive((args, POSITIVE), (model, ("lora_r", "lora_alpha")))
@@ -158,12 +153,12 @@ def fit_global_batch(args) -> list[str]:
 def train_or_resume(trainer, checkpoint, run_) -> None:
     """Train to the last step; leave with code 130 where Ctrl-C stopped it, after saving a checkpoint."""
     if checkpoint:
-        say(f"resuming from {checkpoint}")
+        print_main(f"resuming from {checkpoint}")
         trainer.continue_from(checkpoint)
     with trainer.stopper:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.stopper.asked and trainer.state.global_step < trainer.state.max_steps:
-        say(
+        print_main(
             f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}, saved in {run_.folder}; the"
             " same command (without --overwrite) goes on from there"
         )

@@ -15,7 +15,7 @@ from utils.provenance import sha256_of_files
 MANIFEST = "checkpoint_manifest.json"
 # Arguments that move no weight may differ between a run's first call and the one that resumes it. The batch's three
 # factors may differ too, as long as their product, which stands in the identity, stays.
-FREE_ARGUMENTS = {
+ARGUMENTS_NOT_IN_IDENTITY = {
     "output_dir", "eval_out", "run_name", "resume", "overwrite", "preflight_only", "sample_prompts", "report_to",
     "disable_tqdm", "dataloader_num_workers", "dataset_num_proc", "save_total_limit", "resume_from_checkpoint",
     "logging_dir", "local_rank", "accelerator_config", "parallelism_config", "deepspeed", "fsdp", "fsdp_config",
@@ -27,7 +27,7 @@ FREE_ARGUMENTS = {
 
 
 # Keys that runs of earlier versions do not name, and what they trained with.
-ADDED_SINCE = {"gamma_beta_ratio": 0.5}
+DEFAULTS_OF_OLD_RUNS = {"gamma_beta_ratio": 0.5}
 
 
 @dataclasses.dataclass
@@ -43,14 +43,14 @@ class Run:
     def __getstate__(self):
         return {**self.__dict__, "lock": None}
 
-    def pin(self, data_sha256: str) -> None:
+    def record_data_hash(self, data_sha256: str) -> None:
         """Tie the run to its data: a resumed run whose data changed is refused. Call on every rank, data in hand."""
         manifest = read_json(self.folder / "run.json")
         if manifest.setdefault("data_sha256", data_sha256) != data_sha256:
             raise UserError(f"{self.folder}: the data changed since this run began; choose another --run_name")
         write_json(self.folder / "run.json", manifest)
 
-    def refuse_other_data(self, data: dict) -> None:
+    def ensure_data_unchanged(self, data: dict) -> None:
         """Raise UserError where local files that this finished run read hold something else by now.
 
         Args:
@@ -72,7 +72,7 @@ class Run:
 
 def identity(parts: list, batch: int) -> dict:
     """The arguments that define a run: every one that can move a weight, and the global batch."""
-    return {"batch": batch, **{k: v for k, v in all_arguments(parts).items() if k not in FREE_ARGUMENTS}}
+    return {"batch": batch, **{k: v for k, v in all_arguments(parts).items() if k not in ARGUMENTS_NOT_IN_IDENTITY}}
 
 
 RESULTS = ("train.json", "train_log.jsonl", "preflight.json")
@@ -112,7 +112,7 @@ def claim_run(name: str, output_dir: str, eval_out: str, wanted: dict, resume: s
         before = read_json(manifest)
         # Nothing trained yet (the first try stopped at its data, say): the name is still free to take.
         if before["finished"] or checkpoints(run.folder) or (run.out / "train_log.jsonl").exists():
-            _refuse_other(run.folder, before["args"], wanted)
+            _ensure_same_run(run.folder, before["args"], wanted)
             if resume == "never":
                 raise UserError(
                     f"{run.folder} holds this run already: --overwrite starts afresh, --resume auto goes on"
@@ -123,7 +123,7 @@ def claim_run(name: str, output_dir: str, eval_out: str, wanted: dict, resume: s
         # Results without weights (a clone brings those of eval_out/quickstart): the same run makes them anew.
         before = read_json(run.out / "train.json") if (run.out / "train.json").exists() else {}
         started = {"adapter_sha256": (before.get("start") or {}).get("adapter_sha256")}
-        _refuse_other(run.out, {**before.get("args", {}), **started, "batch": wanted["batch"]}, wanted)
+        _ensure_same_run(run.out, {**before.get("args", {}), **started, "batch": wanted["batch"]}, wanted)
         shutil.rmtree(run.out)
     write_json(manifest, {"args": wanted, "finished": False})
     run.out.mkdir(parents=True, exist_ok=True)
@@ -134,8 +134,8 @@ def _holds_files(folder: Path) -> bool:
     return folder.exists() and any(folder.iterdir())
 
 
-def _refuse_other(folder: Path, before: dict, wanted: dict) -> None:
-    changed = sorted(k for k in wanted if wanted[k] != before.get(k, ADDED_SINCE.get(k)))
+def _ensure_same_run(folder: Path, before: dict, wanted: dict) -> None:
+    changed = sorted(k for k in wanted if wanted[k] != before.get(k, DEFAULTS_OF_OLD_RUNS.get(k)))
     if changed:
         what = ", ".join(f"{k} {before.get(k)!r} -> {wanted[k]!r}" for k in changed[:4])
         raise UserError(f"{folder} holds another run ({what}): choose another --run_name, or --overwrite it")
@@ -150,13 +150,13 @@ def checkpoints(folder: str | os.PathLike) -> list[Path]:
     return sorted(found, key=lambda p: -int(p.name.rpartition("-")[2]))
 
 
-def seal(checkpoint: Path, **state) -> None:
+def write_manifest(checkpoint: Path, **state) -> None:
     """Declare a checkpoint whole: write the manifest of its files and sizes, with `state`, as its last file."""
     files = {str(p.relative_to(checkpoint)): p.stat().st_size for p in sorted(checkpoint.rglob("*")) if p.is_file()}
     write_json(checkpoint / MANIFEST, {**state, "files": files})
 
 
-def is_whole(checkpoint: Path) -> bool:
+def is_complete(checkpoint: Path) -> bool:
     """Whether the checkpoint is sealed and every file of its manifest is there at its full size."""
     try:
         files = read_json(checkpoint / MANIFEST)["files"]
@@ -170,13 +170,13 @@ def checkpoint_to_resume(run: Run, resume: str) -> Path | None:
     if resume == "never":
         return None
     if resume != "auto":
-        if Path(resume).resolve().parent != run.folder.resolve() or not is_whole(Path(resume)):
+        if Path(resume).resolve().parent != run.folder.resolve() or not is_complete(Path(resume)):
             raise UserError(
                 f"--resume {resume}: no whole checkpoint there; there are {checkpoints(run.folder) or 'none'}"
             )
         return Path(resume)
     for checkpoint in checkpoints(run.folder):
-        if is_whole(checkpoint):
+        if is_complete(checkpoint):
             return checkpoint
         if is_main_process():
             print(f"skipping half-written checkpoint {checkpoint}", file=sys.stderr)

@@ -55,7 +55,7 @@ def run_preflight(trainer, args, model_args, train, train_ids, test, counts, not
     """The whole preflight, as preflight.json holds it.
 
     Args:
-        train, test: InstructionData of the splits (test may be None).
+        train, test: ConversationData of the splits (test may be None).
         train_ids, counts: from `preflab.data.conversations.tokenize`.
 
     Raises:

@@ -11,7 +11,7 @@ def heldout_rows(data, dataset, base: list[float] | None, tuned: list[float]) ->
     rows = []
     for i, (conversation, row) in enumerate(zip(data.conversations, dataset, strict=True)):
         tokens = sum(label != -100 for label in row["labels"][1:])
-        found = {"row": i, "where": conversation.where, "tokens": tokens, "bytes": row["bytes"]}
+        found = {"row": i, "where": conversation.source, "tokens": tokens, "bytes": row["bytes"]}
         rows.append({**found, "nll_base": base[i] if base else None, "nll_tuned": tuned[i]})
     return rows
 

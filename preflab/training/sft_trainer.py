@@ -9,14 +9,14 @@ from trl import SFTConfig, SFTTrainer
 from preflab.models.batching import pad_right, token_batches
 from preflab.models.fast import fused_head
 from preflab.models.logprobs import token_logps
-from preflab.training.resumable import Resumable
-from preflab.training.run_config import RunKeys
+from preflab.training.resumable import ResumableMixin
+from preflab.training.run_config import RunConfig
 from utils.artifacts import RowFile
-from utils.cache import Ledger, key_of
+from utils.cache import ResultCache, cache_key
 
 
 @dataclass
-class InstructionConfig(RunKeys, SFTConfig):
+class SFTRunConfig(RunConfig, SFTConfig):
     """TRL's SFTConfig with this project's keys; every other key is TRL's or transformers' own."""
 
     eval_packing: bool | None = field(
@@ -31,7 +31,7 @@ class InstructionConfig(RunKeys, SFTConfig):
         return self.per_device_train_batch_size * width
 
 
-class InstructionTrainer(Resumable, SFTTrainer):
+class ResumableSFTTrainer(ResumableMixin, SFTTrainer):
     """SFTTrainer on rows that preflab.data.conversations tokenised (input_ids, labels)."""
 
     def __init__(self, *args, row_log: RowFile, **kwargs):
@@ -84,13 +84,13 @@ class InstructionTrainer(Resumable, SFTTrainer):
 
     def base_figures(self, dataset, eval_out: str, identity: dict) -> list[float]:
         """`score` of every row before the first step, kept on disk, so that a resumed run has them too."""
-        ledger = Ledger(eval_out, "sft-base", identity)
-        keys = [key_of(row["input_ids"], row["labels"]) for row in dataset]
-        todo = [i for i, key in enumerate(keys) if key not in ledger.before]
+        cache = ResultCache(eval_out, "sft-base", identity)
+        keys = [cache_key(row["input_ids"], row["labels"]) for row in dataset]
+        todo = [i for i, key in enumerate(keys) if key not in cache.before]
         for i, nll in zip(todo, self.score(dataset, todo) if todo else [], strict=True):
             if self.accelerator.is_main_process:
-                ledger.add(keys[i], {"nll": nll})
-        found = ledger.gather()
+                cache.add(keys[i], {"nll": nll})
+        found = cache.gather()
         return [found[key]["nll"] for key in keys]
 
 

@@ -71,7 +71,7 @@ class PackingCollator:
         return {**batch, **pack(batch)}
 
 
-def recut(batches: list[dict], budget: int, collator, accelerator) -> list[dict]:
+def rebatch(batches: list[dict], budget: int, collator, accelerator) -> list[dict]:
     """The micro-batches of one optimiser step, cut anew: the same pairs in the same order, up to `budget` tokens each.
 
     Every process cuts at the same places, where the fullest of them reaches the budget. There are as many entries as
@@ -120,7 +120,7 @@ def split(batch: dict) -> list[dict]:
     return found
 
 
-def why_not(model, aux_loss: bool = False) -> str | None:
+def unsupported_reason(model, aux_loss: bool = False) -> str | None:
     """Why this model's pairs cannot be packed, None where they can."""
     config = without_adapter_shell(model).config
     if aux_loss:
@@ -164,7 +164,7 @@ def attach(model) -> None:
 
 def attach_if_known(model) -> bool:
     """`attach` where pairs of this model can be packed; whether they can."""
-    known = why_not(model) is None
+    known = unsupported_reason(model) is None
     if known:
         attach(model)
     return known

@@ -10,25 +10,10 @@ import time
 import pytest
 import yaml
 from conftest import ROOT, assert_one_line, command, eval_args, make_pairs, write_jsonl
-from test_distributed import ACCELERATE, CPU
+from helpers import assert_shared, two_processes
 
 from utils.artifacts import RowFile, read_json
 from utils.cli import parse
-
-
-def two_processes(script, *args):
-    command = [*ACCELERATE, "--config_file", str(CPU), script, *map(str, args)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done
-
-
-def assert_shared(eval_out, count, *kinds):
-    """Each kind of work was done once, by two processes together."""
-    for kind in kinds:
-        shards = {p.name: len(RowFile(p).read()) for p in (eval_out / ".cache").glob(f"{kind}-[0-9a-f]*/rows-*.jsonl")}
-        assert set(shards) == {"rows-0.jsonl", "rows-1.jsonl"} and sum(shards.values()) == count, (kind, shards)
 
 
 def values(summary: dict) -> dict:
@@ -242,7 +227,7 @@ def test_prompts_with_placeholders_and_special_tokens_are_only_text(battle, tiny
 
 
 def test_prompts_that_a_template_refuses_are_counted(call, tiny_gemma2, tmp_path):
-    from test_scoring import lora_of
+    from helpers import lora_of
 
     adapter = lora_of(tiny_gemma2, tmp_path / "lora")
     turns = [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}, {"role": "assistant", "content": "c"}]

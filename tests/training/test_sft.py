@@ -12,7 +12,7 @@ from trl import SFTConfig, SFTTrainer
 from preflab.data.conversations import load_conversations, tokenize
 from preflab.models.loading import load_model, load_tokenizer
 from preflab.training.sft_report import claim, heldout_metrics
-from preflab.training.sft_trainer import InstructionConfig, InstructionTrainer
+from preflab.training.sft_trainer import ResumableSFTTrainer, SFTRunConfig
 from utils.artifacts import RowFile, read_json
 
 
@@ -91,8 +91,8 @@ def ours(folder, path, tmp_path, loss_on="responses", **extra) -> list[dict]:
     tokenizer = load_tokenizer(str(folder))
     data = load_conversations([{"name": str(path), "split": "train"}])
     ids, _ = tokenize(data, tokenizer, loss_on, SETTINGS["max_length"])
-    args = InstructionConfig(str(tmp_path / "ours"), **{**SETTINGS, **extra})
-    trainer = InstructionTrainer(
+    args = SFTRunConfig(str(tmp_path / "ours"), **{**SETTINGS, **extra})
+    trainer = ResumableSFTTrainer(
         model=load_model(str(folder)),
         args=args,
         train_dataset=ids,
@@ -137,8 +137,8 @@ def test_scores_are_the_models_own_and_know_no_batch(tiny, tmp_path):
     ids, _ = tokenize(load_conversations([{"name": str(path), "split": "train"}]), tokenizer, "responses", None)
 
     def scored(batch):
-        args = InstructionConfig(str(tmp_path / "o"), **{**SETTINGS, "per_device_eval_batch_size": batch})
-        trainer = InstructionTrainer(
+        args = SFTRunConfig(str(tmp_path / "o"), **{**SETTINGS, "per_device_eval_batch_size": batch})
+        trainer = ResumableSFTTrainer(
             model=load_model(str(tiny)), args=args, train_dataset=ids, processing_class=tokenizer,
             row_log=RowFile(tmp_path / "log.jsonl"),
         )  # fmt: skip

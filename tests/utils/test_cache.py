@@ -5,7 +5,7 @@ import random
 import pytest
 
 from preflab.models.batching import token_batches
-from utils.cache import Ledger, key_of
+from utils.cache import ResultCache, cache_key
 
 
 def folder_of(out):
@@ -14,49 +14,49 @@ def folder_of(out):
 
 
 def test_items_are_kept_across_instances(tmp_path):
-    Ledger(tmp_path, "answers", {"model": "m"}).add("a", {"text": "één\u2028line\nnext", "tokens": 3})
-    again = Ledger(tmp_path, "answers", {"model": "m"})
+    ResultCache(tmp_path, "answers", {"model": "m"}).add("a", {"text": "één\u2028line\nnext", "tokens": 3})
+    again = ResultCache(tmp_path, "answers", {"model": "m"})
     again.add("b", {"text": ""})
     wanted = {"a": {"text": "één\u2028line\nnext", "tokens": 3}, "b": {"text": ""}}
-    assert Ledger(tmp_path, "answers", {"model": "m"}).read() == again.gather() == wanted
+    assert ResultCache(tmp_path, "answers", {"model": "m"}).read() == again.gather() == wanted
 
 
 def test_the_last_item_of_a_key_counts(tmp_path):
-    ledger = Ledger(tmp_path, "answers", {})
+    cache = ResultCache(tmp_path, "answers", {})
     for text in ("old", "new"):
-        ledger.add("a", {"text": text})
-    assert ledger.read() == {"a": {"text": "new"}}
+        cache.add("a", {"text": text})
+    assert cache.read() == {"a": {"text": "new"}}
 
 
 @pytest.mark.parametrize(
     "kind, identity", [("answers", {"model": "n"}), ("answers", {"model": "m", "seed": 1}), ("scores", {"model": "m"})]
 )
 def test_another_identity_or_kind_has_another_folder(tmp_path, kind, identity):
-    first = Ledger(tmp_path, "answers", {"model": "m"})
+    first = ResultCache(tmp_path, "answers", {"model": "m"})
     first.add("a", {"x": 1})
-    other = Ledger(tmp_path, kind, identity)
+    other = ResultCache(tmp_path, kind, identity)
     assert other.read() == {} and other.folder != first.folder
     other.add("a", {"x": 2})
-    assert Ledger(tmp_path, "answers", {"model": "m"}).read() == {"a": {"x": 1}}
+    assert ResultCache(tmp_path, "answers", {"model": "m"}).read() == {"a": {"x": 1}}
 
 
 def test_the_identity_stands_there_in_words_beside_every_processs_items(tmp_path):
-    Ledger(tmp_path, "answers", {"model": "m", "dtype": "float32"})
+    ResultCache(tmp_path, "answers", {"model": "m", "dtype": "float32"})
     text = (folder_of(tmp_path) / "identity.json").read_text()
     assert '"model": "m"' in text and '"dtype": "float32"' in text
     # What another process of the launch has kept is found as well.
     (folder_of(tmp_path) / "rows-3.jsonl").write_text('{"key": "z", "x": 1}\n')
-    assert Ledger(tmp_path, "answers", {"model": "m", "dtype": "float32"}).read() == {"z": {"x": 1}}
+    assert ResultCache(tmp_path, "answers", {"model": "m", "dtype": "float32"}).read() == {"z": {"x": 1}}
 
 
 @pytest.mark.parametrize("cut", ['{"key": "b", "te', '{"key": "b", "text": "whole but for its end of line"}', "{"])
 def test_a_line_that_a_crash_cut_off_is_ignored_and_overwritten(tmp_path, cut):
-    ledger = Ledger(tmp_path, "answers", {})
-    ledger.add("a", {"text": "x"})
+    cache = ResultCache(tmp_path, "answers", {})
+    cache.add("a", {"text": "x"})
     path = folder_of(tmp_path) / "rows-0.jsonl"
     with path.open("a") as f:
         f.write(cut)
-    again = Ledger(tmp_path, "answers", {})
+    again = ResultCache(tmp_path, "answers", {})
     assert again.read() == {"a": {"text": "x"}}
     again.add("c", {"text": "y"})
     assert again.read() == {"a": {"text": "x"}, "c": {"text": "y"}}
@@ -64,24 +64,24 @@ def test_a_line_that_a_crash_cut_off_is_ignored_and_overwritten(tmp_path, cut):
 
 
 def test_a_line_cut_off_within_a_character_is_ignored(tmp_path):
-    ledger = Ledger(tmp_path, "answers", {})
-    ledger.add("a", {"text": "x"})
+    cache = ResultCache(tmp_path, "answers", {})
+    cache.add("a", {"text": "x"})
     with (folder_of(tmp_path) / "rows-0.jsonl").open("ab") as f:
         f.write('{"key": "b", "text": "é'.encode()[:-1])
-    assert Ledger(tmp_path, "answers", {}).read() == {"a": {"text": "x"}}
+    assert ResultCache(tmp_path, "answers", {}).read() == {"a": {"text": "x"}}
 
 
 def test_overwrite_empties_this_identity_and_no_other(tmp_path):
     for model in "mn":
-        Ledger(tmp_path, "answers", {"model": model}).add("a", {"x": model})
-    assert Ledger(tmp_path, "answers", {"model": "m"}, overwrite=True).read() == {}
-    assert Ledger(tmp_path, "answers", {"model": "m"}).read() == {}
-    assert Ledger(tmp_path, "answers", {"model": "n"}).read() == {"a": {"x": "n"}}
+        ResultCache(tmp_path, "answers", {"model": model}).add("a", {"x": model})
+    assert ResultCache(tmp_path, "answers", {"model": "m"}, overwrite=True).read() == {}
+    assert ResultCache(tmp_path, "answers", {"model": "m"}).read() == {}
+    assert ResultCache(tmp_path, "answers", {"model": "n"}).read() == {"a": {"x": "n"}}
 
 
 def test_one_process_has_all_the_work_and_many_share_it(tmp_path):
-    ledger = Ledger(tmp_path, "answers", {})
-    assert ledger.share([3, 1, 2]) == [3, 1, 2]
+    cache = ResultCache(tmp_path, "answers", {})
+    assert cache.share([3, 1, 2]) == [3, 1, 2]
 
     class Of:
         def __init__(self, index):
@@ -89,15 +89,15 @@ def test_one_process_has_all_the_work_and_many_share_it(tmp_path):
 
     shares = []
     for index in range(3):
-        ledger.state = Of(index)
-        shares.append(ledger.share(list(range(8))))
+        cache.state = Of(index)
+        shares.append(cache.share(list(range(8))))
     assert sorted(sum(shares, [])) == list(range(8)) and [len(s) for s in shares] == [3, 3, 2]
 
 
 def test_keys_tell_values_apart_and_not_the_order_of_keys():
-    assert key_of({"a": 1, "b": "é"}) == key_of({"b": "é", "a": 1})
+    assert cache_key({"a": 1, "b": "é"}) == cache_key({"b": "é", "a": 1})
     different = [("ab", "c"), ("a", "bc"), ("abc",), (["ab", "c"],), ("ab", "c", ""), (1,), ("1",), (None,), ("null",)]
-    assert len({key_of(*parts) for parts in different}) == len(different)
+    assert len({cache_key(*parts) for parts in different}) == len(different)
 
 
 # ----------------------------------------------------------------------------------------------------------- batches

@@ -8,8 +8,8 @@ import pytest
 from conftest import ROOT
 
 from preflab.data.preferences import load_pairs
-from preflab.evaluation.surface_baseline import surface_scores
-from utils.stats import ranked_right
+from preflab.evaluation.surface_baseline import bag_of_words_scores
+from utils.stats import pairwise_correct
 
 FOLDER = ROOT / "data" / "quickstart_prefs"
 ROWS = {s: [json.loads(line) for line in (FOLDER / f"{s}.jsonl").read_text().splitlines()] for s in ("train", "test")}
@@ -62,15 +62,15 @@ def test_no_prompt_is_shared_or_nearly_shared_between_the_splits():
 
 
 def test_words_and_length_alone_stay_at_or_below_65_percent():
-    scores = surface_scores(answers("train"), answers("test"))
-    accuracy = ranked_right(scores, np.zeros(len(scores))).mean()
+    scores = bag_of_words_scores(answers("train"), answers("test"))
+    accuracy = pairwise_correct(scores, np.zeros(len(scores))).mean()
     assert accuracy <= 0.65, accuracy
     # The classifier itself works: where the label is a word, it finds it.
     told = (
         [(f"{c} good", f"{r} bad") for c, r in answers("train")],
         [(f"{c} good", f"{r} bad") for c, r in answers("test")],
     )
-    assert ranked_right(surface_scores(*told), np.zeros(len(scores))).mean() > 0.95
+    assert pairwise_correct(bag_of_words_scores(*told), np.zeros(len(scores))).mean() > 0.95
 
 
 def test_prompts_with_references_are_balanced_and_repeat_no_preference_prompt():

@@ -320,7 +320,7 @@ def labelled(count=120):
     for i in range(count):
         a, b = rng.integers(20, 300, 2)
         chosen, rejected = "good " + "x" * int(a), "poor " + "x" * int(b)
-        pairs.append(Pair(chosen, rejected, messages=[{"role": "user", "content": f"q{i}"}], where=str(i)))
+        pairs.append(Pair(chosen, rejected, messages=[{"role": "user", "content": f"q{i}"}], source=str(i)))
     return pairs
 
 
@@ -437,7 +437,7 @@ def test_without_an_audit_there_is_no_claim(call, trained, tiny, reference, tmp_
 
 
 def test_two_processes_judge_as_one(call, trained, tiny, reference, tmp_path):
-    from test_evaluations import assert_shared, two_processes
+    from helpers import assert_shared, two_processes
 
     code, _, err = call("run_alpacaeval_local", *alpaca_args(trained, tmp_path / "one", reference, tiny))
     assert code == 0, err

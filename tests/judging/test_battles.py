@@ -9,19 +9,19 @@ from scipy.special import expit
 from scipy.stats import wilcoxon
 
 from preflab.data.prompts import Prompt
-from preflab.judging.answers import refuse_equal
+from preflab.judging.answers import ensure_adapter_applied
 from preflab.judging.battles import (
     against_opponent,
     answer_metrics,
     battle_metrics,
+    both_orders,
     bradley_terry,
     by_category,
+    combine_orders,
     fit_logistic,
     judge_rows,
     pairings,
-    settle,
     style_controlled,
-    two_orders,
 )
 from preflab.judging.judge_prompt import Verdict, unparsed
 from preflab.judging.judges import Longer
@@ -40,7 +40,7 @@ def verdict(of) -> Verdict:
 def row(number, orders, a="tuned", b="base", tokens=(10, 10), texts=("x", "y"), category=None) -> dict:
     """One settled row: what the judge said of the first slot in both orders, `a` standing first in the first."""
     sides = {f"answer_{s}": {"text": t, "tokens": n} for s, t, n in zip("ab", texts, tokens, strict=True)}
-    return {"prompt": number, "a": a, "b": b, "category": category, **sides, **settle(*map(verdict, orders))}
+    return {"prompt": number, "a": a, "b": b, "category": category, **sides, **combine_orders(*map(verdict, orders))}
 
 
 def values(metrics) -> dict:
@@ -68,22 +68,22 @@ def values(metrics) -> dict:
     ],
 )
 def test_two_verdicts_settled_by_hand(orders, consistent, average, flipped, votes):
-    found = settle(*map(verdict, orders))
+    found = combine_orders(*map(verdict, orders))
     assert [found[k] for k in ("consistent", "average", "flipped", "votes")] == [consistent, average, flipped, votes]
     assert found["probability"] is None
 
 
 @pytest.mark.parametrize("orders", [(None, 1), (0, None), (None, None)])
 def test_a_lost_verdict_settles_nothing(orders):
-    found = settle(*map(verdict, orders))
+    found = combine_orders(*map(verdict, orders))
     assert [found[k] for k in ("consistent", "average", "probability", "flipped", "votes")] == [None] * 5
     assert [v["first"] for v in found["orders"]] == list(orders)
 
 
 def test_probabilities_of_both_orders_are_averaged():
-    assert settle(Verdict(1, 0.8), Verdict(0, 0.3))["probability"] == pytest.approx((0.8 + 0.7) / 2)
-    assert settle(Verdict(1, 0.0), Verdict(0, 0.0))["probability"] == 0.5
-    assert settle(Verdict(1, 0.8), Verdict(0))["probability"] is None
+    assert combine_orders(Verdict(1, 0.8), Verdict(0, 0.3))["probability"] == pytest.approx((0.8 + 0.7) / 2)
+    assert combine_orders(Verdict(1, 0.0), Verdict(0, 0.0))["probability"] == 0.5
+    assert combine_orders(Verdict(1, 0.8), Verdict(0))["probability"] is None
 
 
 def test_figures_counted_by_hand():
@@ -122,7 +122,7 @@ def test_identical_answers_are_ties_and_counted_as_rows(tmp_path):
     prompts = [Prompt([{"role": "user", "content": f"q{i}"}], "") for i in range(3)]
     texts = {"tuned": ["same", "x", "same"], "base": ["same", "y", "same"]}
     answers = {name: [{"text": t, "tokens": 1} for t in side] for name, side in texts.items()}
-    items, rows = two_orders(prompts, answers, [("tuned", "base")])
+    items, rows = both_orders(prompts, answers, [("tuned", "base")])
     m = battle_metrics(judge_rows(First(), items, rows, str(tmp_path), False), 0)
     assert m["identical_answers"]["value"] == 2 and m["identical_answers"]["n"] == 3
     assert m["ties"]["value"] == 3 and m["flip_rate"]["value"] == pytest.approx(1 / 3)
@@ -135,8 +135,8 @@ def test_where_every_row_lost_a_verdict_there_is_no_rate():
 
 def test_probability_and_mass_by_hand():
     rows = [
-        {**row(0, WIN), **settle(Verdict(1, 0.9, mass=0.8), Verdict(0, 0.3, mass=0.2))},
-        {**row(1, WIN), **settle(Verdict(1, 0.6, mass=0.4), Verdict(1, 0.8, mass=0.9))},
+        {**row(0, WIN), **combine_orders(Verdict(1, 0.9, mass=0.8), Verdict(0, 0.3, mass=0.2))},
+        {**row(1, WIN), **combine_orders(Verdict(1, 0.6, mass=0.4), Verdict(1, 0.8, mass=0.9))},
     ]
     m = values(battle_metrics(rows, 0))
     assert m["win_rate_probability"] == pytest.approx((0.8 + 0.4) / 2)
@@ -173,7 +173,7 @@ def test_questions_in_both_orders_and_no_answer_no_question(tmp_path):
     prompts = [Prompt([{"role": "user", "content": f"q{i}"}], f"line {i}") for i in range(3)]
     answers = {"tuned": ["long 0", None, "l2"], "base": ["b0", "b1", "base 2"]}
     answers = {k: [t and {"text": t, "tokens": len(t)} for t in v] for k, v in answers.items()}
-    items, rows = two_orders(prompts, answers, [("tuned", "base")])
+    items, rows = both_orders(prompts, answers, [("tuned", "base")])
     assert [(i.prompt.text, i.first, i.second) for i in items] == [
         ("q0", "long 0", "b0"), ("q0", "b0", "long 0"), ("q2", "l2", "base 2"), ("q2", "base 2", "l2"),
     ]  # fmt: skip
@@ -187,9 +187,9 @@ def test_questions_in_both_orders_and_no_answer_no_question(tmp_path):
 
 def test_equal_answers_of_base_and_tuned_are_refused():
     a, b = [{"text": "x"}, {"text": "y"}], [{"text": "x"}, {"text": "z"}]
-    refuse_equal({"base": a, "tuned": b})
+    ensure_adapter_applied({"base": a, "tuned": b})
     with pytest.raises(UserError, match="same answer to all 2 prompts"):
-        refuse_equal({"base": a, "tuned": [dict(each) for each in a]})
+        ensure_adapter_applied({"base": a, "tuned": [dict(each) for each in a]})
 
 
 def test_against_one_opponent_scores_are_paired_by_prompt():

@@ -7,7 +7,7 @@ import pytest
 
 from preflab.evaluation.rewards import reward_metrics, reward_rows
 from preflab.training.dpo_report import claim, displacement
-from utils.stats import bootstrap, mcnemar, ranked_right, sign_test, signed_rank
+from utils.stats import bootstrap, mcnemar, pairwise_correct, sign_test, signed_rank
 
 
 def test_bootstrap_of_a_mean_matches_the_normal_theory():
@@ -34,7 +34,7 @@ def test_bootstrap_of_too_little():
 
 
 def test_ranked_right_gives_ties_a_half():
-    assert ranked_right([2, 1, 1], [1, 2, 1]).tolist() == [1, 0, 0.5]
+    assert pairwise_correct([2, 1, 1], [1, 2, 1]).tolist() == [1, 0, 0.5]
 
 
 def test_sign_test_and_mcnemar_by_hand():

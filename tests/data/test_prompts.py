@@ -47,7 +47,7 @@ def test_every_form_of_a_row(tmp_path, form):
     row, wanted = FORMS[form]
     (prompt,), summary = loaded(tmp_path, row)
     assert prompt.messages == wanted
-    assert prompt.where.endswith("rows.jsonl line 1") and summary["prompts"] == 1 and summary["left_out"] == {}
+    assert prompt.source.endswith("rows.jsonl line 1") and summary["prompts"] == 1 and summary["left_out"] == {}
 
 
 def test_prompts_that_occur_twice_are_taken_once_and_counted(tmp_path):

@@ -6,11 +6,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import assert_one_line, make_pairs, train_args, write_jsonl
-from test_losses import SETTINGS, assert_equal, lora, ours, stock
+from stock_trl import SETTINGS, assert_equal, lora, ours, stock
 
 from preflab.models.loading import load_model, load_tokenizer
 from preflab.training import losses
-from preflab.training.dpo_trainer import PreferenceConfig, PreferenceTrainer
+from preflab.training.dpo_trainer import DPORunConfig, ResumableDPOTrainer
 
 # Log-probabilities of two chosen and three rejected tokens, reference sums -4 and -4.5: d_w = 1, d_l = -0.5,
 # means -3/2 and -5/3. Each entry: settings, loss, gradient of each chosen and of each rejected token, by hand.
@@ -63,9 +63,9 @@ def trainer_of(tiny, tmp_path, rows=None, **settings):
     from utils.artifacts import RowFile
 
     rows = rows or [{"prompt_ids": [1, 2], "chosen_ids": [3], "rejected_ids": [4]}]
-    return PreferenceTrainer(
+    return ResumableDPOTrainer(
         load_model(str(tiny)),
-        args=PreferenceConfig(str(tmp_path), **{**SETTINGS, "label_smoothing": 0.0, **settings}),
+        args=DPORunConfig(str(tmp_path), **{**SETTINGS, "label_smoothing": 0.0, **settings}),
         train_dataset=Dataset.from_list(rows),
         processing_class=load_tokenizer(str(tiny)),
         peft_config=lora(),

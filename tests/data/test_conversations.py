@@ -6,8 +6,8 @@ from conftest import ROOT, write_jsonl
 from preflab.data.chat_template import ChatRenderer
 from preflab.data.conversations import (
     Conversation,
-    InstructionArguments,
-    InstructionData,
+    ConversationData,
+    SFTArguments,
     hold_out,
     load_conversations,
     to_conversation,
@@ -76,9 +76,9 @@ def test_what_is_no_instruction_is_named(row, words):
     assert all(word in str(error.value) for word in words), error.value
 
 
-def conversations(count: int) -> InstructionData:
+def conversations(count: int) -> ConversationData:
     found = [Conversation([{"role": "user", "content": f"Ask {k}"}, SAID], f"row {k}") for k in range(count)]
-    return InstructionData(found, [{"name": "x"}], count)
+    return ConversationData(found, [{"name": "x"}], count)
 
 
 def test_held_out_rows_depend_on_their_text_alone():
@@ -100,11 +100,11 @@ def test_held_out_rows_depend_on_their_text_alone():
 
 
 def test_a_named_test_split_a_mix_and_none():
-    named = InstructionArguments(dataset_name="x", dataset_test_split="test")
+    named = SFTArguments(dataset_name="x", dataset_test_split="test")
     assert named.sources()[1] == [{"name": "x", "config": None, "revision": None, "split": "test"}]
-    assert InstructionArguments(dataset_name="x").sources()[1] == []
-    assert InstructionArguments(dataset_name="x", dataset_test_split="none").sources()[1] == []
-    mix = InstructionArguments(datasets=[{"path": "a", "test_split": "t"}, {"path": "b"}])
+    assert SFTArguments(dataset_name="x").sources()[1] == []
+    assert SFTArguments(dataset_name="x", dataset_test_split="none").sources()[1] == []
+    mix = SFTArguments(datasets=[{"path": "a", "test_split": "t"}, {"path": "b"}])
     assert [s["split"] for s in mix.sources()[1]] == ["t"]
     data = conversations(3)
     assert len(without_overlap(data.conversations, data.conversations[:1], "drop", data.dropped)) == 2
@@ -134,7 +134,7 @@ def llama3(smol_tokenizer):
 
 def labelled(tokenizer, row: dict, loss_on="responses", max_length=None):
     """(ids, labels, bytes) of one row."""
-    data = InstructionData([to_conversation(row, "x")], [], 1)
+    data = ConversationData([to_conversation(row, "x")], [], 1)
     found = tokenize(data, tokenizer, loss_on, max_length)[0][0]
     return found["input_ids"], found["labels"], found["bytes"]
 
@@ -188,7 +188,7 @@ def test_alpacas_template_is_stanfords_text(smol_tokenizer, context):
 
 
 def test_alpacas_template_takes_one_instruction_and_says_so(smol_tokenizer):
-    data = InstructionData([to_conversation({"messages": [ASKED, SAID, ASKED, SAID]}, "x")], [], 1)
+    data = ConversationData([to_conversation({"messages": [ASKED, SAID, ASKED, SAID]}, "x")], [], 1)
     with pytest.raises(UserError, match="template refused e.g. x: Alpaca's template has one instruction"):
         tokenize(data, with_template(smol_tokenizer, "alpaca"), "responses", None)
 
@@ -267,12 +267,12 @@ def test_a_loss_on_everything_and_cutting(smol_tokenizer):
     assert labels == ids and size == len(smol_tokenizer.decode(ids[1:], skip_special_tokens=True).encode())
     cut, some, _ = labelled(smol_tokenizer, {"messages": LONGER}, max_length=len(ids) - 3)
     assert cut == ids[:-3] and len(some) == len(cut)
-    data = InstructionData([to_conversation({"messages": [ASKED, SAID]}, "x")] * 2, [], 2)
+    data = ConversationData([to_conversation({"messages": [ASKED, SAID]}, "x")] * 2, [], 2)
     data.conversations[1] = to_conversation({"instruction": "?", "output": "A."}, "y")
     room = len(labelled(smol_tokenizer, {"instruction": "?", "output": "A."})[0])
     found, counts = tokenize(data, smol_tokenizer, "responses", room - 1)
     assert len(found) >= 1 and counts["truncated"] == 2
     with pytest.raises(UserError, match="nothing_left_to_train_on"):
         tokenize(
-            InstructionData([to_conversation({"messages": [ASKED, SAID]}, "x")], [], 1), smol_tokenizer, "responses", 8
+            ConversationData([to_conversation({"messages": [ASKED, SAID]}, "x")], [], 1), smol_tokenizer, "responses", 8
         )

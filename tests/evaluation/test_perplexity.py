@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import assert_one_line, eval_args, write_jsonl
-from test_logps import slow_logp
+from helpers import slow_logp
 
 from preflab.evaluation.perplexity import bos_protocol, cut_documents, prefix_id, section_metrics, text_units, windows
 from preflab.models.loading import load_model, load_tokenizer

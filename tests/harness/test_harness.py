@@ -13,7 +13,7 @@ from scipy.stats import binomtest, norm
 
 from preflab.evaluation.comparison import Comparison
 from preflab.harness.calls import PROGRESS, Call, batch_size, execute, model_arguments, plan
-from preflab.harness.metrics import Side, leaves, paired, refuse_equal, rows, suite_averages
+from preflab.harness.metrics import ModelResults, ensure_adapter_applied, leaves, paired, rows, suite_averages
 from preflab.harness.report import claim, clock, differs, eq_bench, report
 from preflab.harness.run import HarnessArguments, check, leading_bos, own_and_harness
 from preflab.harness.suites import (
@@ -208,9 +208,9 @@ def test_a_task_that_two_entries_bring_is_refused():
 # ------------------------------------------------------------------------------------------------- paired differences
 
 
-def side_of(tasks: dict[str, dict[str, list]], prompts=None, results=None, filter="none") -> Side:
-    """A Side as the harness reports it: `tasks` gives every metric's figure of every document."""
-    side = Side()
+def side_of(tasks: dict[str, dict[str, list]], prompts=None, results=None, filter="none") -> ModelResults:
+    """A ModelResults as the harness reports it: `tasks` gives every metric's figure of every document."""
+    side = ModelResults()
     for task, metrics in tasks.items():
         count = len(next(iter(metrics.values())))
         side.samples[task] = {
@@ -234,7 +234,7 @@ def side_of(tasks: dict[str, dict[str, list]], prompts=None, results=None, filte
     return side
 
 
-def one(base: Side, tuned: Side, task="t", metric="acc", filter="none"):
+def one(base: ModelResults, tuned: ModelResults, task="t", metric="acc", filter="none"):
     reported = {
         name: {
             kind: side.results[task].get(f"{metric}{suffix},{filter}")
@@ -367,8 +367,8 @@ def test_groups_come_before_their_subtasks_and_in_the_suites_order():
 def test_equal_models_stop_the_run():
     side = side_of({"t": {"acc": [1, 0]}})
     with pytest.raises(UserError, match="same answer to all 2 requests: the adapter was not applied"):
-        refuse_equal(side, side_of({"t": {"acc": [1, 0]}}))
-    refuse_equal(side, side_of({"t": {"acc": [1, 1]}}))
+        ensure_adapter_applied(side, side_of({"t": {"acc": [1, 0]}}))
+    ensure_adapter_applied(side, side_of({"t": {"acc": [1, 1]}}))
 
 
 def test_holms_correction_by_hand():

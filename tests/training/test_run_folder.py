@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT, assert_one_line, train_args
 
 from preflab.evaluation.comparison import latest_run
-from preflab.training.run_folder import Run, checkpoint_to_resume, checkpoints, claim_run, is_whole, seal
+from preflab.training.run_folder import Run, checkpoint_to_resume, checkpoints, claim_run, is_complete, write_manifest
 from utils.artifacts import RowFile, atomic_write, read_json, write_json
 from utils.errors import UserError
 
@@ -69,7 +69,7 @@ def test_kill_9_and_resume_equal_the_unbroken_run(tiny, prefs, tmp_path, unbroke
     ck = tmp_path / "ck" / "r"
     condition = {
         "between_saves": lambda: len(log_rows(tmp_path)) >= 5,
-        "during_a_save": lambda: (ck / "checkpoint-4").exists() and not is_whole(ck / "checkpoint-4"),
+        "during_a_save": lambda: (ck / "checkpoint-4").exists() and not is_complete(ck / "checkpoint-4"),
         "before_the_first_save": lambda: len(log_rows(tmp_path)) >= 1,
     }[moment]
     args = run_args(tiny, prefs, tmp_path)
@@ -86,7 +86,7 @@ def test_kill_9_and_resume_equal_the_unbroken_run(tiny, prefs, tmp_path, unbroke
 
 def test_killed_after_the_last_step_only_the_evaluation_is_done_again(tiny, prefs, tmp_path, unbroken):
     args = run_args(tiny, prefs, tmp_path)
-    code, _, _ = kill_when(args, lambda: is_whole(tmp_path / "ck/r/checkpoint-8"))
+    code, _, _ = kill_when(args, lambda: is_complete(tmp_path / "ck/r/checkpoint-8"))
     assert code == -signal.SIGKILL
     done = subprocess.run([*SCRIPT, *args], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "checkpoint-8" in done.stdout, done.stderr
@@ -98,7 +98,7 @@ def test_ctrl_c_saves_a_checkpoint_and_says_how_to_go_on(tiny, prefs, tmp_path, 
     code, out, err = kill_when(args, lambda: len(log_rows(tmp_path)) >= 3, signal.SIGINT)
     assert code == 130 and "the same command (without --overwrite) goes on" in out and "Traceback" not in err, err
     (checkpoint,) = checkpoints(tmp_path / "ck/r")
-    assert is_whole(checkpoint)
+    assert is_complete(checkpoint)
     done = subprocess.run([*SCRIPT, *args], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and f"resuming from {checkpoint}" in done.stdout, done.stderr
     assert_same_run(tmp_path, unbroken)
@@ -106,7 +106,7 @@ def test_ctrl_c_saves_a_checkpoint_and_says_how_to_go_on(tiny, prefs, tmp_path, 
 
 def test_resume_from_a_named_checkpoint(train, tiny, prefs, tmp_path):
     args = run_args(tiny, prefs, tmp_path, "--save_total_limit", 5)
-    code, _, _ = kill_when(args, lambda: is_whole(tmp_path / "ck/r/checkpoint-4"))
+    code, _, _ = kill_when(args, lambda: is_complete(tmp_path / "ck/r/checkpoint-4"))
     named = tmp_path / "ck/r/checkpoint-2"
     code, out, err = train(*args, "--resume", named)
     assert code == 0 and f"resuming from {named}" in out, err
@@ -117,7 +117,7 @@ def test_resume_refuses_what_is_no_whole_checkpoint_and_changed_data(train, tiny
     data = tmp_path / "data"
     shutil.copytree(prefs, data)
     args = run_args(tiny, data, tmp_path)
-    kill_when(args, lambda: is_whole(tmp_path / "ck/r/checkpoint-2"))
+    kill_when(args, lambda: is_complete(tmp_path / "ck/r/checkpoint-2"))
     code, _, err = train(*args, "--resume", tmp_path / "nowhere")
     assert code == 2
     assert_one_line(err, "--resume", "nowhere")
@@ -140,7 +140,7 @@ def test_a_full_disk_is_one_line_and_keeps_what_is_whole(tiny, prefs, tmp_path, 
     assert done.returncode == 2, (done.returncode, done.stderr)
     assert_one_line(done.stderr, "disk is full", "--output_dir")
     assert (tmp_path / "out/r/preflight.json").exists() and log_rows(tmp_path)
-    assert not any(is_whole(c) for c in checkpoints(tmp_path / "ck/r"))
+    assert not any(is_complete(c) for c in checkpoints(tmp_path / "ck/r"))
     done = subprocess.run([*SCRIPT, *args], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
@@ -164,7 +164,7 @@ def test_a_really_full_filesystem(tiny, prefs, tmp_path):
 def test_out_of_memory_says_what_to_lower(tiny, prefs, tmp_path):
     code = (
         "import sys; from utils.errors import run; import preflab.training.dpo_trainer as t; import torch\n"
-        "t.PreferenceTrainer.train = lambda self, **k: torch.empty(1 << 50)\n"
+        "t.ResumableDPOTrainer.train = lambda self, **k: torch.empty(1 << 50)\n"
         "import dpo_train_human_preference as s; run(s.main)"
     )
     done = subprocess.run(
@@ -180,7 +180,7 @@ def test_whole_and_half_written_checkpoints(tmp_path, capsys):
         folder.mkdir()
         (folder / "weights").write_text("x" * step)
         if step < 6:
-            seal(folder, step=step)
+            write_manifest(folder, step=step)
     (tmp_path / "checkpoint-4" / "weights").write_text("x")
     run = Run("r", tmp_path, tmp_path)
     assert checkpoint_to_resume(run, "auto") == tmp_path / "checkpoint-2"
@@ -275,14 +275,14 @@ def test_two_processes_cannot_train_one_run(tmp_path):
 def test_another_runs_checkpoint_is_not_resumed(tmp_path):
     other = tmp_path / "other" / "checkpoint-2"
     other.mkdir(parents=True)
-    seal(other, step=2)
+    write_manifest(other, step=2)
     with pytest.raises(UserError, match="no whole checkpoint"):
         checkpoint_to_resume(Run("r", tmp_path / "r", tmp_path), str(other))
 
 
 def test_what_an_out_of_memory_error_advises_may_change_on_resume(train, tiny, prefs, tmp_path):
     args = run_args(tiny, prefs, tmp_path)
-    kill_when(args, lambda: is_whole(tmp_path / "ck/r/checkpoint-4"))
+    kill_when(args, lambda: is_complete(tmp_path / "ck/r/checkpoint-4"))
     smaller = ("--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 4)
     code, out, err = train(*args, *smaller, "--per_device_eval_batch_size", 1, "--gradient_checkpointing", "true")
     assert code == 0 and "resuming from" in out, err

@@ -13,10 +13,10 @@ def parsed(tmp_path, yaml: str, *flags):
     from trl import ModelConfig
 
     from preflab.data.preferences import DataArguments
-    from preflab.training.dpo_trainer import PreferenceConfig
+    from preflab.training.dpo_trainer import DPORunConfig
 
     (tmp_path / "x.yaml").write_text(yaml)
-    return parse((DataArguments, PreferenceConfig, ModelConfig), ["--config", str(tmp_path / "x.yaml"), *flags])
+    return parse((DataArguments, DPORunConfig, ModelConfig), ["--config", str(tmp_path / "x.yaml"), *flags])
 
 
 def test_yaml_gives_defaults_and_the_command_line_wins(tmp_path):
@@ -123,10 +123,10 @@ def test_missing_model_and_data_are_named(train):
 def test_every_training_config_parses_and_names_its_keys():
     from trl import ModelConfig
 
-    from preflab.data.conversations import InstructionArguments
+    from preflab.data.conversations import SFTArguments
     from preflab.data.preferences import DataArguments
-    from preflab.training.dpo_trainer import PreferenceConfig
-    from preflab.training.sft_trainer import InstructionConfig
+    from preflab.training.dpo_trainer import DPORunConfig
+    from preflab.training.sft_trainer import SFTRunConfig
 
     texts = {path: path.read_text() for path in sorted((ROOT / "configs").glob("*.yaml"))}
     configs = [path for path, text in texts.items() if "\nmodel_name_or_path:" in text]
@@ -134,7 +134,7 @@ def test_every_training_config_parses_and_names_its_keys():
     assert {path.stem for path in set(texts) - set(configs)} == {"battle_arena_hard", "alpacaeval"}
     assert len(configs) >= 2
     for config in configs:
-        stage = (InstructionArguments, InstructionConfig) if "sft" in config.stem else (DataArguments, PreferenceConfig)
+        stage = (SFTArguments, SFTRunConfig) if "sft" in config.stem else (DataArguments, DPORunConfig)
         data, args, model = parse((*stage, ModelConfig), ["--config", str(config), "--bf16", "false"])
         assert model.model_name_or_path and data.dataset_name, config
 

@@ -9,7 +9,16 @@ import transformers
 from conftest import assert_one_line, train_args
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from preflab.models.fast.shared_prompt import KEYS, PackingCollator, attach, mask_rule, pack, recut, split, why_not
+from preflab.models.fast.shared_prompt import (
+    KEYS,
+    PackingCollator,
+    attach,
+    mask_rule,
+    pack,
+    rebatch,
+    split,
+    unsupported_reason,
+)
 from preflab.models.logprobs import attach_head, sequence_logps
 
 SIZE = {
@@ -244,7 +253,7 @@ def test_a_step_is_cut_by_tokens_and_keeps_its_pairs_in_order():
     sizes = [sum(len(part) for part in row.values()) for row in rows]
     before = micro_batches(rows)
     for budget in (max(sizes) * 2, sum(sizes)):
-        found = recut(before, budget, PackingCollator(collated), ONE)
+        found = rebatch(before, budget, PackingCollator(collated), ONE)
         assert len(found) == len(before) and ids(found) == ids(before)
         full = [batch for batch in found if batch["input_ids"].numel()]
         assert found[-len(full) :] == full, "empty places come first"
@@ -255,7 +264,7 @@ def test_a_step_is_cut_by_tokens_and_keeps_its_pairs_in_order():
 
 def test_a_budget_that_nothing_fits_leaves_the_micro_batches_alone():
     before = micro_batches(pairs(8))
-    assert recut(before, 1, PackingCollator(collated), ONE) is before
+    assert rebatch(before, 1, PackingCollator(collated), ONE) is before
 
 
 def test_reference_log_probs_stay_with_their_pairs():
@@ -327,7 +336,7 @@ def test_a_kept_reference_is_read_again_by_other_losses_and_refused_when_it_is_w
 
 def test_an_architecture_that_is_not_known_falls_back_and_says_so():
     model = tiny("Llama")
-    assert why_not(model) is None
-    assert "auxiliary loss" in why_not(model, aux_loss=True)
+    assert unsupported_reason(model) is None
+    assert "auxiliary loss" in unsupported_reason(model, aux_loss=True)
     model.config.model_type = "mamba"
-    assert "mamba" in why_not(model)
+    assert "mamba" in unsupported_reason(model)

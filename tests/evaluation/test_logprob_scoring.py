@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import eval_args
-from test_logps import slow_logp
+from helpers import slow_logp
 
 import preflab.evaluation.logprob_scoring
 from preflab.evaluation.arguments import ComparisonArguments
@@ -14,7 +14,7 @@ from preflab.evaluation.held_out import held_out_pairs
 from preflab.evaluation.logprob_scoring import Sequence, batches_of, score_sequences, shared_lengths, units_of
 from preflab.evaluation.two_models import TwoModels
 from preflab.models.loading import load_model
-from utils.cache import Ledger
+from utils.cache import ResultCache
 from utils.cli import parse
 from utils.errors import UserError
 
@@ -22,19 +22,6 @@ from utils.errors import UserError
 def compare(trained, out, *extra):
     (args,) = parse((ComparisonArguments,), eval_args(trained, out, *extra))
     return resolve(args)
-
-
-def lora_of(base, folder, scale: float = 0.3):
-    """A LoRA folder for `base` with random weights, so that the tuned model differs."""
-    from peft import LoraConfig, get_peft_model
-
-    torch.manual_seed(1)
-    model = get_peft_model(load_model(str(base)), LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
-    for name, p in model.named_parameters():
-        if "lora_B" in name:
-            p.data.normal_(std=scale)
-    model.save_pretrained(folder)
-    return folder
 
 
 def sequences_of(comparison):
@@ -120,9 +107,9 @@ def test_a_rerun_scores_only_what_is_missing_and_loads_nothing_where_nothing_is(
     comparison = compare(trained, tmp_path, "--batch_size", 1)
     models, sequences = sequences_of(comparison)
     whole, _ = score_sequences(models, sequences, summed, "test")
-    (ledger,) = (tmp_path / ".cache").glob("test-*/rows-0.jsonl")
-    lines = ledger.read_text().splitlines(keepends=True)
-    ledger.write_text("".join(lines[:5]) + lines[5][:20])
+    (cache,) = (tmp_path / ".cache").glob("test-*/rows-0.jsonl")
+    lines = cache.read_text().splitlines(keepends=True)
+    cache.write_text("".join(lines[:5]) + lines[5][:20])
     again, speed = score_sequences(sequences_of(comparison)[0], sequences, summed, "test")
     assert again == whole and speed["rows_kept_before"] == 5
     monkeypatch.setattr(TwoModels, "load", lambda self: pytest.fail("nothing was left to score"))
@@ -167,37 +154,37 @@ def test_sixteen_bits_measure_their_own_spread(trained, tmp_path):
 
 
 def test_kept_items_survive_in_another_number_of_processes(tmp_path):
-    one = Ledger(tmp_path, "x", {"a": 1})
+    one = ResultCache(tmp_path, "x", {"a": 1})
     one.add("0", {"v": 1})
     (one.folder / "rows-1.jsonl").write_text('{"key": "1", "v": 2}\n{"key": "2", "v":')
-    assert Ledger(tmp_path, "x", {"a": 1}).read() == {"0": {"v": 1}, "1": {"v": 2}}
+    assert ResultCache(tmp_path, "x", {"a": 1}).read() == {"0": {"v": 1}, "1": {"v": 2}}
 
 
 def test_a_slow_process_shares_out_the_same_work(tmp_path):
-    """A process that opens the ledger late must not take what others finished meanwhile for never begun."""
+    """A process that opens the cache late must not take what others finished meanwhile for never begun."""
     import os
     import subprocess
 
     from conftest import ROOT
-    from test_distributed import ACCELERATE, CPU
+    from helpers import ACCELERATE, CPU
 
     script = tmp_path / "race.py"
     script.write_text(
         f"import sys, time; sys.path.insert(0, {str(ROOT)!r})\n"
         "from utils.distributed import join_processes\n"
-        "from utils.cache import Ledger\n"
+        "from utils.cache import ResultCache\n"
         "state = join_processes()\n"
-        "whole = Ledger.read\n"
+        "whole = ResultCache.read\n"
         "def slow(self):\n"
         "    time.sleep(0.5 * state.process_index)\n"
         "    return whole(self)\n"
-        "Ledger.read = slow\n"
+        "ResultCache.read = slow\n"
         # Another identity on rank 1, as where one process reaches the hub and the other does not.
-        f"ledger = Ledger({str(tmp_path)!r}, 'x', {{'revision': state.process_index}})\n"
-        "todo = [i for i in range(6) if str(i) not in ledger.before]\n"
-        "for i in ledger.share(todo):\n"
-        "    ledger.add(str(i), {'by': state.process_index})\n"
-        "found = ledger.gather()\n"
+        f"ledger = ResultCache({str(tmp_path)!r}, 'x', {{'revision': state.process_index}})\n"
+        "todo = [i for i in range(6) if str(i) not in cache.before]\n"
+        "for i in cache.share(todo):\n"
+        "    cache.add(str(i), {'by': state.process_index})\n"
+        "found = cache.gather()\n"
         "assert {k: v['by'] for k, v in found.items()} == {str(i): i % 2 for i in range(6)}, found\n"
     )
     done = subprocess.run(

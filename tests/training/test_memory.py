@@ -44,9 +44,9 @@ def test_the_estimate_by_hand():
 
 
 def test_the_estimate_and_the_trainer_have_one_budget(tmp_path):
-    from preflab.training.dpo_trainer import PreferenceConfig
+    from preflab.training.dpo_trainer import DPORunConfig
 
-    args = PreferenceConfig(str(tmp_path), per_device_train_batch_size=3, max_length=40)
+    args = DPORunConfig(str(tmp_path), per_device_train_batch_size=3, max_length=40)
     assert args.token_budget(25) == 2 * 3 * 40
     args.max_length = None
     assert args.token_budget(25) == 2 * 3 * 25
@@ -55,7 +55,7 @@ def test_the_estimate_and_the_trainer_have_one_budget(tmp_path):
 
 
 def test_a_gpu_with_room_computes_more_tokens_together(tmp_path, monkeypatch):
-    from preflab.training.dpo_trainer import PreferenceConfig
+    from preflab.training.dpo_trainer import DPORunConfig
 
     # 4,000 bytes of weights; a token of 3 layers takes 3 x 280 values of 4 bytes; a step has 2 x 2 x 64 x 50 tokens.
     enough = {tokens: 4000 + tokens * 3 * 280 * 4 for tokens in (4096, 8192)}
@@ -66,13 +66,13 @@ def test_a_gpu_with_room_computes_more_tokens_together(tmp_path, monkeypatch):
         (2 * enough[4096] - 2, None),
     ]:
         monkeypatch.setattr("preflab.training.memory.card_bytes", lambda card=card: card)
-        args = PreferenceConfig(
+        args = DPORunConfig(
             str(tmp_path), per_device_train_batch_size=2, gradient_accumulation_steps=64, max_length=50, bf16=False
         )
-        args.decide_budget(Model(), 0, lambda: 50, False)
+        args.choose_micro_batch_tokens(Model(), 0, lambda: 50, False)
         assert args.micro_batch_tokens == wanted
         args.micro_batch_tokens = 77
-        args.decide_budget(Model(), 0, lambda: 50, False)
+        args.choose_micro_batch_tokens(Model(), 0, lambda: 50, False)
         assert args.micro_batch_tokens == 77
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import make_pairs, write_jsonl
+from helpers import slow_logp
 
 from preflab.data.preferences import load_pairs, tokenize
 from preflab.models.loading import load_model, load_tokenizer
@@ -14,17 +15,6 @@ from preflab.models.logprobs import (
     pair_batches,
     sequence_logps,
 )
-
-
-def slow_logp(model, prompt: list[int], answer: list[int]) -> float:
-    """log pi(answer | prompt), one row, no padding, token by token from the plain forward's logits in float64."""
-    ids = torch.tensor([prompt + answer])
-    logits = model(input_ids=ids, use_cache=False).logits[0].double()
-    total = 0.0
-    for position, token in enumerate(answer, start=len(prompt)):
-        row = logits[position - 1]
-        total += float(row[token] - torch.logsumexp(row, 0))
-    return total
 
 
 @pytest.fixture(params=["tiny", "tiny_gemma2"])

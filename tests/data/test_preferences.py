@@ -181,7 +181,7 @@ def test_a_malformed_mix_is_named(entry):
 def test_a_trial_run_sees_every_dataset_of_a_mix(tmp_path):
     files = [write_jsonl(tmp_path / f"{i}.jsonl", make_pairs(9, 100 * i)) for i in range(2)]
     data = load_pairs([{"name": str(f), "split": "x"} for f in files], limit=4)
-    assert [pair.where.split()[0] for pair in data.pairs] == [str(files[0])] * 2 + [str(files[1])] * 2
+    assert [pair.source.split()[0] for pair in data.pairs] == [str(files[0])] * 2 + [str(files[1])] * 2
 
 
 def test_missing_files_and_splits_are_named(tmp_path, prefs):

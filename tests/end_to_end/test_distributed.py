@@ -10,12 +10,10 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import ROOT, train_args
+from helpers import ACCELERATE, CPU
 
-from preflab.training.run_folder import checkpoints, is_whole
+from preflab.training.run_folder import checkpoints, is_complete
 from utils.artifacts import RowFile, read_json
-
-CPU = ROOT / "configs" / "accelerate" / "cpu_2proc.yaml"
-ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch"]
 
 
 def launch(config: Path, *args) -> subprocess.CompletedProcess:
@@ -117,7 +115,7 @@ def test_ctrl_c_under_the_launcher_saves_one_checkpoint_and_the_run_goes_on(tiny
     os.killpg(process.pid, signal.SIGINT)
     out, err = process.communicate(timeout=120)
     (checkpoint,) = checkpoints(tmp_path / "ck/r")
-    assert is_whole(checkpoint), err[-2000:]
+    assert is_complete(checkpoint), err[-2000:]
     done = launch(CPU, *args)
     assert done.returncode == 0 and f"resuming from {checkpoint}" in done.stdout, done.stderr[-2000:]
     assert [row["step"] for row in rows(tmp_path, "train")] == list(range(1, 41))

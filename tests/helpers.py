@@ -1,0 +1,56 @@
+"""Helpers that tests of several rooms share; fixtures are in conftest.py."""
+
+import os
+import subprocess
+import sys
+
+import torch
+from conftest import ROOT
+
+from preflab.models.loading import load_model
+from utils.artifacts import RowFile
+
+
+def slow_logp(model, prompt: list[int], answer: list[int]) -> float:
+    """log pi(answer | prompt), one row, no padding, token by token from the plain forward's logits in float64."""
+    ids = torch.tensor([prompt + answer])
+    logits = model(input_ids=ids, use_cache=False).logits[0].double()
+    total = 0.0
+    for position, token in enumerate(answer, start=len(prompt)):
+        row = logits[position - 1]
+        total += float(row[token] - torch.logsumexp(row, 0))
+    return total
+
+
+CPU = ROOT / "configs" / "accelerate" / "cpu_2proc.yaml"
+
+
+ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch"]
+
+
+def lora_of(base, folder, scale: float = 0.3):
+    """A LoRA folder for `base` with random weights, so that the tuned model differs."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(1)
+    model = get_peft_model(load_model(str(base)), LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            p.data.normal_(std=scale)
+    model.save_pretrained(folder)
+    return folder
+
+
+def two_processes(script, *args):
+    command = [*ACCELERATE, "--config_file", str(CPU), script, *map(str, args)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def assert_shared(eval_out, count, *kinds):
+    """Each kind of work was done once, by two processes together."""
+    for kind in kinds:
+        shards = {p.name: len(RowFile(p).read()) for p in (eval_out / ".cache").glob(f"{kind}-[0-9a-f]*/rows-*.jsonl")}
+        assert set(shards) == {"rows-0.jsonl", "rows-1.jsonl"} and sum(shards.values()) == count, (kind, shards)

@@ -1,0 +1,138 @@
+"""The start and the end that all stages share: arguments and clock; report, artifacts and their envelope."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from utils.artifacts import all_arguments, envelope, write_json, write_rows, write_text
+from utils.cli import parse, quick_help
+from utils.errors import is_main_process
+
+
+@dataclass
+class Report:
+    """What a stage says about its metrics.
+
+    Attributes:
+        text: the printed tables and sentences.
+        verdict: one sentence, the artifact's `claim`.
+        warning: what a reader must know before using the figures, or None.
+    """
+
+    text: str
+    verdict: str
+    warning: str | None = None
+
+
+@dataclass
+class Stage:
+    """One call of a script: its name in artifacts, its argument dataclasses, and when it started."""
+
+    name: str
+    arguments: list = field(default_factory=list)
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def seconds(self) -> float:
+        """Wall time since the script started, in seconds."""
+        return time.monotonic() - self.started
+
+    def publish(
+        self,
+        path: Path,
+        model: dict,
+        metrics: dict,
+        report: Report,
+        *,
+        run: dict,
+        seed: int,
+        rows: list[dict] | None = None,
+        figure: Callable[[Path], None] | None = None,
+        files: dict[Path, object] | None = None,
+        **sections,
+    ) -> dict:
+        """Write every artifact of the stage, the summary last, and print the report. Rank 0 only.
+
+        The summary's presence declares the stage complete, so all other files are in place before it appears.
+
+        Args:
+            path: the summary, `<stem>.json`. Rows go to `<stem>_rows.jsonl`, the figure to `<stem>.png` beside it.
+            metrics: {name: metric} (utils.artifacts.metric).
+            run: what `run_record` adds to the run section: run_name, limit.
+            seed: the seed of sampling and resampling.
+            figure: draws the picture and saves it under the path it is given.
+            files: further files by path: text, rows (a list), JSON (a dict), or a function that writes the path.
+            sections: further sections of the summary, in order.
+
+        Returns:
+            The summary as written.
+        """
+        from utils.provenance import run_record
+
+        summary = envelope(
+            self.name,
+            model,
+            metrics,
+            all_arguments(self.arguments),
+            run_record(seed, self.seconds, **run),
+            claim=report.verdict,
+            **({"warning": report.warning} if report.warning is not None else {}),
+            text=report.text,
+            **sections,
+        )
+        contents = dict(files or {})
+        if rows is not None:
+            contents[path.with_name(f"{path.stem}_rows.jsonl")] = rows
+        if figure is not None:
+            contents[path.with_suffix(".png")] = figure
+        for place, content in contents.items():
+            write_file(place, content)
+        write_json(path, summary)
+        print_main(report.text)
+        print_main("\nwrote " + ", ".join(map(str, [path, *contents])))
+        return summary
+
+
+def start(name: str, page: str, *argument_types: type, runs_bare: bool = True, argv: list[str] | None = None) -> tuple:
+    """Begin a stage: answer --help, silence the libraries, parse the command line.
+
+    Args:
+        name: the stage's name in its artifacts.
+        page: the script's docstring, printed by --help before any heavy import.
+        argument_types: dataclasses whose fields are the flags.
+        runs_bare: whether a call without arguments runs; otherwise it prints the help.
+        argv: the arguments in place of the command line's.
+
+    Returns:
+        (Stage, one filled dataclass per type).
+
+    Raises:
+        UserError: an unknown or repeated key, a value of the wrong type, a missing config file.
+    """
+    began = time.monotonic()
+    quick_help(page, runs_bare)
+    from utils.distributed import quiet_libraries
+
+    quiet_libraries()
+    arguments = parse(argument_types, argv)
+    return Stage(name, list(arguments), began), *arguments
+
+
+def write_file(path: Path, content) -> None:
+    """Write text, rows (a list), JSON (a dict) or what a function writes to `path`, atomically. Rank 0 only."""
+    if callable(content):
+        if is_main_process():
+            content(path)
+    elif isinstance(content, str):
+        write_text(path, content)
+    elif isinstance(content, dict):
+        write_json(path, content)
+    else:
+        write_rows(path, content)
+
+
+def print_main(text: str) -> None:
+    """Print from rank 0 only."""
+    if is_main_process():
+        print(text, flush=True)
