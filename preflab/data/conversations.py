@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from preflab.data.chat_template import ChatRenderer, TemplateRefused
 from preflab.data.sources import SourceArguments, by_hash, folded, read_sources
 from utils.errors import UserError
+from utils.progress import progress
 from utils.provenance import sha256_of
 
 ROLES = {"system": "system", "user": "user", "assistant": "assistant", "human": "user", "gpt": "assistant"}
@@ -215,16 +216,11 @@ def tokenize(data: ConversationData, tokenizer, loss_on: str, max_length: int | 
         (dataset, counts): columns input_ids, labels (-100 where nothing is trained on) and `bytes` of what is.
     """
     from datasets import Dataset
-    from tqdm import tqdm
-
-    from utils.errors import is_main_process
 
     chat = ChatRenderer(tokenizer)
     columns = {"input_ids": [], "labels": [], "bytes": []}
     counts, kept, refusal = Counter(), [], None
-    progress = tqdm(
-        total=len(data.conversations), desc=f"tokenizing {desc}", disable=not is_main_process(), leave=False
-    )
+    bar = progress(len(data.conversations), f"tokenizing {desc}", leave=False)
     for start in range(0, len(data.conversations), 256):
         batch, texts, spans = [], [], []
         for conversation in data.conversations[start : start + 256]:
@@ -250,8 +246,8 @@ def tokenize(data: ConversationData, tokenizer, loss_on: str, max_length: int | 
                 for name, values in columns.items():
                     values.append(row[name])
                 kept.append(conversation)
-        progress.update(min(256, len(data.conversations) - start))
-    progress.close()
+        bar.update(min(256, len(data.conversations) - start))
+    bar.close()
     if not kept:
         why = f"; the template refused e.g. {refusal}" if refusal else ""
         raise UserError(f"0 {desc} conversations are left of {data.rows} rows; dropped: {dict(data.dropped)}{why}")

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from preflab.data.chat_template import ChatRenderer, TemplateRefused, shared_prefix
 from preflab.data.sources import SourceArguments, folded, read_sources
 from utils.errors import UserError
+from utils.progress import progress
 from utils.provenance import sha256_of
 
 ROLES = ("system", "user", "assistant")
@@ -287,15 +288,12 @@ def tokenize(data: PreferenceData, tokenizer, max_length: int | None, max_prompt
         win_chosen and win_rejected where every pair has them.
     """
     from datasets import Dataset
-    from tqdm import tqdm
-
-    from utils.errors import is_main_process
 
     chat = ChatRenderer(tokenizer) if any(p.messages is not None for p in data.pairs) else None
     columns = {"prompt_ids": [], "chosen_ids": [], "rejected_ids": [], "pair": []}
     counts = Counter()
     kept, refusal = [], None
-    progress = tqdm(total=len(data.pairs), desc=f"tokenizing {desc}", disable=not is_main_process(), leave=False)
+    bar = progress(len(data.pairs), f"tokenizing {desc}", "pair", leave=False)
     for start in range(0, len(data.pairs), 256):
         batch, texts = [], []
         for pair in data.pairs[start : start + 256]:
@@ -325,8 +323,8 @@ def tokenize(data: PreferenceData, tokenizer, max_length: int | None, max_prompt
             for name, value in zip(columns, (*cut, len(kept)), strict=True):
                 columns[name].append(value)
             kept.append(pair)
-        progress.update(min(256, len(data.pairs) - start))
-    progress.close()
+        bar.update(min(256, len(data.pairs) - start))
+    bar.close()
     if not kept:
         why = f"; the chat template refused e.g. {refusal}" if refusal else ""
         raise UserError(f"0 {desc} pairs are left of {data.rows} rows; dropped: {dict(data.dropped)}{why}")

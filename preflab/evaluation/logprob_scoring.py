@@ -14,6 +14,7 @@ from preflab.models.fast.shared_prompt import pack
 from preflab.models.logprobs import captured_hidden, kl_divergence, token_logps
 from utils.cache import ResultCache
 from utils.errors import UserError, is_main_process
+from utils.progress import progress
 from utils.provenance import sha256_of
 
 UNCHANGED = 1e-5
@@ -53,7 +54,6 @@ def score_sequences(models: TwoModels, sequences: list[Sequence], summarise, kin
     Raises:
         UserError: where tuned equals base on every sequence, so that the adapter was not applied.
     """
-    from tqdm import tqdm
 
     args = models.comparison.args
     identity = {
@@ -70,8 +70,7 @@ def score_sequences(models: TwoModels, sequences: list[Sequence], summarise, kin
     units = units_of([s.ids for s in sequences], models.shares_prompts)
     batches = batches_of([u for u in units if any(str(i) not in done for i in u[0])], args)
     tokens, started = sum(len(sequences[i].ids) for i in todo), time.monotonic()
-    silent = not (todo and is_main_process())
-    with tqdm(total=tokens, unit="tok", unit_scale=True, desc=kind, disable=silent) as bar:
+    with progress(tokens, kind, "tok", scale=True) as bar:
         for take in cache.share(batches):
             for i, scores in zip(take, score_batch(models, [sequences[i] for i in take]), strict=True):
                 moved = float((scores.tuned - scores.base).abs().max())

@@ -11,7 +11,8 @@ from preflab.evaluation.two_models import TwoModels
 from preflab.models.generation import generate
 from preflab.models.loading import adapter_sha256, identify, load_model, load_tokenizer, locate_adapter, tokenizer_home
 from utils.cache import ResultCache, cache_key
-from utils.errors import UserError, is_main_process
+from utils.errors import UserError
+from utils.progress import progress
 
 
 @dataclass
@@ -140,7 +141,6 @@ def answer_each(
         args: eval_out, overwrite and the batch sizes, which decide nothing but the speed.
         engine: hf or vllm; answers of one are never taken for those of the other.
     """
-    from tqdm import tqdm
 
     keys = [cache_key(prompt.messages) for prompt in prompts]
     batches = {"batch_tokens": GENERATION_BUDGET * args.batch_tokens, "batch_size": args.batch_size}
@@ -158,7 +158,7 @@ def answer_each(
                 continue
             answers = answers or opened.enter_context(engine_of(answerer, engine))
             what = f"{answerer.name} answers" + (f" {number}/{len(samplings)}" if len(samplings) > 1 else "")
-            with tqdm(total=len(mine), desc=what, unit="prompt", disable=not is_main_process()) as bar:
+            with progress(len(mine), what, "prompt") as bar:
                 for answer in answers([prompts[i].messages for i in mine], **sampling, **batches):
                     cache.add(keys[mine[answer.pop("index")]], answer)
                     bar.update()

@@ -10,7 +10,8 @@ from preflab.judging.endpoint import Endpoint
 from preflab.judging.judge_prompt import Item, JudgePrompt, Verdict
 from preflab.judging.local_judges import LocalModel, VllmModel
 from preflab.judging.reward_model import RewardModel
-from utils.errors import UserError, is_main_process
+from utils.errors import UserError
+from utils.progress import progress
 from utils.provenance import sha256_of
 
 KINDS = "hf:MODEL, vllm:MODEL, openai:MODEL@BASE_URL, rm:MODEL, longer or random"
@@ -89,7 +90,6 @@ def judge_all(judge, items: list[Item], eval_out: str, overwrite: bool = False) 
     Raises:
         UserError: where the judge gave not one verdict.
     """
-    from tqdm import tqdm
 
     from utils.cache import ResultCache, cache_key
 
@@ -104,8 +104,7 @@ def judge_all(judge, items: list[Item], eval_out: str, overwrite: bool = False) 
     todo = list({keys[i]: i for i in range(len(items)) if not same[i] and keys[i] not in done}.values())
     mine = cache.share(todo)
     failed = ResultCache(eval_out, "unparsed", {**judge.identity(), "items": keys}, overwrite=True)
-    silent = not (mine and is_main_process())
-    with tqdm(total=len(mine), desc=judge.name, unit="verdict", disable=silent) as bar:
+    with progress(len(mine), judge.name, "verdict") as bar:
         for k, verdict in judge.judge([items[i] for i in mine]) if mine else ():
             kept = cache if verdict.first is not None else failed
             kept.add(keys[mine[k]], verdict.__dict__)

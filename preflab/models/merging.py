@@ -7,6 +7,7 @@ from preflab.models.card import usage_snippet
 from preflab.models.loading import BUILTIN_HUB_ID
 from utils.artifacts import write_json
 from utils.errors import UserError
+from utils.progress import progress
 from utils.tables import cell, render
 
 # The file that marks a folder as one that this project merged, and says of what.
@@ -48,7 +49,6 @@ def response_logps(model, tokenizer, ids, share_prompts: bool, desc: str):
     """
     import numpy as np
     import torch
-    from tqdm import tqdm
     from trl.trainer.dpo_trainer import DataCollatorForPreference
 
     from preflab.models.fast import fused_lora, shared_prompt
@@ -60,7 +60,7 @@ def response_logps(model, tokenizer, ids, share_prompts: bool, desc: str):
     collator = DataCollatorForPreference(pad_token_id=tokenizer.pad_token_id)
     if share_prompts and shared_prompt.attach_if_known(model):
         collator = shared_prompt.PackingCollator(collator)
-    with torch.inference_mode(), tqdm(total=len(ids), desc=desc, unit="pair") as bar:
+    with torch.inference_mode(), progress(len(ids), desc, "pair") as bar:
         for rows, batch in pair_batches(ids, collator, 4):
             on_device = {k: v.to(model.device) if hasattr(v, "to") else v for k, v in batch.items()}
             sums = token_logps(model, **on_device).sum(1)

@@ -13,6 +13,7 @@ from pathlib import Path
 from preflab.data.prompts import Prompt
 from utils.cache import ResultCache, cache_key
 from utils.errors import UserError
+from utils.progress import progress
 from utils.provenance import sha256_of, sha256_of_files
 
 KINDS = "rm:MODEL, pair:MODEL, judge:JUDGE, FILE.py:FUNCTION, columns, longer, shorter or random"
@@ -273,14 +274,10 @@ def _scores(item: Candidates, scores: list[float]) -> Scores:
 
 def _kept(scorer, keys: list[str], work, eval_out: str, overwrite: bool, unit: str) -> dict[str, dict]:
     """What `work(keys)` yields for every key, on every process: sharded, and kept as it comes."""
-    from tqdm import tqdm
-
-    from utils.errors import is_main_process
 
     cache = ResultCache(eval_out, "scores", scorer.identity(), overwrite)
     mine = cache.share([key for key in keys if key not in cache.before])
-    silent = not (mine and is_main_process())
-    with tqdm(total=len(mine), desc=scorer.name, unit=unit, disable=silent) as bar:
+    with progress(len(mine), scorer.name, unit) as bar:
         for key, row in work(mine) if mine else ():
             cache.add(key, row)
             bar.update()

@@ -4,7 +4,6 @@ A pair's entry is keyed by its token ids, so that tokenizer, template and trunca
 reference's weights and precision. Evaluations read the same kind of cache (utils.cache).
 """
 
-import sys
 import time
 
 import torch
@@ -12,7 +11,8 @@ import torch
 from preflab.models.batching import token_batches
 from preflab.training.dpo_trainer import STEP0_TOLERANCE
 from utils.cache import ResultCache, cache_key
-from utils.errors import UserError, is_main_process
+from utils.errors import UserError
+from utils.progress import progress
 
 PARTS = ("prompt_ids", "chosen_ids", "rejected_ids")
 # A few cached pairs are computed again before any is believed.
@@ -69,12 +69,10 @@ def use(trainer, eval_out: str, identity: dict) -> dict:
 
 
 def _compute(trainer, dataset, keys: list[str], todo: list[int], cache: ResultCache) -> None:
-    from tqdm import tqdm
 
     lengths = [sum(len(dataset[i][part]) for part in PARTS) for i in todo]
     batches = cache.share(token_batches(lengths, 4096 if trainer.accelerator.device.type == "cpu" else 32768))
-    silent = not (todo and is_main_process())
-    with tqdm(total=sum(map(len, batches)), desc="reference", unit="pair", disable=silent, file=sys.stderr) as bar:
+    with progress(sum(map(len, batches)), "reference", "pair") as bar:
         for batch in batches:
             rows = [todo[k] for k in batch]
             for i, (chosen, rejected) in zip(rows, reference_logps(trainer, dataset, rows), strict=True):

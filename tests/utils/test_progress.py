@@ -1,0 +1,37 @@
+"""Progress keeps carriage returns out of logs."""
+
+import pytest
+
+import utils.progress
+from utils.progress import LineProgress, progress
+
+
+def test_short_work_prints_nothing_to_a_log(capfd):
+    with progress(3, "scoring", "pair") as bar:
+        bar.update(3)
+    assert capfd.readouterr().err == ""
+
+
+def test_long_work_prints_plain_lines(capfd):
+    with LineProgress(4, "scoring", "pair", seconds=0) as bar:
+        bar.set_postfix({"loss": "0.693"})
+        bar.update(1)
+        bar.update(3)
+    err = capfd.readouterr().err
+    assert "\r" not in err and "scoring: 1/4 pair (25%)" in err and "scoring: 4/4 pair (100%)" in err
+    assert "loss 0.693" in err
+
+
+def test_other_ranks_show_nothing(monkeypatch, capfd):
+    monkeypatch.setenv("RANK", "1")
+    with progress(1, "scoring") as bar:
+        bar.update()
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_bar_is_drawn_on_a_terminal_only(terminal, monkeypatch, capsys):
+    monkeypatch.setattr(utils.progress.sys.stderr, "isatty", lambda: terminal, raising=False)
+    with progress(2, "scoring") as bar:
+        bar.update(2)
+    assert ("100%" in capsys.readouterr().err) == terminal

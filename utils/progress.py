@@ -1,0 +1,67 @@
+"""Progress of long work: a bar on a terminal, one plain line every half minute in a log file."""
+
+import sys
+import time
+
+from utils.errors import is_main_process
+
+SECONDS_BETWEEN_LINES = 30.0
+
+
+class LineProgress:
+    """The interface of tqdm that this project uses, for output that is not a terminal: plain lines, no carriage return.
+
+    Short work prints nothing: the first line comes after `SECONDS_BETWEEN_LINES`.
+    """
+
+    def __init__(self, total: int, desc: str, unit: str, seconds: float = SECONDS_BETWEEN_LINES):
+        self.total, self.desc, self.unit, self.seconds = total, desc, unit, seconds
+        self.done, self.printed_at = 0, time.monotonic()
+        self.started, self.details = self.printed_at, ""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self.close()
+
+    def update(self, count: int = 1) -> None:
+        """Count finished work; print a line where the last one is old enough."""
+        self.done += count
+        if time.monotonic() - self.printed_at >= self.seconds:
+            self._print()
+
+    def set_postfix(self, details: dict) -> None:
+        """Figures that the next line shows."""
+        self.details = "".join(f", {name} {value}" for name, value in details.items())
+
+    def close(self) -> None:
+        """Print the last line, if any line was printed before."""
+        if self.printed_at > self.started:
+            self._print()
+
+    def _print(self) -> None:
+        self.printed_at = time.monotonic()
+        share = f" ({self.done / self.total:.0%})" if self.total else ""
+        seconds = self.printed_at - self.started
+        print(
+            f"{self.desc}: {self.done}/{self.total} {self.unit}{share} after {seconds:.0f} s{self.details}",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def progress(total: int, desc: str, unit: str = "row", scale: bool = False, leave: bool = True):
+    """A progress display with `update(count)`, used as a context manager. Only rank 0 shows it.
+
+    Args:
+        total: units of work; 0 shows nothing.
+        scale: show counts with SI prefixes (1.2M tok).
+        leave: keep the finished bar on the terminal.
+    """
+    from tqdm import tqdm
+
+    if total and is_main_process() and not sys.stderr.isatty():
+        return LineProgress(total, desc, unit)
+    silent = not (total and is_main_process())
+    return tqdm(total=total, desc=desc, unit=unit, unit_scale=scale, leave=leave, disable=silent)
