@@ -1,6 +1,6 @@
 """Does a trait that a scorer rewards grow from one SPPO iteration to the next, on prompts that no iteration saw?
 
-    python benchmarks/sppo_trait.py --png eval_out/example/sppo_trait.png --json eval_out/example/sppo_trait.json
+    python benchmarks/sppo_trait.py --png docs/example_run/sppo_trait.png --json docs/example_run/sppo_trait.json
 
 Runs `run_sppo_iteration.sh` for every iteration of every seed, once with the toy scorer's scores (the trait is short
 words, configs/scorers/plain_words.py) and once with the scores shuffled among each prompt's answers, so that the labels

@@ -27,8 +27,8 @@ def git_commit() -> str | None:
         head = git("rev-parse", "HEAD")
         if head.returncode:
             return None
-        # eval_out holds what runs write: a result that is about to be committed does not make the code dirty.
-        status = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!eval_out")
+        # docs/example_run holds committed results: a result about to be committed does not make the code dirty.
+        status = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!docs/example_run")
     except (OSError, subprocess.TimeoutExpired):
         return None
     return head.stdout.strip() + ("-dirty" if status.stdout.strip() else "")
