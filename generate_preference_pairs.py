@@ -321,14 +321,11 @@ def as_training_asks(args) -> None:
     """Take model and adapter from --training_config, and the folder to write from its dataset_name."""
     from pathlib import Path
 
-    import yaml
+    from utils.artifacts import read_yaml
 
     path = args.training_config
-    try:
-        config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"--training_config {path}: cannot be read ({error})") from None
-    if not isinstance(config, dict) or not {"model_name_or_path", "dataset_name"} <= set(config):
+    config = read_yaml(path, "--training_config")
+    if not {"model_name_or_path", "dataset_name"} <= set(config):
         raise UserError(
             f"--training_config {path}: needs model_name_or_path, and dataset_name, the folder of the pairs"
         )

@@ -12,6 +12,8 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
+import yaml
+
 from utils.errors import UserError, is_main_process
 
 
@@ -151,20 +153,34 @@ def all_arguments(parts: list) -> dict:
     return json.loads(dumps({k: v for k, v in fields.items() if not k.endswith("token")}))
 
 
+def read_yaml(path: str | os.PathLike, flag: str = "") -> dict:
+    """Read a YAML file of `key: value` lines.
+
+    Args:
+        flag: the flag that names the file, for the error messages.
+
+    Raises:
+        UserError: naming flag and file, where it cannot be read or holds something else.
+    """
+    source = f"{flag} {path}".lstrip()
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{source}: cannot be read ({error})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{source}: expected `key: value` lines")
+    return content
+
+
 def read_published(path: str, kind: type = dict) -> dict:
     """A YAML file of published results: source, setting and rows. Raises UserError naming the file.
 
     Args:
         kind: dict for rows by name, list for rows in order.
     """
-    import yaml
-
-    try:
-        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"--published {path}: cannot be read ({error})") from None
-    if not isinstance(found, dict) or not {"source", "setting", "rows"} <= set(found):
+    published = read_yaml(path, "--published")
+    if not {"source", "setting", "rows"} <= set(published):
         raise UserError(f"--published {path}: needs source, setting and rows")
-    if not isinstance(found["rows"], kind):
+    if not isinstance(published["rows"], kind):
         raise UserError(f"--published {path}: rows must be {'a list' if kind is list else 'given by name'}")
-    return found
+    return published

@@ -6,8 +6,7 @@ from fractions import Fraction
 from math import sqrt
 from pathlib import Path
 
-import yaml
-
+from utils.artifacts import read_yaml
 from utils.errors import UserError
 from utils.provenance import ROOT
 
@@ -44,7 +43,7 @@ def load_suite(name: str) -> Suite:
         close = difflib.get_close_matches(name, suites(), n=1)
         hint = f"did you mean {close[0]}? " if close else ""
         raise UserError(f"--suite {name}: no such suite; {hint}there are {', '.join(suites())}")
-    content = _read(path)
+    content = read_yaml(path)
     try:
         suite = Suite(path.stem, **content)
         tasks = [entry["task"] for entry in suite.tasks]
@@ -78,17 +77,7 @@ def suite_of(tasks: list[str]) -> Suite:
 
 def load_reference(name: str) -> dict:
     """Published rows: `{name, source, harness, dtype, apply_chat_template, scale, note, rows, averages}`."""
-    return {"rows": [], "averages": {}, **_read(FOLDER / "reference" / f"{name}.yaml")}
-
-
-def _read(path: Path) -> dict:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: expected `key: value` lines")
-    return content
+    return {"rows": [], "averages": {}, **read_yaml(FOLDER / "reference" / f"{name}.yaml")}
 
 
 def averages(suite: Suite, value, rounded: bool = True) -> dict[str, float | None]:

@@ -3,9 +3,9 @@
 import math
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
 from preflab.data.prompts import Prompt
+from utils.artifacts import read_yaml
 from utils.errors import UserError
 from utils.provenance import sha256_of
 
@@ -56,14 +56,9 @@ class JudgePrompt:
     @classmethod
     def read(cls, path: str) -> "JudgePrompt":
         """Read and check a file. Raises UserError naming file and key."""
-        import yaml
-
-        try:
-            found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise UserError(f"--judge_prompt {path}: cannot be read ({error})") from None
+        found = read_yaml(path, "--judge_prompt")
         keys = {"user", "labels", "verdict", "system", "max_new_tokens"}
-        if not isinstance(found, dict) or not {"user", "labels", "verdict"} <= set(found) <= keys:
+        if not {"user", "labels", "verdict"} <= set(found) <= keys:
             raise UserError(f"--judge_prompt {path}: needs user, labels and verdict; may have system, max_new_tokens")
         if found["verdict"] not in ("logprob", "text"):
             raise UserError(f"--judge_prompt {path}: verdict must be logprob or text, found {found['verdict']!r}")

@@ -171,7 +171,7 @@ def test_two_labels_of_one_side_count_together(tmp_path):
 BAD_PROMPTS = {
     "no user": ("labels: {A: {first: 1}, B: {first: 0}}\nverdict: text", "needs user, labels and verdict"),
     "unknown key": (yaml.safe_dump({**WRITTEN, "colour": "red"}), "may have system"),
-    "a list": ("- 1", "needs user"),
+    "a list": ("- 1", "key: value"),
     "not YAML": ("user: [", "cannot be read"),
     "verdict": (yaml.safe_dump({**WRITTEN, "verdict": "guess"}), "'guess'"),
     "placeholder": (yaml.safe_dump({**WRITTEN, "user": "{prompt} {answer_1}"}), "{answer_2}"),
