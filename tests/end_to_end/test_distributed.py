@@ -1,6 +1,7 @@
 """Two CPU processes, DDP and FSDP2 with LoRA: the single process's losses at the same global batch."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -58,7 +59,7 @@ def test_two_processes_give_the_single_process_run(tiny, prefs, tmp_path, single
     assert done.returncode == 0, done.stderr[-3000:]
     summary = read_json(tmp_path / "out/r/train.json")
     assert summary["run"]["world_size"] == 2 and summary["plan"]["batch"]["processes"] == 2
-    assert summary["plan"]["global_batch_size"] == 4 and "the global batch stays 4" in done.stdout
+    assert summary["plan"]["global_batch_size"] == 4
     for split in ("train", "eval"):
         for a, b in zip(rows(tmp_path, split), rows(single, split), strict=True):
             for key in ("loss", "rewards/margins", "logps/chosen", "num_tokens"):
@@ -76,8 +77,8 @@ def test_two_processes_give_the_single_process_run(tiny, prefs, tmp_path, single
 def test_a_global_batch_that_changed_is_told(tiny, prefs, tmp_path):
     done = launch(CPU, *train_args(tiny, prefs, tmp_path, "--max_steps", 1))
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "global batch is 8 on 2 processes; on one it is 4" in done.stdout
-    assert read_json(tmp_path / "out/r/preflight.json")["notes"] == ["global batch is 8 on 2 processes; on one it is 4"]
+    (note,) = read_json(tmp_path / "out/r/preflight.json")["notes"]
+    assert note in done.stdout and {"8", "4"} <= set(re.findall(r"\d+", note))
 
 
 def test_precomputed_reference_is_shared_by_the_processes(tiny, prefs, tmp_path, single):
@@ -93,12 +94,12 @@ def test_an_error_is_told_once_by_all_processes_together(tiny, prefs, tmp_path):
     (tmp_path / "ck/r").mkdir(parents=True)
     (tmp_path / "ck/r/thesis.txt").write_text("mine")
     done = launch(CPU, *train_args(tiny, prefs, tmp_path))
-    assert done.returncode != 0 and done.stderr.count("error: ") == 1 and "holds files but no run.json" in done.stderr
+    assert done.returncode != 0 and done.stderr.count("error: ") == 1 and "run.json" in done.stderr
 
 
 def test_a_global_batch_that_does_not_divide_is_refused(tiny, prefs, tmp_path):
     done = launch(CPU, *train_args(tiny, prefs, tmp_path, "--global_batch_size", 3))
-    assert done.returncode != 0 and "error: --global_batch_size 3 does not divide over 2 processes" in done.stderr
+    assert done.returncode != 0 and "error: --global_batch_size 3 " in done.stderr
 
 
 def test_ctrl_c_under_the_launcher_saves_one_checkpoint_and_the_run_goes_on(tiny, prefs, tmp_path):
@@ -117,5 +118,5 @@ def test_ctrl_c_under_the_launcher_saves_one_checkpoint_and_the_run_goes_on(tiny
     (checkpoint,) = checkpoints(tmp_path / "ck/r")
     assert is_complete(checkpoint), err[-2000:]
     done = launch(CPU, *args)
-    assert done.returncode == 0 and f"resuming from {checkpoint}" in done.stdout, done.stderr[-2000:]
+    assert done.returncode == 0 and str(checkpoint) in done.stdout, done.stderr[-2000:]
     assert [row["step"] for row in rows(tmp_path, "train")] == list(range(1, 41))

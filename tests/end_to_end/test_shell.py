@@ -28,7 +28,7 @@ def test_a_missing_or_old_interpreter_is_told(script, tmp_path):
     old.write_text('#!/bin/sh\n[ "$1" = --version ] && echo Python 3.9.1 && exit 0\nexit 1\n')
     old.chmod(0o755)
     done = bash(f"bash {script}", PYTHON=str(old))
-    assert done.returncode == 2 and "Python 3.9.1 is too old" in done.stderr
+    assert done.returncode == 2 and "Python 3.9.1" in done.stderr
 
 
 def prepared(tmp_path, *files):

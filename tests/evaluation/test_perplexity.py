@@ -78,7 +78,7 @@ def test_pairs_equal_a_slow_loop_over_the_rendered_texts(perplexity, both, prefs
         assert moved["value"] == pytest.approx((tuned - base).sum() / tokens.sum(), rel=1e-2, abs=1e-5)
         assert moved["ci95"][0] <= moved["value"] <= moved["ci95"][1]
     assert summary["metrics"]["kl_chosen"]["value"] > 0 and "KL(tuned || base)" in out
-    assert "length bias of test (8 pairs)" in out and set(summary["length_bias"]) == {"test", "train"}
+    assert "(8 pairs)" in out and set(summary["length_bias"]) == {"test", "train"}
 
 
 def test_kl_is_a_mean_over_answer_tokens_and_can_be_left_out(perplexity, both, trained, tmp_path):
@@ -243,8 +243,8 @@ def test_windows_of_one_document_are_pooled_by_document_where_there_are_several(
     ("extra", "words"),
     [
         (("--skip_pairs",), ("--skip_pairs", "--text_file")),
-        (("--text_file", "gone.txt"), ("gone.txt", "no such file")),
-        (("--text_dataset", "gone.jsonl"), ("gone.jsonl", "no such file")),
+        (("--text_file", "gone.txt"), ("gone.txt",)),
+        (("--text_dataset", "gone.jsonl"), ("gone.jsonl",)),
         (("--stride", "0"), ("--stride 0",)),
         (("--window", "16", "--stride", "17"), ("--stride 17", "--window 16")),
         (("--window", "1"), ("--window 1",)),
@@ -263,9 +263,9 @@ def test_empty_and_binary_texts_are_refused_by_name(call, trained, tmp_path):
     write_jsonl(tmp_path / "blank.jsonl", [{"text": " "}])
     write_jsonl(tmp_path / "other.jsonl", [{"body": "x"}])
     for flag, name, word in (
-        ("--text_file", "empty.txt", "is empty"),
-        ("--text_file", "binary.txt", "not a UTF-8 text file"),
-        ("--text_dataset", "blank.jsonl", "every row is empty"),
+        ("--text_file", "empty.txt", "empty"),
+        ("--text_file", "binary.txt", "UTF-8"),
+        ("--text_dataset", "blank.jsonl", "empty"),
         ("--text_dataset", "other.jsonl", "--text_column"),
     ):
         code, _, err = call("eval_perplexity", *eval_args(trained, tmp_path, "--skip_pairs", flag, tmp_path / name))

