@@ -223,4 +223,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main, "lower --batch_tokens or --batch_size, and the same command goes on; or give --dtype bfloat16")
+    run(main, "lower --batch_tokens or --batch_size and run the same command again; or use --dtype bfloat16")

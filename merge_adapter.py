@@ -143,4 +143,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main, "give --dtype bfloat16, or compare on fewer pairs with --limit")
+    run(main, "use --dtype bfloat16, or compare on fewer pairs with --limit")

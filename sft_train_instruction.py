@@ -28,6 +28,7 @@ The keys that matter (YAML keys and flags are the same; the command line wins; -
            --eval_strategy steps --eval_steps N   --save_steps N   --preflight_only   --report_to none|tensorboard|...
 """
 
+from preflab.training.memory import OUT_OF_MEMORY
 from utils.cli import quick_help
 from utils.errors import UserError, is_main_process, run
 
@@ -159,7 +160,7 @@ def main():
     started = time.monotonic()
     notes = fit_global_batch(args)
     published = read_published(args.published, list) if args.published else None
-    args.run_name = run_name(args.run_name, model_args.model_name_or_path, ["sft"], data_args.limit)
+    args.run_name = run_name(args.run_name, model_args.model_name_or_path, "sft", data_args.limit)
     locate(model_args.model_name_or_path, model_args.model_revision)
     start = resolve_start_adapter(args, model_args)
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
@@ -258,4 +259,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, OUT_OF_MEMORY)

@@ -26,6 +26,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from preflab.training.memory import OUT_OF_MEMORY
 from utils.cli import option, quick_help
 from utils.errors import UserError, is_main_process, run
 
@@ -267,4 +268,4 @@ def figures(runs: list[dict], rate: float) -> dict:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, OUT_OF_MEMORY)

@@ -1,4 +1,4 @@
-"""Writing results: one envelope, atomic files, rows that are kept as they come.
+"""Result files: one envelope for all stages, atomic writes, rows appended as they are computed.
 
 Every stage's summary is `{stage, model, metrics: {name: {value, stderr, ci95, n}}, args, run}`. `run` holds what is
 needed to repeat it (utils.provenance). Only rank 0 writes.
@@ -20,12 +20,12 @@ from utils.errors import UserError, is_main_process
 def metric(
     value: float, stderr: float | None = None, ci95: Iterable[float] | None = None, n: int | None = None
 ) -> dict:
-    """One figure with its standard error, 95% interval and number of rows (None where it has none)."""
+    """A figure with its standard error, 95% interval and number of rows; None for those it does not have."""
     return {"value": value, "stderr": stderr, "ci95": None if ci95 is None else list(ci95), "n": n}
 
 
 def envelope(stage: str, model: dict, metrics: dict, args: dict, run: dict, **extra) -> dict:
-    """The result envelope that every stage's summary JSON has. `extra` adds named sections after it."""
+    """The sections of every stage's summary JSON; `extra` adds further ones after them."""
     return {"stage": stage, "model": model, "metrics": metrics, "args": args, "run": run, **extra}
 
 
@@ -38,18 +38,19 @@ def _jsonable(value):
         return value if math.isfinite(value) else None
     if value is None or isinstance(value, (str, int, bool)):
         return value
+    # numpy and torch scalars, without importing either.
     if hasattr(value, "item") and getattr(value, "size", 1) == 1:
         return _jsonable(value.item())
     return str(value)
 
 
 def dumps(value, indent: int | None = 2) -> str:
-    """JSON text of `value`; NaN and infinities become null, paths and enums their text."""
+    """JSON text of `value`; NaN and infinities become null, paths and enums strings."""
     return json.dumps(_jsonable(value), indent=indent, ensure_ascii=False, allow_nan=False)
 
 
 def atomic_write(path: str | os.PathLike, write) -> None:
-    """Call `write(temporary_path)`, then rename onto `path`, so that `path` is never half-written. Rank 0 only."""
+    """Call `write(temporary_path)`, then rename to `path`, so that `path` is never incomplete. Rank 0 only."""
     if not is_main_process():
         return
     path = Path(path)
@@ -60,6 +61,8 @@ def atomic_write(path: str | os.PathLike, write) -> None:
         write(Path(temporary))
         with open(temporary, "rb") as f:
             os.fsync(f.fileno())
+        # mkstemp creates files that only the owner can read; restore the permissions of an ordinary new file. The
+        # umask can be read only by setting it.
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)
@@ -85,7 +88,7 @@ def write_rows(path: str | os.PathLike, rows: Iterable[dict]) -> None:
 
 
 def read_json(path: str | os.PathLike) -> dict:
-    """Read a JSON file. Raises UserError, naming the file, where it is missing or damaged."""
+    """Read a JSON file. Raises UserError, naming the file, if it is missing or damaged."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -97,23 +100,27 @@ def read_json(path: str | os.PathLike) -> dict:
 
 
 class RowFile:
-    """A `*_rows.jsonl` that is appended as rows come, so that a crash costs the row being written and no more."""
+    """A `*_rows.jsonl` file to which rows are appended one by one: a crash loses at most the row being written.
+
+    Args:
+        every_rank: let every rank write (each to a different path); default: rank 0 only.
+    """
 
     def __init__(self, path: str | os.PathLike, every_rank: bool = False):
         self.path, self.writes = Path(path), every_rank or is_main_process()
 
     def read(self) -> list[dict]:
-        """The rows written so far; a last line that a crash cut off is left out."""
+        """The rows written so far, without a last line that a crash cut off."""
         if not self.path.exists():
             return []
         rows = []
-        # Not splitlines: a row's text may hold other line separators.
+        # Not splitlines(), which also splits at U+2028 and other separators that JSON text may contain.
         for line in self.path.read_bytes().split(b"\n")[:-1]:
             rows.append(json.loads(line))
         return rows
 
     def append(self, row: dict) -> None:
-        """Append one row and flush it. Rank 0 only, unless `every_rank` has a file of its own."""
+        """Append one row and flush it, after removing an incomplete last line."""
         if self.writes:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("ab+") as f:
@@ -125,32 +132,51 @@ class RowFile:
                 f.write((dumps(row, indent=None) + "\n").encode())
 
     def keep(self, wanted) -> None:
-        """Drop the rows for which `wanted(row)` is false (a resumed run drops what came after its checkpoint)."""
+        """Drop the rows for which `wanted(row)` is false (a resumed run drops those after its checkpoint)."""
         if is_main_process() and self.path.exists():
             write_rows(self.path, [row for row in self.read() if wanted(row)])
 
 
 def with_limit_suffix(stem: str, limit: int | None) -> str:
-    """`stem`, marked where a run saw only `limit` rows, so that a trial run cannot pass for a real one."""
+    """Mark the name of a run on only `limit` rows, so that a trial run cannot be mistaken for a full one."""
     return stem if limit is None else f"{stem}_LIMIT{limit}"
 
 
 def check_writable(folder: str | os.PathLike, flag: str) -> Path:
-    """Make `folder` and prove that a file can be written there. Raises UserError naming `flag`."""
+    """Create `folder` and check that a file can be written there. Raises UserError naming `flag`."""
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = tempfile.NamedTemporaryFile(dir=folder, prefix=".probe")
         probe.close()
     except OSError as error:
-        raise UserError(f"{flag} {folder}: cannot write there ({error.strerror}); choose another folder") from None
+        raise UserError(f"{flag} {folder}: not writable ({error.strerror}); choose another folder") from None
     return folder
 
 
 def all_arguments(parts: list) -> dict:
-    """Every argument of the run as JSON, for its artifacts; tokens and passwords are left out."""
+    """All fields of the argument dataclasses as JSON values, without access tokens (`*token`)."""
     fields = {f.name: getattr(part, f.name, None) for part in parts for f in dataclasses.fields(part)}
     return json.loads(dumps({k: v for k, v in fields.items() if not k.endswith("token")}))
+
+
+def changed_arguments(before: dict, now: dict, ignored: Iterable[str] = (), defaults: dict | None = None) -> list[str]:
+    """Sorted keys of `now` whose value differs from that of an earlier call with the same output files.
+
+    Args:
+        before: the earlier call's arguments, as read from its artifact.
+        now: this call's arguments, as `all_arguments` gives them.
+        ignored: arguments that do not affect results.
+        defaults: values of keys that `before` does not have, because an older version wrote it; `now` itself to
+            treat such keys as unchanged.
+    """
+    defaults = defaults or {}
+    return sorted(k for k in now if k not in set(ignored) and now[k] != before.get(k, defaults.get(k)))
+
+
+def describe_changes(before: dict, now: dict, keys: list[str], most: int = 3) -> str:
+    """`beta 0.1 -> 0.2, seed 42 -> 1`: the first `most` changed arguments, for an error message."""
+    return ", ".join(f"{k} {before.get(k)!r} -> {now[k]!r}" for k in keys[:most])
 
 
 def read_yaml(path: str | os.PathLike, flag: str = "") -> dict:
@@ -160,7 +186,7 @@ def read_yaml(path: str | os.PathLike, flag: str = "") -> dict:
         flag: the flag that names the file, for the error messages.
 
     Raises:
-        UserError: naming flag and file, where it cannot be read or holds something else.
+        UserError: the file cannot be read or is not a mapping. Names flag and file.
     """
     source = f"{flag} {path}".lstrip()
     try:
@@ -173,7 +199,7 @@ def read_yaml(path: str | os.PathLike, flag: str = "") -> dict:
 
 
 def read_published(path: str, kind: type = dict) -> dict:
-    """A YAML file of published results: source, setting and rows. Raises UserError naming the file.
+    """Read a YAML file of published results: source, setting and rows. Raises UserError naming the file.
 
     Args:
         kind: dict for rows by name, list for rows in order.
@@ -182,5 +208,5 @@ def read_published(path: str, kind: type = dict) -> dict:
     if not {"source", "setting", "rows"} <= set(published):
         raise UserError(f"--published {path}: needs source, setting and rows")
     if not isinstance(published["rows"], kind):
-        raise UserError(f"--published {path}: rows must be {'a list' if kind is list else 'given by name'}")
+        raise UserError(f"--published {path}: rows must be a {'list' if kind is list else 'mapping by name'}")
     return published

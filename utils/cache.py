@@ -1,4 +1,7 @@
-"""Work that is kept as it comes: a rerun, also after kill -9 and on another number of processes, does only the rest."""
+"""Results that are saved as they are computed, so that a rerun computes only the rest.
+
+This holds after kill -9 and on another number of processes.
+"""
 
 import json
 import os
@@ -8,61 +11,66 @@ from pathlib import Path
 from utils.artifacts import RowFile, dumps, write_json
 from utils.provenance import sha256_of
 
+# Folders that --overwrite has already emptied in this process.
 EMPTIED: set[Path] = set()
 
 
 class ResultCache:
-    """Finished items below `<eval_out>/.cache/<kind>-<hash>/`, one JSON line each, one file a process.
+    """Finished items below `<eval_out>/.cache/<kind>-<hash>/`: one JSON line per item, one file per process.
 
-    The folder's name hashes what the items depend on (`identity`: weights, data, settings), so that an item is never
-    taken for that of another question; `identity.json` holds it in words. `before` holds what was finished when the
-    cache was opened, alike on every process.
+    The folder's name hashes everything the items depend on (`identity`: weights, data, settings), so an item is never
+    read for another request. `identity.json` holds the same in readable form.
+
+    Attributes:
+        finished: items by key, as they were when the cache was opened; equal on every process.
+        own_rows: the file that this process appends to.
     """
 
     def __init__(self, eval_out: str | os.PathLike, kind: str, identity: dict, overwrite: bool = False):
+        # Inside the function: accelerate imports torch, and no module of utils imports torch at its top.
         from accelerate import PartialState
         from accelerate.utils import broadcast_object_list
 
         self.state = PartialState()
         name = [f"{kind}-{sha256_of(dumps(identity))[:16]}"]
         if self.state.num_processes > 1:
-            # Each process asks the hub for revisions by itself; all must mean the same folder.
+            # Each process asks the hub for revisions separately and may get another answer; rank 0 decides.
             broadcast_object_list(name)
         self.folder = Path(eval_out) / ".cache" / name[0]
         if self.state.is_main_process:
-            # Once a call: base and tuned may share a judge's cache, and the second must not undo the first.
+            # Once per call: base and tuned may share a judge's cache, and the second must not delete the first's rows.
             if overwrite and self.folder.resolve() not in EMPTIED:
                 shutil.rmtree(self.folder, ignore_errors=True)
                 EMPTIED.add(self.folder.resolve())
             write_json(self.folder / "identity.json", identity)
         self.state.wait_for_everyone()
-        # Read before any process adds to it: all of them must see, and share out, the same rest.
-        self.before = self.read()
+        # Read before any process appends: all of them must see, and divide, the same remaining work.
+        self.finished = self.read()
         self.state.wait_for_everyone()
-        self.mine = RowFile(self.folder / f"rows-{self.state.process_index}.jsonl", every_rank=True)
+        self.own_rows = RowFile(self.folder / f"rows-{self.state.process_index}.jsonl", every_rank=True)
 
     def read(self) -> dict[str, dict]:
-        """The items finished so far by any process, by key. A line that a crash cut off is left out."""
-        found = {}
+        """Items finished so far by any process, by key. Skips a line that a crash cut off."""
+        items = {}
         for path in sorted(self.folder.glob("rows-*.jsonl")):
             for row in RowFile(path).read():
-                found[row.pop("key")] = row
-        return found
+                items[row.pop("key")] = row
+        return items
 
     def add(self, key: str, item: dict) -> None:
-        """Keep one finished item."""
-        self.mine.append({"key": key, **item})
+        """Save one finished item."""
+        self.own_rows.append({"key": key, **item})
 
-    def share(self, batches: list) -> list:
-        """This process's share of the work: every n-th batch."""
+    def own_share(self, batches: list) -> list:
+        """This process's part of the work: every n-th batch, n the number of processes."""
         return batches[self.state.process_index :: self.state.num_processes]
 
     def gather(self) -> dict[str, dict]:
-        """Every item, on every process, once all of them are through."""
+        """Wait for all processes, then return every item on each of them."""
         self.state.wait_for_everyone()
         return self.read()
 
 
 def cache_key(*parts) -> str:
-    """A short key of JSON values."""
+    """24 hexadecimal digits that identify a list of JSON values; the order of dictionary keys does not matter."""
     return sha256_of(*(json.dumps(part, sort_keys=True, ensure_ascii=False) for part in parts))[:24]

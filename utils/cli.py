@@ -1,4 +1,4 @@
-"""Command lines: TRL's parser, made strict. YAML gives defaults, the command line wins, an unknown key is an error."""
+"""Strict command lines on TRL's parser: YAML sets defaults, flags override them, an unknown key is an error."""
 
 import dataclasses
 import difflib
@@ -14,9 +14,10 @@ from utils.errors import UserError
 
 
 def quick_help(page: str, runs_bare: bool = False) -> None:
-    """Print a script's docstring and leave, where `--help` was given: no heavy import comes first.
+    """Print a script's docstring and exit if `--help` was given. Call before the heavy imports.
 
-    So does a call with no argument, unless the script `runs_bare`.
+    Args:
+        runs_bare: whether the script runs without arguments; if not, a call without any prints the help too.
     """
     if (len(sys.argv) == 1 and not runs_bare) or {"-h", "--help"} & set(sys.argv[1:]):
         print(page.strip())
@@ -24,15 +25,18 @@ def quick_help(page: str, runs_bare: bool = False) -> None:
 
 
 def parse(dataclass_types: tuple, argv: list[str] | None = None) -> tuple:
-    """The dataclasses, filled from `--config FILE.yaml` and the command line by TRL's parser.
+    """Fill the dataclasses from `--config FILE.yaml` and the command line with TRL's parser.
 
-    Raises UserError, naming key and file, for an unknown or doubled key, a value of the wrong type, a missing file.
+    A flag may be written with underscores or dashes (--max_length, --max-length).
+
+    Raises:
+        UserError: an unknown or duplicate key, a value of the wrong type, a missing file. Names key and file.
     """
     from trl import TrlParser
 
     class StrictParser(TrlParser):
         def error(self, message):
-            raise UserError(f"command line: {message}; see --help, or --help_all for every key")
+            raise UserError(f"command line: {message}; see --help, or --help_all for all keys")
 
     argv = [part for arg in (sys.argv[1:] if argv is None else argv) for part in _split_config(arg)]
     if "--help_all" in argv:
@@ -43,7 +47,7 @@ def parse(dataclass_types: tuple, argv: list[str] | None = None) -> tuple:
     keys = {f.name for f in fields}
     choices = {f.name: f.metadata["choices"] for f in fields if "choices" in f.metadata}
     if argv.count("--config") > 1:
-        raise UserError("command line: --config is given twice; give one file")
+        raise UserError("command line: --config is given twice; give it once")
     if "--config" in argv:
         at = argv.index("--config")
         if at + 1 == len(argv):
@@ -53,7 +57,7 @@ def parse(dataclass_types: tuple, argv: list[str] | None = None) -> tuple:
         name = arg.split("=")[0]
         known = name.removeprefix("--").replace("-", "_")
         if name.startswith("--") and name != "--config" and known not in keys and known.removeprefix("no_") not in keys:
-            raise UserError(f"command line: unknown flag {name}{_close(known, keys, '--')}")
+            raise UserError(f"command line: unknown flag {name}{_suggestion(known, keys, '--')}")
     try:
         return StrictParser(dataclass_types, allow_abbrev=False).parse_args_and_config(argv)
     except (ValueError, TypeError, ImportError) as error:
@@ -64,13 +68,14 @@ def _split_config(arg: str) -> list[str]:
     return arg.split("=", 1) if arg.startswith("--config=") else [arg]
 
 
-def _close(key: str, keys: set[str], dash: str = "") -> str:
-    found = difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
-    return f"; did you mean {dash}{found[0]}?" if found else "; see --help_all"
+def _suggestion(key: str, keys: set[str], dash: str = "") -> str:
+    """The end of an error about an unknown key: the most similar known one."""
+    matches = difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
+    return f"; did you mean {dash}{matches[0]}?" if matches else "; see --help_all"
 
 
 def _check_yaml(path: str, keys: set[str], hints: dict, choices: dict) -> None:
-    """Refuse what TRL's parser lets pass in YAML: keys given twice, values of a wrong type or outside the choices."""
+    """Raise UserError for what TRL's parser accepts in YAML: duplicate keys, values of a wrong type or choice."""
     import yaml
 
     class UniqueKeys(yaml.SafeLoader):
@@ -80,7 +85,7 @@ def _check_yaml(path: str, keys: set[str], hints: dict, choices: dict) -> None:
         seen = set()
         for key, _ in node.value:
             if key.value in seen:
-                raise UserError(f"{path} line {key.start_mark.line + 1}: key {key.value!r} stands twice")
+                raise UserError(f"{path} line {key.start_mark.line + 1}: duplicate key {key.value!r}")
             seen.add(key.value)
         return yaml.SafeLoader.construct_mapping(loader, node, deep)
 
@@ -98,16 +103,16 @@ def _check_yaml(path: str, keys: set[str], hints: dict, choices: dict) -> None:
         if key == "env":
             continue
         if key not in keys:
-            raise UserError(f"{path}: unknown key {key!r}{_close(str(key), keys)}")
+            raise UserError(f"{path}: unknown key {key!r}{_suggestion(str(key), keys)}")
         if not _fits(value, hints[key]):
             kind = typing.get_origin(hints[key]) and str(hints[key]) or getattr(hints[key], "__name__", hints[key])
-            raise UserError(f"{path}: key {key!r} must be {kind}, found {value!r}")
+            raise UserError(f"{path}: key {key!r} must be {kind}, got {value!r}")
         if key in choices and value is not None and value not in choices[key]:
-            raise UserError(f"{path}: key {key!r} must be one of {', '.join(choices[key])}, found {value!r}")
+            raise UserError(f"{path}: key {key!r} must be one of {', '.join(choices[key])}, got {value!r}")
 
 
 def _fits(value, hint) -> bool:
-    """Whether a YAML value can stand for a key of this type. Numbers may be written as text (PyYAML reads 5e-7 so)."""
+    """Whether a YAML value is valid for a key of this type. A number may be text: PyYAML reads 5e-7 as a string."""
     origin = typing.get_origin(hint)
     if origin in (typing.Union, types.UnionType):
         members = typing.get_args(hint)
@@ -148,18 +153,22 @@ def _is_number(value, kind) -> bool:
     return isinstance(value, str)
 
 
-def run_name(asked: str | None, model_name: str, loss_type: list[str], limit: int | None) -> str:
-    """--run_name, else the config's name, else model and loss; marked where --limit is on."""
-    name = asked
-    argv = [part for arg in sys.argv for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
+def run_name(requested: str | None, source: str, suffix: str, limit: int | None) -> str:
+    """The run's name: --run_name, else the config file's stem, else `source` and `suffix`; marked under --limit.
+
+    Args:
+        source: a path, hub id or `builtin:` name, of which the last part is used.
+    """
+    name = requested
+    argv = [part for arg in sys.argv for part in _split_config(arg)]
     if not name and "--config" in argv:
         name = Path(argv[argv.index("--config") + 1]).stem
-    name = name or f"{Path(model_name.split(':')[-1]).name}-{'-'.join(loss_type)}"
+    name = name or f"{Path(source.split(':')[-1]).name}-{suffix}"
     if "/" in name or name.startswith("."):
-        raise UserError(f"--run_name {name}: give a plain name, without / and without a leading dot")
+        raise UserError(f"--run_name {name}: must not contain / or start with a dot")
     return with_limit_suffix(name, limit)
 
 
 def option(text: str, default=None, **extra):
-    """A dataclass field with its help text."""
+    """Define a dataclass field with a help text; `extra` goes to its metadata (choices, ...)."""
     return field(default=default, metadata={"help": text, **extra})

@@ -1,4 +1,4 @@
-"""What accelerate's launch leaves open."""
+"""Fixes and helpers for multi-process launches, and quiet library logging."""
 
 import logging
 import os
@@ -8,11 +8,11 @@ from utils.errors import UserError
 
 
 def keep_fsdp_on_cpu() -> None:
-    """Let an FSDP launch shard on CPU processes too, where accelerate would fall back to DDP without a word.
+    """Shard an FSDP launch on CPU processes too, where accelerate silently falls back to DDP.
 
-    accelerate makes FSDP of a launch only where its state says MULTI_GPU or another accelerator. Two CPU processes
-    then run the very code that eight GPUs run. Call once the training arguments are made (they reset
-    the state) and before the trainer is.
+    accelerate enables FSDP only if its state is MULTI_GPU or another accelerator. With this, two CPU processes run
+    the same code as eight GPUs. Call it after the training arguments are created (they reset the state) and before
+    the trainer is.
     """
     from accelerate import PartialState
     from accelerate.utils import DistributedType
@@ -23,7 +23,7 @@ def keep_fsdp_on_cpu() -> None:
 
 
 def on_main_process(call):
-    """`call()`'s result on every process, run on rank 0 alone; its UserError is raised on every process too."""
+    """Run `call()` on rank 0 only; return its result, or raise its UserError, on every process."""
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
 
@@ -38,22 +38,26 @@ def on_main_process(call):
         broadcast_object_list(outcome)
     if outcome[1] is not None:
         raise UserError(outcome[1])
+    # Rank 0 returns the object itself: a broadcast copy loses what is not pickled (a run's file lock).
     return outcome[0] if result is None else result
 
 
 def join_processes():
-    """This process's place in the launch. A process may be hours ahead of another at a barrier before it gives up."""
+    """Join the launch and return accelerate's PartialState.
+
+    Ranks may reach a barrier hours apart, so the timeout is 24 hours.
+    """
     from datetime import timedelta
 
     import torch
     from accelerate import PartialState
 
-    # Unless it is told of the CPU, PartialState takes the processes of a CPU launch for strangers.
+    # Without cpu=True, PartialState treats each CPU process as a separate single-process run.
     return PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(hours=24))
 
 
 def quiet_libraries() -> None:
-    """Silence the libraries' informational chatter; errors and this project's own lines stay."""
+    """Silence library logging below ERROR, library warnings and library progress bars."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module=r"(torch|peft|transformers|accelerate|trl)\b")

@@ -1,13 +1,15 @@
-"""Errors a user can mend, told in one line: what is wrong, where, and the mend. Exit code 2, no traceback."""
+"""User-facing errors: one line on stderr with the problem, its location and the fix. Exit code 2, no traceback."""
 
 import errno
 import os
 import sys
 import time
 
+RESUME_HINT = "use a smaller batch, model or precision, then run the same command again: finished work is kept"
+
 
 class UserError(Exception):
-    """Bad input or a machine that cannot do what was asked; the message names the file, row or flag and the mend."""
+    """Invalid input, or a request this machine cannot serve. The message names the file, row or flag and the fix."""
 
 
 def is_main_process() -> bool:
@@ -15,38 +17,31 @@ def is_main_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-TRAINING_MEMORY = (
-    "lower --per_device_train_batch_size (raise --gradient_accumulation_steps to match) and"
-    " --per_device_eval_batch_size, or set --gradient_checkpointing true, and the same run goes on; or begin another"
-    " with a smaller --max_length or --load_in_4bit"
-)
-
-
-def run(main, memory: str = TRAINING_MEMORY) -> None:
-    """Run a script's `main()`; turn what the user can mend into one line and exit code 2, Ctrl-C into 130.
+def run(main, out_of_memory: str = RESUME_HINT) -> None:
+    """Run a script's `main()` and turn errors the user can fix into one line and exit code 2, Ctrl-C into 130.
 
     Args:
-        memory: what the script's user can do where memory runs out.
+        out_of_memory: the fix that the error suggests when host or GPU memory runs out.
     """
     try:
         main()
     except UserError as error:
         fail(str(error))
     except KeyboardInterrupt:
-        print("\ninterrupted: the same command (without --overwrite) goes on from what is there", file=sys.stderr)
+        print("\ninterrupted: run the same command again (without --overwrite) to continue", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
-        message = explain(error, memory)
+        message = explain(error, out_of_memory)
         if message is None:
             raise
         fail(message)
 
 
 def fail(message: str) -> None:
-    """Print `error: message` on stderr as one line and leave with code 2.
+    """Print `error: message` as one line on stderr and exit with code 2.
 
-    What stops every process of a launch is told by rank 0; another process speaks up only where it alone fails and
-    the launcher has not ended it by then.
+    Rank 0 prints errors common to all ranks. Other ranks wait 5 s, so they print only if they alone failed: after an
+    error on rank 0 the launcher has ended them by then.
     """
     rank = ""
     if not is_main_process():
@@ -57,26 +52,31 @@ def fail(message: str) -> None:
     sys.exit(2)
 
 
-def explain(error: BaseException | None, memory: str = TRAINING_MEMORY) -> str | None:
-    """The one-line explanation of a machine's limit (disk, memory, permissions) behind `error`, else None."""
+DISK_FULL_ERRORS = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+PERMISSION_ERRORS = (errno.EACCES, errno.EPERM, errno.EROFS)
+# torch.save and the CUDA allocator raise RuntimeErrors without an errno, so their texts are matched.
+DISK_FULL_TEXTS = ("No space left on device", "File too large", "Disk quota exceeded", "PytorchStreamWriter failed")
+MEMORY_TEXTS = ("out of memory", "can't allocate memory", "Cannot allocate memory", "not enough memory")
+
+
+def explain(error: BaseException | None, out_of_memory: str = RESUME_HINT) -> str | None:
+    """One line for a full disk, missing permissions or exhausted memory anywhere in the chain of `error`, else None."""
     seen = []
+    # Libraries wrap the OSError that explains a failure, so walk the causes; `seen` guards against a cycle.
     while error is not None and error not in seen:
         seen.append(error)
         text = f"{type(error).__name__}: {error}"
         number = getattr(error, "errno", None)
         name = getattr(error, "filename", None)
-        at = f" ({name})" if name else ""
-        full = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
-        full_texts = ("No space left on device", "File too large", "Disk quota exceeded", "PytorchStreamWriter failed")
-        if number in full or any(t in text for t in full_texts):
+        place = f" ({name})" if name else ""
+        if number in DISK_FULL_ERRORS or any(t in text for t in DISK_FULL_TEXTS):
             return (
-                f"the disk is full or the file-size limit is reached{at}: free some space, or choose another"
-                " --output_dir and --eval_out; complete checkpoints are kept, the same command resumes from the last"
+                f"the disk is full or the file-size limit is reached{place}: free some space, or choose another"
+                " --output_dir and --eval_out; complete checkpoints are kept; the same command resumes"
             )
-        if number in (errno.EACCES, errno.EPERM, errno.EROFS):
-            return f"no permission to write{at}: choose another --output_dir and --eval_out, or mend the permissions"
-        memory_texts = ("out of memory", "can't allocate memory", "Cannot allocate memory", "not enough memory")
-        if isinstance(error, MemoryError) or any(t in text for t in memory_texts):
-            return f"out of memory: {memory}"
+        if number in PERMISSION_ERRORS:
+            return f"no permission to write{place}: choose another --output_dir and --eval_out, or fix the permissions"
+        if isinstance(error, MemoryError) or any(t in text for t in MEMORY_TEXTS):
+            return f"out of memory: {out_of_memory}"
         error = error.__cause__ or error.__context__
     return None

@@ -1,4 +1,4 @@
-"""Pictures: one style, titles and axis units on all, written atomically."""
+"""Figures in one style, written atomically."""
 
 from utils.artifacts import atomic_write
 
@@ -6,9 +6,10 @@ CHOSEN, REJECTED, NEUTRAL, EVAL = "#0b7a75", "#c8553d", "#3d405b", "#e09f3e"
 
 
 def figure(rows: int, columns: int, title: str):
-    """A figure and its flat list of axes, in the project's style."""
+    """Create a figure and a flat list of its axes, in the project's style."""
     import matplotlib
 
+    # The backend without a display; it must be chosen before pyplot is imported.
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
@@ -20,7 +21,7 @@ def figure(rows: int, columns: int, title: str):
 
 
 def save(fig, path) -> None:
-    """Write the figure as PNG, atomically, and free it."""
+    """Write the figure as PNG, atomically, and close it."""
     import matplotlib.pyplot as plt
 
     atomic_write(path, lambda p: fig.savefig(p, dpi=130, format="png"))
@@ -28,11 +29,16 @@ def save(fig, path) -> None:
 
 
 def win_rate_bars(ax, entries: list[tuple]) -> None:
-    """Horizontal bars with intervals from the top: (label, metric, colour) each."""
+    """Draw horizontal bars with 95% intervals, the first entry on top.
+
+    Args:
+        entries: (label, metric, colour) of each bar; metrics are win rates from 0 to 1.
+    """
     import numpy as np
 
     for y, (_, m, colour) in enumerate(reversed(entries)):
         low, high = m["ci95"] or (m["value"], m["value"])
+        # A percentile interval may exclude the estimate itself; matplotlib rejects negative error lengths.
         error = np.clip([[m["value"] - low], [high - m["value"]]], 0, None)
         ax.barh(y, m["value"], xerr=error, color=colour, capsize=2, height=0.7)
     ax.set_yticks(range(len(entries)), [label for label, _, _ in reversed(entries)], fontsize=7)
@@ -41,5 +47,5 @@ def win_rate_bars(ax, entries: list[tuple]) -> None:
 
 
 def empty_panel(ax, text: str) -> None:
-    """An empty panel that says why."""
+    """Show `text` in a panel that has no data."""
     ax.text(0.5, 0.5, text, ha="center", transform=ax.transAxes, fontsize=8)

@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, one plain line every half minute in a log file."""
+"""Progress of long work: a bar on a terminal, plain lines in a log file."""
 
 import sys
 import time
@@ -9,15 +9,19 @@ SECONDS_BETWEEN_LINES = 30.0
 
 
 class LineProgress:
-    """The interface of tqdm that this project uses, for output that is not a terminal: plain lines, no carriage return.
+    """The part of tqdm's interface that this project uses, for output that is not a terminal.
 
-    Short work prints nothing: the first line comes after `SECONDS_BETWEEN_LINES`.
+    It prints plain lines without carriage returns, the first after `SECONDS_BETWEEN_LINES`, so short work prints
+    nothing.
+
+    Attributes:
+        n: finished units, as in tqdm.
     """
 
     def __init__(self, total: int, desc: str, unit: str, seconds: float = SECONDS_BETWEEN_LINES):
         self.total, self.desc, self.unit, self.seconds = total, desc, unit, seconds
-        self.done, self.printed_at = 0, time.monotonic()
-        self.started, self.details = self.printed_at, ""
+        self.n, self.started, self.details = 0, time.monotonic(), ""
+        self.printed_at = self.started
 
     def __enter__(self):
         return self
@@ -26,13 +30,13 @@ class LineProgress:
         self.close()
 
     def update(self, count: int = 1) -> None:
-        """Count finished work; print a line where the last one is old enough."""
-        self.done += count
+        """Count finished units; print a line if the last one is old enough."""
+        self.n += count
         if time.monotonic() - self.printed_at >= self.seconds:
             self._print()
 
     def set_postfix(self, details: dict) -> None:
-        """Figures that the next line shows."""
+        """Set the figures at the end of the next line."""
         self.details = "".join(f", {name} {value}" for name, value in details.items())
 
     def close(self) -> None:
@@ -42,17 +46,17 @@ class LineProgress:
 
     def _print(self) -> None:
         self.printed_at = time.monotonic()
-        share = f" ({self.done / self.total:.0%})" if self.total else ""
+        share = f" ({self.n / self.total:.0%})" if self.total else ""
         seconds = self.printed_at - self.started
         print(
-            f"{self.desc}: {self.done}/{self.total} {self.unit}{share} after {seconds:.0f} s{self.details}",
+            f"{self.desc}: {self.n}/{self.total} {self.unit}{share} after {seconds:.0f} s{self.details}",
             file=sys.stderr,
             flush=True,
         )
 
 
 def progress(total: int, desc: str, unit: str = "row", scale: bool = False, leave: bool = True):
-    """A progress display with `update(count)`, used as a context manager. Only rank 0 shows it.
+    """Create a progress display, a context manager with `update(count)`. Only rank 0 shows it.
 
     Args:
         total: units of work; 0 shows nothing.

@@ -1,4 +1,4 @@
-"""What is needed to repeat a run: commit, command, versions, hardware, hashes of model and data."""
+"""The record needed to repeat a run: commit, command, versions, hardware, hashes of model and data."""
 
 import hashlib
 import importlib.metadata
@@ -18,7 +18,7 @@ PACKAGES = (
 
 
 def git_commit() -> str | None:
-    """The repository's commit, with `-dirty` where tracked files differ from it; None outside a checkout."""
+    """The repository's commit, with `-dirty` if tracked files differ from it; None outside a checkout."""
 
     def git(*args):
         return subprocess.run(["git", "-C", str(ROOT), *args], capture_output=True, text=True, timeout=30)
@@ -35,18 +35,18 @@ def git_commit() -> str | None:
 
 
 def versions() -> dict:
-    """Installed versions of Python and of the packages that can move a figure."""
-    found = {"python": platform.python_version()}
+    """Installed versions of Python and of the packages that can change a figure."""
+    installed = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
-            found[name] = importlib.metadata.version(name)
+            installed[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             pass
-    return found
+    return installed
 
 
 def cpu_name() -> str:
-    """The processor's name as the system tells it."""
+    """The processor's model name from /proc/cpuinfo, else what Python's platform module reports."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -60,6 +60,7 @@ def hardware() -> dict:
     """Processor, usable cores, memory in GiB and GPUs."""
     import torch
 
+    # A container or taskset may allow fewer cores than the machine has.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
@@ -70,6 +71,7 @@ def peak_memory_gib() -> dict:
     """Peak resident memory of this process and peak allocation on its GPU, in GiB."""
     import torch
 
+    # Linux gives ru_maxrss in KiB.
     peak = {"host": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)}
     if torch.cuda.is_available():
         peak["gpu"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
@@ -77,12 +79,12 @@ def peak_memory_gib() -> dict:
 
 
 def shorten_paths(text) -> str:
-    """`text` with paths below the repository written relative to it, and those below the home folder with a tilde."""
+    """Write paths below the repository relative to it, and those below the home folder with a tilde."""
     return str(text).replace(str(ROOT) + os.sep, "").replace(str(Path.home()) + os.sep, f"~{os.sep}")
 
 
 def command_line() -> list[str]:
-    """The command line, with tidy paths."""
+    """The command line with shortened paths."""
     return [shorten_paths(a) for a in [Path(sys.argv[0]).name, *sys.argv[1:]]]
 
 
@@ -103,7 +105,7 @@ def run_record(seed: int, wall_seconds: float, **extra) -> dict:
 
 
 def sha256_of(*parts: str | bytes) -> str:
-    """SHA-256 of the parts, each fenced by its length so that no two lists of parts collide."""
+    """SHA-256 of the parts. Each is preceded by its length, so that ("ab", "c") and ("a", "bc") differ."""
     digest = hashlib.sha256()
     for part in parts:
         raw = part.encode() if isinstance(part, str) else part
@@ -113,7 +115,7 @@ def sha256_of(*parts: str | bytes) -> str:
 
 
 def sha256_of_files(paths) -> str:
-    """SHA-256 over the names and contents of files, in name order."""
+    """SHA-256 of the names and contents of files, in path order."""
     digest = hashlib.sha256()
     for path in sorted(map(Path, paths)):
         digest.update(path.name.encode())
@@ -123,7 +125,12 @@ def sha256_of_files(paths) -> str:
 
 
 def hub_revision(name: str, kind: str, revision: str | None = None) -> str | None:
-    """The commit of a hub repository (`kind` "model" or "dataset"): the hub's own word, offline the cached one."""
+    """The commit of a hub repository: from the hub, offline from the local cache; None if neither has it.
+
+    Args:
+        kind: "model" or "dataset".
+        revision: a branch, tag or commit; a full commit hash is returned unchanged.
+    """
     if revision and re.fullmatch(r"[0-9a-f]{40}", revision):
         return revision
     from huggingface_hub import HfApi, constants

@@ -62,7 +62,7 @@ def score_sequences(models: TwoModels, sequences: list[Sequence], summarise, kin
         "spans_sha256": sha256_of(*(f"{s.start}:{s.kl_start}" for s in sequences)),
     }
     cache = ResultCache(args.eval_out, kind, identity, args.overwrite)
-    done = cache.before
+    done = cache.finished
     todo = [i for i in range(len(sequences)) if str(i) not in done]
     if todo:
         models.load()
@@ -71,7 +71,7 @@ def score_sequences(models: TwoModels, sequences: list[Sequence], summarise, kin
     batches = batches_of([u for u in units if any(str(i) not in done for i in u[0])], args)
     tokens, started = sum(len(sequences[i].ids) for i in todo), time.monotonic()
     with progress(tokens, kind, "tok", scale=True) as bar:
-        for take in cache.share(batches):
+        for take in cache.own_share(batches):
             for i, scores in zip(take, score_batch(models, [sequences[i] for i in take]), strict=True):
                 moved = float((scores.tuned - scores.base).abs().max())
                 if not math.isfinite(moved):

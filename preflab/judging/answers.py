@@ -150,10 +150,10 @@ def answer_each(
         for number, sampling in enumerate(samplings, 1):
             cache = _answer_cache(answerer, sampling, args, engine)
             caches.append(cache)
-            todo = list({key: i for i, key in enumerate(keys) if key not in cache.before}.values())
+            todo = list({key: i for i, key in enumerate(keys) if key not in cache.finished}.values())
             # Dealt out by length, so that every process gets as much to do.
             todo.sort(key=lambda i: (-len(prompts[i].text), i))
-            mine = cache.share(todo)
+            mine = cache.own_share(todo)
             if not mine:
                 continue
             answers = answers or opened.enter_context(engine_of(answerer, engine))

@@ -100,9 +100,9 @@ def judge_all(judge, items: list[Item], eval_out: str, overwrite: bool = False) 
     tie = Verdict(0.5, 0.5, label="identical")
     keys = [cache_key(item.prompt.messages, item.first, item.second) for item in items]
     cache = ResultCache(eval_out, "judgements", judge.identity(), overwrite)
-    done = cache.before
+    done = cache.finished
     todo = list({keys[i]: i for i in range(len(items)) if not same[i] and keys[i] not in done}.values())
-    mine = cache.share(todo)
+    mine = cache.own_share(todo)
     failed = ResultCache(eval_out, "unparsed", {**judge.identity(), "items": keys}, overwrite=True)
     with progress(len(mine), judge.name, "verdict") as bar:
         for k, verdict in judge.judge([items[i] for i in mine]) if mine else ():

@@ -276,7 +276,7 @@ def _kept(scorer, keys: list[str], work, eval_out: str, overwrite: bool, unit: s
     """What `work(keys)` yields for every key, on every process: sharded, and kept as it comes."""
 
     cache = ResultCache(eval_out, "scores", scorer.identity(), overwrite)
-    mine = cache.share([key for key in keys if key not in cache.before])
+    mine = cache.own_share([key for key in keys if key not in cache.finished])
     with progress(len(mine), scorer.name, unit) as bar:
         for key, row in work(mine) if mine else ():
             cache.add(key, row)

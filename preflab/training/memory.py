@@ -4,6 +4,13 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+# The training scripts import this at their top, so this module imports torch inside its functions.
+OUT_OF_MEMORY = (
+    "lower --per_device_train_batch_size (raise --gradient_accumulation_steps to match) and"
+    " --per_device_eval_batch_size, or set --gradient_checkpointing true, and run the same command again to continue;"
+    " or start another run with a smaller --max_length or --load_in_4bit"
+)
+
 
 @dataclass
 class Memory:

@@ -45,7 +45,7 @@ def use(trainer, eval_out: str, identity: dict) -> dict:
     """
     started = time.monotonic()
     cache = ResultCache(eval_out, "reference", {"kind": "summed response log-probabilities", **identity})
-    known, counts = cache.before, {"computed": 0, "read": 0}
+    known, counts = cache.finished, {"computed": 0, "read": 0}
     splits = {"train_dataset": trainer.train_dataset, "eval_dataset": trainer.eval_dataset}
     keys = {
         name: [cache_key(*(row[part] for part in PARTS)) for row in dataset]
@@ -71,7 +71,7 @@ def use(trainer, eval_out: str, identity: dict) -> dict:
 def _compute(trainer, dataset, keys: list[str], todo: list[int], cache: ResultCache) -> None:
 
     lengths = [sum(len(dataset[i][part]) for part in PARTS) for i in todo]
-    batches = cache.share(token_batches(lengths, 4096 if trainer.accelerator.device.type == "cpu" else 32768))
+    batches = cache.own_share(token_batches(lengths, 4096 if trainer.accelerator.device.type == "cpu" else 32768))
     with progress(sum(map(len, batches)), "reference", "pair") as bar:
         for batch in batches:
             rows = [todo[k] for k in batch]

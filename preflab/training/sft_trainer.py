@@ -86,7 +86,7 @@ class ResumableSFTTrainer(ResumableMixin, SFTTrainer):
         """`score` of every row before the first step, kept on disk, so that a resumed run has them too."""
         cache = ResultCache(eval_out, "sft-base", identity)
         keys = [cache_key(row["input_ids"], row["labels"]) for row in dataset]
-        todo = [i for i, key in enumerate(keys) if key not in cache.before]
+        todo = [i for i, key in enumerate(keys) if key not in cache.finished]
         for i, nll in zip(todo, self.score(dataset, todo) if todo else [], strict=True):
             if self.accelerator.is_main_process:
                 cache.add(keys[i], {"nll": nll})

@@ -166,7 +166,7 @@ def test_out_of_memory_says_what_to_lower(tiny, prefs, tmp_path):
     code = (
         "import sys; from utils.errors import run; import preflab.training.dpo_trainer as t; import torch\n"
         "t.ResumableDPOTrainer.train = lambda self, **k: torch.empty(1 << 50)\n"
-        "import dpo_train_human_preference as s; run(s.main)"
+        "import dpo_train_human_preference as s; run(s.main, s.OUT_OF_MEMORY)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, *run_args(tiny, prefs, tmp_path)], cwd=ROOT, capture_output=True, text=True

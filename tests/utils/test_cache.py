@@ -81,7 +81,7 @@ def test_overwrite_empties_this_identity_and_no_other(tmp_path):
 
 def test_one_process_has_all_the_work_and_many_share_it(tmp_path):
     cache = ResultCache(tmp_path, "answers", {})
-    assert cache.share([3, 1, 2]) == [3, 1, 2]
+    assert cache.own_share([3, 1, 2]) == [3, 1, 2]
 
     class Of:
         def __init__(self, index):
@@ -90,7 +90,7 @@ def test_one_process_has_all_the_work_and_many_share_it(tmp_path):
     shares = []
     for index in range(3):
         cache.state = Of(index)
-        shares.append(cache.share(list(range(8))))
+        shares.append(cache.own_share(list(range(8))))
     assert sorted(sum(shares, [])) == list(range(8)) and [len(s) for s in shares] == [3, 3, 2]
 
 
