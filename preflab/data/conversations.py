@@ -1,35 +1,39 @@
-"""Instruction data: any of the field's formats to conversations, and to token ids with what is trained on marked.
+"""SFT data: read rows of any common format as conversations, tokenize them, label the tokens to train on.
 
-Formats: Alpaca's (instruction, input, output), chat (`messages`, or ShareGPT's `conversations`), prompt and completion,
-and preference rows, of which the chosen answer is taken.
+Formats: Alpaca (instruction, input, output), chat (`messages`, or ShareGPT's `conversations`), prompt and completion,
+and preference rows, whose chosen answer is used.
 """
 
 from collections import Counter
 from dataclasses import dataclass, field
 
 from preflab.data.chat_template import ChatRenderer, TemplateRefused
-from preflab.data.sources import SourceArguments, by_hash, folded, read_sources
+from preflab.data.messages import check_messages, check_unicode, transcript, up_to_last
+from preflab.data.sources import SourceArguments, folded, read_sources, select_by_hash
 from utils.errors import UserError
 from utils.progress import progress
 from utils.provenance import sha256_of
 
-ROLES = {"system": "system", "user": "user", "assistant": "assistant", "human": "user", "gpt": "assistant"}
+# The label of tokens without a loss, as in PyTorch's cross entropy.
+IGNORED = -100
+# Conversations per call of the tokenizer.
+BATCH = 256
 
 
 @dataclass
 class SFTArguments(SourceArguments):
-    """Where instructions come from, and what of them is trained on."""
+    """Flags that choose SFT data, its held-out part, and the tokens with a loss."""
 
     dataset_test_split: str | None = field(
         default=None,
-        metadata={"help": "Split to evaluate on; none for none (default: --test_rows of the train split)."},
+        metadata={"help": "Split to evaluate on, or none (default: --test_rows of the train split)."},
     )
     test_rows: int = field(
-        default=200, metadata={"help": "Conversations held out of the train split, where no test split is named."}
+        default=200, metadata={"help": "Conversations held out of the train split if no test split is named."}
     )
     loss_on: str = field(
         default="responses",
-        metadata={"help": "Tokens that are trained on.", "choices": ["responses", "everything"]},
+        metadata={"help": "Tokens with a loss: the assistant's, or all.", "choices": ["responses", "everything"]},
     )
 
     def check(self) -> None:
@@ -40,7 +44,13 @@ class SFTArguments(SourceArguments):
 
 @dataclass
 class Conversation:
-    """Turns that end with an answer. `input` is Alpaca's, apart from the instruction that is the user's turn."""
+    """A conversation that ends with an answer.
+
+    Attributes:
+        messages: the turns; Alpaca's instruction is the user's.
+        source: file and row, for error messages and artifacts.
+        input: Alpaca's `input`, which its own template renders in a separate section.
+    """
 
     messages: list[dict]
     source: str
@@ -48,26 +58,33 @@ class Conversation:
 
     @property
     def turns(self) -> list[dict]:
-        """All turns, Alpaca's input joined to its instruction."""
+        """All turns, with Alpaca's input appended to the instruction."""
         if not self.input:
             return self.messages
         return [{"role": "user", "content": f"{self.messages[0]['content']}\n\n{self.input}"}, *self.messages[1:]]
 
     def turns_for(self, chat: ChatRenderer) -> list[dict]:
-        """All turns as the template wants them: Alpaca's own has a place for the input."""
+        """All turns as the template expects them: Alpaca's own template takes the input as a separate key."""
         if not (self.input and chat.reads_input):
             return self.turns
         return [{**self.messages[0], "input": self.input}, *self.messages[1:]]
 
     @property
     def prompt_key(self) -> str:
-        """A key that prompts share where they differ in nothing but case and spacing."""
-        return folded("\n".join(f"{m['role']}: {m['content']}" for m in self.turns[:-1]))
+        """The prompt's text without case and spacing: equal for prompts that count as duplicates."""
+        return folded(transcript(self.turns[:-1]))
 
 
 @dataclass
 class ConversationData:
-    """The conversations of one split, with where they came from and what was left out."""
+    """The conversations of one split.
+
+    Attributes:
+        conversations: the usable conversations.
+        sources: what identifies the data, per source (`read_rows`).
+        rows: number of rows read.
+        dropped: number of rows dropped, by reason.
+    """
 
     conversations: list[Conversation]
     sources: list[dict]
@@ -89,111 +106,114 @@ class ConversationData:
 # ------------------------------------------------------------------------------------------------------ normalising
 
 
-def to_conversation(row, where: str) -> Conversation | str:
-    """One row of any known format, or why it is left out. Raises UserError, naming row and key, where it fits none."""
+def to_conversation(row, source: str) -> Conversation | str:
+    """Normalise one row of any supported format.
+
+    Returns:
+        A Conversation, or the reason to drop the row.
+
+    Raises:
+        UserError: the row fits no format; the message names row and key.
+    """
     if not isinstance(row, dict):
-        raise UserError(f"{where}: expected an object with an instruction, found {type(row).__name__}")
-    turns = row.get("messages") or row.get("conversations")
-    if turns is not None:
-        return _chat(turns, where)
+        raise UserError(f"{source}: expected an object with an instruction, not {type(row).__name__}")
+    for key in ("messages", "conversations"):
+        if row.get(key):
+            return _usable(check_messages(row[key], source, key), source)
     if isinstance(row.get("instruction"), str) and row.get("output") is not None:
-        return _alpaca(row, where)
-    for answer in ("completion", "response", "chosen"):
-        if row.get(answer) is not None and (row.get("prompt") is not None or answer == "chosen"):
-            return _prompted(row.get("prompt"), row[answer], where)
+        return _alpaca(row, source)
+    for key in ("completion", "response", "chosen"):
+        if row.get(key) is not None and (row.get("prompt") is not None or key == "chosen"):
+            return _prompt_and_answer(row, key, source)
     raise UserError(
-        f"{where}: no instruction there (keys: {', '.join(sorted(map(str, row)))}); a row has 'messages', 'instruction'"
-        " and 'output' (perhaps 'input'), 'prompt' and 'completion', or 'prompt' and 'chosen'"
+        f"{source}: no conversation found (keys: {', '.join(sorted(map(str, row)))}); a row has 'messages',"
+        " 'instruction' and 'output' (optionally 'input'), 'prompt' and 'completion', or 'prompt' and 'chosen'"
     )
 
 
-def _alpaca(row: dict, where: str) -> Conversation | str:
+def _alpaca(row: dict, source: str) -> Conversation | str:
     context = row.get("input") or ""
     for key, value in (("input", context), ("output", row["output"])):
         if not isinstance(value, str):
-            raise UserError(f"{where}: key {key!r} must be text, found {type(value).__name__}")
+            raise UserError(f"{source}: key {key!r} must be text, not {type(value).__name__}")
     turns = [{"role": "user", "content": row["instruction"]}, {"role": "assistant", "content": row["output"]}]
-    found = _chat(turns, where)
-    if isinstance(found, Conversation):
-        found.input = context.strip()
-    return found
+    conversation = _usable(turns, source)
+    if isinstance(conversation, Conversation):
+        conversation.input = context.strip()
+    return conversation
 
 
-def _prompted(prompt, answer, where: str) -> Conversation | str:
-    answers = answer if isinstance(answer, list) else [{"role": "assistant", "content": answer}]
+def _prompt_and_answer(row: dict, key: str, source: str) -> Conversation | str:
+    """A row with `prompt` and an answer under `key`, each as text or as messages."""
+    prompt, answer = row.get("prompt"), row[key]
+    answer_turns = answer if isinstance(answer, list) else [{"role": "assistant", "content": answer}]
+    answer_turns = check_messages(answer_turns, source, key)
     if isinstance(prompt, list):
-        asked = prompt
+        prompt_turns = check_messages(prompt, source, "prompt")
+        repeated = answer_turns[: len(prompt_turns)] == prompt_turns
     else:
-        # A list of messages may hold the whole conversation, its prompt beside it once more.
-        whole = isinstance(answer, list) and any(_role(m) == "user" for m in answer)
-        asked = [] if whole or prompt is None else [{"role": "user", "content": prompt}]
-    if isinstance(prompt, list) and answers[: len(prompt)] == prompt:
-        asked = []
-    return _chat([*asked, *answers], where)
+        # A message list with a user turn is the complete conversation; `prompt` only repeats its question.
+        repeated = isinstance(answer, list) and any(m["role"] == "user" for m in answer_turns)
+        prompt_turns = [] if prompt is None else [{"role": "user", "content": prompt}]
+        prompt_turns = [] if repeated else check_messages(prompt_turns, source, "prompt")
+    return _usable(answer_turns if repeated else [*prompt_turns, *answer_turns], source)
 
 
-def _role(message) -> str | None:
-    return ROLES.get(message.get("role", message.get("from"))) if isinstance(message, dict) else None
-
-
-def _chat(turns, where: str) -> Conversation | str:
-    """A checked conversation up to its last answer, or the reason to leave it out."""
-    if not isinstance(turns, list):
-        raise UserError(f"{where}: turns must be a list, found {type(turns).__name__}")
-    messages = []
-    for i, turn in enumerate(turns):
-        content = turn.get("content", turn.get("value")) if isinstance(turn, dict) else None
-        if _role(turn) is None or not isinstance(content, str):
-            raise UserError(f"{where}: turn {i} needs a role (system, user or assistant) and content as text")
-        messages.append({"role": _role(turn), "content": content})
-    while messages and messages[-1]["role"] != "assistant":
-        messages = messages[:-1]
+def _usable(messages: list[dict], source: str) -> Conversation | str:
+    """The conversation up to its last answer, or the reason to drop it."""
+    messages = up_to_last(messages, "assistant")
     if not any(m["role"] == "user" and m["content"].strip() for m in messages):
         return "empty_prompt"
     if not messages[-1]["content"].strip():
         return "empty_response"
-    try:
-        "".join(m["content"] for m in messages).encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"{where}: text that is no valid Unicode ({error.reason}); mend or delete the row") from None
-    return Conversation(messages, where)
+    check_unicode([m["content"] for m in messages], source)
+    return Conversation(messages, source)
 
 
 # ---------------------------------------------------------------------------------------------------------- reading
 
 
 def load_conversations(sources: list[dict], limit: int | None = None) -> ConversationData:
-    """Read and normalise the rows of one or several sources (`read_sources`), in order, up to `limit` of each."""
+    """Read and normalise the rows of one or several sources, in order.
+
+    Args:
+        sources: as for `read_sources`.
+        limit: number of conversations, spread evenly over the sources.
+    """
     read = read_sources(sources)
-    data = ConversationData([], [source for _, source in read], sum(len(rows) for rows, _ in read))
+    data = ConversationData([], [about for _, about in read], sum(len(rows) for rows, _ in read))
     for rows, _ in read:
         taken = 0
-        for where, row in rows:
+        for source, row in rows:
             if limit is not None and taken >= -(-limit // len(read)):
                 break
-            found = to_conversation(row, where)
-            if isinstance(found, str):
-                data.dropped[found] += 1
+            conversation = to_conversation(row, source)
+            if isinstance(conversation, str):
+                data.dropped[conversation] += 1
             else:
-                data.conversations.append(found)
+                data.conversations.append(conversation)
                 taken += 1
     return data
 
 
 def hold_out(data: ConversationData, count: int) -> ConversationData | None:
-    """Take about `count` conversations out of `data`, all of a prompt together; None for none.
+    """Move about `count` conversations out of `data`; all conversations of a prompt move together.
 
-    Which prompts those are depends on a hash of their text alone: neither on their order nor on the other rows.
+    The choice depends only on a hash of each prompt's text, not on the rows' order or on other rows.
 
-    Raises UserError where nothing would be left to train on.
+    Returns:
+        The held-out conversations, or None if `count` is 0.
+
+    Raises:
+        UserError: nothing would be left to train on.
     """
     if not count:
         return None
     prompts = Counter(c.prompt_key for c in data.conversations)
-    chosen = by_hash(prompts, count)
+    chosen = select_by_hash(prompts, count)
     if len(chosen) == len(prompts):
         raise UserError(
-            f"--test_rows {count}: would hold out all {len(data.conversations)} conversations; lower it, name a"
+            f"--test_rows {count}: would hold out all {len(data.conversations)} conversations; lower it, set"
             " --dataset_test_split, or pass --test_rows 0"
         )
     held_out = [c for c in data.conversations if c.prompt_key in chosen]
@@ -206,68 +226,82 @@ def hold_out(data: ConversationData, count: int) -> ConversationData | None:
 
 
 def tokenize(data: ConversationData, tokenizer, loss_on: str, max_length: int | None, desc: str = ""):
-    """Token ids of every conversation, in order, as a Dataset, and the counts that the preflight shows.
+    """Tokenize every conversation, in order, label the tokens to train on, and count what was truncated.
+
+    Conversations that the template rejects, or that have no labelled token left once truncated, are counted in
+    `data.dropped` and removed from `data.conversations`.
 
     Args:
-        loss_on: "responses" marks the answers' tokens, the one that ends them included; "everything" all but the first.
-        max_length: longer conversations keep their start; one whose answers are cut away altogether is left out.
+        loss_on: "responses" labels the answers' tokens including their end-of-turn token; "everything" all but the
+            first token.
+        max_length: longer conversations are truncated at the end.
+        desc: the split's name, for progress and errors.
 
     Returns:
-        (dataset, counts): columns input_ids, labels (-100 where nothing is trained on) and `bytes` of what is.
+        (dataset, counts): columns input_ids, labels (-100 on tokens without a loss) and `bytes` of the labelled text.
+
+    Raises:
+        UserError: no conversation is left.
     """
+    # Not at the top: the scripts' --help imports this module's argument class.
     from datasets import Dataset
 
     chat = ChatRenderer(tokenizer)
     columns = {"input_ids": [], "labels": [], "bytes": []}
-    counts, kept, refusal = Counter(), [], None
+    counts, usable, refusal = Counter(), [], None
     bar = progress(len(data.conversations), f"tokenizing {desc}", leave=False)
-    for start in range(0, len(data.conversations), 256):
+    for start in range(0, len(data.conversations), BATCH):
         batch, texts, spans = [], [], []
-        for conversation in data.conversations[start : start + 256]:
+        for conversation in data.conversations[start : start + BATCH]:
             try:
-                text, found = chat.answers(conversation.turns_for(chat))
+                text, answer_spans = chat.answers(conversation.turns_for(chat))
             except TemplateRefused as error:
                 refusal = refusal or f"{conversation.source}: {error}"
                 data.dropped["template_refused"] += 1
                 continue
             batch.append(conversation)
             texts.append(text)
-            spans.append(found)
+            spans.append(answer_spans)
         if batch:
-            read = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
+            encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
             for k, conversation in enumerate(batch):
-                ids, offsets = read["input_ids"][k][:max_length], read["offset_mapping"][k][:max_length]
-                parts = [slice(1, None)] if loss_on == "everything" else _answers(offsets, spans[k])
+                ids, offsets = encoded["input_ids"][k][:max_length], encoded["offset_mapping"][k][:max_length]
+                parts = [slice(1, None)] if loss_on == "everything" else _answer_tokens(offsets, spans[k])
                 row = _row(ids, parts, loss_on, tokenizer)
-                counts["truncated"] += len(row["input_ids"]) < len(read["input_ids"][k])
-                if not any(label != -100 for label in row["labels"][1:]):
+                counts["truncated"] += len(row["input_ids"]) < len(encoded["input_ids"][k])
+                # The first token is never predicted, so its label does not count.
+                if not any(label != IGNORED for label in row["labels"][1:]):
                     data.dropped["nothing_left_to_train_on"] += 1
                     continue
                 for name, values in columns.items():
                     values.append(row[name])
-                kept.append(conversation)
-        bar.update(min(256, len(data.conversations) - start))
+                usable.append(conversation)
+        bar.update(min(BATCH, len(data.conversations) - start))
     bar.close()
-    if not kept:
-        why = f"; the template refused e.g. {refusal}" if refusal else ""
-        raise UserError(f"0 {desc} conversations are left of {data.rows} rows; dropped: {dict(data.dropped)}{why}")
-    data.conversations = kept
+    if not usable:
+        example = f"; the template rejected e.g. {refusal}" if refusal else ""
+        raise UserError(f"0 {desc} conversations are left of {data.rows} rows; dropped: {dict(data.dropped)}{example}")
+    data.conversations = usable
     return Dataset.from_dict(columns), dict(counts)
 
 
-def _answers(offsets: list[tuple[int, int]], spans: list[tuple[int, int]]) -> list[slice]:
-    """The tokens of each answer: those from the first to the last that lie in its characters `start` to `end`.
+def _answer_tokens(offsets: list[tuple[int, int]], spans: list[tuple[int, int]]) -> list[slice]:
+    """The tokens of each answer: from the first to the last one inside its character span.
 
-    A token between them may have no characters of its own, as a lone space under tokenizers that trim offsets.
+    A token in between may have an empty span, e.g. a lone space under tokenizers that trim offsets.
+
+    Args:
+        offsets: (first character, end) of each token.
+        spans: (first character, end) of each answer.
     """
     inside = [[k for k, (a, b) in enumerate(offsets) if start <= a < b <= end] for start, end in spans]
-    return [slice(found[0], found[-1] + 1) for found in inside if found]
+    return [slice(tokens[0], tokens[-1] + 1) for tokens in inside if tokens]
 
 
 def _row(ids: list[int], parts: list[slice], loss_on: str, tokenizer) -> dict:
-    """input_ids, labels, and the bytes of the text that is trained on; tokens that frame it are no text."""
-    # On everything, transformers' shift leaves the first token out.
-    labels = list(ids) if loss_on == "everything" else [-100] * len(ids)
+    """input_ids, labels, and the number of bytes of the labelled text without special tokens."""
+    # "everything" also labels the first token; transformers' shift by one removes it from the loss.
+    labels = list(ids) if loss_on == "everything" else [IGNORED] * len(ids)
     for part in parts:
         labels[part] = ids[part]
     size = sum(len(tokenizer.decode(ids[part], skip_special_tokens=True).encode()) for part in parts)

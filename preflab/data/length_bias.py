@@ -1,4 +1,4 @@
-"""The length bias of preference data, as the field tells it: is the chosen answer simply the longer one?"""
+"""Length bias of preference data: how often is the chosen answer simply the longer one?"""
 
 import numpy as np
 
@@ -7,21 +7,23 @@ from utils.stats import bootstrap, sign_test
 
 
 def words(text: str) -> int:
-    """Whitespace-separated words."""
+    """Number of whitespace-separated words."""
     return len(text.split())
 
 
 def length_bias(lengths: list[tuple[int, int]], seed: int = 42) -> dict:
-    """Mean lengths of chosen and rejected answers, their relative difference, and which side is longer.
+    """Mean lengths of chosen and rejected answers, their relative difference, and how often each side is longer.
 
     Args:
-        lengths: (chosen, rejected) of each pair, in one unit.
+        lengths: (chosen, rejected) of each pair, in words or in tokens.
+        seed: of the bootstrap.
 
     Returns:
-        `{name: metric}`; relative_difference is (mean chosen - mean rejected) / mean rejected, shares are of pairs, and
-        p_chosen_longer_is_half tests the longer side among pairs of unequal length (exact sign test).
+        `{name: metric}`: relative_difference is (mean chosen - mean rejected) / mean rejected, shares are of pairs, and
+        p_chosen_longer_is_half is an exact sign test over the pairs of unequal length.
     """
-    x = np.array(lengths, dtype=np.float64)
+    x = np.array(lengths, dtype=np.float64)  # (pairs, 2)
+    # 1: chosen is longer, 0: rejected is longer, 0.5: equal.
     longer = 0.5 * (np.sign(x[:, 0] - x[:, 1]) + 1)
     return {
         "mean_chosen": bootstrap(x[:, 0], seed),
@@ -36,9 +38,12 @@ def length_bias(lengths: list[tuple[int, int]], seed: int = 42) -> dict:
 
 
 def split_bias(pairs: list, tokenizer, seed: int = 42) -> dict:
-    """Both units of one split of preflab.data.preferences.Pair: words of the final assistant message, and its tokens.
+    """Length bias of one split in words and in tokens of the answers.
 
-    Tokens are those of the whole answer's text, with no special token and nothing cut.
+    Tokens are those of the complete answer, without special tokens and without truncation.
+
+    Args:
+        pairs: items with `chosen` and `rejected` (preflab.data.preferences.Pair).
     """
     sides = [[p.chosen for p in pairs], [p.rejected for p in pairs]]
     tokens = [[len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]] for texts in sides]
@@ -50,7 +55,7 @@ def split_bias(pairs: list, tokenizer, seed: int = 42) -> dict:
 
 
 def sentence(split: str, bias: dict) -> str:
-    """The bias of one split in words, as both evaluation scripts print it."""
+    """One sentence on the length bias of a split, as the evaluations print it."""
     w = bias["words"]
     return (
         f"length bias of {split} ({bias['pairs']} pairs): chosen {w['mean_chosen']['value']:.2f} words, rejected"

@@ -1,4 +1,4 @@
-"""Preference data: any of the field's formats to pairs of texts, filters, and token ids.
+"""Preference data: read rows of any common format, filter them, tokenize them.
 
 Formats: UltraFeedback-binarized (a prompt string beside message lists that repeat the prompt), TRL's explicit and
 implicit prompts as messages or plain text, and Anthropic's `\\n\\nHuman: ... \\n\\nAssistant: ...` transcripts.
@@ -9,17 +9,19 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from preflab.data.chat_template import ChatRenderer, TemplateRefused, shared_prefix
+from preflab.data.messages import check_messages, check_unicode, read_transcript, transcript
 from preflab.data.sources import SourceArguments, folded, read_sources
 from utils.errors import UserError
 from utils.progress import progress
 from utils.provenance import sha256_of
 
-ROLES = ("system", "user", "assistant")
+# Pairs per call of the tokenizer.
+BATCH = 256
 
 
 @dataclass
 class DataArguments(SourceArguments):
-    """Where preference pairs come from and which are left out."""
+    """Flags that choose preference data and filters."""
 
     drop_ties: bool = field(default=False, metadata={"help": "Drop pairs with equal scores."})
     min_score_margin: float | None = field(default=None, metadata={"help": "Drop pairs with a smaller score margin."})
@@ -33,7 +35,15 @@ class DataArguments(SourceArguments):
 
 @dataclass
 class Pair:
-    """One preference pair as text. `messages` is the prompt of a conversation, `text` that of plain text."""
+    """One preference pair as text.
+
+    Attributes:
+        chosen, rejected: the two answers.
+        messages, text: the prompt, as a conversation or as plain text; the other one is None.
+        score_chosen, score_rejected: the annotators' scores, if the data has them.
+        win_chosen, win_rejected: estimated win probabilities (SPPO), if the data has them.
+        source: file and row, for error messages and artifacts.
+    """
 
     chosen: str
     rejected: str
@@ -47,18 +57,25 @@ class Pair:
 
     @property
     def prompt_text(self) -> str:
-        """The whole prompt as one text, roles included."""
-        return self.text if self.messages is None else "\n".join(f"{m['role']}: {m['content']}" for m in self.messages)
+        """The complete prompt as one text, roles included."""
+        return self.text if self.messages is None else transcript(self.messages)
 
     @property
     def prompt_key(self) -> str:
-        """A key that prompts share where they differ in nothing but case and spacing."""
+        """The prompt's text without case and spacing: equal for prompts that count as duplicates."""
         return folded(self.prompt_text)
 
 
 @dataclass
 class PreferenceData:
-    """The pairs of one split, with where they came from and what the filters dropped."""
+    """The pairs of one split.
+
+    Attributes:
+        pairs: the pairs that passed the filters.
+        sources: what identifies the data, per source (`read_rows`).
+        rows: number of rows read.
+        dropped: number of rows dropped, by filter.
+    """
 
     pairs: list[Pair]
     sources: list[dict]
@@ -81,118 +98,120 @@ class PreferenceData:
 
 # ------------------------------------------------------------------------------------------------------ normalising
 
-
-def _transcript(text: str, where: str, key: str) -> list[dict]:
-    """Messages of an Anthropic transcript."""
-    parts = re.split(r"\n\n(Human|Assistant):", text)
-    if parts[0].strip():
-        raise UserError(f"{where}: key {key!r}: text stands before the first '\\n\\nHuman:' of the transcript")
-    roles = {"Human": "user", "Assistant": "assistant"}
-    return [{"role": roles[r], "content": c.strip()} for r, c in zip(parts[1::2], parts[2::2], strict=True)]
-
-
-def _messages(value, where: str, key: str) -> list[dict]:
-    for i, message in enumerate(value):
-        if not isinstance(message, dict) or not {"role", "content"} <= set(message):
-            raise UserError(f"{where}: key {key!r}, message {i}: expected {{'role': ..., 'content': ...}}")
-        if message["role"] not in ROLES:
-            raise UserError(f"{where}: key {key!r}, message {i}: role {message['role']!r} is not one of {ROLES}")
-        if not isinstance(message["content"], str):
-            raise UserError(f"{where}: key {key!r}, message {i}: content must be text")
-    return [{"role": m["role"], "content": m["content"]} for m in value]
-
-
-def _without_prompt(prompt: str, chosen: str, rejected: str) -> tuple[str, str]:
-    """Both answers without the prompt, where both repeat it."""
-    if prompt and chosen.startswith(prompt) and rejected.startswith(prompt):
-        return chosen[len(prompt) :], rejected[len(prompt) :]
-    return chosen, rejected
-
-
-def _number(row: dict, key: str, where: str) -> float | None:
-    value = row.get(key)
-    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
-        raise UserError(f"{where}: key {key!r} must be a number, found {value!r}")
-    return None if value is None else float(value)
-
-
 # Estimated win probabilities of the two answers (SPPO): this project's names, and those of UCLA-AGI's data.
 WIN_KEYS = {"win_chosen": ("win_chosen", "chosen_probs_win"), "win_rejected": ("win_rejected", "chosen_probs_lose")}
+TRANSCRIPT = "\n\nHuman:"
 
 
-def _wins(row: dict) -> dict:
-    """What the row says of its answers' win probabilities; whether they are any, only the loss that needs them asks."""
-    values = {name: next((row[k] for k in keys if row.get(k) is not None), None) for name, keys in WIN_KEYS.items()}
-    return {k: float(v) if isinstance(v, (int, float)) and not isinstance(v, bool) else None for k, v in values.items()}
+def to_pair(row: dict, source: str, plain_as_chat: bool = False) -> Pair | str:
+    """Normalise one row of any supported format.
 
+    Args:
+        row: the parsed row.
+        source: file and row, for error messages and `Pair.source`.
+        plain_as_chat: turn a plain-text prompt into a user message.
 
-def to_pair(row: dict, where: str, plain_as_chat: bool = False) -> Pair | str:
-    """One row of any known format as a Pair, or the name of the filter that drops it.
+    Returns:
+        A Pair, or the name of the filter that drops the row.
 
-    Raises UserError, naming row and key, where the row fits no format.
+    Raises:
+        UserError: the row fits no format; the message names row and key.
     """
     if not isinstance(row, dict):
-        raise UserError(f"{where}: expected an object with 'chosen' and 'rejected', found {type(row).__name__}")
+        raise UserError(f"{source}: expected an object with 'chosen' and 'rejected', not {type(row).__name__}")
     for key in ("chosen", "rejected"):
         if row.get(key) is None:
             raise UserError(
-                f"{where}: key {key!r} is missing (keys there: {', '.join(sorted(map(str, row)))}); a preference row"
-                " has 'chosen' and 'rejected', as text or as message lists, and perhaps 'prompt'"
+                f"{source}: key {key!r} is missing (keys: {', '.join(sorted(map(str, row)))}); a preference row"
+                " has 'chosen' and 'rejected', as text or as message lists, and optionally 'prompt'"
             )
     chosen, rejected, prompt = row["chosen"], row["rejected"], row.get("prompt")
     if type(chosen) is not type(rejected) or not isinstance(chosen, (str, list)):
-        raise UserError(f"{where}: 'chosen' and 'rejected' must both be text or both be message lists")
+        raise UserError(f"{source}: 'chosen' and 'rejected' must both be text or both be message lists")
     if prompt is not None and not isinstance(prompt, (str, list)):
-        raise UserError(f"{where}: key 'prompt' must be text or a message list, found {type(prompt).__name__}")
-    scores = {k: _number(row, k, where) for k in ("score_chosen", "score_rejected")} | _wins(row)
+        raise UserError(f"{source}: key 'prompt' must be text or a message list, not {type(prompt).__name__}")
+    scores = {key: _number(row, key, source) for key in ("score_chosen", "score_rejected")} | _win_probabilities(row)
 
     if isinstance(chosen, str):
-        if prompt is None and chosen.startswith("\n\nHuman:") and rejected.startswith("\n\nHuman:"):
-            chosen, rejected = _transcript(chosen, where, "chosen"), _transcript(rejected, where, "rejected")
-        elif isinstance(prompt, str) and prompt.startswith("\n\nHuman:"):
-            chosen, rejected = _without_prompt(prompt, chosen, rejected)
-            prompt = re.sub(r"\n\nAssistant:\s*$", "", prompt)
-            prompt = _transcript(prompt, where, "prompt")
-            chosen, rejected = ([{"role": "assistant", "content": t.strip()}] for t in (chosen, rejected))
+        if prompt is None and chosen.startswith(TRANSCRIPT) and rejected.startswith(TRANSCRIPT):
+            chosen, rejected = (
+                read_transcript(text, source, key) for text, key in ((chosen, "chosen"), (rejected, "rejected"))
+            )
+        elif isinstance(prompt, str) and prompt.startswith(TRANSCRIPT):
+            answers = _without_prompt(prompt, chosen, rejected)
+            prompt = read_transcript(re.sub(r"\n\nAssistant:\s*$", "", prompt), source, "prompt")
+            chosen, rejected = ([{"role": "assistant", "content": text.strip()}] for text in answers)
         elif isinstance(prompt, list):
-            chosen, rejected = ([{"role": "assistant", "content": t}] for t in (chosen, rejected))
+            chosen, rejected = ([{"role": "assistant", "content": text}] for text in (chosen, rejected))
         else:
-            if prompt is None:
-                if chosen == rejected:
-                    return "identical_responses"
-                # As TRL's extract_prompt: the common prefix, less a space that belongs to the answer's first token.
-                cut = min(shared_prefix(chosen, rejected), len(chosen) - 1, len(rejected) - 1)
-                cut -= cut > 0 and chosen[cut - 1] == " "
-                prompt, chosen, rejected = chosen[:cut], chosen[cut:], rejected[cut:]
-            chosen, rejected = _without_prompt(prompt, chosen, rejected)
-            if plain_as_chat:
-                return Pair(chosen, rejected, messages=[{"role": "user", "content": prompt}], source=where, **scores)
-            return Pair(chosen, rejected, text=prompt, source=where, **scores)
+            return _plain_pair(prompt, chosen, rejected, source, scores, plain_as_chat)
+    return _chat_pair(prompt, chosen, rejected, source, scores)
 
-    chosen, rejected = _messages(chosen, where, "chosen"), _messages(rejected, where, "rejected")
+
+def _plain_pair(prompt: str | None, chosen: str, rejected: str, source: str, scores: dict, as_chat: bool) -> Pair | str:
+    """A pair of plain texts; without a prompt, their common prefix is the prompt."""
+    if prompt is None:
+        if chosen == rejected:
+            return "identical_responses"
+        # As TRL's extract_prompt: the common prefix, less a space that belongs to the answer's first token.
+        cut = min(shared_prefix(chosen, rejected), len(chosen) - 1, len(rejected) - 1)
+        cut -= cut > 0 and chosen[cut - 1] == " "
+        prompt, chosen, rejected = chosen[:cut], chosen[cut:], rejected[cut:]
+    chosen, rejected = _without_prompt(prompt, chosen, rejected)
+    if as_chat:
+        return Pair(chosen, rejected, messages=[{"role": "user", "content": prompt}], source=source, **scores)
+    return Pair(chosen, rejected, text=prompt, source=source, **scores)
+
+
+def _chat_pair(prompt: str | list | None, chosen: list, rejected: list, source: str, scores: dict) -> Pair | str:
+    """A pair of message lists: the turns before the last one are the prompt and must be equal on both sides."""
+    chosen, rejected = check_messages(chosen, source, "chosen"), check_messages(rejected, source, "rejected")
     if isinstance(prompt, list):
-        prompt = _messages(prompt, where, "prompt")
+        # Explicit prompt; some data sets repeat it at the start of both answers.
+        prompt = check_messages(prompt, source, "prompt")
         n = len(prompt)
         chosen = chosen[n:] if chosen[:n] == prompt else chosen
         rejected = rejected[n:] if rejected[:n] == prompt else rejected
     else:
+        # Implicit prompt: the common turns, but never the last turn of either side.
         n = min(shared_prefix(chosen, rejected), len(chosen) - 1, len(rejected) - 1)
         if n <= 0 and isinstance(prompt, str):
             prompt = [{"role": "user", "content": prompt}]
         else:
-            asked = prompt
-            prompt, chosen, rejected = chosen[: max(n, 0)], chosen[max(n, 0) :], rejected[max(n, 0) :]
-            if isinstance(asked, str) and not any(m["role"] == "user" for m in prompt):
-                prompt = [*prompt, {"role": "user", "content": asked}]
+            text, n = prompt, max(n, 0)
+            prompt, chosen, rejected = chosen[:n], chosen[n:], rejected[n:]
+            # Common turns without a user turn (a system message): the prompt string is the user's turn.
+            if isinstance(text, str) and not any(m["role"] == "user" for m in prompt):
+                prompt = [*prompt, {"role": "user", "content": text}]
     if not prompt:
-        raise UserError(f"{where}: 'chosen' and 'rejected' share no opening turn and there is no 'prompt'")
+        raise UserError(f"{source}: 'chosen' and 'rejected' have no common first message and there is no 'prompt'")
     if not chosen or not rejected:
         return "empty_response"
     if len(chosen) > 1 or len(rejected) > 1:
         return "diverges_before_last_turn"
     if chosen[0]["role"] != "assistant" or rejected[0]["role"] != "assistant":
         return "last_turn_not_assistant"
-    return Pair(chosen[0]["content"], rejected[0]["content"], messages=prompt, source=where, **scores)
+    return Pair(chosen[0]["content"], rejected[0]["content"], messages=prompt, source=source, **scores)
+
+
+def _without_prompt(prompt: str, chosen: str, rejected: str) -> tuple[str, str]:
+    """Both answers without the prompt, if both repeat it."""
+    if prompt and chosen.startswith(prompt) and rejected.startswith(prompt):
+        return chosen[len(prompt) :], rejected[len(prompt) :]
+    return chosen, rejected
+
+
+def _number(row: dict, key: str, source: str) -> float | None:
+    value = row.get(key)
+    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+        raise UserError(f"{source}: key {key!r} must be a number, not {value!r}")
+    return None if value is None else float(value)
+
+
+def _win_probabilities(row: dict) -> dict:
+    """win_chosen and win_rejected of a row, None where missing or not a number; only SPPO's loss requires them."""
+    values = {name: next((row[k] for k in keys if row.get(k) is not None), None) for name, keys in WIN_KEYS.items()}
+    return {k: float(v) if isinstance(v, (int, float)) and not isinstance(v, bool) else None for k, v in values.items()}
 
 
 # -------------------------------------------------------------------------------------------------------- filtering
@@ -206,20 +225,25 @@ def load_pairs(
     plain_as_chat: bool = False,
     limit: int | None = None,
 ) -> PreferenceData:
-    """Read, normalise and filter the rows of one or several sources, in order, up to `limit` pairs.
+    """Read, normalise and filter the rows of one or several sources, in order.
 
     Args:
-        sources: as `read_sources` takes them.
+        sources: as for `read_sources`.
+        drop_ties: drop pairs with equal scores.
+        min_score_margin: drop pairs whose chosen score is less than this above the rejected one.
+        keep_duplicate_prompts: keep every pair of a prompt, not only the first.
+        plain_as_chat: turn plain-text prompts into user messages.
+        limit: number of pairs, spread evenly over the sources.
     """
     read = read_sources(sources)
-    data = PreferenceData([], [source for _, source in read], sum(len(rows) for rows, _ in read))
+    data = PreferenceData([], [about for _, about in read], sum(len(rows) for rows, _ in read))
     seen = set()
     taken = Counter()
-    for index, where, row in ((i, *row) for i, (rows, _) in enumerate(read) for row in rows):
-        # A trial run sees a little of every dataset of the mix.
+    for index, source, row in ((i, *row) for i, (rows, _) in enumerate(read) for row in rows):
+        # A trial run takes the same number of pairs from every dataset of the mix (rounded up).
         if limit is not None and taken[index] >= -(-limit // len(read)):
             continue
-        pair = to_pair(row, where, plain_as_chat)
+        pair = to_pair(row, source, plain_as_chat)
         reason = pair if isinstance(pair, str) else _drop_reason(pair, drop_ties, min_score_margin)
         if reason is None and not keep_duplicate_prompts:
             reason = "duplicate_prompt" if pair.prompt_text in seen else None
@@ -233,12 +257,8 @@ def load_pairs(
 
 
 def _drop_reason(pair: Pair, drop_ties: bool, min_score_margin: float | None) -> str | None:
-    try:
-        "".join((pair.prompt_text, pair.chosen, pair.rejected)).encode()
-    except UnicodeEncodeError as error:
-        raise UserError(
-            f"{pair.source}: text that is no valid Unicode ({error.reason}); mend or delete the row"
-        ) from None
+    """The name of the filter that drops `pair`, or None."""
+    check_unicode([pair.prompt_text, pair.chosen, pair.rejected], pair.source)
     if not pair.chosen.strip() or not pair.rejected.strip():
         return "empty_response"
     if pair.chosen == pair.rejected:
@@ -260,10 +280,10 @@ def _drop_reason(pair: Pair, drop_ties: bool, min_score_margin: float | None) ->
 
 
 def truncate(prompt: list[int], chosen: list[int], rejected: list[int], max_length, max_prompt_length, bos_id):
-    """Cut a pair to `max_length`, only where it is longer: first the prompt to `max_prompt_length`, then the answers.
+    """Truncate a pair that is longer than `max_length`: first the prompt to `max_prompt_length`, then the answers.
 
-    The prompt keeps its BOS (its first id, where that is `bos_id`) and its end; the answers keep their start.
-    `max_prompt_length < max_length`, so that no answer is ever cut to nothing.
+    The prompt keeps its BOS (its first id, if that is `bos_id`) and its end; the answers keep their start.
+    `max_prompt_length < max_length`, so every answer keeps at least one token.
 
     Returns:
         (prompt, chosen, rejected) ids.
@@ -278,25 +298,33 @@ def truncate(prompt: list[int], chosen: list[int], rejected: list[int], max_leng
 
 
 def tokenize(data: PreferenceData, tokenizer, max_length: int | None, max_prompt_length: int | None, desc: str = ""):
-    """Token ids of every pair, in order, as a Dataset, and the counts that the preflight shows.
+    """Tokenize every pair, in order, and count what was truncated.
 
-    The answer starts where the rendered prompt and the rendered conversation diverge, as in TRL, which is the
-    prompt's end in all templates but a few. A conversation that the template refuses is dropped and counted.
+    As in TRL, the answer starts where the tokens of the rendered prompt and of the rendered conversation diverge. That
+    is the end of the prompt for all but a few templates. Conversations that the template rejects, prompts without
+    tokens and answers that are equal once truncated are counted in `data.dropped` and removed from `data.pairs`.
+
+    Args:
+        desc: the split's name, for progress and errors.
 
     Returns:
         (dataset, counts): columns prompt_ids, chosen_ids, rejected_ids and `pair` (index into `data.pairs`), and
-        win_chosen and win_rejected where every pair has them.
+        win_chosen and win_rejected if every pair has them; counts of truncated parts for the preflight.
+
+    Raises:
+        UserError: no pair is left.
     """
+    # Not at the top: the scripts' --help imports this module's argument class.
     from datasets import Dataset
 
     chat = ChatRenderer(tokenizer) if any(p.messages is not None for p in data.pairs) else None
     columns = {"prompt_ids": [], "chosen_ids": [], "rejected_ids": [], "pair": []}
     counts = Counter()
-    kept, refusal = [], None
+    pairs, refusal = [], None
     bar = progress(len(data.pairs), f"tokenizing {desc}", "pair", leave=False)
-    for start in range(0, len(data.pairs), 256):
+    for start in range(0, len(data.pairs), BATCH):
         batch, texts = [], []
-        for pair in data.pairs[start : start + 256]:
+        for pair in data.pairs[start : start + BATCH]:
             try:
                 texts += _texts(pair, chat, tokenizer)
                 batch.append(pair)
@@ -306,43 +334,40 @@ def tokenize(data: PreferenceData, tokenizer, max_length: int | None, max_prompt
         ids = _ids(batch, texts, chat, tokenizer)
         for i, pair in enumerate(batch):
             prompt, full_chosen, full_rejected = ids[3 * i : 3 * i + 3]
-            start_of_answer = min(shared_prefix(prompt, full_chosen), shared_prefix(prompt, full_rejected))
-            counts["prompt_end_rendered_differently"] += start_of_answer < len(prompt)
-            prompt, chosen, rejected = (
-                full_chosen[:start_of_answer],
-                full_chosen[start_of_answer:],
-                full_rejected[start_of_answer:],
-            )
-            cut = truncate(prompt, chosen, rejected, max_length, max_prompt_length, tokenizer.bos_token_id)
-            counts["truncated_prompt"] += len(cut[0]) < len(prompt)
-            counts["truncated_chosen"] += len(cut[1]) < len(chosen)
-            counts["truncated_rejected"] += len(cut[2]) < len(rejected)
+            # Tokens at the boundary may merge with the answer, so the prompt's own ids cannot be assumed to match.
+            answer = min(shared_prefix(prompt, full_chosen), shared_prefix(prompt, full_rejected))
+            counts["prompt_end_rendered_differently"] += answer < len(prompt)
+            parts = (full_chosen[:answer], full_chosen[answer:], full_rejected[answer:])
+            cut = truncate(*parts, max_length, max_prompt_length, tokenizer.bos_token_id)
+            for name, before, after in zip(("prompt", "chosen", "rejected"), parts, cut, strict=True):
+                counts[f"truncated_{name}"] += len(after) < len(before)
             if not cut[0] or cut[1] == cut[2]:
                 data.dropped["empty_prompt" if not cut[0] else "identical_after_truncation"] += 1
                 continue
-            for name, value in zip(columns, (*cut, len(kept)), strict=True):
+            for name, value in zip(columns, (*cut, len(pairs)), strict=True):
                 columns[name].append(value)
-            kept.append(pair)
-        bar.update(min(256, len(data.pairs) - start))
+            pairs.append(pair)
+        bar.update(min(BATCH, len(data.pairs) - start))
     bar.close()
-    if not kept:
-        why = f"; the chat template refused e.g. {refusal}" if refusal else ""
-        raise UserError(f"0 {desc} pairs are left of {data.rows} rows; dropped: {dict(data.dropped)}{why}")
-    data.pairs = kept
+    if not pairs:
+        example = f"; the chat template rejected e.g. {refusal}" if refusal else ""
+        raise UserError(f"0 {desc} pairs are left of {data.rows} rows; dropped: {dict(data.dropped)}{example}")
+    data.pairs = pairs
     for name in WIN_KEYS:
-        if all(getattr(pair, name) is not None for pair in kept):
-            columns[name] = [getattr(pair, name) for pair in kept]
+        if all(getattr(pair, name) is not None for pair in pairs):
+            columns[name] = [getattr(pair, name) for pair in pairs]
     return Dataset.from_dict(columns), dict(counts)
 
 
 def _texts(pair: Pair, chat: ChatRenderer | None, tokenizer) -> list[str]:
+    """The rendered prompt, prompt with chosen answer, prompt with rejected answer."""
     if pair.messages is not None:
         return [
             chat.prompt_text(pair.messages),
             chat.full_text(pair.messages, pair.chosen),
             chat.full_text(pair.messages, pair.rejected),
         ]
-    # Plain text, as TRL: the tokenizer puts its own BOS, the answer ends with EOS; a BOS in the text is not doubled.
+    # As TRL does for plain text: the tokenizer adds BOS (so one in the text is removed) and the answer ends with EOS.
     text, eos = pair.text, tokenizer.eos_token or ""
     if tokenizer.bos_token and text.startswith(tokenizer.bos_token):
         text = text[len(tokenizer.bos_token) :]
@@ -351,7 +376,7 @@ def _texts(pair: Pair, chat: ChatRenderer | None, tokenizer) -> list[str]:
 
 
 def _ids(batch: list[Pair], texts: list[str], chat: ChatRenderer | None, tokenizer) -> list[list[int]]:
-    """Token ids of three texts a pair: rendered conversations get no further special tokens, plain texts the usual."""
+    """Token ids of three texts per pair; plain text gets the tokenizer's special tokens, a rendered chat none."""
     is_chat = [pair.messages is not None for pair in batch for _ in range(3)]
     rendered = iter(chat.ids([t for t, c in zip(texts, is_chat, strict=True) if c]) if any(is_chat) else [])
     plain = [t for t, c in zip(texts, is_chat, strict=True) if not c]

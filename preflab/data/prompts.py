@@ -1,17 +1,31 @@
-"""Prompt sets and given answers, in the forms the field ships them."""
+"""Prompts, given answers to them, and candidate answers, in the formats that the field uses."""
 
+import json
 import math
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+from preflab.data.messages import check_messages, check_unicode, up_to_last
 from preflab.data.preferences import to_pair
 from preflab.data.rows import read_rows
 from utils.cache import cache_key
 from utils.errors import UserError
 
+# Keys under which a row may hold its prompt.
+PROMPT_KEYS = ("messages", "prompt", "instruction", "question", "turns")
+
 
 @dataclass
 class Prompt:
-    """A conversation that ends with a user turn, where it came from, and its category where the data names one."""
+    """A conversation that ends with a user turn.
+
+    Attributes:
+        messages: the conversation.
+        source: file and row, for error messages.
+        uid: the prompt's id in its data set, if it has one.
+        category: its category, if the data names one.
+    """
 
     messages: list[dict]
     source: str
@@ -25,39 +39,62 @@ class Prompt:
 
     @property
     def text(self) -> str:
-        """The conversation as a judge reads it: a single question as it stands, else turn by turn."""
+        """The conversation as a judge reads it: a single question as plain text, several turns with their roles."""
         if len(self.messages) == 1:
             return self.messages[0]["content"]
         return "\n\n".join(f"{m['role'].capitalize()}: {m['content']}" for m in self.messages)
 
 
 def load_prompts(sources: list[dict], category_key: str = "category", limit: int | None = None) -> tuple[list, dict]:
-    """The prompts of preference pairs, or of rows with `prompt`, `instruction`, `question`, `messages` or `turns`.
+    """Read the prompts of preference pairs, or of rows with one of PROMPT_KEYS.
 
     Args:
-        sources: `{"name", "split"}` each, with optional "config" and "revision".
+        sources: `{"name", "split"}` each, optionally "config" and "revision".
+        category_key: the key that holds a row's category.
+        limit: number of prompts.
 
     Returns:
-        (prompts, summary): prompts that occur twice are taken once; what was left out is counted.
+        (prompts, summary): duplicates are read once; the summary counts the rows that were left out, by reason.
+
+    Raises:
+        UserError: a row without a prompt, named by source, or no prompt at all.
     """
-    read = [read_rows(s["name"], s["split"], s.get("config"), s.get("revision")) for s in sources]
-    found, left_out = {}, {}
-    for where, row in (row for rows, _ in read for row in rows):
-        messages = _conversation(row, where)
-        if isinstance(messages, str):
-            left_out[messages] = left_out.get(messages, 0) + 1
-            continue
-        category = row.get(category_key)
-        prompt = Prompt(messages, where, _uid(row), None if category is None else str(category))
-        if prompt.key in found:
-            left_out["duplicate_prompt"] = left_out.get("duplicate_prompt", 0) + 1
-        else:
-            found[prompt.key] = prompt
-        if limit is not None and len(found) >= limit:
+    prompts: dict[str, Prompt] = {}
+    left_out, about = Counter(), []
+    for prompt, row in _distinct_prompts(sources, prompts, left_out, about):
+        prompt.category = None if row.get(category_key) is None else str(row[category_key])
+        prompts[prompt.key] = prompt
+        if limit is not None and len(prompts) >= limit:
             break
-    if not found:
-        raise UserError(f"{sources[0]['name']}: no prompt is left; left out: {left_out}")
-    return list(found.values()), {"prompts": len(found), "left_out": left_out, "sources": [s for _, s in read]}
+    return list(prompts.values()), _summary(prompts, left_out, about, sources)
+
+
+def _distinct_prompts(
+    sources: list[dict], known: dict, left_out: Counter, about: list[dict]
+) -> Iterator[tuple[Prompt, dict]]:
+    """(prompt, row) of every row whose prompt is not in `known`; counts the others in `left_out`.
+
+    Args:
+        about: filled with what identifies each source.
+    """
+    data = [read_rows(s["name"], s["split"], s.get("config"), s.get("revision")) for s in sources]
+    about += [identity for _, identity in data]
+    for source, row in (row for rows, _ in data for row in rows):
+        messages = _prompt_messages(row, source)
+        prompt = None if isinstance(messages, str) else Prompt(messages, source, _uid(row))
+        if prompt is None:
+            left_out[messages] += 1
+        elif prompt.key in known:
+            left_out["duplicate_prompt"] += 1
+        else:
+            yield prompt, row
+
+
+def _summary(prompts: dict, left_out: Counter, about: list[dict], sources: list[dict]) -> dict:
+    """Counts and provenance for an artifact. Raises UserError if there is no prompt."""
+    if not prompts:
+        raise UserError(f"{sources[0]['name']}: no prompt is left; left out: {dict(left_out)}")
+    return {"prompts": len(prompts), "left_out": dict(left_out), "sources": about}
 
 
 def _uid(row: dict) -> str | None:
@@ -65,167 +102,169 @@ def _uid(row: dict) -> str | None:
     return None if uid is None else str(uid)
 
 
-def _conversation(row, where: str) -> list[dict] | str:
-    """The row's messages up to a last user turn, or the reason to leave it out."""
+def _prompt_messages(row, source: str) -> list[dict] | str:
+    """The row's messages up to the last user turn, or the reason to leave the row out."""
     if not isinstance(row, dict):
-        raise UserError(f"{where}: expected an object with a prompt, found {type(row).__name__}")
+        raise UserError(f"{source}: expected an object with a prompt, not {type(row).__name__}")
     if row.get("chosen") is not None and row.get("rejected") is not None:
-        pair = to_pair(row, where, plain_as_chat=True)
+        pair = to_pair(row, source, plain_as_chat=True)
         if isinstance(pair, str):
             return pair
         messages = pair.messages
     else:
-        keys = ("messages", "prompt", "instruction", "question", "turns")
-        value = next((row[k] for k in keys if row.get(k) is not None), None)
-        if value is None:
-            raise UserError(f"{where}: no prompt (keys there: {', '.join(map(str, row))}); one of {', '.join(keys)}")
-        messages = _messages(value, where)
-        if isinstance(row.get("input"), str) and row["input"].strip() and isinstance(value, str):
-            messages = [{"role": "user", "content": f"{value}\n\n{row['input']}"}]
-    while messages and messages[-1]["role"] != "user":
-        messages = messages[:-1]
+        key = next((k for k in PROMPT_KEYS if row.get(k) is not None), None)
+        if key is None:
+            raise UserError(
+                f"{source}: no prompt (keys: {', '.join(map(str, row))}); a row has one of {', '.join(PROMPT_KEYS)}"
+            )
+        messages = _read_prompt(row[key], source, key)
+        # Alpaca's `input` belongs to its instruction.
+        if isinstance(row.get("input"), str) and row["input"].strip() and isinstance(row[key], str):
+            messages = [{"role": "user", "content": f"{row[key]}\n\n{row['input']}"}]
+    messages = up_to_last(messages, "user")
     if not messages or not messages[-1]["content"].strip():
         return "empty_prompt"
-    try:
-        "".join(m["content"] for m in messages).encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"{where}: a prompt that is no valid Unicode ({error.reason}); mend or delete it") from None
+    check_unicode([m["content"] for m in messages], source)
     return messages
 
 
-def _messages(value, where: str) -> list[dict]:
+def _read_prompt(value, source: str, key: str) -> list[dict]:
+    """The messages of a prompt given as text, as messages, or as a list of user turns."""
     if isinstance(value, str):
         return [{"role": "user", "content": value}]
-    if not isinstance(value, list):
-        raise UserError(f"{where}: a prompt must be text or a list of turns, found {type(value).__name__}")
-    turns = [{"role": "user", **t} if isinstance(t, dict) else {"role": "user", "content": t} for t in value]
-    for turn in turns:
-        if not isinstance(turn.get("content"), str) or turn["role"] not in ("system", "user", "assistant"):
-            raise UserError(f"{where}: a turn needs a role (system, user or assistant) and content as text")
-    # A list of plain questions is asked one by one elsewhere; here the first is the prompt.
-    several = all(t["role"] == "user" for t in turns)
-    return turns[:1] if several else [{"role": t["role"], "content": t["content"]} for t in turns]
+    turns = [t if isinstance(t, dict) else {"content": t} for t in value] if isinstance(value, list) else value
+    messages = check_messages(turns, source, key, default_role="user")
+    # MT-Bench's turns: the second question assumes an answer to the first, so only the first is a prompt here.
+    only_questions = all(m["role"] == "user" for m in messages)
+    return messages[:1] if only_questions else messages
 
 
 def load_answers(name: str, prompts: list[Prompt]) -> tuple[str, list[str | None], dict]:
-    """Given answers to `prompts`: alpaca_eval's outputs, Arena-Hard's model_answer, or rows of prompt and answer.
+    """Read given answers to `prompts`: alpaca_eval's outputs, Arena-Hard's model_answer, or rows of prompt and answer.
 
-    They are matched by uid where both sides have one, else by the prompt's text.
+    Answers are matched by uid if both sides have one, otherwise by the prompt's text.
 
     Returns:
-        (model's name, an answer or None per prompt, source). Raises UserError where no prompt has an answer.
+        (model's name, an answer or None per prompt, what identifies the data).
+
+    Raises:
+        UserError: a row without an answer, named by source, or no answer to any of the prompts.
     """
-    rows, source = read_rows(name, "test")
+    rows, about = read_rows(name, "test")
     by_uid, by_text, model = {}, {}, None
-    wanted = {p.uid for p in prompts} - {None}
-    for where, row in rows:
+    uids = {p.uid for p in prompts} - {None}
+    for source, row in rows:
         if not isinstance(row, dict):
-            raise UserError(f"{where}: expected an object with an answer, found {type(row).__name__}")
+            raise UserError(f"{source}: expected an object with an answer, not {type(row).__name__}")
         answer = _answer(row)
         if not isinstance(answer, str):
-            raise UserError(f"{where}: no answer there; one of output, answer, response, or messages that end with one")
+            raise UserError(
+                f"{source}: no answer; a row has output, answer or response, or messages that end with an answer"
+            )
         model = model or row.get("generator") or row.get("model") or row.get("model_id")
-        if _uid(row) in wanted:
+        if _uid(row) in uids:
             by_uid[_uid(row)] = answer
             continue
-        asked = {k: row[k] for k in ("instruction", "prompt", "question", "input") if isinstance(row.get(k), str)}
+        fields = {k: row[k] for k in ("instruction", "prompt", "question", "input") if isinstance(row.get(k), str)}
         if isinstance(row.get("messages"), list):
-            asked = {"messages": row["messages"][:-1]}
-        asked = _conversation(asked, where) if set(asked) - {"input"} else None
-        if isinstance(asked, list):
-            by_text[cache_key(asked)] = answer
-    found = [by_uid.get(p.uid) if p.uid in by_uid else by_text.get(p.key) for p in prompts]
-    if not any(answer is not None for answer in found):
-        raise UserError(f"{name}: holds an answer to none of the {len(prompts)} prompts; is it of another prompt set?")
-    return str(model or "opponent"), found, source
-
-
-# Several answers to one prompt, with a number for each: the field's names (princeton-nlp's, UCLA-AGI's) and plain ones.
-MANY_ANSWERS = ("all_generated_responses", "responses", "answers", "completions")
-NUMBERS = {
-    "scores": ("all_rm_scores", "rm_scores", "scores"),
-    "wins": ("win_probabilities", "win_probability"),
-}
-
-
-def load_candidates(sources: list[dict], limit: int | None = None) -> tuple[list[tuple[Prompt, list[str], dict]], dict]:
-    """Rows that hold several answers to a prompt, and perhaps a score or a win probability of each.
-
-    Args:
-        sources: as `load_prompts` takes them.
-
-    Returns:
-        (candidates, summary): (prompt, answers, {"scores" or "wins": numbers} or {}) a row; a prompt that occurs twice
-        is taken once. Raises UserError, naming row and key, for a row without answers or with other than one number
-        for each.
-    """
-    read = [read_rows(s["name"], s["split"], s.get("config"), s.get("revision")) for s in sources]
-    found, left_out = {}, {}
-    for where, row in (row for rows, _ in read for row in rows):
-        messages = _conversation(row, where)
-        prompt = None if isinstance(messages, str) else Prompt(messages, where, _uid(row))
-        reason = messages if prompt is None else "duplicate_prompt" if prompt.key in found else None
-        if reason:
-            left_out[reason] = left_out.get(reason, 0) + 1
-            continue
-        answers = _several(row, where)
-        numbers = {}
-        for kind, keys in NUMBERS.items():
-            key = next((k for k in keys if row.get(k) is not None), None)
-            if key is not None and not numbers:
-                numbers[kind] = _as_list(row[key])
-                if len(numbers[kind]) != len(answers) or not all(
-                    isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x) for x in numbers[kind]
-                ):
-                    raise UserError(
-                        f"{where}: key {key!r} must hold one finite number for each of the {len(answers)} answers"
-                    )
-        found[prompt.key] = (prompt, answers, numbers)
-        if limit is not None and len(found) >= limit:
-            break
-    if not found:
-        raise UserError(f"{sources[0]['name']}: no prompt is left; left out: {left_out}")
-    return list(found.values()), {"prompts": len(found), "left_out": left_out, "sources": [s for _, s in read]}
-
-
-def _as_list(value) -> list:
-    """A list, or the JSON text of one."""
-    import json
-
-    try:
-        value = json.loads(value) if isinstance(value, str) else value
-    except ValueError:
-        return []
-    return list(value) if isinstance(value, (list, tuple)) else []
-
-
-def _several(row: dict, where: str) -> list[str]:
-    key = next((k for k in MANY_ANSWERS if row.get(k) is not None), None)
-    if key is not None:
-        answers = _as_list(row[key])
-    else:
-        key, numbered = "generate_0", [f"generate_{k}" for k in range(100)]
-        turns = [list(row[k])[-1:] for k in numbered if isinstance(row.get(k), (list, tuple))]
-        answers = [t[0].get("content") if t and isinstance(t[0], dict) else None for t in turns]
-    if not answers or not all(isinstance(answer, str) for answer in answers):
-        raise UserError(
-            f"{where}: no answers there; a row holds a list of texts under one of {', '.join(MANY_ANSWERS)}, or"
-            " conversations generate_0, generate_1, ..."
-        )
-    return answers
+            fields = {"messages": row["messages"][:-1]}
+        messages = _prompt_messages(fields, source) if set(fields) - {"input"} else None
+        if isinstance(messages, list):
+            by_text[cache_key(messages)] = answer
+    answers = [by_uid.get(p.uid) if p.uid in by_uid else by_text.get(p.key) for p in prompts]
+    if not any(answer is not None for answer in answers):
+        raise UserError(f"{name}: has answers to none of the {len(prompts)} prompts; is it from another prompt set?")
+    return str(model or "opponent"), answers, about
 
 
 def _answer(row: dict):
+    """The row's answer in any known format, None if it has none."""
     for key in ("output", "answer", "response"):
         if row.get(key) is not None:
             return row[key]
     try:
+        # MT-Bench and the first Arena-Hard: choices[0].turns[0], as text or as {"content": text}.
         if isinstance(row.get("choices"), list):
             content = row["choices"][0]["turns"][0]
             return content["content"] if isinstance(content, dict) else content
+        # Today's Arena-Hard: the last message, its content as text or as {"answer": text}.
         if isinstance(row.get("messages"), list) and row["messages"][-1]["role"] == "assistant":
             content = row["messages"][-1]["content"]
             return content.get("answer") if isinstance(content, dict) else content
     except (TypeError, KeyError, IndexError):
         pass
     return None
+
+
+# Keys for several answers to one prompt and for a number per answer, as princeton-nlp and UCLA-AGI name them.
+CANDIDATE_KEYS = ("all_generated_responses", "responses", "answers", "completions")
+NUMBER_KEYS = {
+    "scores": ("all_rm_scores", "rm_scores", "scores"),
+    "wins": ("win_probabilities", "win_probability"),
+}
+
+
+def load_candidates(sources: list[dict], limit: int | None = None) -> tuple[list[tuple[Prompt, list[str], dict]], dict]:
+    """Read rows that hold several answers to a prompt, optionally with a score or win probability per answer.
+
+    Args:
+        sources: as for `load_prompts`.
+        limit: number of prompts.
+
+    Returns:
+        (candidates, summary): per row (prompt, answers, {"scores" or "wins": numbers} or {}); duplicate prompts are
+        read once.
+
+    Raises:
+        UserError: a row without answers, or whose numbers do not match them; the message names row and key.
+    """
+    candidates: dict[str, tuple] = {}
+    left_out, about = Counter(), []
+    for prompt, row in _distinct_prompts(sources, candidates, left_out, about):
+        answers = _candidate_answers(row, prompt.source)
+        candidates[prompt.key] = (prompt, answers, _candidate_numbers(row, len(answers), prompt.source))
+        if limit is not None and len(candidates) >= limit:
+            break
+    return list(candidates.values()), _summary(candidates, left_out, about, sources)
+
+
+def _candidate_answers(row: dict, source: str) -> list[str]:
+    """The answers of a row: a list under one of CANDIDATE_KEYS, or conversations generate_0, generate_1, ..."""
+    key = next((k for k in CANDIDATE_KEYS if row.get(k) is not None), None)
+    if key is not None:
+        answers = _as_list(row[key])
+    else:
+        conversations = [row.get(f"generate_{k}") for k in range(100)]
+        last_turns = [list(turns)[-1:] for turns in conversations if isinstance(turns, (list, tuple))]
+        answers = [t[0].get("content") if t and isinstance(t[0], dict) else None for t in last_turns]
+    if not answers or not all(isinstance(answer, str) for answer in answers):
+        raise UserError(
+            f"{source}: no answers; a row holds a list of texts under one of {', '.join(CANDIDATE_KEYS)}, or"
+            " conversations generate_0, generate_1, ..."
+        )
+    return answers
+
+
+def _candidate_numbers(row: dict, count: int, source: str) -> dict:
+    """{"scores" or "wins": one number per answer}, or {} if the row has neither."""
+    for kind, keys in NUMBER_KEYS.items():
+        key = next((k for k in keys if row.get(k) is not None), None)
+        if key is not None:
+            numbers = _as_list(row[key])
+            if len(numbers) != count or not all(_is_finite(x) for x in numbers):
+                raise UserError(f"{source}: key {key!r} must hold one finite number for each of the {count} answers")
+            return {kind: numbers}
+    return {}
+
+
+def _is_finite(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _as_list(value) -> list:
+    """A list, or the JSON text of one; [] for anything else."""
+    try:
+        value = json.loads(value) if isinstance(value, str) else value
+    except ValueError:
+        return []
+    return list(value) if isinstance(value, (list, tuple)) else []

@@ -1,4 +1,7 @@
-"""Rows of a dataset: a local file, a folder with a file per split, one file on the hub, or a hub dataset."""
+"""Read the rows of a dataset: a local file, a folder with one file per split, a file on the hub, or a hub dataset.
+
+Every row comes with its source, e.g. `prefs.jsonl line 7`, so that an error can name the row to fix.
+"""
 
 import gzip
 import json
@@ -11,18 +14,18 @@ from utils.hub import fetch
 from utils.provenance import hub_revision, sha256_of_files
 
 LOCAL_SUFFIXES = (".jsonl", ".json", ".parquet", ".jsonl.gz", ".json.gz")
-HUB_FILE = re.compile(r"hf://datasets/(?P<repo>[^/]+/[^/@]+)(@(?P<revision>[^/]+))?/(?P<file>.+)")
 
 
 def _suffix(path: Path) -> str:
+    """The supported suffix of a file, "" if it has none."""
     return next((s for s in LOCAL_SUFFIXES if path.name.endswith(s)), "")
 
 
 def _read_file(path: Path) -> list[tuple[str, dict]]:
-    """Rows of a local file, each with the place to name in an error."""
+    """(source, row) of every row of a local file."""
     suffix = _suffix(path)
     if not suffix:
-        raise UserError(f"{path}: unknown kind of file; give one of {', '.join(LOCAL_SUFFIXES)}")
+        raise UserError(f"{path}: unsupported file type; use one of {', '.join(LOCAL_SUFFIXES)}")
     if suffix == ".parquet":
         import pyarrow.parquet
 
@@ -35,35 +38,35 @@ def _read_file(path: Path) -> list[tuple[str, dict]]:
         with opener(path, "rt", encoding="utf-8") as f:
             text = f.read()
     except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: damaged, or not UTF-8 text ({error}); save it again as UTF-8") from None
+        raise UserError(f"{path}: damaged or not UTF-8 text ({error}); save it again as UTF-8") from None
     if suffix.startswith(".jsonl"):
         rows = []
+        # Not splitlines: a row's text may hold other line separators.
         for number, line in enumerate(text.split("\n"), 1):
             if line.strip():
                 try:
                     rows.append((f"{path} line {number}", json.loads(line)))
                 except ValueError as error:
-                    raise UserError(
-                        f"{path} line {number}: not valid JSON ({error}); mend or delete the line"
-                    ) from None
+                    raise UserError(f"{path} line {number}: invalid JSON ({error}); fix or remove this line") from None
         return rows
     try:
         data = json.loads(text)
     except ValueError as error:
-        hint = "; is it JSON lines? then name it .jsonl" if text.lstrip().startswith("{") else ""
-        raise UserError(f"{path}: not valid JSON ({error}){hint}") from None
+        hint = "; if it holds JSON lines, name it .jsonl" if text.lstrip().startswith("{") else ""
+        raise UserError(f"{path}: invalid JSON ({error}){hint}") from None
     if not isinstance(data, list):
-        raise UserError(f"{path}: expected a JSON list of rows, found {type(data).__name__}")
+        raise UserError(f"{path}: expected a JSON list of rows, not {type(data).__name__}")
     return [(f"{path} row {i}", row) for i, row in enumerate(data)]
 
 
 def _read_local(path: Path, split: str) -> tuple[list[tuple[str, dict]], dict]:
+    """Rows of a file, or of a folder's files `<split>.*` and `<split>-*`."""
     if path.is_dir():
         files = [f for f in sorted(path.iterdir()) if _suffix(f) and re.split(r"[.\-]", f.name)[0] == split]
         if not files:
             names = sorted({re.split(r"[.\-]", f.name)[0] for f in path.iterdir() if _suffix(f)})
             raise UserError(
-                f"{path}: no file of split {split!r} there (splits found: {', '.join(names) or 'none'}); set"
+                f"{path}: no file of split {split!r} (splits found: {', '.join(names) or 'none'}); set"
                 " --dataset_train_split and --dataset_test_split (none: no evaluation), or --split in an evaluation"
             )
     else:
@@ -73,6 +76,8 @@ def _read_local(path: Path, split: str) -> tuple[list[tuple[str, dict]], dict]:
 
 
 def _read_hub(name: str, split: str, config: str | None, revision: str | None) -> tuple[list[tuple[str, dict]], dict]:
+    """Rows of a hub dataset."""
+    # Not at the top: the scripts' --help imports this module, and `datasets` takes a second.
     from datasets import load_dataset
     from datasets.exceptions import DatasetNotFoundError
     from huggingface_hub import errors as hub
@@ -80,14 +85,14 @@ def _read_hub(name: str, split: str, config: str | None, revision: str | None) -
     try:
         dataset = load_dataset(name, config, split=split, revision=revision)
     except DatasetNotFoundError as error:
-        mend = "run `hf auth login` after accepting its licence" if "gated" in str(error) else "check the spelling"
-        raise UserError(f"dataset {name}: not found on the hub, and no such local file or folder; {mend}") from None
+        fix = "run `hf auth login` after accepting its licence" if "gated" in str(error) else "check the spelling"
+        raise UserError(f"dataset {name}: not found on the hub, and no such local file or folder; {fix}") from None
     except (hub.LocalEntryNotFoundError, hub.HfHubHTTPError, ConnectionError, hub.OfflineModeIsEnabled) as error:
         raise UserError(f"dataset {name}: the hub cannot be reached ({str(error).splitlines()[0]})") from None
     except ValueError as error:
         raise UserError(
-            f"dataset {name}: {str(error).splitlines()[0]} (--dataset_config, --dataset_train_split and"
-            " --dataset_test_split choose, in an evaluation --split; none as test split: no evaluation)"
+            f"dataset {name}: {str(error).splitlines()[0]} (set --dataset_config, --dataset_train_split and"
+            " --dataset_test_split, or --split in an evaluation; --dataset_test_split none: no evaluation)"
         ) from None
     except Exception as error:
         raise UserError(
@@ -99,31 +104,45 @@ def _read_hub(name: str, split: str, config: str | None, revision: str | None) -
 
 def _read_hub_file(url: str) -> tuple[list[tuple[str, dict]], dict]:
     """Rows of one file of a hub dataset, `hf://datasets/OWNER/NAME[@REVISION]/PATH`."""
-    match = HUB_FILE.fullmatch(url)
-    if match is None:
-        raise UserError(f"{url}: expected hf://datasets/OWNER/NAME/PATH (after NAME perhaps @REVISION)")
-    repo, file, revision = match["repo"], match["file"], match["revision"]
-    path = fetch(repo, file, "dataset", revision)
-    rows = [(where.replace(str(path), url), row) for where, row in _read_file(path)]
-    commit = hub_revision(repo, "dataset", revision)
+    from huggingface_hub import parse_hf_uri
+
+    try:
+        # Unlike HfFileSystem.resolve_path, this needs no network.
+        uri = parse_hf_uri(url)
+    except ValueError:
+        uri = None
+    if uri is None or uri.type != "dataset" or not uri.path_in_repo:
+        raise UserError(f"{url}: expected hf://datasets/OWNER/NAME/PATH or hf://datasets/OWNER/NAME@REVISION/PATH")
+    path = fetch(uri.id, uri.path_in_repo, "dataset", uri.revision)
+    rows = [(source.replace(str(path), url), row) for source, row in _read_file(path)]
+    commit = hub_revision(uri.id, "dataset", uri.revision)
     return rows, {"name": url, "split": None, "revision": commit, "sha256": sha256_of_files([path])}
 
 
 def read_rows(name: str, split: str, config: str | None = None, revision: str | None = None):
-    """Rows of a local .jsonl, .json or .parquet file, a folder with a file per split, a hub dataset, or one hub file.
+    """Read all rows of a dataset.
+
+    Args:
+        name: a local .jsonl, .json or .parquet file (.gz allowed), a folder with one file per split, a hub dataset, or
+            one hub file as `hf://datasets/OWNER/NAME/PATH`.
+        split: the split of a folder or a hub dataset.
+        config, revision: of a hub dataset.
 
     Returns:
-        (rows, source): rows as `(where, dict)`, and what identifies them in an artifact.
+        (rows, about): rows as (source, dict), and what identifies them in an artifact.
+
+    Raises:
+        UserError: a missing, damaged or empty dataset; the message names file and line.
     """
     path = Path(name).expanduser()
     if name.startswith("hf://"):
-        rows, source = _read_hub_file(name)
+        rows, about = _read_hub_file(name)
     elif path.exists():
-        rows, source = _read_local(path, split)
+        rows, about = _read_local(path, split)
     elif _suffix(path) or name.startswith((".", "/", "~")):
         raise UserError(f"dataset {name}: no such file or folder")
     else:
-        rows, source = _read_hub(name, split, config, revision)
+        rows, about = _read_hub(name, split, config, revision)
     if not rows:
         raise UserError(f"dataset {name} split {split}: no rows")
-    return rows, {**source, "rows": len(rows)}
+    return rows, {**about, "rows": len(rows)}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from preflab.data.prompts import Prompt
-from preflab.data.sources import by_hash, folded
+from preflab.data.sources import folded, select_by_hash
 from preflab.pairs.scorers import Candidates, Scores
 from utils.artifacts import metric
 from utils.errors import UserError
@@ -50,7 +50,7 @@ def held_out_keys(prompts: list[Prompt], count: int) -> set[str]:
     Prompts that differ in nothing but case and spacing go together, as training tells them apart.
     """
     distinct = {p.key: folded(p.text) for p in prompts}
-    chosen = by_hash(Counter(distinct.values()), count)
+    chosen = select_by_hash(Counter(distinct.values()), count)
     return {key for key, text in distinct.items() if text in chosen}
 
 

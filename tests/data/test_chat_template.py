@@ -1,4 +1,4 @@
-"""The chat renderer: the template's own ids, one BOS, system text never lost."""
+"""The chat renderer: same ids as the template, a single BOS, system text never lost."""
 
 import pytest
 
@@ -14,7 +14,7 @@ TURNS = [
 
 
 @pytest.mark.parametrize("which", ["smol_tokenizer", "gemma_like_tokenizer"])
-def test_ids_are_the_templates(which, request):
+def test_ids_equal_apply_chat_template(which, request):
     tokenizer = request.getfixturevalue(which)
     chat = ChatRenderer(tokenizer)
     for messages in (TURNS[1:], TURNS[1:2]):
@@ -25,7 +25,7 @@ def test_ids_are_the_templates(which, request):
         assert chat.ids([chat.full_text(messages, "West.")])[0] == direct
 
 
-def test_bos_stands_once_and_end_of_turn_is_learned(gemma_like_tokenizer):
+def test_single_bos_and_end_of_turn(gemma_like_tokenizer):
     chat = ChatRenderer(gemma_like_tokenizer)
     ids = chat.ids([chat.full_text(TURNS[1:], "West.")])[0]
     assert ids[0] == gemma_like_tokenizer.bos_token_id and ids.count(ids[0]) == 1
@@ -33,14 +33,14 @@ def test_bos_stands_once_and_end_of_turn_is_learned(gemma_like_tokenizer):
     assert chat.end_ids() == {end} and end in ids[-3:]
 
 
-def test_system_text_is_kept_or_folded(smol_tokenizer, gemma_like_tokenizer):
-    kept, folded = ChatRenderer(smol_tokenizer), ChatRenderer(gemma_like_tokenizer)
-    assert not kept.folds_system and folded.folds_system
-    assert "<|im_start|>system\nSpeak like a sailor.<|im_end|>" in kept.prompt_text(TURNS)
-    assert "<start_of_turn>user\nSpeak like a sailor.\n\nHello?<end_of_turn>" in folded.prompt_text(TURNS)
+def test_system_role_or_folded_system_text(smol_tokenizer, gemma_like_tokenizer):
+    smol, gemma = ChatRenderer(smol_tokenizer), ChatRenderer(gemma_like_tokenizer)
+    assert not smol.folds_system and gemma.folds_system
+    assert "<|im_start|>system\nSpeak like a sailor.<|im_end|>" in smol.prompt_text(TURNS)
+    assert "<start_of_turn>user\nSpeak like a sailor.\n\nHello?<end_of_turn>" in gemma.prompt_text(TURNS)
 
 
-def test_the_end_of_an_answer_is_a_special_token_never_a_space(smol_tokenizer):
+def test_end_ids_are_special_tokens_only(smol_tokenizer):
     template = smol_tokenizer.chat_template
     try:
         for tail in ("' ' + eos_token", "'\\n'"):
@@ -52,7 +52,7 @@ def test_the_end_of_an_answer_is_a_special_token_never_a_space(smol_tokenizer):
         smol_tokenizer.chat_template = template
 
 
-def test_refusals_and_missing_templates(gemma_like_tokenizer, smol_tokenizer):
+def test_rejected_conversation_and_missing_template(gemma_like_tokenizer, smol_tokenizer):
     with pytest.raises(TemplateRefused, match="alternate"):
         ChatRenderer(gemma_like_tokenizer).prompt_text([TURNS[1], TURNS[3]])
     template, smol_tokenizer.chat_template = smol_tokenizer.chat_template, None

@@ -1,4 +1,4 @@
-"""Instruction data: every format to the same conversation, and token ids whose labels are the answers and no more."""
+"""SFT data: all formats give the same conversation, and only the answers' tokens are labelled."""
 
 import pytest
 from conftest import ROOT, write_jsonl
@@ -16,44 +16,44 @@ from preflab.data.conversations import (
 from preflab.data.sources import without_overlap
 from utils.errors import UserError
 
-ASKED, SAID = {"role": "user", "content": "Two plus two?"}, {"role": "assistant", "content": "Four."}
+QUESTION, ANSWER = {"role": "user", "content": "Two plus two?"}, {"role": "assistant", "content": "Four."}
 
 
 @pytest.mark.parametrize(
     "row",
     [
-        {"messages": [ASKED, SAID]},
+        {"messages": [QUESTION, ANSWER]},
         {"conversations": [{"from": "human", "value": "Two plus two?"}, {"from": "gpt", "value": "Four."}]},
         {"instruction": "Two plus two?", "output": "Four."},
         {"instruction": "Two plus two?", "input": "", "output": "Four.", "text": "whatever"},
         {"prompt": "Two plus two?", "completion": "Four."},
-        {"prompt": [ASKED], "completion": [SAID]},
+        {"prompt": [QUESTION], "completion": [ANSWER]},
         {"prompt": "Two plus two?", "response": "Four."},
-        {"prompt": "Two plus two?", "chosen": [ASKED, SAID], "rejected": [ASKED, SAID]},
-        {"prompt": [ASKED], "chosen": [ASKED, SAID], "rejected": [ASKED, SAID]},
+        {"prompt": "Two plus two?", "chosen": [QUESTION, ANSWER], "rejected": [QUESTION, ANSWER]},
+        {"prompt": [QUESTION], "chosen": [QUESTION, ANSWER], "rejected": [QUESTION, ANSWER]},
         {"prompt": "Two plus two?", "chosen": "Four.", "rejected": "Five."},
-        {"messages": [ASKED, SAID, {"role": "user", "content": "And then?"}]},
+        {"messages": [QUESTION, ANSWER, {"role": "user", "content": "And then?"}]},
     ],
 )
-def test_every_format_is_the_same_conversation(row):
-    assert to_conversation(row, "x").turns == [ASKED, SAID]
+def test_all_formats_give_the_same_conversation(row):
+    assert to_conversation(row, "x").turns == [QUESTION, ANSWER]
 
 
-def test_alpacas_input_stands_apart_for_its_template_and_joined_for_a_chat(smol_tokenizer):
-    found = to_conversation({"instruction": "Add.", "input": "2 and 2", "output": "4"}, "x")
-    assert found.turns[0]["content"] == "Add.\n\n2 and 2" and found.input == "2 and 2"
-    assert "Add.\n\n2 and 2<|im_end|>" in ChatRenderer(smol_tokenizer).answers(found.turns)[0]
+def test_alpaca_input_is_joined_for_chat_templates(smol_tokenizer):
+    conversation = to_conversation({"instruction": "Add.", "input": "2 and 2", "output": "4"}, "x")
+    assert conversation.turns[0]["content"] == "Add.\n\n2 and 2" and conversation.input == "2 and 2"
+    assert "Add.\n\n2 and 2<|im_end|>" in ChatRenderer(smol_tokenizer).answers(conversation.turns)[0]
 
 
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
         ({"instruction": "", "output": "Four."}, "empty_prompt"),
-        ({"messages": [ASKED, {"role": "assistant", "content": " "}]}, "empty_response"),
-        ({"messages": [ASKED]}, "empty_prompt"),
+        ({"messages": [QUESTION, {"role": "assistant", "content": " "}]}, "empty_response"),
+        ({"messages": [QUESTION]}, "empty_prompt"),
     ],
 )
-def test_what_nothing_can_be_learned_from_is_left_out_and_counted(row, reason, tmp_path):
+def test_unusable_rows_are_counted(row, reason, tmp_path):
     assert to_conversation(row, "x") == reason
     data = load_conversations([{"name": str(write_jsonl(tmp_path / "x.jsonl", [row])), "split": "train"}])
     assert data.dropped == {reason: 1} and data.rows == 1
@@ -62,26 +62,29 @@ def test_what_nothing_can_be_learned_from_is_left_out_and_counted(row, reason, t
 @pytest.mark.parametrize(
     ("row", "words"),
     [
-        ({"question": "a"}, ("x", "question")),
-        ({"instruction": "a", "output": 3}, ("output", "text")),
-        ({"messages": [{"role": "robot", "content": "a"}]}, ("turn 0",)),
-        ({"messages": "a"}, ("list",)),
-        ([1], ("list",)),
-        ({"messages": [ASKED, {"role": "assistant", "content": "\ud800"}]}, ("Unicode",)),
+        ({"question": "a"}, ("row 7", "keys: question")),
+        ({"instruction": "a", "output": 3}, ("row 7", "'output'", "int")),
+        ({"messages": [{"role": "robot", "content": "a"}]}, ("row 7", "'messages', message 0", "'robot'")),
+        ({"conversations": [{"from": ["gpt"], "value": "a"}]}, ("row 7", "'conversations', message 0", "['gpt']")),
+        ({"prompt": "a", "completion": 3}, ("row 7", "'completion', message 0", "int")),
+        ({"prompt": 3, "completion": "a"}, ("row 7", "'prompt', message 0", "int")),
+        ({"messages": "a"}, ("row 7", "'messages'", "str")),
+        ([1], ("row 7", "list")),
+        ({"messages": [QUESTION, {"role": "assistant", "content": "\ud800"}]}, ("row 7", "Unicode")),
     ],
 )
-def test_what_is_no_instruction_is_named(row, words):
+def test_schema_error_names_row_and_key(row, words):
     with pytest.raises(UserError) as error:
-        to_conversation(row, "x")
+        to_conversation(row, "row 7")
     assert all(word in str(error.value) for word in words), error.value
 
 
 def conversations(count: int) -> ConversationData:
-    found = [Conversation([{"role": "user", "content": f"Ask {k}"}, SAID], f"row {k}") for k in range(count)]
-    return ConversationData(found, [{"name": "x"}], count)
+    rows = [Conversation([{"role": "user", "content": f"Ask {k}"}, ANSWER], f"row {k}") for k in range(count)]
+    return ConversationData(rows, [{"name": "x"}], count)
 
 
-def test_held_out_rows_depend_on_their_text_alone():
+def test_hold_out_depends_on_text_only():
     data, other = conversations(40), conversations(60)
     other.conversations.reverse()
     held = {c.prompt_key for c in hold_out(data, 10).conversations}
@@ -89,17 +92,17 @@ def test_held_out_rows_depend_on_their_text_alone():
     assert not held & {c.prompt_key for c in data.conversations}
     again = hold_out(other, 60 - 1).conversations
     order = [c.prompt_key for c in sorted(again, key=lambda c: c.prompt_key)]
-    assert held <= set(order), "more rows push out none of those that were held out by a smaller hash"
+    assert held <= set(order), "additional rows do not change which smaller hashes are held out"
     twice = conversations(5)
     twice.conversations += conversations(5).conversations
     out = hold_out(twice, 3)
-    assert len(out.conversations) == 4, "both rows of a prompt go together"
+    assert len(out.conversations) == 4, "both rows of a prompt are held out together"
     assert hold_out(conversations(3), 0) is None
     with pytest.raises(UserError, match="--test_rows 3"):
         hold_out(conversations(3), 3)
 
 
-def test_a_named_test_split_a_mix_and_none():
+def test_sources_of_the_test_split():
     named = SFTArguments(dataset_name="x", dataset_test_split="test")
     assert named.sources()[1] == [{"name": "x", "config": None, "revision": None, "split": "test"}]
     assert SFTArguments(dataset_name="x").sources()[1] == []
@@ -116,14 +119,14 @@ def test_a_named_test_split_a_mix_and_none():
 def with_template(tokenizer, name: str):
     import copy
 
-    found = copy.deepcopy(tokenizer)
-    found.chat_template = (ROOT / "configs" / "templates" / f"{name}.jinja").read_text()
-    return found
+    changed = copy.deepcopy(tokenizer)
+    changed.chat_template = (ROOT / "configs" / "templates" / f"{name}.jinja").read_text()
+    return changed
 
 
 @pytest.fixture(scope="module")
 def llama3(smol_tokenizer):
-    """SmolLM2's vocabulary with Llama 3's special tokens and this project's template for its base models."""
+    """SmolLM2's vocabulary with Llama 3's special tokens and configs/templates/llama3.jinja."""
     tokenizer = with_template(smol_tokenizer, "llama3")
     special = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
     tokenizer.add_special_tokens(
@@ -135,12 +138,12 @@ def llama3(smol_tokenizer):
 def labelled(tokenizer, row: dict, loss_on="responses", max_length=None):
     """(ids, labels, bytes) of one row."""
     data = ConversationData([to_conversation(row, "x")], [], 1)
-    found = tokenize(data, tokenizer, loss_on, max_length)[0][0]
-    return found["input_ids"], found["labels"], found["bytes"]
+    row = tokenize(data, tokenizer, loss_on, max_length)[0][0]
+    return row["input_ids"], row["labels"], row["bytes"]
 
 
-def test_llama_3s_instruct_template_token_by_token(llama3):
-    """As Meta documents it: header, two newlines, text, <|eot_id|>, for every turn; <|begin_of_text|> once."""
+def test_llama3_template_token_by_token(llama3):
+    """As in Meta's documentation: per turn a header, two newlines, the text, <|eot_id|>; <|begin_of_text|> once."""
 
     def ids(text):
         return llama3(text, add_special_tokens=False)["input_ids"]
@@ -149,23 +152,23 @@ def test_llama_3s_instruct_template_token_by_token(llama3):
     begin, header, end_header, eot = (llama3.convert_tokens_to_ids(f"<|{name}|>") for name in names)
 
     def turn(role, text):
-        # This vocabulary cuts the newlines by what follows; Llama 3's own has one token for both.
+        # This vocabulary splits the newlines depending on the next character; Llama 3's has one token for both.
         return [header, *ids(role), end_header, *ids(f"\n\n{text}"), eot]
 
     system = {"role": "system", "content": "Be brief."}
-    found, labels, _ = labelled(llama3, {"messages": [system, ASKED, SAID]})
-    wanted = [begin, *turn("system", "Be brief."), *turn("user", "Two plus two?"), *turn("assistant", "Four.")]
-    assert found == wanted
+    tokens, labels, _ = labelled(llama3, {"messages": [system, QUESTION, ANSWER]})
+    expected = [begin, *turn("system", "Be brief."), *turn("user", "Two plus two?"), *turn("assistant", "Four.")]
+    assert tokens == expected
     answer = [*ids("\n\nFour.")[len(ids("\n")) * 2 :], eot]
     assert llama3.decode(answer) == "Four.<|eot_id|>"
-    assert labels == [-100] * (len(wanted) - len(answer)) + answer
+    assert labels == [-100] * (len(expected) - len(answer)) + answer
     prompt = ChatRenderer(llama3)
-    assert prompt.prompt_text([system, ASKED]) == llama3.decode(wanted[: -len(answer)])
+    assert prompt.prompt_text([system, QUESTION]) == llama3.decode(expected[: -len(answer)])
     assert prompt.end_ids() == {eot} and not prompt.folds_system
 
 
 @pytest.mark.parametrize("context", ["", "The sum of 2 and 2."])
-def test_alpacas_template_is_stanfords_text(smol_tokenizer, context):
+def test_alpaca_template_equals_stanford(smol_tokenizer, context):
     """tatsu-lab/stanford_alpaca, train.py: PROMPT_DICT, the output, the end-of-text token."""
     tokenizer = with_template(smol_tokenizer, "alpaca")
     if context:
@@ -187,34 +190,34 @@ def test_alpacas_template_is_stanfords_text(smol_tokenizer, context):
     assert chat.reads_input and chat.end_ids() == {tokenizer.eos_token_id}
 
 
-def test_alpacas_template_takes_one_instruction_and_says_so(smol_tokenizer):
-    data = ConversationData([to_conversation({"messages": [ASKED, SAID, ASKED, SAID]}, "x")], [], 1)
-    with pytest.raises(UserError, match="template.*\\bx\\b"):
+def test_alpaca_template_rejects_second_turn(smol_tokenizer):
+    data = ConversationData([to_conversation({"messages": [QUESTION, ANSWER, QUESTION, ANSWER]}, "x")], [], 1)
+    with pytest.raises(UserError, match="x: Alpaca's template has one instruction"):
         tokenize(data, with_template(smol_tokenizer, "alpaca"), "responses", None)
 
 
 # ------------------------------------------------------------------------------------------------------------- labels
 
 LONGER = [
-    ASKED,
-    SAID,
+    QUESTION,
+    ANSWER,
     {"role": "user", "content": "And three plus three?"},
     {"role": "assistant", "content": "Six 🐦!"},
 ]
 
 
-def test_every_answer_of_a_conversation_is_trained_on_with_its_end(smol_tokenizer, gemma_like_tokenizer):
+def test_labels_cover_every_answer_and_its_end(smol_tokenizer, gemma_like_tokenizer):
     for tokenizer, end in ((smol_tokenizer, "<|im_end|>\n"), (gemma_like_tokenizer, "<end_of_turn>\n")):
         ids, labels, size = labelled(tokenizer, {"messages": LONGER})
         assert tokenizer.decode([i for i in labels if i != -100]) == f"Four.{end}Six 🐦!{end}"
-        # Tokens that frame the text are no text, as in eval_perplexity.py.
+        # Special tokens do not count as text, as in eval_perplexity.py.
         assert size == len("Four.\nSix 🐦!\n".encode())
-        whole = ChatRenderer(tokenizer).full_text(LONGER[:-1], "Six 🐦!")
-        assert ids == tokenizer(whole, add_special_tokens=False)["input_ids"]
+        full_text = ChatRenderer(tokenizer).full_text(LONGER[:-1], "Six 🐦!")
+        assert ids == tokenizer(full_text, add_special_tokens=False)["input_ids"]
 
 
-def test_labels_are_those_of_transformers_assistant_mask(smol_tokenizer):
-    """The same template with transformers' own generation marks around what the assistant says."""
+def test_labels_equal_transformers_assistant_mask(smol_tokenizer):
+    """The same template with transformers' {% generation %} marks around the assistant's text."""
     import copy
 
     marked = copy.deepcopy(smol_tokenizer)
@@ -224,28 +227,28 @@ def test_labels_are_those_of_transformers_assistant_mask(smol_tokenizer):
         "{{ m['content'] + '<|im_end|>\n' }}{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     )
-    theirs = marked.apply_chat_template(LONGER, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+    expected = marked.apply_chat_template(LONGER, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
     ids, labels, _ = labelled(marked, {"messages": LONGER})
-    assert ids == theirs["input_ids"]
-    assert [int(label != -100) for label in labels] == list(theirs["assistant_masks"])
+    assert ids == expected["input_ids"]
+    assert [int(label != -100) for label in labels] == list(expected["assistant_masks"])
 
 
-def test_an_answer_that_is_written_otherwise_later_is_left_out(smol_tokenizer):
-    """As templates do that drop earlier thoughts: the first answer's rendering changes once a turn follows it."""
+def test_answers_rendered_differently_are_unlabelled(smol_tokenizer):
+    """Templates that drop earlier reasoning render the first answer differently once a turn follows it."""
     import copy
 
-    forgetful = copy.deepcopy(smol_tokenizer)
-    forgetful.chat_template = (
+    reasoning = copy.deepcopy(smol_tokenizer)
+    reasoning.chat_template = (
         "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' and not loop.last %}..."
         "{% else %}{{ m['content'] }}{% endif %}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
-    _, labels, _ = labelled(forgetful, {"messages": LONGER})
-    assert forgetful.decode([i for i in labels if i != -100]).startswith("Six 🐦!<|im_end|>")
+    _, labels, _ = labelled(reasoning, {"messages": LONGER})
+    assert reasoning.decode([i for i in labels if i != -100]).startswith("Six 🐦!<|im_end|>")
 
 
-def test_a_token_without_characters_of_its_own_is_part_of_its_answer(smol_tokenizer):
-    """GPT-NeoX's and Pythia's tokenizers trim offsets: a lone space begins where it ends."""
+def test_empty_offset_inside_answer_is_labelled(smol_tokenizer):
+    """GPT-NeoX's and Pythia's tokenizers trim offsets: a lone space has an empty span."""
     import copy
 
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
@@ -254,25 +257,28 @@ def test_a_token_without_characters_of_its_own_is_part_of_its_answer(smol_tokeni
     trimming = copy.deepcopy(smol_tokenizer)
     trimming.backend_tokenizer.post_processor = Trim(trim_offsets=True)
     trimming.backend_tokenizer.pre_tokenizer = Sequence([Digits(individual_digits=True), ByteLevel(False)])
-    talk = {"messages": [ASKED, {"role": "assistant", "content": "return 1"}]}
-    text = ChatRenderer(trimming).full_text([ASKED], "return 1")
+    talk = {"messages": [QUESTION, {"role": "assistant", "content": "return 1"}]}
+    text = ChatRenderer(trimming).full_text([QUESTION], "return 1")
     offsets = trimming(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-    assert any(a == b for a, b in offsets), "the case under test"
+    assert any(a == b for a, b in offsets), "no token has an empty span, so this tests nothing"
     _, labels, _ = labelled(trimming, talk)
     assert trimming.decode([i for i in labels if i != -100]) == "return 1<|im_end|>\n"
 
 
-def test_a_loss_on_everything_and_cutting(smol_tokenizer):
+def test_loss_on_everything_and_truncation(smol_tokenizer):
     ids, labels, size = labelled(smol_tokenizer, {"messages": LONGER}, "everything")
     assert labels == ids and size == len(smol_tokenizer.decode(ids[1:], skip_special_tokens=True).encode())
-    cut, some, _ = labelled(smol_tokenizer, {"messages": LONGER}, max_length=len(ids) - 3)
-    assert cut == ids[:-3] and len(some) == len(cut)
-    data = ConversationData([to_conversation({"messages": [ASKED, SAID]}, "x")] * 2, [], 2)
+    cut, cut_labels, _ = labelled(smol_tokenizer, {"messages": LONGER}, max_length=len(ids) - 3)
+    assert cut == ids[:-3] and len(cut_labels) == len(cut)
+    data = ConversationData([to_conversation({"messages": [QUESTION, ANSWER]}, "x")] * 2, [], 2)
     data.conversations[1] = to_conversation({"instruction": "?", "output": "A."}, "y")
     room = len(labelled(smol_tokenizer, {"instruction": "?", "output": "A."})[0])
-    found, counts = tokenize(data, smol_tokenizer, "responses", room - 1)
-    assert len(found) >= 1 and counts["truncated"] == 2
+    rows, counts = tokenize(data, smol_tokenizer, "responses", room - 1)
+    assert len(rows) >= 1 and counts["truncated"] == 2
     with pytest.raises(UserError, match="nothing_left_to_train_on"):
         tokenize(
-            ConversationData([to_conversation({"messages": [ASKED, SAID]}, "x")], [], 1), smol_tokenizer, "responses", 8
+            ConversationData([to_conversation({"messages": [QUESTION, ANSWER]}, "x")], [], 1),
+            smol_tokenizer,
+            "responses",
+            8,
         )

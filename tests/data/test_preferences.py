@@ -1,4 +1,4 @@
-"""Preference data: every format to the same pair, filters that count, truncation that never empties an answer."""
+"""Preference data: all formats give the same pair, filters are counted, truncation never empties an answer."""
 
 import gzip
 import json
@@ -6,7 +6,7 @@ import json
 import pytest
 from conftest import make_pairs, write_jsonl
 
-from preflab.data.preferences import DataArguments, Pair, load_pairs, to_pair, tokenize, truncate
+from preflab.data.preferences import DataArguments, load_pairs, to_pair, tokenize, truncate
 from preflab.data.rows import read_rows
 from preflab.data.sources import without_overlap
 from utils.errors import UserError
@@ -37,7 +37,7 @@ EXPECTED = ([USER], "Four.", "Five.")
         },
     ],
 )
-def test_conversational_formats_give_the_same_pair(row):
+def test_chat_formats_give_the_same_pair(row):
     pair = to_pair(row, "row 0")
     assert (pair.messages, pair.chosen, pair.rejected) == EXPECTED
 
@@ -51,15 +51,15 @@ def test_plain_text_formats():
     assert as_chat.messages == [{"role": "user", "content": "Sky?"}]
 
 
-def test_plain_implicit_prompt_is_trls(monkeypatch):
+def test_implicit_prompt_equals_trl():
     from trl.data_utils import extract_prompt
 
     row = {"chosen": "Question: why? Answer: because A.", "rejected": "Question: why? Answer: because of B."}
-    theirs, ours = extract_prompt(dict(row)), to_pair(row, "row 0")
-    assert (ours.text, ours.chosen, ours.rejected) == (theirs["prompt"], theirs["chosen"], theirs["rejected"])
+    expected, pair = extract_prompt(dict(row)), to_pair(row, "row 0")
+    assert (pair.text, pair.chosen, pair.rejected) == (expected["prompt"], expected["chosen"], expected["rejected"])
 
 
-def test_multi_turn_and_system_messages_stay_in_the_prompt():
+def test_prompt_keeps_all_earlier_turns():
     system = {"role": "system", "content": "Be brief."}
     turns = [system, USER, GOOD, {"role": "user", "content": "And three?"}]
     pair = to_pair({"prompt": "Two plus two?", "chosen": [*turns, GOOD], "rejected": [*turns, BAD]}, "row 0")
@@ -69,7 +69,7 @@ def test_multi_turn_and_system_messages_stay_in_the_prompt():
     assert [m["role"] for m in pair.messages] == ["user", "assistant", "user"] and pair.chosen == "d"
 
 
-def test_a_prompt_string_beside_a_shared_system_turn_is_not_lost():
+def test_prompt_string_beside_system_turn():
     system = {"role": "system", "content": "Be brief."}
     row = {"prompt": "Two plus two?", "chosen": [system, GOOD], "rejected": [system, BAD]}
     assert to_pair(row, "row 0").messages == [system, USER]
@@ -84,7 +84,7 @@ def test_plain_text_edges():
     assert (repeated.text, repeated.chosen) == ("The sky is", " blue.")
 
 
-def test_transcripts_that_part_early_are_dropped_by_name():
+def test_transcripts_that_diverge_early_are_dropped():
     chosen = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: d"
     rejected = "\n\nHuman: a\n\nAssistant: x\n\nHuman: y\n\nAssistant: z"
     assert to_pair({"chosen": chosen, "rejected": rejected}, "row 0") == "diverges_before_last_turn"
@@ -94,25 +94,30 @@ def test_transcripts_that_part_early_are_dropped_by_name():
     ("row", "words"),
     [
         ({"prompt": "a", "chosen": "b"}, ("row 7", "'rejected'", "chosen, prompt")),
-        ({"prompt": "a", "chosen": "b", "rejected": ["c"]}, ("row 7", "rejected")),
+        ({"prompt": "a", "chosen": "b", "rejected": ["c"]}, ("row 7", "'chosen'", "'rejected'")),
         ({"prompt": 3, "chosen": "b", "rejected": "c"}, ("row 7", "'prompt'", "int")),
         ({"chosen": [USER, {"role": "bot", "content": "x"}], "rejected": [USER, BAD]}, ("row 7", "'chosen'", "bot")),
         ({"chosen": [USER, {"text": "x"}], "rejected": [USER, BAD]}, ("row 7", "message 1", "role")),
         (
             {"chosen": [USER, GOOD], "rejected": [USER, {"role": "assistant", "content": None}]},
-            ("row 7", "content"),
+            ("row 7", "'rejected', message 1", "content"),
         ),
-        ({"prompt": "a", "chosen": "b", "rejected": "c", "score_chosen": "high"}, ("'score_chosen'", "number")),
+        (
+            {"prompt": "a", "chosen": "b", "rejected": "c", "score_chosen": "high"},
+            ("row 7", "'score_chosen'", "'high'"),
+        ),
+        ({"chosen": "\n\nHuman: a", "rejected": "\n\nHuman: a", "prompt": ["x"]}, ("row 7", "'prompt'")),
+        ({"prompt": "Hi\n\nHuman: a", "chosen": [GOOD], "rejected": ["b"]}, ("row 7", "'rejected', message 0")),
         ("text", ("row 7", "str")),
     ],
 )
-def test_wrong_schema_names_row_and_key(row, words):
+def test_schema_error_names_row_and_key(row, words):
     with pytest.raises(UserError) as error:
         to_pair(row, "row 7")
     assert all(word in str(error.value) for word in words), error.value
 
 
-def test_local_files_of_every_kind_give_the_same_rows(tmp_path):
+def test_all_file_types_give_the_same_rows(tmp_path):
     import pyarrow
     import pyarrow.parquet
 
@@ -124,9 +129,9 @@ def test_local_files_of_every_kind_give_the_same_rows(tmp_path):
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
     write_jsonl(tmp_path / "folder" / "train-00000.jsonl", rows)
     for name in ("a.jsonl", "a.json", "b.jsonl.gz", "a.parquet", "folder"):
-        found, source = read_rows(str(tmp_path / name), "train")
-        assert [row for _, row in found] == rows, name
-        assert source["rows"] == 3 and len(source["sha256"]) == 64
+        read, about = read_rows(str(tmp_path / name), "train")
+        assert [row for _, row in read] == rows, name
+        assert about["rows"] == 3 and len(about["sha256"]) == 64
 
 
 @pytest.mark.parametrize(
@@ -139,16 +144,16 @@ def test_local_files_of_every_kind_give_the_same_rows(tmp_path):
         ("a.jsonl", "", ("a.jsonl",)),
     ],
 )
-def test_damaged_files_are_named(tmp_path, name, text, words):
+def test_damaged_file_is_named(tmp_path, name, text, words):
     (tmp_path / name).write_text(text)
     with pytest.raises(UserError) as error:
         read_rows(str(tmp_path / name), "train")
     assert all(word in str(error.value) for word in words), error.value
 
 
-def test_a_cut_off_archive_and_text_that_is_no_unicode_are_named(tmp_path):
-    whole = gzip.compress(b'{"prompt": "a", "chosen": "b", "rejected": "c"}' * 50)
-    (tmp_path / "a.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+def test_damaged_archive_and_invalid_unicode(tmp_path):
+    archive = gzip.compress(b'{"prompt": "a", "chosen": "b", "rejected": "c"}' * 50)
+    (tmp_path / "a.jsonl.gz").write_bytes(archive[: len(archive) // 2])
     with pytest.raises(UserError, match="a.jsonl.gz"):
         read_rows(str(tmp_path / "a.jsonl.gz"), "train")
     (tmp_path / "b.jsonl").write_text('{"prompt": "a", "chosen": "\\ud83d", "rejected": "c"}\n')
@@ -164,27 +169,27 @@ def test_a_cut_off_archive_and_text_that_is_no_unicode_are_named(tmp_path):
         {"dataset_name": "FILE", "test_dataset_name": "FILE"},
     ],
 )
-def test_train_data_are_never_the_test_data(prefs, arguments):
+def test_train_data_cannot_be_test_data(prefs, arguments):
     names = {"FILE": str(prefs / "train.jsonl"), "FOLDER": str(prefs)}
-    with pytest.raises(UserError, match="--dataset_test_split none"):
+    with pytest.raises(UserError, match="--test_dataset_name.*--dataset_test_split none"):
         DataArguments(**{k: names.get(v, v) for k, v in arguments.items()}).sources()
 
 
 @pytest.mark.parametrize(
     "entry", [{"path": 3}, {"name": "x"}, {"path": "x", "fraction": "half"}, {"path": "x", "splt": "a"}, 7]
 )
-def test_a_malformed_mix_is_named(entry):
-    with pytest.raises(UserError, match="datasets"):
+def test_invalid_mix_entry_is_refused(entry):
+    with pytest.raises(UserError, match="datasets: "):
         DataArguments(datasets=[entry]).sources()
 
 
-def test_a_trial_run_sees_every_dataset_of_a_mix(tmp_path):
+def test_limit_is_spread_over_the_mix(tmp_path):
     files = [write_jsonl(tmp_path / f"{i}.jsonl", make_pairs(9, 100 * i)) for i in range(2)]
     data = load_pairs([{"name": str(f), "split": "x"} for f in files], limit=4)
     assert [pair.source.split()[0] for pair in data.pairs] == [str(files[0])] * 2 + [str(files[1])] * 2
 
 
-def test_missing_files_and_splits_are_named(tmp_path, prefs):
+def test_missing_files_and_splits(tmp_path, prefs):
     with pytest.raises(UserError, match="none.jsonl"):
         read_rows(str(tmp_path / "none.jsonl"), "train")
     with pytest.raises(UserError, match="validation.*test, train"):
@@ -217,28 +222,29 @@ def test_filters_are_counted(tmp_path):
         load_pairs([{"name": str(write_jsonl(tmp_path / "y.jsonl", rows)), "split": "train"}], drop_ties=True)
 
 
-def test_overlap_is_refused_dropped_or_kept(tmp_path):
-    shouted = make_pairs(6, 4)
-    shouted[0]["chosen"][0]["content"] = shouted[0]["chosen"][0]["content"].upper()
-    shouted[0]["rejected"][0]["content"] = shouted[0]["chosen"][0]["content"]
-    train_file, test_file = write_jsonl(tmp_path / "a.jsonl", make_pairs(6)), write_jsonl(tmp_path / "b.jsonl", shouted)
+def test_train_test_overlap_policies(tmp_path):
+    # Two prompts of the train split, one of them in upper case.
+    test = make_pairs(6, 4)
+    test[0]["chosen"][0]["content"] = test[0]["chosen"][0]["content"].upper()
+    test[0]["rejected"][0]["content"] = test[0]["chosen"][0]["content"]
+    train_file, test_file = write_jsonl(tmp_path / "a.jsonl", make_pairs(6)), write_jsonl(tmp_path / "b.jsonl", test)
 
     def overlap(policy):
         train, test = (load_pairs([{"name": str(f), "split": "x"}]) for f in (train_file, test_file))
         return without_overlap(train.pairs, test.pairs, policy, train.dropped), train.dropped
 
-    with pytest.raises(UserError, match="^2 train prompts.*a.jsonl line 5.*train_test_overlap"):
+    with pytest.raises(UserError, match="^2 .*a.jsonl line 5.*--train_test_overlap"):
         overlap("refuse")
-    kept, dropped = overlap("drop")
-    assert len(kept) == 4 and dropped == {"prompt_in_test_split": 2}
-    kept, dropped = overlap("keep")
-    assert len(kept) == 6 and dropped == {"prompt_in_test_split_kept": 2}
+    pairs, dropped = overlap("drop")
+    assert len(pairs) == 4 and dropped == {"prompt_in_test_split": 2}
+    pairs, dropped = overlap("keep")
+    assert len(pairs) == 6 and dropped == {"prompt_in_test_split_kept": 2}
 
 
-def test_mixing_takes_shares_and_repeats_nothing(tmp_path):
+def test_mix_fractions_never_repeat_rows(tmp_path):
     a, b = write_jsonl(tmp_path / "a.jsonl", make_pairs(30)), write_jsonl(tmp_path / "b.jsonl", make_pairs(10, 100))
-    plain = load_pairs([{"name": str(a), "split": "x"}, {"name": str(b), "split": "x"}])
-    assert len(plain.pairs) == 40
+    everything = load_pairs([{"name": str(a), "split": "x"}, {"name": str(b), "split": "x"}])
+    assert len(everything.pairs) == 40
     shares = [{"name": str(a), "split": "x", "fraction": 0.5}, {"name": str(b), "split": "x", "fraction": 0.5}]
     assert [s["rows"] for s in load_pairs(shares).sources] == [30, 10] and len(load_pairs(shares).pairs) == 20
     with pytest.raises(UserError, match="fraction"):
@@ -249,7 +255,7 @@ def test_mixing_takes_shares_and_repeats_nothing(tmp_path):
 @pytest.mark.parametrize("n_chosen", [1, 3, 30])
 @pytest.mark.parametrize("n_rejected", [2, 25])
 @pytest.mark.parametrize("bos", [None, 0])
-def test_truncation_only_where_longer_and_never_to_nothing(n_prompt, n_chosen, n_rejected, bos):
+def test_truncation_keeps_both_answers(n_prompt, n_chosen, n_rejected, bos):
     prompt, chosen, rejected = (
         list(range(n_prompt)),
         list(range(100, 100 + n_chosen)),
@@ -265,13 +271,9 @@ def test_truncation_only_where_longer_and_never_to_nothing(n_prompt, n_chosen, n
     assert p[0] == (0 if bos == 0 or n_prompt <= 8 else n_prompt - 8)
 
 
-def pairs_of(rows) -> list[Pair]:
-    return [to_pair(row, f"row {i}") for i, row in enumerate(rows)]
-
-
 @pytest.mark.parametrize("which", ["smol_tokenizer", "gemma_like_tokenizer"])
-def test_token_ids_are_trls(which, request, tmp_path):
-    """TRL's own tokenising step, on the same rows, gives the same ids."""
+def test_token_ids_equal_trl(which, request, tmp_path):
+    """Same ids as TRL's own tokenization of the same rows."""
     from types import SimpleNamespace
 
     from datasets import Dataset
@@ -280,17 +282,17 @@ def test_token_ids_are_trls(which, request, tmp_path):
     tokenizer = request.getfixturevalue(which)
     rows = make_pairs(6)
     data = load_pairs([{"name": str(write_jsonl(tmp_path / "x.jsonl", rows)), "split": "train"}])
-    ours, counts = tokenize(data, tokenizer, None, None)
+    ids, counts = tokenize(data, tokenizer, None, None)
     trl_rows = [{"prompt": r["chosen"][:1], "chosen": r["chosen"][1:], "rejected": r["rejected"][1:]} for r in rows]
     args = SimpleNamespace(dataset_num_proc=None, max_length=None, truncation_mode="keep_start")
-    this = SimpleNamespace(_tokenizer=tokenizer)
-    theirs = DPOTrainer._prepare_dataset(this, Dataset.from_list(trl_rows), tokenizer, args, "train")
+    trainer = SimpleNamespace(_tokenizer=tokenizer)
+    expected = DPOTrainer._prepare_dataset(trainer, Dataset.from_list(trl_rows), tokenizer, args, "train")
     for key in ("prompt_ids", "chosen_ids", "rejected_ids"):
-        assert ours[key] == theirs[key], key
+        assert ids[key] == expected[key], key
     assert counts["prompt_end_rendered_differently"] == 0
 
 
-def test_plain_text_ids_are_trls(smol_tokenizer, tmp_path):
+def test_plain_text_ids_equal_trl(smol_tokenizer, tmp_path):
     from types import SimpleNamespace
 
     from datasets import Dataset
@@ -298,17 +300,17 @@ def test_plain_text_ids_are_trls(smol_tokenizer, tmp_path):
 
     rows = [{"prompt": "The sky is", "chosen": " blue today.", "rejected": " green."}]
     data = load_pairs([{"name": str(write_jsonl(tmp_path / "x.jsonl", rows)), "split": "train"}])
-    ours, _ = tokenize(data, smol_tokenizer, None, None)
+    ids, _ = tokenize(data, smol_tokenizer, None, None)
     args = SimpleNamespace(dataset_num_proc=None, max_length=None, truncation_mode="keep_start")
-    theirs = DPOTrainer._prepare_dataset(
+    expected = DPOTrainer._prepare_dataset(
         SimpleNamespace(_tokenizer=smol_tokenizer), Dataset.from_list(rows), smol_tokenizer, args, "train"
     )
     for key in ("prompt_ids", "chosen_ids", "rejected_ids"):
-        assert ours[key] == theirs[key], key
-    assert ours["chosen_ids"][0][-1] == smol_tokenizer.eos_token_id
+        assert ids[key] == expected[key], key
+    assert ids["chosen_ids"][0][-1] == smol_tokenizer.eos_token_id
 
 
-def test_tokenizing_drops_what_the_template_refuses_and_counts_it(gemma_like_tokenizer, tmp_path):
+def test_template_rejections_are_counted(gemma_like_tokenizer, tmp_path):
     twice = [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]
     rows = [*make_pairs(2), {"chosen": [*twice, GOOD], "rejected": [*twice, BAD]}]
     data = load_pairs([{"name": str(write_jsonl(tmp_path / "x.jsonl", rows)), "split": "train"}])

@@ -1,4 +1,4 @@
-"""Prompt sets in every form that the field ships, and given answers matched to them."""
+"""Prompt sets in all supported formats, and given answers matched to them."""
 
 import json
 
@@ -23,7 +23,7 @@ def loaded(folder, *rows, **kwargs):
     return load_prompts([source], **kwargs)
 
 
-FORMS = {
+FORMATS = {
     "prompt": ({"prompt": "Why?"}, [user("Why?")]),
     "instruction": ({"instruction": "Why?", "input": ""}, [user("Why?")]),
     "instruction and input": ({"instruction": "Sum up.", "input": "A tale."}, [user("Sum up.\n\nA tale.")]),
@@ -42,29 +42,29 @@ FORMS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_every_form_of_a_row(tmp_path, form):
-    row, wanted = FORMS[form]
+@pytest.mark.parametrize("name", FORMATS)
+def test_prompt_formats(tmp_path, name):
+    row, expected = FORMATS[name]
     (prompt,), summary = loaded(tmp_path, row)
-    assert prompt.messages == wanted
+    assert prompt.messages == expected
     assert prompt.source.endswith("rows.jsonl line 1") and summary["prompts"] == 1 and summary["left_out"] == {}
 
 
-def test_prompts_that_occur_twice_are_taken_once_and_counted(tmp_path):
+def test_duplicate_prompts_are_counted(tmp_path):
     rows = [{"prompt": "a"}, {"instruction": "a"}, {"prompt": "b"}, {"turns": ["a", "z"]}, {"prompt": " "}]
     prompts, summary = loaded(tmp_path, *rows)
     assert [p.text for p in prompts] == ["a", "b"]
     assert summary["left_out"] == {"duplicate_prompt": 2, "empty_prompt": 1}
 
 
-def test_what_has_no_user_turn_is_left_out(tmp_path):
+def test_row_without_user_turn_is_left_out(tmp_path):
     prompts, summary = loaded(tmp_path, {"messages": [assistant("Hello")]}, {"prompt": "a"})
     assert [p.text for p in prompts] == ["a"] and summary["left_out"] == {"empty_prompt": 1}
 
 
-def test_pairs_that_the_filters_drop_are_counted_by_reason(tmp_path):
-    lost = {"chosen": [user("a"), user("b")], "rejected": [user("a"), assistant("c")]}
-    prompts, summary = loaded(tmp_path, lost, *make_pairs(2))
+def test_dropped_pairs_are_counted_by_reason(tmp_path):
+    unusable = {"chosen": [user("a"), user("b")], "rejected": [user("a"), assistant("c")]}
+    prompts, summary = loaded(tmp_path, unusable, *make_pairs(2))
     assert len(prompts) == 2 and summary["left_out"] == {"last_turn_not_assistant": 1}
 
 
@@ -78,7 +78,7 @@ def test_categories_and_ids(tmp_path):
     assert [p.category for p in loaded(tmp_path, *rows, category_key="cluster")[0]] == ["3", "4", None]
 
 
-def test_several_sources_are_read_one_after_the_other(tmp_path):
+def test_several_sources_in_order(tmp_path):
     files = {"one": ["a", "b"], "two": ["b", "c"]}
     names = [str(write_jsonl(tmp_path / f"{n}.jsonl", [{"prompt": t} for t in ts])) for n, ts in files.items()]
     prompts, summary = load_prompts([{"name": name, "split": "test"} for name in names])
@@ -86,12 +86,12 @@ def test_several_sources_are_read_one_after_the_other(tmp_path):
     assert [s["name"] for s in summary["sources"]] == names
 
 
-def test_a_limit_counts_prompts_not_rows(tmp_path):
+def test_limit_counts_prompts_not_rows(tmp_path):
     rows = [{"prompt": text} for text in ("a", "a", "b", "c")]
     assert [p.text for p in loaded(tmp_path, *rows, limit=2)[0]] == ["a", "b"]
 
 
-def test_how_a_judge_reads_a_conversation():
+def test_prompt_text_and_key():
     assert Prompt([user("Why?")], "").text == "Why?"
     messages = [{"role": "system", "content": "Be brief."}, user("Hi"), assistant("Yes?"), user("Why?")]
     assert Prompt(messages, "").text == "System: Be brief.\n\nUser: Hi\n\nAssistant: Yes?\n\nUser: Why?"
@@ -99,18 +99,21 @@ def test_how_a_judge_reads_a_conversation():
 
 
 BAD_ROWS = {
-    "no object": ("Why?", "object"),
-    "no prompt": ({"text": "Why?"}, "text"),
-    "turn without content": ({"messages": [{"role": "user"}]}, "turn"),
-    "unknown role": ({"messages": [{"role": "critic", "content": "x"}]}, "turn"),
-    "content no text": ({"turns": [{"content": ["x"]}]}, "turn"),
-    "list of numbers": ({"prompt": [1, 2]}, "turn"),
-    "chosen of another kind": ({"prompt": "a", "chosen": "x", "rejected": [assistant("y")]}, "rejected"),
+    "not an object": ("Why?", "str"),
+    "no prompt": ({"text": "Why?"}, "keys: text"),
+    "turn without content": ({"messages": [{"role": "user"}]}, "'messages', message 0: content"),
+    "unknown role": (
+        {"messages": [{"role": "critic", "content": "x"}]},
+        "'messages', message 0: unknown role 'critic'",
+    ),
+    "content not text": ({"turns": [{"content": ["x"]}]}, "'turns', message 0: content"),
+    "list of numbers": ({"prompt": [1, 2]}, "'prompt', message 0: content"),
+    "chosen of another type": ({"prompt": "a", "chosen": "x", "rejected": [assistant("y")]}, "'rejected'"),
 }
 
 
 @pytest.mark.parametrize("case", BAD_ROWS)
-def test_a_bad_row_is_named(tmp_path, case):
+def test_bad_row_is_named(tmp_path, case):
     row, words = BAD_ROWS[case]
     with pytest.raises(UserError) as error:
         loaded(tmp_path, {"prompt": "fine"}, row)
@@ -118,17 +121,17 @@ def test_a_bad_row_is_named(tmp_path, case):
 
 
 def test_no_prompt_left_is_an_error(tmp_path):
-    with pytest.raises(UserError, match="empty_prompt"):
+    with pytest.raises(UserError, match="rows.jsonl.*empty_prompt"):
         loaded(tmp_path, {"prompt": "  "}, {"prompt": "\n"})
 
 
 @pytest.mark.parametrize("row", [{"prompt": 5}, {"prompt": True}, {"messages": user("Why?")}], ids=str)
-def test_a_prompt_of_the_wrong_type_is_named(tmp_path, row):
+def test_prompt_of_wrong_type_is_named(tmp_path, row):
     with pytest.raises(UserError, match="line 2"):
         loaded(tmp_path, {"prompt": "fine"}, row)
 
 
-def test_a_prompt_that_is_no_unicode_is_named(tmp_path):
+def test_prompt_with_invalid_unicode_is_named(tmp_path):
     with pytest.raises(UserError, match="line 1"):
         loaded(tmp_path, {"prompt": "\ud800"})
 
@@ -136,11 +139,11 @@ def test_a_prompt_that_is_no_unicode_is_named(tmp_path):
 @pytest.mark.parametrize(
     "row", [{"prompt": ""}, {"messages": []}, {"turns": []}, {"instruction": "", "input": ""}], ids=str
 )
-def test_an_empty_prompt_is_left_out_like_a_blank_one(tmp_path, row):
+def test_empty_prompt_is_left_out(tmp_path, row):
     assert loaded(tmp_path, {"prompt": "a"}, row)[1]["left_out"] == {"empty_prompt": 1}
 
 
-def test_the_id_zero_is_an_id(tmp_path):
+def test_uid_zero(tmp_path):
     assert loaded(tmp_path, {"prompt": "a", "uid": 0})[0][0].uid == "0"
 
 
@@ -158,24 +161,24 @@ def answered(folder, rows, prompts=PROMPTS, name="given.jsonl"):
     return load_answers(str(path), prompts)
 
 
-def test_answers_in_alpaca_evals_list(tmp_path):
+def test_answers_of_alpaca_eval(tmp_path):
     rows = [
         {"dataset": "x", "instruction": "Who?", "output": "Me.", "generator": "gpt4"},
         {"instruction": "How?", "input": "A tale.", "output": "Well.", "generator": "gpt4"},
         {"instruction": "Elsewhere?", "output": "No.", "generator": "gpt4"},
     ]
-    model, found, source = answered(tmp_path, rows, name="outputs.json")
-    assert (model, found) == ("gpt4", [None, "Well.", "Me."]) and source["rows"] == 3
+    model, answers, about = answered(tmp_path, rows, name="outputs.json")
+    assert (model, answers) == ("gpt4", [None, "Well.", "Me."]) and about["rows"] == 3
 
 
-def test_answers_in_arena_hards_rows_are_matched_by_uid(tmp_path):
-    def line(uid, asked, answer):
-        return {"uid": uid, "model": "gpt-4-0314", "messages": [user(asked), assistant({"answer": answer})]}
+def test_answers_of_arena_hard_match_by_uid(tmp_path):
+    def line(uid, prompt, answer):
+        return {"uid": uid, "model": "gpt-4-0314", "messages": [user(prompt), assistant({"answer": answer})]}
 
-    # The texts are crossed: the uid decides. The third has another uid than any prompt, and the text of one without.
+    # The first two texts are swapped, so only the uid can match them. The third uid is unknown: its text matches.
     rows = [line("u2", "Why?", "of u2"), line("u1", "How?\n\nA tale.", "of u1"), line("u9", "Who?", "by text")]
-    model, found, _ = answered(tmp_path, rows)
-    assert (model, found) == ("gpt-4-0314", ["of u1", "of u2", "by text"])
+    model, answers, _ = answered(tmp_path, rows)
+    assert (model, answers) == ("gpt-4-0314", ["of u1", "of u2", "by text"])
 
 
 @pytest.mark.parametrize(
@@ -190,23 +193,23 @@ def test_answers_in_arena_hards_rows_are_matched_by_uid(tmp_path):
     ],
     ids=["old Arena-Hard", "MT-Bench", "prompt", "question", "messages", "uid alone"],
 )
-def test_answers_in_other_rows(tmp_path, row):
+def test_answers_in_other_formats(tmp_path, row):
     assert answered(tmp_path, [row])[:2] == ("m", ["So.", None, None])
 
 
-def test_an_empty_answer_is_an_answer_and_a_nameless_model_the_opponent(tmp_path):
+def test_empty_answer_and_unnamed_model(tmp_path):
     assert answered(tmp_path, [{"prompt": "Why?", "output": ""}])[:2] == ("opponent", ["", None, None])
 
 
-def test_answers_to_other_prompts_are_refused(tmp_path):
-    with pytest.raises(UserError, match="given.jsonl.*3 prompts"):
+def test_answers_to_other_prompts(tmp_path):
+    with pytest.raises(UserError, match="given.jsonl.* 3 prompts"):
         answered(tmp_path, [{"prompt": "Where?", "output": "There."}, {"uid": "u7", "output": "x"}])
 
 
 @pytest.mark.parametrize(
     "row", ["x", {"prompt": "Why?"}, {"output": 5, "uid": "u1"}, {"messages": [user("Why?")]}], ids=str
 )
-def test_a_row_without_an_answer_is_named(tmp_path, row):
+def test_row_without_answer_is_named(tmp_path, row):
     with pytest.raises(UserError, match="given.jsonl line 2"):
         answered(tmp_path, [{"uid": "u1", "output": "x"}, row])
 
@@ -223,18 +226,18 @@ def test_a_row_without_an_answer_is_named(tmp_path, row):
     ],
     ids=["input", "answer alone", "two turns of Arena-Hard"],
 )
-def test_a_row_matched_by_uid_needs_no_prompt(tmp_path, row):
+def test_row_with_uid_needs_no_prompt(tmp_path, row):
     assert answered(tmp_path, [row])[1] == ["So.", None, None]
 
 
 @pytest.mark.parametrize("row", [{"choices": [{}]}, {"choices": ["x"]}, {"messages": ["x"]}], ids=str)
-def test_a_malformed_answer_is_named(tmp_path, row):
+def test_malformed_answer_is_named(tmp_path, row):
     with pytest.raises(UserError, match="line 1"):
         answered(tmp_path, [{"uid": "u1", **row}])
 
 
-def test_given_answers_are_counted_in_tokens(smol_tokenizer):
-    found = given_answers(["one two", None, ""], smol_tokenizer)
-    assert found == [
+def test_given_answers_have_token_counts(smol_tokenizer):
+    answers = given_answers(["one two", None, ""], smol_tokenizer)
+    assert answers == [
         {"text": "one two", "tokens": 2, "finish_reason": None}, None, {"text": "", "tokens": 0, "finish_reason": None}
     ]  # fmt: skip

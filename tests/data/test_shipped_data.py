@@ -1,4 +1,4 @@
-"""The shipped preference pairs keep the promises of data/README.md."""
+"""The shipped preference pairs are what data/README.md says."""
 
 import json
 from collections import Counter
@@ -40,45 +40,45 @@ def test_counts_schema_and_variety():
     assert sum(row["chosen"][0]["role"] == "system" for rows in ROWS.values() for row in rows) >= 10
 
 
-def test_every_row_is_a_pair_and_no_filter_drops_one():
+def test_no_filter_drops_a_shipped_row():
     for split, rows in ROWS.items():
         data = load_pairs([{"name": str(FOLDER), "split": split}])
         assert len(data.pairs) == len(rows) and not data.dropped
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_answers_are_short_and_length_gives_nothing_away(split):
+def test_answers_are_short_without_length_bias(split):
     lengths = np.array([[len(text.split()) for text in pair] for pair in answers(split)])
     assert lengths.max() <= 80
     assert 0.45 <= (lengths[:, 0] > lengths[:, 1]).mean() <= 0.55
 
 
-def test_no_prompt_is_shared_or_nearly_shared_between_the_splits():
+def test_splits_share_no_similar_prompt():
     for test_row in ROWS["test"]:
-        ours = prompt_words(test_row)
+        words = prompt_words(test_row)
         for train_row in ROWS["train"]:
-            theirs = prompt_words(train_row)
-            assert len(ours & theirs) / len(ours | theirs) < 0.6, (test_row["prompt"], train_row["prompt"])
+            other = prompt_words(train_row)
+            assert len(words & other) / len(words | other) < 0.6, (test_row["prompt"], train_row["prompt"])
 
 
-def test_words_and_length_alone_stay_at_or_below_65_percent():
+def test_surface_baseline_is_at_most_65_percent():
     scores = bag_of_words_scores(answers("train"), answers("test"))
     accuracy = pairwise_correct(scores, np.zeros(len(scores))).mean()
     assert accuracy <= 0.65, accuracy
-    # The classifier itself works: where the label is a word, it finds it.
-    told = (
+    # The classifier itself works: it finds a word that gives the label away.
+    labelled = (
         [(f"{c} good", f"{r} bad") for c, r in answers("train")],
         [(f"{c} good", f"{r} bad") for c, r in answers("test")],
     )
-    assert pairwise_correct(bag_of_words_scores(*told), np.zeros(len(scores))).mean() > 0.95
+    assert pairwise_correct(bag_of_words_scores(*labelled), np.zeros(len(scores))).mean() > 0.95
 
 
-def test_prompts_with_references_are_balanced_and_repeat_no_preference_prompt():
+def test_reference_prompts_are_balanced_and_new():
     path = ROOT / "data/eval_prompts/reference.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert len(rows) == 60 and len({row["instruction"] for row in rows}) == 60
     assert set(Counter(row["category"] for row in rows).values()) == {5}
     others = [prompt_words(pair) for pairs in ROWS.values() for pair in pairs]
     for row in rows:
-        ours = set(row["instruction"].lower().split())
-        assert max(len(ours & other) / len(ours | other) for other in others) < 0.5, row["instruction"]
+        words = set(row["instruction"].lower().split())
+        assert max(len(words & other) / len(words | other) for other in others) < 0.5, row["instruction"]

@@ -426,8 +426,8 @@ def test_answers_and_scores_that_the_data_hold(row, numbers, tmp_path):
 @pytest.mark.parametrize(
     ("row", "words"),
     [
-        ({"prompt": "Q"}, "prompt"),
-        ({"prompt": "Q", "responses": ["a", 2]}, "responses"),
+        ({"prompt": "Q"}, "all_generated_responses"),
+        ({"prompt": "Q", "responses": ["a", 2]}, "all_generated_responses"),
         ({"prompt": "Q", "responses": ["a", "b"], "scores": [1]}, "finite number.*2"),
         ({"prompt": "Q", "responses": ["a", "b"], "scores": [1, True]}, "finite number"),
         ({"prompt": "Q", "responses": ["a", "b"], "scores": [1, float("nan")]}, "finite number"),

@@ -270,7 +270,7 @@ def test_unusable_rows_are_named(sft, tiny, tmp_path):
     data = write_jsonl(tmp_path / "x.jsonl", [{"instruction": "a", "output": "b"}, {"a": 1}])
     code, _, err = sft(*sft_args(tiny, data, tmp_path))
     assert code == 2
-    assert_one_line(err, "x.jsonl line 2")
+    assert_one_line(err, "x.jsonl line 2", "keys: a")
 
 
 @pytest.mark.slow
