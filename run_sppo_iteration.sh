@@ -18,11 +18,8 @@
 # Python is $PYTHON, else the active environment's, else that of .venv, which quickstart.sh makes.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
-
-fail() {
-    echo "error: $*" >&2
-    exit 2
-}
+# shellcheck source=utils/env.sh
+source utils/env.sh
 
 iteration="${1:-}" name="" configs=configs launch="" pairs="" train=""
 if [ -z "$iteration" ] || [ "$iteration" = --help ] || [ "$iteration" = -h ]; then
@@ -55,13 +52,7 @@ for file in "$training" "$sampling" ${launch:+"$launch"}; do
     [ -f "$file" ] || fail "$file is not there: iteration $iteration of --name $name needs it"
 done
 
-if [ -n "${PYTHON:-}" ]; then
-    python="$PYTHON"
-elif [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] && [ -x .venv/bin/python ]; then
-    python=.venv/bin/python
-else
-    python=python3
-fi
+choose_python
 
 say_and_run() {
     printf '+'

@@ -1,4 +1,4 @@
-"""The start and the end that all stages share: arguments and clock; report, artifacts and their envelope."""
+"""The start and the end of every stage: arguments and clock; report, artifacts and their envelope."""
 
 import time
 from collections.abc import Callable
@@ -12,12 +12,12 @@ from utils.errors import is_main_process
 
 @dataclass
 class Report:
-    """What a stage says about its metrics.
+    """A stage's conclusions from its metrics.
 
     Attributes:
         text: the printed tables and sentences.
         verdict: one sentence, the artifact's `claim`.
-        warning: what a reader must know before using the figures, or None.
+        warning: a defect that a reader must know before using the figures, or None.
     """
 
     text: str
@@ -54,14 +54,14 @@ class Stage:
     ) -> dict:
         """Write every artifact of the stage, the summary last, and print the report. Rank 0 only.
 
-        The summary's presence declares the stage complete, so all other files are in place before it appears.
+        The summary's presence marks the stage as complete, so all other files are written before it.
 
         Args:
             path: the summary, `<stem>.json`. Rows go to `<stem>_rows.jsonl`, the figure to `<stem>.png` beside it.
             metrics: {name: metric} (utils.artifacts.metric).
             run: what `run_record` adds to the run section: run_name, limit.
             seed: the seed of sampling and resampling.
-            figure: draws the picture and saves it under the path it is given.
+            figure: draws the figure and saves it at the path it is called with.
             files: further files by path: text, rows (a list), JSON (a dict), or a function that writes the path.
             sections: further sections of the summary, in order.
 
@@ -95,20 +95,20 @@ class Stage:
 
 
 def start(name: str, page: str, *argument_types: type, runs_bare: bool = True, argv: list[str] | None = None) -> tuple:
-    """Begin a stage: answer --help, silence the libraries, parse the command line.
+    """Start a stage: print --help if requested, silence the libraries, parse the command line.
 
     Args:
         name: the stage's name in its artifacts.
         page: the script's docstring, printed by --help before any heavy import.
         argument_types: dataclasses whose fields are the flags.
         runs_bare: whether a call without arguments runs; otherwise it prints the help.
-        argv: the arguments in place of the command line's.
+        argv: arguments to parse instead of the command line's.
 
     Returns:
         (Stage, one filled dataclass per type).
 
     Raises:
-        UserError: an unknown or repeated key, a value of the wrong type, a missing config file.
+        UserError: an unknown or duplicate key, a value of the wrong type, a missing config file.
     """
     began = time.monotonic()
     quick_help(page, runs_bare)
@@ -120,7 +120,7 @@ def start(name: str, page: str, *argument_types: type, runs_bare: bool = True, a
 
 
 def write_file(path: Path, content) -> None:
-    """Write text, rows (a list), JSON (a dict) or what a function writes to `path`, atomically. Rank 0 only."""
+    """Write text, rows (a list) or JSON (a dict) atomically, or call a function with `path`. Rank 0 only."""
     if callable(content):
         if is_main_process():
             content(path)

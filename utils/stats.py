@@ -1,4 +1,4 @@
-"""Statistics on per-row figures: the one bootstrap, and the tests. Rows are the unit that is resampled."""
+"""Bootstrap intervals and paired tests on per-row figures. Rows are the resampled unit."""
 
 import warnings
 
@@ -6,6 +6,7 @@ import numpy as np
 
 from utils.artifacts import metric
 
+# Efron & Tibshirani (1993) advise 1000 or more for percentile intervals.
 RESAMPLES = 2000
 
 
@@ -13,8 +14,8 @@ def bootstrap(values, seed: int = 42, resamples: int = RESAMPLES, statistic=None
     """Mean of `values` with its bootstrap standard error and 95% percentile interval (Efron & Tibshirani 1993).
 
     Args:
-        values: one figure per row, shape (n,); two columns (n, 2) are resampled together and give mean(a - b).
-        statistic: another figure than the mean: a function of the resampled rows, shape (n, columns) to a number.
+        values: one figure per row, shape (n,), or two paired columns a and b, shape (n, 2), whose mean(a - b) is taken.
+        statistic: replaces the mean; a function from resampled rows, shape (n, columns), to a number.
 
     Returns:
         A metric: `{value, stderr, ci95, n}`; stderr and ci95 are None for fewer than two rows.
@@ -29,18 +30,21 @@ def bootstrap(values, seed: int = 42, resamples: int = RESAMPLES, statistic=None
 
 
 def bootstrap_test(values, seed: int = 42, resamples: int = RESAMPLES, statistic=None) -> float:
-    """Two-sided p-value of the bootstrap test that the figure is 0: how often a resample lies as far from the figure
-    as the figure from 0 (Efron & Tibshirani 1993, section 16.4; one added to both counts, so never 0).
+    """Two-sided p-value of the bootstrap test that the figure is 0 (Efron & Tibshirani 1993, section 16.4).
+
+    It is the share of resamples at least as far from the figure as the figure is from 0. One is added to both counts
+    (Davison & Hinkley 1997, section 4.2), so the p-value is never 0.
     """
     value, result, _ = _resampled(values, seed, resamples, statistic)
     if result is None or value == 0:
         return 1.0
+    # Resamples are centred at the figure; shifting them by -value gives the distribution under the null.
     far = np.abs(result.bootstrap_distribution - value) >= abs(value)
     return float((1 + far.sum()) / (1 + far.size))
 
 
 def _resampled(values, seed: int, resamples: int, statistic):
-    """(the figure, scipy's bootstrap of it or None for fewer than two rows, number of rows)."""
+    """(figure, scipy's bootstrap result or None for fewer than two rows, number of rows)."""
     from scipy.stats import bootstrap as scipy_bootstrap
 
     values = np.asarray(values, dtype=np.float64)
@@ -58,7 +62,7 @@ def _resampled(values, seed: int, resamples: int, statistic):
     if n < 2:
         return value, None, n
     with np.errstate(invalid="ignore", divide="ignore"), warnings.catch_warnings():
-        # Resamples that are all alike are told by what comes out: an interval of no width, or none.
+        # If all resamples are equal, scipy warns and the interval has zero width (or is NaN); callers handle both.
         warnings.simplefilter("ignore")
         result = scipy_bootstrap(
             columns, function, n_resamples=resamples, method="percentile", paired=True, vectorized=vectorized,
@@ -68,21 +72,22 @@ def _resampled(values, seed: int, resamples: int, statistic):
 
 
 def holm(p_values: list[float]) -> list[float]:
-    """Holm's adjusted p-values (1979), in the order given: below 0.05, the family-wise error stays below 0.05."""
-    order, found, largest = np.argsort(p_values, kind="stable"), [0.0] * len(p_values), 0.0
+    """Holm's adjusted p-values (1979), in the order given. Below 0.05: family-wise error below 5%."""
+    order, adjusted, largest = np.argsort(p_values, kind="stable"), [0.0] * len(p_values), 0.0
     for rank, k in enumerate(order):
+        # The smallest p-value is multiplied by m, the next by m - 1, ...; the running maximum keeps their order.
         largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[k]))
-        found[k] = largest
-    return found
+        adjusted[k] = largest
+    return adjusted
 
 
 def ratio_of_sums(rows) -> float:
-    """Sum of the first column over sum of the second: a mean weighted by the second, shape (n, 2) to a number."""
+    """Sum of the first column divided by the sum of the second, shape (n, 2) to a number (nats over tokens, say)."""
     return float(rows[:, 0].sum() / rows[:, 1].sum())
 
 
 def rank_correlation(rows) -> float:
-    """Spearman's rank correlation of two columns, shape (n, 2); NaN where one is constant."""
+    """Spearman's rank correlation of two columns, shape (n, 2); NaN if one is constant."""
     from scipy.stats import rankdata
 
     a, b = (rankdata(column) for column in rows.T)
@@ -90,13 +95,13 @@ def rank_correlation(rows) -> float:
 
 
 def pairwise_correct(chosen, rejected) -> np.ndarray:
-    """Per row: 1 where chosen scores above rejected, 0 where below, 0.5 where they tie. Shape (n,)."""
+    """Per row: 1 if chosen scores above rejected, 0 if below, 0.5 for a tie. Shape (n,)."""
     chosen, rejected = np.asarray(chosen, dtype=np.float64), np.asarray(rejected, dtype=np.float64)
     return 0.5 * ((chosen > rejected).astype(float) + (chosen >= rejected).astype(float))
 
 
 def sign_test(right) -> float:
-    """Two-sided p-value of the exact sign test that `right` lies above 0.5 as often as below (0.5 itself left out)."""
+    """Two-sided p-value of the exact sign test that `right` is above 0.5 as often as below; ties (0.5) are dropped."""
     from scipy.stats import binomtest
 
     right = np.asarray(right, dtype=np.float64)
@@ -113,7 +118,8 @@ def signed_rank(differences) -> float:
 
 
 def mcnemar(right_a, right_b) -> float:
-    """Two-sided p-value of the exact McNemar test on paired 1/0 figures (rows where either ties are left out)."""
+    """Two-sided p-value of the exact McNemar test on paired 1/0 figures; rows where either is a tie are dropped."""
     a, b = np.asarray(right_a, dtype=np.float64), np.asarray(right_b, dtype=np.float64)
     keep = (a != 0.5) & (b != 0.5)
+    # The exact test is a sign test on the discordant rows: 1 if only a is right, 0 if only b is, 0.5 if they agree.
     return sign_test((a[keep] - b[keep] + 1) / 2)

@@ -8,14 +8,14 @@ GAP = "  "
 
 
 def terminal_width() -> int:
-    """Columns that a table may take: the terminal's, at most 100; 100 where the output is not a terminal."""
+    """Columns available to a table: the terminal's, at most 100; 100 if the output is not a terminal."""
     return min(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns) if os.isatty(1) else WIDTH
 
 
 def render(title: str, lines: list[tuple], width: int | None = None) -> str:
-    """Aligned columns under `title`, at most `width` characters wide; the first line is the head.
+    """Align columns under `title`, at most `width` characters wide; the first line is the heading.
 
-    Where a table is too wide, its widest columns wrap at spaces: headings first, then cells.
+    If a table is too wide, its widest columns wrap at spaces: headings first, then cells.
 
     Args:
         lines: tuples of equal length, one text per column.
@@ -31,7 +31,7 @@ def render(title: str, lines: list[tuple], width: int | None = None) -> str:
 
 
 def _column_widths(lines: list[tuple], room: int) -> list[int]:
-    """The width of each column, so that together they take at most `room` characters where words allow it."""
+    """The width of each column, at most `room` characters together unless single words are longer."""
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     # A column cannot be narrower than its longest word. Headings wrap before cells do.
     cells = [max([1, *(len(line[i]) for line in lines[1:])]) for i in range(len(widths))]
@@ -48,7 +48,7 @@ def _column_widths(lines: list[tuple], room: int) -> list[int]:
 
 
 def _words(text: str) -> list[str]:
-    """The pieces at which a cell may break: a bracketed interval and `± error` stay in one piece."""
+    """Split a cell where it may break: an interval in brackets and `± error` stay in one piece."""
     pieces: list[str] = []
     for word in text.split(" "):
         open_interval = pieces and pieces[-1].count("[") > pieces[-1].count("]")
@@ -85,7 +85,7 @@ def _wrapped_row(line: tuple, widths: list[int]) -> list[str]:
 
 
 def cell(m: dict, scale: float = 1, digits: int = 1) -> str:
-    """A metric with its standard error, `71.7 ± 4.2`; a dash where it could not be computed."""
+    """Format a metric with its standard error, `71.7 ± 4.2`; a dash if it has no value."""
     if m["value"] is None or m["value"] != m["value"]:
         return "-"
     error = "" if m["stderr"] is None else f" ± {scale * m['stderr']:.{digits}f}"
@@ -93,7 +93,7 @@ def cell(m: dict, scale: float = 1, digits: int = 1) -> str:
 
 
 def interval(m: dict, scale: float = 1, digits: int = 1, sign: str = "") -> str:
-    """A metric's 95% interval, ` [63.3, 80.0]`, or nothing where it has none. `sign` "+" shows signs."""
+    """Format a metric's 95% interval, ` [63.3, 80.0]`, or nothing if it has none. `sign` "+" shows signs."""
     if m["ci95"] is None:
         return ""
     low, high = (f"{scale * x:{sign}.{digits}f}" for x in m["ci95"])
@@ -101,20 +101,20 @@ def interval(m: dict, scale: float = 1, digits: int = 1, sign: str = "") -> str:
 
 
 def estimate(m: dict, scale: float = 1, digits: int = 1) -> str:
-    """A metric with its 95% interval, `71.7 [63.3, 80.0]`; a dash where it could not be computed."""
+    """Format a metric with its 95% interval, `71.7 [63.3, 80.0]`; a dash if it has no value."""
     if m["value"] is None or m["value"] != m["value"]:
         return "-"
     return f"{scale * m['value']:.{digits}f}{interval(m, scale, digits)}"
 
 
 def difference(m: dict, p: dict | None = None, scale: float = 1, digits: int = 1) -> str:
-    """A signed metric with its 95% interval and the p-value of its test, `+21.7 [+13.3, +30.0] p=2e-06`."""
+    """Format a signed metric with its 95% interval and its test's p-value, `+21.7 [+13.3, +30.0] p=2e-06`."""
     shown = f"{scale * m['value']:+.{digits}f}{interval(m, scale, digits, '+')}"
     return shown + (f" p={p['value']:.2g}" if p else "")
 
 
 def markdown_table(lines: list[list[str]]) -> str:
-    """A Markdown table, its columns aligned to be read as text too; the first line is the head."""
+    """A Markdown table with aligned columns; the first line is the heading."""
     lines = [[cell.replace("|", "\\|") for cell in line] for line in lines]
     widths = [max(3, *(len(line[i]) for line in lines)) for i in range(len(lines[0]))]
     rows = ["| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in lines]

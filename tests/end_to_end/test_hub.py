@@ -1,4 +1,4 @@
-"""What the hub can refuse: unknown, gated and unreachable models and datasets, against a small server of our own."""
+"""Errors of the hub (unknown, gated, unreachable models and datasets), simulated by a local server."""
 
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -7,8 +7,8 @@ import pytest
 from conftest import assert_one_line, command, train_args
 
 
-class Refusing(BaseHTTPRequestHandler):
-    """Answers as the hub does: gated for */gated*, not found for everything else."""
+class RefusingHub(BaseHTTPRequestHandler):
+    """Responds as the hub does: gated for */gated*, not found for everything else."""
 
     def do_GET(self):
         gated = "/gated" in self.path
@@ -28,7 +28,7 @@ class Refusing(BaseHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def hub():
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Refusing)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), RefusingHub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
@@ -41,25 +41,25 @@ def run_against(endpoint, tmp_path, model, data, **env):
     return done.stderr
 
 
-def test_a_gated_model_says_how_to_log_in(hub, tmp_path, prefs):
+def test_gated_model_names_the_login(hub, tmp_path, prefs):
     assert_one_line(run_against(hub, tmp_path, "org/gated-model", prefs), "org/gated-model", "hf auth login")
 
 
-def test_an_unknown_model_is_named(hub, tmp_path, prefs):
+def test_unknown_model(hub, tmp_path, prefs):
     assert_one_line(run_against(hub, tmp_path, "org/misspelt", prefs), "org/misspelt")
 
 
-def test_an_unknown_dataset_is_named(hub, tmp_path, tiny):
+def test_unknown_dataset(hub, tmp_path, tiny):
     assert_one_line(run_against(hub, tmp_path, tiny, "org/misspelt-data"), "org/misspelt-data")
 
 
-# The hub client tries for half a minute before it gives up.
+# The hub client retries for half a minute before it fails.
 @pytest.mark.parametrize("offline", [pytest.param("0", marks=pytest.mark.slow), "1"])
-def test_no_network_is_told(tmp_path, prefs, offline):
+def test_no_network_for_the_model(tmp_path, prefs, offline):
     err = run_against("http://127.0.0.1:9", tmp_path, "org/model", prefs, HF_HUB_OFFLINE=offline)
     assert_one_line(err, "org/model")
 
 
-def test_no_network_for_the_data_is_told(tmp_path, tiny):
+def test_no_network_for_the_data(tmp_path, tiny):
     err = run_against("http://127.0.0.1:9", tmp_path, tiny, "org/data", HF_HUB_OFFLINE="1")
     assert_one_line(err, "org/data")

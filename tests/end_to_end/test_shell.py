@@ -1,4 +1,4 @@
-"""quickstart.sh and run_tests.sh: what they refuse, and that an up-to-date environment is left alone."""
+"""Shell scripts: interpreter checks, installation failures, and reuse of an up-to-date environment."""
 
 import os
 import subprocess
@@ -21,9 +21,9 @@ def test_scripts_parse(script):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_a_missing_or_old_interpreter_is_told(script, tmp_path):
-    done = bash(f"bash {script}", PYTHON="python-that-is-not-there")
-    assert done.returncode == 2 and done.stderr.startswith("error: no interpreter 'python-that-is-not-there'")
+def test_missing_or_old_interpreter(script, tmp_path):
+    done = bash(f"bash {script}", PYTHON="no-such-python")
+    assert done.returncode == 2 and done.stderr.startswith("error: no interpreter 'no-such-python'")
     old = tmp_path / "python-old"
     old.write_text('#!/bin/sh\n[ "$1" = --version ] && echo Python 3.9.1 && exit 0\nexit 1\n')
     old.chmod(0o755)
@@ -32,14 +32,14 @@ def test_a_missing_or_old_interpreter_is_told(script, tmp_path):
 
 
 def prepared(tmp_path, *files):
-    """The environment function in a copy of the repository's requirement files, with a pip that installs nothing."""
+    """Call prepare_environment on a copy of the requirement files, where pip is a stub that installs nothing."""
     (tmp_path / "requirements").mkdir(exist_ok=True)
     for name in ("requirements.txt", "requirements/tests.txt"):
         (tmp_path / name).write_text((ROOT / name).read_text())
     return bash(f"source {ROOT}/utils/env.sh; prepare_environment {' '.join(files)}", tmp_path, PYTHON=sys.executable)
 
 
-def test_an_install_that_fails_names_its_log_and_is_not_taken_for_done(tmp_path):
+def test_failed_install_names_its_log_and_is_repeated(tmp_path):
     (tmp_path / ".venv/bin").mkdir(parents=True)
     python = tmp_path / ".venv/bin/python"
     python.write_text(f'#!/bin/sh\n[ "$1" = -c ] && exec {sys.executable} "$@"\necho no index; exit 1\n')
@@ -49,7 +49,7 @@ def test_an_install_that_fails_names_its_log_and_is_not_taken_for_done(tmp_path)
     assert not (tmp_path / ".venv/requirements.stamp").exists()
 
 
-def test_a_prepared_environment_is_reused_also_by_the_smaller_need(tmp_path):
+def test_prepared_environment_is_reused(tmp_path):
     (tmp_path / ".venv/bin").mkdir(parents=True)
     python = tmp_path / ".venv/bin/python"
     python.write_text(f'#!/bin/sh\n[ "$1" = -c ] && exec {sys.executable} "$@"\nexit 0\n')
@@ -60,3 +60,20 @@ def test_a_prepared_environment_is_reused_also_by_the_smaller_need(tmp_path):
     (tmp_path / "requirements.txt").write_text("changed==1\n")
     done = bash(f"source {ROOT}/utils/env.sh; prepare_environment", tmp_path, PYTHON=sys.executable)
     assert "installing" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("env", "python"),
+    [
+        ({"PYTHON": "/opt/python"}, "/opt/python"),
+        ({"VIRTUAL_ENV": "/opt/env"}, "python3"),
+        ({"CONDA_PREFIX": "/opt/env"}, "python3"),
+        ({}, ".venv/bin/python"),
+    ],
+)
+def test_choose_python(tmp_path, env, python):
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    (tmp_path / ".venv/bin/python").write_text("#!/bin/sh\n")
+    (tmp_path / ".venv/bin/python").chmod(0o755)
+    env = {"PYTHON": "", "VIRTUAL_ENV": "", "CONDA_PREFIX": "", **env}
+    assert bash(f'source {ROOT}/utils/env.sh; choose_python; echo "$python"', tmp_path, **env).stdout == f"{python}\n"
