@@ -11,7 +11,14 @@ from preflab.models.loading import (
     locate_adapter,
 )
 from preflab.models.start_adapter import FROZEN
-from utils.artifacts import read_json
+from utils.artifacts import (
+    all_arguments,
+    changed_arguments,
+    check_writable,
+    describe_changes,
+    read_json,
+    with_limit_suffix,
+)
 from utils.errors import UserError, is_main_process
 
 # What changes neither a figure nor the question may differ between two calls that write the same files.
@@ -49,31 +56,36 @@ class Comparison:
         base = f"{self.base} with {self.base_adapter}" if self.base_adapter else self.base
         return {"base": base, "tuned": self.adapter or self.tuned}
 
-    def ensure_same_evaluation(self, stem: str, asked: list, folder: Path | None = None) -> None:
-        """Raise UserError where another evaluation's summary stands at this one's place, unless --overwrite is given.
+    @property
+    def title(self) -> str:
+        """The heading of tables and pictures."""
+        return f"{self.name}: {self.names['tuned']} against {self.names['base']}"
+
+    @property
+    def run_fields(self) -> dict:
+        """What this comparison adds to the `run` section of an artifact."""
+        return {"run_name": self.name, "limit": self.args.limit}
+
+    def ensure_same_evaluation(self, stem: str, arguments: list, folder: Path | None = None) -> None:
+        """Raise UserError if `<stem>.json` holds the results of another evaluation, unless --overwrite is given.
 
         Args:
-            asked: the argument dataclasses of this call.
-            folder: where `<stem>.json` stands, for a stage that has a folder of its own.
+            arguments: the argument dataclasses of this call.
+            folder: the folder of `<stem>.json`, for stages that have their own.
         """
-        from utils.artifacts import all_arguments, read_json
-
         path = folder / f"{stem}.json" if folder else self.path(stem, ".json")
         if self.args.overwrite or not path.exists():
             return
-        before, now = read_json(path).get("args", {}), all_arguments(asked)
-        changed = sorted(k for k in now if k not in ARGUMENTS_NOT_IN_IDENTITY and k in before and before[k] != now[k])
+        before, now = read_json(path).get("args", {}), all_arguments(arguments)
+        changed = changed_arguments(before, now, ARGUMENTS_NOT_IN_IDENTITY, defaults=now)
         if changed:
-            what = ", ".join(f"{k} {before[k]!r} -> {now[k]!r}" for k in changed[:3])
             raise UserError(
-                f"{path} holds another evaluation ({what}): name a folder for this one with --output_dir, or"
-                " --overwrite it"
+                f"{path} holds another evaluation ({describe_changes(before, now, changed)}): choose another folder"
+                " with --output_dir, or --overwrite it"
             )
 
     def path(self, stem: str, suffix: str, rows: bool = False) -> Path:
         """Where an artifact goes: `<out>/<stem>.json`, or beside --output_json; marked where --limit is on."""
-        from utils.artifacts import with_limit_suffix
-
         folder = self.out
         if self.args.output_json:
             folder, stem = Path(self.args.output_json).parent, Path(self.args.output_json).stem
@@ -89,8 +101,6 @@ def resolve(args: ComparisonArguments) -> Comparison:
     Raises:
         UserError: nothing to compare, two tuned models at once, a missing run, folder or base model.
     """
-    from utils.artifacts import check_writable, read_json
-
     for key in ("base_model", "adapter_path", "tuned_model", "base_adapter"):
         if (getattr(args, key) or "").startswith("~"):
             setattr(args, key, str(Path(getattr(args, key)).expanduser()))
@@ -160,7 +170,6 @@ def _run_of(folder: Path) -> dict:
     What an instruction run trained on are no pairs: those keys are left out.
     """
     from preflab.data.sources import SourceArguments
-    from utils.artifacts import read_json
 
     for place in (folder, folder.parent):
         if (place / "run.json").exists():
@@ -180,9 +189,20 @@ def _name_of(folder: Path) -> str:
 
 
 def base_of(adapter: str) -> str | None:
-    from utils.artifacts import read_json
-
     return read_json(Path(adapter) / "adapter_config.json").get("base_model_name_or_path")
+
+
+def ensure_models_differ(identical: bool, results: str) -> None:
+    """Raise UserError if base and tuned gave identical results, which means that the adapter was not applied.
+
+    Args:
+        results: what was identical, e.g. "the same answer to all 8 prompts".
+    """
+    if identical:
+        raise UserError(
+            f"base and tuned gave {results}: the adapter was not applied, or training hardly changed the model; check"
+            " --adapter_path, or --tuned_model"
+        )
 
 
 def held_out_sources(args: ComparisonArguments, trained: dict) -> tuple[list[dict], bool]:

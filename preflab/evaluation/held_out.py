@@ -1,15 +1,22 @@
-"""The held-out pairs of an evaluation: read, tokenised as training does it, and their length bias."""
+"""The held-out pairs of an evaluation: reading, tokenisation as in training, and length bias."""
 
 from preflab.data.length_bias import split_bias
 from preflab.data.preferences import PreferenceData, load_pairs, tokenize
 from preflab.evaluation.comparison import Comparison, held_out_sources
-from utils.errors import UserError
+from utils.errors import UserError, is_main_process
 
 
 def held_out_pairs(comparison: Comparison, tokenizer) -> tuple[PreferenceData, object, dict]:
-    """The pairs to evaluate on: (pairs, their token ids, how many were cut). What was left out is in `pairs.dropped`.
+    """Load and tokenise the pairs to evaluate on.
 
-    The run's own filters apply to the data it held out itself, so that its figures come out again, and to no others.
+    The filters of the training run apply only to data that the run held out itself, so that its own metrics are
+    reproduced; other data are evaluated unfiltered.
+
+    Returns:
+        (pairs, token ids, truncation): `pairs.dropped` counts the rows left out, `truncation` the truncated parts.
+
+    Raises:
+        UserError: no pair is left.
     """
     args, trained = comparison.args, comparison.trained
     sources, own = held_out_sources(args, trained)
@@ -25,46 +32,48 @@ def held_out_pairs(comparison: Comparison, tokenizer) -> tuple[PreferenceData, o
     if not data.pairs:
         named = ", ".join(f"{s['name']} split {s['split']}" for s in sources)
         raise UserError(f"{named}: no pair is left; dropped: {dict(data.dropped)}")
-    ids, cut = tokenize(data, tokenizer, args.max_length, args.max_prompt_length, desc="held-out")
-    return data, ids, cut
+    ids, truncation = tokenize(data, tokenizer, args.max_length, args.max_prompt_length, desc="held-out")
+    return data, ids, truncation
 
 
-def left_out(data: PreferenceData, cut: dict) -> str:
-    """What the filters left out and what was cut, in one line."""
+def left_out(data: PreferenceData, truncation: dict) -> str:
+    """One line: how many rows were evaluated, dropped and truncated."""
     dropped = ", ".join(f"{reason} {n}" for reason, n in data.dropped.items()) or "nothing"
-    parts = ", ".join(f"{cut.get(f'truncated_{p}', 0)} {p}" for p in ("prompt", "chosen", "rejected"))
-    return f"{len(data.pairs)} of {data.rows} rows evaluated; left out: {dropped}; cut to fit --max_length: {parts}"
+    parts = ", ".join(f"{truncation.get(f'truncated_{p}', 0)} {p}" for p in ("prompt", "chosen", "rejected"))
+    return f"{len(data.pairs)} of {data.rows} rows evaluated; left out: {dropped}; truncated to --max_length: {parts}"
 
 
-def length_bias(comparison: Comparison, tokenizer, others: list[str]) -> dict:
-    """Length bias of the evaluated split and of further ones: `{split: split_bias}`.
+def length_bias(comparison: Comparison, tokenizer, further_splits: list[str]) -> dict:
+    """Length bias per split: `{split: split_bias}` on rank 0, `{}` on other ranks.
 
-    Counted over the rows as the dataset has them, without the run's filters: only pairs that cannot be compared
-    (empty or identical answers, broken turns) are left out.
+    Counted over the rows of the dataset without the run's filters; only pairs that cannot be compared (empty or
+    identical answers, invalid turns) are left out. The evaluated splits come first, then `further_splits` of the same
+    dataset, then the train split of the run that trained the tuned model, if it can still be read.
 
-    Args:
-        others: names of further splits of the evaluated dataset. The train split of the run that trained the tuned
-            model comes by itself, where it can still be read.
+    Raises:
+        UserError: one of the evaluated or further splits cannot be read.
     """
-    args = comparison.args
-    sources, own = held_out_sources(args, comparison.trained)
-    wanted = [(source, True) for source in sources]
-    wanted += [({**sources[0], "split": split}, True) for split in others]
-    if own and not comparison.trained.get("datasets"):
-        trained = comparison.trained
+    if not is_main_process():
+        return {}
+    args, trained = comparison.args, comparison.trained
+    sources, own = held_out_sources(args, trained)
+    requested = [*sources, *({**sources[0], "split": split} for split in further_splits)]
+    optional = []
+    if own and not trained.get("datasets"):
         keys = {"name": "dataset_name", "config": "dataset_config", "revision": "dataset_revision"}
-        wanted.append(({k: trained.get(v) for k, v in keys.items()} | {"split": trained["dataset_train_split"]}, False))
-    found = {}
-    for source, must in wanted:
+        optional = [{k: trained.get(v) for k, v in keys.items()} | {"split": trained["dataset_train_split"]}]
+    biases = {}
+    for source in [*requested, *optional]:
         name = source["split"] if source["name"] == sources[0]["name"] else f"{source['name']} {source['split']}"
-        if name in found:
+        if name in biases:
             continue
         try:
             data = load_pairs([source], keep_duplicate_prompts=True, plain_as_chat=True, limit=args.limit)
         except UserError:
-            if must:
+            # The train split may have been moved since the run.
+            if source in requested:
                 raise
             continue
         if data.pairs:
-            found[name] = {**split_bias(data.pairs, tokenizer, args.seed), "left_out": dict(data.dropped)}
-    return found
+            biases[name] = {**split_bias(data.pairs, tokenizer, args.seed), "left_out": dict(data.dropped)}
+    return biases

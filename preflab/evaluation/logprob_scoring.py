@@ -8,6 +8,7 @@ import math
 import time
 from dataclasses import dataclass
 
+from preflab.evaluation.comparison import ensure_models_differ
 from preflab.evaluation.two_models import TwoModels
 from preflab.models.batching import pad_right, token_batches
 from preflab.models.fast.shared_prompt import pack
@@ -91,11 +92,10 @@ def score_sequences(models: TwoModels, sequences: list[Sequence], summarise, kin
         cache.add("spread", {"batch_spread_nats": spread})
     found = cache.gather()
     rows = [found[str(i)] for i in range(len(sequences))]
-    if not any([row.pop("moved") > UNCHANGED for row in rows]):
-        raise UserError(
-            f"base and tuned give every token of all {len(rows)} sequences the same log-probability: the adapter was"
-            " not applied, or it was never trained; check --adapter_path, or --tuned_model"
-        )
+    changes = [row.pop("moved") for row in rows]
+    ensure_models_differ(
+        max(changes, default=0.0) <= UNCHANGED, f"the same log-probability to every token of all {len(rows)} sequences"
+    )
     for row in rows:
         row.pop("sum")
     speed = {"tokens": tokens, "seconds": round(seconds, 2), "rows_kept_before": len(sequences) - len(todo)}

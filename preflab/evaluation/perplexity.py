@@ -1,28 +1,128 @@
-"""Perplexity: sliding windows over plain text, and figures per token, per sequence and per byte."""
+"""Perplexity of base and tuned on the same token ids: pairs, plain text in sliding windows, and their metrics."""
 
 import math
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
+from preflab.data.preferences import PreferenceData
 from preflab.data.rows import read_rows
-from preflab.evaluation.logprob_scoring import Sequence
+from preflab.evaluation.held_out import held_out_pairs
+from preflab.evaluation.logprob_scoring import Sequence, score_sequences
+from preflab.evaluation.two_models import TwoModels
 from utils.artifacts import metric
 from utils.errors import UserError
 from utils.stats import bootstrap, ratio_of_sums, signed_rank
 
-BOS_PROTOCOLS = ("auto", "once", "per_window", "none")
+SIDES = ("chosen", "rejected")
+
+
+@dataclass
+class PairScores:
+    """Scored preference pairs: rows for `perplexity_rows.jsonl`, speed of scoring, and token counts of truncation."""
+
+    data: PreferenceData | None = None
+    rows: list[dict] = field(default_factory=list)
+    speed: dict = field(default_factory=dict)
+    truncation: dict = field(default_factory=dict)
+
+    def summary(self) -> dict | None:
+        """The `data` entry of the artifact."""
+        return {**self.data.summary(), "truncation": self.truncation} if self.data else None
+
+
+@dataclass
+class TextScores:
+    """Plain text in windows: sequences to score, one row per sequence, speed of scoring, and what was read."""
+
+    sequences: list[Sequence] = field(default_factory=list)
+    rows: list[dict] = field(default_factory=list)
+    speed: dict = field(default_factory=dict)
+    source: dict | None = None
+
+
+# ------------------------------------------------------------------------------------------------------------- pairs
+
+
+def score_pairs(models: TwoModels, skip_kl: bool) -> PairScores:
+    """Score both answers of every held-out pair: the whole text, and the response given the prompt."""
+    data, ids, truncation = held_out_pairs(models.comparison, models.tokenizer)
+    sequences, starts = [], []
+    for row in ids:
+        for side in SIDES:
+            start = len(row["prompt_ids"])
+            starts.append(start)
+            sequences.append(Sequence(row["prompt_ids"] + row[f"{side}_ids"], 1, None if skip_kl else start))
+
+    def sums(index, scores):
+        # Log-probability t belongs to token t + 1: the first token has no context and is not scored.
+        response = starts[index] - 1
+        summed = {"kl": None if scores.kl is None else float(scores.kl.sum())}
+        for model in models.sides:
+            logps = getattr(scores, model)
+            summed |= {f"whole_{model}": -float(logps.sum()), f"response_{model}": -float(logps[response:].sum())}
+        return summed
+
+    nlls, speed = score_sequences(models, sequences, sums, "perplexity")
+    rows = []
+    for i, pair in enumerate(data.pairs):
+        row = {"set": "pairs", "row": i, "where": pair.source}
+        # Sequences 2i and 2i + 1 hold the chosen and the rejected answer of pair i.
+        for side, k in (("chosen", 2 * i), ("rejected", 2 * i + 1)):
+            for part, start in (("response", starts[k]), ("whole", 1)):
+                scored = sequences[k].ids[start:]
+                row[f"tokens_{part}_{side}"] = len(scored)
+                row[f"bytes_{part}_{side}"] = len(models.tokenizer.decode(scored, skip_special_tokens=True).encode())
+                base, tuned = nlls[k][f"{part}_base"], nlls[k][f"{part}_tuned"]
+                row |= {f"nll_{part}_{side}_base": base, f"nll_{part}_{side}_tuned": tuned}
+                row[f"nll_{part}_{side}_difference"] = tuned - base
+            row[f"kl_{side}"] = nlls[k]["kl"]
+        rows.append(row)
+    return PairScores(data, rows, speed, truncation)
 
 
 # ------------------------------------------------------------------------------------------------------------- text
 
 
+def cut_text(models: TwoModels, args) -> TextScores:
+    """Read the plain text and cut it into windows, before any scoring. Resolves `args.bos` "auto".
+
+    Raises:
+        UserError: a missing or unreadable file, a missing column, no text, or too little text to score.
+    """
+    if not (args.text_file or args.text_dataset):
+        return TextScores()
+    dataset = (args.text_dataset, args.text_config, args.text_split, args.text_column)
+    documents, source = read_documents(args.text_file or [], *dataset)
+    args.bos = bos_protocol(args.bos, models.tokenizer)
+    sequences, rows = cut_documents(documents, models.tokenizer, args.window, args.stride, args.bos)
+    if not sequences:
+        raise UserError("the text is too short to score: no token is left under --bos none; give more text")
+    return TextScores(sequences, rows, source=source)
+
+
+def score_text(models: TwoModels, text: TextScores) -> TextScores:
+    """Score every window; adds the negative log-likelihoods (nats) to `text.rows` and sets `text.speed`."""
+
+    def sums(index, scores):
+        return {"nll_base": -float(scores.base.sum()), "nll_tuned": -float(scores.tuned.sum())}
+
+    if text.sequences:
+        nlls, text.speed = score_sequences(models, text.sequences, sums, "perplexity-text")
+        for row, scores in zip(text.rows, nlls, strict=True):
+            row |= {**scores, "nll_difference": scores["nll_tuned"] - scores["nll_base"]}
+    return text
+
+
 def read_documents(files: list[str], dataset: str | None, config, split: str, column: str) -> tuple[list[dict], dict]:
-    """Documents of plain-text files (one each) and of a dataset's text column (one a row).
+    """Read documents from plain-text files (one per file) and from a dataset's text column (one per row).
 
     Returns:
-        (documents, left_out): `{where, text}` each, and how many rows were empty. Raises UserError where nothing is
-        left, where a file is not UTF-8 text, and where a row has no such column.
+        (documents, {left_out, source}): documents are `{where, text}`; left_out counts empty rows.
+
+    Raises:
+        UserError: no document is left, a file is not UTF-8 text, or a row has no such column.
     """
     documents, left_out = [], {}
     for name in files:
@@ -36,13 +136,13 @@ def read_documents(files: list[str], dataset: str | None, config, split: str, co
             raise UserError(f"--text_file {name}: the file is empty; give one with text")
         documents.append({"where": name, "text": text})
     rows, source = read_rows(dataset, split, config) if dataset else ([], None)
-    for where, row in rows:
+    for place, row in rows:
         text = row.get(column) if isinstance(row, dict) else None
         if not isinstance(text, str):
             keys = ", ".join(sorted(map(str, row))) if isinstance(row, dict) else type(row).__name__
-            raise UserError(f"{where}: no text in column {column!r} (there: {keys}); --text_column names another")
+            raise UserError(f"{place}: no text in column {column!r} (columns: {keys}); choose one with --text_column")
         if text.strip():
-            documents.append({"where": where, "text": text})
+            documents.append({"where": place, "text": text})
         else:
             left_out["empty_text"] = left_out.get("empty_text", 0) + 1
     if not documents:
@@ -50,63 +150,64 @@ def read_documents(files: list[str], dataset: str | None, config, split: str, co
     return documents, {"left_out": left_out, "source": source}
 
 
-def bos_protocol(asked: str, tokenizer) -> str:
-    """once, per_window or none. "auto": per_window where the tokenizer puts a BOS before every text, else once.
+def bos_protocol(requested: str, tokenizer) -> str:
+    """Resolve `--bos` to once, per_window or none. "auto" is per_window if the tokenizer adds a BOS, else once.
 
-    Gemma's family is lost in a window without BOS; models that were trained without one take their BOS (or EOS) as
-    the first context, as lm-evaluation-harness does.
+    Gemma models give wrong probabilities in windows without BOS. Models trained without a BOS take BOS (or EOS) as the
+    first context only, as lm-evaluation-harness does.
     """
-    if asked != "auto":
-        return asked
+    if requested != "auto":
+        return requested
     ids = tokenizer("x")["input_ids"]
     return "per_window" if tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id] else "once"
 
 
 def prefix_id(tokenizer) -> int:
-    """The id that opens a text: BOS, else EOS."""
+    """The token id that opens a text: BOS, else EOS."""
     return tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
 
 
 def windows(count: int, window: int, stride: int, bos: str) -> list[tuple[int, int, int]]:
-    """Cut a text of `count` tokens into windows of at most `window` input tokens, each token predicted once.
+    """Cut a text of `count` tokens into windows of at most `window` input tokens; each token is predicted once.
 
-    The first window predicts `window` tokens, every later one the next `stride`, with as much context as fits: one
-    token where stride equals window, which are lm-evaluation-harness's rolling windows. With a BOS in every window
-    the context is one token shorter.
+    The first window predicts `window` tokens. Every later one predicts the next `stride` tokens with as much context as
+    fits: one token if stride equals window, as in lm-evaluation-harness's rolling windows. A BOS in every window
+    takes the place of one context token.
 
     Returns:
-        (context, first, end) each: tokens [first, end) are predicted from those from `context` on.
+        (context, first, end) per window: tokens [first, end) are predicted from tokens [context, first) and each other.
     """
-    found, first = [], 0
+    spans, first = [], 0
     while first < count:
         end = min(first + (stride if first else window), count)
+        # window + 1 ids: the last one is predicted but is not an input, and per_window spends one on the BOS.
         context = max(0, end - window - (bos != "per_window")) if first else 0
-        found.append((context, first, end))
+        spans.append((context, first, end))
         first = end
-    return found
+    return spans
 
 
 def window_sequences(tokens: list[int], window: int, stride: int, bos: str, prefix: int) -> list[Sequence]:
     """The windows of one text as sequences to score. Without a prefix, the text's first token is not predicted."""
-    found = []
+    sequences = []
     for context, first, end in windows(len(tokens), window, stride, bos):
-        opens = bos == "per_window" or (bos == "once" and first == 0)
-        ids = ([prefix] if opens else []) + tokens[context:end]
-        start = max(1, first - context + opens)
-        found.append(Sequence(ids, start))
-    return found
+        has_prefix = bos == "per_window" or (bos == "once" and first == 0)
+        ids = ([prefix] if has_prefix else []) + tokens[context:end]
+        sequences.append(Sequence(ids, start=max(1, first - context + has_prefix)))
+    return sequences
 
 
 def cut_documents(documents: list[dict], tokenizer, window: int, stride: int, bos: str) -> tuple[list, list[dict]]:
-    """Sequences of all documents, and a row for each: document, window, predicted tokens, and their UTF-8 bytes."""
+    """Sequences of all documents, with one row each: document, window, predicted tokens, and their UTF-8 bytes."""
     sequences, rows = [], []
     for number, document in enumerate(documents):
-        read = tokenizer(document["text"], add_special_tokens=False, return_offsets_mapping=True)
-        tokens, offsets = read["input_ids"], [a for a, _ in read["offset_mapping"]]
-        cut = windows(len(tokens), window, stride, bos)
-        found = window_sequences(tokens, window, stride, bos, prefix_id(tokenizer))
-        for k, ((_, first, end), sequence) in enumerate(zip(cut, found, strict=True)):
-            # From where the window's first token begins to where the next one's does, so that bytes add up.
+        encoded = tokenizer(document["text"], add_special_tokens=False, return_offsets_mapping=True)
+        tokens, offsets = encoded["input_ids"], [start for start, _ in encoded["offset_mapping"]]
+        spans = windows(len(tokens), window, stride, bos)
+        cut = window_sequences(tokens, window, stride, bos, prefix_id(tokenizer))
+        for k, ((_, first, end), sequence) in enumerate(zip(spans, cut, strict=True)):
+            # From the start of the window's first token to the start of the next window's, so that the bytes of all
+            # windows add up to the text's, also where a token holds part of a character.
             last = offsets[end] if end < len(tokens) else len(document["text"])
             text = document["text"][offsets[first] if first else 0 : last]
             count = len(sequence.ids) - sequence.start
@@ -117,56 +218,74 @@ def cut_documents(documents: list[dict], tokenizer, window: int, stride: int, bo
     return sequences, rows
 
 
-# ---------------------------------------------------------------------------------------------------------- figures
+# ---------------------------------------------------------------------------------------------------------- metrics
+
+
+def perplexity_metrics(pairs: PairScores, text: TextScores, skip_kl: bool, seed: int) -> tuple[dict, dict]:
+    """(metrics, units): the metrics of every section, and the unit that is resampled in `pairs` and `text`."""
+    metrics, unit = {}, {}
+    for part in ("response", "whole") if pairs.rows else ():
+        for side in SIDES:
+            metrics |= section_metrics(f"{part}_{side}", pair_units(pairs.rows, part, side), seed)
+            unit["pairs"] = "pairs"
+    for side in SIDES if pairs.rows and not skip_kl else ():
+        kl = np.array([[row[f"kl_{side}"], row[f"tokens_response_{side}"]] for row in pairs.rows])
+        metrics[f"kl_{side}"] = bootstrap(kl, seed, statistic=ratio_of_sums)
+    if text.rows:
+        units, unit["text"] = text_units(text.rows)
+        metrics |= section_metrics("text", units, seed)
+    if pairs.data:
+        metrics["skipped_examples"] = metric(sum(pairs.data.dropped.values()), n=pairs.data.rows)
+    return metrics, unit
 
 
 def section_metrics(name: str, units: np.ndarray, seed: int) -> dict:
-    """Every figure of one section, base beside tuned.
+    """All metrics of one section, for base and tuned.
 
     Args:
-        name: response_chosen, response_rejected, whole_chosen, whole_rejected or text; opens each metric's name.
-        units: shape (n, 4): negative log-likelihood under base and under tuned (nats), tokens, bytes of each unit
-            that is resampled.
+        name: response_chosen, response_rejected, whole_chosen, whole_rejected or text; the prefix of each metric.
+        units: shape (n, 4), one row per resampled unit: negative log-likelihood under base and under tuned (nats),
+            tokens, bytes.
 
     Returns:
-        ppl_* is exp(sum of nll / sum of tokens), ppl_mean_* the mean over units of exp(nll / tokens) (as
-        `evaluate` averages), nll_* nats a token, bits_per_byte_* of the scored text; p_* Wilcoxon's signed ranks on the
-        units' mean nll.
+        ppl_* is exp(sum of nll / sum of tokens); ppl_mean_* is the mean over units of exp(nll / tokens), as in
+        `evaluate`'s perplexity; nll_* is in nats per token; bits_per_byte_* is over the scored text. p_* is the
+        two-sided p-value of Wilcoxon's signed-rank test on the units' mean nll.
     """
     base, tuned, tokens, size = units.T
-    found = {}
+    metrics = {}
     for side, nll in (("base", base), ("tuned", tuned)):
+        # Numerator and denominator of a unit are resampled together: a ratio of sums, not a mean of ratios.
         pair = np.stack([nll, tokens], 1)
-        found[f"{name}_ppl_{side}"] = bootstrap(pair, seed, statistic=lambda x: math.exp(ratio_of_sums(x)))
-        found[f"{name}_ppl_mean_{side}"] = bootstrap(np.exp(nll / tokens), seed)
-        found[f"{name}_nll_{side}"] = bootstrap(pair, seed, statistic=ratio_of_sums)
-        found[f"{name}_bits_per_byte_{side}"] = bootstrap(
-            np.stack([nll / math.log(2), size], 1), seed, statistic=ratio_of_sums
-        )
-    moved = np.stack([tuned - base, tokens], 1)
-    found[f"{name}_nll_difference"] = bootstrap(moved, seed, statistic=ratio_of_sums)
-    found[f"{name}_ppl_ratio"] = bootstrap(moved, seed, statistic=lambda x: math.exp(ratio_of_sums(x)))
-    found[f"{name}_ppl_difference"] = bootstrap(
+        bits = np.stack([nll / math.log(2), size], 1)
+        metrics[f"{name}_ppl_{side}"] = bootstrap(pair, seed, statistic=lambda x: math.exp(ratio_of_sums(x)))
+        metrics[f"{name}_ppl_mean_{side}"] = bootstrap(np.exp(nll / tokens), seed)
+        metrics[f"{name}_nll_{side}"] = bootstrap(pair, seed, statistic=ratio_of_sums)
+        metrics[f"{name}_bits_per_byte_{side}"] = bootstrap(bits, seed, statistic=ratio_of_sums)
+    change = np.stack([tuned - base, tokens], 1)
+    metrics[f"{name}_nll_difference"] = bootstrap(change, seed, statistic=ratio_of_sums)
+    metrics[f"{name}_ppl_ratio"] = bootstrap(change, seed, statistic=lambda x: math.exp(ratio_of_sums(x)))
+    metrics[f"{name}_ppl_difference"] = bootstrap(
         units[:, :3],
         seed,
         statistic=lambda x: math.exp(ratio_of_sums(x[:, [1, 2]])) - math.exp(ratio_of_sums(x[:, [0, 2]])),
     )
-    found[f"p_{name}_nll_difference"] = metric(signed_rank((tuned - base) / tokens), n=len(units))
-    found[f"{name}_tokens"] = metric(int(tokens.sum()), n=len(units))
-    found[f"{name}_bytes"] = metric(int(size.sum()), n=len(units))
-    return found
+    metrics[f"p_{name}_nll_difference"] = metric(signed_rank((tuned - base) / tokens), n=len(units))
+    metrics[f"{name}_tokens"] = metric(int(tokens.sum()), n=len(units))
+    metrics[f"{name}_bytes"] = metric(int(size.sum()), n=len(units))
+    return metrics
 
 
 def text_units(rows: list[dict]) -> tuple[np.ndarray, str]:
-    """Units of the text rows, shape (n, 4): documents where there are several, else the windows of the one document."""
+    """Units of the text rows, shape (n, 4), and their name: documents, or the windows of a single document."""
     keys = [row["document"] for row in rows]
     unit = "documents" if len(set(keys)) > 1 else "windows"
     if unit == "windows":
         keys = [row["window"] for row in rows]
     columns = np.array([[row["nll_base"], row["nll_tuned"], row["tokens"], row["bytes"]] for row in rows], float)
-    _, where = np.unique(keys, return_inverse=True)
-    units = np.zeros((where.max() + 1, 4))
-    np.add.at(units, where, columns)
+    _, unit_of_row = np.unique(keys, return_inverse=True)
+    units = np.zeros((unit_of_row.max() + 1, 4))
+    np.add.at(units, unit_of_row, columns)
     return units, unit
 
 
@@ -174,3 +293,26 @@ def pair_units(rows: list[dict], part: str, side: str) -> np.ndarray:
     """Units of the pair rows, shape (n, 4). `part` is response or whole, `side` chosen or rejected."""
     keys = [f"nll_{part}_{side}_base", f"nll_{part}_{side}_tuned", f"tokens_{part}_{side}", f"bytes_{part}_{side}"]
     return np.array([[row[k] for k in keys] for row in rows], float)
+
+
+def protocol(args, tokenizer, unit: dict) -> dict:
+    """The `protocol` section of the artifact: in words, which tokens were scored and with which context."""
+    described = {
+        "pairs": "the chat template's own special tokens and no others; response: the answer's tokens and its end of"
+        " turn, given the prompt; whole: every token but the first",
+        "kl": "sum over the vocabulary of p_tuned (log p_tuned - log p_base) at each answer token of the data, not of"
+        " the model's own samples",
+        "unit_that_is_resampled": unit,
+    }
+    if unit.get("text"):
+        opening = {
+            "once": "one BOS (EOS where there is none) opens each document",
+            "per_window": "a BOS opens every window",
+            "none": "no BOS; the first token of a document is not scored",
+        }
+        described["text"] = (
+            f"no special token but: {opening[args.bos]}; windows of {args.window} input tokens, moved by {args.stride};"
+            " every token is predicted once"
+        )
+        described["prefix_token"] = tokenizer.bos_token or tokenizer.eos_token
+    return described

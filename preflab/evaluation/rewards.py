@@ -1,13 +1,60 @@
 """Implicit rewards on held-out pairs: r(x, y) = beta (log pi(y|x) - log pi_ref(y|x)) (Rafailov et al. 2023, eq. 5)."""
 
+from dataclasses import dataclass
+
 import numpy as np
 
+from preflab.data.preferences import PreferenceData
+from preflab.evaluation.held_out import held_out_pairs
+from preflab.evaluation.logprob_scoring import Sequence, score_sequences
+from preflab.evaluation.two_models import TwoModels
 from utils.artifacts import metric
 from utils.stats import bootstrap, mcnemar, pairwise_correct, sign_test, signed_rank
 
 
+@dataclass
+class PairRewards:
+    """Held-out pairs with their implicit rewards: rows for `win_rate_rows.jsonl`, speed, and truncation counts."""
+
+    data: PreferenceData
+    rows: list[dict]
+    speed: dict
+    truncation: dict
+
+
+def implicit_rewards(models: TwoModels, beta: float) -> PairRewards:
+    """Score the held-out pairs under base and tuned. Base is the reference model of the rewards."""
+    data, ids, truncation = held_out_pairs(models.comparison, models.tokenizer)
+    # Sequences 2i and 2i + 1 hold the chosen and the rejected answer of pair i; only the answers are scored.
+    sequences = [
+        Sequence(row["prompt_ids"] + row[f"{side}_ids"], len(row["prompt_ids"]))
+        for row in ids
+        for side in ("chosen", "rejected")
+    ]
+
+    def sums(index, scores):
+        return {"base": float(scores.base.sum()), "tuned": float(scores.tuned.sum())}
+
+    logps, speed = score_sequences(models, sequences, sums, "win-rate")
+    scores = [
+        {
+            "row": i,
+            "chosen": chosen["tuned"],
+            "rejected": rejected["tuned"],
+            "ref_chosen": chosen["base"],
+            "ref_rejected": rejected["base"],
+        }
+        for i, (chosen, rejected) in enumerate(zip(logps[::2], logps[1::2], strict=True))
+    ]
+    rows = reward_rows(scores, beta)
+    for row, pair, tokens in zip(rows, data.pairs, ids, strict=True):
+        row |= {f"tokens_{part}": len(tokens[f"{part}_ids"]) for part in ("prompt", "chosen", "rejected")}
+        row |= {"where": pair.source, "score_chosen": pair.score_chosen, "score_rejected": pair.score_rejected}
+    return PairRewards(data, rows, speed, truncation)
+
+
 def reward_rows(scores: list[dict], beta: float) -> list[dict]:
-    """Each scored pair (`ResumableDPOTrainer.score`) with its rewards and margin, in beta x nats."""
+    """Add rewards and margin, in beta × nats, to scored pairs (`ResumableDPOTrainer.score`)."""
     rows = []
     for s in scores:
         chosen, rejected = beta * (s["chosen"] - s["ref_chosen"]), beta * (s["rejected"] - s["ref_rejected"])
@@ -16,20 +63,22 @@ def reward_rows(scores: list[dict], beta: float) -> list[dict]:
 
 
 def reward_metrics(rows: list[dict], surface=None, seed: int = 42) -> dict:
-    """Held-out metrics, base beside tuned, each with standard error and 95% bootstrap interval over pairs.
+    """Held-out metrics of base and tuned, each with standard error and 95% bootstrap interval over pairs.
 
     Args:
         rows: from `reward_rows`.
-        surface: shape (len(rows),), scores of the words-and-length classifier; None leaves it out.
+        surface: shape (len(rows),), scores of the bag-of-words and length baseline; None omits it.
 
     Returns:
         `{name: metric}`. reward_accuracy counts a margin of 0 as half; reward_accuracy_strict counts it as wrong, as
-        TRL does. likelihood_ranking_* is the share of pairs whose chosen answer is the likelier one. `p_*` are
-        two-sided tests: exact sign test against 50%, exact McNemar for paired shares, Wilcoxon's signed ranks else.
+        TRL does. likelihood_ranking_* is the share of pairs whose chosen answer has the higher log-probability. `p_*`
+        are two-sided p-values: exact sign test against 50%, exact McNemar test of paired shares, else Wilcoxon's
+        signed-rank test.
     """
     columns = {key: np.array([row[key] for row in rows]) for key in rows[0]}
     zero = np.zeros(len(rows))
-    right = pairwise_correct(columns["margin"], zero)
+    # 1, 0.5 or 0 per pair: ranked correctly by reward, by the base's and by the tuned model's likelihood.
+    correct = pairwise_correct(columns["margin"], zero)
     base = pairwise_correct(columns["ref_chosen"], columns["ref_rejected"])
     tuned = pairwise_correct(columns["chosen"], columns["rejected"])
 
@@ -37,7 +86,7 @@ def reward_metrics(rows: list[dict], surface=None, seed: int = 42) -> dict:
         return bootstrap(values, seed)
 
     metrics = {
-        "reward_accuracy": mean(right),
+        "reward_accuracy": mean(correct),
         "reward_accuracy_strict": mean(columns["margin"] > 0),
         "reward_margin": mean(columns["margin"]),
         "reward_chosen": mean(columns["reward_chosen"]),
@@ -46,10 +95,10 @@ def reward_metrics(rows: list[dict], surface=None, seed: int = 42) -> dict:
         "likelihood_ranking_base": mean(base),
         "likelihood_ranking_tuned": mean(tuned),
         "likelihood_ranking_difference": mean(np.stack([tuned, base], 1)),
-        "reward_accuracy_minus_base_ranking": mean(np.stack([right, base], 1)),
-        "p_reward_accuracy_is_half": metric(sign_test(right), n=len(rows)),
+        "reward_accuracy_minus_base_ranking": mean(np.stack([correct, base], 1)),
+        "p_reward_accuracy_is_half": metric(sign_test(correct), n=len(rows)),
         "p_likelihood_ranking_difference": metric(mcnemar(tuned, base), n=len(rows)),
-        "p_reward_accuracy_is_base_ranking": metric(mcnemar(right, base), n=len(rows)),
+        "p_reward_accuracy_is_base_ranking": metric(mcnemar(correct, base), n=len(rows)),
         "p_reward_margin_is_0": metric(signed_rank(columns["margin"]), n=len(rows)),
     }
     for side in ("chosen", "rejected"):
@@ -58,8 +107,8 @@ def reward_metrics(rows: list[dict], surface=None, seed: int = 42) -> dict:
         metrics[f"logps_{side}_difference"] = mean(np.stack([columns[side], columns[f"ref_{side}"]], 1))
         metrics[f"p_logps_{side}_difference"] = metric(signed_rank(columns[side] - columns[f"ref_{side}"]), n=len(rows))
     if surface is not None:
-        surface_right = pairwise_correct(surface, zero)
-        metrics["surface_classifier_accuracy"] = mean(surface_right)
-        metrics["reward_accuracy_minus_surface"] = mean(np.stack([right, surface_right], 1))
-        metrics["p_reward_accuracy_is_surface"] = metric(mcnemar(right, surface_right), n=len(rows))
+        surface_correct = pairwise_correct(surface, zero)
+        metrics["surface_classifier_accuracy"] = mean(surface_correct)
+        metrics["reward_accuracy_minus_surface"] = mean(np.stack([correct, surface_correct], 1))
+        metrics["p_reward_accuracy_is_surface"] = metric(mcnemar(correct, surface_correct), n=len(rows))
     return metrics

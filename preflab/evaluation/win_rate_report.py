@@ -1,56 +1,75 @@
-"""What eval_win_rate.py prints in reward mode."""
+"""Text and picture of eval_win_rate.py in reward mode."""
+
+import numpy as np
 
 from preflab.data.length_bias import sentence
+from preflab.evaluation.reward_table import (
+    COIN_FLIP,
+    NO_REWARD,
+    accuracy_row,
+    comparison_row,
+    heading,
+    margin_row,
+    ranking_row,
+)
 from utils.errors import is_main_process
 from utils.plots import CHOSEN, NEUTRAL, REJECTED, figure, save
+from utils.stage import Report
 from utils.stats import pairwise_correct
-from utils.tables import cell, difference, estimate, render
+from utils.tables import cell, difference, estimate
+from utils.tables import render as render_table
 
 
-def conclude(
-    metrics: dict, parts: dict, bias: dict, expected: dict | None, title: str, left_out: str, seen: bool
-) -> tuple[str, str]:
-    """(text, verdict): the table with everything below it, and the one sentence that answers the question.
+def render(
+    metrics: dict,
+    slices: dict,
+    bias: dict,
+    expected: dict | None,
+    title: str,
+    left_out: str,
+    trained_on: bool,
+) -> Report:
+    """The printed tables and the verdict.
 
     Args:
-        seen: whether the run trained on these very pairs, so that nothing is shown by them.
+        metrics: of `reward_slices.win_rate_metrics`; slices: of `reward_slices.slices`.
+        bias: `{split: bias}` of `held_out.length_bias`.
+        expected: of `trainer_metrics.compare`, or None without --expected.
+        left_out: the line of `held_out.left_out`.
+        trained_on: whether the run was trained on these pairs.
     """
-    verdict = claim(metrics)
-    if seen:
-        verdict = f"NOT HELD OUT: the run trained on these pairs, so they show nothing. ({verdict})"
-    blocks = [table(metrics, title), slices_table(parts), left_out]
-    blocks.append("\n".join(sentence(s, b) for s, b in bias.items()))
+    verdict = verdict_of(metrics)
+    if trained_on:
+        verdict = f"NOT HELD OUT: the run was trained on these pairs, so they are no evidence. ({verdict})"
+    blocks = [_table(metrics, title), _slices_table(slices), left_out]
+    blocks.append("\n".join(sentence(split, b) for split, b in bias.items()))
     if expected:
-        blocks.append(expected_table(expected))
-    return "\n\n".join([*blocks, verdict]), verdict
+        blocks.append(_expected_table(expected))
+    return Report("\n\n".join([*blocks, verdict]), verdict)
 
 
-def claim(metrics: dict) -> str:
-    """Whether the rewards rank held-out pairs better than chance, and better than the base model does."""
+def verdict_of(metrics: dict) -> str:
+    """Whether the rewards rank held-out pairs better than chance, and better than the base model's likelihood does."""
     rate = metrics["win_rate_ties_half"]
     if rate["ci95"] is None:
         return f"No claim: {rate['n']} held-out pair is too few for an interval."
-    figure = f"the reward win rate is {estimate(rate, 100)}% (95% interval; ties half)"
+    shown = f"the reward win rate is {estimate(rate, 100)}% (95% interval; ties half)"
+    # With few pairs a bootstrap interval can shrink to a point, so the exact test must agree.
     if not (rate["ci95"][0] > 0.5 and metrics["p_win_rate_is_half"]["value"] < 0.05):
-        return f"No claim that training helped: {figure}, which cannot be told from 50%."
+        return f"No claim that training helped: {shown}, not significantly different from 50%."
     ahead = metrics["win_rate_minus_base_ranking"]
     base = f"the base model's own ranking ({cell(metrics['likelihood_ranking_base'], 100)}%)"
     if ahead["ci95"][0] > 0 and metrics["p_win_rate_is_base_ranking"]["value"] < 0.05:
-        return f"By its rewards, training helped: {figure}, above 50% and above {base}. --battle compares answers."
-    return f"Training moved the rewards the right way: {figure}, above 50%, but no better than {base}."
+        return f"By its rewards, training helped: {shown}, above 50% and above {base}. --battle compares answers."
+    return f"Reward accuracy is above 50%, but not above {base}: {shown}."
 
 
-def table(metrics: dict, title: str) -> str:
+def _table(m: dict, title: str) -> str:
     """Base beside tuned."""
-    m, chance = metrics, minus_half(metrics["win_rate_ties_half"])
+    per_token_p = m["p_win_rate_length_normalised_is_half"]["value"]
     lines = [
-        (f"on {m['evaluated_examples']['value']} held-out pairs", "base", "tuned", "tuned - base [95% interval]"),
-        (
-            "win rate by reward, % (ties half)",
-            "50.0 by definition",
-            cell(m["win_rate_ties_half"], 100),
-            difference(chance, m["p_win_rate_is_half"], 100),
-        ),
+        heading(m["evaluated_examples"]["value"]),
+        accuracy_row("win rate by reward, % (ties half)", m["win_rate_ties_half"], m["p_win_rate_is_half"]),
         (
             f"win rate, % ({m['exact_ties']['value']} exact ties lose)",
             "0.0 by definition",
@@ -59,115 +78,106 @@ def table(metrics: dict, title: str) -> str:
         ),
         (
             "win rate by reward per token, % (ties half)",
-            "50.0 by definition",
+            COIN_FLIP,
             cell(m["win_rate_length_normalised_ties_half"], 100),
-            f"p={m['p_win_rate_length_normalised_is_half']['value']:.2g}",
+            f"p={per_token_p:.2g}",
         ),
-        (
-            "base likelihood against tuned reward, %",
-            cell(m["likelihood_ranking_base"], 100),
-            cell(m["win_rate_ties_half"], 100),
-            difference(m["win_rate_minus_base_ranking"], m["p_win_rate_is_base_ranking"], 100),
+        comparison_row(
+            "base: likelier answer, tuned: reward, %",
+            m["likelihood_ranking_base"],
+            m["win_rate_ties_half"],
+            m["win_rate_minus_base_ranking"],
+            m["p_win_rate_is_base_ranking"],
+            100,
         ),
-        (
-            "likelier answer is chosen, %",
-            cell(m["likelihood_ranking_base"], 100),
-            cell(m["likelihood_ranking_tuned"], 100),
-            difference(m["likelihood_ranking_difference"], m["p_likelihood_ranking_difference"], 100),
-        ),
-        (
-            "reward margin, beta x nats",
-            "0 by definition",
-            cell(m["avg_margin"], 1, 3),
-            difference(m["avg_margin"], m["p_avg_margin_is_0"], 1, 3),
-        ),
-        ("reward of chosen, beta x nats", "0 by definition", cell(m["avg_reward_chosen"], 1, 3), ""),
-        ("reward of rejected, beta x nats", "0 by definition", cell(m["avg_reward_rejected"], 1, 3), ""),
+        ranking_row(m),
+        margin_row(m["avg_margin"], m["p_avg_margin_is_0"]),
+        ("reward of chosen, beta x nats", NO_REWARD, cell(m["avg_reward_chosen"], 1, 3), ""),
+        ("reward of rejected, beta x nats", NO_REWARD, cell(m["avg_reward_rejected"], 1, 3), ""),
         (
             "log loss of sigmoid(margin)",
             "0.693 by definition",
             cell(m["calibration_log_loss"], 1, 3),
             f"calibration error {m['calibration_ece']['value']:.3f}",
         ),
-        (
-            "rank correlation, margin and length",
-            "",
-            estimate(m["margin_length_correlation"], 1, 2),
-            "",
-        ),
+        ("rank correlation, margin and length", "", estimate(m["margin_length_correlation"], 1, 2), ""),
     ]
-    return render(title, lines)
+    return render_table(title, lines)
 
 
-def slices_table(parts: dict) -> str:
-    """Win rate and base ranking in every slice."""
-    lines = [("slice", "pairs", "base ranking, %", "win rate, % (ties half)", "tuned reward - base ranking")]
-    for groups in parts.values():
+def _slices_table(slices: dict) -> str:
+    """Win rate and base ranking of every slice."""
+    lines = [("slice", "pairs", "base ranking, %", "win rate, % (ties half)", "win rate - base ranking", "p")]
+    for groups in slices.values():
         for label, s in groups.items():
-            ahead = difference(s["win_rate_minus_base_ranking"], {"value": s["p_win_rate_is_base_ranking"]}, 100)
-            lines.append((label, str(s["n"]), cell(s["base_ranking"], 100), cell(s["win_rate_ties_half"], 100), ahead))
-    return render("by length, longer side and score gap", lines)
+            ahead, p = difference(s["win_rate_minus_base_ranking"], None, 100), s["p_win_rate_is_base_ranking"]
+            shares = cell(s["base_ranking"], 100), cell(s["win_rate_ties_half"], 100)
+            lines.append((label, str(s["n"]), *shares, ahead, f"{p:.2g}"))
+    return render_table("by length, longer side and score gap", lines)
 
 
-def expected_table(expected: dict) -> str:
-    """The trainer's own figures beside those recomputed from the rows."""
-    lines = [("metric", "trainer", "from our rows, its batches", "mean over rows", "")]
+def _expected_table(expected: dict) -> str:
+    """The trainer's own metrics beside those recomputed from the rows."""
+    lines = [("metric", "trainer", "recomputed, same batches", "mean over rows", "")]
     for key, f in expected["figures"].items():
         numbers = [f"{f[k]:.4f}" for k in ("trainer", "recomputed", "mean_over_rows")]
         lines.append((key, *numbers, "agrees" if f["agrees"] else "DIFFERS"))
     batches = f"batches of {expected['batch_size']} on {expected['processes']} process(es)"
-    return render(f"the trainer's evaluation, {batches}, within {expected['tolerance']}", lines)
+    return render_table(f"the trainer's evaluation, {batches}, tolerance {expected['tolerance']}", lines)
 
 
-def win_rate_figure(path, rows: list[dict], bins: list[dict], headline: str) -> None:
-    """Three panels: the margins' histogram, accuracy over the length difference, and calibration.
+def draw(path, rows: list[dict], bins: list[dict], title: str) -> None:
+    """Three panels: histogram of margins, accuracy over length difference, calibration. Rank 0 only.
 
     Args:
         rows: of win_rate_rows.jsonl.
-        bins: from `preflab.evaluation.reward_slices.calibration_bins`.
+        bins: of `reward_slices.calibration_bins`.
     """
-    import numpy as np
-
     if not is_main_process():
         return
-    fig, axes = figure(1, 3, headline)
+    fig, axes = figure(1, 3, title)
     margin = np.array([row["margin"] for row in rows])
-    # An edge at 0, so that no bar holds both.
-    width = (np.ptp(margin) or 1.0) / min(40, max(8, len(rows) // 8))
-    edges = width * np.arange(np.floor(margin.min() / width), np.ceil(margin.max() / width) + 1.5)
-    for part, colour, label in ((margin > 0, CHOSEN, "chosen above"), (margin <= 0, REJECTED, "chosen not above")):
-        axes[0].hist(margin[part], bins=edges, color=colour, alpha=0.8, label=f"{label} ({part.mean():.0%})")
-    axes[0].axvline(0, color="grey", ls=":", lw=1)
-    axes[0].axvline(margin.mean(), color=NEUTRAL, lw=1.5, label=f"mean {margin.mean():+.3f}")
-    axes[0].set(title="Reward margins", xlabel="margin (beta × nats)", ylabel="pairs")
-
-    longer = np.array([row["tokens_chosen"] - row["tokens_rejected"] for row in rows])
-    tuned = pairwise_correct(margin, np.zeros(len(rows)))
-    base = pairwise_correct([row["ref_chosen"] for row in rows], [row["ref_rejected"] for row in rows])
-    parts = [p for p in np.array_split(np.argsort(longer, kind="stable"), min(8, max(1, len(rows) // 10))) if len(p)]
-    for right, colour, label in ((tuned, CHOSEN, "tuned, implicit reward"), (base, NEUTRAL, "base, likelihood")):
-        y, error = [right[p].mean() for p in parts], [1.96 * right[p].std() / len(p) ** 0.5 for p in parts]
-        axes[1].errorbar([longer[p].mean() for p in parts], y, error, fmt="o-", ms=4, lw=1, color=colour, label=label)
-    axes[1].axhline(0.5, color="grey", ls=":", lw=1)
-    axes[1].axvline(0, color="grey", ls=":", lw=1)
-    axes[1].set(
-        title="Accuracy by length difference",
-        xlabel="chosen - rejected (tokens)",
-        ylabel="share right",
-        ylim=(-0.02, 1.02),
-    )
-
-    x, y = [b["confidence"] for b in bins], [b["accuracy"]["value"] for b in bins]
-    low, high = ([abs((b["accuracy"]["ci95"] or [v, v])[i] - v) for b, v in zip(bins, y, strict=True)] for i in (0, 1))
-    axes[2].plot([0.5, 1], [0.5, 1], color="grey", ls=":", lw=1, label="calibrated")
-    axes[2].errorbar(x, y, [low, high], fmt="o-", ms=4, lw=1, color=CHOSEN, label="tuned, 95% interval")
-    axes[2].set(title="Calibration", xlabel="confidence, sigmoid(|margin|)", ylabel="share right", ylim=(-0.02, 1.02))
+    _draw_margins(axes[0], margin)
+    _draw_accuracy_by_length(axes[1], rows, margin)
+    _draw_calibration(axes[2], bins)
     for ax in axes:
         ax.legend(fontsize=7, framealpha=0.6)
     save(fig, path)
 
 
-def minus_half(share: dict) -> dict:
-    """A share's metric as its distance from 50%, the reward accuracy of the base by definition."""
-    interval = [x - 0.5 for x in share["ci95"]] if share["ci95"] else None
-    return {**share, "value": share["value"] - 0.5, "ci95": interval}
+def _draw_margins(ax, margin: np.ndarray) -> None:
+    # Bin edges include 0, so that no bar mixes correct and wrong pairs.
+    width = (np.ptp(margin) or 1.0) / min(40, max(8, len(margin) // 8))
+    edges = width * np.arange(np.floor(margin.min() / width), np.ceil(margin.max() / width) + 1.5)
+    for part, colour, label in ((margin > 0, CHOSEN, "chosen higher"), (margin <= 0, REJECTED, "chosen not higher")):
+        ax.hist(margin[part], bins=edges, color=colour, alpha=0.8, label=f"{label} ({part.mean():.0%})")
+    ax.axvline(0, color="grey", ls=":", lw=1)
+    ax.axvline(margin.mean(), color=NEUTRAL, lw=1.5, label=f"mean {margin.mean():+.3f}")
+    ax.set(title="Reward margins", xlabel="margin (beta × nats)", ylabel="pairs")
+
+
+def _draw_accuracy_by_length(ax, rows: list[dict], margin: np.ndarray) -> None:
+    longer = np.array([row["tokens_chosen"] - row["tokens_rejected"] for row in rows])
+    tuned = pairwise_correct(margin, np.zeros(len(rows)))
+    base = pairwise_correct([row["ref_chosen"] for row in rows], [row["ref_rejected"] for row in rows])
+    # Up to 8 groups of equal count, of about 10 pairs or more.
+    order = np.argsort(longer, kind="stable")
+    groups = [group for group in np.array_split(order, min(8, max(1, len(rows) // 10))) if len(group)]
+    for correct, colour, label in ((tuned, CHOSEN, "tuned, implicit reward"), (base, NEUTRAL, "base, likelihood")):
+        y = [correct[group].mean() for group in groups]
+        error = [1.96 * correct[group].std() / len(group) ** 0.5 for group in groups]
+        x = [longer[group].mean() for group in groups]
+        ax.errorbar(x, y, error, fmt="o-", ms=4, lw=1, color=colour, label=label)
+    ax.axhline(0.5, color="grey", ls=":", lw=1)
+    ax.axvline(0, color="grey", ls=":", lw=1)
+    labels = {"xlabel": "chosen - rejected (tokens)", "ylabel": "share correct"}
+    ax.set(title="Accuracy by length difference", ylim=(-0.02, 1.02), **labels)
+
+
+def _draw_calibration(ax, bins: list[dict]) -> None:
+    x, y = [b["confidence"] for b in bins], [b["accuracy"]["value"] for b in bins]
+    low, high = ([abs((b["accuracy"]["ci95"] or [v, v])[i] - v) for b, v in zip(bins, y, strict=True)] for i in (0, 1))
+    ax.plot([0.5, 1], [0.5, 1], color="grey", ls=":", lw=1, label="calibrated")
+    ax.errorbar(x, y, [low, high], fmt="o-", ms=4, lw=1, color=CHOSEN, label="tuned, 95% interval")
+    labels = {"xlabel": "confidence, sigmoid(|margin|)", "ylabel": "share correct"}
+    ax.set(title="Calibration", ylim=(-0.02, 1.02), **labels)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from preflab.evaluation.comparison import ensure_models_differ
 from preflab.harness.calls import Call
 from preflab.harness.suites import Suite, averages, errors
 from utils.artifacts import metric, read_json
@@ -102,11 +103,8 @@ def _samples(path: Path, side: ModelResults, task: str) -> dict[tuple, dict]:
 def ensure_adapter_applied(base: ModelResults, tuned: ModelResults) -> None:
     """Raise UserError where both models answered every request alike: the adapter was not applied."""
     pairs = [(a[k], tuned.samples[task][k]) for task, a in base.samples.items() for k in a if k in tuned.samples[task]]
-    if pairs and all(a["answer"] == b["answer"] for a, b in pairs):
-        raise UserError(
-            f"base and tuned gave the same answer to all {len(pairs)} requests: the adapter was not applied, or it"
-            " hardly moved the model; check --adapter_path, or --tuned_model"
-        )
+    identical = bool(pairs) and all(a["answer"] == b["answer"] for a, b in pairs)
+    ensure_models_differ(identical, f"the same answer to all {len(pairs)} requests")
 
 
 # ----------------------------------------------------------------------------------------------------- paired figures

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from preflab.data.chat_template import ChatRenderer, TemplateRefused
 from preflab.data.prompts import Prompt
-from preflab.evaluation.comparison import base_of
+from preflab.evaluation.comparison import base_of, ensure_models_differ
 from preflab.evaluation.two_models import TwoModels
 from preflab.models.generation import generate
 from preflab.models.loading import adapter_sha256, identify, load_model, load_tokenizer, locate_adapter, tokenizer_home
@@ -192,11 +192,8 @@ def answer_prompts_with_all(
 
 def ensure_adapter_applied(answers: dict[str, list[dict]]) -> None:
     """Raise UserError where base and tuned answered every prompt alike: the adapter was not applied."""
-    if [a["text"] for a in answers["base"]] == [a["text"] for a in answers["tuned"]]:
-        raise UserError(
-            f"base and tuned gave the same answer to all {len(answers['base'])} prompts: the adapter was not applied,"
-            " or it hardly moved the model; check --adapter_path, or --tuned_model"
-        )
+    base, tuned = ([answer["text"] for answer in answers[side]] for side in ("base", "tuned"))
+    ensure_models_differ(base == tuned, f"the same answer to all {len(base)} prompts")
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Table and verdict of a preference-training run."""
 
-from preflab.evaluation.win_rate_report import minus_half
+from preflab.evaluation.reward_table import accuracy_row, comparison_row, heading, margin_row, ranking_row
 from utils.tables import cell, difference, render
 
 
@@ -51,36 +51,17 @@ def conclude(metrics: dict, title: str) -> tuple[str, str, str | None]:
 
 def table(metrics: dict, title: str) -> str:
     """The one table that a training run prints: base beside tuned, with differences and their 95% intervals."""
-    chance = minus_half(metrics["reward_accuracy"])
+    accuracy, p = metrics["reward_accuracy"], metrics["p_reward_accuracy_is_half"]
     lines = [
-        (f"on {metrics['reward_accuracy']['n']} held-out pairs", "base", "tuned", "tuned - base [95% interval]"),
-        (
-            "reward accuracy, % (ties half)",
-            "50.0 by definition",
-            cell(metrics["reward_accuracy"], 100),
-            difference(chance, metrics["p_reward_accuracy_is_half"], 100),
-        ),
-        (
-            "likelier answer is chosen, %",
-            cell(metrics["likelihood_ranking_base"], 100),
-            cell(metrics["likelihood_ranking_tuned"], 100),
-            difference(metrics["likelihood_ranking_difference"], metrics["p_likelihood_ranking_difference"], 100),
-        ),
-        (
-            "reward margin, beta x nats",
-            "0 by definition",
-            cell(metrics["reward_margin"], 1, 3),
-            difference(metrics["reward_margin"], metrics["p_reward_margin_is_0"], 1, 3),
-        ),
+        heading(accuracy["n"]),
+        accuracy_row("reward accuracy, % (ties half)", accuracy, p),
+        ranking_row(metrics),
+        margin_row(metrics["reward_margin"], metrics["p_reward_margin_is_0"]),
     ]
     for side in ("chosen", "rejected"):
-        base, tuned, moved = (f"logps_{side}_{k}" for k in ("base", "tuned", "difference"))
-        row = (
-            cell(metrics[base], 1, 2),
-            cell(metrics[tuned], 1, 2),
-            difference(metrics[moved], metrics[f"p_{moved}"], 1, 2),
-        )
-        lines.append((f"log-prob of {side}, nats", *row))
+        base, tuned, change = (metrics[f"logps_{side}_{key}"] for key in ("base", "tuned", "difference"))
+        p = metrics[f"p_logps_{side}_difference"]
+        lines.append(comparison_row(f"log-prob of {side}, nats", base, tuned, change, p, digits=2))
     if "surface_classifier_accuracy" in metrics:
         ahead = difference(metrics["reward_accuracy_minus_surface"], metrics["p_reward_accuracy_is_surface"], 100)
         surface = cell(metrics["surface_classifier_accuracy"], 100)

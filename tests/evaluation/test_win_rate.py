@@ -7,15 +7,8 @@ import numpy as np
 import pytest
 from conftest import assert_one_line, eval_args, make_pairs, save_tiny, write_jsonl
 
-from preflab.evaluation.reward_slices import (
-    best_scale,
-    calibration_bins,
-    calibration_metrics,
-    compare_expected,
-    longest_first_batches,
-    slices,
-    trainer_batches,
-)
+from preflab.evaluation.reward_slices import best_scale, calibration_bins, calibration_metrics, slices
+from preflab.evaluation.trainer_metrics import TrainerEvaluation, compare, in_order_batches, longest_first_batches
 from utils.artifacts import RowFile, read_json
 
 
@@ -169,7 +162,7 @@ def test_trainer_batches_are_accelerates_own():
                     [list(BatchSamplerShard(sampler, world, r)) for r in range(world)] if world > 1 else [list(sampler)]
                 )
                 wanted = [sorted(i for batch in step for i in batch) for step in zip(*ranks, strict=True)]
-                found = [sorted(batch) for batch in trainer_batches(count, size, world)]
+                found = [sorted(batch) for batch in in_order_batches(count, size, world)]
                 assert found == wanted, (count, size, world)
 
 
@@ -181,7 +174,8 @@ def test_longest_first_batches_cover_every_row():
 
 def test_expected_that_differs_is_named():
     rows = [{"margin": 1.0, "reward_chosen": 1.0, "reward_rejected": 0.0, "chosen": -1.0, "rejected": -2.0}] * 4
-    found = compare_expected(rows, {"rewards/accuracies": 1.0, "rewards/margins": 1.002, "logps/chosen": -1.0}, 2, 1)
+    logged = {"rewards/accuracies": 1.0, "rewards/margins": 1.002, "logps/chosen": -1.0}
+    found = compare(rows, TrainerEvaluation(logged, 2, 1))
     assert not found["agrees"] and set(found["figures"]) == {"rewards/accuracies", "rewards/margins", "logps/chosen"}
     assert [f["agrees"] for f in found["figures"].values()] == [True, False, True]
 
