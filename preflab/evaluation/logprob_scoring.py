@@ -71,6 +71,7 @@ def score_sequences(models: TwoModels, sequences: list[Sequence], summarise, kin
     units = units_of([s.ids for s in sequences], models.shares_prompts)
     batches = batches_of([u for u in units if any(str(i) not in done for i in u[0])], args)
     tokens, started = sum(len(sequences[i].ids) for i in todo), time.monotonic()
+    scored = shown = 0
     with progress(tokens, kind, "tok", scale=True) as bar:
         for take in cache.own_share(batches):
             for i, scores in zip(take, score_batch(models, [sequences[i] for i in take]), strict=True):
@@ -81,8 +82,10 @@ def score_sequences(models: TwoModels, sequences: list[Sequence], summarise, kin
                         " --dtype bfloat16 or float32; or the weights themselves are broken"
                     )
                 cache.add(str(i), {**summarise(i, scores), "moved": moved, "sum": float(scores.tuned.sum())})
-            done_now = cache.state.num_processes * sum(len(sequences[i].ids) for i in take)
-            bar.update(min(tokens - bar.n, done_now))
+            # Every process takes batches of about the same size; only rank 0 shows the total.
+            scored = min(tokens, scored + cache.state.num_processes * sum(len(sequences[i].ids) for i in take))
+            bar.update(scored - shown)
+            shown = scored
     seconds = time.monotonic() - started
     if todo and not models.is_float32 and is_main_process():
         some = [todo[k] for k in range(0, len(todo), -(-len(todo) // 8))]
