@@ -229,13 +229,11 @@ def score(args, folder, scorers: list) -> dict:
 
 def scorers_of(args) -> list:
     """The scorers, the one that ranks first. Raises UserError for one that cannot be made."""
-    import torch
-
+    from preflab.models.loading import default_dtype
     from preflab.pairs.scorers import make_scorer
 
-    gpu = torch.cuda.is_available()
     options = {
-        "dtype": args.scorer_dtype or ("bfloat16" if gpu else "float32"),
+        "dtype": args.scorer_dtype or default_dtype(),
         "judge_prompt": args.judge_prompt,
         "attempts": 4,
         "timeout": 120.0,
@@ -342,9 +340,7 @@ def main():
 
     import time
 
-    import torch
-
-    from preflab.models.loading import locate_adapter
+    from preflab.models.loading import default_batch_tokens, locate_adapter
     from preflab.pairs.report import conclude, pairs_figure
     from utils.artifacts import all_arguments, envelope, read_json, with_limit_suffix, write_json
     from utils.cli import parse, run_name
@@ -364,7 +360,7 @@ def main():
         args.run_name = run_name(None, args.model_name_or_path or args.dataset_name, "pairs", None)
         args.run_name += f"-part{args.part}" if args.part else ""
     if args.batch_tokens is None:
-        args.batch_tokens = 16384 if torch.cuda.is_available() else 2048
+        args.batch_tokens = default_batch_tokens()
     state, asked = join_processes(), all_arguments([args])
     folder = on_main_process(lambda: output_folder(args, asked))
     manifest = read_json(folder / "manifest.json")

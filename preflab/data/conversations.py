@@ -7,6 +7,8 @@ and preference rows, whose chosen answer is used.
 from collections import Counter
 from dataclasses import dataclass, field
 
+from datasets import Dataset
+
 from preflab.data.chat_template import ChatRenderer, TemplateRefused
 from preflab.data.messages import check_messages, check_unicode, transcript, up_to_last
 from preflab.data.sources import SourceArguments, folded, read_sources, select_by_hash
@@ -243,9 +245,6 @@ def tokenize(data: ConversationData, tokenizer, loss_on: str, max_length: int | 
     Raises:
         UserError: no conversation is left.
     """
-    # Not at the top: the scripts' --help imports this module's argument class.
-    from datasets import Dataset
-
     chat = ChatRenderer(tokenizer)
     columns = {"input_ids": [], "labels": [], "bytes": []}
     counts, usable, refusal = Counter(), [], None

@@ -8,6 +8,8 @@ import re
 from collections import Counter
 from dataclasses import dataclass, field
 
+from datasets import Dataset
+
 from preflab.data.chat_template import ChatRenderer, TemplateRefused, shared_prefix
 from preflab.data.messages import check_messages, check_unicode, read_transcript, transcript
 from preflab.data.sources import SourceArguments, folded, read_sources
@@ -314,9 +316,6 @@ def tokenize(data: PreferenceData, tokenizer, max_length: int | None, max_prompt
     Raises:
         UserError: no pair is left.
     """
-    # Not at the top: the scripts' --help imports this module's argument class.
-    from datasets import Dataset
-
     chat = ChatRenderer(tokenizer) if any(p.messages is not None for p in data.pairs) else None
     columns = {"prompt_ids": [], "chosen_ids": [], "rejected_ids": [], "pair": []}
     counts = Counter()

@@ -9,6 +9,12 @@ import re
 import zlib
 from pathlib import Path
 
+import pyarrow.parquet
+from datasets import load_dataset
+from datasets.exceptions import DatasetNotFoundError
+from huggingface_hub import errors as hub
+from huggingface_hub import parse_hf_uri
+
 from utils.errors import UserError
 from utils.hub import fetch
 from utils.provenance import hub_revision, sha256_of_files
@@ -27,8 +33,6 @@ def _read_file(path: Path) -> list[tuple[str, dict]]:
     if not suffix:
         raise UserError(f"{path}: unsupported file type; use one of {', '.join(LOCAL_SUFFIXES)}")
     if suffix == ".parquet":
-        import pyarrow.parquet
-
         try:
             return [(f"{path} row {i}", row) for i, row in enumerate(pyarrow.parquet.read_table(path).to_pylist())]
         except (OSError, ValueError) as error:
@@ -77,11 +81,6 @@ def _read_local(path: Path, split: str) -> tuple[list[tuple[str, dict]], dict]:
 
 def _read_hub(name: str, split: str, config: str | None, revision: str | None) -> tuple[list[tuple[str, dict]], dict]:
     """Rows of a hub dataset."""
-    # Not at the top: the scripts' --help imports this module, and `datasets` takes a second.
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetNotFoundError
-    from huggingface_hub import errors as hub
-
     try:
         dataset = load_dataset(name, config, split=split, revision=revision)
     except DatasetNotFoundError as error:
@@ -104,8 +103,6 @@ def _read_hub(name: str, split: str, config: str | None, revision: str | None) -
 
 def _read_hub_file(url: str) -> tuple[list[tuple[str, dict]], dict]:
     """Rows of one file of a hub dataset, `hf://datasets/OWNER/NAME[@REVISION]/PATH`."""
-    from huggingface_hub import parse_hf_uri
-
     try:
         # Unlike HfFileSystem.resolve_path, this needs no network.
         uri = parse_hf_uri(url)

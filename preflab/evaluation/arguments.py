@@ -101,10 +101,11 @@ class JudgeArguments(GenerationArguments):
 
     def judge_options(self, comparison: ComparisonArguments) -> dict:
         """What `preflab.judging.judges.make_judge` needs to know."""
-        import torch
+        # Not at the top: --help imports this module, and models.loading imports torch.
+        from preflab.models.loading import default_dtype
 
         return {
-            "dtype": self.judge_dtype or ("bfloat16" if torch.cuda.is_available() else "float32"),
+            "dtype": self.judge_dtype or default_dtype(),
             "batch_tokens": comparison.batch_tokens,
             "batch_size": comparison.batch_size,
             "attn_implementation": comparison.attn_implementation,

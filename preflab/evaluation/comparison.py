@@ -7,9 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from preflab.evaluation.arguments import DEFAULT_RUN, ULTRAFEEDBACK, ComparisonArguments
-from preflab.models.loading import (
-    locate_adapter,
-)
+from preflab.models.loading import default_batch_tokens, locate_adapter
 from preflab.models.start_adapter import FROZEN
 from utils.artifacts import (
     all_arguments,
@@ -255,8 +253,6 @@ def _ensure_same_base(adapter: str, base: str) -> None:
 
 def _fill(args: ComparisonArguments, trained: dict) -> None:
     """The run's values where the command line gave none, then the field's."""
-    import torch
-
     if args.dataset_name is None and not (trained.get("dataset_name") or trained.get("datasets")):
         args.dataset_name = ULTRAFEEDBACK
     if args.dataset_name is not None:
@@ -274,7 +270,7 @@ def _fill(args: ComparisonArguments, trained: dict) -> None:
             " answer always keeps a token"
         )
     if args.batch_tokens is None:
-        args.batch_tokens = 16384 if torch.cuda.is_available() else 2048
+        args.batch_tokens = default_batch_tokens()
 
 
 def is_checkpoint(folder: Path) -> bool:

