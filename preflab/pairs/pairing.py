@@ -1,4 +1,4 @@
-"""Pairs out of sampled answers: each prompt's candidates, the best and the worst of them, where scorers disagree."""
+"""Pairs out of sampled answers: each prompt's distinct answers, the best against the worst, held-out prompts."""
 
 import random
 from collections import Counter
@@ -7,19 +7,19 @@ from dataclasses import dataclass
 import numpy as np
 
 from preflab.data.prompts import Prompt
-from preflab.data.sources import folded, select_by_hash
+from preflab.data.sources import by_hash, folded
 from preflab.pairs.scorers import Candidates, Scores
-from utils.artifacts import metric
-from utils.errors import UserError
 from utils.provenance import sha256_of
-from utils.stats import bootstrap, sign_test
 
 
 @dataclass
 class Sampled:
-    """A prompt with its sampled answers (`{text, tokens, finish_reason, seed}` each), and whether it is held out.
+    """A prompt and the answers sampled for it: one line of samples.jsonl.
 
-    `given` is what the data say of the answers: `{"scores": [...]}` or `{"wins": [...]}`, in their order.
+    Attributes:
+        answers: `{text, tokens, finish_reason, seed}` each, in the order of sampling.
+        held_out: whether its pair goes to test.jsonl.
+        given: the dataset's own numbers for the answers, `{"scores": [...]}` or `{"wins": [...]}`, in their order.
     """
 
     prompt: Prompt
@@ -28,65 +28,103 @@ class Sampled:
     given: dict | None = None
 
     def row(self) -> dict:
-        """A line of samples.jsonl."""
-        p = self.prompt
-        about = {"prompt_id": p.key, "where": p.source, "held_out": self.held_out, "messages": p.messages}
-        return {**about, "answers": self.answers, "given": self.given}
+        """The line of samples.jsonl."""
+        return {
+            "prompt_id": self.prompt.key,
+            "where": self.prompt.source,
+            "held_out": self.held_out,
+            "messages": self.prompt.messages,
+            "answers": self.answers,
+            "given": self.given,
+        }
 
     @classmethod
     def read(cls, row: dict) -> "Sampled":
-        """A line of samples.jsonl again."""
+        """The inverse of `row`."""
         return cls(Prompt(row["messages"], row["where"]), row["answers"], row["held_out"], row["given"])
 
 
-def part_of(prompts: list[Prompt], parts: int | None, part: int | None) -> list[Prompt]:
-    """Every `parts`-th prompt from the `part`-th on (1 to `parts`): shares of like size that have none in common."""
+@dataclass
+class Pairs:
+    """The preference pairs of one call, and what they were made from.
+
+    Attributes:
+        train, test: preference rows from `pair_of`.
+        samples: every prompt with its answers.
+        scored: the main scorer's candidates and scores by prompt_id.
+        other_scorers: `{scorer: {prompt_id: Scores}}` of --also_score.
+        dropped: how many prompts gave no pair, by reason.
+        shuffled: whether the scores were assigned at random (--shuffle_scores).
+    """
+
+    train: list[dict]
+    test: list[dict]
+    samples: list[Sampled]
+    scored: dict[str, tuple[Candidates, Scores]]
+    other_scorers: dict[str, dict[str, Scores]]
+    dropped: dict[str, int]
+    shuffled: bool
+
+    @property
+    def counts(self) -> dict:
+        """Prompts, train and test pairs, and prompts without a pair by reason."""
+        return {
+            "prompts": len(self.samples),
+            "train": len(self.train),
+            "test": len(self.test),
+            "dropped": dict(self.dropped),
+        }
+
+
+def part_of(prompts: list, parts: int | None, part: int | None) -> list:
+    """Every `parts`-th prompt, starting with the `part`-th (1 to `parts`): disjoint parts of nearly equal size."""
     return prompts if parts is None else prompts[part - 1 :: parts]
 
 
 def held_out_keys(prompts: list[Prompt], count: int) -> set[str]:
-    """About `count` prompts that are kept for testing, chosen by a hash of their text alone.
+    """The keys of about `count` prompts, held out for testing. The choice depends on a hash of their text alone.
 
-    Prompts that differ in nothing but case and spacing go together, as training tells them apart.
+    Prompts that differ only in case and spacing stay together: training treats them as the same prompt.
     """
-    distinct = {p.key: folded(p.text) for p in prompts}
-    chosen = select_by_hash(Counter(distinct.values()), count)
-    return {key for key, text in distinct.items() if text in chosen}
+    folded_text = {prompt.key: folded(prompt.text) for prompt in prompts}
+    chosen = by_hash(Counter(folded_text.values()), count)
+    return {key for key, text in folded_text.items() if text in chosen}
 
 
 def candidates_of(sampled: Sampled) -> Candidates | str:
-    """The distinct, non-empty answers in the order of sampling, or why no pair can come of them."""
-    counts, first = {}, {}
+    """The distinct, non-empty answers in the order of sampling, or the reason why they make no pair."""
+    counts, first_index = {}, {}
     for k, answer in enumerate(sampled.answers):
         text = answer["text"].strip()
         if text:
             counts[text] = counts.get(text, 0) + 1
-            first.setdefault(text, k)
+            first_index.setdefault(text, k)
     if len(counts) < 2:
         return "all_samples_empty" if not counts else "all_samples_identical"
-    given = {kind: [values[k] for k in first.values()] for kind, values in (sampled.given or {}).items()}
+    given = {kind: [values[k] for k in first_index.values()] for kind, values in (sampled.given or {}).items()}
     return Candidates(sampled.prompt, list(counts), list(counts.values()), given)
 
 
 def shuffled(candidates: Candidates, scores: Scores, seed: int) -> Scores:
-    """The same scores dealt out at random among a prompt's answers: labels that say nothing, as a control."""
+    """A control: the same scores, assigned to the prompt's answers at random, so that they carry no preference."""
     order = list(range(len(scores.scores)))
     random.Random(sha256_of(str(seed), candidates.prompt.key)).shuffle(order)
     return Scores([scores.scores[k] for k in order], [scores.wins[k] for k in order])
 
 
 def pair_of(sampled: Sampled, candidates: Candidates, scores: Scores) -> dict | str:
-    """The best against the worst answer as a preference row, or why there is none.
+    """The best against the worst answer as a preference row, or the reason why there is none.
 
-    Chosen and rejected carry their estimated win probabilities (`win_chosen`, `win_rejected`) and scores.
+    Chosen and rejected carry their scores and their estimated win probabilities (`win_chosen`, `win_rejected`).
     """
     best, worst = int(np.argmax(scores.scores)), int(np.argmin(scores.scores))
     if scores.scores[best] == scores.scores[worst]:
         return "all_scores_equal"
-    ends = {a["text"].strip(): a for a in reversed(sampled.answers)}
+    # Reversed, so that of equal answers the first sample is described.
+    answer_of = {answer["text"].strip(): answer for answer in reversed(sampled.answers)}
 
-    def side(k: int) -> dict:
-        return {key: ends[candidates.answers[k]].get(key) for key in ("tokens", "finish_reason")}
+    def sampling_facts(k: int) -> dict:
+        return {key: answer_of[candidates.answers[k]].get(key) for key in ("tokens", "finish_reason")}
 
     return {
         "prompt": sampled.prompt.messages,
@@ -97,90 +135,6 @@ def pair_of(sampled: Sampled, candidates: Candidates, scores: Scores) -> dict | 
         "win_rejected": scores.wins[worst],
         "score_chosen": scores.scores[best],
         "score_rejected": scores.scores[worst],
-        "sampled_chosen": side(best),
-        "sampled_rejected": side(worst),
+        "sampled_chosen": sampling_facts(best),
+        "sampled_rejected": sampling_facts(worst),
     }
-
-
-# ---------------------------------------------------------------------------------------------------------- figures
-
-
-def sampling_metrics(samples: list[Sampled], seed: int = 42) -> dict:
-    """Of the answers as sampled, prompts resampled: tokens, shares cut off and empty, distinct answers a prompt."""
-    known = [s for s in samples if s.answers and s.answers[0].get("tokens") is not None]
-    distinct = [len({a["text"].strip() for a in s.answers}) for s in samples]
-    empty = [np.mean([not a["text"].strip() for a in s.answers]) for s in samples]
-    found = {
-        "samples": metric(sum(len(s.answers) for s in samples), n=len(samples)),
-        "distinct_answers": bootstrap(distinct, seed),
-        "empty_share": bootstrap(empty, seed),
-    }
-    if known:
-        found["tokens"] = bootstrap([np.mean([a["tokens"] for a in s.answers]) for s in known], seed)
-        cut = [np.mean([a["finish_reason"] == "length" for a in s.answers]) for s in known]
-        found["truncated_share"] = bootstrap(cut, seed)
-    return found
-
-
-def pair_metrics(rows: list[dict], scored: list[tuple[Candidates, Scores]], seed: int = 42) -> dict:
-    """Of the pairs: scores of all samples, of chosen and rejected, win probabilities, and which side is longer.
-
-    Args:
-        rows: from `pair_of`.
-        scored: every prompt's candidates with the scorer's word on them.
-    """
-    longer = [0.5 + 0.5 * np.sign(_length(r, "chosen") - _length(r, "rejected")) for r in rows]
-    everyone = [np.average(s.scores, weights=c.counts) for c, s in scored]
-    return {
-        "score_mean": bootstrap(everyone, seed),
-        "score_chosen": bootstrap([r["score_chosen"] for r in rows], seed),
-        "score_rejected": bootstrap([r["score_rejected"] for r in rows], seed),
-        "win_chosen": bootstrap([r["win_chosen"] for r in rows], seed),
-        "win_rejected": bootstrap([r["win_rejected"] for r in rows], seed),
-        "chosen_longer": bootstrap(longer, seed),
-        "p_chosen_longer_is_half": metric(sign_test(longer), n=len(rows)),
-    }
-
-
-def _length(row: dict, side: str) -> int:
-    return len(row[side][0]["content"])
-
-
-def agreement(rows: list[dict], scored: dict[str, tuple[Candidates, Scores]], others: dict, seed: int = 42) -> dict:
-    """How other scorers see the same answers: `{scorer: metrics}`.
-
-    Args:
-        rows: from `pair_of`.
-        scored: the main scorer's candidates and scores by prompt_id.
-        others: `{scorer: {prompt_id: Scores}}`; a prompt that a scorer said nothing of is left out there.
-
-    Returns:
-        same_order is the share of pairs whose chosen answer the other scorer puts above the rejected one (ties half),
-        same_best the share of prompts with the same best answer, rank_correlation Kendall's tau-b over a prompt's
-        answers, averaged over prompts.
-    """
-    from scipy.stats import kendalltau
-
-    found = {}
-    for name, theirs in others.items():
-        order, best, tau = [], [], []
-        for row in rows:
-            if row["prompt_id"] not in theirs:
-                continue
-            candidates, mine = scored[row["prompt_id"]]
-            other = theirs[row["prompt_id"]].scores
-            chosen, rejected = (candidates.answers.index(row[s][0]["content"]) for s in ("chosen", "rejected"))
-            order.append(0.5 + 0.5 * np.sign(other[chosen] - other[rejected]))
-            best.append(float(int(np.argmax(other)) == chosen))
-            value = kendalltau(mine.scores, other).statistic
-            if np.isfinite(value):
-                tau.append(value)
-        if not order:
-            raise UserError(f"--also_score {name}: said nothing of any pair")
-        found[name] = {
-            "same_order": bootstrap(order, seed),
-            "p_same_order_is_half": metric(sign_test(order), n=len(order)),
-            "same_best": bootstrap(best, seed),
-            "rank_correlation": bootstrap(tau, seed) if tau else metric(float("nan"), n=0),
-        }
-    return found

@@ -85,9 +85,9 @@ def test_the_recipe_of_sppos_pairs_reaches_the_script_as_it_stands():
     for key, value in yaml.safe_load(path.read_text()).items():
         assert getattr(args, key) == value, key
 
-    from generate_preference_pairs import as_training_asks, check
+    from generate_preference_pairs import apply_training_config, check
 
-    as_training_asks(args)
+    apply_training_config(args)
     check(args)
     assert args.model_name_or_path == "checkpoints/gemma-2-9b-it-sppo-iter1" and args.attn_implementation == "eager"
     assert (args.run_name, args.eval_out) == ("gemma-2-9b-it-sppo-iter2-pairs", "eval_out")

@@ -1,0 +1,142 @@
+"""The output folder of generate_preference_pairs.py and its manifest: which stages are finished, for which arguments.
+
+Torch is imported inside functions: the script reads STAGES before it answers --help.
+"""
+
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from utils.artifacts import (
+    RowFile,
+    changed_arguments,
+    check_writable,
+    describe_changes,
+    read_json,
+    with_limit_suffix,
+    write_json,
+)
+from utils.distributed import on_main_process
+from utils.errors import UserError
+from utils.provenance import run_record
+
+STAGES = ("sample", "score", "pair")
+FILES_OF_STAGE = {
+    "sample": ("samples.jsonl",),
+    "score": ("scores.jsonl",),
+    "pair": ("train.jsonl", "test.jsonl", "preference_pairs.json", "preference_pairs.png"),
+}
+# Arguments that do not change the pairs; they may differ between calls that write the same files.
+ARGUMENTS_NOT_IN_IDENTITY = {
+    "stage",
+    "batch_size",
+    "batch_tokens",
+    "overwrite",
+    "eval_out",
+    "engine",
+    "trust_remote_code",
+}
+# The stage that first depends on an argument (default: sample).
+STAGE_OF_ARGUMENT = {
+    "scorer": "score",
+    "also_score": "score",
+    "scorer_dtype": "score",
+    "judge_prompt": "score",
+    "seed": "score",
+    "shuffle_scores": "pair",
+}
+
+
+@dataclass
+class PairsFolder:
+    """`<eval_out>/<run_name>/` with its manifest, `{args, stages: {stage: counts, seconds, run}}`."""
+
+    path: Path
+    manifest: dict
+
+    def rows(self, name: str, stage: str) -> list[dict]:
+        """The rows of a file that `stage` wrote. Raises UserError if there are none yet."""
+        rows = RowFile(self.path / name).read()
+        if not rows:
+            raise UserError(f"{self.path}/{name} does not exist: run --stage {stage} first, or --stage all")
+        return rows
+
+    def about(self, stage: str) -> dict:
+        """The manifest's entry of a finished stage; empty if it is not finished."""
+        return self.manifest["stages"].get(stage, {})
+
+    @contextmanager
+    def recording(self, stage: str, seed: int):
+        """Time a stage and record it in the manifest when it ends without an error.
+
+        Yields:
+            The stage's manifest entry, to be filled.
+        """
+        from accelerate import PartialState
+
+        started, entry = time.monotonic(), {}
+        yield entry
+        entry |= {"seconds": round(time.monotonic() - started, 1), "run": run_record(seed, 0.0)}
+        self.manifest["stages"][stage] = entry
+        write_json(self.path / "manifest.json", self.manifest)
+        PartialState().wait_for_everyone()
+
+
+def open_folder(args, arguments: dict) -> PairsFolder:
+    """The folder of this call, created or checked by rank 0 and read by every process.
+
+    Args:
+        arguments: every argument of this call as JSON, for the manifest.
+
+    Raises:
+        UserError: the folder holds something else, other pairs, or input that was made with other arguments.
+    """
+    from accelerate import PartialState
+
+    path = on_main_process(lambda: _prepare(args, arguments))
+    folder = PairsFolder(path, read_json(path / "manifest.json"))
+    # No process may record a stage before all have read the manifest.
+    PartialState().wait_for_everyone()
+    return folder
+
+
+def _prepare(args, arguments: dict) -> Path:
+    """Check the folder against this call's arguments, delete what --overwrite replaces, write the manifest."""
+    check_writable(args.eval_out, "--eval_out")
+    path = Path(args.eval_out) / with_limit_suffix(args.run_name, args.limit)
+    manifest = path / "manifest.json"
+    if not manifest.exists() and path.exists() and any(path.iterdir()):
+        raise UserError(
+            f"{path} contains files that generate_preference_pairs.py did not write: choose another --run_name"
+        )
+    before = read_json(manifest) if manifest.exists() else {"args": arguments, "stages": {}}
+    first = 0 if args.stage == "all" else STAGES.index(args.stage)
+    # Without a finished stage there is nothing to protect: the caches hash the settings of answers and scores.
+    if before["stages"]:
+        _ensure_same_pairs(path, before["args"], arguments, first, args.overwrite)
+    if args.overwrite:
+        for stage in STAGES[first:]:
+            before["stages"].pop(stage, None)
+            for name in FILES_OF_STAGE[stage]:
+                (path / name).unlink(missing_ok=True)
+    # Written before the first answer, so that an interrupted call can be recognised.
+    write_json(manifest, {"args": arguments, "stages": before["stages"]})
+    return path
+
+
+def _ensure_same_pairs(path: Path, before: dict, now: dict, first: int, overwrite: bool) -> None:
+    """Raise UserError if this call would mix pairs of different arguments.
+
+    Args:
+        first: index of the first stage that this call runs. With --overwrite, arguments of that stage and later ones
+            may change; those of earlier stages may not, since their files are this call's input.
+    """
+    changed = changed_arguments(before, now, ARGUMENTS_NOT_IN_IDENTITY, missing={})
+    if overwrite:
+        changed = [key for key in changed if STAGES.index(STAGE_OF_ARGUMENT.get(key, "sample")) < first]
+    if changed:
+        remedy = "or run their stage again, too" if overwrite else "or --overwrite them"
+        raise UserError(
+            f"{path} holds other pairs ({describe_changes(before, now, changed)}): choose another --run_name, {remedy}"
+        )
