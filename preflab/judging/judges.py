@@ -17,12 +17,13 @@ from utils.provenance import sha256_of
 KINDS = "hf:MODEL, vllm:MODEL, openai:MODEL@BASE_URL, rm:MODEL, longer or random"
 
 
-def make_judge(spec: str, prompt: "str | JudgePrompt", options: dict):
+def make_judge(spec: str, prompt: "str | JudgePrompt", options: dict, flag: str = "--judge "):
     """The judge named `spec`.
 
     Args:
         prompt: a judge prompt, or the path of one.
         options: dtype, batch_tokens, batch_size, attn_implementation, seed, attempts, timeout, concurrency.
+        flag: what precedes `spec` on the command line, for error messages.
 
     Raises:
         UserError: an unknown kind, a missing model or URL.
@@ -43,9 +44,9 @@ def make_judge(spec: str, prompt: "str | JudgePrompt", options: dict):
     if kind == "openai" and rest:
         model, at, url = rest.partition("@")
         if not (model and at and url.startswith(("http://", "https://"))):
-            raise UserError(f"--judge {spec}: expected openai:MODEL@BASE_URL, such as openai:gpt-4o@https://host/v1")
+            raise UserError(f"{flag}{spec}: expected openai:MODEL@BASE_URL, such as openai:gpt-4o@https://host/v1")
         return Endpoint(model, url, prompt, options)
-    raise UserError(f"--judge {spec}: unknown; one of {KINDS}")
+    raise UserError(f"{flag}{spec}: unknown; one of {KINDS}")
 
 
 class Longer:

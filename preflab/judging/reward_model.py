@@ -9,7 +9,7 @@ from preflab.judging.judge_prompt import Item, Verdict, unparsed
 from preflab.judging.local_judges import longest_text
 from utils.errors import UserError
 
-NO_NUMBER = "the model's output is no finite number"
+NOT_FINITE = "the model's output is not a finite number"
 
 
 class RewardModel:
@@ -104,7 +104,7 @@ class RewardModel:
                 reward = output.score if self.own_code and hasattr(output, "score") else output.logits
                 found = reward.float().reshape(len(take)).tolist()
             for i, value in zip(take, found, strict=True):
-                yield i, value if math.isfinite(value) else NO_NUMBER
+                yield i, value if math.isfinite(value) else NOT_FINITE
 
     def judge(self, items: list[Item]) -> Iterator[tuple[int, Verdict]]:
         asked, waiting, known = {}, {}, {}

@@ -1,113 +1,112 @@
 """PairRM (Jiang et al. 2023, "LLM-Blender", arXiv 2306.02561): a DeBERTa that reads a prompt with two answers at once.
 
-The published weights (llm-blender/PairRM-hf) come without code that transformers knows, and the package that holds it
-does not run under transformers 5. The architecture is small: the hidden states at the marks of source, first and second
-candidate, and a head of two layers on (source, candidate); the logit is the first one's value less the second one's.
+transformers has no class for the published weights (llm-blender/PairRM-hf), and the llm-blender package does not run
+under transformers 5, so the architecture is defined here. It takes the hidden states at three marker tokens (source,
+first and second candidate) and applies a two-layer head to (source, candidate); the logit is the first candidate's
+value minus the second's.
 """
 
 import re
 
+import torch
+from accelerate import PartialState
+from torch import nn
+from transformers.models.deberta_v2.modeling_deberta_v2 import DebertaV2Model, DebertaV2PreTrainedModel
+
 from preflab.data.chat_template import break_up, neutralise
-from preflab.models.loading import LOAD_ERRORS, load_error, load_tokenizer, locate
+from preflab.models.batching import pad_right, token_batches
+from preflab.models.loading import LOAD_ERRORS, identify, load_error, load_tokenizer, locate
 from utils.errors import UserError
 
 SOURCE, FIRST, SECOND = "<|source|>", "<|candidate1|>", "<|candidate2|>"
-MARKS = re.compile(r"<\|(?:source|candidate[12]?)\|>")
-# What the published ranker was trained to read: tokens of the source and of each candidate.
+MARKERS = re.compile(r"<\|(?:source|candidate[12]?)\|>")
+# The lengths that the published ranker was trained on: tokens of the source and of each candidate.
 SOURCE_TOKENS, CANDIDATE_TOKENS = 1224, 412
 
 
+class PairRM(DebertaV2PreTrainedModel):
+    """DeBERTa-v2 with a head on the hidden states at the markers. Attribute names match the published weights."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        dropout, width = getattr(config, "drop_out", 0.0), config.hidden_size
+        self.pretrained_model = DebertaV2Model(config)
+        self.head_layer = nn.Sequential(
+            nn.Dropout(dropout),
+            nn.Linear(2 * width, width),
+            nn.Tanh(),
+            nn.Dropout(dropout),
+            nn.Linear(width, getattr(config, "n_tasks", 1)),
+        )
+        self.post_init()
+
+    def forward(self, input_ids, attention_mask, source_id: int, first_id: int, second_id: int):
+        """Logits, shape (batch,), above 0 where the first candidate is better.
+
+        Args:
+            input_ids, attention_mask: shape (batch, length); every row contains each marker once.
+            source_id, first_id, second_id: token ids of the markers.
+        """
+        hidden = self.pretrained_model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        # One marker per row, so each selection has shape (batch, width).
+        source, *candidates = (hidden[torch.where(input_ids == i)] for i in (source_id, first_id, second_id))
+        first, second = (self.head_layer(torch.cat([source, candidate], -1)) for candidate in candidates)
+        return (first - second).mean(-1)
+
+
 class PairRanker:
-    """Logits of ordered pairs of answers: above 0 where the first is the better one."""
+    """Logits of ordered pairs of answers: above 0 where the first is better."""
 
     def __init__(self, name: str, options: dict):
         self.name, self.options, self.model = name, options, None
         locate(name)
         self.tokenizer = load_tokenizer(name)
-        self.marks = {mark: self.tokenizer.convert_tokens_to_ids(mark) for mark in (SOURCE, FIRST, SECOND)}
-        known = self.tokenizer.get_vocab()
-        missing = [mark for mark in self.marks if mark not in known]
+        self.markers = {marker: self.tokenizer.convert_tokens_to_ids(marker) for marker in (SOURCE, FIRST, SECOND)}
+        vocabulary = self.tokenizer.get_vocab()
+        missing = [marker for marker in self.markers if marker not in vocabulary]
         if missing:
             raise UserError(f"--scorer pair:{name}: its tokenizer has no {missing[0]}; give a ranker such as PairRM-hf")
 
     def identity(self) -> dict:
-        from preflab.models.loading import identify
-
+        """Everything that the logits depend on."""
         return {"ranker": self.name, **identify(self.name, self.tokenizer), "dtype": self.options["dtype"]}
 
     def load(self) -> None:
-        """Load the weights, once."""
-        import torch
-        from accelerate import PartialState
-
+        """Load the weights on first use."""
         if self.model is None:
             try:
-                self.model = pair_rm().from_pretrained(locate(self.name), dtype=getattr(torch, self.options["dtype"]))
+                self.model = PairRM.from_pretrained(locate(self.name), dtype=getattr(torch, self.options["dtype"]))
             except LOAD_ERRORS as error:
                 raise load_error(f"pairwise ranker {self.name}", error) from error
             self.model.to(PartialState().device).eval()
 
     def ids(self, source: str, first: str, second: str) -> list[int]:
-        """Source and both candidates behind their marks, each cut to its share; what one leaves the others may use."""
+        """Token ids of source and both candidates, each behind its marker and truncated.
 
-        def cut(mark: str, text: str, room: int) -> list[int]:
-            # A mark that a text spells out would be read as one.
-            text = break_up(MARKS, neutralise(text, self.tokenizer))
-            return self.tokenizer(mark + text, truncation=True, max_length=room)["input_ids"]
+        Tokens that the source leaves unused are available to the candidates.
+        """
 
-        head = cut(SOURCE, source, SOURCE_TOKENS)
-        room = CANDIDATE_TOKENS + (SOURCE_TOKENS - len(head)) // 2
-        return [*head, *cut(FIRST, first, room), *cut(SECOND, second, room)]
+        def truncated(marker: str, text: str, limit: int) -> list[int]:
+            # A marker spelled out in the text would be read as one.
+            text = break_up(MARKERS, neutralise(text, self.tokenizer))
+            return self.tokenizer(marker + text, truncation=True, max_length=limit)["input_ids"]
+
+        source_ids = truncated(SOURCE, source, SOURCE_TOKENS)
+        limit = CANDIDATE_TOKENS + (SOURCE_TOKENS - len(source_ids)) // 2
+        return [*source_ids, *truncated(FIRST, first, limit), *truncated(SECOND, second, limit)]
 
     def logits(self, source: str, answers: list[str]) -> list[list[float]]:
         """logit(i, j) of every ordered pair of answers, 0 on the diagonal; shape (n, n)."""
-        import torch
-
-        from preflab.models.batching import pad_right, token_batches
-
         self.load()
-        places = [(i, j) for i in range(len(answers)) for j in range(len(answers)) if i != j]
-        rows = [self.ids(source, answers[i], answers[j]) for i, j in places]
-        found = [[0.0] * len(answers) for _ in answers]
+        pairs = [(i, j) for i in range(len(answers)) for j in range(len(answers)) if i != j]
+        rows = [self.ids(source, answers[i], answers[j]) for i, j in pairs]
+        logits = [[0.0] * len(answers) for _ in answers]
         budget = (self.options["batch_tokens"], self.options["batch_size"])
         for batch in token_batches([len(row) for row in rows], *budget):
             ids, mask = pad_right([rows[k] for k in batch], self.tokenizer.pad_token_id, self.model.device)
             with torch.inference_mode():
-                values = self.model(ids, mask, *self.marks.values()).float().tolist()
+                values = self.model(ids, mask, *self.markers.values()).float().tolist()
             for k, value in zip(batch, values, strict=True):
-                i, j = places[k]
-                found[i][j] = value
-        return found
-
-
-def pair_rm():
-    """The model class; its names are those of the published weights."""
-    from torch import nn, where
-    from transformers.models.deberta_v2.modeling_deberta_v2 import DebertaV2Model, DebertaV2PreTrainedModel
-
-    class PairRM(DebertaV2PreTrainedModel):
-        """DeBERTa-v2 with a head on the hidden states at the marks."""
-
-        def __init__(self, config):
-            super().__init__(config)
-            dropout, width = getattr(config, "drop_out", 0.0), config.hidden_size
-            self.pretrained_model = DebertaV2Model(config)
-            self.head_layer = nn.Sequential(
-                nn.Dropout(dropout),
-                nn.Linear(2 * width, width),
-                nn.Tanh(),
-                nn.Dropout(dropout),
-                nn.Linear(width, getattr(config, "n_tasks", 1)),
-            )
-            self.post_init()
-
-        def forward(self, input_ids, attention_mask, source_id: int, first_id: int, second_id: int):
-            """Logits, shape (batch,), of rows that hold each mark once; ids and mask (batch, length)."""
-            import torch
-
-            hidden = self.pretrained_model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-            at = [hidden[where(input_ids == mark)] for mark in (source_id, first_id, second_id)]
-            first, second = (self.head_layer(torch.cat([at[0], candidate], -1)) for candidate in at[1:])
-            return (first - second).mean(-1)
-
-    return PairRM
+                i, j = pairs[k]
+                logits[i][j] = value
+        return logits

@@ -1,7 +1,7 @@
-"""Scorers: which of a model's own answers to a prompt are better, and how likely each beats the others.
+"""Scorers: rank the answers to a prompt and estimate how likely each one beats the others.
 
-One interface for reward models, pairwise rankers, judges, a Python function of the user's, what the data hold already,
-and the controls. A scorer sees distinct answers, and never which of them the model was likeliest to give.
+Reward models, pairwise rankers, judges, a user's Python function, scores in the dataset and controls share the
+interface `Scorer`. A scorer sees the distinct answers, but not how often the model gave each of them.
 """
 
 import importlib.util
@@ -9,23 +9,30 @@ import math
 import random
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 from preflab.data.prompts import Prompt
+from preflab.judging.judge_prompt import Item
+from preflab.judging.judges import judge_all, make_judge
+from preflab.judging.reward_model import NOT_FINITE, RewardModel
+from preflab.pairs.pairrm import PairRanker
 from utils.cache import ResultCache, cache_key
 from utils.errors import UserError
 from utils.progress import progress
 from utils.provenance import sha256_of, sha256_of_files
 
 KINDS = "rm:MODEL, pair:MODEL, judge:JUDGE, FILE.py:FUNCTION, columns, longer, shorter or random"
-# The controls' scores are log-odds too: a hundred characters more are a factor e.
-CHARACTERS = 100
+# The controls' scores are log-odds as well: 100 characters more multiply the odds by e.
+CHARACTERS_PER_LOG_ODDS = 100
 
 
 @dataclass
 class Candidates:
-    """The distinct, non-empty answers to one prompt, how many samples gave each, and what the data say of them.
+    """The distinct, non-empty answers to one prompt.
 
-    `given` holds "scores" (log-odds) or "wins" (probabilities), one an answer, or nothing.
+    Attributes:
+        counts: how many samples gave each answer.
+        given: the dataset's numbers per answer, as "scores" (log-odds) or "wins" (probabilities); may be empty.
     """
 
     prompt: Prompt
@@ -36,10 +43,36 @@ class Candidates:
 
 @dataclass
 class Scores:
-    """`scores` rank the answers, `wins` estimate how likely each beats the policy's own."""
+    """A scorer's result for one prompt, one number per answer.
+
+    Attributes:
+        scores: rank the answers, higher is better.
+        wins: estimated probability that the answer beats a sample of the policy.
+    """
 
     scores: list[float]
     wins: list[float]
+
+
+class Scorer(Protocol):
+    """What every scorer offers.
+
+    Attributes:
+        name: its --scorer specification, used in artifacts and tables.
+    """
+
+    name: str
+
+    def identity(self) -> dict:
+        """Everything that its scores depend on, for artifacts and caches."""
+
+    def score(self, items: list[Candidates], eval_out: str, overwrite: bool) -> list[Scores | str]:
+        """Score every prompt's answers, in order and on every process; a text says why a prompt has no scores.
+
+        Args:
+            eval_out: folder of the result cache.
+            overwrite: ignore cached results.
+        """
 
 
 def sigmoid(x: float) -> float:
@@ -48,50 +81,63 @@ def sigmoid(x: float) -> float:
 
 
 def win_probabilities(scores: list[float], counts: list[int]) -> list[float]:
-    """P_i = mean over the samples j of sigma(s_i - s_j), the answer itself among them (which counts a half).
+    """P_i = mean over all samples j of sigmoid(s_i - s_j). The answer itself is among the samples and counts 1/2.
 
-    Wu et al. 2024 (arXiv 2405.00675), section 4, as their published code has it (scripts/compute_prob.py).
+    Wu et al. 2024 (arXiv 2405.00675), section 4, as in their published code (scripts/compute_prob.py).
 
     Args:
         counts: how many samples gave each answer.
     """
     matrix = [[sigmoid(a - b) for b in scores] for a in scores]
-    return wins_of(matrix, counts)
+    return mean_wins(matrix, counts)
 
 
-def wins_of(matrix: list[list[float]], counts: list[int]) -> list[float]:
-    """P_i = mean over the samples j of P(i beats j), a row of `matrix` each."""
+def mean_wins(matrix: list[list[float]], counts: list[int]) -> list[float]:
+    """P_i = mean over all samples j of P(i beats j).
+
+    Args:
+        matrix: P(i beats j), shape (n, n).
+        counts: how many samples gave each answer, shape (n,).
+    """
     total = sum(counts)
     return [sum(c * p for c, p in zip(counts, row, strict=True)) / total for row in matrix]
 
 
-def make_scorer(spec: str, options: dict):
-    """The scorer named `spec`.
+def make_scorer(spec: str, options: dict) -> Scorer:
+    """The scorer of a --scorer specification.
 
     Args:
         options: those of `preflab.judging.judges.make_judge`, and judge_prompt.
 
     Raises:
-        UserError: an unknown kind, a file or function that is not there.
+        UserError: an unknown kind, or a missing file, function or model.
     """
     kind, _, rest = spec.partition(":")
     if spec in ("longer", "shorter", "random"):
-        return Control(spec, options["seed"])
+        return ControlScorer(spec, options["seed"])
     if spec == "columns":
-        return Columns()
+        return ColumnScorer()
     if kind == "rm" and rest:
-        return Reward(rest, options)
+        return RewardScorer(rest, options)
     if kind == "pair" and rest:
-        return Pairwise(rest, options)
+        return RankerScorer(rest, options)
     if kind == "judge" and rest:
-        return Judged(rest, options)
+        return JudgeScorer(rest, options)
     if kind.endswith(".py") and rest:
-        return Function(kind, rest)
-    raise UserError(f"--scorer {spec}: unknown; one of {KINDS}")
+        return FunctionScorer(kind, rest)
+    raise UserError(f"--scorer {spec}: unknown; use {KINDS}")
 
 
-class Control:
-    """Length alone, or chance: what a scorer has to beat to be worth its time."""
+def _with_wins(item: Candidates, scores: list[float]) -> Scores:
+    """Log-odds with the win probabilities that follow from them."""
+    return Scores(scores, win_probabilities(scores, item.counts))
+
+
+# ----------------------------------------------------------------------------------------- without a model of its own
+
+
+class ControlScorer:
+    """Control: length alone, or chance. A scorer that does not differ from it is not worth its time."""
 
     def __init__(self, name: str, seed: int):
         self.name, self.seed = name, seed
@@ -100,16 +146,17 @@ class Control:
         return {"scorer": self.name, **({"seed": self.seed} if self.name == "random" else {})}
 
     def score(self, items: list[Candidates], eval_out: str, overwrite: bool) -> list[Scores | str]:
-        return [_scores(item, [self._one(item.prompt, a) for a in item.answers]) for item in items]
+        return [_with_wins(item, [self._log_odds(item.prompt, a) for a in item.answers]) for item in items]
 
-    def _one(self, prompt: Prompt, answer: str) -> float:
+    def _log_odds(self, prompt: Prompt, answer: str) -> float:
         if self.name == "random":
+            # Seeded by the content, so that the score does not depend on order or number of processes.
             return random.Random(sha256_of(str(self.seed), prompt.key, answer)).gauss(0, 1)
-        return len(answer) / CHARACTERS * (1 if self.name == "longer" else -1)
+        return len(answer) / CHARACTERS_PER_LOG_ODDS * (1 if self.name == "longer" else -1)
 
 
-class Columns:
-    """Scores that stand in the data beside the answers."""
+class ColumnScorer:
+    """Scores that the dataset holds for its own answers."""
 
     name = "columns"
 
@@ -117,27 +164,29 @@ class Columns:
         return {"scorer": self.name}
 
     def score(self, items: list[Candidates], eval_out: str, overwrite: bool) -> list[Scores | str]:
-        lacking = [item.prompt.source for item in items if not item.given]
-        if lacking:
+        missing = [item.prompt.source for item in items if not item.given]
+        if missing:
             raise UserError(
-                f"{lacking[0]}: --scorer columns needs the answers and a number for each in the data (--answers given)"
+                f"{missing[0]}: --scorer columns needs rows with answers and one number per answer, and --answers given"
             )
-        return [self._one(item, **item.given) for item in items]
+        return [self._scores_of(item, **item.given) for item in items]
 
     @staticmethod
-    def _one(item: Candidates, scores=None, wins=None) -> Scores:
-        return Scores(wins, wins) if scores is None else _scores(item, scores)
+    def _scores_of(item: Candidates, scores=None, wins=None) -> Scores:
+        # Win probabilities are used as they are; as ranking scores they serve too.
+        return Scores(wins, wins) if scores is None else _with_wins(item, scores)
 
 
-class Function:
-    """`FUNCTION(prompt, answers)` of a Python file: a text and a list of texts in, a list of log-odds out."""
+class FunctionScorer:
+    """`FUNCTION(prompt, answers)` of a Python file: takes a text and a list of texts, returns a list of log-odds."""
 
     def __init__(self, path: str, function: str):
-        self.name, self.path, self.function = f"{path}:{function}", Path(path), function
+        self.name, self.path = f"{path}:{function}", Path(path)
         if not self.path.is_file():
             raise UserError(f"--scorer {self.name}: no such file")
         spec = importlib.util.spec_from_file_location(self.path.stem, self.path)
         module = importlib.util.module_from_spec(spec)
+        # User code: any exception becomes a one-line error.
         try:
             spec.loader.exec_module(module)
         except Exception as error:
@@ -150,24 +199,26 @@ class Function:
         return {"scorer": self.name, "sha256": sha256_of_files([self.path])}
 
     def score(self, items: list[Candidates], eval_out: str, overwrite: bool) -> list[Scores | str]:
-        return [_scores(item, self._numbers(item)) for item in items]
+        return [_with_wins(item, self._log_odds(item)) for item in items]
 
-    def _numbers(self, item: Candidates) -> list[float]:
+    def _log_odds(self, item: Candidates) -> list[float]:
+        source = f"--scorer {self.name}: {item.prompt.source}"
         try:
-            found = [float(x) for x in self.call(item.prompt.text, list(item.answers))]
+            log_odds = [float(x) for x in self.call(item.prompt.text, list(item.answers))]
         except Exception as error:
-            raise UserError(f"--scorer {self.name}: {item.prompt.source}: {type(error).__name__}: {error}") from error
-        if len(found) != len(item.answers) or not all(map(math.isfinite, found)):
-            raise UserError(f"--scorer {self.name}: {item.prompt.source}: must give a finite number for each answer")
-        return found
+            raise UserError(f"{source}: {type(error).__name__}: {error}") from error
+        if len(log_odds) != len(item.answers) or not all(map(math.isfinite, log_odds)):
+            raise UserError(f"{source}: must return a finite number for each answer")
+        return log_odds
 
 
-class Reward:
-    """A sequence classifier with one output, or with a `score` of its own (ArmoRM): the answer's reward."""
+# -------------------------------------------------------------------------------------------------------- with a model
+
+
+class RewardScorer:
+    """A reward model: its reward of an answer is the score (preflab.judging.reward_model)."""
 
     def __init__(self, model: str, options: dict):
-        from preflab.judging.reward_model import RewardModel
-
         self.model = RewardModel(model, options)
         self.name = self.model.name
 
@@ -175,27 +226,25 @@ class Reward:
         return {"kind": "reward", **self.model.identity()}
 
     def score(self, items: list[Candidates], eval_out: str, overwrite: bool) -> list[Scores | str]:
-        asked = {cache_key(i.prompt.messages, a): (i.prompt, a) for i in items for a in i.answers}
+        requested = {cache_key(i.prompt.messages, a): (i.prompt, a) for i in items for a in i.answers}
 
-        def work(keys):
-            for k, reward in self.model.score([asked[key] for key in keys]):
+        def compute(keys):
+            for k, reward in self.model.score([requested[key] for key in keys]):
                 yield keys[k], {"error": reward} if isinstance(reward, str) else {"score": reward}
 
-        found = _kept(self, list(asked), work, eval_out, overwrite, "answer")
+        cached = _cached_results(self, list(requested), compute, eval_out, overwrite, "answer")
         results = []
         for item in items:
-            rows = [found[cache_key(item.prompt.messages, answer)] for answer in item.answers]
+            rows = [cached[cache_key(item.prompt.messages, answer)] for answer in item.answers]
             errors = [row["error"] for row in rows if "error" in row]
-            results.append(errors[0] if errors else _scores(item, [row["score"] for row in rows]))
+            results.append(errors[0] if errors else _with_wins(item, [row["score"] for row in rows]))
         return results
 
 
-class Pairwise:
-    """A pairwise ranker such as PairRM, asked about every ordered pair (preflab.pairs.pairrm)."""
+class RankerScorer:
+    """A pairwise ranker such as PairRM, applied to every ordered pair of answers (preflab.pairs.pairrm)."""
 
     def __init__(self, model: str, options: dict):
-        from preflab.pairs.pairrm import PairRanker
-
         self.model = PairRanker(model, options)
         self.name = f"pair:{model}"
 
@@ -203,82 +252,81 @@ class Pairwise:
         return {"kind": "pairwise", **self.model.identity()}
 
     def score(self, items: list[Candidates], eval_out: str, overwrite: bool) -> list[Scores | str]:
-        asked = {cache_key(i.prompt.messages, i.answers): i for i in items}
+        requested = {cache_key(i.prompt.messages, i.answers): i for i in items}
 
-        def work(keys):
-            from preflab.judging.reward_model import NO_NUMBER
-
+        def compute(keys):
             for key in keys:
-                logits = self.model.logits(asked[key].prompt.text, asked[key].answers)
+                logits = self.model.logits(requested[key].prompt.text, requested[key].answers)
                 finite = all(math.isfinite(x) for row in logits for x in row)
-                yield key, {"logits": logits} if finite else {"error": NO_NUMBER}
+                yield key, {"logits": logits} if finite else {"error": NOT_FINITE}
 
-        found = _kept(self, list(asked), work, eval_out, overwrite, "prompt")
-        rows = [found[cache_key(item.prompt.messages, item.answers)] for item in items]
+        cached = _cached_results(self, list(requested), compute, eval_out, overwrite, "prompt")
+        rows = [cached[cache_key(item.prompt.messages, item.answers)] for item in items]
         return [
-            row["error"] if "error" in row else _scores(item, ranker_scores(row["logits"], item.counts))
+            row["error"] if "error" in row else _with_wins(item, ranker_scores(row["logits"], item.counts))
             for item, row in zip(items, rows, strict=True)
         ]
 
 
 def ranker_scores(logits: list[list[float]], counts: list[int]) -> list[float]:
-    """s_i = mean over the samples j of logit(i, j) - logit(j, i), 0 for the answer itself.
+    """s_i = mean over all samples j of logit(i, j) - logit(j, i), which is 0 for the answer itself.
 
-    As llm-blender's `max_logits` has it, whose scores SPPO's published code takes.
+    As in llm-blender's `max_logits`, the source of the scores in SPPO's published code.
+
+    Args:
+        logits: shape (n, n), above 0 where answer i, read first, beats answer j.
+        counts: how many samples gave each answer, shape (n,).
     """
-    total = sum(counts)
-    places = range(len(logits))
-    return [sum(counts[j] * (logits[i][j] - logits[j][i]) for j in places) / total for i in places]
+    total, n = sum(counts), len(logits)
+    return [sum(counts[j] * (logits[i][j] - logits[j][i]) for j in range(n)) / total for i in range(n)]
 
 
-class Judged:
-    """A judge of preflab.judging.judges, asked about every ordered pair: P(i beats j) is the mean of both orders."""
+class JudgeScorer:
+    """A judge, applied to every ordered pair of answers: P(i beats j) is the mean of both orders."""
 
     def __init__(self, spec: str, options: dict):
-        from preflab.judging.judges import make_judge
-
-        self.judge = make_judge(spec, options["judge_prompt"], options)
+        self.judge = make_judge(spec, options["judge_prompt"], options, "--scorer judge:")
         self.name = f"judge:{spec}"
 
     def identity(self) -> dict:
         return {"kind": "judge", **self.judge.identity()}
 
     def score(self, items: list[Candidates], eval_out: str, overwrite: bool) -> list[Scores | str]:
-        from preflab.judging.judge_prompt import Item
-        from preflab.judging.judges import judge_all
-
-        asked, places = [], []
+        questions, positions = [], []
         for k, item in enumerate(items):
             for i, first in enumerate(item.answers):
                 for j, second in enumerate(item.answers):
                     if i != j:
-                        asked.append(Item(item.prompt, first, second))
-                        places.append((k, i, j))
-        verdicts = judge_all(self.judge, asked, eval_out, overwrite)
+                        questions.append(Item(item.prompt, first, second))
+                        positions.append((k, i, j))
+        verdicts = judge_all(self.judge, questions, eval_out, overwrite)
+        # P(i beats j) starts at 1/2; each of the two orders moves it by half of what its verdict says beyond 1/2.
         beats = [[[0.5] * len(item.answers) for _ in item.answers] for item in items]
         errors = {}
-        for (k, i, j), verdict in zip(places, verdicts, strict=True):
-            first = verdict.first if verdict.probability is None else verdict.probability
-            if first is None:
+        for (k, i, j), verdict in zip(positions, verdicts, strict=True):
+            first_wins = verdict.first if verdict.probability is None else verdict.probability
+            if first_wins is None:
                 errors.setdefault(k, f"no verdict: {verdict.error}")
                 continue
-            beats[k][i][j] += (first - 0.5) / 2
-            beats[k][j][i] -= (first - 0.5) / 2
-        wins = [wins_of(matrix, item.counts) for matrix, item in zip(beats, items, strict=True)]
+            beats[k][i][j] += (first_wins - 0.5) / 2
+            beats[k][j][i] -= (first_wins - 0.5) / 2
+        wins = [mean_wins(matrix, item.counts) for matrix, item in zip(beats, items, strict=True)]
         return [errors[k] if k in errors else Scores(w, w) for k, w in enumerate(wins)]
 
 
-def _scores(item: Candidates, scores: list[float]) -> Scores:
-    return Scores(scores, win_probabilities(scores, item.counts))
+def _cached_results(
+    scorer: Scorer, keys: list[str], compute, eval_out: str, overwrite: bool, unit: str
+) -> dict[str, dict]:
+    """The result of every key, on every process. New results are sharded over the processes and cached one by one.
 
-
-def _kept(scorer, keys: list[str], work, eval_out: str, overwrite: bool, unit: str) -> dict[str, dict]:
-    """What `work(keys)` yields for every key, on every process: sharded, and kept as it comes."""
-
+    Args:
+        compute: a function of keys that yields (key, result).
+        unit: what a key stands for, in the progress display.
+    """
     cache = ResultCache(eval_out, "scores", scorer.identity(), overwrite)
-    mine = cache.own_share([key for key in keys if key not in cache.finished])
-    with progress(len(mine), scorer.name, unit) as bar:
-        for key, row in work(mine) if mine else ():
-            cache.add(key, row)
+    own_keys = cache.share([key for key in keys if key not in cache.before])
+    with progress(len(own_keys), scorer.name, unit) as bar:
+        for key, result in compute(own_keys) if own_keys else ():
+            cache.add(key, result)
             bar.update()
     return cache.gather()

@@ -1,5 +1,6 @@
-"""generate_preference_pairs.py: win probabilities as published, equal and empty answers, every scorer, the script."""
+"""generate_preference_pairs.py: published win probabilities, equal and empty answers, every scorer, the script."""
 
+import copy
 import json
 import math
 import shutil
@@ -7,11 +8,19 @@ import shutil
 import numpy as np
 import pytest
 import torch
+import transformers
 from conftest import ROOT, assert_one_line, command, make_pairs, train_args, write_jsonl
+from safetensors.torch import load_file, save_file
+from scipy.stats import chisquare
 
+from preflab.data.chat_template import ChatRenderer
 from preflab.data.prompts import Prompt, load_candidates
-from preflab.pairs.pairing import Sampled, agreement, candidates_of, held_out_keys, pair_of, part_of, shuffled
-from preflab.pairs.scorers import Candidates, Scores, make_scorer, ranker_scores, win_probabilities, wins_of
+from preflab.judging.judge_prompt import Verdict, unparsed
+from preflab.models.loading import load_tokenizer
+from preflab.pairs.metrics import agreement
+from preflab.pairs.pairing import Sampled, candidates_of, held_out_keys, pair_of, part_of, shuffled
+from preflab.pairs.pairrm import FIRST, SECOND, SOURCE, PairRanker, PairRM
+from preflab.pairs.scorers import Candidates, Scores, make_scorer, mean_wins, ranker_scores, win_probabilities
 from utils.artifacts import read_json
 from utils.errors import UserError
 
@@ -33,8 +42,8 @@ def sampled(*texts, held_out=False, given=None) -> Sampled:
 # ------------------------------------------------------------------------------------------------------------ formulas
 
 
-def test_win_probabilities_are_those_of_the_published_code():
-    """scripts/compute_prob.py of uclaml/SPPO: 1 / (1 + exp(s_j - s_i)), the mean of a row, the diagonal among it."""
+def test_win_probabilities_equal_published_code():
+    """scripts/compute_prob.py of uclaml/SPPO: 1 / (1 + exp(s_j - s_i)), the mean of a row with its diagonal."""
     scores = [0.3, -1.2, 2.0, 0.3, -0.5]
     matrix = np.array([[1 / (1 + np.exp(b - a)) for b in scores] for a in scores])
     assert win_probabilities(scores, [1] * 5) == pytest.approx(matrix.sum(1) / 5)
@@ -43,26 +52,26 @@ def test_win_probabilities_are_those_of_the_published_code():
     assert win_probabilities([1e6, -1e6], [1, 1]) == pytest.approx([0.75, 0.25])
 
 
-def test_an_answer_that_was_given_twice_counts_twice():
-    whole = win_probabilities([0.3, 0.3, -1.2, 2.0], [1, 1, 1, 1])
-    assert win_probabilities([0.3, -1.2, 2.0], [2, 1, 1]) == pytest.approx([whole[0], whole[2], whole[3]])
+def test_repeated_answer_counts_once_per_sample():
+    separate = win_probabilities([0.3, 0.3, -1.2, 2.0], [1, 1, 1, 1])
+    assert win_probabilities([0.3, -1.2, 2.0], [2, 1, 1]) == pytest.approx([separate[0], separate[2], separate[3]])
 
 
-def test_ranker_scores_are_llm_blenders_max_logits():
+def test_ranker_scores_equal_llm_blender():
     """llm_blender/gpt_eval/utils.py, get_scores_from_cmps: (cmp - cmp.T).mean(axis=-1)."""
     logits = np.random.default_rng(0).normal(size=(4, 4))
     np.fill_diagonal(logits, 0)
     assert ranker_scores(logits.tolist(), [1] * 4) == pytest.approx((logits - logits.T).mean(-1))
 
 
-def test_wins_of_a_matrix_by_hand():
-    assert wins_of([[0.5, 0.9], [0.1, 0.5]], [3, 1]) == pytest.approx([(1.5 + 0.9) / 4, (0.3 + 0.5) / 4])
+def test_mean_wins_by_hand():
+    assert mean_wins([[0.5, 0.9], [0.1, 0.5]], [3, 1]) == pytest.approx([(1.5 + 0.9) / 4, (0.3 + 0.5) / 4])
 
 
 # ---------------------------------------------------------------------------------------------------------- candidates
 
 
-def test_equal_and_empty_answers():
+def test_candidates_merge_equal_and_drop_empty():
     found = candidates_of(sampled("b", "a", " b ", "", "c"))
     assert (found.answers, found.counts) == (["b", "a", "c"], [2, 1, 1])
     assert candidates_of(sampled("", " ")) == "all_samples_empty"
@@ -71,7 +80,7 @@ def test_equal_and_empty_answers():
     assert given.given == {"scores": [1, 2]}
 
 
-def test_the_best_meets_the_worst():
+def test_pair_is_best_against_worst():
     one = sampled("worst", "best", "middle", "best")
     candidates = candidates_of(one)
     row = pair_of(one, candidates, Scores([0.0, 2.0, 1.0], [0.1, 0.7, 0.4]))
@@ -81,7 +90,7 @@ def test_the_best_meets_the_worst():
     assert pair_of(one, candidates, Scores([1.0] * 3, [0.5] * 3)) == "all_scores_equal"
 
 
-def test_shuffled_scores_are_the_same_scores_of_other_answers():
+def test_shuffled_scores_are_a_uniform_permutation():
     many = [Candidates(prompt(f"Question {k}"), list("abcde"), [1] * 5) for k in range(300)]
     best = []
     for candidates in many:
@@ -89,19 +98,17 @@ def test_shuffled_scores_are_the_same_scores_of_other_answers():
         assert sorted(found.scores) == [0, 1, 2, 3, 4]
         assert found.wins == pytest.approx([0.1 + 0.2 * s for s in found.scores])
         best.append(int(np.argmax(found.scores)))
-    from scipy.stats import chisquare
-
     assert chisquare(np.bincount(best, minlength=5)).pvalue > 1e-3
     again = shuffled(many[0], Scores([0, 1, 2, 3, 4], [0] * 5), 7)
     assert again.scores == shuffled(many[0], Scores([0, 1, 2, 3, 4], [0] * 5), 7).scores
 
 
-def test_parts_and_held_out_prompts():
+def test_parts_are_disjoint_and_hold_out_by_text():
     prompts = [prompt(f"Q{k}") for k in range(10)]
     parts = [part_of(prompts, 3, t) for t in (1, 2, 3)]
     assert sorted(len(p) for p in parts) == [3, 3, 4] and {q.key for p in parts for q in p} == {q.key for q in prompts}
     assert part_of(prompts, None, 1) == prompts
-    # As training tells prompts apart: a twin in other case and spacing is held out with its like.
+    # As in training, prompts that differ only in case and spacing count as the same prompt.
     twins = [*prompts, *(prompt(f" q{k} ") for k in range(10))]
     kept = held_out_keys(twins, 4)
     assert len(kept) == 4 and all((a.key in kept) == (b.key in kept) for a, b in zip(twins, twins[10:], strict=False))
@@ -120,7 +127,7 @@ def test_agreement_by_hand():
     found = agreement(rows, scored, {"other": theirs})["other"]
     assert found["same_order"]["value"] == pytest.approx((1 + 0 + 1 + 0.5) / 4)
     assert found["same_best"]["value"] == pytest.approx((1 + 0 + 0 + 1) / 4)
-    # Kendall's tau is 1, -1 and 1/3; where all scores are equal there is none.
+    # Kendall's tau is 1, -1 and 1/3; it is undefined where all scores are equal.
     assert (
         found["rank_correlation"]["value"] == pytest.approx((1 - 1 + 1 / 3) / 3) and found["rank_correlation"]["n"] == 3
     )
@@ -139,7 +146,7 @@ def items(*texts) -> list[Candidates]:
     return [Candidates(prompt("Who are you?"), list(texts), [1] * len(texts))]
 
 
-def test_the_controls(tmp_path):
+def test_control_scorers(tmp_path):
     one = items("short", "a good deal longer")
     (longer,) = scored("longer", one, tmp_path)
     (shorter,) = scored("shorter", one, tmp_path)
@@ -149,15 +156,15 @@ def test_the_controls(tmp_path):
     assert first == again != other
 
 
-def test_a_function_of_the_users(tmp_path):
-    (tmp_path / "mine.py").write_text(
+def test_function_scorer_and_its_errors(tmp_path):
+    (tmp_path / "user.py").write_text(
         "def score(prompt, answers):\n    return [len(prompt) * len(a) for a in answers]\n"
     )
-    (found,) = scored(f"{tmp_path}/mine.py:score", items("a", "bb"), tmp_path)
+    (found,) = scored(f"{tmp_path}/user.py:score", items("a", "bb"), tmp_path)
     assert found.scores == [12.0, 24.0]
-    name = make_scorer(f"{tmp_path}/mine.py:score", OPTIONS).identity()
-    (tmp_path / "mine.py").write_text("def score(prompt, answers):\n    return [1.0]\n")
-    assert make_scorer(f"{tmp_path}/mine.py:score", OPTIONS).identity() != name
+    name = make_scorer(f"{tmp_path}/user.py:score", OPTIONS).identity()
+    (tmp_path / "user.py").write_text("def score(prompt, answers):\n    return [1.0]\n")
+    assert make_scorer(f"{tmp_path}/user.py:score", OPTIONS).identity() != name
     for body, words in (
         ("def score(prompt, answers):\n    return [1.0]\n", "finite number"),
         ("def score(prompt, answers):\n    return [float('nan')] * 2\n", "finite number"),
@@ -165,21 +172,21 @@ def test_a_function_of_the_users(tmp_path):
         ("def other():\n    pass\n", "score"),
         ("import nothing_of_this_name\n", "nothing_of_this_name"),
     ):
-        (tmp_path / "mine.py").write_text(body)
+        (tmp_path / "user.py").write_text(body)
         with pytest.raises(UserError, match=words):
-            scored(f"{tmp_path}/mine.py:score", items("a", "bb"), tmp_path)
+            scored(f"{tmp_path}/user.py:score", items("a", "bb"), tmp_path)
     with pytest.raises(UserError, match="nowhere.py"):
         make_scorer("nowhere.py:score", OPTIONS)
 
 
-def test_the_toy_scorer_that_ships_likes_short_words(tmp_path):
+def test_shipped_scorer_prefers_short_words(tmp_path):
     (found,) = scored(
         f"{ROOT}/configs/scorers/plain_words.py:score", items("it is so", "extraordinary matters"), tmp_path
     )
     assert found.scores == pytest.approx([-4 * 2.0, -4 * 10.0])
 
 
-def test_columns_are_taken_as_they_stand(tmp_path):
+def test_columns_scorer_uses_dataset_numbers(tmp_path):
     one = [Candidates(prompt(), ["a", "b"], [1, 1], {"wins": [0.9, 0.2]})]
     (wins,) = scored("columns", one, tmp_path)
     assert wins.wins == wins.scores == [0.9, 0.2]
@@ -189,10 +196,8 @@ def test_columns_are_taken_as_they_stand(tmp_path):
         scored("columns", items("a", "b"), tmp_path)
 
 
-def test_a_judge_is_asked_in_both_orders(tmp_path, monkeypatch):
-    """One that says 0.8 for whatever stands first and adds 0.1 for the answer it likes: the first slot cancels out."""
-    from preflab.judging.judge_prompt import Verdict
-    from preflab.pairs import scorers
+def test_judge_scorer_averages_both_orders(tmp_path, monkeypatch):
+    """The judge gives 0.8 to the first answer, 0.1 more if it is the good one; the preference for a slot cancels."""
 
     class Biased:
         name, instant = "biased", True
@@ -200,32 +205,29 @@ def test_a_judge_is_asked_in_both_orders(tmp_path, monkeypatch):
         def identity(self):
             return {"judge": "biased"}
 
-        def judge(self, asked):
-            for k, item in enumerate(asked):
+        def judge(self, items):
+            for k, item in enumerate(items):
                 p = 0.8 + 0.1 * (item.first == "good") - 0.1 * (item.second == "good")
                 yield k, Verdict(1.0, p)
 
-    monkeypatch.setattr("preflab.judging.judges.make_judge", lambda *a: Biased())
+    monkeypatch.setattr("preflab.pairs.scorers.make_judge", lambda *a: Biased())
     (found,) = scored("judge:hf:x", items("good", "bad"), tmp_path)
     beats = ((0.8 + 0.1) + (1 - (0.8 - 0.1))) / 2
     assert found.wins == pytest.approx([(0.5 + beats) / 2, (1.5 - beats) / 2]) and found.scores == found.wins
-    assert scorers.KINDS
 
 
-def test_a_judge_without_a_verdict_leaves_the_prompt_unscored(tmp_path, monkeypatch):
-    from preflab.judging.judge_prompt import Verdict, unparsed
-
-    class Mute:
-        name, instant = "mute", True
+def test_prompt_without_verdict_is_unscored(tmp_path, monkeypatch):
+    class SilentJudge:
+        name, instant = "silent", True
 
         def identity(self):
             return {}
 
-        def judge(self, asked):
-            for k, item in enumerate(asked):
+        def judge(self, items):
+            for k, item in enumerate(items):
                 yield k, unparsed("no") if "b" in (item.first, item.second) else Verdict(1.0)
 
-    monkeypatch.setattr("preflab.judging.judges.make_judge", lambda *a: Mute())
+    monkeypatch.setattr("preflab.pairs.scorers.make_judge", lambda *a: SilentJudge())
     two = [Candidates(prompt("1"), ["a", "b"], [1, 1]), Candidates(prompt("2"), ["a", "c"], [1, 1])]
     first, second = scored("judge:hf:x", two, tmp_path)
     assert first == "no verdict: no" and isinstance(second, Scores)
@@ -234,7 +236,6 @@ def test_a_judge_without_a_verdict_leaves_the_prompt_unscored(tmp_path, monkeypa
 @pytest.fixture(scope="module")
 def reward_model(tmp_path_factory, smol_tokenizer):
     """A tiny random sequence classifier with one output."""
-    import transformers
 
     torch.manual_seed(1)
     config = transformers.LlamaConfig(
@@ -247,10 +248,7 @@ def reward_model(tmp_path_factory, smol_tokenizer):
     return folder
 
 
-def test_a_reward_models_scores_are_the_models_and_are_kept(reward_model, smol_tokenizer, tmp_path, monkeypatch):
-    import transformers
-
-    from preflab.data.chat_template import ChatRenderer
+def test_reward_scores_equal_model_and_are_cached(reward_model, smol_tokenizer, tmp_path, monkeypatch):
 
     one = items("I am a cat.", "I am the sea, and the sand.", "word " * 600)
     (cut,) = scored(f"rm:{reward_model}", one, tmp_path)
@@ -264,13 +262,11 @@ def test_a_reward_models_scores_are_the_models_and_are_kept(reward_model, smol_t
         ids = chat.ids([chat.full_text(one[0].prompt.messages, answer)])
         with torch.no_grad():
             assert score == pytest.approx(model(input_ids=torch.tensor(ids)).logits.item(), abs=1e-5)
-    monkeypatch.setattr("preflab.judging.reward_model.RewardModel.score", lambda *a: pytest.fail("asked again"))
+    monkeypatch.setattr("preflab.judging.reward_model.RewardModel.score", lambda *a: pytest.fail("scored again"))
     assert scored(f"rm:{reward_model}", one, tmp_path) == [found]
 
 
-def test_an_output_that_is_no_number_leaves_the_prompt_unscored(reward_model, pair_ranker, tmp_path):
-    from safetensors.torch import load_file, save_file
-
+def test_nan_output_leaves_prompt_unscored(reward_model, pair_ranker, tmp_path):
     for kind, folder, weight in (("rm", reward_model, "score.weight"), ("pair", pair_ranker, "head_layer.0.weight")):
         broken = tmp_path / kind
         shutil.copytree(folder, broken)
@@ -278,27 +274,26 @@ def test_an_output_that_is_no_number_leaves_the_prompt_unscored(reward_model, pa
         name = next(n for n in weights if n.endswith(weight) or (kind == "pair" and "head" in n))
         save_file({**weights, name: weights[name] * float("nan")}, broken / "model.safetensors", {"format": "pt"})
         assert scored(f"{kind}:{broken}", items("I am a cat.", "The sea."), tmp_path) == [
-            "the model's output is no finite number"
+            "the model's output is not a finite number"
         ], kind
 
 
-OWN_CODE = """
+MODEL_CODE = """
 import torch
 from transformers import LlamaForSequenceClassification
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
 class Gated(LlamaForSequenceClassification):
     def forward(self, **inputs):
-        found = super().forward(**inputs)
-        output = SequenceClassifierOutputWithPast(logits=found.logits)
-        output.score = found.logits[:, 0] - found.logits[:, 2]
+        plain = super().forward(**inputs)
+        output = SequenceClassifierOutputWithPast(logits=plain.logits)
+        output.score = plain.logits[:, 0] - plain.logits[:, 2]
         return output
 """
 
 
-def test_a_reward_model_with_a_score_of_its_own(reward_model, tmp_path):
-    """As ArmoRM: many outputs, and code of its own that makes one score of them."""
-    import transformers
+def test_reward_model_with_custom_score(reward_model, tmp_path):
+    """As in ArmoRM: many outputs, and model code that combines them into one score."""
 
     folder = tmp_path / "gated"
     shutil.copytree(reward_model, folder)
@@ -309,22 +304,21 @@ def test_a_reward_model_with_a_score_of_its_own(reward_model, tmp_path):
     model.save_pretrained(folder)
     with pytest.raises(UserError, match="3 outputs"):
         make_scorer(f"rm:{folder}", OPTIONS)
-    (folder / "modeling_gated.py").write_text(OWN_CODE)
-    about = json.loads((folder / "config.json").read_text())
-    about["auto_map"] = {"AutoModelForSequenceClassification": "modeling_gated.Gated"}
-    (folder / "config.json").write_text(json.dumps(about))
+    (folder / "modeling_gated.py").write_text(MODEL_CODE)
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForSequenceClassification": "modeling_gated.Gated"}
+    (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="--trust_remote_code"):
         make_scorer(f"rm:{folder}", OPTIONS)
-    asked = items("I am a cat.", "The sea, and the sand.")
-    (found,) = make_scorer(f"rm:{folder}", {**OPTIONS, "trust_remote_code": True}).score(asked, str(tmp_path), False)
+    candidates = items("I am a cat.", "The sea, and the sand.")
+    (found,) = make_scorer(f"rm:{folder}", {**OPTIONS, "trust_remote_code": True}).score(
+        candidates, str(tmp_path), False
+    )
     model = model.eval()
     model.config.pad_token_id = 0
-    from preflab.data.chat_template import ChatRenderer
-    from preflab.models.loading import load_tokenizer
-
     chat = ChatRenderer(load_tokenizer(str(folder)))
-    for answer, score in zip(asked[0].answers, found.scores, strict=True):
-        ids = torch.tensor(chat.ids([chat.full_text(asked[0].prompt.messages, answer)]))
+    for answer, score in zip(candidates[0].answers, found.scores, strict=True):
+        ids = torch.tensor(chat.ids([chat.full_text(candidates[0].prompt.messages, answer)]))
         with torch.no_grad():
             logits = model(input_ids=ids).logits[0]
         assert score == pytest.approx((logits[0] - logits[2]).item(), abs=1e-5)
@@ -332,12 +326,7 @@ def test_a_reward_model_with_a_score_of_its_own(reward_model, tmp_path):
 
 @pytest.fixture(scope="module")
 def pair_ranker(tmp_path_factory, smol_tokenizer):
-    """A tiny random PairRM under SmolLM2's vocabulary, with the published marks."""
-    import copy
-
-    import transformers
-
-    from preflab.pairs.pairrm import FIRST, SECOND, SOURCE, pair_rm
+    """A tiny random PairRM under SmolLM2's vocabulary, with the published markers."""
 
     tokenizer = copy.deepcopy(smol_tokenizer)
     tokenizer.add_tokens([SOURCE, FIRST, SECOND])
@@ -347,17 +336,13 @@ def pair_ranker(tmp_path_factory, smol_tokenizer):
         relative_attention=True, pos_att_type=["p2c", "c2p"], position_biased_input=False, n_tasks=1, drop_out=0.1,
     )  # fmt: skip
     folder = tmp_path_factory.mktemp("pairrm") / "pairrm"
-    pair_rm()(config).save_pretrained(folder)
+    PairRM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
 
-def test_a_pairwise_ranker_reads_marks_and_both_orders(pair_ranker, tmp_path):
-    """Against an independent forward: the backbone of transformers, the head's weights by their published names."""
-    import transformers
-    from safetensors.torch import load_file
-
-    from preflab.pairs.pairrm import FIRST, SECOND, SOURCE, PairRanker
+def test_pairwise_ranker_equals_plain_forward(pair_ranker, tmp_path):
+    """Against an independent forward: the backbone of transformers, the head's weights under their published names."""
 
     ranker = PairRanker(str(pair_ranker), OPTIONS)
     answers = ["I am a cat.", "The sea, the sand, and more of it.", "No."]
@@ -366,13 +351,13 @@ def test_a_pairwise_ranker_reads_marks_and_both_orders(pair_ranker, tmp_path):
     backbone = transformers.DebertaV2Model(transformers.AutoConfig.from_pretrained(pair_ranker)).eval()
     prefix = "pretrained_model."
     backbone.load_state_dict({k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)})
-    marks = [ranker.marks[m] for m in (SOURCE, FIRST, SECOND)]
+    markers = [ranker.markers[m] for m in (SOURCE, FIRST, SECOND)]
     for i, j in ((0, 1), (1, 0), (2, 1)):
         ids = torch.tensor([ranker.ids("Who are you?", answers[i], answers[j])])
-        assert [int((ids == mark).sum()) for mark in marks] == [1, 1, 1]
+        assert [int((ids == marker).sum()) for marker in markers] == [1, 1, 1]
         with torch.no_grad():
             hidden = backbone(input_ids=ids).last_hidden_state[0]
-        at = [hidden[(ids[0] == mark).nonzero()[0, 0]] for mark in marks]
+        at = [hidden[(ids[0] == marker).nonzero()[0, 0]] for marker in markers]
 
         def head(candidate, at=at):
             x = torch.cat([at[0], candidate])
@@ -383,17 +368,17 @@ def test_a_pairwise_ranker_reads_marks_and_both_orders(pair_ranker, tmp_path):
     assert [logits[k][k] for k in range(3)] == [0.0] * 3
     (found,) = scored(f"pair:{pair_ranker}", items(*answers), tmp_path)
     assert found.scores == pytest.approx(((np.array(logits) - np.array(logits).T).mean(1)).tolist())
-    # An answer that spells a mark out is no mark.
-    assert sum(i == ranker.marks[FIRST] for i in ranker.ids("?", f"{FIRST} {SECOND}", "x")) == 1
+    # A marker that an answer spells out is read as text.
+    assert sum(i == ranker.markers[FIRST] for i in ranker.ids("?", f"{FIRST} {SECOND}", "x")) == 1
 
 
-def test_a_model_that_is_no_pairwise_ranker_is_named(tiny):
+def test_model_without_markers_is_refused(tiny):
     with pytest.raises(UserError, match=r"<\|source\|>"):
         make_scorer(f"pair:{tiny}", OPTIONS)
 
 
 @pytest.mark.parametrize("spec", ["nobody", "rm:", "pair:", "judge:", "judge:nobody"])
-def test_an_unknown_scorer_is_named(spec):
+def test_unknown_scorer_is_refused(spec):
     with pytest.raises(UserError, match=f"--scorer {spec}"):
         make_scorer(spec, OPTIONS)
 
@@ -415,7 +400,7 @@ def test_an_unknown_scorer_is_named(spec):
         ),
     ],
 )  # fmt: skip
-def test_answers_and_scores_that_the_data_hold(row, numbers, tmp_path):
+def test_answers_and_scores_in_the_dataset(row, numbers, tmp_path):
     ((found, answers, given),), summary = load_candidates(
         [{"name": str(write_jsonl(tmp_path / "x.jsonl", [row, row])), "split": "train"}]
     )
@@ -433,7 +418,7 @@ def test_answers_and_scores_that_the_data_hold(row, numbers, tmp_path):
         ({"prompt": "Q", "responses": ["a", "b"], "scores": [1, float("nan")]}, "finite number"),
     ],
 )
-def test_rows_without_usable_answers_are_named(row, words, tmp_path):
+def test_rows_without_usable_answers_are_refused(row, words, tmp_path):
     with pytest.raises(UserError, match=f"line 1.*{words}"):
         load_candidates([{"name": str(write_jsonl(tmp_path / "x.jsonl", [row])), "split": "train"}])
 
@@ -465,7 +450,7 @@ def rows_of(path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_from_prompts_to_a_trained_model(pairs, train, tiny, prompts, tmp_path):
+def test_prompts_to_pairs_to_training(pairs, train, tiny, prompts, tmp_path):
     code, out, err = pairs(*pair_args(tiny, prompts, tmp_path / "out", "--also_score", "random", "shorter"))
     assert code == 0, err
     folder = tmp_path / "out/p"
@@ -496,7 +481,7 @@ def test_from_prompts_to_a_trained_model(pairs, train, tiny, prompts, tmp_path):
     assert code == 0, err
 
 
-def test_a_second_call_samples_and_scores_nothing(pairs, tiny, prompts, tmp_path, monkeypatch):
+def test_second_call_samples_and_scores_nothing(pairs, tiny, prompts, tmp_path, monkeypatch):
     assert pairs(*pair_args(tiny, prompts, tmp_path))[0] == 0
     before = (tmp_path / "p/train.jsonl").read_text()
     monkeypatch.setattr("preflab.judging.answers.generate", lambda *a, **k: pytest.fail("sampled again"))
@@ -510,12 +495,12 @@ def test_a_second_call_samples_and_scores_nothing(pairs, tiny, prompts, tmp_path
     assert_one_line(err, "scorer 'longer' -> 'shorter'", "--run_name")
 
 
-def test_sampling_that_was_cut_off_goes_on(pairs, tiny, prompts, tmp_path, monkeypatch):
+def test_interrupted_sampling_continues(pairs, tiny, prompts, tmp_path, monkeypatch):
     import preflab.judging.answers
 
     usual, calls = preflab.judging.answers.generate, []
 
-    def dying(*args, **kwargs):
+    def interrupted(*args, **kwargs):
         for answer in usual(*args, **kwargs):
             calls.append(answer["index"])
             if len(calls) == 12:
@@ -523,7 +508,7 @@ def test_sampling_that_was_cut_off_goes_on(pairs, tiny, prompts, tmp_path, monke
             yield answer
 
     small = ("--batch_size", "2")
-    monkeypatch.setattr("preflab.judging.answers.generate", dying)
+    monkeypatch.setattr("preflab.judging.answers.generate", interrupted)
     assert pairs(*pair_args(tiny, prompts, tmp_path, *small))[0] == 130
     assert not (tmp_path / "p/samples.jsonl").exists()
     calls.clear()
@@ -531,30 +516,30 @@ def test_sampling_that_was_cut_off_goes_on(pairs, tiny, prompts, tmp_path, monke
     code, _, err = pairs(*pair_args(tiny, prompts, tmp_path, *small))
     assert code == 0 and len(calls) - 100 == 27 - 11, err
     monkeypatch.setattr("preflab.judging.answers.generate", usual)
-    assert pairs(*pair_args(tiny, prompts, tmp_path / "whole"))[0] == 0
-    assert (tmp_path / "p/train.jsonl").read_text() == (tmp_path / "whole/p/train.jsonl").read_text()
+    assert pairs(*pair_args(tiny, prompts, tmp_path / "uninterrupted"))[0] == 0
+    assert (tmp_path / "p/train.jsonl").read_text() == (tmp_path / "uninterrupted/p/train.jsonl").read_text()
 
 
-def test_other_pairs_may_overwrite_and_be_interrupted(pairs, tiny, prompts, tmp_path, monkeypatch):
+def test_overwrite_interrupted_then_continued(pairs, tiny, prompts, tmp_path, monkeypatch):
     import preflab.judging.answers
 
     assert pairs(*pair_args(tiny, prompts, tmp_path))[0] == 0
     usual = preflab.judging.answers.generate
 
-    def dying(*args, **kwargs):
+    def interrupted(*args, **kwargs):
         yield next(iter(usual(*args, **kwargs)))
         raise KeyboardInterrupt
 
     other = pair_args(tiny, prompts, tmp_path, "--temperature", "1.2")
     assert pairs(*other)[0] == 2
-    monkeypatch.setattr("preflab.judging.answers.generate", dying)
+    monkeypatch.setattr("preflab.judging.answers.generate", interrupted)
     assert pairs(*other, "--overwrite")[0] == 130
     monkeypatch.setattr("preflab.judging.answers.generate", usual)
     code, _, err = pairs(*other)
     assert code == 0 and read_json(tmp_path / "p/preference_pairs.json")["args"]["temperature"] == 1.2, err
 
 
-def test_a_stage_is_not_redone_on_what_was_made_otherwise(pairs, tiny, prompts, tmp_path):
+def test_stage_refuses_input_of_other_arguments(pairs, tiny, prompts, tmp_path):
     assert pairs(*pair_args(tiny, prompts, tmp_path))[0] == 0
     before = (tmp_path / "p/train.jsonl").read_text()
     for stage, flags, changed in (
@@ -574,13 +559,13 @@ def test_a_stage_is_not_redone_on_what_was_made_otherwise(pairs, tiny, prompts, 
     assert list(stages) == ["sample", "score", "pair"] and "shorter" in stages["score"]["scorers"]
 
 
-def test_a_scorer_that_cannot_be_made_is_told_before_any_sampling(pairs, tiny, prompts, tmp_path):
+def test_bad_scorer_fails_before_sampling(pairs, tiny, prompts, tmp_path):
     code, _, err = pairs(*pair_args(tiny, prompts, tmp_path, "--scorer", f"rm:{tiny}"))
     assert code == 2 and not (tmp_path / "p/samples.jsonl").exists()
     assert_one_line(err, f"rm:{tiny}", "outputs")
 
 
-def test_stages_apart_give_what_all_give(pairs, tiny, prompts, tmp_path):
+def test_separate_stages_equal_stage_all(pairs, tiny, prompts, tmp_path):
     assert pairs(*pair_args(tiny, prompts, tmp_path / "all"))[0] == 0
     for stage in ("pair", "score"):
         code, _, err = pairs(*pair_args(tiny, prompts, tmp_path / "apart", "--stage", stage))
@@ -596,7 +581,7 @@ def test_stages_apart_give_what_all_give(pairs, tiny, prompts, tmp_path):
         assert (tmp_path / "apart/p" / name).read_text() == (tmp_path / "all/p" / name).read_text(), name
 
 
-def test_given_answers_with_their_scores(pairs, tiny, tmp_path):
+def test_given_answers_with_scores(pairs, tiny, tmp_path):
     rows = [
         {"prompt": f"Q{k}", "all_generated_responses": ["good", "fair", "bad"], "all_rm_scores": [2.0, 1.0, -1.0]}
         for k in range(6)
@@ -647,16 +632,16 @@ def test_bad_input_is_one_line(flags, words, pairs, tiny, prompts, tmp_path):
     assert_one_line(err, *words)
 
 
-def test_a_folder_of_something_else_is_left_alone(pairs, tiny, prompts, tmp_path):
+def test_foreign_folder_is_left_alone(pairs, tiny, prompts, tmp_path):
     (tmp_path / "p").mkdir()
-    (tmp_path / "p/thesis.txt").write_text("mine")
+    (tmp_path / "p/thesis.txt").write_text("text")
     code, _, err = pairs(*pair_args(tiny, prompts, tmp_path, "--overwrite"))
     assert code == 2 and (tmp_path / "p/thesis.txt").exists()
     assert_one_line(err, str(tmp_path / "p"), "--run_name")
 
 
 @pytest.mark.slow
-def test_two_processes_make_the_pairs_of_one(tiny, prompts, tmp_path):
+def test_two_processes_equal_one(tiny, prompts, tmp_path):
     launch = ("-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/cpu_2proc.yaml")
     for folder, before in (("one", ()), ("two", launch)):
         flags = pair_args(tiny, prompts, tmp_path / folder, "--also_score", "random")
