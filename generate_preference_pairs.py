@@ -132,7 +132,7 @@ def set_defaults(args) -> None:
     import torch
 
     if args.run_name is None:
-        args.run_name = run_name(None, args.model_name_or_path or args.dataset_name, ["pairs"], None)
+        args.run_name = run_name(None, args.model_name_or_path or args.dataset_name, "pairs", None)
         args.run_name += f"-part{args.part}" if args.part else ""
     if args.batch_tokens is None:
         args.batch_tokens = 16384 if torch.cuda.is_available() else 2048
@@ -187,4 +187,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main, "lower --batch_tokens or give --dtype bfloat16; the same command continues from the results kept so far")
+    run(main, "lower --batch_tokens or use --dtype bfloat16, then run the same command again to continue")

@@ -132,7 +132,7 @@ def _ensure_same_pairs(path: Path, before: dict, now: dict, first: int, overwrit
         first: index of the first stage that this call runs. With --overwrite, arguments of that stage and later ones
             may change; those of earlier stages may not, since their files are this call's input.
     """
-    changed = changed_arguments(before, now, ARGUMENTS_NOT_IN_IDENTITY, missing={})
+    changed = changed_arguments(before, now, ARGUMENTS_NOT_IN_IDENTITY)
     if overwrite:
         changed = [key for key in changed if STAGES.index(STAGE_OF_ARGUMENT.get(key, "sample")) < first]
     if changed:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from preflab.data.prompts import Prompt
-from preflab.data.sources import by_hash, folded
+from preflab.data.sources import folded, select_by_hash
 from preflab.pairs.scorers import Candidates, Scores
 from utils.provenance import sha256_of
 
@@ -87,7 +87,7 @@ def held_out_keys(prompts: list[Prompt], count: int) -> set[str]:
     Prompts that differ only in case and spacing stay together: training treats them as the same prompt.
     """
     folded_text = {prompt.key: folded(prompt.text) for prompt in prompts}
-    chosen = by_hash(Counter(folded_text.values()), count)
+    chosen = select_by_hash(Counter(folded_text.values()), count)
     return {key for key, text in folded_text.items() if text in chosen}
 
 

@@ -324,7 +324,7 @@ def _cached_results(
         unit: what a key stands for, in the progress display.
     """
     cache = ResultCache(eval_out, "scores", scorer.identity(), overwrite)
-    own_keys = cache.share([key for key in keys if key not in cache.before])
+    own_keys = cache.own_share([key for key in keys if key not in cache.finished])
     with progress(len(own_keys), scorer.name, unit) as bar:
         for key, result in compute(own_keys) if own_keys else ():
             cache.add(key, result)
