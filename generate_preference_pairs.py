@@ -127,15 +127,10 @@ def apply_training_config(args) -> None:
         args.run_name, args.eval_out = folder.name, str(folder.parent)
 
 
-def set_defaults(args) -> None:
-    """Fill the defaults that depend on other arguments or on the machine."""
-    import torch
-
-    if args.run_name is None:
-        args.run_name = run_name(None, args.model_name_or_path or args.dataset_name, "pairs", None)
-        args.run_name += f"-part{args.part}" if args.part else ""
-    if args.batch_tokens is None:
-        args.batch_tokens = 16384 if torch.cuda.is_available() else 2048
+def default_run_name(args) -> str:
+    """The name of the config or of the model (else the dataset), with the part if there is one."""
+    name = run_name(None, args.model_name_or_path or args.dataset_name, "pairs", None)
+    return name + (f"-part{args.part}" if args.part else "")
 
 
 def main():
@@ -144,7 +139,7 @@ def main():
         apply_training_config(args)
     check(args)
 
-    from preflab.models.loading import locate_adapter
+    from preflab.models.loading import default_batch_tokens, locate_adapter
     from preflab.pairs import stages
     from preflab.pairs.metrics import pair_sections, summary_metrics
     from preflab.pairs.report import pairs_figure, render
@@ -152,7 +147,8 @@ def main():
 
     if args.adapter_path:
         locate_adapter(args.adapter_path)
-    set_defaults(args)
+    args.run_name = args.run_name or default_run_name(args)
+    args.batch_tokens = args.batch_tokens or default_batch_tokens()
     join_processes()
     folder = open_folder(args, all_arguments([args]))
     # Build the scorers first, so that a bad --scorer fails before sampling.

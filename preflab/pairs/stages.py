@@ -4,10 +4,9 @@ stage before wrote, so they can run in separate calls.
 
 from collections import Counter
 
-import torch
-
 from preflab.data.prompts import load_candidates, load_prompts
 from preflab.judging.answers import answer_each, answerable, policy_model
+from preflab.models.loading import default_dtype
 from preflab.models.vllm_engine import choose_engine
 from preflab.pairs.folder import PairsFolder
 from preflab.pairs.pairing import Pairs, Sampled, candidates_of, held_out_keys, pair_of, part_of, shuffled
@@ -19,7 +18,7 @@ from utils.errors import UserError
 def make_scorers(args) -> list:
     """The scorers of --scorer and --also_score, the main one first. Raises UserError for one that cannot be made."""
     options = {
-        "dtype": args.scorer_dtype or ("bfloat16" if torch.cuda.is_available() else "float32"),
+        "dtype": args.scorer_dtype or default_dtype(),
         "judge_prompt": args.judge_prompt,
         "attempts": 4,
         "timeout": 120.0,
