@@ -119,3 +119,23 @@ def markdown_table(lines: list[list[str]]) -> str:
     widths = [max(3, *(len(line[i]) for line in lines)) for i in range(len(lines[0]))]
     rows = ["| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in lines]
     return "\n".join([rows[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *rows[1:]])
+
+
+def quoted(text: str) -> str:
+    """`text` as a Markdown quotation, so that an unclosed code fence ends with it."""
+    return "".join(f"> {line}\n" for line in text.splitlines() or ["(empty)"])
+
+
+def side_by_side(title: str, entries: list[tuple], note: str = "") -> str:
+    """A Markdown page of prompts with several answers each, one below the other.
+
+    Args:
+        entries: (heading, prompt, {label: answer}) each; a fourth member is Markdown that follows the answers.
+        note: a line below the title.
+    """
+    parts = [f"# {title}\n", *([f"{note}\n"] if note else [])]
+    for heading, prompt, answers, *after in entries:
+        parts.append(f"---\n\n## {heading}\n\n{quoted(prompt)}")
+        parts += [f"### {label}\n\n{quoted(answer)}" for label, answer in answers.items()]
+        parts += [f"{text}\n" for text in after]
+    return "\n".join(parts)

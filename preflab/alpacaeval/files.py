@@ -1,49 +1,62 @@
-"""AlpacaEval's files: references, model outputs, annotations, and what is made of them to be read."""
+"""AlpacaEval's files: reference answers, model outputs, annotations, side-by-side samples and LLM Comparator input."""
 
 from pathlib import Path
 
+from preflab.alpacaeval.package import is_switched
 from preflab.data.prompts import Prompt
 from preflab.data.rows import read_rows
 from preflab.judging.judge_prompt import Item, Verdict
 from preflab.judging.judges import judge_all
-from utils.artifacts import dumps, read_json, write_json, write_text
+from utils.artifacts import dumps, read_json, write_json
 from utils.errors import UserError
 from utils.provenance import sha256_of
+from utils.tables import side_by_side
 
 
 def read_reference(name: str, limit: int | None = None) -> list[dict]:
-    """Instructions with their reference answers: `{instruction, output, generator, dataset, where}` each.
+    """Instructions with reference answers: `{instruction, output, generator, dataset, category, source}` each.
 
-    Raises UserError for a row without either, for an instruction that stands twice, and for an empty set.
+    Raises UserError for a row without instruction or output, for a duplicate instruction, and for an empty set.
     """
     rows, _ = read_rows(name, "eval")
-    found, seen = [], {}
-    for where, row in rows[:limit]:
+    reference, source_of = [], {}
+    for source, row in rows[:limit]:
         for key in ("instruction", "output"):
             if not isinstance(row, dict) or not isinstance(row.get(key), str) or not row[key].strip():
-                raise UserError(f"{where}: no text under {key!r}; a reference row has instruction and output")
-        if row["instruction"] in seen:
-            raise UserError(f"{where}: the instruction of {seen[row['instruction']]} stands there again; drop one")
-        seen[row["instruction"]] = where
-        generator, dataset = row.get("generator") or "reference", row.get("dataset") or "unknown"
-        named = {"generator": generator, "dataset": dataset, "category": row.get("category"), "where": where}
-        found.append({"instruction": row["instruction"], "output": row["output"], **named})
-    return found
+                raise UserError(f"{source}: no text under {key!r}; a reference row needs instruction and output")
+        instruction = row["instruction"]
+        if instruction in source_of:
+            raise UserError(f"{source}: duplicate instruction, first in {source_of[instruction]}; remove one of them")
+        source_of[instruction] = source
+        reference.append(
+            {
+                "instruction": instruction,
+                "output": row["output"],
+                "generator": row.get("generator") or "reference",
+                "dataset": row.get("dataset") or "unknown",
+                "category": row.get("category"),
+                "source": source,
+            }
+        )
+    return reference
 
 
-def about(path: Path) -> dict:
-    """What made a file, kept beside it as `<stem>.about.json`; empty for a file from elsewhere."""
-    beside = path.with_suffix(".about.json")
-    return read_json(beside) if beside.exists() else {}
+# ----------------------------------------------------------------------------------------------------- model outputs
+
+
+def read_origin(path: Path) -> dict:
+    """What made a file, from `<stem>.about.json` beside it; empty for a file that another tool wrote."""
+    about = path.with_suffix(".about.json")
+    return read_json(about) if about.exists() else {}
 
 
 def outputs_hash(rows: list[dict]) -> str:
-    """What identifies a model's outputs: instructions and answers, in any order."""
+    """Hash of instructions and answers, whatever their order."""
     return sha256_of(*sorted(dumps([row["instruction"], row["output"]]) for row in rows))
 
 
-def write_outputs(folder: Path, name: str, generator: str, reference: list[dict], answers: list[dict], made_by: dict):
-    """model_outputs_<name>.json in alpaca_eval's format, and what made them in model_outputs_<name>.about.json."""
+def write_outputs(folder: Path, name: str, generator: str, reference: list[dict], answers: list[dict], origin: dict):
+    """Write model_outputs_<name>.json in alpaca_eval's format and its origin as model_outputs_<name>.about.json."""
     rows = [
         {
             "instruction": row["instruction"],
@@ -56,30 +69,30 @@ def write_outputs(folder: Path, name: str, generator: str, reference: list[dict]
         for row, answer in zip(reference, answers, strict=True)
     ]
     write_json(folder / f"model_outputs_{name}.json", rows)
-    write_json(folder / f"model_outputs_{name}.about.json", {**made_by, "outputs_sha256": outputs_hash(rows)})
+    write_json(folder / f"model_outputs_{name}.about.json", {**origin, "outputs_sha256": outputs_hash(rows)})
 
 
-def read_outputs(folder: Path, name: str, reference: list[dict], made_by: dict | None = None) -> list[dict]:
-    """The outputs of model_outputs_<name>.json in the reference's order.
+def read_outputs(folder: Path, name: str, reference: list[dict], expected: dict | None = None) -> list[dict]:
+    """The outputs in model_outputs_<name>.json, in the reference's order.
 
     Args:
-        made_by: what this call's models and settings would write; a file that another model wrote is refused. A file
-            without a word on its origin (the user's own outputs) is taken as it is.
+        expected: the origin that this call's models and settings would record. It is compared where the file has an
+            origin; the user's own outputs have none and are accepted.
 
     Raises:
-        UserError: where the file is missing, another model's, holds an instruction twice, or lacks some.
+        UserError: the file is missing, of another model or other settings, has a duplicate instruction, or has no
+            output for some instruction.
     """
     path = folder / f"model_outputs_{name}.json"
-    wrote = about(path)
-    changed = [k for k, v in (made_by or {}).items() if wrote and wrote.get(k) != v]
+    origin = read_origin(path)
+    changed = [k for k, v in (expected or {}).items() if origin and origin.get(k) != v]
     if changed:
         raise UserError(
-            f"{path} was made by another model or with other settings ({', '.join(changed)}): --stage generate makes it"
-            " anew"
+            f"{path}: made by another model or with other settings ({', '.join(changed)}); run --stage generate again"
         )
     if not path.exists():
-        raise UserError(f"{path}: no such file; --stage generate makes it")
-    by_text = {}
+        raise UserError(f"{path}: no such file; run --stage generate first")
+    outputs = {}
     for k, row in enumerate(read_json(path)):
         if (
             not isinstance(row, dict)
@@ -87,16 +100,16 @@ def read_outputs(folder: Path, name: str, reference: list[dict], made_by: dict |
             or not isinstance(row.get("output"), str)
         ):
             raise UserError(f"{path} row {k}: needs instruction and output as text")
-        if row["instruction"] in by_text:
-            raise UserError(f"{path} row {k}: an instruction stands twice: {row['instruction'][:60]!r}")
-        by_text[row["instruction"]] = row
-    missing = [row["instruction"] for row in reference if row["instruction"] not in by_text]
+        if row["instruction"] in outputs:
+            raise UserError(f"{path} row {k}: duplicate instruction {row['instruction'][:60]!r}; remove one of them")
+        outputs[row["instruction"]] = row
+    missing = [row["instruction"] for row in reference if row["instruction"] not in outputs]
     if missing:
         raise UserError(
-            f"{path}: lacks {len(missing)} of the reference's {len(reference)} instructions (first:"
-            f" {missing[0][:60]!r}); --stage generate --overwrite makes them anew, --reference names another set"
+            f"{path}: no output for {len(missing)} of the reference's {len(reference)} instructions (first:"
+            f" {missing[0][:60]!r}); run --stage generate --overwrite, or name another set with --reference"
         )
-    return [by_text[row["instruction"]] for row in reference]
+    return [outputs[row["instruction"]] for row in reference]
 
 
 # ------------------------------------------------------------------------------------------------------- annotations
@@ -108,53 +121,59 @@ def annotate(
     """Annotations in alpaca_eval's format: preference in [1, 2], above 1.5 where output_2 (the model's) is better.
 
     Args:
-        order: "package" shows the outputs in alpaca-eval's own random order, "both" takes the mean of both orders.
+        order: "package" shows the outputs in alpaca-eval's own random order, "both" averages over both orders.
     """
-    from preflab.alpacaeval.package import is_switched
-
-    items, asked = [], []
-    for row, answer in zip(reference, outputs, strict=True):
-        prompt = Prompt([{"role": "user", "content": row["instruction"]}], row["where"])
-        if getattr(judge, "orders_itself", False):
-            orders = [False]
-        else:
-            orders = [False, True] if order == "both" else [is_switched(row["instruction"])]
-        for switched in orders:
-            pair = (answer["output"], row["output"]) if switched else (row["output"], answer["output"])
-            items.append(Item(prompt, *pair))
-        asked.append(orders)
+    orders = [_orders(judge, row["instruction"], order) for row in reference]
+    items = [
+        item
+        for row, answer, row_orders in zip(reference, outputs, orders, strict=True)
+        for item in _items(row, answer, row_orders)
+    ]
     verdicts = iter(judge_all(judge, items, eval_out, overwrite))
-    found = []
-    for row, answer, orders in zip(reference, outputs, asked, strict=True):
-        mine = [next(verdicts) for _ in orders]
-        preferences = [preference(v, switched, judge) for v, switched in zip(mine, orders, strict=True)]
-        known = None not in preferences
-        found.append(
-            {
-                "instruction": row["instruction"],
-                "output_1": row["output"],
-                "generator_1": row["generator"],
-                "dataset": row["dataset"],
-                "category": row["category"],
-                "output_2": answer["output"],
-                "generator_2": answer.get("generator", "model"),
-                "finish_reason": answer.get("finish_reason"),
-                "annotator": judge.name,
-                "preference": sum(preferences) / len(preferences) if known else None,
-                "orders": [
-                    {"is_switched_outputs": s, "preference": p, "mass": v.mass, "error": v.error}
-                    for s, p, v in zip(orders, preferences, mine, strict=True)
-                ],
-            }
-        )
-    return found
+    return [
+        _annotation(judge, row, answer, [(switched, next(verdicts)) for switched in row_orders])
+        for row, answer, row_orders in zip(reference, outputs, orders, strict=True)
+    ]
+
+
+def _orders(judge, instruction: str, order: str) -> list[bool]:
+    """The orders to judge: False shows the reference first, True the model's output."""
+    if getattr(judge, "orders_itself", False):
+        return [False]
+    return [False, True] if order == "both" else [is_switched(instruction)]
+
+
+def _items(row: dict, answer: dict, orders: list[bool]) -> list[Item]:
+    prompt = Prompt([{"role": "user", "content": row["instruction"]}], row["source"])
+    texts = (row["output"], answer["output"])
+    return [Item(prompt, *(texts[::-1] if switched else texts)) for switched in orders]
+
+
+def _annotation(judge, row: dict, answer: dict, verdicts: list[tuple[bool, Verdict]]) -> dict:
+    preferences = [preference(verdict, switched, judge) for switched, verdict in verdicts]
+    return {
+        "instruction": row["instruction"],
+        "output_1": row["output"],
+        "generator_1": row["generator"],
+        "dataset": row["dataset"],
+        "category": row["category"],
+        "output_2": answer["output"],
+        "generator_2": answer.get("generator", "model"),
+        "finish_reason": answer.get("finish_reason"),
+        "annotator": judge.name,
+        "preference": None if None in preferences else sum(preferences) / len(preferences),
+        "orders": [
+            {"is_switched_outputs": switched, "preference": p, "mass": verdict.mass, "error": verdict.error}
+            for (switched, verdict), p in zip(verdicts, preferences, strict=True)
+        ],
+    }
 
 
 def preference(verdict: Verdict, switched: bool, judge) -> float | None:
-    """One verdict as alpaca_eval's preference: 1 where output_1 is better, 2 where output_2 is.
+    """A verdict as alpaca_eval's preference: 1 where output_1 is better, 2 where output_2 is; None without a verdict.
 
-    Judges that tell a probability are weighted, as in AlpacaEval 2: 2 - P(first) where output_1 stands first. A reward
-    model's probabilities are of its own scale, so only its order counts.
+    Probabilities are used as weights, as in AlpacaEval 2: 2 - P(first) where output_1 was shown first. A reward
+    model's probability has no calibrated scale, so only its order counts.
     """
     if verdict.first is None:
         return None
@@ -163,45 +182,52 @@ def preference(verdict: Verdict, switched: bool, judge) -> float | None:
     return 1 + first if switched else 2 - first
 
 
-def write_annotations(folder: Path, name: str, annotations: list[dict], made_by: dict) -> None:
-    """annotations_<name>.json, and what made it in annotations_<name>.about.json.
+def write_annotations(folder: Path, name: str, annotations: list[dict], origin: dict) -> None:
+    """Write annotations_<name>.json and its origin as annotations_<name>.about.json.
 
     Args:
-        made_by: judge, order, hashes of the outputs and of the reference, seconds.
+        origin: judge, order, hashes of outputs and reference, seconds.
     """
     write_json(folder / f"annotations_{name}.json", annotations)
-    write_json(folder / f"annotations_{name}.about.json", made_by)
+    write_json(folder / f"annotations_{name}.about.json", origin)
 
 
 def ensure_same_judge(folder: Path, names: list[str], audit: dict | None) -> None:
-    """Raise UserError where the folder's annotations are of different judges, orders, references or outputs."""
-    made = {name: about(folder / f"annotations_{name}.json") for name in names}
-    first = made[names[0]]
-    for name, found in made.items():
+    """Raise UserError where the folder's annotations mix judges, orders, references or outputs.
+
+    Args:
+        names: `<side>` or `<side>_<control>` of each annotations file; the first is what the others are compared to.
+    """
+    origins = {name: read_origin(folder / f"annotations_{name}.json") for name in names}
+    first = origins[names[0]]
+    for name, origin in origins.items():
         side = name.split("_")[0]
+        # A control's judge differs from the judge's on purpose.
         for key in ("order", "reference_sha256", *(() if name != side else ("judge",))):
-            if found.get(key) != first.get(key):
+            if origin.get(key) != first.get(key):
                 raise UserError(
-                    f"{folder}/annotations_{name}.json: another {key.removesuffix('_sha256')} than that of"
-                    f" annotations_{names[0]}.json: --stage judge judges both alike"
+                    f"{folder}/annotations_{name}.json: another {key.removesuffix('_sha256')} than in"
+                    f" annotations_{names[0]}.json; run --stage judge again"
                 )
-        outputs = about(folder / f"model_outputs_{side}.json").get("outputs_sha256")
-        if outputs and found.get("outputs_sha256") != outputs:
+        outputs = read_origin(folder / f"model_outputs_{side}.json").get("outputs_sha256")
+        if outputs and origin.get("outputs_sha256") != outputs:
             raise UserError(
-                f"{folder}/annotations_{name}.json judges other answers than model_outputs_{side}.json holds: --stage"
-                " judge judges these"
+                f"{folder}/annotations_{name}.json: judges other answers than those in model_outputs_{side}.json; run"
+                " --stage judge again"
             )
     if audit and audit.get("identity") != first.get("judge"):
-        raise UserError(f"{folder}/judge_audit.json audits another judge: --stage judge audits this one")
+        raise UserError(f"{folder}/judge_audit.json: audits another judge; run --stage judge again")
 
 
 def read_annotations(path: Path) -> list[dict]:
-    """A list of annotations in alpaca_eval's format, ours or the package's. Raises UserError naming file and row.
+    """Annotations in alpaca_eval's format, written by this project or by the package.
 
-    0 and NaN, the package's old tie and its missing verdict, become 1.5 and None.
+    The package writes an old-style tie as 0 (here 1.5) and a failed judgement as NaN or -1 (here None).
+
+    Raises UserError, naming file and row, for a file or a row of another format and for a duplicate instruction.
     """
     if not path.exists():
-        raise UserError(f"{path}: no such file; --stage judge makes it")
+        raise UserError(f"{path}: no such file; run --stage judge first")
     rows = read_json(path)
     if not isinstance(rows, list) or not rows:
         raise UserError(f"{path}: expected a list of annotations")
@@ -209,17 +235,16 @@ def read_annotations(path: Path) -> list[dict]:
     for k, row in enumerate(rows):
         for key in ("instruction", "output_1", "output_2"):
             if not isinstance(row, dict) or not isinstance(row.get(key), str):
-                raise UserError(f"{path} row {k}: no text under {key!r}; is it an annotations.json of alpaca_eval?")
+                raise UserError(f"{path} row {k}: no text under {key!r}; give an annotations.json of alpaca_eval")
         if row["instruction"] in seen:
-            raise UserError(f"{path} row {k}: an instruction is judged twice: {row['instruction'][:60]!r}")
+            raise UserError(f"{path} row {k}: instruction {row['instruction'][:60]!r} is judged twice; remove one row")
         seen.add(row["instruction"])
         value = row.get("preference")
         value = 1.5 if value == 0 else value
-        # alpaca-eval caches a failed judgement as -1.
         if value is None or value != value or value == -1:
             row["preference"] = None
         elif isinstance(value, bool) or not isinstance(value, (int, float)) or not 1 <= value <= 2:
-            raise UserError(f"{path} row {k}: preference must lie in [1, 2], found {value!r}")
+            raise UserError(f"{path} row {k}: preference must be in [1, 2], found {value!r}")
         else:
             row["preference"] = float(value)
         row.setdefault("annotator", "unknown")
@@ -228,27 +253,26 @@ def read_annotations(path: Path) -> list[dict]:
     return rows
 
 
-# ------------------------------------------------------------------------------------------------------- to be read
+# --------------------------------------------------------------------------------------------------- files for people
 
 
-def write_samples(path: Path, sides: dict[str, list[dict]], count: int = 20) -> None:
-    """Side-by-sides of instruction, reference, base and tuned, evenly over the set, with the judge's preferences."""
+def samples(sides: dict[str, list[dict]], count: int = 20) -> str:
+    """Markdown of instructions spread evenly over the set: reference, base, tuned, and the judge's preferences."""
     total = len(sides["base"])
-    parts = [
-        "# Answers side by side\n\nPreference: 1 for the reference, 2 for the model's answer, as the judge said.\n"
-    ]
+    entries = []
     for k in sorted({round(i * (total - 1) / max(1, count - 1)) for i in range(min(count, total))}):
-        rows = {name: found[k] for name, found in sides.items()}
-        parts.append(f"---\n\n**Instruction.** {rows['base']['instruction']}\n")
-        parts.append(f"**Reference** ({rows['base']['generator_1']}).\n\n{rows['base']['output_1']}\n")
-        for name, row in rows.items():
-            said = "no verdict" if row["preference"] is None else f"{row['preference']:.2f}"
-            parts.append(f"**{name}** (preference {said}).\n\n{row['output_2']}\n")
-    write_text(path, "\n".join(parts))
+        base = sides["base"][k]
+        answers = {f"Reference ({base['generator_1']})": base["output_1"]}
+        for name, rows in sides.items():
+            judged = "no verdict" if rows[k]["preference"] is None else f"preference {rows[k]['preference']:.2f}"
+            answers[f"{name} ({judged})"] = rows[k]["output_2"]
+        entries.append((f"Instruction {k + 1}", base["instruction"], answers))
+    note = "Preference: 1 where the judge prefers the reference, 2 where it prefers the model's answer."
+    return side_by_side("Answers side by side", entries, note)
 
 
-def write_llm_comparator(path: Path, annotations: list[dict]) -> None:
-    """The tuned model (A) against the reference (B) in the format of PAIR's LLM Comparator: scores in [-1.5, 1.5]."""
+def llm_comparator(annotations: list[dict], file_name: str) -> dict:
+    """The model (A) against the reference (B) in the format of PAIR's LLM Comparator: scores in [-1.5, 1.5]."""
     examples = []
     for row in annotations:
         if row["preference"] is None:
@@ -256,7 +280,7 @@ def write_llm_comparator(path: Path, annotations: list[dict]) -> None:
         raters = [
             {
                 "score": 3 * (order["preference"] - 1.5),
-                # A is the model's answer: where the package switched, it stood first, as here.
+                # A is the model's answer. Where the package switched, it was shown first, which is A's place.
                 "is_flipped": not order["is_switched_outputs"],
                 "rating_label": "A" if order["preference"] > 1.5 else "B" if order["preference"] < 1.5 else "same",
                 "rationale": "",
@@ -275,9 +299,8 @@ def write_llm_comparator(path: Path, annotations: list[dict]) -> None:
             }
         )
     first = annotations[0]
-    content = {
-        "metadata": {"source_path": path.name, "custom_fields_schema": []},
+    return {
+        "metadata": {"source_path": file_name, "custom_fields_schema": []},
         "models": [{"name": first["generator_2"]}, {"name": first["generator_1"]}],
         "examples": examples,
     }
-    write_text(path, dumps(content) + "\n")

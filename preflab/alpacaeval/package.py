@@ -1,9 +1,10 @@
-"""The one place that touches the alpaca-eval package: its prompt, its order, its metrics, its leaderboard.
+"""Adapter to the alpaca-eval package: its judge prompt, output order, metrics, evaluators and leaderboard.
 
-alpaca-eval 0.6.6 computes here and writes nothing: its caches, leaderboards and model weights would go into
-site-packages by default, so its `evaluate` is never called.
+No other module imports alpaca_eval. Its `evaluate` is never called: by default it writes caches, leaderboards and
+regression weights into site-packages. Written against alpaca-eval 0.6.6.
 """
 
+import csv
 import json
 import logging
 import os
@@ -15,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from preflab.data.chat_template import CONTROL_TOKENS, break_up
-from preflab.judging.judge_prompt import JudgePrompt
+from preflab.judging.judge_prompt import JudgePrompt, Verdict, unparsed
 from utils.artifacts import metric, write_text
 from utils.errors import UserError
 from utils.hub import fetch
@@ -23,7 +24,9 @@ from utils.provenance import sha256_of, sha256_of_files
 from utils.stats import bootstrap
 
 REPOSITORY = "tatsu-lab/alpaca_eval"
+# The `dataset` column of AlpacaEval's 805 instructions; "unknown" is the package's default for rows without one.
 DATASETS = ("helpful_base", "koala", "oasst", "selfinstruct", "vicuna", "unknown")
+# Regressions of the package: with and without the difficulty of each instruction.
 VARIANTS = ("length_controlled_v1", "length_controlled_minimal")
 PUBLISHED = (
     "gemma-2b-it", "gemma-7b-it", "gemma-2-9b-it-DPO", "gemma-2-9b-it-SimPO", "SPPO-Gemma-2-9B-It-PairRM",
@@ -31,10 +34,15 @@ PUBLISHED = (
 )  # fmt: skip
 
 
+# Pairs per call of a package evaluator: results are cached after each call.
+CHUNK = 32
+# Placeholders that the package fills one after another, also inside texts that it has already inserted.
+PLACEHOLDER = re.compile(r"\{(instruction|output_1|output_2)\}")
+
+
 @contextmanager
 def quiet():
-    """Without the deprecation warnings of an old package under new libraries, its bars, its root-level log lines, and
-    what its regression's C code says on the error stream."""
+    """Silence the package: deprecation warnings, progress bars, root-level logging and its regression's C output."""
     level, stream = logging.getLogger().level, os.dup(2)
     with warnings.catch_warnings(), open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):
         warnings.simplefilter("ignore")
@@ -44,32 +52,34 @@ def quiet():
         finally:
             os.dup2(stream, 2)
             os.close(stream)
+            # Importing the package sets the root logger's level.
             logging.getLogger().setLevel(level)
 
 
-def folder() -> Path:
-    """Where the package lies."""
+def package_folder() -> Path:
+    """The folder of the installed package."""
     with quiet():
         import alpaca_eval
     return Path(alpaca_eval.__file__).parent
 
 
 def clf_prompt() -> JudgePrompt:
-    """The package's alpaca_eval_clf prompt: one token, `m` for a better first output, `M` for a better second."""
-    path = folder() / "evaluators_configs/alpaca_eval_clf_gpt4_turbo/alpaca_eval_clf.txt"
+    """The package's alpaca_eval_clf prompt: the judge answers with one token, `m` (first output better) or `M`."""
+    path = package_folder() / "evaluators_configs/alpaca_eval_clf_gpt4_turbo/alpaca_eval_clf.txt"
     parts = {}
     for turn in path.read_text(encoding="utf-8").split("<|im_start|>")[1:]:
         role, _, content = turn.partition("\n")
         parts[role.strip()] = content.replace("<|im_end|>", "").strip()
     user = parts["user"]
-    for theirs, ours in (("{instruction}", "{prompt}"), ("{output_1}", "{answer_1}"), ("{output_2}", "{answer_2}")):
-        user = user.replace(theirs, ours)
+    placeholders = {"{instruction}": "{prompt}", "{output_1}": "{answer_1}", "{output_2}": "{answer_2}"}
+    for package_name, own_name in placeholders.items():
+        user = user.replace(package_name, own_name)
     labels = {"m": (1.0, 1), "M": (0.0, 1)}
     return JudgePrompt("alpaca_eval_clf.txt", user, labels, "logprob", parts["system"], max_new_tokens=1)
 
 
 def is_switched(instruction: str, seed: int = 0) -> bool:
-    """Whether the package shows the second output first: alike for all models, drawn from the instruction."""
+    """Whether the package shows the second output first: drawn from the instruction, so equal for all models."""
     with quiet():
         from alpaca_eval.utils import random_seeded_choice
 
@@ -80,51 +90,62 @@ def is_switched(instruction: str, seed: int = 0) -> bool:
 
 
 def rates(annotations: list[dict], seed: int) -> dict:
-    """The package's head-to-head figures of one model, in percent, with bootstrap intervals for its two rates.
+    """The package's win rates of one model, in percent, with bootstrap intervals.
 
-    win_rate and discrete_win_rate carry the bootstrap's standard error; `standard_error` is the package's own.
+    Returns:
+        win_rate and discrete_win_rate with the bootstrap's standard error; standard_error, the package's own; counts
+        of wins, losses, draws and rows without a verdict; avg_length in characters. Where the rows have it:
+        truncated_share, flip_rate (both orders judged), verdict_mass_* (label probability of a logprob judge).
     """
     with quiet():
         from alpaca_eval.metrics import get_winrate
 
-        parsed = [a["preference"] for a in annotations if a["preference"] is not None]
-        found = get_winrate([{"preference": p} for p in parsed])
+        parsed = [row["preference"] for row in annotations if row["preference"] is not None]
+        package_rates = get_winrate([{"preference": p} for p in parsed])
     preference = np.array(parsed)
     discrete = np.select([preference > 1.5, preference < 1.5], [1.0, 0.0], 0.5)
     n = len(parsed)
+    lengths = [len(row["output_2"]) for row in annotations]
     metrics = {
-        "win_rate": {**bootstrap(100 * (preference - 1), seed), "value": float(found["win_rate"])},
-        "discrete_win_rate": {**bootstrap(100 * discrete, seed), "value": float(found["discrete_win_rate"])},
-        "standard_error": metric(float(found["standard_error"]), n=n),
-        "avg_length": bootstrap([len(a["output_2"]) for a in annotations], seed),
+        "win_rate": {**bootstrap(100 * (preference - 1), seed), "value": float(package_rates["win_rate"])},
+        "discrete_win_rate": {
+            **bootstrap(100 * discrete, seed),
+            "value": float(package_rates["discrete_win_rate"]),
+        },
+        "standard_error": metric(float(package_rates["standard_error"]), n=n),
+        # The package cuts the mean length to a whole number.
+        "avg_length": {**bootstrap(lengths, seed), "value": int(np.mean(lengths))},
         "unparsed": metric(len(annotations) - n, n=len(annotations)),
     }
-    # The package's own figure is the mean length cut to a whole number.
-    metrics["avg_length"]["value"] = int(np.mean([len(a["output_2"]) for a in annotations]))
-    cut = [a["finish_reason"] == "length" for a in annotations if a.get("finish_reason") is not None]
-    if cut:
-        metrics["truncated_share"] = bootstrap(cut, seed)
-    orders = [[o["preference"] for o in a.get("orders", [])] for a in annotations]
-    both = [two for two in orders if len(two) == 2 and None not in two]
+    truncated = [row["finish_reason"] == "length" for row in annotations if row.get("finish_reason") is not None]
+    if truncated:
+        metrics["truncated_share"] = bootstrap(truncated, seed)
+    orders = [[order["preference"] for order in row.get("orders", [])] for row in annotations]
+    both = [pair for pair in orders if len(pair) == 2 and None not in pair]
     if both:
         metrics["flip_rate"] = bootstrap([(a > 1.5) != (b > 1.5) or (a < 1.5) != (b < 1.5) for a, b in both], seed)
-    mass = [o["mass"] for a in annotations for o in a.get("orders", []) if o.get("mass") is not None]
+    mass = [order["mass"] for row in annotations for order in row.get("orders", []) if order.get("mass") is not None]
     if mass:
         metrics["verdict_mass_median"] = metric(float(np.median(mass)), n=len(mass))
         metrics["verdict_mass_below_half"] = metric(float(np.mean(np.array(mass) < 0.5)), n=len(mass))
-    return metrics | {k: metric(int(found[k]), n=n) for k in ("n_wins", "n_wins_base", "n_draws", "n_total")}
+    return metrics | {k: metric(int(package_rates[k]), n=n) for k in ("n_wins", "n_wins_base", "n_draws", "n_total")}
 
 
 def one_sided(annotations: list[dict]) -> bool:
-    """Whether every judgement is a whole win, or every one a whole loss."""
+    """Whether all judgements are full wins, or all are full losses."""
     return {row["preference"] for row in annotations} in ({1.0}, {2.0})
 
 
 class LengthControl:
-    """Length-controlled win rates through the package's own regression, whatever the order of the rows.
+    """Length-controlled win rates by the package's own regression (Dubois et al. 2024), for rows in any order.
 
-    The package looks an instruction's difficulty up by its row number in AlpacaEval, so rows are joined by instruction
-    first. Calibrated on GPT-4 Turbo's judgements.
+    The package looks up an instruction's difficulty by row number, so rows are joined by instruction text first. The
+    regression's prior is calibrated on GPT-4 Turbo's judgements.
+
+    Args:
+        variant: one of VARIANTS.
+        positions: row number of each instruction in AlpacaEval.
+        calibration: the package's df_gamed.csv.
     """
 
     def __init__(self, variant: str, positions: dict[str, int], calibration: Path):
@@ -133,8 +154,8 @@ class LengthControl:
     def fit(self, annotations: list[dict]) -> tuple[float, float]:
         """(length_controlled_winrate, lc_standard_error) of the package, in percent.
 
-        NaN where every judgement is a whole win, or every one a whole loss: the regression sees one class then, keeps
-        its coefficients at 0 and would say 50 (or 100).
+        NaN for one-sided judgements: the regression then sees one class, keeps its coefficients at 0 and returns 50
+        (or 100).
         """
         if one_sided(annotations):
             return float("nan"), float("nan")
@@ -143,11 +164,12 @@ class LengthControl:
             from alpaca_eval.metrics import glm_winrate
 
             keys = ("preference", "output_1", "output_2", "generator_1", "generator_2")
-            frame = pd.DataFrame([{k: a[k] for k in keys} for a in annotations])
-            frame.index = [self.positions[a["instruction"]] for a in annotations]
-            whole, glm_winrate.hf_hub_download = glm_winrate.hf_hub_download, lambda **_: str(self.calibration)
+            frame = pd.DataFrame([{k: row[k] for k in keys} for row in annotations])
+            frame.index = [self.positions[row["instruction"]] for row in annotations]
+            # The package downloads its calibration file inside the fit; give it the local copy.
+            download, glm_winrate.hf_hub_download = glm_winrate.hf_hub_download, lambda **_: str(self.calibration)
             try:
-                found = glm_winrate.get_length_controlled_winrate(
+                fitted = glm_winrate.get_length_controlled_winrate(
                     frame.sort_index(kind="stable"),
                     glm_name=self.variant,
                     save_weights_dir=None,
@@ -155,93 +177,92 @@ class LengthControl:
                     is_warn_extreme_changes=False,
                 )
             finally:
-                glm_winrate.hf_hub_download = whole
-        return float(found["length_controlled_winrate"]), float(found["lc_standard_error"])
+                glm_winrate.hf_hub_download = download
+        return float(fitted["length_controlled_winrate"]), float(fitted["lc_standard_error"])
 
     def bootstrap(self, sides: dict[str, list[dict]], seed: int, resamples: int) -> dict:
-        """Rates of each side, and of their differences from the first, with intervals by refitting on resampled rows.
+        """Rates of each side and differences from the first side, with intervals from refits on resampled rows.
 
         Args:
-            sides: `{name: annotations}`, row k of each on the same instruction.
+            sides: `{name: annotations}`; row k of every side is on the same instruction.
         """
-        known = {}
+        # All statistics below see the same resamples (same seed), so each side is fitted once per resample.
+        fitted = {}
 
         def rate(name, rows):
             key = (name, rows.tobytes())
-            if key not in known:
-                known[key] = self.fit([sides[name][int(i)] for i in rows.ravel()])[0]
-            return known[key]
+            if key not in fitted:
+                fitted[key] = self.fit([sides[name][int(i)] for i in rows.ravel()])[0]
+            return fitted[key]
 
         first, *others = sides
         index = np.arange(len(sides[first]))
-        found = {}
+        rates = {}
         for name in sides:
-            found[name] = bootstrap(index, seed, resamples, lambda rows, name=name: rate(name, rows))
+            rates[name] = bootstrap(index, seed, resamples, lambda rows, name=name: rate(name, rows))
         for name in others:
-            found[f"{name} - {first}"] = bootstrap(
+            rates[f"{name} - {first}"] = bootstrap(
                 index, seed, resamples, lambda rows, name=name: rate(name, rows) - rate(first, rows)
             )
-        return found
+        return rates
 
 
 def length_control(annotations: list[dict], stub: Path) -> tuple[LengthControl, str | None]:
-    """The length control that these rows' instructions allow, and why it is not the whole one.
+    """The length control that these instructions allow, and the reason where it is not AlpacaEval 2's.
 
-    The whole one needs every instruction to be AlpacaEval's, and the calibration file of the hub. Without, the
-    package's minimal variant knows nothing of difficulty and needs no calibration.
+    AlpacaEval 2's variant needs every instruction to be AlpacaEval's and the calibration file from the hub. Otherwise
+    the package's minimal variant is used: no difficulty of instructions, no calibration.
 
     Args:
-        stub: where the minimal variant's empty calibration file may be written.
+        stub: path for the minimal variant's empty calibration file.
     """
     instructions = [row["instruction"] for row in annotations]
     try:
-        # Rows that say themselves to be of another set need no hub to be told so.
+        # Rows that name another dataset need no download.
         if not any(row.get("dataset", "unknown") in DATASETS for row in annotations):
             raise UserError("the instructions are not AlpacaEval's")
         rows = json.loads(fetch(REPOSITORY, "alpaca_eval_gpt4_baseline.json", "dataset").read_text(encoding="utf-8"))
         positions = {row["instruction"]: i for i, row in enumerate(rows)}
-        strangers = [text for text in instructions if text not in positions]
-        if not strangers:
+        unknown = [text for text in instructions if text not in positions]
+        if not unknown:
             return LengthControl(VARIANTS[0], positions, fetch(REPOSITORY, "df_gamed.csv", "dataset")), None
-        why = f"{len(strangers)} of {len(instructions)} instructions are not AlpacaEval's"
+        reason = f"{len(unknown)} of {len(instructions)} instructions are not AlpacaEval's"
     except UserError as error:
-        why = str(error) if "AlpacaEval's" in str(error) else f"the calibration file cannot be had ({error})"
+        reason = str(error) if "AlpacaEval's" in str(error) else f"the calibration file is not available ({error})"
     lines = [f"0.5,0.0,0.0,False,{i},none" for i in range(len(instructions))]
     head = "preference,std_delta_len,instruction_difficulty,not_gamed_baseline,index,model"
     stub = stub.with_name(f"{stub.stem}-{len(instructions)}{stub.suffix}")
     write_text(stub, "\n".join([head, *lines]) + "\n")
     positions = {text: i for i, text in enumerate(dict.fromkeys(instructions))}
-    return LengthControl(VARIANTS[1], positions, stub), why
+    return LengthControl(VARIANTS[1], positions, stub), reason
 
 
 def published_rows(extra: dict | None = None) -> dict:
-    """`{name: {win_rate, length_controlled_winrate, avg_length, source}}` of AlpacaEval 2's leaderboard, as published.
+    """`{name: {win_rate, length_controlled_winrate, avg_length, source}}` from AlpacaEval 2's shipped leaderboard.
 
     Args:
-        extra: rows that the package's leaderboard lacks, with their source.
+        extra: further rows, with their source.
     """
-    import csv
-
-    path = folder() / "leaderboards/data_AlpacaEval_2/weighted_alpaca_eval_gpt4_turbo_leaderboard.csv"
+    path = package_folder() / "leaderboards/data_AlpacaEval_2/weighted_alpaca_eval_gpt4_turbo_leaderboard.csv"
     with path.open(encoding="utf-8") as f:
         rows = {row[""]: row for row in csv.DictReader(f)}
     keys = ("win_rate", "length_controlled_winrate", "avg_length")
-    found = {
+    shipped = {
         name: {**{k: float(rows[name][k]) for k in keys}, "source": "alpaca-eval's leaderboard"} for name in PUBLISHED
     }
-    return {**found, **(extra or {})}
+    return {**shipped, **(extra or {})}
 
 
-# ---------------------------------------------------------------------------------------------- evaluators by name
+# ------------------------------------------------------------------------------------------------ shipped evaluators
 
 
 def shipped_evaluators() -> list[str]:
     """The names of the evaluator configs that the package ships."""
-    return sorted(p.parent.name for p in (folder() / "evaluators_configs").glob("*/configs.yaml"))
+    return sorted(p.parent.name for p in (package_folder() / "evaluators_configs").glob("*/configs.yaml"))
 
 
 class PackageEvaluator:
-    """A judge that alpaca-eval ships, run by the package itself, which decides on the order of the outputs.
+    """A judge that alpaca-eval ships, run by the package, which also chooses the order of the outputs.
 
     Raises UserError where the evaluator needs a package that is not installed.
     """
@@ -259,44 +280,50 @@ class PackageEvaluator:
                 )
         except ImportError as error:
             raise UserError(
-                f"--judge {name}: alpaca-eval needs {error.name} for it: pip install {error.name}"
+                f"--judge {name}: alpaca-eval needs {error.name} for this evaluator: pip install {error.name}"
             ) from None
 
     def identity(self) -> dict:
-        """Its files, and where its calls go."""
-        files = [p for p in (folder() / "evaluators_configs" / self.name).iterdir() if p.is_file()]
-        where = {k: os.environ.get(k) for k in ("OPENAI_BASE_URL", "OPENAI_API_BASE", "OPENAI_CLIENT_CONFIG_PATH")}
+        """Hashes of its config files and of the endpoint variables: what a cached verdict depends on."""
+        files = [p for p in (package_folder() / "evaluators_configs" / self.name).iterdir() if p.is_file()]
+        endpoint = {k: os.environ.get(k) for k in ("OPENAI_BASE_URL", "OPENAI_API_BASE", "OPENAI_CLIENT_CONFIG_PATH")}
         return {
             "judge": f"alpaca_eval:{self.name}",
             "seed": self.seed,
             "files_sha256": sha256_of_files(files),
-            "where_sha256": sha256_of(str(where)),
+            "where_sha256": sha256_of(str(endpoint)),
         }
 
     def judge(self, items):
-        from preflab.judging.judge_prompt import Verdict, unparsed
-
+        """Yield (index, Verdict) of each item, in chunks; after two failed calls the rest is left unparsed."""
         failures = 0
         for start in range(0, len(items), CHUNK):
             chunk = items[start : start + CHUNK]
             rows = [
-                {"instruction": plain(i.prompt.text), "output_1": plain(i.first), "output_2": plain(i.second)}
-                for i in chunk
+                {
+                    "instruction": neutralise(item.prompt.text),
+                    "output_1": neutralise(item.first),
+                    "output_2": neutralise(item.second),
+                }
+                for item in chunk
             ]
-            found, error = {}, "not asked: the calls before it failed"
+            preferences, error = {}, "not requested: the calls before it failed"
             if failures < 2:
                 try:
                     with quiet():
                         logging.getLogger().setLevel(logging.ERROR)
-                        answered = self.annotator.annotate_pairs(rows)
-                    found = {(a["instruction"], a["output_1"], a["output_2"]): a.get("preference") for a in answered}
+                        annotated = self.annotator.annotate_pairs(rows)
+                    preferences = {
+                        (row["instruction"], row["output_1"], row["output_2"]): row.get("preference")
+                        for row in annotated
+                    }
                     failures = 0
-                except Exception as e:  # whatever an old client throws is no verdict
+                except Exception as e:  # the package's clients raise many types; each means that there is no verdict
                     failures += 1
                     error = f"{type(e).__name__}: {str(e).splitlines()[0][:200] if str(e) else ''}"
             for k, row in enumerate(rows):
-                preference = found.get(tuple(row.values()))
-                if not found:
+                preference = preferences.get(tuple(row.values()))
+                if not preferences:
                     yield start + k, unparsed(error)
                 elif preference is None or not 1 <= preference <= 2:
                     yield start + k, unparsed(f"the package parsed no verdict ({preference})")
@@ -305,11 +332,10 @@ class PackageEvaluator:
                     yield start + k, Verdict(first, 2 - float(preference))
 
 
-def plain(text: str) -> str:
-    """`text` without what the package would take for its own: it fills placeholders one after another, and splits a
-    prompt at the control tokens in an answer."""
+def neutralise(text: str) -> str:
+    """Break up placeholders and control tokens in `text`.
+
+    The package fills its placeholders one after another, so that one inside an answer would be filled too, and it
+    splits a prompt at control tokens.
+    """
     return break_up(PLACEHOLDER, break_up(CONTROL_TOKENS, text))
-
-
-CHUNK = 32
-PLACEHOLDER = re.compile(r"\{(instruction|output_1|output_2)\}")

@@ -1,0 +1,101 @@
+"""Metrics of an AlpacaEval run: rates of base and tuned, their difference, and length control."""
+
+from pathlib import Path
+
+import numpy as np
+
+from preflab.alpacaeval import package
+from utils.artifacts import metric
+from utils.errors import UserError
+from utils.stats import bootstrap, signed_rank
+
+# Fewest judged rows for length control: the package's regression is fitted by cross-validation.
+MIN_LC_ROWS = 50
+# The judge of AlpacaEval 2's leaderboard.
+LEADERBOARD_JUDGE = "weighted_alpaca_eval_gpt4_turbo"
+
+
+def summarise(sides: dict, controls: dict, eval_out: str, seed: int, resamples: int) -> dict:
+    """All metrics of both models.
+
+    Args:
+        sides: `{"base": annotations, "tuned": annotations}`.
+        controls: annotations of the control judges, by `<side>_<control>`.
+        resamples: refits for the interval of the length-controlled rate.
+
+    Returns:
+        metrics (names start with base_, tuned_ or difference_), length_control (the artifact's section), lc_name (the
+        name of the length-controlled rate), judge, leaderboards_judge and alpacaeval (whether judge and instructions
+        are those of the leaderboard).
+
+    Raises:
+        UserError: base and tuned were judged on different instructions.
+    """
+    sides = _same_order(sides)
+    metrics = {}
+    for name, rows in {**sides, **controls}.items():
+        metrics |= {f"{name}_{k}": m for k, m in package.rates(rows, seed).items()}
+    both = [k for k in range(len(sides["base"])) if None not in (_preference(sides, s, k) for s in sides)]
+    # Shape (judged by both, 2): tuned, base. Preferences are percentages of a win after the factor 100.
+    pairs = np.array([[_preference(sides, s, k) for s in ("tuned", "base")] for k in both], float).reshape(-1, 2)
+    metrics["difference_win_rate"] = bootstrap(100 * pairs, seed)
+    metrics["p_difference_win_rate"] = metric(signed_rank(pairs[:, 0] - pairs[:, 1]), n=len(pairs))
+    judged = {side: [rows[k] for k in both] for side, rows in sides.items()}
+    controlled, section, lc_name = _length_controlled(sides["base"], judged, eval_out, seed, resamples)
+    judge = sides["base"][0]["annotator"]
+    return {
+        "metrics": metrics | controlled,
+        "length_control": section,
+        "lc_name": lc_name,
+        "judge": judge,
+        "leaderboards_judge": judge == LEADERBOARD_JUDGE,
+        "alpacaeval": any(row.get("dataset") in package.DATASETS[:-1] for row in sides["base"]),
+    }
+
+
+def _same_order(sides: dict) -> dict:
+    """Both sides in the order of base's instructions. Raises UserError where the instructions differ."""
+    texts = {name: [row["instruction"] for row in rows] for name, rows in sides.items()}
+    if sorted(texts["base"]) != sorted(texts["tuned"]):
+        different = len(set(texts["base"]) ^ set(texts["tuned"]))
+        raise UserError(
+            f"base and tuned were judged on different instructions ({different} differ): run --stage judge again"
+        )
+    order = {text: i for i, text in enumerate(texts["base"])}
+    return {name: sorted(rows, key=lambda row: order[row["instruction"]]) for name, rows in sides.items()}
+
+
+def _preference(sides: dict, side: str, row: int) -> float | None:
+    return sides[side][row]["preference"]
+
+
+def _length_controlled(base: list[dict], judged: dict, eval_out: str, seed: int, resamples: int) -> tuple:
+    """(metrics, the artifact's length_control section, name of the rate) of the length control that applies.
+
+    Args:
+        base: all rows of base, which decide on the variant.
+        judged: `{side: rows that have a verdict on both sides}`.
+    """
+    control, reason = package.length_control(base, Path(eval_out) / ".cache" / "minimal.csv")
+    name = lc_name(reason)
+    rows = len(judged["base"])
+    section = {"variant": control.variant, "why_not_whole": reason, "resamples": resamples, "rows": rows}
+    if any(map(package.one_sided, judged.values())):
+        section["why_none"] = "one model won or lost every judgement, so the package's regression is undefined"
+        return {}, section, name
+    if rows < MIN_LC_ROWS:
+        section["why_none"] = (
+            f"{rows} judged rows are too few for the package's cross-validated fit (at least {MIN_LC_ROWS})"
+        )
+        return {}, section, name
+    metrics, rates = {}, control.bootstrap(judged, seed, resamples)
+    for side in judged:
+        metrics[f"{side}_{name}"] = rates[side]
+        metrics[f"{side}_lc_standard_error"] = metric(control.fit(judged[side])[1], n=rows)
+    metrics[f"difference_{name}"] = rates["tuned - base"]
+    return metrics, section, name
+
+
+def lc_name(reason: str | None) -> str:
+    """The name of the length-controlled rate: the minimal variant is reported under its own name."""
+    return "length_controlled_winrate" if reason is None else "length_controlled_minimal_winrate"

@@ -1,0 +1,157 @@
+"""The work of run_alpacaeval_local.py: both models answer, the judge compares with the reference, and is audited.
+
+Each stage reads its input from files in the run's AlpacaEval folder, so that every stage can run on its own.
+"""
+
+import time
+from pathlib import Path
+
+from preflab.alpacaeval.files import (
+    annotate,
+    ensure_same_judge,
+    outputs_hash,
+    read_annotations,
+    read_origin,
+    read_outputs,
+    write_annotations,
+    write_outputs,
+)
+from preflab.alpacaeval.package import PackageEvaluator, clf_prompt, shipped_evaluators
+from preflab.data.preferences import load_pairs
+from preflab.data.prompts import Prompt
+from preflab.evaluation.comparison import held_out_sources
+from preflab.evaluation.two_models import TwoModels
+from preflab.judging.answers import answer_all, answerable, base_and_tuned, ensure_adapter_applied
+from preflab.judging.audit import against_longer, audit, audit_items, passes, sample, table, verdict, whose_labels
+from preflab.judging.judges import judge_all, make_judge
+from preflab.models.vllm_engine import choose_engine
+from utils.artifacts import read_json, write_json
+from utils.errors import UserError
+
+SIDES = ("base", "tuned")
+CONTROLS = ("longer", "random")
+
+
+def generate(comparison, args, reference: list[dict], folder: Path) -> None:
+    """Answer every instruction with base and tuned; write model_outputs_<side>.json."""
+    c, models = comparison.args, TwoModels(comparison)
+    prompts = [Prompt([{"role": "user", "content": row["instruction"]}], row["source"]) for row in reference]
+    answering = base_and_tuned(models)
+    _, refused = answerable(answering, prompts)
+    if refused:
+        raise UserError(
+            f"the chat template refuses {refused} of {len(prompts)} instructions; remove these from --reference"
+        )
+    sampling = args.sampling(c.seed)
+    engine, answers, seconds = choose_engine(args.engine, models), {}, {}
+    for model in answering:
+        started = time.monotonic()
+        answers[model.name] = answer_all(model, prompts, sampling, c, engine)
+        seconds[model.name] = round(time.monotonic() - started, 1)
+    ensure_adapter_applied(answers)
+    for model in answering:
+        origin = {**model.identity, **sampling, "engine": engine, "seconds": seconds[model.name]}
+        write_outputs(folder, model.name, comparison.names[model.name], reference, answers[model.name], origin)
+    models.unload()
+
+
+def load_judge(spec: str, options: dict):
+    """The judge under AlpacaEval's own prompt, or, for a name without a colon, an evaluator that the package ships."""
+    if ":" not in spec and spec in shipped_evaluators():
+        return PackageEvaluator(spec)
+    return make_judge(spec, clf_prompt(), options)
+
+
+def judge_outputs(comparison, args, judge, reference: list[dict], folder: Path) -> None:
+    """Judge both models' outputs against the reference and audit the judge; all files are written at the end.
+
+    The control judges `longer` and `random` get the same questions.
+    """
+    c, models = comparison.args, TwoModels(comparison)
+    controls = [make_judge(name, "", args.judge_options(c)) for name in CONTROLS]
+    files = {}
+    for side in models.sides:
+        outputs = read_outputs(folder, side, reference, {**models.identity(side), **args.sampling(c.seed)})
+        for current in (judge, *controls):
+            started = time.monotonic()
+            annotations = annotate(current, reference, outputs, args.order, c.eval_out, c.overwrite)
+            origin = {
+                "judge": current.identity(),
+                "order": args.order,
+                "reference_sha256": outputs_hash(reference),
+                "outputs_sha256": outputs_hash(outputs),
+                "seconds": round(time.monotonic() - started, 1),
+            }
+            files[side if current is judge else f"{side}_{current.name}"] = (annotations, origin)
+    judge_audit = audit_judges(comparison, args, [judge, *controls]) if args.audit_limit else None
+    if hasattr(judge, "close"):
+        judge.close()
+    # Written together, so that an interrupted call leaves no mixture of two judges.
+    for name, (annotations, origin) in files.items():
+        write_annotations(folder, name, annotations, origin)
+    if judge_audit:
+        write_json(folder / "judge_audit.json", judge_audit)
+
+
+def audit_judges(comparison, args, judges: list) -> dict:
+    """Audit the judge, the first of `judges`, and its controls on a seeded sample of labelled pairs."""
+    c, started = comparison.args, time.monotonic()
+    sources = [{"name": args.audit_dataset, "split": args.audit_split}]
+    if args.audit_dataset is None:
+        sources, _ = held_out_sources(c, comparison.trained)
+    data = load_pairs(sources, keep_duplicate_prompts=True, plain_as_chat=True)
+    if not data.pairs:
+        raise UserError(
+            f"{sources[0]['name']}: no labelled pair is left for the audit (dropped: {dict(data.dropped)}); name other"
+            " pairs with --audit_dataset, or skip the audit with --audit_limit 0"
+        )
+    pairs = sample(data.pairs, args.audit_limit, c.seed)
+    items = audit_items(pairs)
+    verdicts = {judge.name: judge_all(judge, items, c.eval_out, c.overwrite) for judge in judges}
+    ordered = {judge.name: not getattr(judge, "orders_itself", False) for judge in judges}
+    audits = {name: audit(pairs, by_judge, c.seed, ordered[name]) for name, by_judge in verdicts.items()}
+    first, labels = judges[0], whose_labels(sources)
+    against = against_longer(verdicts[first.name], verdicts["longer"], c.seed)
+    return {
+        "labels": labels,
+        "judge": first.name,
+        "identity": first.identity(),
+        "data": {**data.summary(), "sampled": len(pairs)},
+        "audits": audits,
+        "against_longer": against,
+        "passed": passes(against),
+        "verdict": verdict(first.name, audits[first.name], against),
+        "table": table(audits, labels),
+        "seconds": round(time.monotonic() - started, 1),
+    }
+
+
+def read_judged(folder: Path, with_audit: bool) -> tuple[dict, dict, dict | None]:
+    """(annotations of both sides, those of the control judges, the judge audit or None), all of one judge.
+
+    Raises UserError where a file is missing, damaged, or of another judge, order, reference or set of answers.
+    """
+    names = [*SIDES, *(f"{side}_{control}" for side in SIDES for control in CONTROLS)]
+    annotations = {name: read_annotations(folder / f"annotations_{name}.json") for name in names}
+    audit_file = folder / "judge_audit.json"
+    judge_audit = read_json(audit_file) if audit_file.exists() and with_audit else None
+    ensure_same_judge(folder, names, judge_audit)
+    sides = {side: annotations.pop(side) for side in SIDES}
+    return sides, annotations, judge_audit
+
+
+def origins(folder: Path) -> tuple[dict, dict]:
+    """What made the files: (models of the outputs, judges of the annotations), by side."""
+    models = {side: read_origin(folder / f"model_outputs_{side}.json") for side in SIDES}
+    judges = {side: read_origin(folder / f"annotations_{side}.json") for side in SIDES}
+    return models, judges
+
+
+def timings(models: dict, judges: dict, judge_audit: dict | None, scoring: float) -> dict:
+    """Seconds per stage, from the call that wrote each file; cached work of an earlier call is not included."""
+    return {
+        **{f"answers of {side}": origin.get("seconds") for side, origin in models.items()},
+        **{f"judging {side}": origin.get("seconds") for side, origin in judges.items()},
+        "audit": judge_audit["seconds"] if judge_audit else None,
+        "scoring": round(scoring, 1),
+    }
