@@ -26,6 +26,7 @@ dpo_train_human_preference.py), preference_pairs.json and preference_pairs.png; 
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from preflab.evaluation.arguments import DatasetArguments, ModelArguments, OutputArguments
 from preflab.pairs.folder import STAGES, open_folder
 from utils.artifacts import all_arguments, read_yaml, with_limit_suffix
 from utils.cli import option, run_name
@@ -34,7 +35,7 @@ from utils.stage import print_main, start
 
 
 @dataclass
-class PairArguments:
+class PairArguments(ModelArguments, DatasetArguments, OutputArguments):
     """The flags of this script."""
 
     model_name_or_path: str | None = option("Model that answers: hub id, folder or builtin model.")
@@ -45,17 +46,12 @@ class PairArguments:
         "Precision of the weights (default: bfloat16 on a GPU, float32 on a CPU).",
         choices=["float32", "bfloat16", "float16"],
     )
-    attn_implementation: str | None = option("sdpa, eager or flash_attention_2.")
-    chat_template_path: str | None = option("Jinja file that replaces the chat template.")
-    trust_remote_code: bool = option("Run model code from the hub.", False)
     engine: str = option(
         "Engine that generates: auto is vLLM if it is installed, else transformers.",
         "auto",
         choices=["auto", "hf", "vllm"],
     )
     dataset_name: str | None = option("Prompts: hub id, file or folder, in any supported format.")
-    dataset_config: str | None = option("Configuration of a hub dataset.")
-    dataset_revision: str | None = option("Revision of a hub dataset.")
     split: str = option("Split of the prompts; {part} in it is replaced by --part.", "train")
     answers: str = option("own: the model answers; given: use the dataset's answers.", "own", choices=["own", "given"])
     parts: int | None = option("Divide the prompts into this many parts (if the split does not name them).")
@@ -78,13 +74,9 @@ class PairArguments:
     judge_prompt: str = option("YAML file with the prompt of judge:... scorers.", "configs/judges/pairwise.yaml")
     shuffle_scores: int | None = option("Control: shuffle the scores among each prompt's answers, with this seed.")
     stage: str = option("all, or one of sample, score and pair.", "all", choices=["all", *STAGES])
-    batch_size: int | None = option("Maximum sequences per batch (default: limited by --batch_tokens only).")
-    batch_tokens: int | None = option("Padded tokens per batch (default: 16384 on a GPU, 2048 on a CPU).")
     limit: int | None = option("Use only the first prompts; marks the folder's name.")
     seed: int = option("Seed of bootstrap resampling and of the control `random`.", 42)
     run_name: str | None = option("Name of the output folder (default: the training's, or the config's).")
-    eval_out: str = option("Results go to <eval_out>/<run_name>/.", "eval_out")
-    overwrite: bool = option("Recompute everything and replace existing results.", False)
 
 
 def check(args) -> None:

@@ -1,4 +1,7 @@
-"""The keys that every evaluation has: which two models, on which data. Nothing heavy is imported here."""
+"""Arguments that stages share: the two models, the data, generation and judge.
+
+Scripts import this for --help, so it imports neither torch nor transformers.
+"""
 
 from dataclasses import dataclass
 
@@ -10,63 +13,83 @@ ULTRAFEEDBACK = "HuggingFaceH4/ultrafeedback_binarized"
 
 
 @dataclass
-class ComparisonArguments:
-    """Which two models, on which data. What is left out comes from the run that trained the tuned model."""
+class ModelArguments:
+    """How a model is loaded and batched, in every stage that reads one."""
 
-    run_name: str | None = option(f"A run below --checkpoints (default: {DEFAULT_RUN}, where no model is named).")
-    checkpoints: str = option("Where training wrote its runs.", "checkpoints")
-    base_model: str | None = option("Hub id, folder or builtin model (default: what the tuned one was trained from).")
+    attn_implementation: str | None = option("sdpa, eager or flash_attention_2.")
+    chat_template_path: str | None = option("Jinja file that replaces the chat template.")
+    trust_remote_code: bool = option("Run model code from the hub.", False)
+    batch_size: int | None = option("Maximum sequences per batch (default: limited by --batch_tokens only).")
+    batch_tokens: int | None = option("Padded tokens per batch (default: 16384 on a GPU, 2048 on a CPU).")
+
+
+@dataclass
+class DatasetArguments:
+    """Which version of a hub dataset is read."""
+
+    dataset_config: str | None = option("Configuration of a hub dataset.")
+    dataset_revision: str | None = option("Revision of a hub dataset.")
+
+
+@dataclass
+class OutputArguments:
+    """Where results go."""
+
+    eval_out: str = option("Results go to <eval_out>/<run_name>/.", "eval_out")
+    overwrite: bool = option("Recompute everything, ignoring cached results.", False)
+
+
+@dataclass
+class ComparisonArguments(ModelArguments, DatasetArguments, OutputArguments):
+    """Which two models, on which data. Defaults come from the run that trained the tuned model."""
+
+    run_name: str | None = option(f"A run in --checkpoints (default: {DEFAULT_RUN}, unless a model is given).")
+    checkpoints: str = option("Folder of the training runs.", "checkpoints")
+    base_model: str | None = option("Hub id, folder or builtin model (default: the model that the run started from).")
     adapter_path: str | None = option("LoRA folder: the tuned model is the base with this adapter.")
-    tuned_model: str | None = option("Hub id or folder of a tuned model of its own.")
+    tuned_model: str | None = option("Hub id or folder of a fully tuned model.")
     base_adapter: str | None = option(
-        "LoRA folder on the base's side too, or none (default: the frozen reference of an adapter trained further)."
+        "LoRA folder on the base model, or none (default: the frozen reference adapter of the run, if it has one)."
     )
     base_revision: str | None = option("Hub revision of the base model.")
     tuned_revision: str | None = option("Hub revision of --tuned_model.")
-    allow_other_base: bool = option("Accept an adapter that names another base model.", False)
+    allow_other_base: bool = option("Accept an adapter that was trained on another base model.", False)
     dtype: str | None = option(
         "Precision of the weights (default: as trained, else bfloat16 on a GPU and float32 on a CPU).",
         choices=["float32", "bfloat16", "float16"],
     )
-    attn_implementation: str | None = option("sdpa, eager or flash_attention_2.")
     load_in_4bit: bool | None = option("Quantise the base to nf4 (default: as trained).")
-    trust_remote_code: bool = option("Run model code from the hub.", False)
     dataset_name: str | None = option(f"Hub id, file or folder (default: the run's, else {ULTRAFEEDBACK}).")
-    dataset_config: str | None = option("Configuration of a hub dataset.")
-    dataset_revision: str | None = option("Revision of a hub dataset.")
     split: str | None = option("Split to evaluate on (default: the run's test split, else test_prefs or test).")
     prompt_format: str | None = option("Plain-text pairs: auto or chat (default: the run's).", choices=["auto", "chat"])
-    chat_template_path: str | None = option("Jinja file that replaces the chat template.")
-    max_length: int | None = option("Longest sequence in tokens (default: the run's, else 1024).")
-    max_prompt_length: int | None = option("In longer pairs the prompt is cut to this (default: as trained, or half).")
-    shared_prompt: bool = option("Compute what two answers to one prompt share once; no figure changes.", True)
-    batch_size: int | None = option("Most sequences a batch, below the token budget (default: no limit).")
-    batch_tokens: int | None = option("Padded tokens a batch (default: 16384 on a GPU, 2048 on a CPU).")
-    limit: int | None = option("Use only the first rows; marks every file name.")
-    seed: int = option("Seed of the resampling and of sampled answers.", 42)
-    eval_out: str = option("Results go to <eval_out>/<run_name>/.", "eval_out")
-    output_dir: str | None = option("Folder of the results, if another.")
-    output_json: str | None = option("Path of the summary, if another; rows and picture land beside it.")
-    overwrite: bool = option("Compute everything again, whatever an earlier call kept.", False)
+    max_length: int | None = option("Maximum sequence length in tokens (default: the run's, else 1024).")
+    max_prompt_length: int | None = option(
+        "Prompts of longer pairs are truncated to this (default: as trained, or half)."
+    )
+    shared_prompt: bool = option("Compute the shared prompt of two answers once; results do not change.", True)
+    limit: int | None = option("Use only the first rows; adds LIMIT to every file name.")
+    seed: int = option("Seed of bootstrap resampling and of sampled answers.", 42)
+    output_dir: str | None = option("Folder of the results, instead of <eval_out>/<run_name>/.")
+    output_json: str | None = option("Path of the summary; rows and picture are written next to it.")
 
 
 @dataclass
 class GenerationArguments:
     """How models answer prompts."""
 
-    max_new_tokens: int = option("Longest answer in tokens.", 256)
-    temperature: float = option("0 decodes greedily, above 0 samples with --seed.", 0.0)
-    top_p: float = option("Nucleus of sampled answers.", 1.0)
+    max_new_tokens: int = option("Maximum tokens per answer.", 256)
+    temperature: float = option("0 decodes greedily; above 0 samples with --seed.", 0.0)
+    top_p: float = option("Top-p (nucleus) threshold of sampled answers.", 1.0)
 
     def check(self) -> None:
-        """Raise UserError for numbers that nothing can be answered with."""
+        """Raise UserError for values outside their range."""
         if not self.max_new_tokens > 0:
             raise UserError(f"--max_new_tokens {self.max_new_tokens}: must be above 0")
         if self.temperature < 0 or not 0 < self.top_p <= 1:
             raise UserError("--temperature must be at least 0, --top_p in (0, 1]")
 
     def sampling(self, seed: int) -> dict:
-        """The settings that decide an answer."""
+        """The settings that determine an answer."""
         return {
             "max_new_tokens": self.max_new_tokens,
             "temperature": self.temperature,
@@ -86,12 +109,12 @@ class JudgeArguments(GenerationArguments):
         "Precision of a local judge (default: bfloat16 on a GPU, else float32).",
         choices=["float32", "bfloat16", "float16"],
     )
-    judge_attempts: int = option("Further attempts where an endpoint fails or answers nonsense.", 4)
-    judge_timeout: float = option("Seconds that an endpoint has for one answer.", 120.0)
-    judge_concurrency: int = option("Questions that an endpoint gets at once.", 8)
+    judge_attempts: int = option("Retries when an endpoint fails or its answer cannot be parsed.", 4)
+    judge_timeout: float = option("Timeout per request to an endpoint, in seconds.", 120.0)
+    judge_concurrency: int = option("Concurrent requests to an endpoint.", 8)
 
     def check(self) -> None:
-        """Raise UserError for numbers that nothing can be answered or judged with."""
+        """Raise UserError for values outside their range."""
         super().check()
         for key in ("judge_timeout", "judge_concurrency"):
             if not getattr(self, key) > 0:
@@ -100,7 +123,7 @@ class JudgeArguments(GenerationArguments):
             raise UserError(f"--judge_attempts {self.judge_attempts}: must be at least 0")
 
     def judge_options(self, comparison: ComparisonArguments) -> dict:
-        """What `preflab.judging.judges.make_judge` needs to know."""
+        """The options of `preflab.judging.judges.make_judge`."""
         # Not at the top: --help imports this module, and models.loading imports torch.
         from preflab.models.loading import default_dtype
 
