@@ -36,7 +36,7 @@ class OutputArguments:
     """Where results go."""
 
     eval_out: str = option("Results go to <eval_out>/<run_name>/.", "eval_out")
-    overwrite: bool = option("Recompute everything, ignoring cached results.", False)
+    overwrite: bool = option("Recompute everything and replace existing results.", False)
 
 
 @dataclass
