@@ -1,11 +1,17 @@
-"""What every evaluation compares: the base model, and the tuned one (a LoRA adapter on it, or a model of its own)."""
+"""Which two models an evaluation compares, and where its results go.
+
+The base model is compared with a tuned one: a LoRA adapter on the base, or a fully tuned model. Models are named here
+and not loaded (see preflab.evaluation.two_models).
+"""
 
 import os
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
+from preflab.data.preferences import DataArguments
+from preflab.data.sources import SourceArguments
 from preflab.evaluation.arguments import DEFAULT_RUN, ULTRAFEEDBACK, ComparisonArguments
 from preflab.models.loading import default_batch_tokens, locate_adapter
 from preflab.models.start_adapter import FROZEN
@@ -19,7 +25,7 @@ from utils.artifacts import (
 )
 from utils.errors import UserError, is_main_process
 
-# What changes neither a figure nor the question may differ between two calls that write the same files.
+# Arguments that do not affect results; they may differ when existing results are reused.
 ARGUMENTS_NOT_IN_IDENTITY = {
     "batch_size", "batch_tokens", "overwrite", "checkpoints", "eval_out", "output_dir", "output_json", "run_name",
     "expected", "expected_batch_size", "expected_processes", "length_bias_splits", "published", "judge_attempts",
@@ -30,7 +36,19 @@ ARGUMENTS_NOT_IN_IDENTITY = {
 
 @dataclass
 class Comparison:
-    """Two models by name, the run behind the tuned one, where results go, a checkpoint's step. See `resolve`."""
+    """Two models by name, and where results go. See `resolve`.
+
+    Attributes:
+        args: the arguments, with defaults filled in.
+        name: the run's name, or one made of the tuned model's folder.
+        base: hub id or folder of the base model.
+        adapter: LoRA folder of the tuned model; None for a fully tuned model.
+        tuned: hub id or folder of a fully tuned model; None with an adapter.
+        trained: the arguments of the training run, {} if it is not known.
+        out: folder of the results.
+        step: the optimizer step, if the tuned model is a checkpoint.
+        base_adapter: LoRA folder on the base model, or None.
+    """
 
     args: ComparisonArguments
     name: str
@@ -50,7 +68,7 @@ class Comparison:
 
     @property
     def names(self) -> dict[str, str]:
-        """What base and tuned are called in titles."""
+        """The names of base and tuned in titles."""
         base = f"{self.base} with {self.base_adapter}" if self.base_adapter else self.base
         return {"base": base, "tuned": self.adapter or self.tuned}
 
@@ -83,7 +101,7 @@ class Comparison:
             )
 
     def path(self, stem: str, suffix: str, rows: bool = False) -> Path:
-        """Where an artifact goes: `<out>/<stem>.json`, or beside --output_json; marked where --limit is on."""
+        """The path of an artifact: `<out>/<stem><suffix>`, or next to --output_json; --limit adds LIMIT to it."""
         folder = self.out
         if self.args.output_json:
             folder, stem = Path(self.args.output_json).parent, Path(self.args.output_json).stem
@@ -91,48 +109,31 @@ class Comparison:
 
 
 def resolve(args: ComparisonArguments) -> Comparison:
-    """Fill what the command line left out from the run that trained the tuned model, and check it.
+    """Fill in missing arguments from the run that trained the tuned model, and validate them.
 
-    A run's folder below --checkpoints holds `run.json`: its base model, data, lengths and precision are the defaults,
-    for the run's name as for the path of its adapter or of one of its checkpoints.
+    Base model, data, lengths and precision default to those in the run's `run.json`, whether the run is given by name,
+    by the path of its adapter, or by one of its checkpoints.
 
     Raises:
-        UserError: nothing to compare, two tuned models at once, a missing run, folder or base model.
+        UserError: no tuned model, two tuned models, a missing run, folder or base model, or a value out of range.
     """
     for key in ("base_model", "adapter_path", "tuned_model", "base_adapter"):
         if (getattr(args, key) or "").startswith("~"):
             setattr(args, key, str(Path(getattr(args, key)).expanduser()))
-    if args.adapter_path and args.tuned_model:
-        raise UserError("--adapter_path and --tuned_model: give one of the two")
-    if args.limit is not None and args.limit <= 0:
-        raise UserError(f"--limit {args.limit}: must be above 0")
-    if args.output_json and args.output_dir:
-        raise UserError("--output_json and --output_dir: give one of the two")
-    for key in ("batch_size", "batch_tokens", "max_length", "max_prompt_length"):
-        if getattr(args, key) is not None and getattr(args, key) <= 0:
-            raise UserError(f"--{key} {getattr(args, key)}: must be above 0")
+    _check(args)
     folder = _tuned_folder(args)
-    trained = _run_of(folder) if folder else {}
-    unfinished = folder and (folder / "run.json").exists() and not read_json(folder / "run.json").get("finished")
-    if unfinished and is_main_process():
-        print(f"note: the training of {folder} has not finished; the same command goes on with it", file=sys.stderr)
+    trained = _run_arguments(folder) if folder else {}
+    _note_unfinished(folder)
     adapter = str(folder) if folder and (folder / "adapter_config.json").exists() else None
     tuned = None if adapter else str(folder) if folder else args.tuned_model
     base = args.base_model or trained.get("model_name_or_path") or (base_of(adapter) if adapter else None)
     if base is None:
         raise UserError("--base_model is missing: the model that the tuned one is compared with")
-    # Beside the weights, or beside the checkpoints of a run that keeps one for all.
-    homes = [folder, *([folder.parent] if is_checkpoint(folder) else [])] if folder else []
-    frozen = next((h / FROZEN for h in homes if (h / FROZEN / "adapter_config.json").exists()), None)
-    if (args.base_adapter or "").lower() == "none":
-        args.base_adapter, frozen = None, None
-    if args.base_adapter is not None and adapter is None:
-        raise UserError("--base_adapter: the tuned model is one of its own; name the base with --base_model")
-    args.base_adapter = locate_adapter(args.base_adapter) if args.base_adapter else str(frozen) if frozen else None
-    for one in (adapter, args.base_adapter):
-        if one and not args.allow_other_base:
-            _ensure_same_base(one, base)
-    _fill(args, trained)
+    args.base_adapter = _base_adapter(args, folder, adapter)
+    for lora in (adapter, args.base_adapter):
+        if lora and not args.allow_other_base:
+            _ensure_same_base(lora, base)
+    _set_defaults(args, trained)
     name = args.run_name or _name_of(folder or Path(args.tuned_model))
     out = Path(args.output_dir) if args.output_dir else Path(args.eval_out) / name
     flag = "--output_json" if args.output_json else "--output_dir" if args.output_dir else "--eval_out"
@@ -141,13 +142,24 @@ def resolve(args: ComparisonArguments) -> Comparison:
     return Comparison(args, name, base, adapter, tuned, trained, out, step, args.base_adapter)
 
 
+def _check(args: ComparisonArguments) -> None:
+    """Raise UserError for contradicting flags and values out of range."""
+    if args.adapter_path and args.tuned_model:
+        raise UserError("--adapter_path and --tuned_model: give only one of them")
+    if args.output_json and args.output_dir:
+        raise UserError("--output_json and --output_dir: give only one of them")
+    for key in ("limit", "batch_size", "batch_tokens", "max_length", "max_prompt_length"):
+        if getattr(args, key) is not None and getattr(args, key) <= 0:
+            raise UserError(f"--{key} {getattr(args, key)}: must be above 0")
+
+
 def _tuned_folder(args) -> Path | None:
-    """The folder of the tuned model, None where --tuned_model is a hub id."""
+    """The folder of the tuned model; None if --tuned_model is a hub id."""
     if args.adapter_path:
         folder = Path(args.adapter_path).expanduser()
         if not (folder / "adapter_config.json").exists():
-            why = "holds no adapter_config.json" if folder.is_dir() else "is no folder"
-            raise UserError(f"--adapter_path {args.adapter_path} {why}: give the folder that training wrote")
+            problem = "contains no adapter_config.json" if folder.is_dir() else "is not a folder"
+            raise UserError(f"--adapter_path {args.adapter_path} {problem}: give the folder that training wrote")
         return folder
     if args.tuned_model:
         folder = Path(args.tuned_model).expanduser()
@@ -155,38 +167,60 @@ def _tuned_folder(args) -> Path | None:
     name = args.run_name or DEFAULT_RUN
     folder = Path(args.checkpoints) / name
     if not any((folder / f).exists() for f in ("adapter_config.json", "config.json")):
-        mend = "bash quickstart.sh trains it" if name == DEFAULT_RUN else "train it first"
+        fix = "train it with `bash quickstart.sh`" if name == DEFAULT_RUN else "train it first"
         trials = sorted(p.name for p in Path(args.checkpoints).glob(f"{name}_LIMIT*"))
-        mend = f"--run_name {trials[0]} is a trial of it" if trials else mend
-        raise UserError(f"{folder} holds no trained model: {mend}, or give --base_model and --adapter_path")
+        fix = f"--run_name {trials[0]} is a trial run of it" if trials else fix
+        raise UserError(f"{folder} contains no trained model: {fix}, or give --base_model and --adapter_path")
     return folder
 
 
-def _run_of(folder: Path) -> dict:
-    """The arguments of the run that wrote `folder` (its weights, or one of its checkpoints); empty for a stranger's.
+def _run_arguments(folder: Path) -> dict:
+    """The arguments of the run that wrote `folder` (its weights or one of its checkpoints); {} if it is not known.
 
-    What an instruction run trained on are no pairs: those keys are left out.
+    SFT runs trained on conversations, not pairs, so their dataset arguments are ignored.
     """
-    from preflab.data.sources import SourceArguments
-
-    for place in (folder, folder.parent):
-        if (place / "run.json").exists():
-            found = read_json(place / "run.json").get("args", {})
-            instructions = SourceArguments.__dataclass_fields__ if "loss_on" in found else ()
-            return {key: value for key, value in found.items() if key not in instructions}
+    for run_folder in (folder, folder.parent):
+        if (run_folder / "run.json").exists():
+            arguments = read_json(run_folder / "run.json").get("args", {})
+            ignored = SourceArguments.__dataclass_fields__ if "loss_on" in arguments else ()
+            return {key: value for key, value in arguments.items() if key not in ignored}
     return {}
 
 
+def _note_unfinished(folder: Path | None) -> None:
+    """Print a note if the run has not finished training."""
+    manifest = folder / "run.json" if folder else None
+    if manifest and manifest.exists() and not read_json(manifest).get("finished") and is_main_process():
+        print(f"note: training of {folder} is not finished; its training command continues it", file=sys.stderr)
+
+
+def _base_adapter(args: ComparisonArguments, folder: Path | None, adapter: str | None) -> str | None:
+    """The LoRA folder on the base model: --base_adapter, else the frozen reference adapter that the run wrote."""
+    requested = args.base_adapter
+    if (requested or "").lower() == "none":
+        return None
+    if requested is not None and adapter is None:
+        raise UserError("--base_adapter: needs a LoRA adapter as the tuned model; name the base with --base_model")
+    if requested:
+        return locate_adapter(requested)
+    # In the weights' folder, or in the run's folder if the weights are a checkpoint's.
+    folders = [folder, *([folder.parent] if is_checkpoint(folder) else [])] if folder else []
+    frozen = (place / FROZEN for place in folders if (place / FROZEN / "adapter_config.json").exists())
+    return next(map(str, frozen), None)
+
+
 def _name_of(folder: Path) -> str:
+    """A name for the results of a model folder, with its parent's name if its own is not unique."""
     folder = folder.resolve() if folder.exists() else folder
     parent = folder.parent.name
-    # checkpoint-7000 of one run is not that of another.
-    stranger = is_checkpoint(folder) and parent != "checkpoints"
-    own = (folder.parent / "run.json").exists() or stranger
-    return re.sub(r"[^\w.\-]", "-", "-".join([*([parent] if own and parent else []), folder.name]))
+    # Two runs both have a checkpoint-7000; the top folder checkpoints/ names no run.
+    other_trainer = is_checkpoint(folder) and parent != "checkpoints"
+    with_parent = (folder.parent / "run.json").exists() or other_trainer
+    return re.sub(r"[^\w.\-]", "-", "-".join([*([parent] if with_parent and parent else []), folder.name]))
 
 
 def base_of(adapter: str) -> str | None:
+    """The base model that a LoRA folder's config names."""
     return read_json(Path(adapter) / "adapter_config.json").get("base_model_name_or_path")
 
 
@@ -204,55 +238,52 @@ def ensure_models_differ(identical: bool, results: str) -> None:
 
 
 def held_out_sources(args: ComparisonArguments, trained: dict) -> tuple[list[dict], bool]:
-    """What to evaluate on, as sources for `load_pairs`, and whether the run held them out.
+    """The sources to evaluate on, for `load_pairs`, and whether the run itself held them out.
 
-    Raises UserError where the run held nothing out and no data are named.
+    Raises:
+        UserError: the run held nothing out and no data are given.
     """
-    from dataclasses import fields
-
-    from preflab.data.preferences import DataArguments
-
     if args.dataset_name is not None:
-        named = {"name": args.dataset_name, "config": args.dataset_config, "revision": args.dataset_revision}
-        return [{**named, "split": args.split}], False
+        source = {"name": args.dataset_name, "config": args.dataset_config, "revision": args.dataset_revision}
+        return [{**source, "split": args.split}], False
     known = {f.name for f in fields(DataArguments)}
     sources = DataArguments(**{k: v for k, v in trained.items() if k in known}).sources()[1]
     if not sources:
-        raise UserError("the run held no pairs out: name data that it did not see with --dataset_name and --split")
+        raise UserError("the run held no pairs out: give data that it was not trained on with --dataset_name, --split")
     return [{**source, **({"split": args.split} if args.split else {})} for source in sources], not args.split
 
 
 def was_trained_on(args: ComparisonArguments, trained: dict) -> bool:
-    """Whether the rows to evaluate on are those that the run trained on."""
+    """Whether the run was trained on the rows to evaluate on."""
     name = args.dataset_name or trained.get("dataset_name")
-    if (
-        not trained
-        or name != trained.get("dataset_name")
-        or (trained.get("test_dataset_name") and not args.dataset_name)
-    ):
+    if not trained or name != trained.get("dataset_name"):
         return False
+    if trained.get("test_dataset_name") and not args.dataset_name:
+        return False
+    # A file has no splits: it is the training data itself.
     return Path(str(name)).is_file() or args.split == trained.get("dataset_train_split")
 
 
 def _ensure_same_base(adapter: str, base: str) -> None:
-    """Refuse an adapter whose config names another base: its shapes may fit, and every figure would be wrong."""
+    """Raise UserError if the adapter's config names another base: shapes may fit, but all results would be wrong."""
     trained_on = base_of(adapter)
     if not trained_on:
         return
     folders = Path(trained_on).expanduser(), Path(base).expanduser()
     if all(folder.is_dir() for folder in folders):
-        other = folders[0].resolve() != folders[1].resolve()
+        differs = folders[0].resolve() != folders[1].resolve()
     else:
-        other = folders[0].name.lower() != folders[1].name.lower()
-    if other:
+        # A hub id and a local copy of it share their last part.
+        differs = folders[0].name.lower() != folders[1].name.lower()
+    if differs:
         raise UserError(
             f"adapter {adapter} was trained on {trained_on}, not on {base}: give --base_model {trained_on}, or"
-            " --allow_other_base where the two are the same weights"
+            " --allow_other_base if both are the same weights"
         )
 
 
-def _fill(args: ComparisonArguments, trained: dict) -> None:
-    """The run's values where the command line gave none, then the field's."""
+def _set_defaults(args: ComparisonArguments, trained: dict) -> None:
+    """Set missing arguments to those of the run, else to the project's defaults."""
     if args.dataset_name is None and not (trained.get("dataset_name") or trained.get("datasets")):
         args.dataset_name = ULTRAFEEDBACK
     if args.dataset_name is not None:
@@ -260,27 +291,28 @@ def _fill(args: ComparisonArguments, trained: dict) -> None:
     args.prompt_format = args.prompt_format or trained.get("prompt_format") or "auto"
     args.chat_template_path = args.chat_template_path or trained.get("chat_template_path")
     args.attn_implementation = args.attn_implementation or trained.get("attn_implementation")
+    # The run's prompt length belongs to the run's total length; with another total, half of that.
     if args.max_length in (None, trained.get("max_length")):
         args.max_length = trained.get("max_length") or 1024
         args.max_prompt_length = args.max_prompt_length or trained.get("max_prompt_length")
     args.max_prompt_length = args.max_prompt_length or args.max_length // 2
     if not args.max_prompt_length < args.max_length:
         raise UserError(
-            f"--max_prompt_length {args.max_prompt_length} must be below --max_length {args.max_length}, so that an"
-            " answer always keeps a token"
+            f"--max_prompt_length {args.max_prompt_length}: must be below --max_length {args.max_length}, so that"
+            " every answer keeps at least one token"
         )
     if args.batch_tokens is None:
         args.batch_tokens = default_batch_tokens()
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Whether it is named as a trainer names the state of a step."""
+    """Whether the folder has the name of a trainer's checkpoint."""
     return re.fullmatch(r"checkpoint-\d+", folder.name) is not None
 
 
 def latest_run(folder: str | os.PathLike) -> str:
-    """The name of the run below `folder` that finished last. Raises UserError where none did."""
-    found = [path for path in Path(folder).glob("*/run.json") if read_json(path).get("finished")]
-    if not found:
-        raise UserError(f"{folder}: no finished run yet; bash quickstart.sh trains one, or name a model")
-    return max(found, key=lambda path: path.stat().st_mtime).parent.name
+    """The name of the run in `folder` that finished last. Raises UserError if none is finished."""
+    manifests = [path for path in Path(folder).glob("*/run.json") if read_json(path).get("finished")]
+    if not manifests:
+        raise UserError(f"{folder}: contains no finished run; train one with `bash quickstart.sh`, or name a model")
+    return max(manifests, key=lambda path: path.stat().st_mtime).parent.name
