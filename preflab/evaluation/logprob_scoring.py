@@ -1,12 +1,14 @@
-"""Token sequences scored under base and tuned: batched by token budget, sharded over processes, kept as they come.
+"""Token log-probabilities of sequences under base and tuned: batched by token budget, sharded over processes, cached.
 
-Two neighbours that begin alike, as the two answers to one prompt do, are read as one: what they share is computed once
-(preflab.models.fast.shared_prompt).
+Two neighbouring sequences with a common start, such as two answers to one prompt, are computed together, the common
+part once (preflab.models.fast.shared_prompt).
 """
 
 import math
 import time
 from dataclasses import dataclass
+
+import torch
 
 from preflab.evaluation.comparison import ensure_models_differ
 from preflab.evaluation.two_models import TwoModels
@@ -18,12 +20,15 @@ from utils.errors import UserError, is_main_process
 from utils.progress import progress
 from utils.provenance import sha256_of
 
+# If no token's log-probability differs by more than this (nats), base and tuned are the same model.
 UNCHANGED = 1e-5
+# Sequences that are scored again alone to measure the effect of batching in 16 bits.
+SPREAD_SAMPLES = 8
 
 
 @dataclass
 class Sequence:
-    """Token ids of which those from index `start` on are scored (`start` >= 1), and KL measured from `kl_start` on."""
+    """Token ids; those from index `start` (>= 1) on are scored, and KL is measured from index `kl_start` on."""
 
     ids: list[int]
     start: int
@@ -32,30 +37,30 @@ class Sequence:
 
 @dataclass
 class TokenScores:
-    """One sequence's figures, each of shape (scored tokens,): log-probabilities in nats, and KL in nats."""
+    """Per-token values of one sequence, shape (scored tokens,): log-probabilities and KL(tuned || base), in nats."""
 
-    base: object
-    tuned: object
-    kl: object
+    base: torch.Tensor
+    tuned: torch.Tensor
+    kl: torch.Tensor | None
 
 
 def score_sequences(models: TwoModels, sequences: list[Sequence], summarise, kind: str) -> tuple[list[dict], dict]:
-    """`summarise(index, TokenScores)` of every sequence, in order, on every process.
+    """Score every sequence under both models. All processes share the work and return all rows, in order.
 
-    Weights are loaded only where a sequence is left to score: a rerun of finished work reads what was kept.
+    Weights are loaded only if a sequence is not cached yet.
 
     Args:
-        summarise: reduces a sequence's token figures to the JSON numbers that are kept.
-        kind: names the cache; with models, token ids and scored spans it identifies what was kept.
+        summarise: (index, TokenScores) to the JSON numbers that are cached and returned.
+        kind: name of the cache. Models, token ids and scored spans identify it too.
 
     Returns:
-        (rows, speed): speed holds tokens and seconds of this call's scoring, and, outside float32, by how much a
-        sequence's log-probability moved when it was scored alone instead of in its batch (`batch_spread_nats`).
+        (rows, speed): rows are what `summarise` returned; speed has tokens and seconds of this call's scoring, and,
+        outside float32, how much a sequence's log-probability changes when it is scored alone instead of in its batch
+        (`batch_spread_nats`).
 
     Raises:
-        UserError: where tuned equals base on every sequence, so that the adapter was not applied.
+        UserError: tuned equals base on every sequence, or a log-probability is NaN or infinite.
     """
-
     args = models.comparison.args
     identity = {
         **{side: models.identity(side) for side in models.sides},
@@ -63,52 +68,60 @@ def score_sequences(models: TwoModels, sequences: list[Sequence], summarise, kin
         "spans_sha256": sha256_of(*(f"{s.start}:{s.kl_start}" for s in sequences)),
     }
     cache = ResultCache(args.eval_out, kind, identity, args.overwrite)
-    done = cache.finished
-    todo = [i for i in range(len(sequences)) if str(i) not in done]
-    if todo:
+    missing = [i for i in range(len(sequences)) if str(i) not in cache.finished]
+    if missing:
         models.load()
-    # Cut before what is done is left out, so that a rerun reads the same neighbours together.
+    # Pair neighbours before dropping cached ones, so that a rerun computes in the same pairs.
     units = units_of([s.ids for s in sequences], models.shares_prompts)
-    batches = batches_of([u for u in units if any(str(i) not in done for i in u[0])], args)
-    tokens, started = sum(len(sequences[i].ids) for i in todo), time.monotonic()
+    batches = batches_of([u for u in units if any(str(i) not in cache.finished for i in u[0])], args)
+    tokens, started = sum(len(sequences[i].ids) for i in missing), time.monotonic()
     scored = shown = 0
     with progress(tokens, kind, "tok", scale=True) as bar:
-        for take in cache.own_share(batches):
-            for i, scores in zip(take, score_batch(models, [sequences[i] for i in take]), strict=True):
-                moved = float((scores.tuned - scores.base).abs().max())
-                if not math.isfinite(moved):
+        for batch in cache.own_share(batches):
+            for i, scores in zip(batch, score_batch(models, [sequences[i] for i in batch]), strict=True):
+                change = float((scores.tuned - scores.base).abs().max())
+                if not math.isfinite(change):
                     raise UserError(
-                        f"{kind}: sequence {i} has a log-probability that is no number under {models.dtype}: give"
-                        " --dtype bfloat16 or float32; or the weights themselves are broken"
+                        f"{kind}: sequence {i}: log-probability is NaN or infinite in {models.dtype}: use --dtype"
+                        " bfloat16 or float32; if it persists, the weights are damaged"
                     )
-                cache.add(str(i), {**summarise(i, scores), "moved": moved, "sum": float(scores.tuned.sum())})
-            # Every process takes batches of about the same size; only rank 0 shows the total.
-            scored = min(tokens, scored + cache.state.num_processes * sum(len(sequences[i].ids) for i in take))
+                cache.add(str(i), {**summarise(i, scores), "moved": change, "sum": float(scores.tuned.sum())})
+            # Only rank 0 shows progress; it assumes that the other processes score as many tokens.
+            scored = min(tokens, scored + cache.state.num_processes * sum(len(sequences[i].ids) for i in batch))
             bar.update(scored - shown)
             shown = scored
     seconds = time.monotonic() - started
-    if todo and not models.is_float32 and is_main_process():
-        some = [todo[k] for k in range(0, len(todo), -(-len(todo) // 8))]
-        alone = {i: float(score_batch(models, [sequences[i]])[0].tuned.sum()) for i in some}
-        kept = cache.read()
-        spread = max((abs(alone[i] - kept[str(i)]["sum"]) for i in some if str(i) in kept), default=None)
-        cache.add("spread", {"batch_spread_nats": spread})
-    found = cache.gather()
-    rows = [found[str(i)] for i in range(len(sequences))]
+    if missing and not models.is_float32 and is_main_process():
+        cache.add("spread", {"batch_spread_nats": _batch_spread(models, sequences, missing, cache)})
+    results = cache.gather()
+    rows = [results[str(i)] for i in range(len(sequences))]
     changes = [row.pop("moved") for row in rows]
     ensure_models_differ(
         max(changes, default=0.0) <= UNCHANGED, f"the same log-probability to every token of all {len(rows)} sequences"
     )
     for row in rows:
         row.pop("sum")
-    speed = {"tokens": tokens, "seconds": round(seconds, 2), "rows_kept_before": len(sequences) - len(todo)}
-    return rows, {**speed, **found.get("spread", {})}
+    speed = {"tokens": tokens, "seconds": round(seconds, 2), "rows_kept_before": len(sequences) - len(missing)}
+    return rows, {**speed, **results.get("spread", {})}
+
+
+def _batch_spread(models: TwoModels, sequences: list[Sequence], scored: list[int], cache: ResultCache):
+    """Largest difference (nats) between a sequence's log-probability scored alone and in its batch, on a sample.
+
+    In 16 bits, matrix products round differently with the batch's shape.
+    """
+    sample = scored[:: -(-len(scored) // SPREAD_SAMPLES)]
+    alone = {i: float(score_batch(models, [sequences[i]])[0].tuned.sum()) for i in sample}
+    # Other processes may not have finished theirs.
+    cached = cache.read()
+    return max((abs(alone[i] - cached[str(i)]["sum"]) for i in sample if str(i) in cached), default=None)
 
 
 def units_of(ids: list[list[int]], pairs: bool) -> list[tuple[tuple[int, ...], int]]:
-    """(sequences, tokens) that are read as one: neighbours (2k, 2k + 1), what they share counted once; else each alone.
+    """Group sequences into units that are computed together: (indices, tokens) each.
 
-    `pairs` is taken back where a sequence has no neighbour that begins as it does.
+    With `pairs`, a unit is the neighbours (2k, 2k + 1), and their common start counts once. Without it, or if any pair
+    has no common start, each sequence is a unit.
     """
     shared = shared_lengths(ids) if pairs else None
     if shared is None:
@@ -117,21 +130,22 @@ def units_of(ids: list[list[int]], pairs: bool) -> list[tuple[tuple[int, ...], i
 
 
 def batches_of(units: list[tuple[tuple[int, ...], int]], args) -> list[list[int]]:
-    """The sequences of `units` in batches by `batch_tokens` and `batch_size`; what is read as one stays together."""
+    """Sequence indices in batches limited by `args.batch_tokens` and `args.batch_size`; a unit is never split."""
     most = max(1, args.batch_size // len(units[0][0])) if args.batch_size and units else None
     batches = token_batches([tokens for _, tokens in units], args.batch_tokens, most)
     return [[i for k in batch for i in units[k][0]] for batch in batches]
 
 
 def shared_lengths(ids: list[list[int]]) -> list[int] | None:
-    """Leading tokens that (2k, 2k + 1) share, at most all but one of the shorter; None where some share none."""
+    """Length of the common start of each pair (2k, 2k + 1), shorter than both; None if any pair has none."""
     if len(ids) % 2:
         return None
-    found = []
+    lengths = []
     for a, b in zip(ids[::2], ids[1::2], strict=True):
+        # Each side keeps a token of its own.
         most = min(len(a), len(b)) - 1
-        found.append(next((n for n in range(most) if a[n] != b[n]), most))
-    return found if all(n > 0 for n in found) else None
+        lengths.append(next((n for n in range(most) if a[n] != b[n]), most))
+    return lengths if all(n > 0 for n in lengths) else None
 
 
 def collate(models: TwoModels, sequences: list[Sequence]):
@@ -144,33 +158,40 @@ def collate(models: TwoModels, sequences: list[Sequence]):
 
 
 def score_batch(models: TwoModels, sequences: list[Sequence]) -> list[TokenScores]:
-    """The token figures of one batch, both models, on the CPU."""
+    """The token scores of one batch under both models, on the CPU."""
     shared = shared_lengths([s.ids for s in sequences]) if models.shares_prompts else None
     if shared:
         return _score_pairs(models, sequences, shared)
     return _score(models, sequences, *collate(models, sequences), {})
 
 
-def _score_pairs(models, sequences, shared):
-    """Neighbours packed: all firsts before all seconds, as `pack` has it, and back in order."""
+def _score_pairs(models: TwoModels, sequences: list[Sequence], shared: list[int]) -> list[TokenScores]:
+    """Score packed neighbours: `pack` expects all first members before all second ones; the result is in order."""
     half = len(shared)
     rows = sequences[::2] + sequences[1::2]
     ids, mask, scored = collate(models, rows)
-    found = _score(models, rows, ids, mask, scored, pack({"input_ids": ids, "attention_mask": mask}, shared))
-    return [found[k + side * half] for k in range(half) for side in (0, 1)]
+    scores = _score(models, rows, ids, mask, scored, pack({"input_ids": ids, "attention_mask": mask}, shared))
+    return [scores[k + side * half] for k in range(half) for side in (0, 1)]
 
 
-def _score(models, sequences, ids, mask, scored, packed) -> list[TokenScores]:
-    import torch
+def _score(models: TwoModels, sequences: list[Sequence], ids, mask, scored, packed: dict) -> list[TokenScores]:
+    """Score a collated batch.
 
+    Args:
+        ids, mask, scored: of `collate`, shape (batch, length).
+        packed: of `pack`; {} without a shared start.
+    """
     logps, hidden = {}, {}
     with torch.inference_mode():
         for side in models.sides:
             with models.side(side) as model, captured_hidden(model) as states:
+                # Shape (batch, length - 1): entry t is the log-probability of token t + 1.
                 logps[side] = token_logps(model, ids, mask, scored, **packed).cpu()
                 hidden[side] = states[0]
         kls = [None] * len(sequences)
         if any(s.kl_start is not None for s in sequences):
+            # The hidden states that predict tokens [kl_start, end): positions [kl_start - 1, end - 1). Those of all
+            # sequences are joined, shape (tokens, hidden size), so that no padding goes through the head.
             spans = [(s.kl_start if s.kl_start is not None else len(s.ids), len(s.ids)) for s in sequences]
             picked = {
                 side: torch.cat([h[row, a - 1 : b - 1] for row, (a, b) in enumerate(spans)])

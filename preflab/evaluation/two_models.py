@@ -1,9 +1,14 @@
-"""The two models of a comparison, loaded under one tokenizer."""
+"""The two models of a comparison, loaded with one tokenizer."""
 
+import gc
 from contextlib import contextmanager, nullcontext
+
+import torch
+from accelerate import PartialState
 
 from preflab.evaluation.arguments import ComparisonArguments
 from preflab.evaluation.comparison import Comparison
+from preflab.models.fast import fused_lora, shared_prompt
 from preflab.models.loading import (
     adapter_sha256,
     default_dtype,
@@ -13,14 +18,15 @@ from preflab.models.loading import (
     quantization,
     tokenizer_home,
 )
+from preflab.models.logprobs import attach_head
 from utils.errors import UserError
 
-# The name of the adapter on the base's side, where there is one.
+# PEFT's name of the LoRA adapter on the base model, if it has one.
 BASE_ADAPTER = "base"
 
 
 def _quantized(args: ComparisonArguments, trained: dict) -> dict | None:
-    """The base's quantisation as the run trained it, as keyword arguments of `models.loading.quantization`, or None."""
+    """The run's quantisation of the base, as keyword arguments of `models.loading.quantization`, or None."""
     as_trained = args.load_in_4bit is None or args.load_in_4bit == bool(trained.get("load_in_4bit"))
     four = bool(trained.get("load_in_4bit")) if args.load_in_4bit is None else args.load_in_4bit
     eight = as_trained and bool(trained.get("load_in_8bit"))
@@ -36,19 +42,20 @@ def _quantized(args: ComparisonArguments, trained: dict) -> dict | None:
 
 
 class TwoModels:
-    """The two loaded models under one tokenizer: `with models.base() as model`, `with models.tuned() as model`.
+    """Base and tuned with one tokenizer: `with models.base() as model`, `with models.tuned() as model`.
 
-    With an adapter there is one set of weights, and the base is the tuned model with its adapter switched off.
+    With an adapter there is one set of weights: the base is the tuned model with its adapter disabled.
+
+    Raises:
+        UserError: the two models have different vocabularies, or a model cannot be read.
     """
 
     sides = ("base", "tuned")
 
     def __init__(self, comparison: Comparison):
-        import torch
-
         args, trained = comparison.args, comparison.trained
         self.comparison = comparison
-        # A run that trained under autocast is evaluated under it, so that its own figures come out again.
+        # A run that trained under autocast is evaluated under it, so that its own metrics are reproduced.
         own = trained.get("dtype") if trained.get("dtype") not in (None, "auto") else None
         compute = "bfloat16" if trained.get("bf16") else "float16" if trained.get("fp16") else None
         self.autocast = getattr(torch, compute) if compute and args.dtype is None else None
@@ -57,25 +64,22 @@ class TwoModels:
         home = tokenizer_home(comparison.base, args.base_revision, comparison.adapter)
         self.tokenizer = load_tokenizer(*home, args.chat_template_path, trust_remote_code=args.trust_remote_code)
         if comparison.tuned:
-            self._refuse_other_tokenizer()
+            self._ensure_same_vocabulary()
         self._base, self._tuned, self.shares_prompts = None, None, False
 
-    def _refuse_other_tokenizer(self) -> None:
-        """Both models must read the same token ids."""
+    def _ensure_same_vocabulary(self) -> None:
+        """Raise UserError if the two models would read the same token ids as different text."""
         tuned = load_tokenizer(
             self.comparison.tuned, self.comparison.args.tuned_revision, self.comparison.args.chat_template_path
         )
         if tuned.get_vocab() != self.tokenizer.get_vocab():
             raise UserError(
-                f"{self.comparison.tuned} and {self.comparison.base} have different vocabularies, so they cannot read"
-                " the same token ids: compare models that share a tokenizer"
+                f"{self.comparison.tuned} and {self.comparison.base} have different vocabularies: compare models that"
+                " share a tokenizer"
             )
 
     def load(self) -> "TwoModels":
-        """Load the weights, once, in eval mode, with the log-probability head, LoRA in place and shared prompts."""
-        from preflab.models.fast import fused_lora, shared_prompt
-        from preflab.models.logprobs import attach_head
-
+        """Load the weights once, in eval mode, with log-probability head, fused LoRA and shared prompts attached."""
         if self._base is None:
             args, c = self.comparison.args, self.comparison
             self._tuned = self.load_one(*c.weights("tuned"))
@@ -86,14 +90,13 @@ class TwoModels:
             for model in (self._base, self._tuned):
                 attach_head(model)
                 fused_lora.attach(model)
-            known = [args.shared_prompt and shared_prompt.attach_if_known(model) for model in (self._base, self._tuned)]
-            self.shares_prompts = all(known)
+            # Both models must compute pairs packed, or neither: they score the same batches.
+            attached = [args.shared_prompt and shared_prompt.attach_if_known(m) for m in (self._base, self._tuned)]
+            self.shares_prompts = all(attached)
         return self
 
     def load_one(self, name: str, revision: str | None = None, adapter: str | None = None, quantized: bool = True):
-        """One model in this comparison's precision, on this process's device, in eval mode."""
-        import torch
-
+        """Load one model in this comparison's precision, on this process's device, in eval mode."""
         args = self.comparison.args
         compute, config = self.autocast or getattr(torch, self.dtype), None
         if self.quantized and quantized:
@@ -110,11 +113,7 @@ class TwoModels:
         return (model if config else model.to(self.device)).eval()
 
     def unload(self) -> None:
-        """Let the weights go, so that a judge finds room."""
-        import gc
-
-        import torch
-
+        """Free the models' memory, for example before a judge is loaded."""
         self._base = self._tuned = None
         gc.collect()
         if torch.cuda.is_available():
@@ -126,20 +125,18 @@ class TwoModels:
         return self.dtype == "float32" and self.autocast is None and not self.quantized
 
     @property
-    def device(self):
-        from accelerate import PartialState
-
+    def device(self) -> torch.device:
+        """This process's device."""
         return PartialState().device
 
     def autocasting(self):
-        """The run's autocast, where it trained under one."""
-        import torch
-
+        """A context with the run's autocast, disabled if it trained without."""
         return torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None)
 
     @contextmanager
     def base(self):
-        """The base model, the tuned one's adapter switched off."""
+        """The base model: the tuned one's adapter is disabled, or replaced by the base's own."""
+        # Not at the top: it takes seconds (peft, bitsandbytes), which a call with bad input should not cost.
         from trl.trainer.utils import use_adapter
 
         own = BASE_ADAPTER if self.comparison.base_adapter else None
@@ -157,11 +154,11 @@ class TwoModels:
         return getattr(self, name)()
 
     def identity(self, side: str) -> dict:
-        """What identifies one side's figures before its weights are loaded: names, hashes, precision, template."""
+        """What one side's results depend on, known before weights are loaded: names, hashes, precision, template."""
         return self.identity_of(*self.comparison.weights(side), self.tokenizer)
 
     def identity_of(self, name: str, revision, adapter: str | None, tokenizer, quantized: bool = True) -> dict:
-        """What identifies the figures of a model that `load_one` loads."""
+        """What the results of a model that `load_one` loads depend on. Part of cache keys, so its keys never change."""
         return {
             **identify(name, tokenizer, revision),
             "asked_revision": revision,
