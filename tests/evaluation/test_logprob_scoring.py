@@ -1,4 +1,4 @@
-"""Scoring under base and tuned: the slow loop's figures whatever the batch, kept work, and an adapter that is idle."""
+"""Scoring under base and tuned: equality with a slow loop for every batching, the cache, and an unused adapter."""
 
 from types import SimpleNamespace
 
@@ -39,7 +39,7 @@ def summed(index, scores):
 
 
 def slow_figures(trained, tiny, sequences):
-    """Base, tuned and KL of each sequence, one row at a time, from models loaded apart."""
+    """Base, tuned and KL of each sequence, one row at a time, with separately loaded models."""
     base = load_model(str(tiny)).eval()
     tuned = load_model(str(tiny), adapter=str(trained / "ck/r")).eval()
     found = []
@@ -55,7 +55,7 @@ def slow_figures(trained, tiny, sequences):
 
 
 @pytest.mark.parametrize("extra", [(), ("--batch_size", 1), ("--batch_tokens", 150), ("--batch_tokens", 100000)])
-def test_figures_are_the_slow_loops_whatever_the_batch(trained, tiny, tmp_path, extra):
+def test_batched_scores_match_slow_loop(trained, tiny, tmp_path, extra):
     models, sequences = sequences_of(compare(trained, tmp_path, *extra))
     rows, speed = score_sequences(models, sequences, summed, "test")
     assert speed["rows_kept_before"] == 0 and speed["tokens"] == sum(len(s.ids) for s in sequences)
@@ -64,11 +64,11 @@ def test_figures_are_the_slow_loops_whatever_the_batch(trained, tiny, tmp_path, 
         assert abs(row["tuned"] - row["base"]) > 1e-3
 
 
-def test_neighbours_share_what_they_begin_with():
+def test_shared_starts_and_batches():
     a, b, c = [1, 2, 3, 4, 5], [1, 2, 3, 9], [1, 2]
     assert shared_lengths([a, b]) == [3] and shared_lengths([a, a]) == [4] and shared_lengths([a, c]) == [1]
-    assert shared_lengths([a, b, a]) is None, "one has no neighbour"
-    assert shared_lengths([a, b, a, [7, 8]]) is None, "two begin differently"
+    assert shared_lengths([a, b, a]) is None, "the last sequence has no neighbour"
+    assert shared_lengths([a, b, a, [7, 8]]) is None, "the last pair has no common start"
     args = SimpleNamespace(batch_tokens=12, batch_size=None)
     rows = [a, b, a, a, a, c]
     # Tokens of each pair stored once: 6, 6, 6.
@@ -77,12 +77,12 @@ def test_neighbours_share_what_they_begin_with():
     assert units_of(rows, False) == [((i,), len(row)) for i, row in enumerate(rows)]
     assert batches_of(units, args) == [[0, 1, 2, 3], [4, 5]]
     for args.batch_size in (2, 1):
-        assert batches_of(units, args) == [[0, 1], [2, 3], [4, 5]], "a pair is never cut"
+        assert batches_of(units, args) == [[0, 1], [2, 3], [4, 5]], "a pair is never split"
     assert batches_of([], args) == []
 
 
 @pytest.mark.parametrize("switch", [True, False])
-def test_pairs_reach_the_model_packed_unless_told_otherwise(switch, trained, tmp_path, monkeypatch):
+def test_no_shared_prompt_disables_packing(switch, trained, tmp_path, monkeypatch):
     models, sequences = sequences_of(compare(trained, tmp_path, *(() if switch else ("--no_shared_prompt",))))
     packed = []
     usual = preflab.evaluation.logprob_scoring.token_logps
@@ -95,7 +95,7 @@ def test_pairs_reach_the_model_packed_unless_told_otherwise(switch, trained, tmp
     assert packed and set(packed) == {switch}
 
 
-def test_order_changes_nothing(trained, tmp_path):
+def test_order_does_not_change_scores(trained, tmp_path):
     models, sequences = sequences_of(compare(trained, tmp_path))
     there, _ = score_sequences(models, sequences, summed, "there")
     back, _ = score_sequences(models, sequences[::-1], summed, "back")
@@ -103,7 +103,7 @@ def test_order_changes_nothing(trained, tmp_path):
         assert a == pytest.approx(b, abs=1e-4)
 
 
-def test_a_rerun_scores_only_what_is_missing_and_loads_nothing_where_nothing_is(trained, tmp_path, monkeypatch):
+def test_rerun_scores_only_missing_sequences(trained, tmp_path, monkeypatch):
     comparison = compare(trained, tmp_path, "--batch_size", 1)
     models, sequences = sequences_of(comparison)
     whole, _ = score_sequences(models, sequences, summed, "test")
@@ -117,7 +117,7 @@ def test_a_rerun_scores_only_what_is_missing_and_loads_nothing_where_nothing_is(
     assert third == whole and speed["tokens"] == 0
 
 
-def test_other_weights_data_or_spans_are_another_ledger(trained, tmp_path):
+def test_cache_depends_on_weights_data_and_spans(trained, tmp_path):
     models, sequences = sequences_of(compare(trained, tmp_path))
     score_sequences(models, sequences[:2], summed, "test")
     score_sequences(models, sequences[:3], summed, "test")
@@ -129,7 +129,7 @@ def test_other_weights_data_or_spans_are_another_ledger(trained, tmp_path):
     assert len(list((tmp_path / ".cache").glob("test-*"))) == 4
 
 
-def test_an_adapter_that_does_nothing_stops(trained, tmp_path):
+def test_zero_adapter_is_an_error(trained, tmp_path):
     from safetensors.torch import load_file, save_file
 
     idle = tmp_path / "idle"
@@ -144,7 +144,7 @@ def test_an_adapter_that_does_nothing_stops(trained, tmp_path):
         score_sequences(TwoModels(resolve(args)), sequences, summed, "test")
 
 
-def test_sixteen_bits_measure_their_own_spread(trained, tmp_path):
+def test_bfloat16_reports_batch_spread(trained, tmp_path):
     models, sequences = sequences_of(compare(trained, tmp_path, "--dtype", "bfloat16"))
     rows, speed = score_sequences(models, sequences, summed, "test")
     assert 0 <= speed["batch_spread_nats"] < 0.5
@@ -153,15 +153,15 @@ def test_sixteen_bits_measure_their_own_spread(trained, tmp_path):
     assert 1e-4 < max(moved) < 1
 
 
-def test_kept_items_survive_in_another_number_of_processes(tmp_path):
+def test_cache_reads_other_process_counts(tmp_path):
     one = ResultCache(tmp_path, "x", {"a": 1})
     one.add("0", {"v": 1})
     (one.folder / "rows-1.jsonl").write_text('{"key": "1", "v": 2}\n{"key": "2", "v":')
     assert ResultCache(tmp_path, "x", {"a": 1}).read() == {"0": {"v": 1}, "1": {"v": 2}}
 
 
-def test_a_slow_process_shares_out_the_same_work(tmp_path):
-    """A process that opens the cache late must not take what others finished meanwhile for never begun."""
+def test_late_process_sees_the_same_cache(tmp_path):
+    """A process that opens the cache late sees the same missing items, also if others have finished some by then."""
     import os
     import subprocess
 
@@ -179,7 +179,7 @@ def test_a_slow_process_shares_out_the_same_work(tmp_path):
         "    time.sleep(0.5 * state.process_index)\n"
         "    return read(self)\n"
         "ResultCache.read = slow\n"
-        # Another identity on rank 1, as where one process reaches the hub and the other does not.
+        # Another identity on rank 1, as if only one process could reach the hub.
         f"cache = ResultCache({str(tmp_path)!r}, 'x', {{'revision': state.process_index}})\n"
         "todo = [i for i in range(6) if str(i) not in cache.finished]\n"
         "for i in cache.own_share(todo):\n"

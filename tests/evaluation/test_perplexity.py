@@ -1,4 +1,4 @@
-"""eval_perplexity.py: an independent slow loop, `evaluate`'s formula, lm-eval's rolling windows, and bad input."""
+"""eval_perplexity.py: equality with a slow loop, `evaluate`'s formula and lm-eval's rolling windows; bad input."""
 
 import math
 
@@ -21,7 +21,7 @@ TEXTS = [
 
 @pytest.fixture
 def perplexity(call, trained, tmp_path):
-    """Run eval_perplexity.py on the tiny run; returns (summary, rows, stdout)."""
+    """A function that runs eval_perplexity.py on the tiny run and returns (summary, rows, stdout)."""
 
     def calling(*extra):
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
@@ -34,7 +34,7 @@ def perplexity(call, trained, tmp_path):
 
 @pytest.fixture(scope="module")
 def both(tiny, trained):
-    """Base and tuned, loaded apart from the script."""
+    """Base and tuned, loaded separately from the script."""
     return load_model(str(tiny)).eval(), load_model(str(tiny), adapter=str(trained / "ck/r")).eval()
 
 
@@ -46,7 +46,7 @@ def slow_nll(model, ids, start):
 # ------------------------------------------------------------------------------------------------------------- pairs
 
 
-def test_pairs_equal_a_slow_loop_over_the_rendered_texts(perplexity, both, prefs, smol_tokenizer):
+def test_pair_scores_match_slow_loop(perplexity, both, prefs, smol_tokenizer):
     import json
 
     summary, rows, out = perplexity()
@@ -65,7 +65,7 @@ def test_pairs_equal_a_slow_loop_over_the_rendered_texts(perplexity, both, prefs
                 assert [row[f"nll_{part}_{side}_{m}"] for m in ("base", "tuned")] == pytest.approx(nlls, rel=1e-4)
                 assert row[f"tokens_{part}_{side}"] == len(whole) - start
                 totals.setdefault((part, side), []).append([*nlls, len(whole) - start])
-            # The answer's words and the newline after its end of turn.
+            # The answer and the newline after its end of turn.
             assert row[f"bytes_response_{side}"] == len(pair[side][-1]["content"].encode()) + 1
     for (part, side), values in totals.items():
         base, tuned, tokens = np.array(values).T
@@ -81,7 +81,7 @@ def test_pairs_equal_a_slow_loop_over_the_rendered_texts(perplexity, both, prefs
     assert "(8 pairs)" in out and set(summary["length_bias"]) == {"test", "train"}
 
 
-def test_kl_is_a_mean_over_answer_tokens_and_can_be_left_out(perplexity, both, trained, tmp_path):
+def test_kl_per_answer_token_and_skip_kl(perplexity, both, trained, tmp_path):
     summary, rows, _ = perplexity()
     total = sum(r["kl_rejected"] for r in rows) / sum(r["tokens_response_rejected"] for r in rows)
     assert summary["metrics"]["kl_rejected"]["value"] == pytest.approx(total)
@@ -94,7 +94,7 @@ def test_kl_is_a_mean_over_answer_tokens_and_can_be_left_out(perplexity, both, t
 
 @pytest.mark.parametrize("bos", ["once", "per_window", "none"])
 @pytest.mark.parametrize(("window", "stride"), [(8, 8), (8, 3), (50, 50), (7, 7)])
-def test_windows_predict_every_token_once_with_the_context_they_say(bos, window, stride):
+def test_windows_predict_each_token_once(bos, window, stride):
     for count in (1, 5, 7, 8, 9, 16, 20, 23):
         cut = windows(count, window, stride, bos)
         assert [t for _, first, end in cut for t in range(first, end)] == list(range(count))
@@ -107,7 +107,7 @@ def test_windows_predict_every_token_once_with_the_context_they_say(bos, window,
                 assert first - context == (bos != "per_window")
 
 
-def test_text_equals_a_slow_loop_in_windows_and_strides(perplexity, both, smol_tokenizer, tmp_path):
+def test_text_scores_match_slow_loop(perplexity, both, smol_tokenizer, tmp_path):
     text = " ".join(TEXTS) * 3
     (tmp_path / "t.txt").write_text(text)
     ids = smol_tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -118,7 +118,7 @@ def test_text_equals_a_slow_loop_in_windows_and_strides(perplexity, both, smol_t
         for side, model in zip(("base", "tuned"), both, strict=True):
             total = 0.0
             for position in range(len(ids)):
-                # The window that predicts this token, told in other words than the code's.
+                # The window that predicts this token, computed differently from the code.
                 end = min(window, len(ids))
                 while position >= end:
                     end = min(end + stride, len(ids))
@@ -135,7 +135,7 @@ def test_text_equals_a_slow_loop_in_windows_and_strides(perplexity, both, smol_t
     assert last["metrics"]["text_ppl_base"]["ci95"] is None
 
 
-def test_the_formula_of_evaluates_perplexity_metric(perplexity, both, smol_tokenizer, tmp_path):
+def test_mean_matches_evaluate_perplexity(perplexity, both, smol_tokenizer, tmp_path):
     """evaluate/metrics/perplexity with add_start_token: BOS before each text, mean over texts of exp(mean nll)."""
     data = write_jsonl(tmp_path / "texts.jsonl", [{"text": text} for text in TEXTS])
     summary, _, _ = perplexity("--text_dataset", data, "--skip_pairs", "--bos", "once")
@@ -162,7 +162,7 @@ def rolling(model, tokenizer, text, max_length):
 
 
 @pytest.mark.parametrize("window", [16, 2000])
-def test_lm_evals_rolling_log_likelihood_where_no_bos_is_added(perplexity, both, smol_tokenizer, tmp_path, window):
+def test_text_matches_lm_eval_rolling(perplexity, both, smol_tokenizer, tmp_path, window):
     text = " ".join(TEXTS)
     (tmp_path / "t.txt").write_text(text)
     summary, _, _ = perplexity("--text_file", tmp_path / "t.txt", "--skip_pairs", "--window", window)
@@ -173,7 +173,7 @@ def test_lm_evals_rolling_log_likelihood_where_no_bos_is_added(perplexity, both,
         assert ours == pytest.approx(rolling(model, smol_tokenizer, text, window), rel=1e-3)
 
 
-def test_where_a_bos_is_added_lm_eval_also_scores_bos_given_bos(tiny_gemma2, tmp_path):
+def test_known_difference_to_lm_eval_with_bos(tiny_gemma2, tmp_path):
     """The known difference (lm-evaluation-harness issue 3333): its total is ours plus log P(BOS | BOS)."""
     from tokenizers.processors import TemplateProcessing
 
@@ -186,7 +186,7 @@ def test_where_a_bos_is_added_lm_eval_also_scores_bos_given_bos(tiny_gemma2, tmp
     sequences, rows = cut_documents([{"where": "t", "text": text}], tokenizer, 500, 500, "per_window")
     ours = -slow_nll(model, sequences[0].ids, sequences[0].start)
     theirs = rolling(model, tokenizer, text, 500)
-    # P(BOS | BOS) is scored in the first place, so every later token sees two BOS.
+    # lm-eval scores P(BOS | BOS) first, so every later token sees two BOS.
     with torch.no_grad():
         double = slow_logp(model, [bos, bos], sequences[0].ids[1:])
         bos_given_bos = slow_logp(model, [bos], [bos])
@@ -194,7 +194,7 @@ def test_where_a_bos_is_added_lm_eval_also_scores_bos_given_bos(tiny_gemma2, tmp
     assert abs(theirs - ours) > 1 and sequences[0].ids.count(bos) == 1
 
 
-def test_bytes_add_up_where_tokens_split_characters(smol_tokenizer):
+def test_bytes_of_split_characters_add_up(smol_tokenizer):
     text = "日本語 naïve 🙂 " * 20
     for window in (3, 7, 64):
         _, rows = cut_documents([{"where": "t", "text": text}], smol_tokenizer, window, window, "once")
@@ -203,12 +203,12 @@ def test_bytes_add_up_where_tokens_split_characters(smol_tokenizer):
     assert rows == []
 
 
-def test_tokenizers_name_their_protocol(smol_tokenizer, gemma_like_tokenizer):
+def test_bos_protocol_of_tokenizers(smol_tokenizer, gemma_like_tokenizer):
     assert bos_protocol("auto", smol_tokenizer) == "once" and prefix_id(smol_tokenizer) == smol_tokenizer.bos_token_id
     assert bos_protocol("none", smol_tokenizer) == "none"
 
 
-def test_sections_weigh_tokens_and_test_what_moved():
+def test_section_metrics():
     from scipy.stats import wilcoxon
 
     rng = np.random.default_rng(3)
@@ -219,13 +219,13 @@ def test_sections_weigh_tokens_and_test_what_moved():
     assert m["x_ppl_ratio"]["value"] == pytest.approx(math.exp((tuned - base).sum() / tokens.sum()))
     assert m["x_ppl_difference"]["value"] == pytest.approx(m["x_ppl_tuned"]["value"] - m["x_ppl_base"]["value"])
     assert m["p_x_nll_difference"]["value"] == pytest.approx(wilcoxon((tuned - base) / tokens).pvalue)
-    # The error of a ratio of sums, by the delta method.
+    # Standard error of a ratio of sums by the delta method.
     r = base.sum() / tokens.sum()
     delta = np.sqrt(((base - r * tokens) ** 2).sum()) / tokens.sum()
     assert m["x_nll_base"]["stderr"] == pytest.approx(delta, rel=0.1)
 
 
-def test_windows_of_one_document_are_pooled_by_document_where_there_are_several():
+def test_text_units_are_documents_or_windows():
     rows = [
         {"document": d, "window": w, "nll_base": b, "nll_tuned": b + 1, "tokens": 2, "bytes": 5}
         for d, w, b in ((0, 0, 3.0), (0, 1, 4.0), (1, 0, 5.0))
@@ -257,7 +257,7 @@ def test_bad_input_is_one_line(call, trained, tmp_path, extra, words):
     assert_one_line(err, *words)
 
 
-def test_empty_and_binary_texts_are_refused_by_name(call, trained, tmp_path):
+def test_empty_and_binary_texts_are_errors(call, trained, tmp_path):
     (tmp_path / "empty.txt").write_text(" \n")
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00\x01")
     write_jsonl(tmp_path / "blank.jsonl", [{"text": " "}])

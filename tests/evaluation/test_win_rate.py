@@ -1,4 +1,4 @@
-"""eval_win_rate.py: the trainer's own figures again, every figure recomputed by hand, and bad input."""
+"""eval_win_rate.py: reproduced trainer metrics, metrics recomputed from the rows, and bad input."""
 
 import json
 import math
@@ -14,7 +14,7 @@ from utils.artifacts import RowFile, read_json
 
 @pytest.fixture
 def win_rate(call, trained, tmp_path):
-    """Run eval_win_rate.py on the tiny run; returns (summary, rows, stdout)."""
+    """A function that runs eval_win_rate.py on the tiny run and returns (summary, rows, stdout)."""
 
     def calling(*extra):
         code, out, err = call("eval_win_rate", *eval_args(trained, tmp_path, *extra))
@@ -27,7 +27,7 @@ def win_rate(call, trained, tmp_path):
 # ----------------------------------------------------------------------------------------------------------- figures
 
 
-def test_the_trainers_held_out_figures_come_out_again(win_rate, trained, tmp_path):
+def test_trainer_metrics_are_reproduced(win_rate, trained, tmp_path):
     summary, rows, out = win_rate("--expected", trained / "out/r/train_log.jsonl")
     own, m = read_json(trained / "out/r/train.json")["metrics"], summary["metrics"]
     for ours, theirs in {
@@ -52,16 +52,16 @@ def test_the_trainers_held_out_figures_come_out_again(win_rate, trained, tmp_pat
     assert summary["model"]["tuned"]["adapter_sha256"] and summary["data"]["text_sha256"]
 
 
-def test_a_plain_mean_would_not_be_the_trainers_figure(win_rate, trained):
-    """8 pairs in batches of 3: the trainer's last batch holds 2 rows and weighs as much as the others."""
+def test_trainer_mean_is_over_batches(win_rate, trained):
+    """8 pairs in batches of 3: the last batch has 2 rows and the same weight as the others."""
     summary, _, _ = win_rate("--expected", trained / "out/r/train_log.jsonl")
     figures = summary["expected"]["figures"]
     assert abs(figures["rewards/margins"]["mean_over_rows"] - figures["rewards/margins"]["trainer"]) > 1e-3
     assert figures["rewards/margins"]["recomputed"] == pytest.approx(figures["rewards/margins"]["trainer"], abs=1e-4)
 
 
-def test_transformers_own_state_file_is_read_too(call, trained, tmp_path):
-    """checkpoint-2's adapter against the evaluation of step 2 in its trainer_state.json."""
+def test_expected_reads_trainer_state(call, trained, tmp_path):
+    """The adapter of checkpoint-2 and the evaluation of step 2 in its trainer_state.json."""
     state = trained / "ck/r/checkpoint-2/trainer_state.json"
     args = ("--adapter_path", trained / "ck/r/checkpoint-2", "--eval_out", tmp_path, "--expected", state)
     code, out, err = call("eval_win_rate", *args, "--expected_batch_size", 3)
@@ -72,7 +72,7 @@ def test_transformers_own_state_file_is_read_too(call, trained, tmp_path):
     assert_one_line(err, "--expected")
 
 
-def test_rows_hold_what_the_summary_is_made_of(win_rate):
+def test_summary_follows_from_rows(win_rate):
     summary, rows, _ = win_rate("--beta", 0.5)
     m = summary["metrics"]
     margins = []
@@ -111,7 +111,7 @@ def fake_rows(margin, chosen, rejected, gap=None, base=None):
     ]  # fmt: skip
 
 
-def test_slices_hold_the_pairs_they_name():
+def test_slices_select_the_right_pairs():
     margin = [1.0, -1.0, 0.0, 2.0, 1.0, -3.0]
     rows = fake_rows(
         margin, [10, 20, 30, 5, 10, 8], [10, 10, 29, 10, 11, 8], [0, 1, 2, 3, None, 4], [1, 1, 1, -1, -1, 0]
@@ -134,8 +134,8 @@ def test_slices_hold_the_pairs_they_name():
     assert list(same["by_length"]) == ["tokens 7"]
 
 
-def test_calibration_finds_the_scale_that_made_the_data():
-    """Outcomes drawn with P(chosen) = sigmoid(2 x): the stated margins are half as sure as they should be."""
+def test_calibration_recovers_known_scale():
+    """Outcomes are drawn with P(chosen) = sigmoid(2 x), so margins x are underconfident by a factor of 2."""
     rng = np.random.default_rng(0)
     size = np.abs(rng.normal(size=4000))
     right = rng.random(4000) < 1 / (1 + np.exp(-2 * size))
@@ -149,8 +149,8 @@ def test_calibration_finds_the_scale_that_made_the_data():
     assert found["calibration_brier"]["value"] == pytest.approx(np.mean((1 - 1 / (1 + np.exp(-margin))) ** 2))
 
 
-def test_trainer_batches_are_accelerates_own():
-    """Against accelerate's BatchSamplerShard, which deals out the batches of an evaluation."""
+def test_in_order_batches_match_accelerate():
+    """Compared with accelerate's BatchSamplerShard, which distributes evaluation batches."""
     from accelerate.data_loader import BatchSamplerShard
     from torch.utils.data import BatchSampler, SequentialSampler
 
@@ -166,13 +166,13 @@ def test_trainer_batches_are_accelerates_own():
                 assert found == wanted, (count, size, world)
 
 
-def test_longest_first_batches_cover_every_row():
+def test_longest_first_batches():
     assert longest_first_batches([3, 9, 5, 7], 3, 1) == [[1, 3, 2], [0]]
     found = longest_first_batches([3, 9, 5], 1, 2)
     assert found == [[2, 1], [0, 2]]
 
 
-def test_expected_that_differs_is_named():
+def test_compare_reports_differences():
     rows = [{"margin": 1.0, "reward_chosen": 1.0, "reward_rejected": 0.0, "chosen": -1.0, "rejected": -2.0}] * 4
     logged = {"rewards/accuracies": 1.0, "rewards/margins": 1.002, "logps/chosen": -1.0}
     found = compare(rows, TrainerEvaluation(logged, 2, 1))
@@ -183,7 +183,7 @@ def test_expected_that_differs_is_named():
 # ------------------------------------------------------------------------------------------------------- length bias
 
 
-def test_length_bias_counts_whitespace_words_of_the_answers(win_rate, prefs):
+def test_length_bias_counts_words(win_rate, prefs):
     from scipy.stats import binomtest
 
     summary, _, out = win_rate()
@@ -206,7 +206,7 @@ def test_length_bias_counts_whitespace_words_of_the_answers(win_rate, prefs):
 # ------------------------------------------------------------------------------------------- models, data, bad input
 
 
-def test_a_merged_model_of_its_own_gives_the_adapters_figures(call, trained, tiny, prefs, tmp_path):
+def test_merged_model_matches_adapter(call, trained, tiny, prefs, tmp_path):
     from preflab.models.loading import load_model, load_tokenizer
 
     merged = tmp_path / "merged"
@@ -230,7 +230,7 @@ def test_a_merged_model_of_its_own_gives_the_adapters_figures(call, trained, tin
     assert found["metrics"]["avg_margin"]["value"] == pytest.approx(own["metrics"]["reward_margin"]["value"], abs=1e-3)
 
 
-def test_the_published_command_runs_with_dashes(call, trained, tiny, prefs, tmp_path):
+def test_published_command_with_dashes(call, trained, tiny, prefs, tmp_path):
     args = ("--adapter-path", trained / "ck/r/checkpoint-4", "--base-model", tiny, "--batch-size", 4)
     args += ("--max-length", 1024, "--output-json", tmp_path / "deep/dpo_winrate.json", "--eval-out", tmp_path)
     code, out, err = call("eval_win_rate", *args)
@@ -241,7 +241,7 @@ def test_the_published_command_runs_with_dashes(call, trained, tiny, prefs, tmp_
     assert read_json(tmp_path / "deep/dpo_winrate.json")["args"]["batch_size"] == 4
 
 
-def test_another_evaluation_is_never_overwritten_unasked(call, trained, prefs, tmp_path):
+def test_other_evaluation_is_not_overwritten(call, trained, prefs, tmp_path):
     assert call("eval_win_rate", *eval_args(trained, tmp_path))[0] == 0
     before = (tmp_path / "r/win_rate.json").read_text()
     other = ("--dataset_name", prefs / "test.jsonl", "--seed", 7)
@@ -249,31 +249,31 @@ def test_another_evaluation_is_never_overwritten_unasked(call, trained, prefs, t
     assert code == 2 and (tmp_path / "r/win_rate.json").read_text() == before
     assert_one_line(err, "win_rate.json", "--output_dir", "--overwrite")
     assert call("eval_win_rate", *eval_args(trained, tmp_path, *other, "--output_dir", tmp_path / "x"))[0] == 0
-    # What moves no figure may differ.
+    # Arguments that do not change results may differ.
     assert call("eval_win_rate", *eval_args(trained, tmp_path, "--batch_size", 2, "--batch_tokens", 99))[0] == 0
 
 
-def test_pairs_that_were_trained_on_earn_no_claim(call, trained, tmp_path):
+def test_training_pairs_give_no_claim(call, trained, tmp_path):
     code, out, err = call("eval_win_rate", *eval_args(trained, tmp_path, "--split", "train"))
     assert code == 0, err
     assert out.count("NOT HELD OUT") == 1 and "NOT HELD OUT" in read_json(tmp_path / "r/win_rate.json")["claim"]
 
 
-def test_a_battles_keys_without_a_battle_are_refused(call, trained, tmp_path):
+def test_battle_flags_need_battle(call, trained, tmp_path):
     for extra in (("--prompts", "x.jsonl"), ("--judge", "longer")):
         code, _, err = call("eval_win_rate", *eval_args(trained, tmp_path, *extra))
         assert code == 2
         assert_one_line(err, extra[0], "--battle")
 
 
-def test_limit_marks_every_name(call, trained, tmp_path):
+def test_limit_marks_file_names(call, trained, tmp_path):
     code, _, err = call("eval_win_rate", *eval_args(trained, tmp_path, "--limit", 3))
     assert code == 0, err
     names = {p.name for p in (tmp_path / "r").iterdir()}
     assert names == {"win_rate_LIMIT3.json", "win_rate_LIMIT3.png", "win_rate_LIMIT3_rows.jsonl"}
 
 
-def test_one_pair_and_text_only_pairs_are_evaluated(call, trained, tmp_path):
+def test_single_plain_text_pair(call, trained, tmp_path):
     data = write_jsonl(
         tmp_path / "one.jsonl", [{"prompt": "Say yes.", "chosen": " Yes it is.", "rejected": " No, never."}]
     )
@@ -304,7 +304,7 @@ def test_bad_input_is_one_line(call, trained, tmp_path, extra, words):
     assert_one_line(err, *words)
 
 
-def test_expected_without_an_evaluation_is_refused(call, trained, tmp_path):
+def test_expected_without_evaluation(call, trained, tmp_path):
     for name, text in (("a.json", "{}"), ("b.jsonl", '{"split": "train"}\n'), ("c.jsonl", "nonsense\n")):
         (tmp_path / name).write_text(text)
         code, _, err = call("eval_win_rate", *eval_args(trained, tmp_path, "--expected", tmp_path / name))
@@ -312,12 +312,12 @@ def test_expected_without_an_evaluation_is_refused(call, trained, tmp_path):
         assert_one_line(err, "--expected", name)
 
 
-def test_an_adapter_of_another_base_is_refused(call, trained, tiny_gemma2, smol_tokenizer, tmp_path):
+def test_adapter_of_another_base(call, trained, tiny_gemma2, smol_tokenizer, tmp_path):
     args = ("--adapter_path", trained / "ck/r", "--base_model", tiny_gemma2, "--eval_out", tmp_path)
     code, _, err = call("eval_win_rate", *args)
     assert code == 2
     assert_one_line(err, "tiny-llama", "tiny-gemma2")
-    # The shapes fit, so a user who knows better may insist.
+    # The shapes fit, so --allow_other_base works.
     code, _, err = call("eval_win_rate", *args, "--allow_other_base")
     assert code == 0, err
     wide = save_tiny(tmp_path / "tiny-llama", smol_tokenizer, hidden_size=48)
@@ -330,7 +330,7 @@ def test_an_adapter_of_another_base_is_refused(call, trained, tiny_gemma2, smol_
     assert_one_line(err, "tiny-llama")
 
 
-def test_data_without_pairs_is_refused(call, trained, tmp_path):
+def test_data_without_pairs(call, trained, tmp_path):
     rows = [{**row, "rejected": row["chosen"]} for row in make_pairs(3)]
     data = write_jsonl(tmp_path / "same.jsonl", rows)
     code, _, err = call("eval_win_rate", *eval_args(trained, tmp_path, "--dataset_name", data))
@@ -354,7 +354,7 @@ def without_template(folder, copy):
     return copy
 
 
-def test_a_base_without_chat_template_takes_the_adapters_or_is_told_what_it_needs(call, trained, tiny, tmp_path):
+def test_missing_chat_template_of_base(call, trained, tiny, tmp_path):
     plain = without_template(tiny, tmp_path / "tiny-llama")
     bare = without_template(trained / "ck/r", tmp_path / "bare")
     same = ("--base_model", plain, "--allow_other_base", "--dataset_name", "data/quickstart_prefs", "--limit", 4)
@@ -365,8 +365,8 @@ def test_a_base_without_chat_template_takes_the_adapters_or_is_told_what_it_need
     assert_one_line(err, "--chat_template_path")
 
 
-def test_an_adapter_is_evaluated_under_the_template_that_it_brings(call, trained, tiny, tmp_path):
-    """Also where its base has one of its own: as training read it."""
+def test_adapter_chat_template_is_used(call, trained, tiny, tmp_path):
+    """The adapter's template wins over the base's, as in training."""
     import shutil
 
     from preflab.data.chat_template import ChatRenderer
@@ -391,7 +391,7 @@ def test_an_adapter_is_evaluated_under_the_template_that_it_brings(call, trained
 
 
 def run_with(trained, tmp_path, **changed):
-    """A copy of the tiny run whose run.json says something else."""
+    """Flags for a copy of the tiny run with `changed` arguments in its run.json."""
     import shutil
 
     folder = tmp_path / "ck/r"
@@ -402,7 +402,7 @@ def run_with(trained, tmp_path, **changed):
     return ("--run_name", "r", "--checkpoints", tmp_path / "ck", "--eval_out", tmp_path / "out")
 
 
-def test_a_run_that_held_nothing_out_is_never_evaluated_on_what_it_trained_on(call, trained, prefs, tmp_path):
+def test_run_without_held_out_data(call, trained, prefs, tmp_path):
     data = str(prefs / "train.jsonl")
     args = run_with(trained, tmp_path, dataset_name=data, dataset_test_split="none")
     code, _, err = call("eval_win_rate", *args)
@@ -410,7 +410,7 @@ def test_a_run_that_held_nothing_out_is_never_evaluated_on_what_it_trained_on(ca
     assert_one_line(err, "--dataset_name")
 
 
-def test_a_mix_is_evaluated_on_every_test_split_it_held_out(call, trained, prefs, tmp_path):
+def test_mixture_uses_every_test_split(call, trained, prefs, tmp_path):
     other = write_jsonl(tmp_path / "b/test.jsonl", make_pairs(5, 300)).parent
     mix = [{"path": str(prefs), "test_split": "test"}, {"path": str(other), "test_split": "test"}]
     args = run_with(trained, tmp_path, datasets=mix, dataset_name=None)
@@ -419,7 +419,7 @@ def test_a_mix_is_evaluated_on_every_test_split_it_held_out(call, trained, prefs
     assert "13 held-out pairs" in out
 
 
-def test_the_runs_filters_hold_for_its_own_data_alone(call, trained, tmp_path):
+def test_run_filters_apply_to_its_own_data(call, trained, tmp_path):
     args = run_with(trained, tmp_path, min_score_margin=4.0)
     code, out, err = call("eval_win_rate", *args)
     assert code == 0, err
@@ -432,7 +432,7 @@ def test_the_runs_filters_hold_for_its_own_data_alone(call, trained, tmp_path):
     assert "2 of 2 rows" in out
 
 
-def test_figures_that_are_no_numbers_stop_before_they_are_kept(call, trained, tiny, tmp_path):
+def test_nan_scores_are_not_cached(call, trained, tiny, tmp_path):
     import torch
 
     from preflab.models.loading import load_model, load_tokenizer
@@ -449,7 +449,7 @@ def test_figures_that_are_no_numbers_stop_before_they_are_kept(call, trained, ti
         assert_one_line(err, "--dtype")
 
 
-def test_what_is_wrong_with_the_flags_is_told_before_anything_is_scored(call, trained, tmp_path, monkeypatch):
+def test_bad_flags_fail_before_scoring(call, trained, tmp_path, monkeypatch):
     from preflab.evaluation.two_models import TwoModels
 
     monkeypatch.setattr(TwoModels, "load", lambda self: pytest.fail("scored before the flags were checked"))
@@ -459,7 +459,7 @@ def test_what_is_wrong_with_the_flags_is_told_before_anything_is_scored(call, tr
         assert_one_line(err)
 
 
-def test_skipped_pairs_are_counted_with_their_reasons(call, trained, tmp_path):
+def test_skipped_pairs_are_counted(call, trained, tmp_path):
     rows = [*make_pairs(4), {**make_pairs(1, 9)[0], "chosen": make_pairs(1, 9)[0]["rejected"]}]
     rows.append({"prompt": "p", "chosen": [{"role": "user", "content": "p"}, {"role": "assistant", "content": " "}],
                  "rejected": [{"role": "user", "content": "p"}, {"role": "assistant", "content": "x"}]})  # fmt: skip
@@ -471,7 +471,7 @@ def test_skipped_pairs_are_counted_with_their_reasons(call, trained, tmp_path):
     assert found["data"]["dropped"] == {"identical_responses": 1, "empty_response": 1}
 
 
-def test_help_is_a_page_without_heavy_imports():
+def test_help_is_instant():
     import time
 
     from conftest import command
