@@ -183,7 +183,7 @@ def test_a_run_writes_everything_it_promises(sft, call, tiny, rows, tmp_path):
     card = (weights / "README.md").read_text()
     assert "instruction-tuning" in card and "| Token accuracy |" in card and "24 conversations" in card
     samples = (folder / "samples.md").read_text()
-    assert "**base**" in samples and "**tuned**" in samples
+    assert "### base (" in samples and "### tuned (" in samples
 
     # The run can be evaluated, on pairs that are named.
     test = write_jsonl(tmp_path / "pairs.jsonl", make_pairs(6, 300))
@@ -216,7 +216,7 @@ def test_ways_of_training(flags, sft, tiny, rows, tmp_path):
     else:
         assert summary["metrics"]["heldout_ppl_base"]["value"] > 1
         # Without an adapter to switch off, no base is left to answer.
-        assert ("**base**" in (tmp_path / "out/r/samples.md").read_text()) == ("--use_peft" not in flags)
+        assert ("### base (" in (tmp_path / "out/r/samples.md").read_text()) == ("--use_peft" not in flags)
     assert ("packed rows" in out) == ("--packing" in flags)
 
 
