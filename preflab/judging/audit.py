@@ -128,21 +128,27 @@ def verdict(name: str, found: dict, comparison: dict) -> str:
     return f"JUDGE AUDIT FAILED: {shown}; it does not beat `longer`, so its win rates carry no information."
 
 
+TABLE_LABELS = {
+    "agreement": "agreement with labels, %",
+    "agreement_length_matched": "- at equal length, %",
+    "agreement_better_is_shorter": "- better is shorter, %",
+    "flip_rate": "verdict flips with order, %",
+    "prefers_first": "prefers first answer, %",
+    "prefers_longer": "prefers longer answer, %",
+    "prefers_lists": "prefers more lists, %",
+    "parsed_share": "parsed verdicts, %",
+    "calibration_error": "calibration error, %",
+}
+
+
 def table(audits: dict, labels: str) -> str:
-    """A line a judge. `labels` says whose labels they are."""
-    names = {
-        "agreement": "agreement, %",
-        "agreement_length_matched": "length-matched",
-        "agreement_better_is_shorter": "better is shorter",
-        "flip_rate": "flips",
-        "prefers_first": "first",
-        "prefers_longer": "longer",
-        "prefers_lists": "lists",
-        "parsed_share": "parsed",
-        "calibration_error": "calibration error",
-    }
-    lines = [("judge", "pairs", *names.values())]
-    for judge, found in audits.items():
-        cells = [estimate(found[k], 100) if k == "agreement" else cell(found[k], 100) for k in names]
-        lines.append((judge, str(found["agreement"]["n"]), *cells))
+    """One column per judge, one line per metric: three judges fit 100 columns.
+
+    Args:
+        labels: whose labels the judges are compared with.
+    """
+    lines = [("judge", *audits), ("labelled pairs", *(str(metrics["agreement"]["n"]) for metrics in audits.values()))]
+    for key, label in TABLE_LABELS.items():
+        show = estimate if key == "agreement" else cell
+        lines.append((label, *(show(metrics[key], 100) for metrics in audits.values())))
     return render(f"judge audit: {labels}", lines)
