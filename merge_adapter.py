@@ -1,146 +1,90 @@
-"""Turn a base model and its LoRA adapter into one plain model folder, and prove that they are the same model.
+"""Merge a LoRA adapter into its base, write one plain model folder, and check that both are the same model.
 
     python merge_adapter.py                                     # the quickstart run -> checkpoints/quickstart-merged
     python merge_adapter.py --run_name gemma-2b-it-dpo --dtype bfloat16
     python merge_adapter.py --adapter_path FOLDER --base_model google/gemma-2b-it --dataset_name my_pairs.jsonl
 
-Answers: does the merged folder say what adapter and base say? The adapter is merged into the base's full-precision
-weights, also where it was trained on a quantised base. The folder is written, read again, and its log-probabilities of
-the held-out pairs are compared with the adapter's; it gets its name only if they differ by no more than the precision
-allows. Writes merge.json and merge_rows.jsonl to eval_out/<run_name>/, and a model card into the folder.
+The adapter is merged into the base's full-precision weights, also if it was trained on a quantised base. The folder is
+written, loaded again, and its log-probabilities of the held-out pairs are compared with the adapter's. It gets its name
+only if they differ by no more than rounding explains. Writes merge.json and merge_rows.jsonl to eval_out/<run_name>/,
+and a model card into the folder.
 
-  --merged_dir FOLDER   where the model goes (default: <checkpoints>/<run_name>-merged)
+  --merged_dir FOLDER   folder of the merged model (default: <checkpoints>/<run_name>-merged)
   --dtype float32|bfloat16|float16   precision of the merged weights (default: as trained)
   --limit N             compare on the first N held-out pairs
+  --overwrite           replace an earlier merged folder
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from preflab.evaluation.arguments import ComparisonArguments
-from utils.cli import option, quick_help
+from utils.cli import option
 from utils.errors import UserError, run
-
-SIDES = ("chosen", "rejected")
+from utils.stage import start
 
 
 @dataclass
 class MergeArguments:
-    """Keys of this script."""
+    """Arguments of this script."""
 
     merged_dir: str | None = option("Folder of the merged model (default: <checkpoints>/<run_name>-merged).")
 
 
-def target_folder(args, merge, comparison):
-    """(folder, where it is written first, where what it replaces is kept meanwhile).
-
-    Raises UserError where there is no adapter, or a place is taken.
-    """
-    from pathlib import Path
-
-    from preflab.models.merging import MARK
-
-    if comparison.adapter is None:
-        raise UserError(f"{comparison.tuned} is a model of its own: there is no adapter to merge")
-    folder = Path(merge.merged_dir or Path(args.checkpoints) / f"{comparison.name}-merged")
-    if folder.exists() and not args.overwrite:
-        raise UserError(f"{folder} is there already: name another folder with --merged_dir, or --overwrite it")
-    staging, old = (folder.with_name(folder.name + ending) for ending in (".part", ".old"))
-    for place in (folder, staging, old):
-        if place.exists() and not (place / MARK).exists():
-            raise UserError(
-                f"{place}: not overwritten, since this script did not write it; choose another --merged_dir"
-            )
-    return folder, staging, old
-
-
 def main():
-    quick_help(__doc__, runs_bare=True)
+    stage, args, merge_args = start("merge", __doc__, ComparisonArguments, MergeArguments)
 
-    import os
-    import shutil
-    import time
-
-    import numpy as np
-
+    from preflab.evaluation import merge_check
     from preflab.evaluation.comparison import resolve
     from preflab.evaluation.held_out import held_out_pairs
     from preflab.evaluation.two_models import TwoModels
-    from preflab.models.merging import card, conclude, response_logps, tolerance, write_merged
-    from utils.artifacts import all_arguments, envelope, metric, write_json, write_rows, write_text
-    from utils.cli import parse
-    from utils.distributed import quiet_libraries
+    from preflab.models.card import merged_card
+    from preflab.models.merging import MergedFolder, write_merged
+    from utils.artifacts import write_text
     from utils.provenance import run_record
-    from utils.stats import bootstrap
 
-    # What to merge, where to, and on which pairs to compare.
-    started = time.monotonic()
-    quiet_libraries()
-    args, merge = parse((ComparisonArguments, MergeArguments))
+    # What to merge, where to, and the pairs to compare on.
     comparison = resolve(args)
-    folder, staging, old = target_folder(args, merge, comparison)
+    if comparison.adapter is None:
+        raise UserError(f"{comparison.tuned} is a complete model, so there is no adapter to merge")
+    name = f"{comparison.name}-merged"
+    folder = MergedFolder(Path(merge_args.merged_dir or Path(args.checkpoints) / name), args.overwrite)
     models = TwoModels(comparison)
     data, ids, _ = held_out_pairs(comparison, models.tokenizer)
+    base, adapter, dtype = comparison.base, comparison.adapter, models.dtype
 
-    # The adapter's figures, and the merged model on disk.
-    model = models.load_one(comparison.base, args.base_revision, comparison.adapter, quantized=False)
-    adapted = response_logps(model, models.tokenizer, ids, args.shared_prompt, "adapter")
-    write_merged(
-        staging, model, models.tokenizer, {"base": comparison.base, "adapter": models.identity("tuned")}
-    )  # fmt: skip
+    # Score with the adapter, merge, and score what was written.
+    model = models.load_one(base, args.base_revision, adapter, quantized=False)
+    adapter_logps = merge_check.response_logps(model, models.tokenizer, ids, args.shared_prompt, "adapter")
+    write_merged(folder.staging, model, models.tokenizer, {"base": base, "adapter": models.identity("tuned")})
     del model
+    model = models.load_one(str(folder.staging), quantized=False)
+    merged_logps = merge_check.response_logps(model, models.tokenizer, ids, args.shared_prompt, "merged")
 
-    # What was written, read again.
-    model = models.load_one(str(staging), quantized=False)
-    plain = response_logps(model, models.tokenizer, ids, args.shared_prompt, "merged")
+    # Compare.
+    metrics = merge_check.metrics_of(adapter_logps, merged_logps, ids, dtype, args.seed)
+    report = merge_check.render(metrics, f"{comparison.name}: {adapter} merged into {base}, {dtype}", dtype)
+    if not merge_check.is_same_model(metrics):
+        folder.discard()
+        raise UserError(f"{report.verdict} It was deleted; merge with --dtype float32, or check the adapter's weights")
 
-    # Compare: log-probabilities of both answers, and which of them each model prefers.
-    tokens = np.array([[len(row[f"{side}_ids"]) for side in SIDES] for row in ids])
-    apart, allowed = np.abs(plain - adapted), tolerance(adapted, tokens, models.dtype)
-    metrics = {
-        "largest_difference": metric(float(apart.max()), n=apart.size),
-        "largest_share_of_allowed": metric(float((apart / allowed).max()), n=apart.size),
-        "mean_difference": bootstrap((plain - adapted).mean(1), args.seed),
-        "logps_adapter": bootstrap(adapted.mean(1), args.seed),
-        "logps_merged": bootstrap(plain.mean(1), args.seed),
-        "same_preference": bootstrap(np.sign(plain[:, 0] - plain[:, 1]) == np.sign(adapted[:, 0] - adapted[:, 1])),
-    }
-    text, verdict, same = conclude(metrics, comparison, models.dtype)
-    if not same:
-        shutil.rmtree(staging)
-        raise UserError(f"{verdict} Nothing was kept; merge with --dtype float32, or look for a broken adapter")
-
-    # Write: rows, card, summary, and last the folder's name.
-    rows = [
-        {
-            "row": i,
-            "where": pair.source,
-            "adapter": dict(zip(SIDES, one, strict=True)),
-            "merged": dict(zip(SIDES, other, strict=True)),
-        }
-        for i, (pair, one, other) in enumerate(zip(data.pairs, adapted.tolist(), plain.tolist(), strict=True))
-    ]
-    summary = envelope(
-        "merge",
+    # The card first, then the folder's name, and the summary last.
+    quantised, run_info = bool(models.quantized), run_record(args.seed, stage.seconds)
+    card = merged_card(str(folder.path), comparison.name, base, adapter, dtype, quantised, report, run_info)
+    write_text(folder.staging / "README.md", card)
+    stage.publish(
+        comparison.path("merge", ".json"),
         models.describe(),
         metrics,
-        all_arguments([args, merge]),
-        run_record(args.seed, time.monotonic() - started, run_name=comparison.name, limit=args.limit),
-        claim=verdict,
-        text=text,
-        merged={"folder": str(folder), "dtype": models.dtype, "trained_on_quantised_base": bool(models.quantized)},
+        report,
+        run={"run_name": comparison.name, "limit": args.limit},
+        seed=args.seed,
+        rows=merge_check.rows_of(data.pairs, adapter_logps, merged_logps),
+        files={folder.path: lambda _: folder.publish()},
+        merged={"folder": str(folder.path), "dtype": dtype, "trained_on_quantised_base": quantised},
         data=data.summary(),
     )
-    write_rows(comparison.path("merge", ".jsonl", rows=True), rows)
-    write_text(staging / "README.md", card(summary, comparison, str(folder)))
-    # The old folder leaves only once the new one is whole beside it: a kill costs neither.
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(staging, folder)
-    write_json(comparison.path("merge", ".json"), summary)
-    shutil.rmtree(old, ignore_errors=True)
-    print(f"{text}\n\nwrote {folder}/ and {comparison.path('merge', '.json')}")
 
 
 if __name__ == "__main__":
-    run(main, "use --dtype bfloat16, or compare on fewer pairs with --limit")
+    run(main, "give --dtype bfloat16, or compare on fewer pairs with --limit")

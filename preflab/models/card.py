@@ -1,7 +1,17 @@
-"""The model card of a training run: Hub metadata, results, how to use it, and what made it."""
+"""Model cards: Hub metadata, results, a usage snippet and provenance, from the templates beside this file."""
+
+import math
+from pathlib import Path
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from preflab.models.loading import BUILTIN_HUB_ID
+from utils.stage import Report
 
+TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
+MERGED_TEMPLATE = Path(__file__).with_name("merged_card.md.jinja")
+
+# Columns of the training results, as alignment-handbook's cards have them: heading and key of train_log.jsonl.
 PREFERENCE_COLUMNS = (
     ("Training Loss", "train_loss"), ("Epoch", "epoch"), ("Step", "step"), ("Validation Loss", "loss"),
     ("Rewards/chosen", "rewards/chosen"), ("Rewards/rejected", "rewards/rejected"),
@@ -9,63 +19,11 @@ PREFERENCE_COLUMNS = (
     ("Logps/rejected", "logps/rejected"), ("Logps/chosen", "logps/chosen"),
     ("Logits/rejected", "logits/rejected"), ("Logits/chosen", "logits/chosen"),
 )  # fmt: skip
-INSTRUCTION_COLUMNS = (
+SFT_COLUMNS = (
     ("Training Loss", "train_loss"), ("Epoch", "epoch"), ("Step", "step"), ("Validation Loss", "loss"),
     ("Token accuracy", "mean_token_accuracy"), ("Entropy", "entropy"),
 )  # fmt: skip
-COLUMNS = {"train": PREFERENCE_COLUMNS, "sft": INSTRUCTION_COLUMNS}
-
-
-def results_table(rows: list[dict], columns: tuple = PREFERENCE_COLUMNS) -> str:
-    """The training-results table by epoch and step, with alignment-handbook's columns, from train_log.jsonl rows."""
-    train_loss = {row["step"]: row["loss"] for row in rows if row["split"] == "train" and "loss" in row}
-    found = []
-    for row in (row for row in rows if row["split"] == "eval"):
-        before = [step for step in train_loss if step <= row["step"]]
-        found.append({**row, "train_loss": train_loss[max(before)] if before else None})
-    return value_table(found, columns)
-
-
-def value_table(rows: list[dict], columns: tuple) -> str:
-    """A Markdown table of `rows`, a dash where a row has no such figure."""
-    lines = [" | ".join(name for name, _ in columns), " | ".join("---" for _ in columns)]
-    digits = {"step": 0, "epoch": 2}
-    for row in rows:
-        values = [(key, row.get(key)) for _, key in columns]
-        lines.append(" | ".join("-" if v is None else f"{v:.{digits.get(key, 4)}f}" for key, v in values))
-    return "\n".join(f"| {line} |" for line in lines)
-
-
-def usage_snippet(base: str, folder: str, peft: bool) -> str:
-    """Python that loads the model and answers one prompt: plain transformers and peft wherever the base is loadable."""
-    prompt = 'messages = [{"role": "user", "content": "Why is the sky blue?"}]'
-    if base.startswith("builtin:"):
-        # The builtin base is no hub id: only this repository knows where its weights are.
-        return "\n".join([
-            "# in a checkout of this repository",
-            "from preflab.models.generation import generate",
-            "from preflab.models.loading import load_model, load_tokenizer",
-            "",
-            f'tokenizer = load_tokenizer("{folder}")',
-            f'model = load_model("{base}", adapter="{folder}")' if peft else f'model = load_model("{folder}")',
-            prompt,
-            'print(next(generate(model, tokenizer, [messages], max_new_tokens=64))["text"])',
-        ])  # fmt: skip
-    load = ["from transformers import AutoModelForCausalLM, AutoTokenizer"]
-    if peft:
-        load = ["from peft import AutoPeftModelForCausalLM", "from transformers import AutoTokenizer"]
-    return "\n".join([
-        *load,
-        "",
-        f'tokenizer = AutoTokenizer.from_pretrained("{folder}")',
-        f'model = Auto{"Peft" if peft else ""}ModelForCausalLM.from_pretrained("{folder}")',
-        prompt,
-        "inputs = tokenizer.apply_chat_template("
-        'messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")',
-        "output = model.generate(**inputs, max_new_tokens=64)",
-        'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
-    ])  # fmt: skip
-
+DIGITS = {"step": 0, "epoch": 2}
 
 HYPERPARAMETERS = (
     "loss_type", "beta", "gamma_beta_ratio", "label_smoothing", "learning_rate", "lr_scheduler_type", "warmup_steps",
@@ -74,120 +32,196 @@ HYPERPARAMETERS = (
 )  # fmt: skip
 
 
-def _metadata(summary: dict, peft: bool) -> str:
-    """The card's Hub metadata as YAML between dashes."""
-    from huggingface_hub import ModelCardData
+def model_card(summary: dict, rows: list[dict], folder: str, peft: bool) -> str:
+    """The card of a training run.
 
+    Args:
+        summary: the run's train.json or sft.json.
+        rows: the run's train_log.jsonl.
+        folder: the folder of the weights.
+        peft: whether that folder holds an adapter.
+    """
+    args, published, preference = summary["args"], summary["published"], summary["stage"] == "train"
+    columns = PREFERENCE_COLUMNS if preference else SFT_COLUMNS
+    if preference:
+        objective = f"preference pairs with the {' + '.join(args['loss_type'])} loss"
+    else:
+        objective = f"conversations, with a loss on {args['loss_on']}"
+    evaluated = any(row["split"] == "eval" for row in rows)
+    card = ModelCard.from_template(
+        card_data=_card_data(summary, peft),
+        template_path=str(TEMPLATE),
+        summary=summary,
+        args=args,
+        start=summary["start"],
+        plan=summary["plan"],
+        batch=summary["plan"]["batch"],
+        objective=objective,
+        method=("LoRA" if peft else "full fine-tuning") + (" on a 4-bit base" if args["load_in_4bit"] else ""),
+        unit="pairs" if preference else "conversations",
+        snippet=usage_snippet(summary["model"]["name"], folder, peft),
+        metrics=[_metric_cells(name, metric) for name, metric in summary["metrics"].items()],
+        columns=[heading for heading, _ in columns],
+        # A run without evaluations shows an empty table beside the published one, so that the gap is visible.
+        results=_result_cells(rows, columns) if evaluated else [],
+        show_results=evaluated or bool(published),
+        published=published,
+        published_results=_cells(published["rows"], columns) if published else [],
+        hyperparameters={key: args[key] for key in HYPERPARAMETERS if key in args},
+        speed=_speed(summary["training"]),
+        machine=_machine(summary["run"]["hardware"]),
+    )
+    return str(card).rstrip() + "\n"
+
+
+def merged_card(
+    folder: str, name: str, base: str, adapter: str, dtype: str, quantised: bool, report: Report, run: dict
+) -> str:
+    """The card of a merged adapter.
+
+    Args:
+        folder: the merged folder.
+        name: of the run.
+        base, adapter: what was merged, in `dtype`.
+        quantised: whether the adapter was trained on a quantised base.
+        report: of the check that both models are the same.
+        run: the `run` section of the summary.
+    """
+    data = ModelCardData(
+        base_model=_hub_name(base),
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["merged", "preference-tuning"],
+        model_name=name,
+    )
+    card = ModelCard.from_template(
+        card_data=data,
+        template_path=str(MERGED_TEMPLATE),
+        name=name,
+        base=base,
+        adapter=adapter,
+        dtype=dtype,
+        quantised=quantised,
+        report=report,
+        run=run,
+        snippet=usage_snippet(folder, folder, peft=False),
+    )
+    return str(card).rstrip() + "\n"
+
+
+def _hub_name(base: str) -> str:
+    """The hub id of a base model; the builtin's original for the builtin."""
+    return BUILTIN_HUB_ID if base.startswith("builtin:") else base
+
+
+def _card_data(summary: dict, peft: bool) -> ModelCardData:
+    """The card's Hub metadata, with the held-out metrics as its model index."""
     base, args = (summary["start"] or {}).get("base", summary["model"]["name"]), summary["args"]
-    sources = [s for split in summary["data"].values() if split for s in split["sources"]]
+    sources = [source for split in summary["data"].values() if split for source in split["sources"]]
     kind = ["dpo", "preference-tuning"] if summary["stage"] == "train" else ["sft", "instruction-tuning"]
     losses = args["loss_type"] if summary["stage"] == "train" else []
-    data = ModelCardData(
-        base_model=BUILTIN_HUB_ID if base.startswith("builtin:") else base,
-        # A local file has a hash, a hub dataset a revision; only the latter can be linked.
-        datasets=sorted({s["name"] for s in sources if "revision" in s}) or None,
+    return ModelCardData(
+        base_model=_hub_name(base),
+        # A hub dataset has a revision and can be linked; a local file has a hash.
+        datasets=sorted({source["name"] for source in sources if "revision" in source}) or None,
         library_name="peft" if peft else "transformers",
         pipeline_tag="text-generation",
         tags=["trl", *kind, *(["lora"] if peft else []), *losses],
         model_name=summary["run"]["run_name"],
+        eval_results=_eval_results(summary) or None,
     )
-    return f"---\n{data.to_yaml()}\n---"
 
 
-def _metrics(metrics: dict) -> str:
-    if not metrics:
-        return "There was no test split."
-    lines = ["| metric | value | standard error | 95% interval | n |", "| --- | --- | --- | --- | --- |"]
-    for name, m in metrics.items():
-        error = "-" if m["stderr"] is None else f"{m['stderr']:.4f}"
-        interval = "-" if m["ci95"] is None else f"{m['ci95'][0]:.4f} to {m['ci95'][1]:.4f}"
-        lines.append(f"| {name} | {m['value']:.4f} | {error} | {interval} | {m['n']} |")
-    return "\n".join(lines)
-
-
-def _hyperparameters(summary: dict) -> str:
-    plan, args = summary["plan"], summary["args"]
-    batch = plan["batch"]
-    lines = [f"- {key}: {args[key]}" for key in HYPERPARAMETERS if key in args]
-    lines += [
-        f"- dropout that ran: {summary['dropout']}",
-        f"- precision: {summary['precision']}",
-        f"- steps: {plan['steps']} of {plan['global_batch_size']} rows ({batch['per_device']} a process ×"
-        f" {batch['accumulation']} accumulation × {batch['processes']} processes), {plan['epochs']} epochs",
+def _eval_results(summary: dict) -> list[EvalResult]:
+    """The held-out metrics for the Hub's model index; p-values are left to the card's own table."""
+    sources = (summary["data"].get("test") or {}).get("sources", [])
+    name = ", ".join(source["name"] for source in sources) or "held-out rows"
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=name,
+            dataset_name=name,
+            dataset_split=sources[0]["split"] if len(sources) == 1 else None,
+            metric_type=key,
+            metric_name=key,
+            metric_value=float(metric["value"]),
+        )
+        for key, metric in summary["metrics"].items()
+        if not key.startswith("p_") and metric["value"] is not None and math.isfinite(metric["value"])
     ]
-    return "\n".join(lines)
 
 
-def _provenance(data: dict) -> str:
-    lines = []
-    for split, found in data.items():
-        if found:
-            lines.append(
-                f"- {split}: {_count(found)} of {found['rows']} rows; dropped: {found['dropped'] or 'none'};"
-                f" sha256 of the texts `{found['text_sha256'][:16]}`"
-            )
-            for source in found["sources"]:
-                version = source.get("revision") or f"sha256 {source.get('sha256', '?')[:16]}"
-                lines.append(f"  - `{source['name']}`, split {source['split']}, {version}")
-    return "\n".join(lines)
-
-
-def _count(split: dict) -> str:
-    unit = "pairs" if "pairs" in split else "conversations"
-    return f"{split[unit]} {unit}"
-
-
-def _made_by(run: dict, training: dict) -> str:
-    hardware = run["hardware"]
-    machine = ", ".join([f"{hardware['cpu']} ({hardware['cores']} cores)", *hardware["gpus"]])
-    rows = f"{training['pairs_per_second']} pairs and " if "pairs_per_second" in training else ""
-    speed = f"{training['seconds']:.0f} s of training, {rows}{training['tokens_per_second']:.0f} tokens a second"
-    speed += f" (MFU {training['mfu']:.1%})"
-    return "\n".join([
-        f"- commit `{run['git_commit']}`, {run['finished_utc']}",
-        f"- {speed}, on {machine}, {run['world_size']} processes",
-        "- " + ", ".join(f"{name} {version}" for name, version in run["versions"].items()),
-    ])  # fmt: skip
-
-
-def model_card(summary: dict, rows: list[dict], folder: str, peft: bool) -> str:
-    """The card's text. `summary` is the run's, `rows` its train_log.jsonl, `folder` holds the weights."""
-    base, args, start = summary["model"]["name"], summary["args"], summary["start"]
-    preference, columns, published = summary["stage"] == "train", COLUMNS[summary["stage"]], summary["published"]
-    how = ("LoRA" if peft else "full fine-tuning") + (" on a 4-bit base" if args["load_in_4bit"] else "")
-    what = (
-        f"preference pairs with the {' + '.join(args['loss_type'])} loss"
-        if preference
-        else f"instructions, with a loss on {args['loss_on']}"
-    )
-    trial, evaluated = args.get("limit"), any(row["split"] == "eval" for row in rows)
-    sections = [
-        _metadata(summary, peft),
-        f"# {summary['run']['run_name']}",
-        f"{base}, trained on {what} ({how}).{_started(start)}",
-        f"> A trial run on the first {trial} rows (--limit)." if trial else "",
-        summary["claim"],
-        f"> Warning: {summary['warning']}" if summary["warning"] else "",
-        f"## Use\n\n```python\n{usage_snippet(base, folder, peft)}\n```",
-        f"## Held-out {'pairs' if preference else 'conversations'}\n\n{_metrics(summary['metrics'])}",
-        f"## Training results\n\n{results_table(rows, columns)}" if evaluated or published else "",
-        _published(published, columns) if published else "",
-        f"## Hyperparameters\n\n{_hyperparameters(summary)}",
-        f"## Data\n\n{_provenance(summary['data'])}",
-        f"## Made by\n\n{_made_by(summary['run'], summary['training'])}",
+def _metric_cells(name: str, metric: dict) -> list[str]:
+    """One metric as a row of the card's table."""
+    value, low_high = metric["value"], metric["ci95"]
+    return [
+        name,
+        "-" if value is None else f"{value:.4f}",
+        "-" if metric["stderr"] is None else f"{metric['stderr']:.4f}",
+        "-" if low_high is None else f"{low_high[0]:.4f} to {low_high[1]:.4f}",
+        str(metric["n"]),
     ]
-    return "\n\n".join(section for section in sections if section) + "\n"
 
 
-def _started(start: dict | None) -> str:
-    if not start:
-        return ""
-    if start["merged"]:
-        return f" That base is {start['base']} with the adapter {start['adapter']} merged into it."
-    return f" The adapter {start['adapter']} was trained further."
+def _result_cells(rows: list[dict], columns: tuple) -> list[list[str]]:
+    """The evaluations of train_log.jsonl as table rows, each with the latest training loss before it."""
+    train_loss = {row["step"]: row["loss"] for row in rows if row["split"] == "train" and "loss" in row}
+    evaluations = []
+    for row in (row for row in rows if row["split"] == "eval"):
+        steps = [step for step in train_loss if step <= row["step"]]
+        evaluations.append({**row, "train_loss": train_loss[max(steps)] if steps else None})
+    return _cells(evaluations, columns)
 
 
-def _published(published: dict, columns: tuple) -> str:
-    """The published run's own table, named as what it is."""
-    about = f"{published['source']}; {published['setting']}."
-    return f"### As published\n\n{about}\n\n{value_table(published['rows'], columns)}"
+def _cells(rows: list[dict], columns: tuple) -> list[list[str]]:
+    """Numbers as text, "-" where a row has none."""
+    return [
+        ["-" if row.get(key) is None else f"{row[key]:.{DIGITS.get(key, 4)}f}" for _, key in columns] for row in rows
+    ]
+
+
+def _speed(training: dict) -> str:
+    pairs = f"{training['pairs_per_second']} pairs and " if "pairs_per_second" in training else ""
+    tokens = f"{pairs}{training['tokens_per_second']:.0f} tokens per second"
+    return f"{training['seconds']:.0f} s of training, {tokens} (MFU {training['mfu']:.1%})"
+
+
+def _machine(hardware: dict) -> str:
+    return ", ".join([f"{hardware['cpu']} ({hardware['cores']} cores)", *hardware["gpus"]])
+
+
+BUILTIN_SNIPPET = """\
+# in a checkout of this repository
+from preflab.models.generation import generate
+from preflab.models.loading import load_model, load_tokenizer
+
+tokenizer = load_tokenizer("{folder}")
+model = {load}
+messages = [{{"role": "user", "content": "Why is the sky blue?"}}]
+print(next(generate(model, tokenizer, [messages], max_new_tokens=64))["text"])"""
+
+SNIPPET = """\
+{imports}
+
+tokenizer = AutoTokenizer.from_pretrained("{folder}")
+model = {load}
+messages = [{{"role": "user", "content": "Why is the sky blue?"}}]
+inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+output = model.generate(**inputs, max_new_tokens=64)
+print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))"""
+
+
+def usage_snippet(base: str, folder: str, peft: bool) -> str:
+    """Python that loads the model and answers one prompt.
+
+    It uses transformers and peft only, except for the builtin base, which only this repository can load.
+    """
+    if base.startswith("builtin:"):
+        load = f'load_model("{base}", adapter="{folder}")' if peft else f'load_model("{folder}")'
+        return BUILTIN_SNIPPET.format(folder=folder, load=load)
+    if peft:
+        imports = "from peft import AutoPeftModelForCausalLM\nfrom transformers import AutoTokenizer"
+    else:
+        imports = "from transformers import AutoModelForCausalLM, AutoTokenizer"
+    load = f'Auto{"Peft" if peft else ""}ModelForCausalLM.from_pretrained("{folder}")'
+    return SNIPPET.format(imports=imports, folder=folder, load=load)

@@ -1,4 +1,4 @@
-"""merge_adapter.py: the folder on disk is the model that the adapter made."""
+"""merge_adapter.py: the folder on disk is the same model as base and adapter."""
 
 import json
 import shutil
@@ -22,14 +22,14 @@ def merge_args(trained, tmp_path, *extra):
     return eval_args(trained, tmp_path / "out", "--merged_dir", tmp_path / "merged", *extra)
 
 
-def test_the_folder_is_base_and_adapter_and_says_how_well(call, trained, tiny, tmp_path):
+def test_merged_folder_equals_base_and_adapter(call, trained, tiny, tmp_path):
     code, out, err = call("merge_adapter", *merge_args(trained, tmp_path))
     assert code == 0, err
     assert read_json(tmp_path / "out/r/merge.json")["claim"] in out
-    wanted = logits(load_model(str(tiny), adapter=str(trained / "ck" / "r")))
-    found = logits(load_model(str(tmp_path / "merged")))
-    assert torch.allclose(found, wanted, atol=1e-4)
-    assert not torch.allclose(found, logits(load_model(str(tiny))), atol=1e-2)
+    adapted = logits(load_model(str(tiny), adapter=str(trained / "ck" / "r")))
+    merged = logits(load_model(str(tmp_path / "merged")))
+    assert torch.allclose(merged, adapted, atol=1e-4)
+    assert not torch.allclose(merged, logits(load_model(str(tiny))), atol=1e-2)
     assert load_tokenizer(str(tmp_path / "merged")).chat_template == load_tokenizer(str(tiny)).chat_template
     summary = json.loads((tmp_path / "out" / "r" / "merge.json").read_text())
     assert summary["metrics"]["largest_difference"]["value"] < 1e-3 and summary["run"]["git_commit"]
@@ -39,7 +39,9 @@ def test_the_folder_is_base_and_adapter_and_says_how_well(call, trained, tiny, t
     assert len(rows) == 8 and largest == pytest.approx(summary["metrics"]["largest_difference"]["value"])
     card = (tmp_path / "merged" / "README.md").read_text()
     assert summary["claim"] in card and "library_name: transformers" in card
-    assert {p.stat().st_mode & 0o444 for p in (tmp_path / "merged").iterdir()} == {0o444}, "everybody may read it"
+    assert {p.stat().st_mode & 0o444 for p in (tmp_path / "merged").iterdir()} == {0o444}, (
+        "all users may read the files"
+    )
     assert (
         not (tmp_path / "merged.part").exists()
         and not (tmp_path / "merged.old").exists()
@@ -47,7 +49,7 @@ def test_the_folder_is_base_and_adapter_and_says_how_well(call, trained, tiny, t
     )
 
 
-def test_the_adapters_figures_are_the_trainers(call, trained, tmp_path):
+def test_adapter_log_probs_equal_the_trainers(call, trained, tmp_path):
     code, _, err = call("merge_adapter", *merge_args(trained, tmp_path))
     assert code == 0, err
     rows = [json.loads(line) for line in (tmp_path / "out" / "r" / "merge_rows.jsonl").read_text().splitlines()]
@@ -58,33 +60,33 @@ def test_the_adapters_figures_are_the_trainers(call, trained, tmp_path):
         )
 
 
-def test_16_bits_are_merged_in_16_bits(call, trained, tmp_path):
+def test_merge_in_bfloat16(call, trained, tmp_path):
     code, out, err = call("merge_adapter", *merge_args(trained, tmp_path, "--dtype", "bfloat16"))
     assert code == 0, err
     merged = load_model(str(tmp_path / "merged"), dtype="auto")
     assert {p.dtype for p in merged.parameters()} == {torch.bfloat16} and "bfloat16" in out
 
 
-def test_another_model_gets_no_name(call, trained, tmp_path, monkeypatch):
-    import preflab.evaluation.comparison
+def test_different_model_is_deleted(call, trained, tmp_path, monkeypatch):
+    import preflab.evaluation.two_models
 
-    usual = preflab.evaluation.comparison.load_model
+    original = preflab.evaluation.two_models.load_model
 
     def disturbed(name, *args, **kwargs):
-        model = usual(name, *args, **kwargs)
+        model = original(name, *args, **kwargs)
         if str(name).endswith(".part"):
             with torch.no_grad():
                 model.lm_head.weight.mul_(1.01)
         return model
 
-    monkeypatch.setattr(preflab.evaluation.comparison, "load_model", disturbed)
+    monkeypatch.setattr(preflab.evaluation.two_models, "load_model", disturbed)
     code, _, err = call("merge_adapter", *merge_args(trained, tmp_path))
     assert code == 2
     assert_one_line(err, "merged")
     assert not (tmp_path / "merged").exists() and not (tmp_path / "merged.part").exists()
 
 
-def test_what_cannot_be_merged_is_named(call, trained, tiny, tmp_path):
+def test_refusals_name_folder_and_flags(call, trained, tiny, tmp_path):
     (tmp_path / "merged").mkdir()
     code, _, err = call("merge_adapter", *merge_args(trained, tmp_path))
     assert code == 2
@@ -115,7 +117,7 @@ def test_overwrite_replaces_a_merged_folder(call, trained, tmp_path):
     assert json.loads((tmp_path / "merged" / "merged_from.json").read_text())["base"]
 
 
-def test_a_mistyped_dataset_does_not_lock_the_place(call, trained, tmp_path):
+def test_merge_works_after_a_failed_call(call, trained, tmp_path):
     code, _, err = call("merge_adapter", *merge_args(trained, tmp_path, "--dataset_name", "nosuch.jsonl"))
     assert code == 2 and "nosuch.jsonl" in err
     code, _, err = call("merge_adapter", *merge_args(trained, tmp_path))

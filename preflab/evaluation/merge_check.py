@@ -1,0 +1,126 @@
+"""Check that a merged model equals base and adapter: compare their log-probabilities of held-out answers."""
+
+import numpy as np
+import torch
+from trl.trainer.dpo_trainer import DataCollatorForPreference
+
+from preflab.models.fast import fused_lora, shared_prompt
+from preflab.models.logprobs import attach_head, pair_batches, token_logps
+from utils.artifacts import metric
+from utils.progress import progress
+from utils.stage import Report
+from utils.stats import bootstrap
+from utils.tables import cell
+from utils.tables import render as table
+
+SIDES = ("chosen", "rejected")
+# Pairs per forward pass.
+BATCH = 4
+# A large logit: its rounding error is that of its token's log-probability.
+LOGIT = 32.0
+# Allowed even in float32, whose sums over thousands of products depend on their order.
+FLOOR_NATS = 1e-3
+
+
+def response_logps(model, tokenizer, ids, share_prompts: bool, desc: str) -> np.ndarray:
+    """Summed log-probabilities of (chosen, rejected), shape (pairs, 2), in nats.
+
+    Args:
+        ids: rows with prompt_ids, chosen_ids and rejected_ids.
+        share_prompts: compute each prompt once, if the architecture allows it.
+        desc: label of the progress bar.
+    """
+    attach_head(model)
+    fused_lora.attach(model)
+    logps = np.zeros((len(ids), 2))
+    collator = DataCollatorForPreference(pad_token_id=tokenizer.pad_token_id)
+    if share_prompts and shared_prompt.attach_if_known(model):
+        collator = shared_prompt.PackingCollator(collator)
+    with torch.inference_mode(), progress(len(ids), desc, "pair") as bar:
+        for rows, batch in pair_batches(ids, collator, BATCH):
+            on_device = {k: v.to(model.device) if hasattr(v, "to") else v for k, v in batch.items()}
+            sums = token_logps(model, **on_device).sum(1)  # (2 × pairs,): chosen rows first, then rejected
+            logps[rows] = torch.stack(sums.chunk(2), 1).cpu().numpy()
+            bar.update(len(rows))
+    return logps
+
+
+def tolerance(logps: np.ndarray, tokens: np.ndarray, dtype: str) -> np.ndarray:
+    """The difference that rounding explains, in nats, shape (pairs, 2).
+
+    Each model rounds the sum once and every token's logit once. The token errors are independent, so they grow with
+    the square root of the number of tokens. 0.001 is added for the order of float32 sums.
+
+    Args:
+        logps, tokens: log-probability and number of tokens of each answer, shape (pairs, 2).
+    """
+    rounding = torch.finfo(getattr(torch, dtype)).eps / 2
+    return FLOOR_NATS + 2 * rounding * (abs(logps) + LOGIT * tokens**0.5)
+
+
+def metrics_of(adapter: np.ndarray, merged: np.ndarray, ids, dtype: str, seed: int) -> dict:
+    """Differences between the two models, in nats and as a share of what rounding explains.
+
+    Args:
+        adapter, merged: from `response_logps`, shape (pairs, 2).
+        ids: the rows that were scored.
+        seed: of the bootstrap.
+    """
+    tokens = np.array([[len(row[f"{side}_ids"]) for side in SIDES] for row in ids])
+    difference = np.abs(merged - adapter)
+    same_preference = np.sign(merged[:, 0] - merged[:, 1]) == np.sign(adapter[:, 0] - adapter[:, 1])
+    return {
+        "largest_difference": metric(float(difference.max()), n=difference.size),
+        "largest_share_of_allowed": metric(
+            float((difference / tolerance(adapter, tokens, dtype)).max()), n=difference.size
+        ),
+        "mean_difference": bootstrap((merged - adapter).mean(1), seed),
+        "logps_adapter": bootstrap(adapter.mean(1), seed),
+        "logps_merged": bootstrap(merged.mean(1), seed),
+        "same_preference": bootstrap(same_preference),
+    }
+
+
+def rows_of(pairs: list, adapter: np.ndarray, merged: np.ndarray) -> list[dict]:
+    """One row per pair for the artifact: its source and both models' log-probabilities."""
+    return [
+        {
+            "row": i,
+            "where": pair.source,
+            "adapter": dict(zip(SIDES, adapter_logps, strict=True)),
+            "merged": dict(zip(SIDES, merged_logps, strict=True)),
+        }
+        for i, (pair, adapter_logps, merged_logps) in enumerate(
+            zip(pairs, adapter.tolist(), merged.tolist(), strict=True)
+        )
+    ]
+
+
+def is_same_model(metrics: dict) -> bool:
+    """Whether every difference is within the tolerance."""
+    return metrics["largest_share_of_allowed"]["value"] <= 1
+
+
+def verdict_of(metrics: dict, dtype: str) -> str:
+    """The check's result in one sentence."""
+    largest, share = metrics["largest_difference"], metrics["largest_share_of_allowed"]["value"]
+    return (
+        f"The merged folder is {'the same' if is_same_model(metrics) else 'another'} model: the largest difference of"
+        f" {largest['n']} log-probabilities is {largest['value']:.2g} nats, {share:.0%} of what {dtype} allows."
+    )
+
+
+def render(metrics: dict, title: str, dtype: str) -> Report:
+    """The table of both models' log-probabilities, with the verdict."""
+    lines = [
+        (f"on {metrics['logps_adapter']['n']} held-out pairs", "adapter on base", "merged", "merged - adapter"),
+        (
+            "log-prob per answer, nats",
+            cell(metrics["logps_adapter"], 1, 2),
+            cell(metrics["logps_merged"], 1, 2),
+            cell(metrics["mean_difference"], 1, 5),
+        ),
+        ("same answer preferred, %", "100 by definition", cell(metrics["same_preference"], 100), ""),
+    ]
+    verdict = verdict_of(metrics, dtype)
+    return Report(f"{table(title, lines)}\n\n{verdict}", verdict)
