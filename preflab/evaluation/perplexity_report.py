@@ -18,7 +18,7 @@ SECTIONS = {
     "text": "plain text",
 }
 
-BAR_LABELS = {
+SHORT_LABELS = {
     "response_chosen": "chosen\nanswer",
     "response_rejected": "rejected\nanswer",
     "whole_chosen": "prompt +\nchosen",
@@ -75,19 +75,21 @@ def _change(metrics: dict, name: str, label: str) -> str:
 
 
 def _table(metrics: dict, title: str) -> str:
-    """Base beside tuned: two lines per section, the perplexity per token and the mean over units."""
-    lines = [("perplexity per token", "units", "tokens", "base", "tuned", "tuned - base [95%]", "p", "bits per byte")]
-    for name, label in SECTIONS.items():
+    """Base beside tuned, three lines per section: perplexity per token, mean over units, bits per byte."""
+    lines = [("perplexity per token", "units", "tokens", "base", "tuned", "tuned - base [95%]", "p")]
+    for name in SECTIONS:
         if f"{name}_ppl_base" in metrics:
             m = {k.removeprefix(f"{name}_"): v for k, v in metrics.items() if k.startswith(f"{name}_")}
             # A single unit has no spread, so there is nothing to test.
             p = f"{metrics[f'p_{name}_nll_difference']['value']:.2g}" if m["tokens"]["n"] > 1 else "-"
-            bits = f"{m['bits_per_byte_base']['value']:.4f} -> {m['bits_per_byte_tuned']['value']:.4f}"
             sides = [cell(m[f"ppl_{side}"], 1, 3) for side in ("base", "tuned")]
             change = difference(m["ppl_difference"], None, 1, 3)
-            lines.append((label, str(m["tokens"]["n"]), str(m["tokens"]["value"]), *sides, change, p, bits))
+            label = SHORT_LABELS[name].replace("\n", " ")
+            lines.append((label, str(m["tokens"]["n"]), str(m["tokens"]["value"]), *sides, change, p))
             sides = [cell(m[f"ppl_mean_{side}"], 1, 3) for side in ("base", "tuned")]
-            lines.append(("  mean over units", "", "", *sides, "", "", ""))
+            lines.append(("  mean over units", "", "", *sides, "", ""))
+            sides = [f"{m[f'bits_per_byte_{side}']['value']:.4f}" for side in ("base", "tuned")]
+            lines.append(("  bits per byte", "", "", *sides, "", ""))
     return render_table(title, lines)
 
 
@@ -122,14 +124,14 @@ COLOURS = {"chosen": CHOSEN, "rejected": REJECTED, "text": NEUTRAL}
 
 
 def _draw_perplexities(ax, metrics: dict) -> None:
-    names = [name for name in BAR_LABELS if f"{name}_ppl_base" in metrics]
+    names = [name for name in SHORT_LABELS if f"{name}_ppl_base" in metrics]
     for side, colour, shift in (("base", NEUTRAL, -0.17), ("tuned", CHOSEN, 0.17)):
         ppls = [metrics[f"{name}_ppl_{side}"] for name in names]
         value = np.array([m["value"] for m in ppls])
         ends = np.array([m["ci95"] or (m["value"], m["value"]) for m in ppls])
         error = np.clip([value - ends[:, 0], ends[:, 1] - value], 0, None)
         ax.bar(np.arange(len(names)) + shift, value, 0.32, yerr=error, color=colour, capsize=2, label=side)
-    ax.set_xticks(range(len(names)), [BAR_LABELS[name] for name in names], fontsize=7)
+    ax.set_xticks(range(len(names)), [SHORT_LABELS[name] for name in names], fontsize=7)
     ax.set(title="Perplexity, 95% intervals", ylabel="exp(nats per token)")
     ax.legend(fontsize=7)
 

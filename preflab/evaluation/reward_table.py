@@ -2,8 +2,8 @@
 
 from utils.tables import cell, difference
 
-# Rewards are log-ratios against the base model, so its own rewards are 0 and its accuracy is a coin flip.
-NO_REWARD, COIN_FLIP = "0 by definition", "50.0 by definition"
+# Rewards are log-ratios against the base model, so its own rewards are 0 and its accuracy is 50%, by definition.
+NO_REWARD, COIN_FLIP = "0 by def.", "50.0 by def."
 
 
 def heading(pairs: int) -> tuple:

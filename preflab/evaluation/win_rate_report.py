@@ -67,23 +67,24 @@ def verdict_of(metrics: dict) -> str:
 def _table(m: dict, title: str) -> str:
     """Base beside tuned."""
     per_token_p = m["p_win_rate_length_normalised_is_half"]["value"]
+    correlation, _, correlation_interval = estimate(m["margin_length_correlation"], 1, 2).partition(" ")
     lines = [
         heading(m["evaluated_examples"]["value"]),
         accuracy_row("win rate by reward, % (ties half)", m["win_rate_ties_half"], m["p_win_rate_is_half"]),
         (
             f"win rate, % ({m['exact_ties']['value']} exact ties lose)",
-            "0.0 by definition",
+            "0.0 by def.",
             cell(m["win_rate"], 100),
             "as the trainer counts",
         ),
         (
-            "win rate by reward per token, % (ties half)",
+            "win rate per token, % (ties half)",
             COIN_FLIP,
             cell(m["win_rate_length_normalised_ties_half"], 100),
             f"p={per_token_p:.2g}",
         ),
         comparison_row(
-            "base: likelier answer, tuned: reward, %",
+            "base likelihood, tuned reward, %",
             m["likelihood_ranking_base"],
             m["win_rate_ties_half"],
             m["win_rate_minus_base_ranking"],
@@ -96,24 +97,24 @@ def _table(m: dict, title: str) -> str:
         ("reward of rejected, beta x nats", NO_REWARD, cell(m["avg_reward_rejected"], 1, 3), ""),
         (
             "log loss of sigmoid(margin)",
-            "0.693 by definition",
+            "0.693 by def.",
             cell(m["calibration_log_loss"], 1, 3),
             f"calibration error {m['calibration_ece']['value']:.3f}",
         ),
-        ("rank correlation, margin and length", "", estimate(m["margin_length_correlation"], 1, 2), ""),
+        ("correlation of margin and length", "", correlation, correlation_interval),
     ]
     return render_table(title, lines)
 
 
 def _slices_table(slices: dict) -> str:
     """Win rate and base ranking of every slice."""
-    lines = [("slice", "pairs", "base ranking, %", "win rate, % (ties half)", "win rate - base ranking", "p")]
+    lines = [("slice", "pairs", "base ranking, %", "win rate, %", "win rate - base ranking", "p")]
     for groups in slices.values():
         for label, s in groups.items():
             ahead, p = difference(s["win_rate_minus_base_ranking"], None, 100), s["p_win_rate_is_base_ranking"]
             shares = cell(s["base_ranking"], 100), cell(s["win_rate_ties_half"], 100)
             lines.append((label, str(s["n"]), *shares, ahead, f"{p:.2g}"))
-    return render_table("by length, longer side and score gap", lines)
+    return render_table("by length, longer side and score gap (ties half)", lines)
 
 
 def _expected_table(expected: dict) -> str:
