@@ -76,7 +76,7 @@ def _change(metrics: dict, name: str, label: str) -> str:
 
 def _table(metrics: dict, title: str) -> str:
     """Base beside tuned, three lines per section: perplexity per token, mean over units, bits per byte."""
-    lines = [("perplexity per token", "units", "tokens", "base", "tuned", "tuned - base [95%]", "p")]
+    lines = [("perplexity", "units", "tokens", "base", "tuned", "tuned - base [95%]", "p")]
     for name in SECTIONS:
         if f"{name}_ppl_base" in metrics:
             m = {k.removeprefix(f"{name}_"): v for k, v in metrics.items() if k.startswith(f"{name}_")}
