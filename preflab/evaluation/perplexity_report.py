@@ -26,6 +26,8 @@ SHORT_LABELS = {
     "text": "plain\ntext",
 }
 
+COLOURS = {"chosen": CHOSEN, "rejected": REJECTED, "text": NEUTRAL}
+
 # With five units even equal signs everywhere give the signed-rank test a p-value of 0.0625.
 FEWEST_UNITS_FOR_A_TEST = 6
 
@@ -118,9 +120,6 @@ def draw(path, metrics: dict, rows: list[dict], text_rows: list[dict], title: st
     axes[2].set(title="Change by length", xlabel="scored tokens per row", ylabel="tuned - base (nats per token)")
     axes[2].legend(fontsize=7)
     save(fig, path)
-
-
-COLOURS = {"chosen": CHOSEN, "rejected": REJECTED, "text": NEUTRAL}
 
 
 def _draw_perplexities(ax, metrics: dict) -> None:
