@@ -78,7 +78,7 @@ def _change(metrics: dict, name: str, label: str) -> str:
 
 def _table(metrics: dict, title: str) -> str:
     """Base beside tuned, three lines per section: perplexity per token, mean over units, bits per byte."""
-    lines = [("perplexity", "units", "tokens", "base", "tuned", "tuned - base [95%]", "p")]
+    lines = [("perplexity", "units / tokens", "base", "tuned", "tuned - base [95%]", "p")]
     for name in SECTIONS:
         if f"{name}_ppl_base" in metrics:
             m = {k.removeprefix(f"{name}_"): v for k, v in metrics.items() if k.startswith(f"{name}_")}
@@ -87,11 +87,11 @@ def _table(metrics: dict, title: str) -> str:
             sides = [cell(m[f"ppl_{side}"], 1, 3) for side in ("base", "tuned")]
             change = difference(m["ppl_difference"], None, 1, 3)
             label = SHORT_LABELS[name].replace("\n", " ")
-            lines.append((label, str(m["tokens"]["n"]), str(m["tokens"]["value"]), *sides, change, p))
+            lines.append((label, f"{m['tokens']['n']} / {m['tokens']['value']}", *sides, change, p))
             sides = [cell(m[f"ppl_mean_{side}"], 1, 3) for side in ("base", "tuned")]
-            lines.append(("  mean over units", "", "", *sides, "", ""))
+            lines.append(("  mean over units", "", *sides, "", ""))
             sides = [f"{m[f'bits_per_byte_{side}']['value']:.4f}" for side in ("base", "tuned")]
-            lines.append(("  bits per byte", "", "", *sides, "", ""))
+            lines.append(("  bits per byte", "", *sides, "", ""))
     return render_table(title, lines)
 
 

@@ -1,7 +1,7 @@
 """Table and verdict of a preference-training run."""
 
 from preflab.evaluation.reward_table import accuracy_row, comparison_row, heading, margin_row, ranking_row
-from utils.tables import cell, difference, render
+from utils.tables import render
 
 
 def claim(metrics: dict) -> tuple[bool, str]:
@@ -63,7 +63,7 @@ def table(metrics: dict, title: str) -> str:
         p = metrics[f"p_logps_{side}_difference"]
         lines.append(comparison_row(f"log-prob of {side}, nats", base, tuned, change, p, digits=2))
     if "surface_classifier_accuracy" in metrics:
-        ahead = difference(metrics["reward_accuracy_minus_surface"], metrics["p_reward_accuracy_is_surface"], 100)
-        surface = cell(metrics["surface_classifier_accuracy"], 100)
-        lines.append(("words and length alone, % right", surface, "(no model at all)", f"rewards beat it by {ahead}"))
+        baseline, ahead = metrics["surface_classifier_accuracy"], metrics["reward_accuracy_minus_surface"]
+        p = metrics["p_reward_accuracy_is_surface"]
+        lines.append(comparison_row("bag of words, tuned reward, %", baseline, accuracy, ahead, p, 100))
     return render(title, lines)
