@@ -35,7 +35,7 @@ from preflab.evaluation.arguments import ComparisonArguments, JudgeArguments
 from utils.artifacts import read_published
 from utils.cli import option
 from utils.errors import UserError, is_main_process, run
-from utils.stage import Report, start
+from utils.stage import start
 
 
 @dataclass
@@ -105,8 +105,9 @@ def reward_mode(stage, models, args):
 
 def battle_mode(stage, models, args):
     """Battles under a judge: answer, judge in both orders, compute, publish."""
-    from preflab.judging.battle_report import battle_figure, battle_summary, conclude
-    from preflab.judging.battle_run import answer_prompts, judge_battle, make_judges, rows_with_controls
+    from preflab.judging.battle_metrics import battle_sections
+    from preflab.judging.battle_report import battle_figure, render
+    from preflab.judging.battles import answer_prompts, judge_battle, make_judges, rows_with_controls
 
     comparison, comparison_args = models.comparison, models.comparison.args
     published = read_published(args.published) if args.published else None
@@ -115,15 +116,14 @@ def battle_mode(stage, models, args):
     judged = judge_battle(battle, judges, comparison_args.eval_out, comparison_args.overwrite)
     if not is_main_process():
         return
-    names = [model.name for model in battle.answering]
-    sections = battle_summary(judged, battle.answers, battle.pairs, names, comparison_args.seed)
+    sections = battle_sections(judged, battle.answers, battle.pairs, battle.names, comparison_args.seed)
     title = f"{comparison.name}: {battle.title}, judge {judges[0].name}, both orders"
     further = {model.name: model.identity for model in battle.answering[2:]}
     stage.publish(
         comparison.path("battle", ".json"),
         {**models.describe(), "others": further, "judge": judges[0].identity()},
         sections["metrics"],
-        Report(*conclude(sections, published, title, battle.data)),
+        render(sections, published, title, battle.data),
         run=comparison.run_fields,
         seed=comparison_args.seed,
         rows=rows_with_controls(judged),

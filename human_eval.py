@@ -83,7 +83,7 @@ def dump(comparison_args, args, started) -> None:
     from preflab.human.report import dumped
     from preflab.human.study import STEMS, write_study
     from preflab.judging.answers import answer_prompts_with_all, answerable, answering_models
-    from preflab.judging.battles import answer_metrics
+    from preflab.judging.battle_metrics import answer_metrics
     from utils.artifacts import all_arguments
     from utils.provenance import run_record
 

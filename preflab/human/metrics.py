@@ -5,7 +5,8 @@ from itertools import combinations
 import numpy as np
 
 from preflab.human.study import SHOWN
-from preflab.judging.battles import answer_metrics, bradley_terry, by_category, pairings, style_controlled
+from preflab.judging.battle_metrics import answer_metrics, bradley_terry, by_category, style_controlled
+from preflab.judging.battles import pairings
 from preflab.judging.style import style_differences
 from utils.artifacts import metric
 from utils.stats import bootstrap, sign_test

@@ -1,156 +1,145 @@
-"""The summary of battles, and what eval_win_rate.py --battle prints."""
+"""The report of battles (eval_win_rate.py --battle): tables, verdict, warning about the judge, picture."""
 
-from preflab.judging.battles import against_opponent, answer_metrics, battle_metrics, bradley_terry, by_category
-from utils.errors import is_main_process
+from pathlib import Path
+
 from utils.plots import CHOSEN, EVAL, NEUTRAL, empty_panel, figure, save, win_rate_bars
-from utils.tables import cell, difference, estimate, render
+from utils.stage import Report
+from utils.tables import cell, difference, estimate
+from utils.tables import render as render_table
+
+# A judge whose verdict changes with the order of the answers on more than half of at least 20 prompts is unreliable.
+UNRELIABLE_FLIP_RATE, FEWEST_FLIP_PROMPTS = 0.5, 20
+# The share of prompts without a verdict above which the verdict says so.
+MANY_DROPPED = 0.1
 
 
-def battle_summary(judged: dict, answers: dict, pairs: list[tuple[str, str]], answering: list[str], seed: int) -> dict:
-    """Every section of battle.json.
+def render(sections: dict, published: dict | None, title: str, data: dict) -> Report:
+    """All tables, then the verdict.
 
     Args:
-        judged: `{judge: rows}`, the judge first and its controls after it.
-        answers: `{model: answers}`. pairs: who met whom, as (a, b). answering: the models that answered here.
-
-    Returns:
-        metrics (of tuned against base, or of each against the opponent), matches, answers, bradley_terry.
+        sections: from `preflab.judging.battle_metrics.battle_sections`.
+        published: published scores to print beside (utils.artifacts.read_published), or None.
+        data: what was read and left out.
     """
-    matches = []
-    for a, b in pairs:
-        mine = {name: [r for r in rows if (r["a"], r["b"]) == (a, b)] for name, rows in judged.items()}
-        first = next(iter(mine.values()))
-        matches.append(
-            {
-                "a": a,
-                "b": b,
-                "judges": {name: battle_metrics(rows, seed) for name, rows in mine.items()},
-                "categories": by_category(first, seed),
-            }
-        )
-    rows = next(iter(judged.values()))
-    opponent = pairs[0][1] if pairs[0][1] not in answering else None
-    metrics = {}
-    for match in matches:
-        prefix = f"{match['a']}_" if opponent else "" if (match["a"], match["b"]) == ("tuned", "base") else None
-        if prefix is not None:
-            for k, (judge, found) in enumerate(match["judges"].items()):
-                metrics |= {f"{prefix}{key if k == 0 else f'{judge}_{key}'}": m for key, m in found.items()}
-    if opponent:
-        metrics |= against_opponent(rows, ["base", "tuned"], opponent, seed)
-    lengths = {name: answer_metrics(found, seed) for name, found in answers.items()}
-    decided = [row for row in rows if row["consistent"] is not None]
-    names = list(dict.fromkeys([*answering, *lengths]))
-    strengths = bradley_terry(decided, names, seed) if len(names) > 2 and decided else None
-    return {"metrics": metrics, "matches": matches, "answers": lengths, "bradley_terry": strengths}
-
-
-def conclude(sections: dict, published: dict | None, title: str, read: dict) -> tuple[str, str]:
-    """(text, verdict): the table with everything below it, and the one sentence that answers the question."""
-    blocks = [table(sections, title), models_table(sections, published)]
-    categories = [m for m in sections["matches"] if len(m["categories"]) > 1]
-    blocks += [categories_table(m) for m in categories]
-    if read["left_out"]:
-        blocks.append("LEFT OUT: " + ", ".join(f"{k} {v}" for k, v in read["left_out"].items()))
+    blocks = [*judges_tables(sections, title), models_table(sections, published)]
+    blocks += [categories_table(match) for match in sections["matches"] if len(match["categories"]) > 1]
+    if data["left_out"]:
+        blocks.append("LEFT OUT: " + ", ".join(f"{reason} {n}" for reason, n in data["left_out"].items()))
     if published:
         blocks.append(
-            f"published: {published['source']}; {published['setting']}: not the judge above, so no difference"
+            f"published: {published['source']}; {published['setting']}. It used another judge, so the scores are not"
+            " comparable."
         )
-    verdict = claim(sections)
-    judged = next(iter(sections["matches"][0]["judges"].values()))
-    if "flip_rate" in judged and judged["flip_rate"]["value"] > 0.5 and judged["flip_rate"]["n"] >= 20:
-        turned, slot = judged["flip_rate"]["value"], judged["first_slot_wins"]["value"]
-        verdict += (
-            f" This judge is no judge: its verdict turns with the order on {turned:.1%} of the prompts (the first"
-            f" answer wins {slot:.1%})."
-        )
-    if judged["dropped"]["value"] > 0.1 * judged["prompts"]["value"]:
-        verdict += f" Mind that {judged['dropped']['value']} of {judged['prompts']['value']} prompts have no verdict."
-    return "\n\n".join([*blocks, verdict]), verdict
+    verdict = verdict_of(sections) + judge_caveats(sections)
+    return Report("\n\n".join([*blocks, verdict]), verdict)
 
 
-def claim(sections: dict) -> str:
-    """Who won, in one sentence that never goes beyond the judge's controls."""
+def verdict_of(sections: dict) -> str:
+    """Which model the judge prefers, in one sentence. Inconclusive unless interval and test exclude no difference."""
     m = sections["metrics"]
     if "win_rate_difference" in m:
         d, p = m["win_rate_difference"], m["p_win_rate_difference"]
-        shown = f"against the same opponent tuned scored {difference(d, p, 100)} points more than base"
-        clear = d["ci95"] and d["ci95"][0] > 0 and p["value"] < 0.05
-        return f"Tuned answers better under this judge: {shown}." if clear else f"No claim: {shown}."
-    if opponent_of(sections):
-        return "No claim: no prompt has verdicts for both models."
+        result = f"against the same opponent, tuned scores {difference(d, p, 100)} points relative to base"
+        if d["ci95"] and d["ci95"][0] > 0 and p["value"] < 0.05:
+            return f"The judge prefers tuned: {result}."
+        return f"Inconclusive: {result}."
+    if has_opponent(sections):
+        return "Inconclusive: no prompt has verdicts for both models."
     if "win_rate" not in m:
-        return "No claim: no prompt has verdicts in both orders."
+        return "Inconclusive: no prompt has verdicts in both orders."
     rate, p = m["win_rate"], m["p_win_rate_is_half"]["value"]
-    shown = f"tuned wins {estimate(rate, 100)}% against base (95% interval; ties half; sign test p={p:.2g})"
+    result = f"tuned wins {estimate(rate, 100)}% against base (95% interval; ties half; sign test p={p:.2g})"
     if not (rate["ci95"] and rate["ci95"][0] > 0.5 and p < 0.05):
-        return f"No claim that the judge prefers tuned: {shown}."
+        return f"Inconclusive: {result}."
     longer = m.get("longer_win_rate")
-    caution = ""
     if longer and longer["value"] >= rate["value"]:
-        caution = f" A judge of nothing but length would say {100 * longer['value']:.1f}%."
-    return f"The judge prefers tuned: {shown}.{caution}"
+        return f"The judge prefers tuned: {result}. The length-only judge `longer` gives {100 * longer['value']:.1f}%."
+    return f"The judge prefers tuned: {result}."
 
 
-def table(sections: dict, title: str) -> str:
-    """A line a pairing and judge; `a` is the first named of a pairing."""
-    lines = [
-        ("judge", "win rate, %", "p", "both orders", "by prob.", "same style", "w/t/l", "flips", "slot 1", "unparsed")
-    ]
-    several = len(sections["matches"]) > 1
-    for match in sections["matches"]:
-        for judge, m in match["judges"].items():
-            name = f"{match['a']} vs {match['b']}: {judge}" if several else judge
-            unparsed = f"{m['unparsed_verdicts']['value']}/{m['unparsed_verdicts']['n']}"
-            if "win_rate" not in m:
-                lines.append((name, *["-"] * 8, unparsed))
-                continue
-            lines.append(
-                (
-                    name,
-                    estimate(m["win_rate"], 100),
-                    f"{m['p_win_rate_is_half']['value']:.2g}",
-                    f"{100 * m['win_rate_average_of_orders']['value']:.1f}",
-                    f"{100 * m['win_rate_probability']['value']:.1f}" if "win_rate_probability" in m else "-",
-                    estimate(m["win_rate_style_controlled"], 100),
-                    "/".join(str(m[k]["value"]) for k in ("wins", "ties", "losses")),
-                    f"{100 * m['flip_rate']['value']:.1f}%",
-                    f"{100 * m['first_slot_wins']['value']:.1f}%",
-                    unparsed,
-                )
+def judge_caveats(sections: dict) -> str:
+    """Sentences about a judge with strong position bias or many missing verdicts; empty for a good one."""
+    m = next(iter(sections["matches"][0]["judges"].values()))
+    caveats = ""
+    if "flip_rate" in m:
+        flips = m["flip_rate"]
+        if flips["value"] > UNRELIABLE_FLIP_RATE and flips["n"] >= FEWEST_FLIP_PROMPTS:
+            caveats += (
+                f" This judge is unreliable: its verdict changes with the answer order on {flips['value']:.1%} of"
+                f" prompts (the first answer wins {m['first_slot_wins']['value']:.1%})."
             )
+    dropped, prompts = m["dropped"]["value"], m["prompts"]["value"]
+    if dropped > MANY_DROPPED * prompts:
+        caveats += f" {dropped} of {prompts} prompts have no verdict."
+    return caveats
+
+
+def has_opponent(sections: dict) -> bool:
+    """Whether base and tuned met answers from a file rather than each other."""
+    return any(match["a"] == "base" for match in sections["matches"])
+
+
+def judges_tables(sections: dict, title: str) -> list[str]:
+    """One table per pairing, the judge and its controls side by side; rates are those of the pairing's first model."""
+    matches = sections["matches"]
+    if len(matches) == 1:
+        tables = [render_table(title, _judge_lines(matches[0]["judges"]))]
+    else:
+        tables = [title]
+        tables += [render_table(f"{m['a']} vs {m['b']}", _judge_lines(m["judges"])) for m in matches]
     notes = [
-        "win rate: orders that disagree tie; both orders: their mean; by prob.: the judge's probabilities; same style:"
-        " length and Markdown held equal; slot 1: verdicts for the first answer"
+        "win rate: a tie where the two orders of the answers disagree.",
+        "style-controlled: length and Markdown held equal; - if style and model are collinear.",
     ]
-    first = next(iter(sections["matches"][0]["judges"].values()))
-    if "verdict_mass_median" in first:
+    judge = next(iter(matches[0]["judges"].values()))
+    if "verdict_mass_median" in judge:
         notes.append(
-            f"probability on the verdict labels: median {first['verdict_mass_median']['value']:.3f}, below a half in"
-            f" {first['verdict_mass_below_half']['value']:.1%}"
+            f"Probability on the verdict labels: median {judge['verdict_mass_median']['value']:.3f}, below 0.5 in"
+            f" {judge['verdict_mass_below_half']['value']:.1%} of verdicts."
         )
-    return "\n".join([render(title, lines), *notes])
+    return [*tables[:-1], "\n".join([tables[-1], *notes])]
+
+
+def _judge_lines(judges: dict[str, dict]) -> list[tuple]:
+    """Rows of a pairing's table: one per metric, a column for the judge and for each of its controls."""
+
+    def percent(name: str):
+        return lambda m: f"{100 * m[name]['value']:.1f}" if name in m else "-"
+
+    rows = {
+        "win rate, %": lambda m: estimate(m["win_rate"], 100),
+        "p-value against 50% (sign test)": lambda m: f"{m['p_win_rate_is_half']['value']:.2g}",
+        "wins / ties / losses": lambda m: " / ".join(str(m[k]["value"]) for k in ("wins", "ties", "losses")),
+        "win rate, mean of both orders, %": percent("win_rate_average_of_orders"),
+        "win rate, by judge probability, %": percent("win_rate_probability"),
+        "win rate, style-controlled, %": lambda m: estimate(m["win_rate_style_controlled"], 100),
+        "verdict changes with order, %": percent("flip_rate"),
+        "first answer wins, %": percent("first_slot_wins"),
+    }
+    # The judge's own name is in the title: it can be long.
+    names = ["judge", *list(judges)[1:]]
+    lines = [("", *names)]
+    for label, text_of in rows.items():
+        lines.append((label, *(text_of(m) if "win_rate" in m else "-" for m in judges.values())))
+    unparsed = [m["unparsed_verdicts"] for m in judges.values()]
+    lines.append(("unparsed verdicts", *(f"{u['value']} of {u['n']}" for u in unparsed)))
+    return lines
 
 
 def models_table(sections: dict, published: dict | None) -> str:
-    """A line a model: length of its answers, share cut off, and where they mean something its strength and score."""
+    """One row per model: answer length, truncation and, where they are defined, strength and score."""
     strengths = sections["bradley_terry"]
     scores = {m["a"]: next(iter(m["judges"].values())).get("win_rate_votes") for m in sections["matches"]}
-    lines = [("model", "answers", "tokens an answer", "cut off, %", "Bradley-Terry, logits", "score by votes, %")]
+    lines = [("model", "answers", "tokens per answer", "truncated, %", "Bradley-Terry, logits", "score by votes, %")]
     for name, m in sections["answers"].items():
-        cut = cell(m["truncated_share"], 100) if "truncated_share" in m else "-"
+        truncated = cell(m["truncated_share"], 100) if "truncated_share" in m else "-"
         strength = estimate(strengths[name], 1, 2) if strengths else "-"
         score = estimate(scores[name], 100) if published and scores.get(name) else "-"
-        lines.append((name, str(m["answers"]["value"]), cell(m["tokens"]), cut, strength, score))
-    for name, row in (published or {"rows": {}})["rows"].items():
+        lines.append((name, str(m["answers"]["value"]), cell(m["tokens"]), truncated, strength, score))
+    for name, row in published["rows"].items() if published else ():
         lines.append((f"{name} (published)", "-", str(row.get("tokens", "-")), "-", "-", str(row["score"])))
-    shown = [0, 1, 2, 3, *([4] if strengths else []), *([5] if published else [])]
-    return render("answers", [tuple(line[k] for k in shown) for line in lines])
-
-
-def opponent_of(sections: dict) -> bool:
-    """Whether base and tuned met given answers rather than each other."""
-    return any(match["a"] == "base" for match in sections["matches"])
+    columns = [0, 1, 2, 3, *([4] if strengths else []), *([5] if published else [])]
+    return render_table("answers", [tuple(line[k] for k in columns) for line in lines])
 
 
 def categories_table(match: dict) -> str:
@@ -158,42 +147,42 @@ def categories_table(match: dict) -> str:
     lines = [("category", "prompts", f"{match['a']} wins, %", "p")]
     for name, c in match["categories"].items():
         lines.append((name, str(c["n"]), estimate(c["win_rate"], 100), f"{c['p_win_rate_is_half']:.2g}"))
-    return render(f"{match['a']} vs {match['b']} by category (no correction for many categories)", lines)
+    return render_table(f"{match['a']} vs {match['b']} by category (not corrected for multiple tests)", lines)
 
 
-def battle_figure(path, sections: dict, headline: str) -> None:
-    """Win rates of every pairing under the judge and its controls, by category, and answer lengths.
+def battle_figure(path: Path, sections: dict, title: str) -> None:
+    """Draw win rates under the judge and its controls, win rates by category, and answer lengths. Rank 0 only.
 
     Args:
-        sections: from `preflab.judging.battle_report.battle_summary`.
+        sections: from `preflab.judging.battle_metrics.battle_sections`.
     """
+    fig, axes = figure(1, 3, title)
 
-    if not is_main_process():
-        return
-    fig, axes = figure(1, 3, headline)
-
-    rates = []
+    bars = []
     for match in sections["matches"]:
-        who = f"{match['a']} vs {match['b']}"
+        pairing = f"{match['a']} vs {match['b']}"
         for k, (judge, m) in enumerate(match["judges"].items()):
-            if "win_rate" in m:
-                rates.append((f"{who}\n{judge.split(':')[-1][-28:]}", m["win_rate"], CHOSEN if k == 0 else NEUTRAL))
-            if k == 0 and "win_rate" in m:
-                rates.append((f"{who}\nstyle held equal", m["win_rate_style_controlled"], EVAL))
-    win_rate_bars(axes[0], rates[:12])
-    axes[0].set_title("Win rate, 95% intervals")
-    main = sections["matches"][-1]
-    parts = [(f"{name} ({c['n']})", c["win_rate"], CHOSEN) for name, c in main["categories"].items()]
-    win_rate_bars(axes[1], parts[:16])
-    axes[1].set_title(f"{main['a']} vs {main['b']}, by category")
-    if not parts:
-        empty_panel(axes[1], "the prompts name no category")
-    names = list(sections["answers"])
-    length = [sections["answers"][name]["tokens"] for name in names]
-    cut = [sections["answers"][name].get("truncated_share", {}).get("value") for name in names]
-    axes[2].barh(range(len(names)), [m["value"] for m in length], color=NEUTRAL, height=0.6)
-    labels = [n if c is None else f"{n}\n{c:.0%} cut off" for n, c in zip(names, cut, strict=True)]
-    axes[2].set_yticks(range(len(names)), labels, fontsize=7)
+            if "win_rate" not in m:
+                continue
+            # Judges of one kind share a long prefix, so the end of the name is shown.
+            bars.append((f"{pairing}\n{judge.split(':')[-1][-28:]}", m["win_rate"], CHOSEN if k == 0 else NEUTRAL))
+            if k == 0:
+                bars.append((f"{pairing}\nstyle-controlled", m["win_rate_style_controlled"], EVAL))
+    win_rate_bars(axes[0], bars[:12])
+    axes[0].set_title("Win rate, 95% interval")
+
+    last = sections["matches"][-1]
+    bars = [(f"{name} (n={c['n']})", c["win_rate"], CHOSEN) for name, c in last["categories"].items()]
+    win_rate_bars(axes[1], bars[:16])
+    axes[1].set_title(f"{last['a']} vs {last['b']}, by category")
+    if not bars:
+        empty_panel(axes[1], "the prompts have no categories")
+
+    answers = sections["answers"]
+    truncated = [m.get("truncated_share", {}).get("value") for m in answers.values()]
+    labels = [n if t is None else f"{n}\n{t:.0%} truncated" for n, t in zip(answers, truncated, strict=True)]
+    axes[2].barh(range(len(answers)), [m["tokens"]["value"] for m in answers.values()], color=NEUTRAL, height=0.6)
+    axes[2].set_yticks(range(len(answers)), labels, fontsize=7)
     axes[2].invert_yaxis()
-    axes[2].set(title="Answer length", xlabel="mean tokens an answer")
+    axes[2].set(title="Answer length", xlabel="mean tokens per answer")
     save(fig, path)

@@ -1,8 +1,10 @@
-"""What a judge is asked and what it returns: prompt files, items, verdicts."""
+"""What a judge is asked and what it returns: items, verdicts, the judge interface, prompt files."""
 
 import math
 import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 from preflab.data.prompts import Prompt
 from utils.artifacts import read_yaml
@@ -14,7 +16,7 @@ PLACEHOLDERS = ("prompt", "answer_1", "answer_2")
 
 @dataclass
 class Item:
-    """One question to a judge."""
+    """One question to a judge: a prompt and two answers to it, in the order in which the judge reads them."""
 
     prompt: Prompt
     first: str
@@ -23,10 +25,15 @@ class Item:
 
 @dataclass
 class Verdict:
-    """A judge's answer: `first` is 1 where the first answer wins, 0 where the second does, 0.5 for a tie.
+    """A judge's verdict on an item.
 
-    `probability` is that of the first answer where the judge gives one, `mass` the probability of all labels together,
-    `weight` how many votes the verdict counts. `error` says why there is no verdict; then `first` is None.
+    Attributes:
+        first: 1 if the first answer wins, 0 if the second does, 0.5 for a tie, None without a verdict.
+        probability: the judge's probability that the first answer is better, where it gives one.
+        weight: how many votes the verdict counts.
+        mass: total probability of the labels among all tokens.
+        label: the label of the prompt file that decided.
+        error: why there is no verdict.
     """
 
     first: float | None
@@ -37,18 +44,45 @@ class Verdict:
     error: str | None = None
 
 
-def unparsed(why: str) -> Verdict:
-    """No verdict: counted as such, never as a win, and asked again on the next call."""
-    return Verdict(None, error=why)
+def unparsed(reason: str) -> Verdict:
+    """No verdict. It is counted as unparsed, never as a win, and the next call asks again."""
+    return Verdict(None, error=reason)
+
+
+class Judge(Protocol):
+    """What every judge offers. A judge never sees which model gave an answer; the caller decides the order.
+
+    Attributes:
+        name: its --judge specification, used in artifacts and tables.
+        instant: whether verdicts cost nothing, so that they need no cache and no second process.
+    """
+
+    name: str
+    instant: bool
+
+    def identity(self) -> dict:
+        """Everything that can change a verdict; it keys the cache."""
+
+    def judge(self, items: list[Item]) -> Iterator[tuple[int, Verdict]]:
+        """Yield (index, verdict) once for every item, in any order, as verdicts come."""
 
 
 @dataclass
 class JudgePrompt:
-    """A judge prompt file: see configs/judges."""
+    """A judge prompt file (see configs/judges).
+
+    Attributes:
+        path: the file.
+        user: text of the user turn, with {prompt}, {answer_1} and {answer_2}.
+        labels: {label: (score of the first answer, weight)}.
+        verdict: "logprob" to compare the labels' probabilities as the next token, "text" to parse the judge's text.
+        system: text of the system turn, or None.
+        max_new_tokens: length limit of the judge's text.
+    """
 
     path: str
     user: str
-    labels: dict
+    labels: dict[str, tuple[float, int]]
     verdict: str
     system: str | None = None
     max_new_tokens: int = 1024
@@ -56,76 +90,91 @@ class JudgePrompt:
     @classmethod
     def read(cls, path: str) -> "JudgePrompt":
         """Read and check a file. Raises UserError naming file and key."""
-        found = read_yaml(path, "--judge_prompt")
-        keys = {"user", "labels", "verdict", "system", "max_new_tokens"}
-        if not {"user", "labels", "verdict"} <= set(found) <= keys:
-            raise UserError(f"--judge_prompt {path}: needs user, labels and verdict; may have system, max_new_tokens")
-        if found["verdict"] not in ("logprob", "text"):
-            raise UserError(f"--judge_prompt {path}: verdict must be logprob or text, found {found['verdict']!r}")
-        if not isinstance(found["user"], str) or not isinstance(found.get("system") or "", str):
-            raise UserError(f"--judge_prompt {path}: user and system must be text")
-        room = found.get("max_new_tokens", 1)
-        if isinstance(room, bool) or not isinstance(room, int) or room < 1:
-            raise UserError(f"--judge_prompt {path}: max_new_tokens must be a whole number above 0, found {room!r}")
-        missing = [p for p in PLACEHOLDERS if f"{{{p}}}" not in found["user"]]
+        content, source = read_yaml(path, "--judge_prompt"), f"--judge_prompt {path}"
+        required, optional = {"user", "labels", "verdict"}, {"system", "max_new_tokens"}
+        if not required <= set(content) <= required | optional:
+            raise UserError(f"{source}: needs user, labels and verdict; optional: system, max_new_tokens")
+        if content["verdict"] not in ("logprob", "text"):
+            raise UserError(f"{source}: verdict must be logprob or text, found {content['verdict']!r}")
+        if not isinstance(content["user"], str) or not isinstance(content.get("system") or "", str):
+            raise UserError(f"{source}: user and system must be text")
+        limit = content.get("max_new_tokens", 1)
+        if not _is_positive_int(limit):
+            raise UserError(f"{source}: max_new_tokens must be an integer above 0, found {limit!r}")
+        missing = [p for p in PLACEHOLDERS if f"{{{p}}}" not in content["user"]]
         if missing:
-            raise UserError(f"--judge_prompt {path}: user lacks {{{missing[0]}}}")
-        labels = {}
-        for label, meaning in found["labels"].items() if isinstance(found["labels"], dict) else ():
-            if not isinstance(label, str) or not label.strip():
-                raise UserError(f"--judge_prompt {path}: label {label!r} must be text; quote it")
-            if not isinstance(meaning, dict) or meaning.get("first") not in (0, 0.5, 1):
-                raise UserError(f"--judge_prompt {path}: label {label!r} needs first: 0, 0.5 or 1")
-            weight = meaning.get("weight", 1)
-            if isinstance(weight, bool) or not isinstance(weight, int) or weight < 1:
-                raise UserError(f"--judge_prompt {path}: label {label!r}: weight must be a whole number above 0")
-            labels[label] = (float(meaning["first"]), weight)
-        if not {0.0, 1.0} <= {first for first, _ in labels.values()}:
-            raise UserError(f"--judge_prompt {path}: labels need one for either answer")
-        return cls(path, **{**found, "labels": labels})
+            raise UserError(f"{source}: user has no {{{missing[0]}}}")
+        return cls(path, **{**content, "labels": _read_labels(content["labels"], source)})
 
-    def messages(self, item: Item, clean) -> list[dict]:
-        """The conversation that puts the question, its placeholders filled in one pass.
+    def messages(self, item: Item, clean: Callable[[str], str]) -> list[dict]:
+        """The conversation that asks for a verdict on an item.
 
         Args:
-            clean: takes the judge's special tokens out of what is judged.
+            clean: makes the judge's special tokens in prompt and answers plain text.
         """
         values = {"prompt": clean(item.prompt.text), "answer_1": clean(item.first), "answer_2": clean(item.second)}
+        # One pass, so that a placeholder spelled out in an answer is not filled.
         user = re.sub(r"\{(" + "|".join(PLACEHOLDERS) + r")\}", lambda m: values[m[1]], self.user)
         system = [{"role": "system", "content": self.system}] if self.system else []
         return [*system, {"role": "user", "content": user}]
 
     def parse(self, text: str) -> Verdict:
-        """The verdict of a text: the last label in it, out of the whole set."""
-        edges = []
+        """The verdict of the last label in `text`."""
+        patterns = []
+        # Longest first, so that A+ is not read as A.
         for label in sorted(self.labels, key=len, reverse=True):
-            # A label that is a word must stand alone: the A of "Answer" is none.
+            # Labels that start or end in a letter or digit must be separate words: the A of "Answer" is not a label.
             before, after = (r"(?<!\w)" * label[0].isalnum(), r"(?!\w)" * label[-1].isalnum())
-            edges.append(before + re.escape(label) + after)
-        found = list(re.finditer("|".join(edges), text))
-        if not found:
+            patterns.append(before + re.escape(label) + after)
+        matches = list(re.finditer("|".join(patterns), text))
+        if not matches:
             return unparsed(f"no verdict in {text[-80:]!r}")
-        first, weight = self.labels[found[-1][0]]
-        return Verdict(first, weight=weight, label=found[-1][0])
+        label = matches[-1][0]
+        first, weight = self.labels[label]
+        return Verdict(first, weight=weight, label=label)
 
     def weigh(self, logprobs: dict[str, float]) -> Verdict:
-        """The verdict of label log-probabilities: P(first) among the labels; a win only where a side is strictly ahead.
+        """The verdict of the labels' log-probabilities: a win for the side with strictly more probability.
 
-        A missing label has probability 0; none at all is no verdict.
+        A label that is missing has probability 0; without any label there is no verdict. The verdict's probability is
+        P(first) among the labels, a tie label counting half to each side.
         """
         p = {label: math.exp(logprobs[label]) for label in self.labels if label in logprobs}
         mass = sum(p.values())
         if not mass > 0:
             return unparsed("none of the labels among the judge's tokens")
+        # Several labels of one side count together.
         sides = {side: sum(p[k] for k in p if self.labels[k][0] == side) for side in (1.0, 0.5, 0.0)}
-        ahead = [side for side in sides if sides[side] == max(sides.values())]
-        likeliest = max((k for k in p if self.labels[k][0] == ahead[0]), key=p.get)
-        preference = (sides[1.0] + sides[0.5] / 2) / mass
-        if len(ahead) > 1:
-            return Verdict(0.5, preference, mass=mass)
-        return Verdict(ahead[0], preference, self.labels[likeliest][1], mass, likeliest)
+        best = [side for side in sides if sides[side] == max(sides.values())]
+        probability = (sides[1.0] + sides[0.5] / 2) / mass
+        if len(best) > 1:
+            return Verdict(0.5, probability, mass=mass)
+        likeliest = max((k for k in p if self.labels[k][0] == best[0]), key=p.get)
+        return Verdict(best[0], probability, self.labels[likeliest][1], mass, likeliest)
 
     @property
     def identity(self) -> dict:
         """What a cached verdict depends on."""
         return {"prompt_sha256": sha256_of(str(self.system), self.user, str(self.labels), self.verdict)}
+
+
+def _read_labels(content, source: str) -> dict[str, tuple[float, int]]:
+    """The labels of a prompt file as {label: (score of the first answer, weight)}."""
+    labels = {}
+    for label, meaning in content.items() if isinstance(content, dict) else ():
+        # YAML reads unquoted Yes and No as booleans.
+        if not isinstance(label, str) or not label.strip():
+            raise UserError(f"{source}: label {label!r} must be text; quote it")
+        if not isinstance(meaning, dict) or meaning.get("first") not in (0, 0.5, 1):
+            raise UserError(f"{source}: label {label!r} needs first: 0, 0.5 or 1")
+        weight = meaning.get("weight", 1)
+        if not _is_positive_int(weight):
+            raise UserError(f"{source}: label {label!r}: weight must be an integer above 0, found {weight!r}")
+        labels[label] = (float(meaning["first"]), weight)
+    if not {0.0, 1.0} <= {first for first, _ in labels.values()}:
+        raise UserError(f"{source}: labels must include one for each answer (first: 1 and first: 0)")
+    return labels
+
+
+def _is_positive_int(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

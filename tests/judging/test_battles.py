@@ -1,4 +1,4 @@
-"""Battles: two-order rules by hand, fits against sklearn and Hunter's MM, style held equal, intervals over prompts."""
+"""Battles: two-order rules by hand, fits against sklearn and Hunter's MM, style control, intervals over prompts."""
 
 import json
 import math
@@ -10,35 +10,33 @@ from scipy.stats import wilcoxon
 
 from preflab.data.prompts import Prompt
 from preflab.judging.answers import ensure_adapter_applied
-from preflab.judging.battles import (
+from preflab.judging.battle_metrics import (
     against_opponent,
     answer_metrics,
     battle_metrics,
-    both_orders,
     bradley_terry,
     by_category,
-    combine_orders,
     fit_logistic,
-    judge_rows,
-    pairings,
     style_controlled,
 )
+from preflab.judging.battles import both_orders, combine_orders, judge_rows, pairings
 from preflab.judging.judge_prompt import Verdict, unparsed
 from preflab.judging.judges import Longer
 from preflab.judging.style import markdown_counts, scaled, style_differences
 from utils.errors import UserError
 
-WIN, LOSS, TIE, LOST = (1, 0), (0, 1), (0.5, 0.5), (None, 1)
+# `first` in both orders, `a` in the first slot of the first; UNPARSED has no verdict in one of them.
+WIN, LOSS, TIE, UNPARSED = (1, 0), (0, 1), (0.5, 0.5), (None, 1)
 
 
-def verdict(of) -> Verdict:
+def verdict(spec) -> Verdict:
     """A verdict from its `first`, or from (first, weight)."""
-    first, weight = of if isinstance(of, tuple) else (of, 1)
-    return unparsed("lost") if first is None else Verdict(first, weight=weight)
+    first, weight = spec if isinstance(spec, tuple) else (spec, 1)
+    return unparsed("no label") if first is None else Verdict(first, weight=weight)
 
 
 def row(number, orders, a="tuned", b="base", tokens=(10, 10), texts=("x", "y"), category=None) -> dict:
-    """One settled row: what the judge said of the first slot in both orders, `a` standing first in the first."""
+    """One judged row: scores of the first slot in both orders, `a` in the first slot of the first."""
     sides = {f"answer_{s}": {"text": t, "tokens": n} for s, t, n in zip("ab", texts, tokens, strict=True)}
     return {"prompt": number, "a": a, "b": b, "category": category, **sides, **combine_orders(*map(verdict, orders))}
 
@@ -67,26 +65,26 @@ def values(metrics) -> dict:
         (((0, 3), 0.5), 0.5, 0.25, True, [0.5, 4]),
     ],
 )
-def test_two_verdicts_settled_by_hand(orders, consistent, average, flipped, votes):
-    found = combine_orders(*map(verdict, orders))
-    assert [found[k] for k in ("consistent", "average", "flipped", "votes")] == [consistent, average, flipped, votes]
-    assert found["probability"] is None
+def test_two_orders_combined_by_hand(orders, consistent, average, flipped, votes):
+    combined = combine_orders(*map(verdict, orders))
+    assert [combined[k] for k in ("consistent", "average", "flipped", "votes")] == [consistent, average, flipped, votes]
+    assert combined["probability"] is None
 
 
 @pytest.mark.parametrize("orders", [(None, 1), (0, None), (None, None)])
-def test_a_lost_verdict_settles_nothing(orders):
-    found = combine_orders(*map(verdict, orders))
-    assert [found[k] for k in ("consistent", "average", "probability", "flipped", "votes")] == [None] * 5
-    assert [v["first"] for v in found["orders"]] == list(orders)
+def test_one_missing_verdict_decides_nothing(orders):
+    combined = combine_orders(*map(verdict, orders))
+    assert [combined[k] for k in ("consistent", "average", "probability", "flipped", "votes")] == [None] * 5
+    assert [v["first"] for v in combined["orders"]] == list(orders)
 
 
-def test_probabilities_of_both_orders_are_averaged():
+def test_probabilities_average_both_orders():
     assert combine_orders(Verdict(1, 0.8), Verdict(0, 0.3))["probability"] == pytest.approx((0.8 + 0.7) / 2)
     assert combine_orders(Verdict(1, 0.0), Verdict(0, 0.0))["probability"] == 0.5
     assert combine_orders(Verdict(1, 0.8), Verdict(0))["probability"] is None
 
 
-def test_figures_counted_by_hand():
+def test_battle_metrics_by_hand():
     strong = ((1, 3), (0, 3))
     rows = [row(i, orders) for i, orders in enumerate([WIN, strong, LOSS, (1, 1), TIE, (None, 1), (None, None)])]
     m = battle_metrics(rows, 0)
@@ -104,14 +102,14 @@ def test_figures_counted_by_hand():
     assert v["p_win_rate_is_half"] == 1 and "win_rate_probability" not in v
 
 
-def test_ties_against_a_decided_order_part_the_two_rules():
+def test_one_tied_order_separates_the_two_rules():
     v = values(battle_metrics([row(0, (1, 0.5)), row(1, (1, 0.5)), row(2, WIN)], 0))
     assert v["win_rate"] == pytest.approx(2 / 3) and v["win_rate_average_of_orders"] == pytest.approx(2.5 / 3)
 
 
-def test_identical_answers_are_ties_and_counted_as_rows(tmp_path):
+def test_identical_answers_are_counted_ties(tmp_path):
     class First:
-        name = "first"
+        name, instant = "first", False
 
         def identity(self):
             return {}
@@ -128,12 +126,12 @@ def test_identical_answers_are_ties_and_counted_as_rows(tmp_path):
     assert m["ties"]["value"] == 3 and m["flip_rate"]["value"] == pytest.approx(1 / 3)
 
 
-def test_where_every_row_lost_a_verdict_there_is_no_rate():
-    v = values(battle_metrics([row(0, LOST), row(1, LOST)], 0))
+def test_no_win_rate_without_verdicts():
+    v = values(battle_metrics([row(0, UNPARSED), row(1, UNPARSED)], 0))
     assert v["dropped"] == 2 and v["unparsed_verdicts"] == 2 and "win_rate" not in v
 
 
-def test_probability_and_mass_by_hand():
+def test_probability_and_label_mass_by_hand():
     rows = [
         {**row(0, WIN), **combine_orders(Verdict(1, 0.9, mass=0.8), Verdict(0, 0.3, mass=0.2))},
         {**row(1, WIN), **combine_orders(Verdict(1, 0.6, mass=0.4), Verdict(1, 0.8, mass=0.9))},
@@ -144,7 +142,7 @@ def test_probability_and_mass_by_hand():
 
 
 def test_intervals_resample_prompts():
-    """Both orders of a prompt agree here: resampling single verdicts would give an error smaller by sqrt(2)."""
+    """Both orders of a prompt agree, so resampling single verdicts would give an error too small by sqrt(2)."""
     outcomes = (np.random.default_rng(3).random(300) < 0.7).astype(float)
     m = battle_metrics([row(i, WIN if y else LOSS) for i, y in enumerate(outcomes)], 5)
     p = outcomes.mean()
@@ -156,11 +154,11 @@ def test_intervals_resample_prompts():
 
 def test_categories_by_hand():
     rows = [row(0, WIN, category="x"), row(1, LOSS, category="x"), row(2, WIN, category="y"), row(3, WIN)]
-    found = by_category([*rows, row(4, LOST, category="z")], 0)
-    assert {k: (c["n"], c["win_rate"]["value"]) for k, c in found.items()} == {"x": (2, 0.5), "y": (1, 1.0)}
+    categories = by_category([*rows, row(4, UNPARSED, category="z")], 0)
+    assert {k: (c["n"], c["win_rate"]["value"]) for k, c in categories.items()} == {"x": (2, 0.5), "y": (1, 1.0)}
 
 
-# ----------------------------------------------------------------------------------------------------- who meets whom
+# ----------------------------------------------------------------------------------------------------------- pairings
 
 
 def test_pairings():
@@ -169,7 +167,7 @@ def test_pairings():
     assert pairings(["base", "tuned"], "gpt") == [("base", "gpt"), ("tuned", "gpt")]
 
 
-def test_questions_in_both_orders_and_no_answer_no_question(tmp_path):
+def test_both_orders_skip_missing_answers(tmp_path):
     prompts = [Prompt([{"role": "user", "content": f"q{i}"}], f"line {i}") for i in range(3)]
     answers = {"tuned": ["long 0", None, "l2"], "base": ["b0", "b1", "base 2"]}
     answers = {k: [t and {"text": t, "tokens": len(t)} for t in v] for k, v in answers.items()}
@@ -185,34 +183,34 @@ def test_questions_in_both_orders_and_no_answer_no_question(tmp_path):
     assert [r["consistent"] for r in judged] == [1, 0] and not any(r["flipped"] for r in judged)
 
 
-def test_equal_answers_of_base_and_tuned_are_refused():
+def test_identical_models_are_refused():
     a, b = [{"text": "x"}, {"text": "y"}], [{"text": "x"}, {"text": "z"}]
     ensure_adapter_applied({"base": a, "tuned": b})
     with pytest.raises(UserError, match="2 prompts"):
         ensure_adapter_applied({"base": a, "tuned": [dict(each) for each in a]})
 
 
-def test_against_one_opponent_scores_are_paired_by_prompt():
+def test_opponent_scores_are_paired_by_prompt():
     rng = np.random.default_rng(2)
     base = rng.choice([LOSS, TIE, WIN], 40)
     tuned = [WIN if tuple(b) != LOSS or rng.random() < 0.5 else LOSS for b in base]
     rows = [row(i, o, "base", "gpt") for i, o in enumerate(map(tuple, base))]
-    # The other model's rows stand in another order, lack one prompt and lost one: both prompts are left out.
-    rows += [row(i, tuned[i] if i != 7 else LOST, "tuned", "gpt") for i in range(39, -1, -1) if i != 3]
+    # Tuned's rows are in another order, one prompt is missing and one has no verdict: both prompts are left out.
+    rows += [row(i, tuned[i] if i != 7 else UNPARSED, "tuned", "gpt") for i in range(39, -1, -1) if i != 3]
     score = {WIN: 1.0, LOSS: 0.0, TIE: 0.5}
     d = np.array([score[tuned[i]] - score[tuple(base[i])] for i in range(40) if i not in (3, 7)])
-    m = against_opponent(rows, ["base", "tuned"], "gpt", 0)
+    m = against_opponent(rows, 0)
     assert m["win_rate_difference"]["value"] == pytest.approx(d.mean()) and m["win_rate_difference"]["n"] == 38
     assert m["win_rate_difference"]["stderr"] == pytest.approx(d.std() / math.sqrt(38), rel=0.08)
     assert m["p_win_rate_difference"]["value"] == pytest.approx(wilcoxon(d).pvalue)
 
 
-def test_against_one_opponent_without_a_shared_prompt():
-    rows = [row(0, WIN, "base", "gpt"), row(0, LOST, "tuned", "gpt"), row(1, LOST, "base", "gpt")]
-    assert against_opponent([*rows, row(1, WIN, "tuned", "gpt")], ["base", "tuned"], "gpt", 0) == {}
+def test_opponent_without_shared_prompts():
+    rows = [row(0, WIN, "base", "gpt"), row(0, UNPARSED, "tuned", "gpt"), row(1, UNPARSED, "base", "gpt")]
+    assert against_opponent([*rows, row(1, WIN, "tuned", "gpt")], 0) == {}
 
 
-def test_answer_lengths_and_cut_off_share():
+def test_answer_lengths_and_truncated_share():
     answers = [
         {"text": "a", "tokens": 4, "finish_reason": "length"},
         {"text": "b", "tokens": 2, "finish_reason": "stop"},
@@ -240,7 +238,7 @@ def sklearn_fit(x, y, weights) -> np.ndarray:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_logistic_fit_is_sklearns_with_ties_as_two_half_rows(seed):
+def test_logistic_fit_equals_sklearn_with_half_rows(seed):
     rng = np.random.default_rng(seed)
     x = np.column_stack([np.ones(120), rng.normal(size=(120, 3)) * [1, 0.2, 3]])
     y = (rng.random(120) < expit(x @ [0.5, -1, 2, 0.3])).astype(float)
@@ -250,14 +248,14 @@ def test_logistic_fit_is_sklearns_with_ties_as_two_half_rows(seed):
     assert fit_logistic(x, y, weights) == pytest.approx(sklearn_fit(x, y, weights), abs=1e-5)
 
 
-def test_logistic_fit_of_one_column_is_the_logit_of_the_mean():
+def test_logistic_fit_of_a_constant_is_the_logit():
     y = np.tile([1, 1, 1, 0.5], 1000)
     assert fit_logistic(np.ones((4000, 1)), y)[0] == pytest.approx(math.log(7), abs=1e-4)
 
 
 @pytest.mark.parametrize("seed", range(60))
-def test_logistic_fit_ends_where_the_gradient_vanishes(seed):
-    """Also where style (almost) separates the outcomes, where plain Newton steps wander."""
+def test_logistic_fit_has_zero_gradient(seed):
+    """Also for (nearly) separable data, where plain Newton steps diverge."""
     rng = np.random.default_rng(seed)
     n = int(rng.integers(3, 30))
     x = np.column_stack([np.ones(n), rng.normal(size=(n, rng.integers(1, 5))) * rng.choice([0.1, 1, 5])])
@@ -277,7 +275,7 @@ def hunters_mm(wins: np.ndarray) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def tournament():
-    """Three models, every pairing over 60 prompts, some lost; (rows, wins)."""
+    """Three models, every pairing over 60 prompts, some missing: (rows, wins, names)."""
     rng = np.random.default_rng(11)
     names, wins, rows = ["base", "tuned", "other"], np.zeros((3, 3)), []
     for b, a in ((0, 1), (0, 2), (1, 2)):
@@ -291,38 +289,38 @@ def tournament():
     return rows, wins, names
 
 
-def test_bradley_terry_is_hunters_mm(tournament):
+def test_bradley_terry_equals_hunters_mm(tournament):
     rows, wins, names = tournament
-    found, wanted = bradley_terry(rows, names, 0), hunters_mm(wins)
-    assert list(found) == names and found["base"]["value"] == 0
-    # The weak prior pulls the strengths by less than a thousandth.
-    assert [found[k]["value"] for k in names] == pytest.approx(list(wanted), abs=1e-3)
+    strengths, expected = bradley_terry(rows, names, 0), hunters_mm(wins)
+    assert list(strengths) == names and strengths["base"]["value"] == 0
+    # The weak prior shifts the strengths by less than 1e-3.
+    assert [strengths[k]["value"] for k in names] == pytest.approx(list(expected), abs=1e-3)
     for name in names[1:]:
-        low, high = found[name]["ci95"]
-        assert low < found[name]["value"] < high and found[name]["n"] == 60
+        low, high = strengths[name]["ci95"]
+        assert low < strengths[name]["value"] < high and strengths[name]["n"] == 60
 
 
-def test_bradley_terry_intervals_keep_a_prompts_pairings_together(tournament):
-    """A slow bootstrap over prompts, each with all its pairings, fitted by MM in closed steps."""
+def test_bradley_terry_resamples_whole_prompts(tournament):
+    """Against a direct bootstrap over prompts, each with all its pairings."""
     rows, _, names = tournament
     rows = [r for r in rows if {r["a"], r["b"]} == {"tuned", "base"}]
-    # The third model plays exactly as tuned does against base, on the same prompts, and always ties with tuned.
+    # The third model scores exactly as tuned does against base, on the same prompts, and always ties with tuned.
     copies = [{**r, "a": "other"} for r in rows] + [row(r["prompt"], TIE, "other", "tuned") for r in rows]
-    found = bradley_terry([*rows, *copies], names, 0)
+    strengths = bradley_terry([*rows, *copies], names, 0)
     y = np.array([r["consistent"] for r in rows])
     rng = np.random.default_rng(0)
-    slow = [math.log(m / (1 - m)) for m in rng.choice(y, (2000, len(y))).mean(1)]
+    resampled = [math.log(m / (1 - m)) for m in rng.choice(y, (2000, len(y))).mean(1)]
     for name in ("tuned", "other"):
-        assert found[name]["value"] == pytest.approx(math.log(y.mean() / (1 - y.mean())), abs=1e-3)
-        assert found[name]["stderr"] == pytest.approx(np.std(slow), rel=0.1)
+        assert strengths[name]["value"] == pytest.approx(math.log(y.mean() / (1 - y.mean())), abs=1e-3)
+        assert strengths[name]["stderr"] == pytest.approx(np.std(resampled), rel=0.1)
 
 
-def test_a_model_that_won_everything_stays_finite():
+def test_undefeated_model_has_finite_strength():
     rows = [row(i, WIN) for i in range(8)] + [row(i, WIN, "other", "base") for i in range(8)]
     rows += [row(i, TIE if i % 2 else WIN, "other", "tuned") for i in range(8)]
-    found = bradley_terry(rows, ["base", "tuned", "other"], 0)
-    json.dumps(found, allow_nan=False)
-    strength = values(found)
+    strengths = bradley_terry(rows, ["base", "tuned", "other"], 0)
+    json.dumps(strengths, allow_nan=False)
+    strength = values(strengths)
     assert 3 < strength["tuned"] < strength["other"] < 100
     m = battle_metrics([row(i, WIN, tokens=(5 + 3 * i, 15)) for i in range(40)], 0)
     json.dumps(m, allow_nan=False)
@@ -333,7 +331,7 @@ def test_a_model_that_won_everything_stays_finite():
 
 
 def lengths(count, rng) -> tuple[np.ndarray, np.ndarray]:
-    """Token counts of answers where the first side is always the longer."""
+    """Token counts of answers; the first side is always longer."""
     other = rng.integers(40, 200, count)
     return np.round(other * rng.uniform(1.02, 4, count)) + 1, other
 
@@ -343,8 +341,8 @@ def differences(tokens_a, tokens_b) -> np.ndarray:
     return style_differences(texts, texts, list(tokens_a), list(tokens_b))
 
 
-def test_style_control_takes_length_out():
-    """Tuned is always longer, and nothing but length decides: raw says it is far better, the control that it is not."""
+def test_style_control_removes_length_effect():
+    """Tuned is always longer and only length decides: its raw win rate is high, its controlled one is 50%."""
     rng = np.random.default_rng(6)
     a, b = lengths(1500, rng)
     y = (rng.random(1500) < expit(5 * (a - b) / (a + b))).astype(float)
@@ -354,8 +352,8 @@ def test_style_control_takes_length_out():
     assert y.mean() > 0.75 and abs(m["value"] - 0.5) < 0.1 and low < 0.5 < high
 
 
-def test_style_control_leaves_skill_in():
-    """Tuned is always longer but wins by skill alone, p = sigmoid(1)."""
+def test_style_control_keeps_skill():
+    """Tuned is always longer, but wins by skill only: P(win) = sigmoid(1)."""
     rng = np.random.default_rng(5)
     a, b = lengths(1500, rng)
     y = (rng.random(1500) < expit(1)).astype(float)
@@ -363,29 +361,29 @@ def test_style_control_leaves_skill_in():
 
 
 @pytest.mark.parametrize("outcomes", [[1, 1, 0.5, 0, 1], [0, 0, 0.5], [1, 0]], ids=str)
-def test_equal_style_leaves_the_raw_rate(outcomes):
+def test_equal_style_keeps_the_raw_rate(outcomes):
     y = np.tile(outcomes, 60)
-    found = style_controlled(differences(np.full(len(y), 30), np.full(len(y), 30)), y, 0)
-    assert found["value"] == pytest.approx(y.mean(), abs=1e-3)
+    controlled = style_controlled(differences(np.full(len(y), 30), np.full(len(y), 30)), y, 0)
+    assert controlled["value"] == pytest.approx(y.mean(), abs=1e-3)
     m = battle_metrics([row(i, {1: WIN, 0.5: TIE, 0: LOSS}[o]) for i, o in enumerate(y)], 0)
     assert m["win_rate_style_controlled"]["value"] == pytest.approx(y.mean(), abs=1e-3)
     assert m["win_rate_style_controlled"]["ci95"] == pytest.approx(m["win_rate"]["ci95"], abs=1e-3)
 
 
-def test_one_constant_difference_of_style_cannot_be_told_from_skill():
+def test_constant_style_difference_gives_nan():
     y = np.tile([1, 1, 0], 20)
-    found = style_controlled(differences(np.full(60, 200), np.full(60, 100)), y, 0)
-    assert math.isnan(found["value"]) and found["ci95"] is None
+    controlled = style_controlled(differences(np.full(60, 200), np.full(60, 100)), y, 0)
+    assert math.isnan(controlled["value"]) and controlled["ci95"] is None
 
 
 def test_style_differences_by_hand():
-    found = style_differences(["# H\n- a\n- b\n**x**", ""], ["**x** and __y__", ""], [19, 0], [9, 0])
+    features = style_differences(["# H\n- a\n- b\n**x**", ""], ["**x** and __y__", ""], [19, 0], [9, 0])
     d = [(1 / 20, 0), (2 / 20, 0), (1 / 20, 2 / 10)]
-    assert found[0] == pytest.approx([10 / 28, *((p - q) / (p + q + 1) for p, q in d)])
-    assert found[1].tolist() == [0, 0, 0, 0]
+    assert features[0] == pytest.approx([10 / 28, *((p - q) / (p + q + 1) for p, q in d)])
+    assert features[1].tolist() == [0, 0, 0, 0]
 
 
-def test_scaling_keeps_the_mean_and_constant_zero():
+def test_scaling_keeps_mean_and_constant_zero():
     x = np.array([[3.0, 0], [4.0, 0]])
     assert scaled(x)[:, 0] == pytest.approx(np.array([3, 4]) / math.sqrt(12.5)) and scaled(x)[:, 1].tolist() == [0, 0]
 
@@ -404,7 +402,7 @@ def test_scaling_keeps_the_mean_and_constant_zero():
         ("", (0, 0, 0)),
     ],
 )
-def test_markdown_outside_code_fences_is_counted(text, counts):
+def test_markdown_counts_skip_code_fences(text, counts):
     assert markdown_counts(text) == counts
 
 
@@ -417,5 +415,5 @@ def test_markdown_outside_code_fences_is_counted(text, counts):
     ],
     ids=["four backticks", "in a list", "inline"],
 )
-def test_markdown_beside_unusual_fences(text, counts):
+def test_markdown_counts_with_unusual_fences(text, counts):
     assert markdown_counts(text) == counts
