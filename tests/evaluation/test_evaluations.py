@@ -121,7 +121,7 @@ def test_battle_end_to_end(battle, tiny, tmp_path):
             answer = row[f"answer_{side}"]
             assert answer["tokens"] <= 6 and answer["finish_reason"] == ("length" if answer["tokens"] == 6 else "stop")
     assert summary["answers"]["tuned"]["truncated_share"]["value"] > 0
-    assert "flips" in out and "tuned vs base" in out and "8 prompts" in out
+    assert "win rate, %" in out and "tuned vs base" in out and "8 prompts" in out
     assert (tmp_path / "r/battle.png").stat().st_size > 10_000
     assert summary["model"]["judge"]["prompt_sha256"]
     answers = list((tmp_path / ".cache").glob("answers-*/rows-0.jsonl"))
