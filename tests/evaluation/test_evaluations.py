@@ -72,22 +72,22 @@ def test_killed_evaluation_resumes(call, trained, tmp_path):
     )  # fmt: skip
     started = time.monotonic()
     while time.monotonic() - started < 120 and process.poll() is None:
-        found = list((tmp_path / "out/.cache").glob("win-rate-*/rows-0.jsonl"))
-        if found and len(RowFile(found[0]).read()) >= 5:
+        caches = list((tmp_path / "out/.cache").glob("win-rate-*/rows-0.jsonl"))
+        if caches and len(RowFile(caches[0]).read()) >= 5:
             break
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    kept = len(RowFile(found[0]).read())
-    assert 5 <= kept < 120 and not (tmp_path / "out/r/win_rate.json").exists()
+    cached = len(RowFile(caches[0]).read())
+    assert 5 <= cached < 120 and not (tmp_path / "out/r/win_rate.json").exists()
     code, _, err = call("eval_win_rate", *args)
     assert code == 0, err
-    again = read_json(tmp_path / "out/r/win_rate.json")
-    assert again["scoring"]["rows_kept_before"] == kept
+    resumed = read_json(tmp_path / "out/r/win_rate.json")
+    assert resumed["scoring"]["rows_kept_before"] == cached
     code, _, err = call("eval_win_rate", *eval_args(trained, tmp_path / "afresh", "--dataset_name", data))
     assert code == 0, err
     fresh = values(read_json(tmp_path / "afresh/r/win_rate.json"))
-    assert values(again) == pytest.approx(fresh, abs=1e-4, nan_ok=True)
+    assert values(resumed) == pytest.approx(fresh, abs=1e-4, nan_ok=True)
 
 
 # ------------------------------------------------------------------------------------------------------------ battles
@@ -197,8 +197,8 @@ def test_judge_failure_keeps_cached_answers(call, trained, tmp_path):
     code, _, err = call("eval_win_rate", *args, "--judge", "openai:m@http://127.0.0.1:9/v1")
     assert code == 2
     assert_one_line(err, "openai:m@http://127.0.0.1:9/v1")
-    kept = list((tmp_path / ".cache").glob("answers-*/rows-0.jsonl"))
-    assert len(kept) == 2 and all(len(RowFile(path).read()) == 8 for path in kept)
+    caches = list((tmp_path / ".cache").glob("answers-*/rows-0.jsonl"))
+    assert len(caches) == 2 and all(len(RowFile(path).read()) == 8 for path in caches)
 
 
 def test_identical_answers_are_an_error(call, trained, tmp_path, monkeypatch):

@@ -42,7 +42,7 @@ def slow_figures(trained, tiny, sequences):
     """Base, tuned and KL of each sequence, one row at a time, with separately loaded models."""
     base = load_model(str(tiny)).eval()
     tuned = load_model(str(tiny), adapter=str(trained / "ck/r")).eval()
-    found = []
+    scores = []
     with torch.no_grad():
         for s in sequences:
             logps = [slow_logp(m, s.ids[: s.start], s.ids[s.start :]) for m in (base, tuned)]
@@ -50,8 +50,8 @@ def slow_figures(trained, tiny, sequences):
                 m(input_ids=torch.tensor([s.ids])).logits[0, s.start - 1 : -1].double().log_softmax(-1)
                 for m in (base, tuned)
             )
-            found.append([*logps, float((t.exp() * (t - b)).sum())])
-    return found
+            scores.append([*logps, float((t.exp() * (t - b)).sum())])
+    return scores
 
 
 @pytest.mark.parametrize("extra", [(), ("--batch_size", 1), ("--batch_tokens", 150), ("--batch_tokens", 100000)])
@@ -106,15 +106,15 @@ def test_order_does_not_change_scores(trained, tmp_path):
 def test_rerun_scores_only_missing_sequences(trained, tmp_path, monkeypatch):
     comparison = compare(trained, tmp_path, "--batch_size", 1)
     models, sequences = sequences_of(comparison)
-    whole, _ = score_sequences(models, sequences, summed, "test")
+    first, _ = score_sequences(models, sequences, summed, "test")
     (cache,) = (tmp_path / ".cache").glob("test-*/rows-0.jsonl")
     lines = cache.read_text().splitlines(keepends=True)
     cache.write_text("".join(lines[:5]) + lines[5][:20])
-    again, speed = score_sequences(sequences_of(comparison)[0], sequences, summed, "test")
-    assert again == whole and speed["rows_kept_before"] == 5
+    second, speed = score_sequences(sequences_of(comparison)[0], sequences, summed, "test")
+    assert second == first and speed["rows_kept_before"] == 5
     monkeypatch.setattr(TwoModels, "load", lambda self: pytest.fail("nothing was left to score"))
     third, speed = score_sequences(sequences_of(comparison)[0], sequences, summed, "test")
-    assert third == whole and speed["tokens"] == 0
+    assert third == first and speed["tokens"] == 0
 
 
 def test_cache_depends_on_weights_data_and_spans(trained, tmp_path):
@@ -149,8 +149,8 @@ def test_bfloat16_reports_batch_spread(trained, tmp_path):
     rows, speed = score_sequences(models, sequences, summed, "test")
     assert 0 <= speed["batch_spread_nats"] < 0.5
     exact, _ = score_sequences(*sequences_of(compare(trained, tmp_path)), summed, "test")
-    moved = [abs(a["tuned"] - b["tuned"]) for a, b in zip(rows, exact, strict=True)]
-    assert 1e-4 < max(moved) < 1
+    errors = [abs(a["tuned"] - b["tuned"]) for a, b in zip(rows, exact, strict=True)]
+    assert 1e-4 < max(errors) < 1
 
 
 def test_cache_reads_other_process_counts(tmp_path):
@@ -184,8 +184,8 @@ def test_late_process_sees_the_same_cache(tmp_path):
         "todo = [i for i in range(6) if str(i) not in cache.finished]\n"
         "for i in cache.own_share(todo):\n"
         "    cache.add(str(i), {'by': state.process_index})\n"
-        "found = cache.gather()\n"
-        "assert {k: v['by'] for k, v in found.items()} == {str(i): i % 2 for i in range(6)}, found\n"
+        "items = cache.gather()\n"
+        "assert {k: v['by'] for k, v in items.items()} == {str(i): i % 2 for i in range(6)}, items\n"
     )
     done = subprocess.run(
         [*ACCELERATE, "--config_file", str(CPU), str(script)], capture_output=True, text=True, cwd=ROOT,

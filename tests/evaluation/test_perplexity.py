@@ -54,17 +54,17 @@ def test_pair_scores_match_slow_loop(perplexity, both, prefs, smol_tokenizer):
     totals = {}
     for row, pair in zip(rows, pairs, strict=True):
         for side in ("chosen", "rejected"):
-            prompt, whole = (
+            prompt, full = (
                 smol_tokenizer(smol_tokenizer.apply_chat_template(m, tokenize=False, add_generation_prompt=g))[
                     "input_ids"
                 ]
                 for m, g in ((pair[side][:-1], True), (pair[side], False))
             )
             for part, start in (("response", len(prompt)), ("whole", 1)):
-                nlls = [slow_nll(model, whole, start) for model in both]
+                nlls = [slow_nll(model, full, start) for model in both]
                 assert [row[f"nll_{part}_{side}_{m}"] for m in ("base", "tuned")] == pytest.approx(nlls, rel=1e-4)
-                assert row[f"tokens_{part}_{side}"] == len(whole) - start
-                totals.setdefault((part, side), []).append([*nlls, len(whole) - start])
+                assert row[f"tokens_{part}_{side}"] == len(full) - start
+                totals.setdefault((part, side), []).append([*nlls, len(full) - start])
             # The answer and the newline after its end of turn.
             assert row[f"bytes_response_{side}"] == len(pair[side][-1]["content"].encode()) + 1
     for (part, side), values in totals.items():
@@ -74,9 +74,9 @@ def test_pair_scores_match_slow_loop(perplexity, both, prefs, smol_tokenizer):
             assert m["ppl"] == pytest.approx(math.exp(nll.sum() / tokens.sum()), rel=1e-3)
             assert m["ppl_mean"] == pytest.approx(np.exp(nll / tokens).mean(), rel=1e-3)
             assert m["nll"] == pytest.approx(nll.sum() / tokens.sum(), rel=1e-3)
-        moved = summary["metrics"][f"{part}_{side}_nll_difference"]
-        assert moved["value"] == pytest.approx((tuned - base).sum() / tokens.sum(), rel=1e-2, abs=1e-5)
-        assert moved["ci95"][0] <= moved["value"] <= moved["ci95"][1]
+        change = summary["metrics"][f"{part}_{side}_nll_difference"]
+        assert change["value"] == pytest.approx((tuned - base).sum() / tokens.sum(), rel=1e-2, abs=1e-5)
+        assert change["ci95"][0] <= change["value"] <= change["ci95"][1]
     assert summary["metrics"]["kl_chosen"]["value"] > 0 and "KL(tuned || base)" in out
     assert "(8 pairs)" in out and set(summary["length_bias"]) == {"test", "train"}
 
@@ -185,13 +185,13 @@ def test_known_difference_to_lm_eval_with_bos(tiny_gemma2, tmp_path):
     text = TEXTS[0]
     sequences, rows = cut_documents([{"where": "t", "text": text}], tokenizer, 500, 500, "per_window")
     ours = -slow_nll(model, sequences[0].ids, sequences[0].start)
-    theirs = rolling(model, tokenizer, text, 500)
+    lm_eval_score = rolling(model, tokenizer, text, 500)
     # lm-eval scores P(BOS | BOS) first, so every later token sees two BOS.
     with torch.no_grad():
         double = slow_logp(model, [bos, bos], sequences[0].ids[1:])
         bos_given_bos = slow_logp(model, [bos], [bos])
-    assert theirs == pytest.approx(double + bos_given_bos, rel=1e-3)
-    assert abs(theirs - ours) > 1 and sequences[0].ids.count(bos) == 1
+    assert lm_eval_score == pytest.approx(double + bos_given_bos, rel=1e-3)
+    assert abs(lm_eval_score - ours) > 1 and sequences[0].ids.count(bos) == 1
 
 
 def test_bytes_of_split_characters_add_up(smol_tokenizer):
@@ -262,7 +262,7 @@ def test_empty_and_binary_texts_are_errors(call, trained, tmp_path):
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00\x01")
     write_jsonl(tmp_path / "blank.jsonl", [{"text": " "}])
     write_jsonl(tmp_path / "other.jsonl", [{"body": "x"}])
-    for flag, name, word in (
+    for flag, name, detail in (
         ("--text_file", "empty.txt", "empty"),
         ("--text_file", "binary.txt", "UTF-8"),
         ("--text_dataset", "blank.jsonl", "empty"),
@@ -270,4 +270,4 @@ def test_empty_and_binary_texts_are_errors(call, trained, tmp_path):
     ):
         code, _, err = call("eval_perplexity", *eval_args(trained, tmp_path, "--skip_pairs", flag, tmp_path / name))
         assert code == 2
-        assert_one_line(err, name, word)
+        assert_one_line(err, name, detail)

@@ -30,7 +30,7 @@ def win_rate(call, trained, tmp_path):
 def test_trainer_metrics_are_reproduced(win_rate, trained, tmp_path):
     summary, rows, out = win_rate("--expected", trained / "out/r/train_log.jsonl")
     own, m = read_json(trained / "out/r/train.json")["metrics"], summary["metrics"]
-    for ours, theirs in {
+    for name, trainer_name in {
         "win_rate": "reward_accuracy_strict",
         "win_rate_ties_half": "reward_accuracy",
         "avg_margin": "reward_margin",
@@ -38,12 +38,12 @@ def test_trainer_metrics_are_reproduced(win_rate, trained, tmp_path):
         "avg_reward_rejected": "reward_rejected",
         "likelihood_ranking_base": "likelihood_ranking_base",
     }.items():
-        assert m[ours]["value"] == pytest.approx(own[theirs]["value"], abs=1e-4), ours
-        assert m[ours]["ci95"] == pytest.approx(own[theirs]["ci95"], abs=1e-3), ours
+        assert m[name]["value"] == pytest.approx(own[trainer_name]["value"], abs=1e-4), name
+        assert m[name]["ci95"] == pytest.approx(own[trainer_name]["ci95"], abs=1e-3), name
     held_out = RowFile(trained / "out/r/heldout_rows.jsonl").read()
-    for ours, theirs in zip(rows, held_out, strict=True):
+    for row, trainer_row in zip(rows, held_out, strict=True):
         for key in ("chosen", "rejected", "ref_chosen", "ref_rejected"):
-            assert ours[key] == pytest.approx(theirs[key], abs=1e-4)
+            assert row[key] == pytest.approx(trainer_row[key], abs=1e-4)
     assert summary["expected"]["agrees"] and summary["expected"]["batch_size"] == 3
     assert m["evaluated_examples"]["value"] == 8 and m["skipped_examples"]["value"] == 0
     assert "DIFFERS" not in out and (tmp_path / "r/win_rate.png").stat().st_size > 10_000
@@ -116,18 +116,18 @@ def test_slices_select_the_right_pairs():
     rows = fake_rows(
         margin, [10, 20, 30, 5, 10, 8], [10, 10, 29, 10, 11, 8], [0, 1, 2, 3, None, 4], [1, 1, 1, -1, -1, 0]
     )
-    found = slices(rows, 1)
-    longer = found["by_longer_side"]
+    groups = slices(rows, 1)
+    longer = groups["by_longer_side"]
     assert {k: v["n"] for k, v in longer.items()} == {
         f"{k}, tokens": 2 for k in ("chosen longer", "rejected longer", "equal")
     }
     assert longer["chosen longer, tokens"]["win_rate"]["value"] == 0
     assert longer["chosen longer, tokens"]["win_rate_ties_half"]["value"] == 0.25
     assert longer["rejected longer, tokens"]["base_ranking"]["value"] == 0
-    matched = found["by_length_match"]
+    matched = groups["by_length_match"]
     assert {k: v["n"] for k, v in matched.items()} == {"lengths within 10%": 4, "lengths beyond 10%": 2}
-    assert sum(v["n"] for v in found["by_length"].values()) == 6
-    gaps = found["by_score_gap"]
+    assert sum(v["n"] for v in groups["by_length"].values()) == 6
+    gaps = groups["by_score_gap"]
     assert gaps["without scores"]["n"] == 1 and sum(v["n"] for v in gaps.values()) == 6
     assert "by_score_gap" not in slices(fake_rows(margin, [1] * 6, [2] * 6), 1)
     same = slices(fake_rows(margin, [7] * 6, [7] * 6), 1)
@@ -144,9 +144,9 @@ def test_calibration_recovers_known_scale():
     bins = calibration_bins(2 * margin, 1)
     assert len(bins) == 10 and sum(b["n"] for b in bins) == 4000
     assert max(abs(b["accuracy"]["value"] - b["confidence"]) for b in bins) < 0.06
-    found = calibration_metrics(margin, 1)
-    assert found["calibration_ece"]["value"] > 0.08 > calibration_metrics(2 * margin, 1)["calibration_ece"]["value"]
-    assert found["calibration_brier"]["value"] == pytest.approx(np.mean((1 - 1 / (1 + np.exp(-margin))) ** 2))
+    metrics = calibration_metrics(margin, 1)
+    assert metrics["calibration_ece"]["value"] > 0.08 > calibration_metrics(2 * margin, 1)["calibration_ece"]["value"]
+    assert metrics["calibration_brier"]["value"] == pytest.approx(np.mean((1 - 1 / (1 + np.exp(-margin))) ** 2))
 
 
 def test_in_order_batches_match_accelerate():
@@ -161,23 +161,23 @@ def test_in_order_batches_match_accelerate():
                 ranks = (
                     [list(BatchSamplerShard(sampler, world, r)) for r in range(world)] if world > 1 else [list(sampler)]
                 )
-                wanted = [sorted(i for batch in step for i in batch) for step in zip(*ranks, strict=True)]
-                found = [sorted(batch) for batch in in_order_batches(count, size, world)]
-                assert found == wanted, (count, size, world)
+                expected = [sorted(i for batch in step for i in batch) for step in zip(*ranks, strict=True)]
+                batches = [sorted(batch) for batch in in_order_batches(count, size, world)]
+                assert batches == expected, (count, size, world)
 
 
 def test_longest_first_batches():
     assert longest_first_batches([3, 9, 5, 7], 3, 1) == [[1, 3, 2], [0]]
-    found = longest_first_batches([3, 9, 5], 1, 2)
-    assert found == [[2, 1], [0, 2]]
+    batches = longest_first_batches([3, 9, 5], 1, 2)
+    assert batches == [[2, 1], [0, 2]]
 
 
 def test_compare_reports_differences():
     rows = [{"margin": 1.0, "reward_chosen": 1.0, "reward_rejected": 0.0, "chosen": -1.0, "rejected": -2.0}] * 4
     logged = {"rewards/accuracies": 1.0, "rewards/margins": 1.002, "logps/chosen": -1.0}
-    found = compare(rows, TrainerEvaluation(logged, 2, 1))
-    assert not found["agrees"] and set(found["figures"]) == {"rewards/accuracies", "rewards/margins", "logps/chosen"}
-    assert [f["agrees"] for f in found["figures"].values()] == [True, False, True]
+    comparison = compare(rows, TrainerEvaluation(logged, 2, 1))
+    assert not comparison["agrees"] and set(comparison["figures"]) == set(logged)
+    assert [f["agrees"] for f in comparison["figures"].values()] == [True, False, True]
 
 
 # ------------------------------------------------------------------------------------------------------- length bias
@@ -188,11 +188,11 @@ def test_length_bias_counts_words(win_rate, prefs):
 
     summary, _, out = win_rate()
     assert set(summary["length_bias"]) == {"test", "train"}
-    for split, found in summary["length_bias"].items():
+    for split, bias in summary["length_bias"].items():
         rows = [json.loads(line) for line in (prefs / f"{split}.jsonl").read_text().splitlines()]
         words = [[len(row[side][-1]["content"].split()) for side in ("chosen", "rejected")] for row in rows]
         chosen, rejected = np.array(words).T
-        w = found["words"]
+        w = bias["words"]
         assert w["mean_chosen"]["value"] == chosen.mean() and w["mean_rejected"]["value"] == rejected.mean()
         assert w["relative_difference"]["value"] == pytest.approx(chosen.mean() / rejected.mean() - 1)
         assert w["share_chosen_longer"]["value"] == (chosen > rejected).mean()
@@ -200,7 +200,7 @@ def test_length_bias_counts_words(win_rate, prefs):
         test = binomtest(int((chosen > rejected).sum()), int((chosen != rejected).sum()))
         assert w["p_chosen_longer_is_half"]["value"] == pytest.approx(test.pvalue)
         assert f"of {split} ({len(rows)} pairs)" in out
-        assert found["tokens"]["mean_chosen"]["value"] > 0
+        assert bias["tokens"]["mean_chosen"]["value"] > 0
 
 
 # ------------------------------------------------------------------------------------------- models, data, bad input
@@ -226,8 +226,10 @@ def test_merged_model_matches_adapter(call, trained, tiny, prefs, tmp_path):
     )
     code, out, err = call("eval_win_rate", *args, "--eval_out", tmp_path / "out")
     assert code == 0, err
-    found, own = read_json(tmp_path / "out/merged/win_rate.json"), read_json(trained / "out/r/train.json")
-    assert found["metrics"]["avg_margin"]["value"] == pytest.approx(own["metrics"]["reward_margin"]["value"], abs=1e-3)
+    evaluated, own = read_json(tmp_path / "out/merged/win_rate.json"), read_json(trained / "out/r/train.json")
+    assert evaluated["metrics"]["avg_margin"]["value"] == pytest.approx(
+        own["metrics"]["reward_margin"]["value"], abs=1e-3
+    )
 
 
 def test_published_command_with_dashes(call, trained, tiny, prefs, tmp_path):
@@ -466,9 +468,9 @@ def test_skipped_pairs_are_counted(call, trained, tmp_path):
     data = write_jsonl(tmp_path / "some.jsonl", rows)
     code, _, err = call("eval_win_rate", *eval_args(trained, tmp_path, "--dataset_name", data))
     assert code == 0, err
-    found = read_json(tmp_path / "r/win_rate.json")
-    assert found["metrics"]["skipped_examples"]["value"] == 2
-    assert found["data"]["dropped"] == {"identical_responses": 1, "empty_response": 1}
+    summary = read_json(tmp_path / "r/win_rate.json")
+    assert summary["metrics"]["skipped_examples"]["value"] == 2
+    assert summary["data"]["dropped"] == {"identical_responses": 1, "empty_response": 1}
 
 
 def test_help_is_instant():
