@@ -100,12 +100,12 @@ class Comparison:
                 " with --output_dir, or --overwrite it"
             )
 
-    def path(self, stem: str, suffix: str, rows: bool = False) -> Path:
+    def path(self, stem: str, suffix: str) -> Path:
         """The path of an artifact: `<out>/<stem><suffix>`, or next to --output_json; --limit adds LIMIT to it."""
         folder = self.out
         if self.args.output_json:
             folder, stem = Path(self.args.output_json).parent, Path(self.args.output_json).stem
-        return folder / f"{with_limit_suffix(stem, self.args.limit)}{'_rows' if rows else ''}{suffix}"
+        return folder / f"{with_limit_suffix(stem, self.args.limit)}{suffix}"
 
 
 def resolve(args: ComparisonArguments) -> Comparison:
