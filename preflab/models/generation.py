@@ -1,8 +1,11 @@
-"""The one generation loop: prompts in, answers with token counts and finish reasons out."""
+"""Generation with transformers, for every stage: prompts in, answers with token counts and finish reasons out."""
 
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+import torch
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from preflab.data.chat_template import ChatRenderer, neutralise
 from preflab.models.batching import token_batches
@@ -21,28 +24,27 @@ def generate(
     seed: int = 42,
     batch_size: int | None = None,
 ) -> Iterator[dict]:
-    """Answer conversations, longest first, in batches of at most `batch_tokens` prompt and answer tokens.
+    """Answer conversations in batches, longest first.
 
-    A prompt's answer does not depend on the prompts beside it: rows are masked from each other, and a sampled answer
-    draws from a generator of its own, seeded from `seed` and the prompt. Special tokens spelt out in a prompt are text.
+    An answer does not depend on the other prompts of its batch: padding is masked, and every sampled answer has its own
+    random generator, seeded from `seed` and the prompt. Special tokens that a prompt spells out are treated as text.
 
     Args:
         prompts: conversations that end with a user turn.
         temperature: 0 decodes greedily; above 0 samples.
+        batch_tokens: maximum of prompt and answer tokens per batch, padding included.
+        batch_size: maximum of prompts per batch.
 
     Yields:
         `{"index", "text", "tokens", "finish_reason"}` per prompt, batch by batch (`index` into `prompts`);
-        `finish_reason` is "stop" where an end-of-turn token came, "length" where `max_new_tokens` cut it.
+        `finish_reason` is "stop" after an end-of-turn token, "length" if truncated at `max_new_tokens`.
     """
-    import torch
-    from transformers import GenerationConfig, LogitsProcessorList
-
     chat = ChatRenderer(tokenizer)
-    prompt_ids = chat.ids([chat.prompt_text(as_text(messages, tokenizer)) for messages in prompts])
-    # The end-of-turn token ends an answer also where the model's own settings name only the end of the text.
+    prompt_ids = chat.ids([chat.prompt_text(as_plain_text(messages, tokenizer)) for messages in prompts])
+    # Some instruct models name only the end of the text in their generation config, not the template's end of turn.
     stops = {tokenizer.eos_token_id, *chat.end_ids()}
-    own = model.generation_config.eos_token_id
-    stops |= set(own if isinstance(own, list) else [own]) - {None}
+    eos = model.generation_config.eos_token_id
+    stops |= set(eos if isinstance(eos, list) else [eos]) - {None}
     settings = GenerationConfig(
         max_new_tokens=max_new_tokens,
         eos_token_id=sorted(stops),
@@ -54,6 +56,7 @@ def generate(
     model.eval()
     try:
         for batch in token_batches([len(ids) + max_new_tokens for ids in prompt_ids], batch_tokens, batch_size):
+            # Left padding, so that all answers start in the same column: shape (rows, longest prompt).
             width = len(prompt_ids[batch[0]])
             ids = torch.full((len(batch), width), tokenizer.pad_token_id, device=model.device)
             mask = torch.zeros_like(ids)
@@ -64,17 +67,17 @@ def generate(
             if temperature:
                 seeds = [prompt_seed(seed, prompts[i]) for i in batch]
                 sampling.append(seeded_sampling(seeds, temperature, top_p, model.device))
-            with torch.no_grad(), only_these(settings, model):
+            with torch.no_grad(), only_settings(settings, model):
                 out = model.generate(
                     input_ids=ids, attention_mask=mask, generation_config=settings, logits_processor=sampling
                 )
             for i, answer in zip(batch, out[:, width:].tolist(), strict=True):
                 stop = next((k for k, token in enumerate(answer) if token in stops), None)
-                kept = answer if stop is None else answer[:stop]
+                tokens = answer if stop is None else answer[:stop]
                 yield {
                     "index": i,
-                    "text": tokenizer.decode(kept, skip_special_tokens=True).strip(),
-                    "tokens": len(kept),
+                    "text": tokenizer.decode(tokens, skip_special_tokens=True).strip(),
+                    "tokens": len(tokens),
                     "finish_reason": "length" if stop is None else "stop",
                 }
     finally:
@@ -82,16 +85,19 @@ def generate(
 
 
 @contextmanager
-def only_these(settings, model):
-    """Let no default of the model's own generation config, such as a repetition penalty, fill gaps in `settings`."""
+def only_settings(settings, model):
+    """Replace the model's generation config, so that none of its defaults (e.g. a repetition penalty) apply.
+
+    `generate` fills fields that `settings` leaves unset from the model's own config.
+    """
     holders = [m for m in (model, without_adapter_shell(model)) if hasattr(m, "generation_config")]
-    own = [m.generation_config for m in holders]
+    originals = [m.generation_config for m in holders]
     for m in holders:
         m.generation_config = settings
     try:
         yield
     finally:
-        for m, config in zip(holders, own, strict=True):
+        for m, config in zip(holders, originals, strict=True):
             m.generation_config = config
 
 
@@ -100,60 +106,63 @@ def prompt_seed(seed: int, messages: list[dict]) -> int:
     return int(sha256_of(str(seed), json.dumps(messages))[:15], 16)
 
 
-def as_text(messages: list[dict], tokenizer) -> list[dict]:
-    """`messages` with special tokens spelt out in them made plain text."""
+def as_plain_text(messages: list[dict], tokenizer) -> list[dict]:
+    """`messages` in which spelled-out special tokens are plain text (`neutralise`)."""
     return [{**m, "content": neutralise(m["content"], tokenizer)} for m in messages]
 
 
-# Tokens among which the nucleus is looked for first: sorting a whole vocabulary costs more than a small model's step.
-LIKELIEST = 256
+# Number of most likely tokens to search for the nucleus first: sorting a complete vocabulary can take longer than a
+# small model's forward pass.
+TOP_TOKENS = 256
 
 
-def seeded_sampling(seeds: list[int], temperature: float, top_p: float, device):
-    """A logits processor under which the argmax is a sample: one generator a row, so that no row depends on another.
+def seeded_sampling(seeds: list[int], temperature: float, top_p: float, device) -> LogitsProcessor:
+    """A logits processor that makes greedy decoding sample, with one random generator per row.
 
-    Gumbel-max: argmax_i (z_i - log E_i) with E_i ~ Exp(1) is distributed as softmax(z). The nucleus is the likeliest
-    tokens up to the one with which their probabilities reach `top_p` (Holtzman et al. 2019, arXiv 1904.09751).
+    Gumbel-max trick: argmax_i (z_i - log E_i) with E_i ~ Exp(1) is distributed as softmax(z). Top-p keeps the most
+    likely tokens up to the one at which their probabilities reach `top_p` (Holtzman et al. 2019, arXiv 1904.09751).
 
     Args:
-        seeds: one a row of the batch.
+        seeds: one per row of the batch.
     """
-    import torch
-    from transformers import LogitsProcessor
-
     generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
 
-    def drawn(scores, generator):
-        """The place of a sample of softmax(scores), scores of shape (tokens,)."""
+    def sample(scores, generator):
+        """The index of a sample from softmax(scores), scores of shape (tokens,)."""
         return (scores - torch.empty_like(scores).exponential_(generator=generator).log()).argmax()
 
-    def in_nucleus(scores, before, generator):
-        """The same among the tokens before which less than top_p of the probability lies."""
-        return drawn(scores.masked_fill(before >= top_p, float("-inf")), generator)
+    def sample_nucleus(scores, mass_before, generator):
+        """As `sample`, among the tokens whose more likely tokens have less than `top_p` probability together."""
+        return sample(scores.masked_fill(mass_before >= top_p, float("-inf")), generator)
 
     class SeededSampling(LogitsProcessor):
+        """Sets the sampled token's score to 0 and all others to -inf."""
+
         def __call__(self, input_ids, scores):
-            scores = scores.float() / temperature
+            scores = scores.float() / temperature  # (rows, vocab)
             if top_p < 1:
-                chosen = self.nucleus(scores)
+                sampled = self.nucleus(scores)
             else:
-                chosen = torch.stack([drawn(row, g) for row, g in zip(scores, generators, strict=True)])
-            return torch.full_like(scores, float("-inf")).scatter_(1, chosen[:, None], 0.0)
+                sampled = torch.stack([sample(row, g) for row, g in zip(scores, generators, strict=True)])
+            return torch.full_like(scores, float("-inf")).scatter_(1, sampled[:, None], 0.0)
 
         def nucleus(self, scores):
+            """One token per row, sampled from its nucleus: shape (rows,)."""
             log_z = scores.logsumexp(-1, keepdim=True)
-            few, places = scores.topk(min(LIKELIEST, scores.shape[1]))
-            p = (few - log_z).exp()
+            top_scores, top_ids = scores.topk(min(TOP_TOKENS, scores.shape[1]))  # (rows, TOP_TOKENS), descending
+            p = (top_scores - log_z).exp()
             mass = p.cumsum(-1)
-            found = []
-            for row, (reached, generator) in enumerate(zip((mass[:, -1] >= top_p).tolist(), generators, strict=True)):
-                if reached:
-                    found.append(places[row, in_nucleus(few[row], mass[row] - p[row], generator)])
-                    continue
-                # A flat distribution: its nucleus is larger.
-                every, order = scores[row].sort(descending=True)
-                all_p = (every - log_z[row]).exp()
-                found.append(order[in_nucleus(every, all_p.cumsum(-1) - all_p, generator)])
-            return torch.stack(found)
+            complete = (mass[:, -1] >= top_p).tolist()
+            tokens = []
+            for row, generator in enumerate(generators):
+                if complete[row]:
+                    k = sample_nucleus(top_scores[row], mass[row] - p[row], generator)
+                    tokens.append(top_ids[row, k])
+                else:
+                    # A flat distribution: its nucleus has more than TOP_TOKENS tokens.
+                    all_scores, order = scores[row].sort(descending=True)
+                    all_p = (all_scores - log_z[row]).exp()
+                    tokens.append(order[sample_nucleus(all_scores, all_p.cumsum(-1) - all_p, generator)])
+            return torch.stack(tokens)
 
     return SeededSampling()

@@ -1,8 +1,9 @@
-"""What a run starts from where that is no plain model: a base with an adapter on it.
+"""Start a run from a base model with an adapter. `--start_adapter_use` is required, since there are two ways:
 
-Which of two things is meant must be said. merge: the adapter becomes part of the base, which a new adapter is trained
-on; the merged model is written to disk, so that training, evaluation and whoever loads the new adapter see the same
-base. continue: the adapter itself is trained further, and a frozen copy of it is the reference.
+merge: the adapter is merged into the base, and a new adapter is trained on the result. The merged model is written to
+disk, so that training, evaluation and every user of the new adapter load the same base.
+
+continue: the adapter itself is trained further, with a frozen copy of it as the reference.
 """
 
 import contextlib
@@ -10,6 +11,9 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+
+from filelock import FileLock
+from trl.trainer.utils import use_adapter
 
 from preflab.models.loading import (
     ADAPTER_FILES,
@@ -26,13 +30,21 @@ from utils.distributed import on_main_process
 from utils.errors import is_main_process
 from utils.provenance import sha256_of
 
-# The name under which TRL keeps the frozen copy of an adapter that is trained further; its folder in a checkpoint.
+# TRL's name for the frozen copy of an adapter that is trained further, and its folder in a checkpoint.
 FROZEN = "ref"
 
 
 @dataclass
 class StartAdapter:
-    """A base model and the adapter folder on it, how the adapter is used, and the merged folder where it is merged."""
+    """A base model with an adapter, and how a run uses the adapter.
+
+    Attributes:
+        base, revision: the base model.
+        adapter: the adapter's folder.
+        use: merge or continue.
+        merged: the folder of the merged model, for merge.
+        note: which LoRA settings of the run have no effect, for continue.
+    """
 
     base: str
     revision: str | None
@@ -43,28 +55,29 @@ class StartAdapter:
 
     @property
     def tokenizer(self) -> tuple[str, str | None]:
-        """(name, revision) of where the tokenizer is."""
+        """(name, revision) of the tokenizer."""
         return tokenizer_home(self.base, self.revision, self.adapter)
 
     def summary(self) -> str:
-        """What is done with the adapter, in one line."""
+        """How the adapter is used, in one sentence."""
         if self.merged:
             return f"{self.adapter} is merged into {self.base} ({self.merged}); a new adapter is trained on that"
         return f"{self.adapter} on {self.base} is trained further; a frozen copy of it is the reference{self.note}"
 
     def describe(self) -> dict:
-        """For an artifact."""
+        """The `start` section of an artifact."""
         return {**self.__dict__, **self.identity()}
 
     def identity(self) -> dict:
-        """What tells this start from another of the same name: a run that goes on must find the same weights."""
+        """The hash of the weights: a resumed run must start from the same ones, not only from the same name."""
         return {"adapter_sha256": adapter_sha256(self.adapter)}
 
 
 def resolve_start_adapter(args, model_args) -> StartAdapter | None:
-    """The start that `--start_adapter` names, or None; `model_args` then names the model that training loads.
+    """The StartAdapter of `--start_adapter`, or None. Reads no weights; `merge_start_adapter` does the merge.
 
-    Nothing large is read here: what is merged is merged by `merge`, once the run has its folders.
+    Sets `model_args.model_name_or_path` to the model that training loads (merge), or the LoRA settings to the
+    adapter's own (continue).
     """
     if args.start_adapter is None:
         return None
@@ -73,46 +86,45 @@ def resolve_start_adapter(args, model_args) -> StartAdapter | None:
     start = StartAdapter(base, revision, locate_adapter(args.start_adapter), args.start_adapter_use)
     if start.use == "merge":
         tokenizer = load_tokenizer(*start.tokenizer)
-        about = (str(identify(base, tokenizer, revision)), adapter_sha256(start.adapter), str(model_args.dtype))
-        name = f"{Path(args.start_adapter).name}-merged-{sha256_of(*about)[:8]}"
+        # The name depends on all that the merged weights depend on, so runs with the same start share the folder.
+        parts = (str(identify(base, tokenizer, revision)), adapter_sha256(start.adapter), str(model_args.dtype))
+        name = f"{Path(args.start_adapter).name}-merged-{sha256_of(*parts)[:8]}"
         start.merged = str(Path(args.output_dir) / name)
         model_args.model_name_or_path, model_args.model_revision = start.merged, "main"
     else:
-        start.note = _take_shape(model_args, read_json(Path(start.adapter) / "adapter_config.json"))
+        start.note = _use_adapter_settings(model_args, read_json(Path(start.adapter) / "adapter_config.json"))
     return start
 
 
-def _take_shape(model_args, adapter: dict) -> str:
-    """Put the adapter's own rank, alpha, dropout and modules into `model_args`; says which keys had no effect."""
-    idle = []
-    for key, own in (
+def _use_adapter_settings(model_args, adapter: dict) -> str:
+    """Set rank, alpha, dropout and modules in `model_args` to the adapter's; name the requested ones that differ."""
+    changed = []
+    for key, value in (
         ("lora_r", adapter.get("r")),
         ("lora_alpha", adapter.get("lora_alpha")),
         ("lora_dropout", adapter.get("lora_dropout")),
         ("lora_target_modules", adapter.get("target_modules")),
     ):
-        asked = getattr(model_args, key)
-        if isinstance(own, list):
-            # TRL makes a plain text of a single module.
-            own, asked = sorted(own), sorted([asked] if isinstance(asked, str) else asked or [])
-        if own != asked:
-            idle.append(f"{key} {own}, not {asked}")
-            setattr(model_args, key, own)
-    return f"; its own shape stays ({'; '.join(idle)})" if idle else ""
+        requested = getattr(model_args, key)
+        if isinstance(value, list):
+            # TRL turns a list of one module into its name.
+            value, requested = sorted(value), sorted([requested] if isinstance(requested, str) else requested or [])
+        if value != requested:
+            changed.append(f"{key} {value} (requested {requested})")
+            setattr(model_args, key, value)
+    return f"; the adapter's own LoRA settings are kept: {'; '.join(changed)}" if changed else ""
 
 
 def merge_start_adapter(
     start: StartAdapter, dtype: str, attn_implementation: str | None, trust_remote_code: bool
 ) -> None:
-    """Write the merged model to `start.merged`, once for all processes and runs; it appears by a rename."""
+    """Write the merged model to `start.merged`, unless another process or run has; it appears by a rename."""
     folder, staging = Path(start.merged), Path(f"{start.merged}.part")
 
     def write() -> None:
-        from filelock import FileLock
-
         with FileLock(f"{folder}.lock"):
             if not (folder / MARK).exists():
-                # Also where the run quantises its base: the adapter goes into the full-precision weights.
+                # Not quantised, even if the run quantises its base: the adapter is merged into full-precision weights.
                 options = (start.revision, dtype, attn_implementation, None, start.adapter, trust_remote_code)
                 model = load_model(start.base, *options)
                 write_merged(staging, model, load_tokenizer(*start.tokenizer), start.describe())
@@ -122,27 +134,29 @@ def merge_start_adapter(
 
 
 def keep_reference(start: StartAdapter | None, folder: str) -> None:
-    """Copy an adapter that is trained further to `<folder>/ref`, where evaluations look for what it is compared with.
+    """Copy an adapter that is trained further to `<folder>/ref`, where evaluations look for the reference.
 
-    For trainers that keep no frozen copy themselves.
+    For trainers that save no frozen copy, unlike TRL's DPOTrainer. Rank 0 only.
     """
     if start is None or start.use != "continue" or not is_main_process():
         return
-    kept, staging = Path(folder) / FROZEN, Path(folder) / f"{FROZEN}.part"
+    reference, staging = Path(folder) / FROZEN, Path(folder) / f"{FROZEN}.part"
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     for name in ADAPTER_FILES:
         if (Path(start.adapter) / name).exists():
             shutil.copy2(Path(start.adapter) / name, staging / name)
-    shutil.rmtree(kept, ignore_errors=True)
-    os.replace(staging, kept)
+    shutil.rmtree(reference, ignore_errors=True)
+    os.replace(staging, reference)
 
 
 @contextlib.contextmanager
 def as_reference(policy, reference=None):
-    """The reference of a trained model: `reference` itself, the frozen copy of its adapter, or no adapter at all."""
-    from trl.trainer.utils import use_adapter
+    """The reference of a trained model: `reference` if given, else its frozen adapter, else the base without adapter.
 
+    Yields:
+        The model to score with, or None after full fine-tuning without a reference model.
+    """
     if reference is not None:
         yield reference
     elif hasattr(policy, "peft_config"):

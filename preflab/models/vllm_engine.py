@@ -1,57 +1,66 @@
-"""vLLM as the engine, where it is installed and a GPU is there: the same answers' form as preflab.models.generation."""
+"""Generation with vLLM, if it is installed and there is a GPU. Same results format as preflab.models.generation.
 
+vLLM is optional (requirements/vllm.txt), so it is imported where it is used.
+"""
+
+import gc
 import importlib.util
 from pathlib import Path
 
+import torch
+from accelerate import PartialState
+
 from preflab.data.chat_template import ChatRenderer
-from preflab.models.generation import as_text, prompt_seed
+from preflab.models.generation import as_plain_text, prompt_seed
 from utils.artifacts import read_json
 from utils.errors import UserError
 
+# Prompts per call of the engine, so that finished answers are cached between calls.
 CHUNK = 128
 
 
-def choose_engine(asked: str, models=None) -> str:
-    """hf or vllm. "auto" takes vLLM where it is installed, there is a GPU, and it can do what the models need.
+def choose_engine(requested: str, models=None) -> str:
+    """Choose "hf" or "vllm". "auto" is vLLM if it is installed, there is a GPU, and it supports the models.
 
-    vLLM is not used under several processes (each engine would claim the first GPU), on bitsandbytes bases, and in
-    float32 with an adapter.
+    vLLM is not used with several processes (each engine would claim the first GPU), with bitsandbytes bases, or with
+    adapters in float32.
+
+    Args:
+        requested: auto, hf or vllm.
+        models: preflab.evaluation.two_models.TwoModels, if an adapter is involved.
 
     Raises:
-        UserError: where vllm is asked for and cannot be.
+        UserError: vllm is requested and cannot be used.
     """
-    import torch
-    from accelerate import PartialState
-
-    why = None
+    problem = None
     if importlib.util.find_spec("vllm") is None:
-        why = "vLLM is not installed (requirements/vllm.txt)"
+        problem = "vLLM is not installed (requirements/vllm.txt)"
     elif PartialState().num_processes > 1:
-        why = "one process drives all GPUs of vLLM: call it without accelerate launch"
+        problem = "one vLLM process uses all GPUs: run without accelerate launch"
     elif models is not None and models.quantized:
-        why = "it would answer with an unquantised base: give --load_in_4bit false"
+        problem = "it would generate with an unquantised base: pass --load_in_4bit false"
     elif models is not None and models.comparison.adapter and compute_dtype(models) == "float32":
-        why = "its adapters run in 16 bits alone: give --dtype bfloat16"
-    if asked == "vllm" and why:
-        raise UserError(f"--engine vllm: {why}; or take --engine hf")
-    if asked != "auto":
-        return asked
-    return "vllm" if why is None and torch.cuda.is_available() else "hf"
+        problem = "it supports adapters in 16 bits only: pass --dtype bfloat16"
+    if requested == "vllm" and problem:
+        raise UserError(f"--engine vllm: {problem}; or use --engine hf")
+    if requested != "auto":
+        return requested
+    return "vllm" if problem is None and torch.cuda.is_available() else "hf"
 
 
 def compute_dtype(models) -> str:
-    """The precision that the models compute in, as vLLM names it."""
+    """The dtype of the models' matrix products, under vLLM's name."""
     return str(models.autocast).removeprefix("torch.") if models.autocast else models.dtype
 
 
 def lora_rank(adapter: str) -> int:
-    """The smallest of vLLM's own ranks that holds the adapter's."""
+    """The smallest LoRA rank that vLLM supports and that is at least the adapter's."""
     rank = read_json(Path(adapter) / "adapter_config.json").get("r", 64)
     return next((size for size in (8, 16, 32, 64, 128, 256, 320, 512) if size >= rank), rank)
 
 
 def load_engine(model: str, dtype: str, adapter: str | None = None, **kwargs):
-    """(engine, LoRA request or None) for a hub id or folder, with the adapter of a LoRA folder."""
+    """Load a hub id or folder, optionally with a LoRA folder: (engine, LoRA request or None)."""
     from vllm import LLM
 
     if adapter is None:
@@ -63,11 +72,7 @@ def load_engine(model: str, dtype: str, adapter: str | None = None, **kwargs):
 
 
 def close(engine) -> None:
-    """Give the GPU back: `del` alone does not stop vLLM's own process."""
-    import gc
-
-    import torch
-
+    """Free the GPU. `del` alone does not stop vLLM's engine process."""
     stop = getattr(getattr(getattr(engine, "llm_engine", None), "engine_core", None), "shutdown", None)
     if stop:
         stop()
@@ -77,11 +82,11 @@ def close(engine) -> None:
 
 
 def generate(engine, lora, tokenizer, prompts, max_new_tokens, temperature=0.0, top_p=1.0, seed=42, **_):
-    """As `models.generation.generate`: `{"index", "text", "tokens", "finish_reason"}` per prompt, chunk by chunk."""
+    """As `generation.generate`: yields `{"index", "text", "tokens", "finish_reason"}` per prompt, chunk by chunk."""
     from vllm import SamplingParams
 
     chat = ChatRenderer(tokenizer)
-    ids = chat.ids([chat.prompt_text(as_text(messages, tokenizer)) for messages in prompts])
+    ids = chat.ids([chat.prompt_text(as_plain_text(messages, tokenizer)) for messages in prompts])
     stops = sorted({tokenizer.eos_token_id, *chat.end_ids()})
     for start in range(0, len(ids), CHUNK):
         chunk = range(start, min(start + CHUNK, len(ids)))
@@ -96,14 +101,14 @@ def generate(engine, lora, tokenizer, prompts, max_new_tokens, temperature=0.0, 
             )
             for i in chunk
         ]
-        found = engine.generate([{"prompt_token_ids": ids[i]} for i in chunk], settings, lora_request=lora)
-        for i, answered in zip(chunk, found, strict=True):
-            answer = answered.outputs[0]
-            kept = [token for token in answer.token_ids if token not in stops]
+        outputs = engine.generate([{"prompt_token_ids": ids[i]} for i in chunk], settings, lora_request=lora)
+        for i, output in zip(chunk, outputs, strict=True):
+            answer = output.outputs[0]
+            tokens = [token for token in answer.token_ids if token not in stops]
             yield {
                 "index": i,
-                "text": tokenizer.decode(kept, skip_special_tokens=True).strip(),
-                "tokens": len(kept),
+                "text": tokenizer.decode(tokens, skip_special_tokens=True).strip(),
+                "tokens": len(tokens),
                 "finish_reason": answer.finish_reason,
             }
 
@@ -111,7 +116,12 @@ def generate(engine, lora, tokenizer, prompts, max_new_tokens, temperature=0.0, 
 def label_logprobs(engine, prompts: list[list[int]], labels: dict[str, int]):
     """Log-probabilities of the labels as the next token of each prompt, chunk by chunk.
 
-    Those below the 20 likeliest tokens are missing.
+    Args:
+        prompts: token ids.
+        labels: token id per label.
+
+    Yields:
+        {label: log-probability} per prompt, without labels outside the 20 most likely tokens.
     """
     from vllm import SamplingParams
 

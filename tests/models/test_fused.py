@@ -6,7 +6,7 @@ from peft import LoraConfig, get_peft_model
 from trl.kernels import ChunkedLogProbFunction
 
 from preflab.models.fast import fused_head, fused_lora
-from preflab.models.fast.fused_head import ALSO, TargetLogps
+from preflab.models.fast.fused_head import EXTRA, TargetLogps
 
 CASES = {
     "plain": {},
@@ -58,12 +58,12 @@ def test_log_probs_gradients_and_metrics_are_the_exact_ones(case, tiles, monkeyp
     s = settings(CASES[case])
     wanted, also, gradient = by_float64(hidden, weight, bias, targets, **s)
     hidden.requires_grad_()
-    found = TargetLogps.apply(hidden, weight, bias, targets, s["temperature"], s["softcap"], s["scale"], ALSO)
+    found = TargetLogps.apply(hidden, weight, bias, targets, s["temperature"], s["softcap"], s["scale"], EXTRA)
     (found[0] * torch.arange(len(targets))).sum().backward()
     assert torch.allclose(found[0].double(), wanted, atol=2e-5)
     assert torch.allclose(hidden.grad.double(), gradient, atol=1e-3 * gradient.abs().max().item())
     assert also["is_top1"].any() and not also["is_top1"].all()
-    for name, values in zip(ALSO, found[1:], strict=True):
+    for name, values in zip(EXTRA, found[1:], strict=True):
         assert torch.allclose(values.double(), also[name].detach().double(), atol=1e-4), name
 
 
@@ -72,9 +72,9 @@ def test_all_results_are_trls(case):
     hidden, weight, targets = problem(seed=3)
     bias = torch.linspace(-1, 1, len(weight)) if "bias" in CASES[case] else None
     s = settings(CASES[case])
-    found = TargetLogps.apply(hidden, weight, bias, targets, s["temperature"], s["softcap"], s["scale"], ALSO)
+    found = TargetLogps.apply(hidden, weight, bias, targets, s["temperature"], s["softcap"], s["scale"], EXTRA)
     theirs = ChunkedLogProbFunction.apply(
-        hidden, weight, bias, targets, s["temperature"], 64, s["softcap"], s["scale"], ALSO
+        hidden, weight, bias, targets, s["temperature"], 64, s["softcap"], s["scale"], EXTRA
     )
     for mine, other in zip(found, theirs, strict=True):
         assert torch.allclose(mine.float(), other.float(), atol=1e-4)
@@ -88,7 +88,7 @@ def test_of_equal_logits_the_first_is_the_likeliest():
 
 def test_no_token_at_all_is_a_zero_that_can_be_differentiated():
     hidden = torch.zeros(0, 4, requires_grad=True)
-    found = TargetLogps.apply(hidden, torch.ones(9, 4), None, torch.zeros(0, dtype=torch.long), 1.0, None, 1.0, ALSO)
+    found = TargetLogps.apply(hidden, torch.ones(9, 4), None, torch.zeros(0, dtype=torch.long), 1.0, None, 1.0, EXTRA)
     found[0].sum().backward()
     assert found[0].shape == (0,) and hidden.grad.shape == (0, 4)
     assert [x.dtype for x in found] == [torch.float32] * 4 + [torch.bool]

@@ -1,7 +1,13 @@
-"""LoRA's addend in place: y = W x, then y += s B (A x), without a copy for each of product, scaling and sum.
+"""Faster LoRA layers: y = W x, then y += s B (A x) in place.
 
-The matrix products are those of PEFT's lora.Linear (Hu et al. 2021, arXiv 2106.09685, s = alpha / r). On a CPU a
-product with r columns costs less than writing its result once more, and PEFT writes it three times.
+What is faster: a product with r columns costs less on a CPU than writing its result once, and PEFT's lora.Linear writes
+it three times (product, scaling, sum). Here it is added to y directly.
+
+Results: the matrix products are PEFT's (Hu et al. 2021, arXiv 2106.09685, s = alpha / r), so values and gradients are
+equal up to float32 rounding. Layers with more than y + s B A x (dropout in training, DoRA, bias, several adapters) keep
+PEFT's forward.
+
+Switch: there is no flag; without the call of `attach`, PEFT's layers are unchanged.
 """
 
 import functools
@@ -10,13 +16,17 @@ import torch
 
 
 class AddLora(torch.autograd.Function):
-    """`y` + s (x Aᵀ) Bᵀ, written into `y`. Shapes: y (..., out), x (..., in), A (r, in), B (out, r)."""
+    """y + s (x Aᵀ) Bᵀ, written into `y`.
+
+    Shapes: y (..., out), x (..., in), A (r, in), B (out, r); scaling s is a number.
+    """
 
     @staticmethod
     def forward(ctx, y, x, A, B, scaling):
         dtype = y.dtype
+        # Scaling B costs out × r multiplications, scaling the result tokens × out.
         flat, a, b = x.reshape(-1, x.shape[-1]).to(dtype), A.to(dtype), (B * scaling).to(dtype)
-        low = flat @ a.t()
+        low = flat @ a.t()  # (tokens, r)
         y.view(-1, y.shape[-1]).addmm_(low, b.t())
         ctx.mark_dirty(y)
         ctx.save_for_backward(x, A, B, low)
@@ -27,8 +37,8 @@ class AddLora(torch.autograd.Function):
     def backward(ctx, grad):
         x, A, B, low = ctx.saved_tensors
         dtype = low.dtype
-        flat = grad.reshape(-1, grad.shape[-1]).to(dtype)
-        low_grad = (flat @ B.to(dtype)) * ctx.scaling
+        flat = grad.reshape(-1, grad.shape[-1]).to(dtype)  # dL/dy, (tokens, out); also the gradient of the incoming y
+        low_grad = (flat @ B.to(dtype)) * ctx.scaling  # dL/d(x Aᵀ), (tokens, r)
         to_x = (low_grad @ A.to(dtype)).view(x.shape).to(x.dtype) if ctx.needs_input_grad[1] else None
         to_a = to_b = None
         if ctx.needs_input_grad[2]:
@@ -39,7 +49,7 @@ class AddLora(torch.autograd.Function):
 
 
 def attach(model) -> None:
-    """Let the plain LoRA layers of `model` add in place; whatever is more than y + s B A x stays PEFT's."""
+    """Make the plain LoRA layers of `model` add in place. A second call has no effect."""
     from peft.tuners.lora import Linear
 
     for layer in model.modules():
@@ -48,7 +58,8 @@ def attach(model) -> None:
             layer._adds_in_place = True
 
 
-def _forward(layer, usual, x, *args, **kwargs):
+def _forward(layer, peft_forward, x, *args, **kwargs):
+    """The layer's forward: in place for a single plain adapter, PEFT's otherwise."""
     active = [name for name in layer.active_adapters if name in layer.lora_A]
     plain = (
         len(active) == 1
@@ -57,9 +68,9 @@ def _forward(layer, usual, x, *args, **kwargs):
         and not (layer.lora_A[active[0]].bias is not None or layer.lora_B[active[0]].bias is not None)
     )
     if not plain:
-        return usual(x, *args, **kwargs)
+        return peft_forward(x, *args, **kwargs)
     A, B = layer.lora_A[active[0]].weight, layer.lora_B[active[0]].weight
     if x.dtype != A.dtype and not torch.is_autocast_enabled(x.device.type):
-        # PEFT computes the addend in A's precision then, and rounds the sum once.
-        return usual(x, *args, **kwargs)
+        # Here PEFT computes the LoRA term in A's precision and rounds the sum once, which is more precise.
+        return peft_forward(x, *args, **kwargs)
     return AddLora.apply(layer.base_layer(x), x, A, B, layer.scaling[active[0]])

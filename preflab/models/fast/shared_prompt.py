@@ -1,24 +1,33 @@
-"""Shared prompts: each pair is computed as one sequence [prompt | chosen | rejected], pairs back to back, no padding.
+"""Faster preference pairs: each pair is one sequence [prompt | chosen | rejected], pairs back to back, no padding.
 
-Stock DPO computes a pair's prompt twice and pads both answers to the longest of the batch. Here the rejected answer's
-positions restart at the prompt's end and its attention skips the chosen answer (Wang & Hegde 2024, "Accelerating Direct
-Preference Optimization with Prefix Sharing", arXiv 2410.20305), so that every hidden state is the one of the padded
-computation. The rest of a forward does not notice: the backbone takes and returns what it always did, and only what
-happens inside it is packed.
+What is faster: stock DPO computes a pair's prompt twice and pads both answers to the longest of the batch. Here the
+prompt is computed once and nothing is padded.
+
+Results: the rejected answer's positions restart at the prompt's end and its attention skips the chosen answer (Wang &
+Hegde 2024, "Accelerating Direct Preference Optimization with Prefix Sharing", arXiv 2410.20305), so every hidden state
+equals that of the padded computation up to rounding. The packing is internal to the backbone: it takes and returns the
+padded batch's tensors, so losses and trainers do not change.
+
+Switch: `--no_shared_prompt` in training and evaluations. Architectures outside KNOWN are always computed padded.
 """
 
 import functools
 import sys
 
 import torch
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from preflab.models.logprobs import without_adapter_shell
 
-# Architectures whose attention goes through transformers' attention interface with the masks handled here.
+# Architectures whose attention uses transformers' attention interface and only the masks that this module handles.
 KNOWN = {
     "llama", "mistral", "gemma", "gemma2", "gemma3_text", "qwen2", "qwen3", "phi3", "olmo2", "smollm3",
 }  # fmt: skip
+# What `pack` adds to a batch.
 KEYS = ("packed_ids", "packed_positions", "packed_lengths", "unpack")
 
 
@@ -26,26 +35,32 @@ KEYS = ("packed_ids", "packed_positions", "packed_lengths", "unpack")
 
 
 def pack(batch: dict, shared: list[int] | None = None) -> dict:
-    """What the packed computation of a padded batch needs, beside the batch itself.
+    """Lay out a padded batch as one row without padding.
+
+        pair 0                          pair 1
+        [ prompt | chosen | rejected ]  [ prompt | chosen | rejected ]
+          0 .. p   p .. c   p .. r        0 .. p   ...                    positions
 
     Args:
         batch: TRL's collated tensors: input_ids, attention_mask, completion_mask, shape (2 × pairs, length),
             right-padded, the chosen rows first.
-        shared: how many leading tokens the two rows of each pair share (default: those outside completion_mask).
+        shared: number of leading tokens that the two rows of each pair share (default: those outside completion_mask).
 
     Returns:
         packed_ids and packed_positions, shape (1, tokens); packed_lengths, (prompt, chosen, rejected) of each pair;
-        unpack, shape (2 × pairs, length): where each position of the padded batch lies in the packed row.
+        unpack, shape (2 × pairs, length): the column of the packed row for each position of the padded batch.
     """
-    whole, length = batch["attention_mask"].sum(1).tolist(), batch["input_ids"].shape[1]
-    pairs, device = len(whole) // 2, batch["input_ids"].device
+    sizes, length = batch["attention_mask"].sum(1).tolist(), batch["input_ids"].shape[1]
+    pairs, device = len(sizes) // 2, batch["input_ids"].device
     if shared is None:
         shared = (batch["attention_mask"].sum(1) - batch["completion_mask"].sum(1)).tolist()[:pairs]
+    # Padding positions keep the value 0: they read the hidden state of column 0, which the masks then discard.
     ids, positions, lengths, unpack, start = [], [], [], torch.zeros(2 * pairs, length, dtype=torch.long), 0
     for k in range(pairs):
-        prompt, chosen, rejected = shared[k], whole[k] - shared[k], whole[pairs + k] - shared[k]
+        prompt, chosen, rejected = shared[k], sizes[k] - shared[k], sizes[pairs + k] - shared[k]
         ids += [batch["input_ids"][k, : prompt + chosen], batch["input_ids"][pairs + k, prompt : prompt + rejected]]
         positions += [torch.arange(prompt + chosen), torch.arange(prompt, prompt + rejected)]
+        # Both rows of the pair read the same prompt.
         unpack[k, : prompt + chosen] = torch.arange(start, start + prompt + chosen)
         unpack[pairs + k, :prompt] = torch.arange(start, start + prompt)
         after = start + prompt + chosen
@@ -61,7 +76,7 @@ def pack(batch: dict, shared: list[int] | None = None) -> dict:
 
 
 class PackingCollator:
-    """TRL's collator, with what the packed computation of its batch needs added (`pack`)."""
+    """TRL's collator, whose batches also have the packed layout (`pack`)."""
 
     def __init__(self, collator):
         self.collator = collator
@@ -72,65 +87,74 @@ class PackingCollator:
 
 
 def rebatch(batches: list[dict], budget: int, collator, accelerator) -> list[dict]:
-    """The micro-batches of one optimiser step, cut anew: the same pairs in the same order, up to `budget` tokens each.
+    """Divide the pairs of one optimizer step into new micro-batches of up to `budget` tokens, in the same order.
 
-    Every process cuts at the same places, where the fullest of them reaches the budget. There are as many entries as
-    before, so that gradients are synchronised as ever: those that are not needed come first and are empty.
+    All processes divide at the same places, where the largest of them reaches the budget. The number of entries does
+    not change, so gradients are synchronised as before: entries that are not needed come first and are empty.
+
+    Args:
+        batches: the step's micro-batches as configured, from `collator`.
+        budget: tokens of a packed row.
 
     Returns:
-        Batches with `loss_weight`: pairs in it over pairs in a configured one, so that the step's mean stays.
+        Batches with `loss_weight`: their number of pairs over that of a configured batch, which keeps the step's mean.
+        `batches` itself, if the budget would need more micro-batches than configured.
     """
     examples = [example for batch in batches for example in split(batch)]
     tokens = torch.tensor([sum(len(e[f"{part}_ids"]) for part in ("prompt", "chosen", "rejected")) for e in examples])
     if accelerator.num_processes > 1:
-        shared = accelerator.gather(tokens.to(accelerator.device)[None])
-        tokens = shared.max(0).values.cpu()
+        # (processes, examples): the k-th examples of all processes go into the same micro-batch.
+        all_tokens = accelerator.gather(tokens.to(accelerator.device)[None])
+        tokens = all_tokens.max(0).values.cpu()
     cuts, filled = [0], 0
     for k, size in enumerate(tokens.tolist()):
         if filled and filled + size > budget:
             cuts.append(k)
             filled = 0
         filled += size
-    usual = len(batches[0]["input_ids"]) // 2
+    configured = len(batches[0]["input_ids"]) // 2
     cuts.append(len(examples))
     parts = [examples[start:end] for start, end in zip(cuts, cuts[1:], strict=False)]
     if len(parts) > len(batches):
         return batches
     empty = {"input_ids": torch.empty((0, 0), dtype=torch.long)}
-    found = [{**collator(part), "loss_weight": len(part) / usual} for part in parts]
-    return [dict(empty) for _ in range(len(batches) - len(parts))] + found
+    new = [{**collator(part), "loss_weight": len(part) / configured} for part in parts]
+    return [dict(empty) for _ in range(len(batches) - len(parts))] + new
 
 
 def split(batch: dict) -> list[dict]:
-    """The examples of a collated batch, with what it holds of each pair beside the tokens."""
-    pairs, found = len(batch["input_ids"]) // 2, []
+    """The examples of a collated batch, with their other columns (e.g. reference log-probabilities)."""
+    pairs, examples = len(batch["input_ids"]) // 2, []
     ids = batch["input_ids"].tolist()
-    # What is told of a pair beside its tokens has one value for each.
-    of_a_pair = {name: values.tolist() for name, values in batch.items() if getattr(values, "ndim", 0) == 1}
-    whole, answer = batch["attention_mask"].sum(1).tolist(), batch["completion_mask"].sum(1).tolist()
+    # 1-D tensors in the batch hold one value per pair.
+    columns = {name: values.tolist() for name, values in batch.items() if getattr(values, "ndim", 0) == 1}
+    sizes, answers = batch["attention_mask"].sum(1).tolist(), batch["completion_mask"].sum(1).tolist()
     for k in range(pairs):
-        prompt = whole[k] - answer[k]
+        prompt = sizes[k] - answers[k]
         example = {
             "prompt_ids": ids[k][:prompt],
-            "chosen_ids": ids[k][prompt : whole[k]],
-            "rejected_ids": ids[pairs + k][prompt : whole[pairs + k]],
+            "chosen_ids": ids[k][prompt : sizes[k]],
+            "rejected_ids": ids[pairs + k][prompt : sizes[pairs + k]],
         }
-        example |= {name: values[k] for name, values in of_a_pair.items()}
-        found.append(example)
-    return found
+        examples.append(example | {name: values[k] for name, values in columns.items()})
+    return examples
 
 
 def unsupported_reason(model, aux_loss: bool = False) -> str | None:
-    """Why this model's pairs cannot be packed, None where they can."""
+    """Why this model's pairs cannot be packed, or None if they can.
+
+    Args:
+        aux_loss: whether the model trains a mixture-of-experts router.
+    """
     config = without_adapter_shell(model).config
     if aux_loss:
-        return "the router's auxiliary loss counts every token of the padded batch"
+        return "the router's auxiliary loss is computed over all tokens of the padded batch"
     if config.model_type not in KNOWN:
-        return f"the attention of {config.model_type} is not known to be right when prompts are shared"
+        return f"shared prompts are not tested with the attention of {config.model_type}"
     if getattr(config, "rope_parameters", None) and "dynamic" in str(config.rope_parameters):
-        return "its rotary embedding changes with the length of the row"
+        return "its rotary embedding depends on the length of the row"
     if any(getattr(peft, "is_prompt_learning", False) for peft in getattr(model, "peft_config", {}).values()):
-        return "prompt-learning adapters put tokens of their own in front"
+        return "prompt-learning adapters prepend virtual tokens"
     return None
 
 
@@ -138,7 +162,13 @@ def unsupported_reason(model, aux_loss: bool = False) -> str | None:
 
 
 def attach(model) -> None:
-    """Make `model` (a transformers model, perhaps under an adapter) compute packed batches packed. Others as before."""
+    """Make `model` compute batches with a packed layout packed; other batches are computed as before.
+
+    A second call has no effect.
+
+    Args:
+        model: a transformers model, with or without an adapter.
+    """
     backbone = without_adapter_shell(model).base_model
     if getattr(backbone, "_packs_pairs", False):
         return
@@ -149,12 +179,13 @@ def attach(model) -> None:
     def forward(*args, packed_ids=None, packed_positions=None, packed_lengths=None, unpack=None, **kwargs):
         if packed_ids is None:
             return original(*args, **kwargs)
-        # A mask of four dimensions is taken as it stands; the attention below looks at the lengths alone.
+        # transformers passes a 4-D mask on unchanged; the attention below uses only the lengths.
         no_mask = torch.zeros((1, 1, 1, 1), device=packed_ids.device)
         kwargs |= {"input_ids": packed_ids, "position_ids": packed_positions, "attention_mask": no_mask}
         output = original(
             **kwargs, packed_lengths=packed_lengths, **_block_masks(backbone.config, packed_lengths, packed_ids)
         )
+        # (1, tokens, hidden) -> (2 × pairs, length, hidden)
         output.last_hidden_state = output.last_hidden_state[0][unpack]
         return output
 
@@ -163,74 +194,85 @@ def attach(model) -> None:
 
 
 def attach_if_known(model) -> bool:
-    """`attach` where pairs of this model can be packed; whether they can."""
-    known = unsupported_reason(model) is None
-    if known:
+    """`attach` if this model's pairs can be packed. Returns whether they can."""
+    supported = unsupported_reason(model) is None
+    if supported:
         attach(model)
-    return known
+    return supported
 
 
 def register(config) -> None:
-    """Put packed attention in front of the attention that `config` names, which goes on to serve all other calls."""
-    from transformers import AttentionInterface
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
-
-    usual = config._attn_implementation
-    name = f"packed_{usual}"
-    AttentionInterface.register(name, functools.partial(_attention, usual))
-    if usual in ALL_MASK_ATTENTION_FUNCTIONS:
-        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[usual])
+    """Register packed attention and set it in `config`; calls without a packed layout use the configured attention."""
+    configured = config._attn_implementation
+    name = f"packed_{configured}"
+    AttentionInterface.register(name, functools.partial(_attention, configured))
+    if configured in ALL_MASK_ATTENTION_FUNCTIONS:
+        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[configured])
     config._attn_implementation = name
 
 
-def _attention(usual, module, query, key, value, attention_mask, packed_lengths=None, packed_masks=None, **kwargs):
-    """transformers' attention interface: (output of shape (batch, length, heads, dim), None)."""
+def _attention(configured, module, query, key, value, attention_mask, packed_lengths=None, packed_masks=None, **kwargs):
+    """transformers' attention interface, for packed rows.
+
+    Args:
+        configured: name of the attention for other calls.
+        query: (1, heads, tokens, dim); key, value: (1, key heads, tokens, dim).
+        packed_lengths: (prompt, chosen, rejected) of each pair, or None for an ordinary call.
+        packed_masks: from `_block_masks`, on a GPU.
+
+    Returns:
+        (output, None), output of shape (1, tokens, heads, dim).
+    """
     if packed_lengths is None:
-        return _usual(usual, module)(module, query, key, value, attention_mask, **kwargs)
+        return _attention_function(configured, module)(module, query, key, value, attention_mask, **kwargs)
     settings = {name: kwargs.get(name) for name in ("scaling", "softcap", "sliding_window")}
     if settings["scaling"] is None:
         settings["scaling"] = query.shape[-1] ** -0.5
     if query.device.type == "cuda":
         return _flex(query, key, value, packed_masks, **settings), None
+    # Grouped-query attention: repeat each key head for its query heads.
     repeats = query.shape[1] // key.shape[1]
     if repeats > 1:
         key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
     settings["dropout"] = kwargs.get("dropout", 0.0)
-    # Split once, not sliced pair by pair: the backward of each slice would fill a whole row with zeros.
+    # One split instead of a slice per pair: the backward of every slice would allocate a full row of zeros.
     sizes = [size for prompt, chosen, rejected in packed_lengths for size in (prompt + chosen, rejected)]
     queries, keys, values = (x.split(sizes, dim=2) for x in (query, key, value))
     parts = []
     for k, (prompt, _, _) in enumerate(packed_lengths):
-        # Prompt and chosen answer are an ordinary causal sequence; the rejected one looks back over the prompt alone.
+        # Prompt and chosen answer are an ordinary causal sequence; the rejected answer attends to prompt and itself.
         first, second = 2 * k, 2 * k + 1
         parts.append(_causal(queries[first], keys[first], values[first], **settings))
-        seen = [torch.cat([x[first][:, :, :prompt], x[second]], dim=2) for x in (keys, values)]
-        parts.append(_causal(queries[second], *seen, **settings))
+        visible = [torch.cat([x[first][:, :, :prompt], x[second]], dim=2) for x in (keys, values)]
+        parts.append(_causal(queries[second], *visible, **settings))
     return torch.cat(parts, dim=2).transpose(1, 2), None
 
 
-def _usual(name: str, module):
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
+def _attention_function(name: str, module):
+    """transformers' attention of that name; each model file has its own eager attention."""
     if name == "eager":
         return sys.modules[type(module).__module__].eager_attention_forward
     return ALL_ATTENTION_FUNCTIONS[name]
 
 
 def _causal(query, key, value, scaling, softcap, sliding_window, dropout):
-    """Causal attention of the last queries of a sequence over all its keys, shape (1, heads, queries, dim)."""
+    """Causal attention of the last `queries` positions of a sequence over all its keys.
+
+    Shapes: query (1, heads, queries, dim), key and value (1, heads, keys, dim); returns the shape of query.
+    """
     queries, keys = query.shape[2], key.shape[2]
     windowed = sliding_window is not None and keys > sliding_window
     if queries == keys and not windowed and softcap is None:
         return scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True, scale=scaling)
-    distance = torch.arange(keys - queries, keys, device=query.device)[:, None] - torch.arange(
-        keys, device=query.device
-    )
+    # Query i is at position keys - queries + i: distance (queries, keys) is how far back a key is.
+    positions = torch.arange(keys, device=query.device)
+    distance = positions[keys - queries :, None] - positions
     allowed = distance >= 0
     if windowed:
         allowed &= distance < sliding_window
     if softcap is None:
         return scaled_dot_product_attention(query, key, value, attn_mask=allowed, dropout_p=dropout, scale=scaling)
+    # Gemma 2's softcap, which scaled_dot_product_attention does not have.
     scores = softcap * torch.tanh(query @ key.transpose(2, 3) * scaling / softcap)
     weights = scores.masked_fill(~allowed, float("-inf")).softmax(-1, dtype=torch.float32).to(query.dtype)
     return torch.dropout(weights, dropout, dropout > 0) @ value
@@ -240,7 +282,11 @@ def _causal(query, key, value, scaling, softcap, sliding_window, dropout):
 
 
 def mask_rule(packed_lengths, device, sliding_window: int | None = None):
-    """FlexAttention's mask function of a packed row: who sees whom, from each token's pair, part and position."""
+    """FlexAttention's mask function for a packed row: whether query token q may attend to key token k.
+
+    A token attends to earlier positions of its own pair, in the prompt or in its own part.
+    """
+    # Per token: index of its pair; 0 prompt, 1 chosen, 2 rejected; position.
     pair, part, position = [], [], []
     for k, (prompt, chosen, rejected) in enumerate(packed_lengths):
         pair += [k] * (prompt + chosen + rejected)
@@ -258,38 +304,36 @@ def mask_rule(packed_lengths, device, sliding_window: int | None = None):
 
 
 def _block_masks(config, packed_lengths, packed_ids) -> dict:
-    """On a GPU, FlexAttention's block masks of a row, made once for all layers: {sliding window or None: mask}."""
+    """On a GPU, FlexAttention's block masks of a row, computed once for all layers: {sliding window or None: mask}."""
     if packed_ids.device.type != "cuda":
         return {}
     windows = {None, getattr(config, "sliding_window", None)}
     return {"packed_masks": {w: _block_mask(packed_lengths, packed_ids.device, w) for w in windows}}
 
 
-# Policy and reference see the same rows one after the other.
+# Policy and reference compute the same rows one after the other, so the last masks are reused.
 @functools.lru_cache(maxsize=4)
 def _block_mask(packed_lengths, device, window: int | None):
-    from torch.nn.attention.flex_attention import create_block_mask
-
     tokens = sum(map(sum, packed_lengths))
     return create_block_mask(mask_rule(packed_lengths, device, window), None, None, tokens, tokens, device=device)
 
 
 @functools.cache
 def _compiled_flex():
-    from torch.nn.attention.flex_attention import flex_attention
-
-    # With gradients and without, each window and precision is a variant; past the limit the slow path would take over.
+    # Each combination of gradients, window and precision is compiled separately; beyond the limit, dynamo falls back to
+    # the uncompiled function.
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     return torch.compile(flex_attention, dynamic=True)
 
 
 @functools.lru_cache(maxsize=4)
 def _softcaps(softcap: float, heads: int, device):
-    # A plain number would be a scalar on the CPU to a kernel compiled for any shape, which it cannot read.
+    # A Python number would become a CPU scalar in a kernel compiled for dynamic shapes, which the GPU cannot read.
     return torch.full((heads,), softcap, device=device)
 
 
 def _flex(query, key, value, masks, scaling, softcap, sliding_window):
+    """FlexAttention of a packed row; shapes as in `_attention`, returns (1, tokens, heads, dim)."""
     caps = None if softcap is None else _softcaps(softcap, query.shape[1], query.device)
 
     def capped(score, batch, head, q, k):
@@ -298,7 +342,7 @@ def _flex(query, key, value, masks, scaling, softcap, sliding_window):
     output = _compiled_flex()(
         query, key, value, score_mod=capped if softcap is not None else None, block_mask=masks[sliding_window],
         scale=scaling, enable_gqa=query.shape[1] != key.shape[1],
-        # Rows below 128 tokens would get a kernel for generation, which is compiled anew for each length.
+        # Rows below 128 tokens would use the decoding kernel, which is recompiled for every length.
         kernel_options={"BACKEND": "TRITON"},
     )  # fmt: skip
     return output.transpose(1, 2)
