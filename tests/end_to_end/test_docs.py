@@ -1,0 +1,360 @@
+"""README and docs/: commands parse and files exist, some commands run, links resolve, tables match docs/example_run.
+
+Every command of a fenced bash block is split as a shell would and parsed by the script's own parser. Those in RUNS also
+run, with a tiny model in place of the one they name. The others need a GPU, the hub, or minutes: they are parsed only.
+"""
+
+import argparse
+import importlib
+import json
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, eval_args
+
+import utils.cli
+import utils.stage
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES += [ROOT / name / "README.md" for name in ("data", "eval_out", "benchmarks")]
+EXAMPLE = ROOT / "docs" / "example_run"
+
+# Names in commands that stand for a reader's own files.
+PLACEHOLDERS = {"my_pairs.jsonl", "my.txt", "annotations.json", "votes-ann.json", "votes-bob.json", "REPOSITORY_URL"}
+# Programs whose arguments are not checked.
+OTHER_PROGRAMS = {"git", "cd", "source", "pip", "for", "done"}
+OUTPUT_FLAGS = {"--output-json", "--png", "--json"}
+
+
+# ------------------------------------------------------------------------------------------------- reading the pages
+
+
+def fenced_blocks(page: Path) -> list[tuple[str, str]]:
+    """(language, content) of every fenced block."""
+    return re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(), flags=re.M | re.S)
+
+
+def commands_of(page: Path) -> list[str]:
+    """The commands of the page's bash blocks, continued lines joined, comments and `do` removed."""
+    commands = []
+    for language, content in fenced_blocks(page):
+        if language == "bash":
+            for line in content.replace("\\\n", " ").splitlines():
+                words = shlex.split(line, comments=True)
+                for part in " ".join(shlex.quote(word) for word in words).split(" '&&' "):
+                    if part:
+                        commands.append(part.removeprefix("do "))
+    return commands
+
+
+COMMANDS = sorted({(page.relative_to(ROOT).as_posix(), command) for page in PAGES for command in commands_of(page)})
+
+
+def script_and_arguments(words: list[str]) -> tuple[str | None, list[str]]:
+    """(script or None, its arguments) of `python X.py ...`, `bash X.sh ...` or `accelerate launch ... X.py ...`."""
+    for at, word in enumerate(words):
+        if word.endswith((".py", ".sh")) and words[0] in ("python", "python3", "bash", "accelerate"):
+            return word, words[at + 1 :]
+    return None, []
+
+
+# ------------------------------------------------------------------------------------------------ parsing the commands
+
+
+class Parsed(Exception):
+    """Raised once a script's parser has accepted the arguments, so that nothing else of the script runs."""
+
+
+def stop_after(parser):
+    def parse_and_stop(*args, **kwargs):
+        raise Parsed(parser(*args, **kwargs))
+
+    return parse_and_stop
+
+
+def parse_python(script: str, arguments: list[str], monkeypatch) -> None:
+    """Run `script` up to the end of its argument parsing."""
+    parse = utils.cli.parse
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    for module in (utils.cli, utils.stage):
+        monkeypatch.setattr(module, "parse", stop_after(parse))
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop_after(argparse.ArgumentParser.parse_args))
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(Parsed):
+        main = runpy.run_path(str(ROOT / script))["main"]
+        main()
+
+
+def parse_harness(arguments: list[str], monkeypatch) -> None:
+    module = importlib.import_module("preflab.harness.run")
+    monkeypatch.setattr(sys, "argv", ["run_lm_eval.sh", *arguments])
+    for holder in (utils.cli, utils.stage, module):
+        if hasattr(holder, "parse"):
+            monkeypatch.setattr(holder, "parse", stop_after(holder.parse))
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(Parsed):
+        module.main()
+
+
+def parse_sppo(arguments: list[str], monkeypatch) -> None:
+    """With PYTHON=true the shell script checks its arguments and prints both commands, which are parsed in turn."""
+    command = ["bash", "run_sppo_iteration.sh", *arguments]
+    done = subprocess.run(command, cwd=ROOT, env={"PATH": "/usr/bin:/bin", "PYTHON": "true"}, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+    printed = [shlex.split(line) for line in done.stdout.decode().splitlines() if line.startswith("+ ")]
+    assert len(printed) == 2
+    for words in printed:
+        at = next(k for k, word in enumerate(words) if word.endswith(".py"))
+        with monkeypatch.context() as patch:
+            parse_python(words[at], words[at + 1 :], patch)
+
+
+@pytest.mark.parametrize(("page", "command"), COMMANDS)
+def test_command_parses(page, command, monkeypatch):
+    words = [word for word in shlex.split(command) if not re.fullmatch(r"[A-Z_]+=\S*", word)]
+    words = [word.replace("$rate", "1e-4") for word in words]
+    script, arguments = script_and_arguments(words)
+    if script is None:
+        assert words[0] in OTHER_PROGRAMS or words[:3] == ["python3", "-m", "venv"], f"{page}: unknown command"
+        return
+    assert (ROOT / script).is_file(), f"{page}: {script} does not exist"
+    for before, word in zip(["", *words], words, strict=False):
+        looks_like_a_file = re.search(r"\.(ya?ml|jsonl?|md|txt|py|jinja)$", word) or word.startswith(
+            ("configs/", "data/")
+        )
+        is_other = word in PLACEHOLDERS or before in OUTPUT_FLAGS or "://" in word or word.startswith("eval_out/")
+        if looks_like_a_file and not is_other:
+            assert (ROOT / word).exists(), f"{page}: {word} does not exist"
+    if script == "run_lm_eval.sh":
+        parse_harness(arguments, monkeypatch)
+    elif script == "run_sppo_iteration.sh":
+        parse_sppo(arguments, monkeypatch)
+    elif script.endswith(".py"):
+        parse_python(script, arguments, monkeypatch)
+
+
+def test_unknown_flag_in_a_command_is_found(monkeypatch):
+    with pytest.raises((SystemExit, Exception), match="no_such_flag"):
+        parse_python("eval_win_rate.py", ["--no_such_flag", "1"], monkeypatch)
+
+
+# ------------------------------------------------------------------------------------------------ running some commands
+
+
+# Command as printed in a page -> what makes it small. `{run}` names the tiny trained run, `{tiny}` the model.
+SHORT = "--limit 4 --max_new_tokens 8"
+TRAIN = "--model_name_or_path {tiny} --output_dir {out}/ck --eval_out {out} --sample_prompts 0 --limit 8 --max_steps 1"
+RUNS = {
+    "python eval_win_rate.py": "{run}",
+    "python eval_perplexity.py --text_file data/README.md --window 128": "{run}",
+    "python eval_win_rate.py --battle": "{run} --judge longer --max_new_tokens 8",
+    "python merge_adapter.py": "{run} --merged_dir {out}/merged",
+    "python human_eval.py": "{run} " + SHORT,
+    "python dpo_train_human_preference.py --model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct"
+    " --dataset_name my_pairs.jsonl --dataset_test_split none --use_peft --run_name mine": TRAIN
+    + " --dataset_name {prefs}/train.jsonl",
+    "python generate_preference_pairs.py --config configs/pairs/quickstart-sppo.yaml"
+    " --training_config configs/quickstart-sppo-iter1.yaml --part 1 --limit 6 --test_prompts 2"
+    " --max_new_tokens 8": "--model_name_or_path {tiny} --run_name pairs --eval_out {out}",
+}
+
+
+@pytest.mark.parametrize("command", RUNS)
+def test_command_runs(command, call, tiny, trained, prefs, tmp_path, monkeypatch):
+    assert command in {text for _, text in COMMANDS}, "no page has this command any more"
+    monkeypatch.chdir(ROOT)
+    script, arguments = script_and_arguments(shlex.split(command))
+    run = " ".join(eval_args(trained, tmp_path))
+    small = RUNS[command].format(run=run, tiny=tiny, out=tmp_path, prefs=prefs)
+    code, out, err = call(script.removesuffix(".py"), *arguments, *small.split())
+    assert code == 0, err
+    assert "wrote" in out
+
+
+# --------------------------------------------------------------------------------------------- size, links and anchors
+
+
+def test_readme_size():
+    text = (ROOT / "README.md").read_text()
+    lines = text.splitlines()
+    prose = re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S).splitlines()
+    assert 200 <= len(lines) <= 260 and 12_000 <= len(text.encode()) <= 15_500
+    assert max(map(len, prose)) <= 140
+    assert sum(bool(re.fullmatch(r"\|[-| :]+\|", line)) for line in prose) <= 4
+    assert max(len(line) for _, block in fenced_blocks(ROOT / "README.md") for line in block.splitlines()) <= 140
+
+
+def anchors_of(page: Path) -> set[str]:
+    """GitHub's anchors of the headings."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.M | re.S)
+    titles = re.findall(r"^#+ (.+)$", text, flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_resolve(page):
+    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.M | re.S)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if not target.startswith(("http://", "https://")):
+            path, _, anchor = target.partition("#")
+            file = (page.parent / path).resolve() if path else page
+            assert file.exists(), f"{page.name}: {target}"
+            assert not anchor or anchor in anchors_of(file), f"{page.name}: {target}"
+
+
+def test_docs_index_is_complete():
+    index = (ROOT / "docs" / "README.md").read_text()
+    assert [p.name for p in (ROOT / "docs").glob("*.md") if p.name != "README.md" and f"({p.name})" not in index] == []
+
+
+def test_every_recipe_is_in_the_readme():
+    text = (ROOT / "README.md").read_text()
+    recipes = [p.stem for p in (ROOT / "configs").glob("*.yaml") if "learning_rate" in p.read_text()]
+    assert [r for r in recipes if not r.startswith("quickstart") and re.sub(r"-2$", "-1", r) not in text] == []
+
+
+# ------------------------------------------------------------------------------------------- figures and table headings
+
+
+def example(name: str) -> dict:
+    return json.loads((EXAMPLE / f"{name}.json").read_text())
+
+
+def example_rows(name: str) -> dict[str, np.ndarray]:
+    rows = [json.loads(line) for line in (EXAMPLE / f"{name}.jsonl").read_text().splitlines()]
+    return {key: np.array([row.get(key) for row in rows], dtype=object) for key in rows[0]}
+
+
+def shown(metric: dict, digits: int, scale: float = 1) -> str:
+    """`value ± stderr` as tables print it."""
+    return f"{metric['value'] * scale:.{digits}f} ± {metric['stderr'] * scale:.{digits}f}"
+
+
+def interval(metric: dict, digits: int, scale: float = 1) -> str:
+    low, high = metric["ci95"]
+    return f"{metric['value'] * scale:+.{digits}f} [{low * scale:+.{digits}f}, {high * scale:+.{digits}f}]"
+
+
+def assert_row(page: str, *parts: str) -> None:
+    """One line of the page holds all `parts`."""
+    lines = (ROOT / page).read_text().splitlines()
+    assert any(all(part in line for part in parts) for line in lines), f"{page}: no row with {parts}"
+
+
+def test_train_metrics_follow_from_the_rows():
+    metrics, rows = example("train")["metrics"], example_rows("heldout_rows")
+    margin = rows["margin"].astype(float)
+    assert len(margin) == 120
+    assert metrics["reward_accuracy"]["value"] == pytest.approx(np.mean((margin > 0) + 0.5 * (margin == 0)))
+    assert metrics["reward_margin"]["value"] == pytest.approx(margin.mean())
+    for side, prefix in (("base", "ref_"), ("tuned", "")):
+        chosen, rejected = (rows[f"{prefix}{answer}"].astype(float) for answer in ("chosen", "rejected"))
+        assert metrics[f"likelihood_ranking_{side}"]["value"] == pytest.approx((chosen > rejected).mean())
+        assert metrics[f"logps_chosen_{side}"]["value"] == pytest.approx(chosen.mean())
+        assert metrics[f"logps_rejected_{side}"]["value"] == pytest.approx(rejected.mean())
+
+
+def test_win_rate_metrics_follow_from_the_rows():
+    summary, rows = example("win_rate"), example_rows("win_rate_rows")
+    metrics, margin = summary["metrics"], rows["margin"].astype(float)
+    base = (rows["ref_chosen"] > rows["ref_rejected"]).astype(float)
+    assert metrics["win_rate_ties_half"]["value"] == pytest.approx(np.mean((margin > 0) + 0.5 * (margin == 0)))
+    assert metrics["win_rate_minus_base_ranking"]["value"] == pytest.approx(np.mean(margin > 0) - base.mean())
+    slices = {label: s for group in summary["slices"].values() for label, s in group.items()}
+    longer = (rows["tokens_chosen"] > rows["tokens_rejected"]).astype(bool)
+    for label, of in (("chosen longer, tokens", longer), ("rejected longer, tokens", ~longer)):
+        assert slices[label]["n"] == of.sum()
+        assert slices[label]["base_ranking"]["value"] == pytest.approx(base[of].mean())
+        assert slices[label]["win_rate_ties_half"]["value"] == pytest.approx((margin[of] > 0).mean())
+
+
+def test_perplexity_metrics_follow_from_the_rows():
+    metrics, lines = example("perplexity")["metrics"], (EXAMPLE / "perplexity_rows.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    for name in ("response_chosen", "response_rejected", "whole_chosen", "whole_rejected", "text"):
+        end = "" if name == "text" else f"_{name}"
+        of = [row for row in rows if row["set"] == ("text" if name == "text" else "pairs")]
+        tokens = sum(row[f"tokens{end}"] for row in of)
+        assert metrics[f"{name}_tokens"]["value"] == tokens
+        for side in ("base", "tuned"):
+            nll = np.array([row[f"nll{end}_{side}"] for row in of])
+            assert metrics[f"{name}_ppl_{side}"]["value"] == pytest.approx(np.exp(nll.sum() / tokens))
+
+
+def test_battle_metrics_follow_from_the_rows():
+    metrics, rows = example("battle")["metrics"], example_rows("battle_rows")
+    assert metrics["win_rate"]["value"] == pytest.approx(rows["consistent"].astype(float).mean())
+    assert metrics["flip_rate"]["value"] == pytest.approx(rows["flipped"].astype(float).mean())
+
+
+def test_sppo_table_matches_the_experiment():
+    metrics = example("sppo_trait")["metrics"]
+    for iteration in (1, 2, 3):
+        scored, shuffled = (metrics[f"{name}_letters_{iteration}"] for name in ("scored", "shuffled"))
+        assert_row("docs/sppo.md", shown(scored, 3), shown(shuffled, 3))
+    assert_row("docs/sppo.md", interval(metrics["scored_minus_shuffled_all"], 3))
+
+
+def test_lm_eval_table_matches_the_example_run():
+    printed = (EXAMPLE / "lm_eval_quick.md").read_text().splitlines()
+    excerpt = [line for line in (ROOT / "docs/lm_eval.md").read_text().splitlines() if line.startswith("| quick_")]
+    assert len(excerpt) >= 5
+    for line in excerpt:
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        assert any({*cells} <= {cell.strip() for cell in row.strip("|").split("|")} for row in printed), line
+
+
+# A figure that marks the excerpts of a report -> the report as the current code prints it from the example run.
+EXCERPTS = {
+    "-122.66 ± 5.45": lambda: dpo_text(example("train")),
+    "71.7 [63.3, 80.0]": lambda: win_rate_text(example("win_rate")),
+    "19.295 ± 1.855": lambda: perplexity_text(example("perplexity")),
+    "50.0 [50.0, 50.0]  30.4": lambda: battle_text(example("battle")),
+}
+
+
+def title_of(summary: dict) -> str:
+    return summary["text"].splitlines()[0]
+
+
+def dpo_text(summary: dict) -> str:
+    from preflab.training import dpo_report
+
+    return dpo_report.conclude(summary["metrics"], title_of(summary))[0]
+
+
+def win_rate_text(summary: dict) -> str:
+    from preflab.evaluation import win_rate_report
+
+    return win_rate_report.render(
+        summary["metrics"], summary["slices"], summary["length_bias"], None, title_of(summary), "", False
+    ).text
+
+
+def perplexity_text(summary: dict) -> str:
+    from preflab.evaluation import perplexity_report
+
+    return perplexity_report.render(summary["metrics"], summary["length_bias"], title_of(summary), None).text
+
+
+def battle_text(summary: dict) -> str:
+    from preflab.judging import battle_report
+
+    return battle_report.render(summary, None, title_of(summary), {"left_out": {}}).text
+
+
+@pytest.mark.parametrize("figure", EXCERPTS)
+def test_excerpts_are_what_scripts_print(figure):
+    printed = EXCERPTS[figure]()
+    lines, sentences = printed.splitlines(), " ".join(printed.split())
+    excerpts = [b for page in PAGES for language, b in fenced_blocks(page) if not language and figure in b]
+    assert excerpts, f"no page shows {figure}"
+    for line in "\n".join(excerpts).splitlines():
+        # Sentences are wrapped in the pages, rows of tables are not.
+        assert line in lines or (line.strip() and "  " not in line.strip() and line in sentences) or not line, line
