@@ -361,7 +361,7 @@ def test_missing_chat_template_of_base(call, trained, tiny, tmp_path):
     bare = without_template(trained / "ck/r", tmp_path / "bare")
     same = ("--base_model", plain, "--allow_other_base", "--dataset_name", "data/quickstart_prefs", "--limit", 4)
     code, out, err = call("eval_win_rate", "--adapter_path", trained / "ck/r", *same, "--eval_out", tmp_path / "a")
-    assert code == 0 and (tmp_path / "r/win_rate.json").exists(), err
+    assert code == 0 and (tmp_path / "a/r/win_rate_LIMIT4.json").exists(), err
     code, _, err = call("eval_win_rate", "--adapter_path", bare, *same, "--eval_out", tmp_path / "b")
     assert code == 2
     assert_one_line(err, "--chat_template_path")
