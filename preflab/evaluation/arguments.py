@@ -85,8 +85,10 @@ class GenerationArguments:
         """Raise UserError for values outside their range."""
         if not self.max_new_tokens > 0:
             raise UserError(f"--max_new_tokens {self.max_new_tokens}: must be above 0")
-        if self.temperature < 0 or not 0 < self.top_p <= 1:
-            raise UserError("--temperature must be at least 0, --top_p in (0, 1]")
+        if self.temperature < 0:
+            raise UserError(f"--temperature {self.temperature}: must be at least 0")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"--top_p {self.top_p}: must be above 0 and at most 1")
 
     def sampling(self, seed: int) -> dict:
         """The settings that determine an answer."""
