@@ -14,7 +14,7 @@ ULTRAFEEDBACK = "HuggingFaceH4/ultrafeedback_binarized"
 
 @dataclass
 class ModelArguments:
-    """How a model is loaded and batched, in every stage that reads one."""
+    """How a model is loaded and batched, in every stage that loads one."""
 
     attn_implementation: str | None = option("sdpa, eager or flash_attention_2.")
     chat_template_path: str | None = option("Jinja file that replaces the chat template.")
@@ -88,7 +88,7 @@ class GenerationArguments:
         if self.temperature < 0:
             raise UserError(f"--temperature {self.temperature}: must be at least 0")
         if not 0 < self.top_p <= 1:
-            raise UserError(f"--top_p {self.top_p}: must be above 0 and at most 1")
+            raise UserError(f"--top_p {self.top_p}: must be in (0, 1]")
 
     def sampling(self, seed: int) -> dict:
         """The settings that determine an answer."""
