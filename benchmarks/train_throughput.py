@@ -98,7 +98,8 @@ def one_way(args) -> dict:
 
     from benchmarks.profile import time_by_kind
     from preflab.data.preferences import load_pairs, tokenize
-    from preflab.training.dpo_trainer import DPORunConfig, ResumableDPOTrainer, longest_sequence
+    from preflab.training.dpo_config import DPORunConfig
+    from preflab.training.dpo_trainer import ResumableDPOTrainer, longest_sequence
     from utils.artifacts import RowFile
     from utils.provenance import peak_memory_gib
 

@@ -10,7 +10,8 @@ from trl import DPOConfig, DPOTrainer
 
 from preflab.data.preferences import load_pairs, tokenize
 from preflab.models.loading import load_model, load_tokenizer
-from preflab.training.dpo_trainer import DPORunConfig, ResumableDPOTrainer
+from preflab.training.dpo_config import DPORunConfig
+from preflab.training.dpo_trainer import ResumableDPOTrainer
 
 SETTINGS = dict(
     per_device_train_batch_size=3, gradient_accumulation_steps=2, max_steps=4, learning_rate=1e-2, beta=0.5, seed=7,

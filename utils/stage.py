@@ -7,7 +7,9 @@ from pathlib import Path
 
 from utils.artifacts import all_arguments, envelope, write_json, write_rows, write_text
 from utils.cli import parse, quick_help
+from utils.distributed import quiet_libraries
 from utils.errors import is_main_process
+from utils.provenance import run_record
 
 
 @dataclass
@@ -38,6 +40,34 @@ class Stage:
         """Wall time since the script started, in seconds."""
         return time.monotonic() - self.started
 
+    def summary(self, model: dict, metrics: dict, report: Report, *, run: dict, seed: int, **sections) -> dict:
+        """The stage's summary as it is written to <stem>.json. Arguments as `publish`."""
+        return envelope(
+            self.name,
+            model,
+            metrics,
+            all_arguments(self.arguments),
+            run_record(seed, self.seconds, **run),
+            claim=report.verdict,
+            **({"warning": report.warning} if report.warning is not None else {}),
+            text=report.text,
+            **sections,
+        )
+
+    def write(self, path: Path, summary: dict, files: dict[Path, object]) -> None:
+        """Write the files, then the summary, and print the report. Rank 0 only.
+
+        The summary's presence marks the stage as complete, so all other files are written before it.
+
+        Args:
+            files: as `publish`.
+        """
+        for place, content in files.items():
+            write_file(place, content)
+        write_json(path, summary)
+        print_main(summary["text"])
+        print_main("\nwrote " + ", ".join(map(str, [path, *files])))
+
     def publish(
         self,
         path: Path,
@@ -54,8 +84,6 @@ class Stage:
     ) -> dict:
         """Write every artifact of the stage, the summary last, and print the report. Rank 0 only.
 
-        The summary's presence marks the stage as complete, so all other files are written before it.
-
         Args:
             path: the summary, `<stem>.json`. Rows go to `<stem>_rows.jsonl`, the figure to `<stem>.png` beside it.
             metrics: {name: metric} (utils.artifacts.metric).
@@ -68,29 +96,13 @@ class Stage:
         Returns:
             The summary as written.
         """
-        from utils.provenance import run_record
-
-        summary = envelope(
-            self.name,
-            model,
-            metrics,
-            all_arguments(self.arguments),
-            run_record(seed, self.seconds, **run),
-            claim=report.verdict,
-            **({"warning": report.warning} if report.warning is not None else {}),
-            text=report.text,
-            **sections,
-        )
+        summary = self.summary(model, metrics, report, run=run, seed=seed, **sections)
         contents = dict(files or {})
         if rows is not None:
             contents[path.with_name(f"{path.stem}_rows.jsonl")] = rows
         if figure is not None:
             contents[path.with_suffix(".png")] = figure
-        for place, content in contents.items():
-            write_file(place, content)
-        write_json(path, summary)
-        print_main(report.text)
-        print_main("\nwrote " + ", ".join(map(str, [path, *contents])))
+        self.write(path, summary, contents)
         return summary
 
 
@@ -111,12 +123,18 @@ def start(name: str, page: str, *argument_types: type, runs_bare: bool = True, a
         UserError: an unknown or duplicate key, a value of the wrong type, a missing config file.
     """
     began = time.monotonic()
-    quick_help(page, runs_bare)
-    from utils.distributed import quiet_libraries
-
-    quiet_libraries()
+    prepare(page, runs_bare)
     arguments = parse(argument_types, argv)
     return Stage(name, list(arguments), began), *arguments
+
+
+def prepare(page: str, runs_bare: bool = False) -> None:
+    """Answer --help with `page` and exit, else silence the libraries. The first part of `start`.
+
+    Scripts whose argument dataclasses need a heavy import call it before that import.
+    """
+    quick_help(page, runs_bare)
+    quiet_libraries()
 
 
 def write_file(path: Path, content) -> None:

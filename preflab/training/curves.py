@@ -11,7 +11,7 @@ def _smooth(values: list[float]) -> list[float]:
 
 
 def _curve(ax, rows: list[dict], key: str, colour: str, label: str) -> None:
-    """One figure of train_log.jsonl over the steps: train as a thin line with its running mean, test as dots."""
+    """Draw one metric of train_log.jsonl over the steps: train as a thin line with its running mean, test as dots."""
     points = [(r["step"], r[key]) for r in rows if r["split"] == "train" and r.get(key) is not None]
     if points:
         x, y = zip(*points, strict=True)
@@ -23,13 +23,13 @@ def _curve(ax, rows: list[dict], key: str, colour: str, label: str) -> None:
 
 
 def _finish(ax, name: str, unit: str) -> None:
-    ax.set(title=name, xlabel="optimiser step", ylabel=unit)
+    ax.set(title=name, xlabel="optimizer step", ylabel=unit)
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.legend(fontsize=7, framealpha=0.6)
 
 
 def _rate_and_norm(ax, train: list[dict]) -> None:
-    """Learning rate and gradient norm, an axis each."""
+    """Draw learning rate (left axis) and gradient norm (right axis)."""
     steps = [r["step"] for r in train]
     ax.plot(steps, [r.get("learning_rate") for r in train], color=NEUTRAL, label="learning rate")
     norm = ax.twinx()
@@ -37,33 +37,50 @@ def _rate_and_norm(ax, train: list[dict]) -> None:
     norm.set_ylabel("gradient norm")
     norm.grid(False)
     ax.xaxis.get_major_locator().set_params(integer=True)
-    ax.set(title="Learning rate and gradient norm", xlabel="optimiser step", ylabel="learning rate")
+    ax.set(title="Learning rate and gradient norm", xlabel="optimizer step", ylabel="learning rate")
     lines = [*ax.get_lines(), *norm.get_lines()]
     ax.legend(lines, [line.get_label() for line in lines], fontsize=7, framealpha=0.6)
 
 
-def sft_curves(path, rows: list[dict], title: str) -> None:
-    """Four panels from train_log.jsonl: loss, token accuracy, entropy, learning rate and gradient norm."""
+def _save(fig, path, warning: str | None) -> None:
+    """Save the picture, with the warning, if any, below the panels."""
+    if warning:
+        # The layout engine keeps the panels above the strip that the sentence needs.
+        fig.text(0.5, 0.005, f"Warning: {warning}", ha="center", color=REJECTED, fontsize=9)
+        fig.set_layout_engine("constrained", rect=(0, 0.03, 1, 0.97))
+    save(fig, path)
+
+
+def sft_curves(path, rows: list[dict], title: str, warning: str | None = None) -> None:
+    """Draw an SFT run's four panels: loss, token accuracy, entropy, learning rate and gradient norm. Rank 0 only.
+
+    Args:
+        rows: of train_log.jsonl. Nothing is drawn where no step was logged.
+        warning: a sentence below the panels.
+    """
     train = [r for r in rows if r["split"] == "train"]
     if not train or not is_main_process():
         return
     fig, axes = figure(2, 2, title)
     for ax, key, name, unit in (
-        (axes[0], "loss", "Loss", "nats a token trained on"),
-        (axes[1], "mean_token_accuracy", "Token accuracy", "share of tokens that are likeliest"),
+        (axes[0], "loss", "Loss", "nats per trained token"),
+        (axes[1], "mean_token_accuracy", "Token accuracy", "share of tokens ranked first"),
         (axes[2], "entropy", "Entropy of the next token", "nats"),
     ):
         _curve(ax, rows, key, NEUTRAL, name.split()[0].lower())
         _finish(ax, name, unit)
     _rate_and_norm(axes[3], train)
-    save(fig, path)
+    _save(fig, path, warning)
 
 
 def dpo_curves(path, rows: list[dict], title: str, warning: str | None = None) -> None:
-    """Six panels from train_log.jsonl: loss, accuracy, margin, rewards, log-probs, learning rate and gradient norm.
+    """Draw a preference run's six panels: loss, accuracy, margin, rewards, log-probs, learning rate. Rank 0 only.
 
-    Thin lines are single logged steps, thick lines their running mean, dots the test split. Draws nothing where no
-    step was logged.
+    Thin lines are single logged steps, thick lines their running mean, dots the test split.
+
+    Args:
+        rows: of train_log.jsonl. Nothing is drawn where no step was logged.
+        warning: a sentence below the panels.
     """
     train = [r for r in rows if r["split"] == "train"]
     if not train or not is_main_process():
@@ -86,8 +103,4 @@ def dpo_curves(path, rows: list[dict], title: str, warning: str | None = None) -
     _finish(axes[3], "Rewards", "beta × log ratio (beta × nats)")
     _finish(axes[4], "Log-probabilities", "summed over the answer (nats)")
     _rate_and_norm(axes[5], train)
-    if warning:
-        fig.text(0.5, -0.03, f"Warning: {warning}", ha="center", color=REJECTED, fontsize=9)
-        fig.set_layout_engine("constrained", rect=(0, 0.03, 1, 0.97))
-        fig.texts[-1].set_y(0.005)
-    save(fig, path)
+    _save(fig, path, warning)

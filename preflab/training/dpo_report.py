@@ -1,30 +1,44 @@
-"""Table and verdict of a preference-training run."""
+"""Printed table, verdict and warning of a preference-training run."""
 
 from preflab.evaluation.reward_table import accuracy_row, comparison_row, heading, margin_row, ranking_row
-from utils.tables import render
+from utils.stage import Report
+from utils.tables import render as render_table
 
 
-def claim(metrics: dict) -> tuple[bool, str]:
-    """Whether held-out reward accuracy is shown to lie above 50%, and the sentence that says so either way."""
+def render(metrics: dict, title: str) -> Report:
+    """The table with verdict and warning below it. `metrics`: from `reward_metrics`, empty without a test split."""
+    if not metrics:
+        verdict = "No claim: there is no test split."
+        return Report(f"{title}\n\n{verdict}", verdict)
+    (_, verdict), warning = verdict_of(metrics), displacement(metrics)
+    parts = [render_table(title, table_lines(metrics)), verdict, *([f"warning: {warning}"] if warning else [])]
+    return Report("\n\n".join(parts), verdict, warning)
+
+
+def verdict_of(metrics: dict) -> tuple[bool, str]:
+    """Whether held-out reward accuracy is above 50% beyond chance, and the sentence about it."""
     accuracy = metrics["reward_accuracy"]
     if accuracy["ci95"] is None:
         return False, f"No claim: {accuracy['n']} held-out pair is too few for an interval."
     low, high = (100 * x for x in accuracy["ci95"])
-    figure = f"held-out reward accuracy is {100 * accuracy['value']:.1f}% (95% interval {low:.1f} to {high:.1f})"
-    # With a handful of pairs a bootstrap interval can shrink to a point: the exact test must agree.
+    finding = f"held-out reward accuracy is {100 * accuracy['value']:.1f}% (95% interval {low:.1f} to {high:.1f})"
+    # With very few pairs a bootstrap interval can shrink to a point, so the exact sign test must agree.
     if low > 50 and metrics["p_reward_accuracy_is_half"]["value"] < 0.05:
-        return True, f"Training helped: {figure}, above 50%."
-    why = "which does not lie above 50%" if low <= 50 else "but so few pairs cannot tell it from 50% (sign test)"
-    return False, f"No claim that training helped: {figure}, {why}."
+        return True, f"Training helped: {finding}, above 50%."
+    reason = "which is not above 50%" if low <= 50 else "but with so few pairs the sign test is not significant"
+    return False, f"No claim that training helped: {finding}, {reason}."
 
 
 def displacement(metrics: dict) -> str | None:
-    """A warning where both mean log-probabilities fell on the held-out pairs beyond chance (likelihood displacement,
-    Razin et al. 2024): the 95% intervals of both differences lie below 0. Else None."""
-    falls = [metrics[f"logps_{side}_difference"] for side in ("chosen", "rejected")]
-    if any((fall["ci95"] or [None, fall["value"]])[1] >= 0 for fall in falls):
+    """A warning where both mean log-probabilities fell beyond chance on the held-out pairs, else None.
+
+    Likelihood displacement (Razin et al. 2024): the 95% intervals of both differences are below 0.
+    """
+    changes = [metrics[f"logps_{side}_difference"] for side in ("chosen", "rejected")]
+    # Without an interval (one pair) the value itself counts.
+    if any((change["ci95"] or [None, change["value"]])[1] >= 0 for change in changes):
         return None
-    return displacement_text(*(fall["value"] for fall in falls))
+    return displacement_text(*(change["value"] for change in changes))
 
 
 def displacement_text(chosen: float, rejected: float) -> str:
@@ -35,22 +49,8 @@ def displacement_text(chosen: float, rejected: float) -> str:
     )
 
 
-def conclude(metrics: dict, title: str) -> tuple[str, str, str | None]:
-    """What a run prints at its end.
-
-    Returns:
-        (text, verdict, warning): the table with verdict and warning below it, and these two alone.
-    """
-    if not metrics:
-        verdict = "No claim: there is no test split."
-        return f"{title}\n\n{verdict}", verdict, None
-    (_, verdict), warning = claim(metrics), displacement(metrics)
-    parts = [table(metrics, title), verdict, *([f"warning: {warning}"] if warning else [])]
-    return "\n\n".join(parts), verdict, warning
-
-
-def table(metrics: dict, title: str) -> str:
-    """The one table that a training run prints: base beside tuned, with differences and their 95% intervals."""
+def table_lines(metrics: dict) -> list[tuple]:
+    """The lines of the printed table, its head first: base beside tuned, with differences and 95% intervals."""
     accuracy, p = metrics["reward_accuracy"], metrics["p_reward_accuracy_is_half"]
     lines = [
         heading(accuracy["n"]),
@@ -66,4 +66,4 @@ def table(metrics: dict, title: str) -> str:
         baseline, ahead = metrics["surface_classifier_accuracy"], metrics["reward_accuracy_minus_surface"]
         p = metrics["p_reward_accuracy_is_surface"]
         lines.append(comparison_row("bag of words, tuned reward, %", baseline, accuracy, ahead, p, 100))
-    return render(title, lines)
+    return lines

@@ -1,16 +1,153 @@
-"""The preflight: everything about a preference run that can be known, and be wrong, before its first step."""
+"""The preflight: everything about a training run that can be checked before its first step, for pairs and for SFT.
+
+`run_preflight` gives what all objectives share; `describe_pairs` and `describe_conversations` what differs.
+"""
 
 import math
 import time
+from dataclasses import dataclass
 
 import numpy as np
 
+from preflab.data.chat_template import ChatRenderer
+from preflab.evaluation.rewards import reward_rows
+from preflab.training.dpo_trainer import step0_tolerance
 from preflab.training.memory import needed
 from utils.errors import UserError
 
+# Rows per process that are scored before training, for the time estimate and the figures of step 0.
+TIMED_ROWS = 4
+CHECKPOINTED = ", activations computed twice (gradient checkpointing)"
 
-def token_counts(dataset) -> dict:
-    """Token lengths of a tokenised split: totals, means, margins of chosen over rejected."""
+
+@dataclass
+class RowFacts:
+    """What the preflight of one objective says about its rows, beside what all objectives share.
+
+    Attributes:
+        sections: named sections of preflight.json.
+        tokens_per_epoch: {name of the plan's figure: tokens of one epoch}.
+        rows: rows that the trainer iterates over (a packed row counts once).
+        longest: tokens of the longest sequence.
+        forward_seconds: measured seconds of one row's forward on one process; None for a sharded model.
+        forwards: cost of one row's training step, in forwards (a backward counts as two).
+        unit: what a step counts, in the plural.
+        lines: printed lines about the rows.
+        compute: printed description of how a batch is computed.
+        step0_lines: printed lines about step 0.
+    """
+
+    sections: dict
+    tokens_per_epoch: dict[str, int]
+    rows: int
+    longest: int
+    forward_seconds: float | None
+    forwards: int
+    unit: str
+    lines: list[str]
+    compute: str
+    step0_lines: list[str]
+
+
+def run_preflight(describe_rows, trainer, splits, args: list, notes: list[str]) -> tuple[dict, str]:
+    """Check and describe a run before its first step.
+
+    Args:
+        describe_rows: `describe_pairs` or `describe_conversations`.
+        args: the run's data arguments, its RunConfig and TRL's ModelConfig.
+        notes: sentences to be shown with it.
+
+    Returns:
+        (flight, text): the content of preflight.json, and the printed report.
+
+    Raises:
+        UserError: a sequence starts with two BOS tokens.
+    """
+    data_args, config, model_args = args
+    facts = describe_rows(trainer, splits, data_args, config)
+    plan = plan_training(config, facts.rows, facts.tokens_per_epoch, trainer.accelerator.num_processes)
+    parameters = count_parameters(trainer.model)
+    beside = config.keeps_reference_model(model_args.use_peft)
+    memory = needed(trainer.model, config, parameters["trainable"], facts.longest, beside)
+    flight = {
+        **facts.sections,
+        **splits.summary,
+        "truncation": splits.truncation,
+        "parameters": parameters,
+        "precision": config.precision,
+        "dropout": effective_dropout(config, model_args),
+        "gradient_checkpointing": config.gradient_checkpointing,
+        "plan": plan,
+        "estimate": {
+            "memory_gib": round(memory.total(config.gradient_checkpointing) / 2**30, 2),
+            **estimated_minutes(plan, facts, config.gradient_checkpointing),
+        },
+        "notes": notes,
+    }
+    return flight, report(flight, facts)
+
+
+def report(flight: dict, facts: RowFacts) -> str:
+    """The preflight as printed text."""
+    plan, special, estimate = flight["plan"], flight["special_tokens"], flight["estimate"]
+    batch = plan["batch"]
+    lines = [
+        "preflight",
+        *facts.lines,
+        f"  special   leading BOS {special['leading_bos_min']} to {special['leading_bos_max']}"
+        f" ({special['bos_token']}), end {' '.join(special['end_tokens'])}",
+        f"  model     {flight['parameters']['trainable']:,} of {flight['parameters']['total']:,} parameters trained,"
+        f" {flight['precision']}, dropout {flight['dropout']}",
+        f"  plan      {plan['steps']} steps ({plan['epochs']} epochs) of {plan['global_batch_size']} {facts.unit}"
+        f" ({batch['per_device']} per process × {batch['accumulation']} accumulation × {batch['processes']}"
+        f" processes), about {plan['tokens_seen']:,} tokens",
+        f"  compute   {facts.compute}{CHECKPOINTED if flight['gradient_checkpointing'] else ''}",
+        f"  estimate  {estimate.get('minutes', '?')} minutes, {estimate['memory_gib']} GiB (rough)",
+        *facts.step0_lines,
+        *(f"  note      {note}" for note in flight["notes"]),
+    ]
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------------------- preference pairs
+
+
+def describe_pairs(trainer, splits, data_args, config) -> RowFacts:
+    """Facts about preference pairs: the first one decoded, lengths, special tokens, margins before the first step."""
+    dataset, tokenizer = splits.train_ids, trainer.processing_class
+    tokens = pair_tokens(dataset)
+    answers = {side: dataset[f"{side}_ids"] for side in ("chosen", "rejected")}
+    special = special_tokens(dataset["prompt_ids"], answers, tokenizer)
+    step0, seconds = step0_margins(trainer, len(dataset))
+    pair = decoded_pair(dataset, tokenizer)
+    cached, padded_because = config.precompute_ref_log_probs, trainer.padded_because
+    return RowFacts(
+        sections={
+            "first_pair": pair,
+            "special_tokens": special,
+            "tokens": tokens,
+            "padded_because": padded_because,
+            "step0": step0,
+        },
+        tokens_per_epoch={
+            "tokens_seen": tokens["tokens_per_epoch"],
+            "tokens_stored_once": tokens["tokens_stored_once"],
+        },
+        rows=len(dataset),
+        longest=tokens["longest_sequence"],
+        # Policy and reference were timed together, unless TRL precomputed the reference.
+        forward_seconds=None if seconds is None else seconds / (2 - cached),
+        # Forward and backward of the policy, and the reference's forward.
+        forwards=3 + (not cached),
+        unit="pairs",
+        lines=pair_lines(pair, tokens, special, splits),
+        compute="each prompt once, without padding" if padded_because is None else f"padded pairs: {padded_because}",
+        step0_lines=[step0_line(step0)],
+    )
+
+
+def pair_tokens(dataset) -> dict:
+    """Token lengths of a tokenised split of pairs: totals, means, margins of chosen over rejected."""
     prompt, chosen, rejected = (
         np.array([len(ids) for ids in dataset[key]]) for key in ("prompt_ids", "chosen_ids", "rejected_ids")
     )
@@ -29,25 +166,196 @@ def token_counts(dataset) -> dict:
     }
 
 
-def special_tokens(openings, answers: dict, tokenizer) -> dict:
+def decoded_pair(dataset, tokenizer) -> dict:
+    """The first pair decoded, with its loss mask: which part is context and which is scored."""
+    row = dataset[0]
+    return {
+        "prompt_not_scored": tokenizer.decode(row["prompt_ids"]),
+        "chosen_scored": tokenizer.decode(row["chosen_ids"]),
+        "rejected_scored": tokenizer.decode(row["rejected_ids"]),
+        "tokens": {k: len(row[f"{k}_ids"]) for k in ("prompt", "chosen", "rejected")},
+    }
+
+
+def step0_margins(trainer, pairs: int) -> tuple[dict, float | None]:
+    """The largest |reward| and |margin| before the first step, over a few train pairs, and the seconds per pair.
+
+    A sharded model exists only inside training: there the trainer checks the first micro-batch.
+    """
+    step0 = {"largest_margin": None, "largest_reward": None, "pairs": 0, "tolerance": step0_tolerance(trainer.args)}
+    if trainer.is_sharded:
+        later = "will be checked on the first micro-batch: a sharded model exists only there"
+        return {**step0, "checked": later}, None
+    world = trainer.accelerator.num_processes
+    count = min(pairs, TIMED_ROWS * world)
+    started = time.monotonic()
+    rows = reward_rows(trainer.score(trainer.train_dataset, range(count)), trainer.args.beta)
+    seconds = (time.monotonic() - started) / -(-count // world)
+    return {
+        **step0,
+        "largest_margin": max(abs(row["margin"]) for row in rows),
+        "largest_reward": max(abs(row[f"reward_{side}"]) for row in rows for side in ("chosen", "rejected")),
+        "pairs": count,
+        "checked": "before training",
+    }, seconds
+
+
+def pair_lines(pair: dict, tokens: dict, special: dict, splits) -> list[str]:
+    """Printed lines about the pairs of a run."""
+    train, test = splits.summary["train"], splits.summary["test"]
+
+    def truncated(part):
+        return f"{splits.truncation.get(f'truncated_{part}', 0) / train['pairs']:.1%}"
+
+    size = pair["tokens"]
+    held_out = f"{test['pairs']} test pairs; dropped: {dropped_rows(test)}" if test else "no test split"
+    return [
+        f"  prompt    {size['prompt']:>4} tokens, not scored | {excerpt(pair['prompt_not_scored'], end=True)}",
+        f"  chosen    {size['chosen']:>4} tokens, scored     | {excerpt(pair['chosen_scored'])}",
+        f"  rejected  {size['rejected']:>4} tokens, scored     | {excerpt(pair['rejected_scored'])}",
+        f"  data      {train['rows']} rows, {train['pairs']} train pairs; dropped: {dropped_rows(train)}; {held_out}",
+        f"  lengths   chosen {tokens['chosen_tokens_mean']:.0f}, rejected {tokens['rejected_tokens_mean']:.0f}"
+        f" tokens on average; chosen longer in {tokens['chosen_longer_share']:.1%} of pairs",
+        f"  truncated prompt {truncated('prompt')}, chosen {truncated('chosen')}, rejected {truncated('rejected')} of"
+        f" pairs; end token kept in {special['chosen_with_end_token']:.1%} of chosen,"
+        f" {special['rejected_with_end_token']:.1%} of rejected",
+    ]
+
+
+def step0_line(step0: dict) -> str:
+    """The printed line about the margins before the first step."""
+    if step0["largest_margin"] is None:
+        return f"  step 0    {step0['checked']}"
+    return (
+        f"  step 0    largest reward margin {step0['largest_margin']:.2g} over {step0['pairs']} pairs (must be 0"
+        f" within {step0['tolerance']:g})"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------- conversations
+
+
+def describe_conversations(trainer, splits, data_args, config) -> RowFacts:
+    """Facts about SFT conversations: the first one decoded, lengths, packing, and the loss before the first step."""
+    dataset, tokenizer = splits.train_ids, trainer.processing_class
+    tokens, rows = conversation_tokens(dataset), len(trainer.train_dataset)
+    special = special_tokens(
+        dataset["input_ids"], {"conversations": [ids[-3:] for ids in dataset["input_ids"]]}, tokenizer
+    )
+    step0, seconds = step0_loss(trainer, dataset)
+    pieces = decoded_conversation(dataset, tokenizer)
+    packing = None
+    if config.packing:
+        packing = {"rows": rows, "filled": tokens["tokens_per_epoch"] / (rows * config.max_length)}
+    return RowFacts(
+        sections={
+            "first_conversation": pieces,
+            "special_tokens": special,
+            "tokens": tokens,
+            "packing": packing,
+            "step0": step0,
+        },
+        tokens_per_epoch={
+            "tokens_seen": tokens["tokens_per_epoch"],
+            "trained_tokens_seen": tokens["trained_tokens_per_epoch"],
+        },
+        rows=rows,
+        longest=tokens["longest_sequence"],
+        # A packed row holds several of the timed conversations.
+        forward_seconds=None if seconds is None else seconds * len(dataset) / rows,
+        forwards=3,
+        unit="packed rows" if packing else "conversations",
+        lines=conversation_lines(pieces, tokens, special, splits, data_args.loss_on),
+        compute=f"{packing['rows']} packed rows, {packing['filled']:.0%} filled" if packing else "padded rows",
+        step0_lines=[f"  step 0    loss {step0['loss']:.3f} nats per token over {step0['conversations']} conversations"]
+        if step0
+        else [],
+    )
+
+
+def conversation_tokens(dataset) -> dict:
+    """Token lengths of a tokenised split of conversations, and how many tokens are trained on."""
+    lengths = np.array([len(ids) for ids in dataset["input_ids"]])
+    trained = np.array([sum(label != -100 for label in labels) for labels in dataset["labels"]])
+    return {
+        "conversations": len(dataset),
+        "tokens_mean": float(lengths.mean()),
+        "longest_sequence": int(lengths.max()),
+        "tokens_per_epoch": int(lengths.sum()),
+        "trained_tokens_per_epoch": int(trained.sum()),
+    }
+
+
+def decoded_conversation(dataset, tokenizer) -> list[dict]:
+    """The first conversation decoded in pieces, each with whether it is trained on."""
+    row, pieces = dataset[0], []
+    for token, label in zip(row["input_ids"], row["labels"], strict=True):
+        if not pieces or pieces[-1]["trained_on"] != (label != -100):
+            pieces.append({"trained_on": label != -100, "ids": []})
+        pieces[-1]["ids"].append(token)
+    return [
+        {"trained_on": p["trained_on"], "tokens": len(p["ids"]), "text": tokenizer.decode(p["ids"])} for p in pieces
+    ]
+
+
+def step0_loss(trainer, dataset) -> tuple[dict | None, float | None]:
+    """The mean loss per trained token before the first step, over a few conversations, and the seconds for each.
+
+    (None, None) for a sharded model, which exists only inside training.
+    """
+    if trainer.is_sharded:
+        return None, None
+    world = trainer.accelerator.num_processes
+    sample = range(min(len(dataset), TIMED_ROWS * world))
+    started = time.monotonic()
+    nll = trainer.score(dataset, sample)
+    seconds = (time.monotonic() - started) / -(-len(sample) // world)
+    # The first token has no prediction.
+    scored = sum(sum(label != -100 for label in dataset[i]["labels"][1:]) for i in sample)
+    return {"loss": sum(nll) / scored, "conversations": len(sample)}, seconds
+
+
+def conversation_lines(pieces: list[dict], tokens: dict, special: dict, splits, loss_on: str) -> list[str]:
+    """Printed lines about the conversations of a run."""
+    train, test = splits.summary["train"], splits.summary["test"]
+    held_out = f"{test['conversations']} test conversations; dropped: {dropped_rows(test)}" if test else "no test split"
+    share = tokens["trained_tokens_per_epoch"] / tokens["tokens_per_epoch"]
+    return [
+        *(
+            f"  {'trained on' if p['trained_on'] else 'read only '} {p['tokens']:>4} tokens |"
+            f" {excerpt(p['text'], end=not p['trained_on'])}"
+            for p in pieces[:4]
+        ),
+        f"  data      {train['rows']} rows, {train['conversations']} train conversations; dropped:"
+        f" {dropped_rows(train)}; {held_out}",
+        f"  lengths   {tokens['tokens_mean']:.0f} tokens on average, {tokens['longest_sequence']} at most; {share:.1%}"
+        f" of them trained on ({loss_on})",
+        f"  truncated {splits.truncation.get('truncated', 0) / train['conversations']:.1%} of conversations; end"
+        f" token kept in {special['conversations_with_end_token']:.1%}",
+    ]
+
+
+# ----------------------------------------------------------------------------------------------------------- shared
+
+
+def special_tokens(sequences, answers: dict, tokenizer) -> dict:
     """Leading BOS tokens per sequence, and the share of answers that end with an end-of-turn or EOS token.
 
     Args:
-        openings: token ids of what opens each sequence.
-        answers: `{name: token ids of each answer}`.
+        sequences: token ids from the start of each sequence.
+        answers: {name: token ids of each answer}.
 
     Raises:
-        UserError: where a sequence opens with two BOS tokens.
+        UserError: a sequence starts with two BOS tokens.
     """
     bos = tokenizer.bos_token_id
-    leading = [next((i for i, t in enumerate(ids) if t != bos), len(ids)) for ids in openings]
+    leading = [next((i for i, t in enumerate(ids) if t != bos), len(ids)) for ids in sequences]
     if max(leading) > 1:
-        raise UserError(f"{max(leading)} BOS tokens open a prompt: template and text both add one")
+        raise UserError(f"a prompt starts with {max(leading)} BOS tokens: the chat template and the text both add one")
     ends = {tokenizer.eos_token_id}
     if tokenizer.chat_template:
-        from preflab.data.chat_template import ChatRenderer
-
         ends |= ChatRenderer(tokenizer).end_ids()
+    # Some templates put a newline after the end-of-turn token, so the last three tokens are searched.
     ended = {name: np.mean([any(t in ends for t in ids[-3:]) for ids in rows]) for name, rows in answers.items()}
     return {
         "bos_token": tokenizer.bos_token,
@@ -58,212 +366,71 @@ def special_tokens(openings, answers: dict, tokenizer) -> dict:
     }
 
 
-def first_pair(dataset, tokenizer) -> dict:
-    """The first pair decoded, with its loss mask: what is only read, and what is scored."""
-    row = dataset[0]
-    return {
-        "prompt_not_scored": tokenizer.decode(row["prompt_ids"]),
-        "chosen_scored": tokenizer.decode(row["chosen_ids"]),
-        "rejected_scored": tokenizer.decode(row["rejected_ids"]),
-        "tokens": {k: len(row[f"{k}_ids"]) for k in ("prompt", "chosen", "rejected")},
-    }
-
-
-def plan(args, rows: int, an_epoch: dict, world_size: int) -> dict:
-    """Steps, rows and tokens that training will see, as transformers' Trainer counts them.
+def plan_training(config, rows: int, tokens_per_epoch: dict[str, int], world_size: int) -> dict:
+    """Steps, rows and tokens of the whole training, counted as transformers' Trainer counts them.
 
     Args:
         rows: rows of the train split, as the trainer takes them.
-        an_epoch: `{name: tokens in an epoch}`; each is told for the whole run.
+        tokens_per_epoch: {name: tokens of one epoch}; the plan has each for the whole training.
     """
+    # The sampler pads the last batch, so every process gets equally many rows.
     per_device = -(-rows // world_size)
-    micro = -(-per_device // args.per_device_train_batch_size)
-    steps_per_epoch = max(-(-micro // args.gradient_accumulation_steps), 1)
-    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
-    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * world_size
+    micro_batches = -(-per_device // config.per_device_train_batch_size)
+    steps_per_epoch = max(-(-micro_batches // config.gradient_accumulation_steps), 1)
+    steps = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * steps_per_epoch)
+    global_batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * world_size
     epochs, rest = divmod(steps, steps_per_epoch)
-    seen = epochs * rows + min(rest * batch, rows)
+    seen = epochs * rows + min(rest * global_batch, rows)
     return {
         "steps": steps,
         "steps_per_epoch": steps_per_epoch,
         "epochs": round(steps / steps_per_epoch, 3),
-        "global_batch_size": batch,
+        "global_batch_size": global_batch,
         "batch": {
-            "per_device": args.per_device_train_batch_size,
-            "accumulation": args.gradient_accumulation_steps,
+            "per_device": config.per_device_train_batch_size,
+            "accumulation": config.gradient_accumulation_steps,
             "processes": world_size,
         },
         "rows_seen": seen,
-        **{name: round(seen * tokens / rows) for name, tokens in an_epoch.items()},
+        **{name: round(seen * tokens / rows) for name, tokens in tokens_per_epoch.items()},
     }
 
 
-def dropout_that_runs(args, model_args) -> str:
-    """The dropout that training really uses: TRL's disable_dropout makes lora_dropout 0 without a word."""
-    if not getattr(args, "disable_dropout", False):
-        return f"{model_args.lora_dropout:g} (lora_dropout)" if model_args.use_peft else "as the model's config has it"
+def estimated_minutes(plan: dict, facts: RowFacts, checkpointing: bool) -> dict:
+    """{"minutes": rough training time}; empty where no forward could be timed."""
+    if facts.forward_seconds is None:
+        return {}
+    rows_per_process = plan["rows_seen"] / plan["batch"]["processes"]
+    # Gradient checkpointing computes one more forward.
+    return {"minutes": round(rows_per_process * facts.forward_seconds * (facts.forwards + bool(checkpointing)) / 60, 1)}
+
+
+def count_parameters(model) -> dict:
+    """The number of all and of the trained parameters."""
+    # DeepSpeed ZeRO-3 keeps the size of a sharded parameter in ds_numel.
+    numel = [(p.requires_grad, p.ds_numel if hasattr(p, "ds_numel") else p.numel()) for p in model.parameters()]
+    return {"trainable": sum(n for trained, n in numel if trained), "total": sum(n for _, n in numel)}
+
+
+def effective_dropout(config, model_args) -> str:
+    """The dropout that training uses: TRL's disable_dropout sets lora_dropout to 0 without a message."""
+    if not getattr(config, "disable_dropout", False):
+        return f"{model_args.lora_dropout:g} (lora_dropout)" if model_args.use_peft else "as in the model's config"
     if model_args.use_peft and model_args.lora_dropout:
         return f"0 (lora_dropout {model_args.lora_dropout} is switched off by disable_dropout: true)"
     return "0"
 
 
-def step0_margins(trainer, pairs: int) -> tuple[dict, float | None]:
-    """The largest reward and margin before the first step, over a few train pairs, and the seconds a pair took.
-
-    A sharded model exists only inside training: there the trainer checks the first micro-batch.
-    """
-    from preflab.evaluation.rewards import reward_rows
-    from preflab.training.dpo_trainer import step0_tolerance
-
-    found = {"largest_margin": None, "largest_reward": None, "pairs": 0, "tolerance": step0_tolerance(trainer.args)}
-    if trainer.is_sharded:
-        return {**found, "checked": "will be checked on the first micro-batch: a sharded model exists only there"}, None
-    world = trainer.accelerator.num_processes
-    count = min(pairs, 4 * world)
-    started = time.monotonic()
-    rows = reward_rows(trainer.score(trainer.train_dataset, range(count)), trainer.args.beta)
-    seconds = (time.monotonic() - started) / -(-count // world)
-    return {
-        **found,
-        "largest_margin": max(abs(row["margin"]) for row in rows),
-        "largest_reward": max(abs(row[f"reward_{side}"]) for row in rows for side in ("chosen", "rejected")),
-        "pairs": count,
-        "checked": "before training",
-    }, seconds
-
-
-def run_preflight(trainer, args, model_args, train, train_ids, test, truncation, notes) -> dict:
-    """The whole preflight of a preference run, as preflight.json holds it.
-
-    Args:
-        train, test: PreferenceData of the splits (test may be None).
-        train_ids, truncation: from `preflab.data.preferences.tokenize`.
-
-    Raises:
-        UserError: where a prompt opens with two BOS tokens.
-    """
-    tokens = token_counts(train_ids)
-    answers = {side: train_ids[f"{side}_ids"] for side in ("chosen", "rejected")}
-    special = special_tokens(train_ids["prompt_ids"], answers, trainer.processing_class)
-    step0, seconds = step0_margins(trainer, len(train_ids))
-    an_epoch = {"tokens_seen": tokens["tokens_per_epoch"], "tokens_stored_once": tokens["tokens_stored_once"]}
-    steps = plan(args, len(train_ids), an_epoch, trainer.accelerator.num_processes)
-    cached = args.precompute_ref_log_probs
-    # Policy and reference were timed together; full fine-tuning keeps the reference beside the policy.
-    forward = None if seconds is None else seconds / (2 - cached)
-    beside = not (cached or hasattr(trainer.model, "peft_config"))
-    return {
-        "first_pair": first_pair(train_ids, trainer.processing_class),
-        "special_tokens": special,
-        "train": train.summary(),
-        "test": test.summary() if test else None,
-        "tokens": tokens,
-        "truncation": truncation,
-        "parameters": trainable(trainer.model),
-        "precision": args.precision,
-        "dropout": dropout_that_runs(args, model_args),
-        "padded_because": trainer.padded_because,
-        "gradient_checkpointing": args.gradient_checkpointing,
-        "plan": steps,
-        "estimate": estimate(args, trainer.model, steps, forward, 3 + (not cached), tokens["longest_sequence"], beside),
-        "step0": step0,
-        "notes": notes,
-    }
-
-
-def trainable(model) -> dict:
-    """Parameters in all and those trained."""
-    numel = [(p.requires_grad, p.ds_numel if hasattr(p, "ds_numel") else p.numel()) for p in model.parameters()]
-    return {"trainable": sum(n for on, n in numel if on), "total": sum(n for _, n in numel)}
-
-
-def estimate(args, model, plan_: dict, forward: float | None, forwards: int, longest: int, reference_beside: bool):
-    """A rough estimate of time and memory (preflab.training.memory), to be read as an order of magnitude.
-
-    Args:
-        forward: seconds that one forward of one row was timed to take; None leaves the time out.
-        forwards: what a row's step costs, in forwards (a backward counts as two); checkpointing adds one.
-        longest: tokens of the longest sequence.
-    """
-    memory = needed(model, args, trainable(model)["trainable"], longest, reference_beside)
-    found = {"memory_gib": round(memory.total(args.gradient_checkpointing) / 2**30, 2)}
-    if forward is not None:
-        per_process = plan_["rows_seen"] / plan_["batch"]["processes"]
-        found["minutes"] = round(per_process * forward * (forwards + bool(args.gradient_checkpointing)) / 60, 1)
-    return found
-
-
-def short(text: str, end: bool = False) -> str:
-    """`text` on one line, its start or its end where it is long."""
+def excerpt(text: str, end: bool = False) -> str:
+    """`text` on one line, shortened to its first or last 300 characters."""
     text = text.replace("\n", "⏎")
     return text if len(text) <= 300 else ("… " + text[-300:] if end else text[:300] + " …")
 
 
-def drops(split: dict) -> str:
-    """What the filters left out of a split, from its summary."""
+def dropped_rows(split: dict) -> str:
+    """The rows that the filters dropped from a split, as text, from its summary."""
     count = split["pairs"] if "pairs" in split else split["conversations"]
-    # Beyond --limit, or held out.
+    # Rows beyond --limit, or moved to the test split.
     rest = split["rows"] - count - sum(split["dropped"].values())
-    found = [f"{k} {v}" for k, v in split["dropped"].items()]
-    text = ", ".join(found) or "nothing"
+    text = ", ".join(f"{k} {v}" for k, v in split["dropped"].items()) or "nothing"
     return f"{text} ({rest} set aside)" if rest > 0 else text
-
-
-def run_lines(flight: dict, unit: str) -> list[str]:
-    """The report's lines on model and plan. `unit`: what a step counts, in the plural."""
-    steps = flight["plan"]
-    batch = steps["batch"]
-    return [
-        f"  model     {flight['parameters']['trainable']:,} of {flight['parameters']['total']:,} parameters trained,"
-        f" {flight['precision']}, dropout {flight['dropout']}",
-        f"  plan      {steps['steps']} steps ({steps['epochs']} epochs) of {steps['global_batch_size']} {unit}"
-        f" ({batch['per_device']} a process × {batch['accumulation']} accumulation × {batch['processes']} processes),"
-        f" about {steps['tokens_seen']:,} tokens",
-    ]
-
-
-def estimate_line(flight: dict) -> str:
-    """The report's line on time and memory."""
-    found = flight["estimate"]
-    return f"  estimate  {found.get('minutes', '?')} minutes, {found['memory_gib']} GiB (rough)"
-
-
-CHECKPOINTED = ", activations computed twice (gradient checkpointing)"
-
-
-def report(flight: dict) -> str:
-    """The preflight of a preference run as a person reads it."""
-    train, tokens, special, pair = (flight[k] for k in ("train", "tokens", "special_tokens", "first_pair"))
-    cut, margin = flight["truncation"], flight["step0"]
-
-    def share(part):
-        return f"{cut.get(f'truncated_{part}', 0) / train['pairs']:.1%}"
-
-    size, test, why = pair["tokens"], flight["test"], flight["padded_because"]
-    held_out = f"{test['pairs']} test pairs; dropped: {drops(test)}" if test else "no test split"
-    lines = [
-        "preflight",
-        f"  prompt    {size['prompt']:>4} tokens, not scored | {short(pair['prompt_not_scored'], end=True)}",
-        f"  chosen    {size['chosen']:>4} tokens, scored     | {short(pair['chosen_scored'])}",
-        f"  rejected  {size['rejected']:>4} tokens, scored     | {short(pair['rejected_scored'])}",
-        f"  data      {train['rows']} rows, {train['pairs']} train pairs; dropped: {drops(train)}; {held_out}",
-        f"  lengths   chosen {tokens['chosen_tokens_mean']:.0f}, rejected {tokens['rejected_tokens_mean']:.0f}"
-        f" tokens on average; chosen longer in {tokens['chosen_longer_share']:.1%} of pairs",
-        f"  cut       prompt {share('prompt')}, chosen {share('chosen')}, rejected {share('rejected')} of pairs; end"
-        f" token kept in {special['chosen_with_end_token']:.1%} of chosen, {special['rejected_with_end_token']:.1%} of"
-        " rejected",
-        f"  special   leading BOS {special['leading_bos_min']} to {special['leading_bos_max']}"
-        f" ({special['bos_token']}), end {' '.join(special['end_tokens'])}",
-        *run_lines(flight, "pairs"),
-        f"  compute   {'each prompt once, without padding' if why is None else f'padded pairs, as stock: {why}'}"
-        + (CHECKPOINTED if flight["gradient_checkpointing"] else ""),
-        estimate_line(flight),
-    ]
-    if margin["largest_margin"] is not None:
-        lines.append(
-            f"  step 0    largest reward margin {margin['largest_margin']:.2g} over {margin['pairs']} pairs (must be 0"
-            f" within {margin['tolerance']:g})"
-        )
-    else:
-        lines.append(f"  step 0    {margin['checked']}")
-    return "\n".join(lines + [f"  note      {note}" for note in flight["notes"]])

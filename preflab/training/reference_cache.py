@@ -1,7 +1,7 @@
-"""The frozen reference's log-probabilities, computed once and kept: losses, betas and learning rates share them.
+"""The frozen reference's log-probabilities, computed once and cached: runs with other losses or betas share them.
 
-A pair's entry is keyed by its token ids, so that tokenizer, template and truncation are in the key; the folder by the
-reference's weights and precision. Evaluations read the same kind of cache (utils.cache).
+A pair's entry is keyed by its token ids, which depend on tokenizer, template and truncation; the folder by the
+reference's weights and precision. Evaluations use the same kind of cache (utils.cache).
 """
 
 import time
@@ -13,10 +13,13 @@ from preflab.training.dpo_trainer import STEP0_TOLERANCE
 from utils.cache import ResultCache, cache_key
 from utils.errors import UserError
 from utils.progress import progress
+from utils.stage import print_main
 
 PARTS = ("prompt_ids", "chosen_ids", "rejected_ids")
-# A few cached pairs are computed again before any is believed.
+# Cached pairs per split that are computed again before the cache is used.
 CHECKED = 4
+# Tokens per forward.
+CPU_TOKENS, GPU_TOKENS = 4096, 32768
 
 
 def unsupported_reason(trainer) -> str | None:
@@ -32,16 +35,36 @@ def unsupported_reason(trainer) -> str | None:
     return None
 
 
+def prepare(training, trainer) -> dict:
+    """Give the trainer cached reference log-probabilities, where that is possible. Call before training.
+
+    Args:
+        training: the TrainingRun.
+
+    Returns:
+        `{computed, read, seconds}`, or `{in_every_step_because}` where the reference cannot be cached.
+    """
+    reason = unsupported_reason(trainer)
+    if reason is not None:
+        return {"in_every_step_because": reason}
+    counts = use(trainer, training.config.eval_out, training.model_identity(trainer))
+    print_main(f"reference: {counts['computed']} pairs computed, {counts['read']} read, {counts['seconds']} s")
+    return counts
+
+
 def use(trainer, eval_out: str, identity: dict) -> dict:
     """Give every train and test pair its reference log-probabilities. Call after the preflight, before training.
 
-    The order of training, and every random number in it, stay as they are: nothing here draws one.
+    No random number is drawn here, so the order of training and its dropout are the same as without the cache.
 
     Args:
-        identity: what identifies the reference: weights, precision, quantisation.
+        identity: what identifies the reference: weights, precision, quantisation, start adapter.
 
     Returns:
-        `{computed, read, seconds}`. Raises UserError where kept figures are not those of this reference.
+        `{computed, read, seconds}`.
+
+    Raises:
+        UserError: cached figures do not match this reference.
     """
     started = time.monotonic()
     cache = ResultCache(eval_out, "reference", {"kind": "summed response log-probabilities", **identity})
@@ -52,29 +75,32 @@ def use(trainer, eval_out: str, identity: dict) -> dict:
         for name, dataset in splits.items()
         if dataset is not None
     }
-    for name, mine in keys.items():
-        _check(trainer, splits[name], mine, known, cache.folder)
-        todo = list({key: i for i, key in enumerate(mine) if key not in known}.values())
-        counts["computed"] += len(todo)
-        counts["read"] += len(mine) - len(todo)
-        _compute(trainer, splits[name], mine, todo, cache)
-    found = cache.gather()
-    for name, mine in keys.items():
+    for name, split_keys in keys.items():
+        _check(trainer, splits[name], split_keys, known, cache.folder)
+        # Pairs with equal token ids share a key and are computed once.
+        missing = list({key: i for i, key in enumerate(split_keys) if key not in known}.values())
+        counts["computed"] += len(missing)
+        counts["read"] += len(split_keys) - len(missing)
+        _compute(trainer, splits[name], split_keys, missing, cache)
+    results = cache.gather()
+    for name, split_keys in keys.items():
         dataset = splits[name]
         for side in ("chosen", "rejected"):
-            dataset = dataset.add_column(f"ref_{side}_logps", [found[key][side] for key in mine])
+            # The columns that TRL's own precomputation adds; it then skips the reference's forward.
+            dataset = dataset.add_column(f"ref_{side}_logps", [results[key][side] for key in split_keys])
         setattr(trainer, name, dataset)
     trainer.precompute_ref_logps = True
     return {**counts, "seconds": round(time.monotonic() - started, 1)}
 
 
-def _compute(trainer, dataset, keys: list[str], todo: list[int], cache: ResultCache) -> None:
-
-    lengths = [sum(len(dataset[i][part]) for part in PARTS) for i in todo]
-    batches = cache.own_share(token_batches(lengths, 4096 if trainer.accelerator.device.type == "cpu" else 32768))
+def _compute(trainer, dataset, keys: list[str], missing: list[int], cache: ResultCache) -> None:
+    """Score the `missing` rows, shared out over the processes, and add them to the cache."""
+    lengths = [sum(len(dataset[i][part]) for part in PARTS) for i in missing]
+    budget = CPU_TOKENS if trainer.accelerator.device.type == "cpu" else GPU_TOKENS
+    batches = cache.own_share(token_batches(lengths, budget))
     with progress(sum(map(len, batches)), "reference", "pair") as bar:
         for batch in batches:
-            rows = [todo[k] for k in batch]
+            rows = [missing[k] for k in batch]
             for i, (chosen, rejected) in zip(rows, reference_logps(trainer, dataset, rows), strict=True):
                 cache.add(keys[i], {"chosen": chosen, "rejected": rejected})
             bar.update(len(rows))
@@ -93,17 +119,19 @@ def reference_logps(trainer, dataset, rows: list[int]) -> list[tuple[float, floa
 
 
 def _check(trainer, dataset, keys: list[str], known: dict, folder) -> None:
-    """Refuse kept figures that the reference does not give today."""
-    kept = [i for i, key in enumerate(keys) if key in known]
-    some = kept[:: max(1, len(kept) // CHECKED)][:CHECKED]
-    if not some:
+    """Raise UserError where cached figures differ from what the reference gives now, on a few pairs."""
+    cached = [i for i, key in enumerate(keys) if key in known]
+    # Spread over the split.
+    sample = cached[:: max(1, len(cached) // CHECKED)][:CHECKED]
+    if not sample:
         return
     tolerance = STEP0_TOLERANCE["float32" if trainer.args.precision == "fp32" else "16-bit"]
-    for i, now in zip(some, reference_logps(trainer, dataset, some), strict=True):
+    for i, now in zip(sample, reference_logps(trainer, dataset, sample), strict=True):
         before = (known[keys[i]]["chosen"], known[keys[i]]["rejected"])
-        apart = max(abs(a - b) for a, b in zip(before, now, strict=True))
-        if not apart <= tolerance:
+        difference = max(abs(a - b) for a, b in zip(before, now, strict=True))
+        # Written so that NaN fails too.
+        if not difference <= tolerance:
             raise UserError(
-                f"{folder}: the reference log-probabilities kept there are not those of this model ({before[0]:.3f}"
-                f" kept, {now[0]:.3f} now); delete the folder, or train with --no_reference_cache"
+                f"{folder}: the cached reference log-probabilities do not match this model ({before[0]:.3f} cached,"
+                f" {now[0]:.3f} now); delete the folder, or train with --no_reference_cache"
             )

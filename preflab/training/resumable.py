@@ -1,4 +1,4 @@
-"""Trainer mixin and callbacks: whole checkpoints, exact resume, row logs, and a stop that saves first."""
+"""Trainer mixin and callbacks: complete checkpoints, exact resume, one log row per step, and a graceful stop."""
 
 import math
 import shutil
@@ -10,39 +10,45 @@ from pathlib import Path
 
 import torch
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length, rotate_checkpoints
 
 from preflab.models.fast import fused_lora
 from preflab.training.run_folder import MANIFEST, write_manifest
 from utils.artifacts import RowFile, read_json
 from utils.errors import UserError, is_main_process
+from utils.progress import progress
 
 
 class ResumableMixin:
-    """Whole checkpoints, exact resume, timing and logs for a trainer of TRL's. Put before it in the bases."""
+    """Complete checkpoints, exact resume, timing and logs for one of TRL's trainers. Put before it in the bases."""
 
+    # Wall time of earlier calls, and the start and the end of this one.
     seconds_before, started, ended = 0.0, None, None
+    # The largest |reward| of the first micro-batch, where the trainer has to measure it during training.
+    step0_reward: float | None = None
 
-    def set_up(self, row_log: RowFile, watch: Callable[[dict], str | None] | None = None) -> None:
-        """What comes after TRL's own __init__: LoRA in place, adapters in float32, and this project's callbacks.
+    def set_up(self, row_log: RowFile, warn: Callable[[dict], str | None] | None = None) -> None:
+        """Complete TRL's __init__: fused LoRA, trained parameters in float32, and this project's callbacks.
 
         Args:
-            row_log: where every logged step goes.
-            watch: says what is to be warned of in an evaluation's row, or None.
+            row_log: gets one row per logged step.
+            warn: returns a warning for the row of an evaluation, or None.
         """
         self.row_log = row_log
         if not self.is_sharded:
-            # Sharding may gather a layer's A and B only when they are called as modules.
+            # Sharding gathers a layer's LoRA matrices when they are called as modules; the fused kernel reads them
+            # directly.
             fused_lora.attach(self.model)
         for param in self.model.parameters():
-            # TRL casts QLoRA adapters to bf16, where an Adam update of 2e-6 on a weight of 1e-2 rounds to nothing.
+            # TRL casts QLoRA adapters to bf16. Its 8 significant bits round an Adam update of 2e-6 on a weight of 1e-2
+            # to zero, so the adapters are kept in float32.
             if param.requires_grad and param.dtype in (torch.bfloat16, torch.float16) and self.is_quantized:
                 param.data = param.data.float()
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
         if not self.args.disable_tqdm:
-            self.add_callback(QuietProgress())
-        self.add_callback(RowLog(row_log, watch))
+            self.add_callback(TrainingProgress())
+        self.add_callback(RowLog(row_log, warn))
         self.stopper = GracefulStop(self.accelerator)
         self.add_callback(self.stopper)
 
@@ -56,8 +62,18 @@ class ResumableMixin:
         """Whether parameters are spread over processes once training starts (FSDP, DeepSpeed ZeRO-3)."""
         return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
+    def share(self, indices: list[int]) -> list[int]:
+        """The indices that this process scores: number rank, rank + world, rank + 2 world, ...
+
+        Every process gets equally many, because the forwards may be collective (FSDP): where the numbers do not
+        divide, the last index is repeated. Whoever gathers the results removes the duplicates.
+        """
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        count = -(-len(indices) // world)
+        return [indices[min(k, len(indices) - 1)] for k in range(rank, count * world, world)]
+
     def create_model_card(self, *args, **kwargs):
-        """Nothing: preflab.models.card writes the card once, at the end, with the results in it."""
+        """Do nothing: preflab.models.card writes the card once, at the end, with the results in it."""
 
     def train(self, *args, **kwargs):
         """transformers' train, timed."""
@@ -69,12 +85,12 @@ class ResumableMixin:
 
     @property
     def seconds(self) -> float:
-        """Wall time of training so far, its evaluations and saves included, in seconds, over all interruptions."""
+        """Wall time of training so far, evaluations and saves included, in seconds, summed over all calls."""
         return self.seconds_before + ((self.ended or time.monotonic()) - self.started if self.started else 0.0)
 
     def _save_checkpoint(self, model, trial):
-        # The manifest comes last and is renamed into place, so a folder without it is half-written. Older checkpoints
-        # go only after that: a kill at any point leaves one whole checkpoint.
+        # The manifest is written last and renamed into place, so a folder without it is incomplete. Older checkpoints
+        # are deleted only after that (transformers would do it before): a kill at any point leaves a complete one.
         folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if is_main_process() and folder.exists():
             shutil.rmtree(folder)
@@ -84,6 +100,7 @@ class ResumableMixin:
             super()._save_checkpoint(model, trial)
         finally:
             self.args.save_total_limit = limit
+        # Every rank writes its random state; the manifest lists all of them.
         self.accelerator.wait_for_everyone()
         if is_main_process():
             write_manifest(
@@ -93,91 +110,122 @@ class ResumableMixin:
         self.accelerator.wait_for_everyone()
 
     def _run_epoch(self, **kwargs):
-        # transformers takes one step too many where the checkpoint it resumes from is the last.
+        # transformers takes one step too many if the checkpoint that it resumes from is the last.
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
         super()._run_epoch(**kwargs)
 
     def continue_from(self, checkpoint: Path) -> None:
-        """Take over what transformers does not restore: TRL's token count, and the wall time so far."""
+        """Restore what transformers does not: TRL's token count and the wall time so far."""
         state = read_json(checkpoint / MANIFEST)
         self._total_train_tokens = state["num_tokens"]
         self.seconds_before = state["seconds"]
 
 
 class RowLog(TrainerCallback):
-    """Every metric of every logged step in train_log.jsonl, each step once, also after a resume."""
+    """Writes every metric of every logged step to train_log.jsonl, each step once, also after a resume."""
 
-    def __init__(self, rows: RowFile, watch: Callable[[dict], str | None] | None = None):
-        self.rows, self.watch = rows, watch
+    def __init__(self, rows: RowFile, warn: Callable[[dict], str | None] | None = None):
+        self.rows, self.warn = rows, warn
 
     def on_train_begin(self, args, state, control, **kwargs):
+        # A killed run may have logged steps after its last checkpoint; they are trained and logged again.
         self.rows.keep(lambda row: row["step"] <= state.global_step)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
+        # transformers' closing summary ("train_runtime") belongs to no step.
         if "train_runtime" in logs or not state.is_world_process_zero:
             return
         split = "eval" if any(k.startswith("eval_") for k in logs) else "train"
         loss = logs.get("loss", logs.get("eval_loss"))
         if loss is not None and not math.isfinite(loss):
             raise UserError(
-                f"the {split} loss at step {state.global_step} is {loss}: lower --learning_rate, or leave 16 bits"
-                " (--bf16 false --fp16 false); with --save_steps the checkpoints before it are kept"
+                f"the {split} loss at step {state.global_step} is {loss}: lower --learning_rate, or train in float32"
+                " (--bf16 false --fp16 false); with --save_steps earlier checkpoints are kept"
             )
         row = {"split": split, "step": state.global_step, **{k.removeprefix("eval_"): v for k, v in logs.items()}}
         self.rows.append(row)
-        warning = self.watch(row) if self.watch and split == "eval" else None
+        warning = self.warn(row) if self.warn and split == "eval" else None
         if warning:
             print(f"\nwarning: step {state.global_step}: {warning}", file=sys.stderr)
 
 
-class QuietProgress(ProgressCallback):
-    """A progress bar that carries the latest figures instead of printing each log."""
+class TrainingProgress(TrainerCallback):
+    """Progress with the latest loss and accuracy: a bar on a terminal, plain lines in a log (utils.progress)."""
 
+    # Name in the display -> key of TRL's log.
     SHOWN = {
-        "loss": "loss", "accuracy": "rewards/accuracies", "margin": "rewards/margins", "right": "mean_token_accuracy",
+        "loss": "loss", "accuracy": "rewards/accuracies", "margin": "rewards/margins",
+        "token accuracy": "mean_token_accuracy",
     }  # fmt: skip
 
+    def __init__(self):
+        self.bar, self.evaluation, self.step = None, None, 0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.bar, self.step = progress(state.max_steps, "training", "step"), 0
+
+    def on_step_end(self, args, state, control, **kwargs):
+        # After a resume the first step counts the finished ones too.
+        self.bar.update(state.global_step - self.step)
+        self.step = state.global_step
+
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if state.is_world_process_zero and self.training_bar is not None and "loss" in logs:
-            self.training_bar.set_postfix({k: f"{logs[v]:.3f}" for k, v in self.SHOWN.items() if v in logs})
+        if self.bar is not None and "loss" in logs:
+            self.bar.set_postfix({name: f"{logs[key]:.3f}" for name, key in self.SHOWN.items() if key in logs})
+
+    def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
+        if has_length(eval_dataloader):
+            if self.evaluation is None:
+                self.evaluation = progress(len(eval_dataloader), "evaluating", "batch", leave=False)
+            self.evaluation.update(1)
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        if self.evaluation is not None:
+            self.evaluation.close()
+            self.evaluation = None
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.bar.close()
+        self.bar = None
 
 
 class GracefulStop(TrainerCallback):
-    """Ctrl-C or SIGTERM: finish the optimiser step, save a checkpoint, stop. A second Ctrl-C stops at once.
+    """Ctrl-C or SIGTERM: finish the optimizer step, save a checkpoint, stop. A second Ctrl-C stops at once.
 
-    A launcher passes on the Ctrl-C that its processes got already: a second one counts only after some seconds.
+    A launcher forwards the Ctrl-C that the terminal already sent to its processes, so a second signal counts only
+    after some seconds. Used as a context manager around training.
     """
 
     SAME_KEYSTROKE_SECONDS = 3.0
 
     def __init__(self, accelerator):
         self.accelerator = accelerator
-        self.asked, self.asked_at = False, 0.0
+        self.requested, self.requested_at = False, 0.0
 
     def __enter__(self):
-        self.previous = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        self.previous = {s: signal.signal(s, self._request) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *exc):
         for number, handler in self.previous.items():
             signal.signal(number, handler)
 
-    def _ask(self, number, frame):
-        if self.asked:
-            if number == signal.SIGINT and time.monotonic() - self.asked_at > self.SAME_KEYSTROKE_SECONDS:
+    def _request(self, number, frame):
+        if self.requested:
+            if number == signal.SIGINT and time.monotonic() - self.requested_at > self.SAME_KEYSTROKE_SECONDS:
                 raise KeyboardInterrupt
             return
-        self.asked, self.asked_at = True, time.monotonic()
+        self.requested, self.requested_at = True, time.monotonic()
         if is_main_process():
             print("\nstopping after this step, with a checkpoint (Ctrl-C again: stop at once)", file=sys.stderr)
 
     def on_step_end(self, args, state, control, **kwargs):
-        asked = self.asked
+        requested = self.requested
         if self.accelerator.num_processes > 1:
             # The signal reaches the processes at different moments; all must leave at the same step.
-            flag = torch.tensor([int(asked)], device=self.accelerator.device)
-            asked = bool(self.accelerator.reduce(flag, "sum").item())
-        if asked:
-            self.asked = control.should_save = control.should_training_stop = True
+            flag = torch.tensor([int(requested)], device=self.accelerator.device)
+            requested = bool(self.accelerator.reduce(flag, "sum").item())
+        if requested:
+            self.requested = control.should_save = control.should_training_stop = True

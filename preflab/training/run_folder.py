@@ -8,13 +8,13 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from utils.artifacts import all_arguments, check_writable, read_json, write_json
+from utils.artifacts import all_arguments, changed_arguments, check_writable, describe_changes, read_json, write_json
 from utils.errors import UserError, is_main_process
 from utils.provenance import sha256_of_files
 
 MANIFEST = "checkpoint_manifest.json"
-# Arguments that move no weight may differ between a run's first call and the one that resumes it. The batch's three
-# factors may differ too, as long as their product, which stands in the identity, stays.
+# Arguments that do not affect the weights: they may differ between a run's first call and the one that resumes it. The
+# factors of the global batch may differ too; their product is part of the identity.
 ARGUMENTS_NOT_IN_IDENTITY = {
     "output_dir", "eval_out", "run_name", "resume", "overwrite", "preflight_only", "sample_prompts", "report_to",
     "disable_tqdm", "dataloader_num_workers", "dataset_num_proc", "save_total_limit", "resume_from_checkpoint",
@@ -24,140 +24,160 @@ ARGUMENTS_NOT_IN_IDENTITY = {
     "shared_prompt", "micro_batch_tokens", "reference_cache", "published",
     "save_strategy", "save_steps", "eval_strategy", "eval_steps", "logging_strategy", "logging_steps",
 }  # fmt: skip
-
-
-# Keys that runs of earlier versions do not name, and what they trained with.
+# Keys that earlier versions did not record, with the value that their runs used.
 DEFAULTS_OF_OLD_RUNS = {"gamma_beta_ratio": 0.5}
+# A results folder has at least one of these.
+RESULTS = ("train.json", "train_log.jsonl", "preflight.json")
 
 
 @dataclasses.dataclass
-class Run:
-    """Where a run keeps its weights (`folder`) and its results (`out`), and whether it is finished already."""
+class RunFolders:
+    """Where a run keeps its weights (`weights`) and its results (`results`), and whether it is finished already."""
 
     name: str
-    folder: Path
-    out: Path
+    weights: Path
+    results: Path
     finished: bool = False
     lock: FileLock | None = None
 
     def __getstate__(self):
+        # Sent to the other ranks, which do not hold the lock.
         return {**self.__dict__, "lock": None}
 
     def record_data_hash(self, data_sha256: str) -> None:
-        """Tie the run to its data: a resumed run whose data changed is refused. Call on every rank, data in hand."""
-        manifest = read_json(self.folder / "run.json")
+        """Tie the run to its data. Call on every rank after loading the data.
+
+        Raises:
+            UserError: a resumed run was started on other data.
+        """
+        manifest = read_json(self.weights / "run.json")
         if manifest.setdefault("data_sha256", data_sha256) != data_sha256:
-            raise UserError(f"{self.folder}: the data changed since this run began; choose another --run_name")
-        write_json(self.folder / "run.json", manifest)
+            raise UserError(f"{self.weights}: the data changed since this run began; choose another --run_name")
+        write_json(self.weights / "run.json", manifest)
 
     def ensure_data_unchanged(self, data: dict) -> None:
-        """Raise UserError where local files that this finished run read hold something else by now.
+        """Raise UserError if local files that this finished run read have changed since.
 
         Args:
-            data: summaries by split (or None) from the run's train.json, whose `sources` say name, files and sha256.
+            data: summaries by split (or None) from the run's train.json, with name, files and sha256 of each source.
         """
         for source in (s for summary in data.values() if summary for s in summary["sources"] if "files" in s):
             path = Path(source["name"])
             files = [path / name for name in source["files"]] if path.is_dir() else [path]
             if all(f.is_file() for f in files) and sha256_of_files(files) != source["sha256"]:
                 raise UserError(
-                    f"{self.folder} is finished, but {path} holds other rows than it was trained on: choose another"
-                    " --run_name, or --overwrite it"
+                    f"{self.weights} is finished, but {path} changed since it was trained on: choose another"
+                    " --run_name, or pass --overwrite"
                 )
 
     def finish(self) -> None:
         """Record that the run is complete, so that the same command prints its results instead of training again."""
-        write_json(self.folder / "run.json", {**read_json(self.folder / "run.json"), "finished": True})
+        write_json(self.weights / "run.json", {**read_json(self.weights / "run.json"), "finished": True})
 
 
-def identity(parts: list, batch: int) -> dict:
-    """The arguments that define a run: every one that can move a weight, and the global batch."""
+def run_identity(parts: list, batch: int) -> dict:
+    """The arguments that define a run: the global batch, and every argument that affects the weights."""
     return {"batch": batch, **{k: v for k, v in all_arguments(parts).items() if k not in ARGUMENTS_NOT_IN_IDENTITY}}
 
 
-RESULTS = ("train.json", "train_log.jsonl", "preflight.json")
-
-
-def claim_run(name: str, output_dir: str, eval_out: str, wanted: dict, resume: str, overwrite: bool) -> Run:
-    """The folders of run `name`, made or taken up again, and locked against a second process. For rank 0 alone.
+def claim_run(name: str, output_dir: str, eval_out: str, identity: dict, resume: str, overwrite: bool) -> RunFolders:
+    """The folders of run `name`, created or taken up again, and locked against a second process. Rank 0 only.
 
     Args:
-        wanted: the run's `identity`.
+        identity: the run's `run_identity`.
 
     Raises:
-        UserError: where another run, or anything that is no run of ours, stands there; where this run is being trained
-            by another process; where `resume` is "never" and there is something to resume; each without `overwrite`.
+        UserError: the folders belong to another run or were not created by this project; another process is training
+            this run; `resume` is "never" and there is something to resume.
     """
-    run = Run(name, Path(output_dir) / name, Path(eval_out) / name)
+    run = RunFolders(name, Path(output_dir) / name, Path(eval_out) / name)
     check_writable(output_dir, "--output_dir")
     check_writable(eval_out, "--eval_out")
     if overwrite and resume not in ("auto", "never"):
-        raise UserError(f"--overwrite would delete the checkpoint that --resume {resume} names: give one of the two")
-    run.lock = FileLock(run.folder.parent / f".{name}.lock", timeout=0)
-    try:
-        run.lock.acquire()
-    except Timeout:
-        raise UserError(
-            f"{run.folder}: another process is training this run; wait for it, or choose another --run_name"
-        ) from None
-    manifest = run.folder / "run.json"
-    if _holds_files(run.folder) and not manifest.exists():
-        raise UserError(f"{run.folder} holds files but no run.json, so no run of ours: choose another --run_name")
-    if _holds_files(run.out) and not any((run.out / f).exists() for f in RESULTS):
-        raise UserError(f"{run.out} holds files that are no run's results: choose another --run_name, or move them")
+        raise UserError(f"--overwrite would delete the checkpoint of --resume {resume}: give only one of them")
+    run.lock = _lock(run.weights)
+    manifest = run.weights / "run.json"
+    # Checked before --overwrite deletes anything.
+    _ensure_own_folders(run, manifest)
     if overwrite:
-        shutil.rmtree(run.folder, ignore_errors=True)
-        shutil.rmtree(run.out, ignore_errors=True)
+        shutil.rmtree(run.weights, ignore_errors=True)
+        shutil.rmtree(run.results, ignore_errors=True)
     if manifest.exists():
         before = read_json(manifest)
-        # Nothing trained yet (the first try stopped at its data, say): the name is still free to take.
-        if before["finished"] or checkpoints(run.folder) or (run.out / "train_log.jsonl").exists():
-            _ensure_same_run(run.folder, before["args"], wanted)
+        # Until something is trained (the first try may have failed at its data), other arguments may take the name.
+        if before["finished"] or checkpoints(run.weights) or (run.results / "train_log.jsonl").exists():
+            _ensure_same_run(run.weights, before["args"], identity)
             if resume == "never":
                 raise UserError(
-                    f"{run.folder} holds this run already: --overwrite starts afresh, --resume auto goes on"
+                    f"{run.weights} already holds this run: --overwrite starts over, --resume auto continues"
                 )
             run.finished = before["finished"]
             return run
-    elif _holds_files(run.out):
-        # Results without weights (a clone brings those of eval_out/quickstart): the same run makes them anew.
-        before = read_json(run.out / "train.json") if (run.out / "train.json").exists() else {}
-        started = {"adapter_sha256": (before.get("start") or {}).get("adapter_sha256")}
-        _ensure_same_run(run.out, {**before.get("args", {}), **started, "batch": wanted["batch"]}, wanted)
-        shutil.rmtree(run.out)
-    write_json(manifest, {"args": wanted, "finished": False})
-    run.out.mkdir(parents=True, exist_ok=True)
+    elif _holds_files(run.results):
+        # Results without weights, as after moving eval_out alone: only the same run may replace them.
+        before = read_json(run.results / "train.json") if (run.results / "train.json").exists() else {}
+        adapter = {"adapter_sha256": (before.get("start") or {}).get("adapter_sha256")}
+        _ensure_same_run(run.results, {**before.get("args", {}), **adapter, "batch": identity["batch"]}, identity)
+        shutil.rmtree(run.results)
+    write_json(manifest, {"args": identity, "finished": False})
+    run.results.mkdir(parents=True, exist_ok=True)
     return run
+
+
+def _lock(weights: Path) -> FileLock:
+    """Lock the run for this process; the lock file is beside the folder, so that --overwrite does not delete it."""
+    lock = FileLock(weights.parent / f".{weights.name}.lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UserError(
+            f"{weights}: another process is training this run; wait for it, or choose another --run_name"
+        ) from None
+    return lock
+
+
+def _ensure_own_folders(run: RunFolders, manifest: Path) -> None:
+    """Raise UserError where a folder holds files that this project did not write."""
+    if _holds_files(run.weights) and not manifest.exists():
+        raise UserError(
+            f"{run.weights} is not empty and has no run.json, so it was not created by this project: choose another"
+            " --run_name"
+        )
+    if _holds_files(run.results) and not any((run.results / f).exists() for f in RESULTS):
+        raise UserError(
+            f"{run.results} contains files that this project did not write: choose another --run_name, or move them"
+        )
 
 
 def _holds_files(folder: Path) -> bool:
     return folder.exists() and any(folder.iterdir())
 
 
-def _ensure_same_run(folder: Path, before: dict, wanted: dict) -> None:
-    changed = sorted(k for k in wanted if wanted[k] != before.get(k, DEFAULTS_OF_OLD_RUNS.get(k)))
+def _ensure_same_run(folder: Path, before: dict, identity: dict) -> None:
+    """Raise UserError, naming the changed arguments, where `folder` holds a run with another identity."""
+    changed = changed_arguments(before, identity, defaults=DEFAULTS_OF_OLD_RUNS)
     if changed:
-        what = ", ".join(f"{k} {before.get(k)!r} -> {wanted[k]!r}" for k in changed[:4])
-        raise UserError(f"{folder} holds another run ({what}): choose another --run_name, or --overwrite it")
+        changes = describe_changes(before, identity, changed)
+        raise UserError(f"{folder} holds another run ({changes}): choose another --run_name, or pass --overwrite")
 
 
 # ------------------------------------------------------------------------------------------------------ checkpoints
 
 
 def checkpoints(folder: str | os.PathLike) -> list[Path]:
-    """The checkpoint folders of a run, newest step first, whole or not."""
-    found = [p for p in Path(folder).glob("checkpoint-*") if p.name.rpartition("-")[2].isdigit()]
-    return sorted(found, key=lambda p: -int(p.name.rpartition("-")[2]))
+    """The checkpoint folders of a run, newest step first, complete or not."""
+    folders = [p for p in Path(folder).glob("checkpoint-*") if p.name.rpartition("-")[2].isdigit()]
+    return sorted(folders, key=lambda p: -int(p.name.rpartition("-")[2]))
 
 
 def write_manifest(checkpoint: Path, **state) -> None:
-    """Declare a checkpoint whole: write the manifest of its files and sizes, with `state`, as its last file."""
+    """Mark a checkpoint as complete: write the sizes of its files, with `state`, as its last file."""
     files = {str(p.relative_to(checkpoint)): p.stat().st_size for p in sorted(checkpoint.rglob("*")) if p.is_file()}
     write_json(checkpoint / MANIFEST, {**state, "files": files})
 
 
 def is_complete(checkpoint: Path) -> bool:
-    """Whether the checkpoint is sealed and every file of its manifest is there at its full size."""
+    """Whether the checkpoint has its manifest and every file of it has its full size."""
     try:
         files = read_json(checkpoint / MANIFEST)["files"]
     except (UserError, KeyError):
@@ -165,19 +185,25 @@ def is_complete(checkpoint: Path) -> bool:
     return all((checkpoint / n).is_file() and (checkpoint / n).stat().st_size == size for n, size in files.items())
 
 
-def checkpoint_to_resume(run: Run, resume: str) -> Path | None:
-    """The checkpoint that `resume` (auto, never, or a path) stands for; half-written ones are skipped by name."""
+def checkpoint_to_resume(run: RunFolders, resume: str) -> Path | None:
+    """The checkpoint to start from, None for step 0.
+
+    Args:
+        resume: "auto" (the newest complete checkpoint; incomplete ones are named on stderr), "never", or a path.
+
+    Raises:
+        UserError: the path is not a complete checkpoint of this run.
+    """
     if resume == "never":
         return None
     if resume != "auto":
-        if Path(resume).resolve().parent != run.folder.resolve() or not is_complete(Path(resume)):
-            raise UserError(
-                f"--resume {resume}: no whole checkpoint there; there are {checkpoints(run.folder) or 'none'}"
-            )
+        if Path(resume).resolve().parent != run.weights.resolve() or not is_complete(Path(resume)):
+            available = ", ".join(map(str, checkpoints(run.weights))) or "none"
+            raise UserError(f"--resume {resume}: not a complete checkpoint of this run; its checkpoints: {available}")
         return Path(resume)
-    for checkpoint in checkpoints(run.folder):
+    for checkpoint in checkpoints(run.weights):
         if is_complete(checkpoint):
             return checkpoint
         if is_main_process():
-            print(f"skipping half-written checkpoint {checkpoint}", file=sys.stderr)
+            print(f"skipping incomplete checkpoint {checkpoint}", file=sys.stderr)
     return None

@@ -1,23 +1,65 @@
-"""Answers of several models to a few held-out prompts, for people to read."""
+"""Answers of base and tuned model to a few held-out prompts, for people to read."""
 
+from contextlib import nullcontext
+
+from preflab.data.chat_template import ChatRenderer
 from preflab.models.generation import generate
+from preflab.models.start_adapter import as_reference
 from utils.artifacts import write_text
+from utils.errors import is_main_process
 from utils.tables import side_by_side
 
 MAX_NEW_TOKENS = 64
 
 
-def write_samples(path, sides: dict, tokenizer, prompts: list[list[dict]]) -> None:
-    """Write a Markdown file with the greedy answer of every model to each prompt.
+def write_pair_samples(training, trainer, splits) -> None:
+    """Write samples.md: reference and policy on the first conversational test prompts. Nothing without a reference.
+
+    Plain-text pairs are left out: they are not questions.
 
     Args:
-        sides: `{name: context manager that gives the model}`, each entered once.
-        prompts: conversations that end with a user turn.
+        training: the TrainingRun.
     """
+    policy = trainer.accelerator.unwrap_model(trainer.model)
+    if splits.test and (trainer.ref_model is not None or hasattr(policy, "peft_config")):
+        prompts = [pair.messages for pair in splits.test.pairs if pair.messages][: training.config.sample_prompts]
+        answer_prompts(training, trainer, prompts, {"base": as_reference(policy, trainer.ref_model)})
+
+
+def write_conversation_samples(training, trainer, splits) -> None:
+    """Write samples.md: base (with LoRA) and tuned model on the last user turn of the first test conversations.
+
+    Args:
+        training: the TrainingRun.
+    """
+    if not splits.test:
+        return
+    chat = ChatRenderer(trainer.processing_class)
+    prompts = [c.turns_for(chat)[:-1] for c in splits.test.conversations[: training.config.sample_prompts]]
+    policy = trainer.accelerator.unwrap_model(trainer.model)
+    # Switching off an adapter that was trained further would not give the model that training started from.
+    has_base = training.model_args.use_peft and not training.continues_adapter
+    answer_prompts(training, trainer, prompts, {"base": as_reference(policy)} if has_base else {})
+
+
+def answer_prompts(training, trainer, prompts: list[list[dict]], other_models: dict) -> None:
+    """Answer greedily with the trained model and others, and write the answers. Rank 0 only.
+
+    Nothing for a sharded model, which cannot generate on one rank alone.
+
+    Args:
+        prompts: conversations that end with a user turn.
+        other_models: {name: context manager that gives the model}, each entered once.
+    """
+    if not prompts or trainer.is_sharded or not is_main_process():
+        return
+    models = {**other_models, "tuned": nullcontext(trainer.accelerator.unwrap_model(trainer.model))}
     answers = {}
-    for name, context in sides.items():
-        with context as model:
-            answers[name] = sorted(generate(model, tokenizer, prompts, MAX_NEW_TOKENS), key=lambda a: a["index"])
+    with trainer.accelerator.autocast():
+        for name, context in models.items():
+            with context as model:
+                generated = generate(model, trainer.processing_class, prompts, MAX_NEW_TOKENS)
+                answers[name] = sorted(generated, key=lambda answer: answer["index"])
     entries = [
         (
             f"Prompt {i + 1}",
@@ -27,7 +69,7 @@ def write_samples(path, sides: dict, tokenizer, prompts: list[list[dict]]) -> No
         for i, messages in enumerate(prompts)
     ]
     note = f"Held-out prompts, decoded greedily, at most {MAX_NEW_TOKENS} tokens per answer."
-    write_text(path, side_by_side("Answers side by side", entries, note))
+    write_text(training.folders.results / "samples.md", side_by_side("Answers side by side", entries, note))
 
 
 def _turn(message: dict, with_role: bool) -> str:

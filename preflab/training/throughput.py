@@ -1,58 +1,57 @@
-"""Speed as a share of what the machine can do."""
+"""Training speed as a share of the machine's measured peak (MFU)."""
 
 import time
 
-ENOUGH_SECONDS = 0.05
-LARGEST = 8192
+import torch
+
+# A timed product takes at least this long, and its matrices are at most this wide.
+SHORTEST_SECONDS = 0.05
+LARGEST_WIDTH = 8192
+# Floating-point operations per parameter and token (see `model_flops`).
+DPO_OPERATIONS, SFT_OPERATIONS = 6.0, 4.0
 
 
 def matmul_rate(dtype: str, device: str) -> float:
-    """Floating-point operations a second of a matrix product in `dtype` on `device`.
+    """Floating-point operations per second of a matrix product in `dtype` on `device`.
 
-    The product is doubled in size until one takes long enough to be timed, so that arithmetic which the processor has
-    to emulate (float16 on most CPUs) costs no minutes; the best of four counts.
+    The width doubles until one product takes long enough to be timed, so that formats which the processor emulates
+    (float16 on most CPUs) do not take minutes. The best of four counts.
     """
-    import torch
-
-    size = 256
+    width = 256
     while True:
-        a = torch.randn(size, size, device=device).to(getattr(torch, dtype))
+        a = torch.randn(width, width, device=device).to(getattr(torch, dtype))
         best = min(_seconds(a) for _ in range(4))
-        if best >= ENOUGH_SECONDS or size >= LARGEST:
-            return 2 * size**3 / best
-        size *= 2
+        if best >= SHORTEST_SECONDS or width >= LARGEST_WIDTH:
+            # A product of two n x n matrices has n^3 multiplications and as many additions.
+            return 2 * width**3 / best
+        width *= 2
 
 
 def slower_than_float32(dtype: str, device: str) -> str | None:
-    """The sentence that says so where products in `dtype` are slower than in float32, as where they are emulated."""
-    mine, plain = matmul_rate(dtype, device), matmul_rate("float32", device)
-    if mine >= plain:
+    """A warning where products in `dtype` are slower than in float32 (emulated formats), else None."""
+    rate, float32_rate = matmul_rate(dtype, device), matmul_rate("float32", device)
+    if rate >= float32_rate:
         return None
     return (
-        f"matrix products in {dtype} run at {mine / 1e9:.0f} GFLOP/s here, in float32 at {plain / 1e9:.0f}: this"
-        " processor has no such arithmetic, train in float32 (--bf16 false --fp16 false)"
+        f"matrix products in {dtype} run at {rate / 1e9:.0f} GFLOP/s here, in float32 at {float32_rate / 1e9:.0f}: this"
+        f" processor emulates {dtype}; train in float32 (--bf16 false --fp16 false)"
     )
 
 
 def _seconds(a) -> float:
-    import torch
-
     started = time.monotonic()
     a @ a
     if a.device.type != "cpu":
+        # GPU kernels are asynchronous.
         torch.accelerator.synchronize()
     return time.monotonic() - started
 
 
-DPO_OPERATIONS, SFT_OPERATIONS = 6.0, 4.0
-
-
 def model_flops(parameters: int, tokens: int, operations: float = DPO_OPERATIONS) -> float:
-    """Operations that training needs for `tokens`, attention left out.
+    """Floating-point operations that training needs for `tokens`, without attention.
 
-    A parameter and token cost 2 for the policy's forward, 2 for the gradients of its activations, and in preference
-    training (prompt, chosen and rejected stored once) 2 for the reference's forward. The gradients of trained weights
-    come on top where all of them are trained; they are not counted, so that the share (MFU) is comparable between LoRA
-    and full fine-tuning.
+    Per parameter and token: 2 for the policy's forward, 2 for the gradients of its activations, and in preference
+    training 2 for the reference's forward (prompt, chosen and rejected counted once). The gradients of trained weights
+    are left out, so that the MFU of LoRA and of full fine-tuning are comparable.
     """
     return operations * parameters * tokens

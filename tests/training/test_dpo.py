@@ -203,11 +203,10 @@ def test_a_mix_of_datasets_from_yaml(train, tiny, prefs, tmp_path):
 
 
 def test_a_policy_that_is_not_the_reference_stops(train, tiny, prefs, tmp_path, monkeypatch):
-    import trl
     from peft import LoraConfig
 
     monkeypatch.setattr(
-        trl, "get_peft_config",
+        "preflab.training.run.get_peft_config",
         lambda model: LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM"),
     )  # fmt: skip
     code, _, err = train(*train_args(tiny, prefs, tmp_path), "--beta", "10")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import train_args
 
-from preflab.training.memory import Memory, asks_for_checkpointing, needed
+from preflab.training.memory import Memory, needed, reason_for_checkpointing
 
 
 class Model(torch.nn.Module):
@@ -45,7 +45,7 @@ def test_the_estimate_by_hand():
 
 
 def test_the_estimate_and_the_trainer_have_one_budget(tmp_path):
-    from preflab.training.dpo_trainer import DPORunConfig
+    from preflab.training.dpo_config import DPORunConfig
 
     args = DPORunConfig(str(tmp_path), per_device_train_batch_size=3, max_length=40)
     assert args.token_budget(25) == 2 * 3 * 40
@@ -56,7 +56,7 @@ def test_the_estimate_and_the_trainer_have_one_budget(tmp_path):
 
 
 def test_a_gpu_with_room_computes_more_tokens_together(tmp_path, monkeypatch):
-    from preflab.training.dpo_trainer import DPORunConfig
+    from preflab.training.dpo_config import DPORunConfig
 
     # 4,000 bytes of weights; a token of 3 layers takes 3 x 280 values of 4 bytes; a step has 2 x 2 x 64 x 50 tokens.
     enough = {tokens: 4000 + tokens * 3 * 280 * 4 for tokens in (4096, 8192)}
@@ -66,7 +66,7 @@ def test_a_gpu_with_room_computes_more_tokens_together(tmp_path, monkeypatch):
         (2 * enough[8192] - 2, 4096),
         (2 * enough[4096] - 2, None),
     ]:
-        monkeypatch.setattr("preflab.training.memory.card_bytes", lambda card=card: card)
+        monkeypatch.setattr("preflab.training.dpo_config.card_bytes", lambda card=card: card)
         args = DPORunConfig(
             str(tmp_path), per_device_train_batch_size=2, gradient_accumulation_steps=64, max_length=50, bf16=False
         )
@@ -79,8 +79,8 @@ def test_a_gpu_with_room_computes_more_tokens_together(tmp_path, monkeypatch):
 
 def test_memory_asks_only_where_a_tenth_would_not_be_left():
     memory = Memory(resident=50.0, activations=40.0)
-    assert asks_for_checkpointing(memory, 100.0) is None
-    assert "gradient checkpointing is on" in asks_for_checkpointing(memory, 99.0)
+    assert reason_for_checkpointing(memory, 100.0) is None
+    assert "gradient checkpointing is on" in reason_for_checkpointing(memory, 99.0)
 
 
 def checkpointing(train, tiny, prefs, folder, *flags):
@@ -94,7 +94,7 @@ def checkpointing(train, tiny, prefs, folder, *flags):
 def test_a_run_checkpoints_only_if_memory_asks_or_the_user_does(train, tiny, prefs, tmp_path, monkeypatch):
     out, plenty = checkpointing(train, tiny, prefs, tmp_path / "plenty")
     assert "gradient checkpointing" not in out
-    monkeypatch.setattr("preflab.training.memory.free_bytes", lambda model: 1e6)
+    monkeypatch.setattr("preflab.training.run_config.free_bytes", lambda model: 1e6)
     out, scarce = checkpointing(train, tiny, prefs, tmp_path / "scarce")
     assert "gradient checkpointing is on" in out
     assert scarce["estimate"]["memory_gib"] <= plenty["estimate"]["memory_gib"]

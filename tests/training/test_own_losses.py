@@ -10,7 +10,8 @@ from stock_trl import SETTINGS, assert_equal, lora, ours, stock
 
 from preflab.models.loading import load_model, load_tokenizer
 from preflab.training import losses
-from preflab.training.dpo_trainer import DPORunConfig, ResumableDPOTrainer
+from preflab.training.dpo_config import DPORunConfig
+from preflab.training.dpo_trainer import ResumableDPOTrainer
 
 # Log-probabilities of two chosen and three rejected tokens, reference sums -4 and -4.5: d_w = 1, d_l = -0.5,
 # means -3/2 and -5/3. Each entry: settings, loss, gradient of each chosen and of each rejected token, by hand.

@@ -15,7 +15,14 @@ import pytest
 from conftest import ROOT, assert_one_line, train_args
 
 from preflab.evaluation.comparison import latest_run
-from preflab.training.run_folder import Run, checkpoint_to_resume, checkpoints, claim_run, is_complete, write_manifest
+from preflab.training.run_folder import (
+    RunFolders,
+    checkpoint_to_resume,
+    checkpoints,
+    claim_run,
+    is_complete,
+    write_manifest,
+)
 from utils.artifacts import RowFile, atomic_write, read_json, write_json
 from utils.errors import UserError
 
@@ -183,7 +190,7 @@ def test_whole_and_half_written_checkpoints(tmp_path, capsys):
         if step < 6:
             write_manifest(folder, step=step)
     (tmp_path / "checkpoint-4" / "weights").write_text("x")
-    run = Run("r", tmp_path, tmp_path)
+    run = RunFolders("r", tmp_path, tmp_path)
     assert checkpoint_to_resume(run, "auto") == tmp_path / "checkpoint-2"
     err = capsys.readouterr().err
     assert "checkpoint-6" in err and "checkpoint-4" in err and "checkpoint-2" not in err
@@ -235,10 +242,10 @@ def test_a_name_stays_free_until_something_is_trained(tmp_path):
     """The mend that an error names (another flag) must work: the failed first try does not own the name."""
     claim_here(tmp_path)
     run = claim_here(tmp_path, beta=0.2)
-    RowFile(run.out / "train_log.jsonl").append({"step": 1})
+    RowFile(run.results / "train_log.jsonl").append({"step": 1})
     with pytest.raises(UserError, match="beta 0.2 -> 0.3"):
         claim_here(tmp_path, beta=0.3)
-    assert claim_here(tmp_path, beta=0.2).folder == run.folder
+    assert claim_here(tmp_path, beta=0.2).weights == run.weights
 
 
 def test_results_without_weights_are_made_anew_by_the_same_run_alone(tmp_path):
@@ -278,7 +285,7 @@ def test_another_runs_checkpoint_is_not_resumed(tmp_path):
     other.mkdir(parents=True)
     write_manifest(other, step=2)
     with pytest.raises(UserError, match="checkpoint-2"):
-        checkpoint_to_resume(Run("r", tmp_path / "r", tmp_path), str(other))
+        checkpoint_to_resume(RunFolders("r", tmp_path / "r", tmp_path), str(other))
 
 
 def test_what_an_out_of_memory_error_advises_may_change_on_resume(train, tiny, prefs, tmp_path):

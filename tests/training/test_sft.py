@@ -11,8 +11,10 @@ from trl import SFTConfig, SFTTrainer
 
 from preflab.data.conversations import load_conversations, tokenize
 from preflab.models.loading import load_model, load_tokenizer
-from preflab.training.sft_report import claim, heldout_metrics
-from preflab.training.sft_trainer import ResumableSFTTrainer, SFTRunConfig
+from preflab.training.held_out import heldout_metrics
+from preflab.training.sft_config import SFTRunConfig
+from preflab.training.sft_report import verdict_of
+from preflab.training.sft_trainer import ResumableSFTTrainer
 from utils.artifacts import RowFile, read_json
 
 
@@ -320,4 +322,4 @@ def test_the_claim_follows_interval_and_test(shift, said):
         {"nll_base": 10.0 + k, "nll_tuned": 10.0 + k + 5 * shift + 0.01 * (-1) ** k, "tokens": 5, "bytes": 20}
         for k in range(12)
     ]
-    assert said in claim(heldout_metrics(rows))[1]
+    assert said in verdict_of(heldout_metrics(rows))[1]

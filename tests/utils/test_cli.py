@@ -13,7 +13,7 @@ def parsed(tmp_path, yaml: str, *flags):
     from trl import ModelConfig
 
     from preflab.data.preferences import DataArguments
-    from preflab.training.dpo_trainer import DPORunConfig
+    from preflab.training.dpo_config import DPORunConfig
 
     (tmp_path / "x.yaml").write_text(yaml)
     return parse((DataArguments, DPORunConfig, ModelConfig), ["--config", str(tmp_path / "x.yaml"), *flags])
@@ -125,8 +125,8 @@ def test_every_training_config_parses_and_names_its_keys():
 
     from preflab.data.conversations import SFTArguments
     from preflab.data.preferences import DataArguments
-    from preflab.training.dpo_trainer import DPORunConfig
-    from preflab.training.sft_trainer import SFTRunConfig
+    from preflab.training.dpo_config import DPORunConfig
+    from preflab.training.sft_config import SFTRunConfig
 
     texts = {path: path.read_text() for path in sorted((ROOT / "configs").glob("*.yaml"))}
     configs = [path for path, text in texts.items() if "\nmodel_name_or_path:" in text]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from preflab.evaluation.rewards import reward_metrics, reward_rows
-from preflab.training.dpo_report import claim, displacement
+from preflab.training.dpo_report import displacement, verdict_of
 from utils.stats import bootstrap, mcnemar, pairwise_correct, sign_test, signed_rank
 
 
@@ -65,7 +65,7 @@ def test_rewards_by_hand():
 def test_the_claim_needs_the_interval_above_one_half():
     def told(low, p, n=120):
         accuracy = {"value": 0.6, "stderr": 0.04, "ci95": low and [low, 0.69], "n": n}
-        return claim({"reward_accuracy": accuracy, "p_reward_accuracy_is_half": {"value": p}})
+        return verdict_of({"reward_accuracy": accuracy, "p_reward_accuracy_is_half": {"value": p}})
 
     assert told(0.51, 0.03) == (True, told(0.51, 0.03)[1]) and told(0.51, 0.03)[1].startswith("Training helped:")
     assert not told(0.5, 0.03)[0] and not told(None, 0.03, 1)[0]

@@ -1,0 +1,143 @@
+"""Configuration of a preference-training run: TRL's DPOConfig, this project's keys, and their checks."""
+
+from collections.abc import Callable
+from copy import copy
+from dataclasses import dataclass, field
+
+from accelerate.utils import gather_object
+from trl import DPOConfig
+
+from preflab.training.losses import OWN_LOSSES
+from preflab.training.memory import card_bytes, gpu_micro_batch_tokens, needed
+from preflab.training.run_config import RunConfig, check_positive
+from utils.errors import UserError
+
+TRL_LOSSES = (
+    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
+    "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
+)  # fmt: skip
+LOSS_TYPES = (*TRL_LOSSES, *OWN_LOSSES)
+F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
+# Keys of TRL's own losses, each with the value that has no effect.
+KEYS_OF_TRL_LOSSES = (("ld_alpha", None), ("use_weighting", False), ("f_divergence_type", "reverse_kl"))
+
+
+@dataclass
+class DPORunConfig(RunConfig, DPOConfig):
+    """TRL's DPOConfig with this project's keys; every other key is TRL's or transformers' own."""
+
+    gamma_beta_ratio: float = field(
+        default=0.5, metadata={"help": "simpo: the target margin gamma as a multiple of beta."}
+    )
+    max_prompt_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "In pairs longer than max_length the prompt is truncated to this (default: half of max_length)."
+        },
+    )
+    shared_prompt: bool = field(
+        default=True,
+        metadata={"help": "Compute each pair's prompt once and without padding; results are the same."},
+    )
+    reference_cache: bool = field(
+        default=True,
+        metadata={"help": "Compute the reference's log-probabilities once and cache them in <eval_out>/.cache."},
+    )
+    micro_batch_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "With shared prompts: maximum tokens per forward within one optimizer step (default: what the"
+            " configured micro-batch could hold padded)."
+        },
+    )
+
+    # A pair is at most two sequences: prompt + chosen and prompt + rejected.
+    sequences_a_row = 2
+
+    @property
+    def objectives(self) -> list[str]:
+        """Names of the losses, for the run's default name and its title."""
+        return self.loss_type
+
+    def keeps_reference_model(self, use_peft: bool) -> bool:
+        """Whether a second copy of the weights is loaded as the reference.
+
+        With LoRA the reference is the policy with its adapter switched off.
+        """
+        return not (use_peft or self.precompute_ref_log_probs)
+
+    def token_budget(self, longest: int) -> int:
+        """Maximum tokens per forward. `longest`: tokens of the longest sequence in the data."""
+        return self.micro_batch_tokens or 2 * self.per_device_train_batch_size * (self.max_length or longest)
+
+    def fit_memory(self, model, trained: int, longest: Callable[[], int], reference_beside: bool) -> str | None:
+        """Choose micro-batch tokens, then gradient checkpointing; arguments and return as `RunConfig.fit_memory`."""
+        self.choose_micro_batch_tokens(model, trained, longest, reference_beside)
+        return super().fit_memory(model, trained, longest, reference_beside)
+
+    def choose_micro_batch_tokens(
+        self, model, trained: int, longest: Callable[[], int], reference_beside: bool
+    ) -> None:
+        """Set `micro_batch_tokens`, unless the user did, to more tokens on a GPU with enough memory.
+
+        All processes choose the same value. Arguments as `fit_memory`.
+        """
+        card = card_bytes()
+        if self.micro_batch_tokens or not self.shared_prompt or card is None:
+            return
+
+        def estimate(tokens: int) -> float:
+            args = copy(self)
+            args.micro_batch_tokens = tokens
+            return needed(model, args, trained, longest(), reference_beside).total(bool(self.gradient_checkpointing))
+
+        chosen = gpu_micro_batch_tokens(estimate, self.token_budget(longest()), card)
+        if self.world_size > 1:
+            # 0 stands for "keep the default", so that the smallest card decides.
+            chosen = min(gather_object([chosen or 0])) or None
+        self.micro_batch_tokens = chosen
+
+    def check(self) -> None:
+        """Raise UserError for values that do not fit together; fill in the default of `max_prompt_length`."""
+        unknown = [loss for loss in self.loss_type if loss not in LOSS_TYPES]
+        if unknown:
+            raise UserError(f"--loss_type {unknown[0]}: unknown; choose from {', '.join(LOSS_TYPES)}")
+        check_positive((self, ("beta", "micro_batch_tokens")))
+        self._check_lengths()
+        self._check_losses()
+        if self.f_divergence_type not in F_DIVERGENCES:
+            raise UserError(
+                f"--f_divergence_type {self.f_divergence_type}: unknown; choose from {', '.join(F_DIVERGENCES)}"
+            )
+        if self.sync_ref_model:
+            raise UserError("--sync_ref_model: not supported: all metrics assume a fixed reference model")
+        if self.ld_alpha is not None and self.precompute_ref_log_probs:
+            raise UserError(
+                "--ld_alpha cannot be combined with --precompute_ref_log_probs: the step-0 margin could not be checked"
+            )
+
+    def _check_lengths(self) -> None:
+        if self.max_length is None:
+            return
+        if self.max_prompt_length is None:
+            self.max_prompt_length = self.max_length // 2
+        if not 0 < self.max_prompt_length < self.max_length:
+            raise UserError(
+                f"--max_prompt_length {self.max_prompt_length}: must be above 0 and below --max_length"
+                f" {self.max_length}, so that at least one answer token remains"
+            )
+
+    def _check_losses(self) -> None:
+        """Refuse label smoothing and TRL's keys where the chosen losses do not use them."""
+        if not 0 <= self.label_smoothing < 0.5:
+            raise UserError(f"--label_smoothing {self.label_smoothing}: must be at least 0 and below 0.5")
+        if set(self.loss_type) & set(OWN_LOSSES):
+            for key, unused in KEYS_OF_TRL_LOSSES:
+                if getattr(self, key) != unused:
+                    raise UserError(f"--{key}: has no effect on simpo and sppo; remove it")
+            if "sppo" in self.loss_type and self.label_smoothing:
+                raise UserError(
+                    "--label_smoothing: has no effect on sppo, whose win probabilities express label noise; remove it"
+                )
+        if "exo_pair" in self.loss_type and self.label_smoothing == 0:
+            raise UserError("--loss_type exo_pair needs --label_smoothing above 0 (its paper recommends 1e-3)")

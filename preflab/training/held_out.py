@@ -1,0 +1,87 @@
+"""Rows and metrics of the held-out split after training."""
+
+import numpy as np
+
+from preflab.evaluation.perplexity import section_metrics
+from preflab.evaluation.rewards import reward_metrics, reward_rows
+from preflab.evaluation.surface_baseline import bag_of_words_scores
+
+
+def evaluate_pairs(trainer, splits, config) -> tuple[list[dict], dict]:
+    """Score the test pairs: implicit rewards, the base's own ranking, and the bag-of-words baseline.
+
+    Returns:
+        (rows, metrics), the rows in the order of the pairs; both empty without a test split.
+    """
+    if not splits.test:
+        return [], {}
+    # The last step's evaluation may already be in the log.
+    logged = [row["step"] for row in trainer.row_log.read() if row["split"] == "eval"]
+    scores = trainer.score(trainer.eval_dataset, log=trainer.state.global_step not in logged)
+    rows = reward_rows(scores, config.beta)
+    for row, pair in zip(rows, splits.test.pairs, strict=True):
+        row.update(where=pair.source, score_chosen=pair.score_chosen, score_rejected=pair.score_rejected)
+    texts = [[(pair.chosen, pair.rejected) for pair in split.pairs] for split in (splits.train, splits.test)]
+    return rows, reward_metrics(rows, bag_of_words_scores(*texts, seed=config.seed), config.seed)
+
+
+def score_base(training, trainer, splits) -> list[float] | None:
+    """Negative log-likelihood of each test conversation before training, in nats, cached on disk.
+
+    None without a test split, and for a sharded model, which cannot be scored before training.
+
+    Args:
+        training: the TrainingRun.
+    """
+    if not splits.test or trainer.is_sharded:
+        return None
+    start = training.start_adapter.describe() if training.start_adapter else None
+    identity = {**training.model_identity(trainer), "start": start}
+    return trainer.score_base(splits.test_ids, training.config.eval_out, identity)
+
+
+def evaluate_conversations(trainer, splits, base: list[float] | None, seed: int) -> tuple[list[dict], dict]:
+    """Score the test conversations with the tuned model and compare with the base.
+
+    Args:
+        base: each conversation's negative log-likelihood before training, in nats; None where it was not scored.
+
+    Returns:
+        (rows, metrics), the rows in the order of the conversations; both empty without a test split.
+    """
+    if not splits.test:
+        return [], {}
+    rows = heldout_rows(splits.test, splits.test_ids, base, trainer.score(splits.test_ids))
+    return rows, heldout_metrics(rows, seed)
+
+
+def heldout_rows(data, dataset, base: list[float] | None, tuned: list[float]) -> list[dict]:
+    """One row per held-out conversation: negative log-likelihood (nats) under both models, scored tokens and bytes."""
+    rows = []
+    for i, (conversation, row) in enumerate(zip(data.conversations, dataset, strict=True)):
+        # The first token has no prediction.
+        tokens = sum(label != -100 for label in row["labels"][1:])
+        rows.append(
+            {
+                "row": i,
+                "where": conversation.source,
+                "tokens": tokens,
+                "bytes": row["bytes"],
+                "nll_base": base[i] if base else None,
+                "nll_tuned": tuned[i],
+            }
+        )
+    return rows
+
+
+def heldout_metrics(rows: list[dict], seed: int = 42) -> dict:
+    """Perplexity, nats per token and bits per byte under base and tuned, with intervals and a paired test.
+
+    Only the tuned model's metrics where the base was not scored.
+    """
+    tuned_only = rows[0]["nll_base"] is None
+    keys = ("nll_tuned" if tuned_only else "nll_base", "nll_tuned", "tokens", "bytes")
+    # Shape (conversations, 4).
+    values = np.array([[row[key] for key in keys] for row in rows], float)
+    metrics = section_metrics("heldout", values, seed)
+    return {name: m for name, m in metrics.items() if name.endswith("_tuned")} if tuned_only else metrics

@@ -1,0 +1,304 @@
+"""One training run from the command line to its artifacts: the part that the DPO and the SFT script share."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from trl import ModelConfig, get_peft_config
+
+from preflab.models.card import model_card
+from preflab.models.loading import describe, load_adapter, load_for_training, load_tokenizer, locate, quantised_as
+from preflab.models.start_adapter import StartAdapter, merge_start_adapter, resolve_start_adapter
+from preflab.training.preflight import run_preflight
+from preflab.training.run_config import RunConfig, check_run_config, fit_global_batch
+from preflab.training.run_folder import RunFolders, checkpoint_to_resume, claim_run, run_identity
+from preflab.training.splits import Splits
+from preflab.training.throughput import matmul_rate, model_flops, slower_than_float32
+from utils import stage as stages
+from utils.artifacts import RowFile, all_arguments, read_json, read_published, write_json
+from utils.cli import run_name
+from utils.distributed import keep_fsdp_on_cpu, on_main_process
+from utils.errors import UserError, is_main_process
+from utils.stage import Report, Stage, print_main
+
+
+@dataclass
+class TrainingRun:
+    """A training run: its arguments, its folders, and what it starts from.
+
+    Attributes:
+        stage: name in artifacts ("train" for preference training, "sft"), arguments and clock.
+        data_args: which rows are trained on.
+        config: the stage's RunConfig; `output_dir` is the run's own folder once the run is open.
+        model_args: TRL's ModelConfig; names the merged model where a start adapter is merged.
+        folders: where weights and results go, locked for this process.
+        checkpoint: the checkpoint that training continues from, or None.
+        start_adapter: the adapter that training starts from, or None.
+        published: published results for the model card, or None.
+        notes: sentences that the preflight shows.
+        tokenizer: None until `load_splits`.
+    """
+
+    stage: Stage
+    data_args: object
+    config: RunConfig
+    model_args: ModelConfig
+    folders: RunFolders
+    checkpoint: Path | None
+    start_adapter: StartAdapter | None
+    published: dict | None
+    notes: list[str]
+    tokenizer: object = None
+
+    @classmethod
+    def open(cls, name: str, page: str, data_type: type, config_type: type) -> "TrainingRun":
+        """Parse and check the command line, then claim the run's folders, before anything large is loaded.
+
+        Args:
+            name: the stage's name in artifacts.
+            page: the script's docstring.
+            data_type, config_type: dataclasses of the data arguments and of the RunConfig, each with `check`.
+
+        Raises:
+            UserError: bad arguments, or folders that belong to something else.
+        """
+        stage, data_args, config, model_args = stages.start(
+            name, page, data_type, config_type, ModelConfig, runs_bare=False
+        )
+        check_run_config(config, model_args)
+        data_args.check()
+        config.check()
+        # Making the config has set accelerate's state; the trainer is not made yet.
+        keep_fsdp_on_cpu()
+        notes = fit_global_batch(config)
+        published = read_published(config.published, list) if config.published else None
+        suffix = "-".join(config.objectives)
+        config.run_name = run_name(config.run_name, model_args.model_name_or_path, suffix, data_args.limit)
+        locate(model_args.model_name_or_path, model_args.model_revision)
+        start_adapter = resolve_start_adapter(config, model_args)
+        global_batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
+        identity = run_identity(stage.arguments, global_batch) | (start_adapter.identity() if start_adapter else {})
+        claim = (config.run_name, config.output_dir, config.eval_out, identity, config.resume, config.overwrite)
+        folders = on_main_process(lambda: claim_run(*claim))
+        checkpoint = None if folders.finished else checkpoint_to_resume(folders, config.resume)
+        config.output_dir = str(folders.weights)
+        return cls(stage, data_args, config, model_args, folders, checkpoint, start_adapter, published, notes)
+
+    @property
+    def row_log(self) -> RowFile:
+        """One row per logged step."""
+        return RowFile(self.folders.results / "train_log.jsonl")
+
+    @property
+    def continues_adapter(self) -> bool:
+        """Whether the start adapter itself is trained further."""
+        return self.start_adapter is not None and self.start_adapter.use == "continue"
+
+    def print_results(self) -> None:
+        """Print the results of a finished run.
+
+        Raises:
+            UserError: local data files changed since it was trained.
+        """
+        results = read_json(self.folders.results / "train.json")
+        self.folders.ensure_data_unchanged(results["data"])
+        print_main(
+            f"{self.folders.weights} is finished, nothing to train; from {self.folders.results}/train.json:\n\n"
+            f"{results['text']}"
+        )
+
+    def load_splits(self, load: Callable[..., Splits]) -> Splits:
+        """Load the tokenizer and both splits, and tie the run to its data.
+
+        Args:
+            load: `load_pair_splits` or `load_conversation_splits`.
+        """
+        home = self.model_args.model_name_or_path, self.model_args.model_revision
+        self.tokenizer = load_tokenizer(
+            *(self.start_adapter.tokenizer if self.start_adapter else home),
+            # TRL's SFTConfig has this key; for pairs it is one of the data arguments.
+            all_arguments([self.data_args, self.config])["chat_template_path"],
+            trust_remote_code=self.config.trust_remote_code,
+        )
+        splits = load(self.data_args, self.config, self.tokenizer)
+        self.folders.record_data_hash(splits.sha256)
+        return splits
+
+    def build_trainer(self, trainer_type: type, splits: Splits):
+        """Load the policy (and a reference model where one is kept) and make the trainer.
+
+        Whether memory requires gradient checkpointing is decided here and added to the notes.
+
+        Raises:
+            UserError: the model or its arguments cannot be used.
+        """
+        config, model_args, start = self.config, self.model_args, self.start_adapter
+        if start and start.merged:
+            merge_start_adapter(start, model_args.dtype, model_args.attn_implementation, config.trust_remote_code)
+        if splits.test_ids is None:
+            config.eval_strategy = "no"
+        keeps_reference = config.keeps_reference_model(model_args.use_peft)
+        try:
+            policy = load_for_training(config, model_args)
+            trained = 0 if model_args.use_peft else sum(p.numel() for p in policy.parameters())
+            longest = cache(lambda: trainer_type.longest_in(splits.train_ids))
+            note = config.fit_memory(policy, trained, longest, keeps_reference)
+            self.notes += [note] if note else []
+            if self.continues_adapter:
+                # The loaded adapter becomes the policy; TRL freezes a copy of it as the reference.
+                policy = load_adapter(policy, start.adapter, is_trainable=True)
+            return trainer_type(
+                model=policy,
+                **({"ref_model": load_for_training(config, model_args)} if keeps_reference else {}),
+                args=config,
+                train_dataset=splits.train_ids,
+                eval_dataset=splits.test_ids,
+                processing_class=self.tokenizer,
+                peft_config=None if self.continues_adapter else get_peft_config(model_args),
+                row_log=self.row_log,
+            )
+        except (ValueError, NotImplementedError) as error:
+            raise UserError(f"{model_args.model_name_or_path}: {str(error).splitlines()[0]}") from error
+
+    def preflight(self, trainer, splits: Splits, describe_rows) -> dict:
+        """Check everything that can be known before the first step; write preflight.json and print it.
+
+        Args:
+            describe_rows: `describe_pairs` or `describe_conversations` of preflab.training.preflight.
+        """
+        if self.start_adapter:
+            self.notes.append(self.start_adapter.summary())
+        if self.config.use_cpu and self.config.precision != "fp32":
+            slow = slower_than_float32(self.config.dtype_name, "cpu")
+            self.notes += [slow] if slow else []
+        flight, text = run_preflight(describe_rows, trainer, splits, self.stage.arguments, self.notes)
+        write_json(self.folders.results / "preflight.json", flight)
+        print_main(text)
+        return flight
+
+    def describe_model(self, trainer) -> dict:
+        """Name, revision and hashes of the model and its tokenizer."""
+        model_args = self.model_args
+        return describe(model_args.model_name_or_path, trainer.model, self.tokenizer, model_args.model_revision)
+
+    def model_identity(self, trainer) -> dict:
+        """What identifies the untrained model in a cache of its log-probabilities."""
+        identity = {
+            **self.describe_model(trainer),
+            **quantised_as(self.model_args),
+            "precision": self.config.precision,
+        }
+        # A merged adapter is part of the described weights.
+        return identity | ({"start": self.start_adapter.describe()} if self.continues_adapter else {})
+
+    def train(self, trainer, flight: dict) -> None:
+        """Train to the last step and save the weights; exit with code 130 where Ctrl-C stopped it, after a checkpoint.
+
+        Args:
+            flight: the preflight; gets the step-0 figures of a sharded model, which exist only now.
+        """
+        if self.checkpoint:
+            print_main(f"resuming from {self.checkpoint}")
+            trainer.continue_from(self.checkpoint)
+        with trainer.stopper:
+            trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
+        if trainer.stopper.requested and trainer.state.global_step < trainer.state.max_steps:
+            print_main(
+                f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}, saved in"
+                f" {self.folders.weights}; the same command (without --overwrite) continues from there"
+            )
+            sys.exit(130)
+        trainer.save_model(self.config.output_dir)
+        if trainer.step0_reward is not None:
+            measured = {"largest_reward": trainer.step0_reward, "checked": "on the first micro-batch of training"}
+            flight["step0"] |= measured
+            write_json(self.folders.results / "preflight.json", flight)
+
+    def title(self, splits: Splits, unit: str) -> str:
+        """The title of tables and pictures. `unit`: what a row is, in the plural."""
+        method = "LoRA" if self.model_args.use_peft else "full fine-tuning"
+        objective = "SFT" if self.stage.name == "sft" else "+".join(self.config.objectives)
+        model = self.model_args.model_name_or_path
+        return f"{self.config.run_name}: {model}, {method}, {objective}, {len(splits.train_ids)} {unit}"
+
+    def publish(
+        self,
+        trainer,
+        splits: Splits,
+        flight: dict,
+        metrics: dict,
+        rows: list[dict],
+        report: Report,
+        *,
+        curves: Callable[[Path, list[dict], str, str | None], None],
+        curves_name: str,
+        training: dict,
+        flight_keys: tuple[str, ...],
+    ) -> None:
+        """Write rows, curves, model card and last train.json, which declares the run complete. Rank 0 only.
+
+        Args:
+            curves: draws the rows of train_log.jsonl under the report's title and warning, and saves the picture.
+            training: train.json's section on the training itself.
+            flight_keys: sections of the preflight that train.json repeats.
+        """
+        if not is_main_process():
+            return
+        results, log = self.folders.results, self.row_log.read()
+        summary = self.stage.summary(
+            self.describe_model(trainer),
+            metrics,
+            report,
+            run={"run_name": self.config.run_name, "limit": self.data_args.limit},
+            seed=self.config.seed,
+            training=training,
+            **{key: flight[key] for key in ("plan", "dropout", "precision", "parameters", *flight_keys)},
+            start=self.start_adapter.describe() if self.start_adapter else None,
+            published=self.published,
+            data=splits.summary,
+        )
+        # Readers of a training run's summary rely on this key.
+        summary.setdefault("warning", None)
+        card = model_card(summary, log, str(self.folders.weights), self.model_args.use_peft)
+        files = {self.folders.weights / "README.md": card}
+        if any(row["split"] == "train" for row in log):
+            title = report.text.partition("\n")[0]
+            files[results / curves_name] = lambda path: curves(path, log, title, report.warning)
+        if rows:
+            files[results / "heldout_rows.jsonl"] = rows
+        print_main("")
+        self.stage.write(results / "train.json", summary, files)
+        self.folders.finish()
+        print_main(f"weights and tokenizer are in {self.folders.weights}/, all results in {results}/")
+        print_main(f"training took {trainer.seconds:.0f} s, the whole command {self.stage.seconds:.0f} s")
+
+
+def training_summary(trainer, flight: dict, unit: str, tokens: int, operations: float) -> dict:
+    """Figures of the training itself, from train_log.jsonl: steps, tokens, speed, loss of its first and last tenth.
+
+    Speed is over all processes and the whole training, evaluations and saves included; mfu is its share of the
+    measured rate of matrix products. {} on ranks other than 0.
+
+    Args:
+        unit: what a row is, in the plural.
+        tokens: tokens that count as work, each row's stored once.
+        operations: floating-point operations per parameter and token (preflab.training.throughput).
+    """
+    if not is_main_process():
+        return {}
+    losses, plan = [row["loss"] for row in trainer.row_log.read() if row["split"] == "train"], flight["plan"]
+    tenth = max(1, len(losses) // 10)
+    rate = matmul_rate(trainer.args.dtype_name, trainer.accelerator.device.type) * plan["batch"]["processes"]
+    flops = model_flops(flight["parameters"]["total"], tokens, operations)
+    return {
+        "steps": trainer.state.global_step,
+        "seconds": round(trainer.seconds, 1),
+        "num_tokens": trainer._total_train_tokens,
+        f"{unit}_per_second": round(plan["rows_seen"] / trainer.seconds, 3),
+        "tokens_per_second": round(tokens / trainer.seconds, 1),
+        "mfu": round(flops / trainer.seconds / rate, 4),
+        "loss_first_tenth": sum(losses[:tenth]) / tenth if losses else None,
+        "loss_last_tenth": sum(losses[-tenth:]) / tenth if losses else None,
+    }

@@ -1,0 +1,52 @@
+"""Configuration of a supervised fine-tuning run: TRL's SFTConfig, this project's keys, and their checks."""
+
+from dataclasses import dataclass, field
+
+from trl import SFTConfig
+
+from preflab.training.run_config import RunConfig
+from utils.errors import UserError
+
+# Keys of SFTConfig that have no effect on rows that are already tokenised, and what to use instead.
+UNUSED_KEYS = {
+    "assistant_only_loss": "use --loss_on responses",
+    "completion_only_loss": "use --loss_on responses",
+    "padding_free": "use --packing",
+    "eos_token": "the chat template ends an answer",
+    "shuffle_dataset": "the trainer shuffles",
+}
+# TRL's packing strategies whose rows keep the boundaries of their conversations.
+PACKING_STRATEGIES = ("bfd", "bfd_split")
+
+
+@dataclass
+class SFTRunConfig(RunConfig, SFTConfig):
+    """TRL's SFTConfig with this project's keys; every other key is TRL's or transformers' own."""
+
+    eval_packing: bool | None = field(
+        default=False,
+        metadata={"help": "Pack the test split in the trainer's evaluations; held-out metrics never pack."},
+    )
+
+    # A conversation is one sequence.
+    sequences_a_row = 1
+    # For the run's default name and its title.
+    objectives = ("sft",)
+
+    def token_budget(self, longest: int) -> int:
+        """Tokens per forward. `longest`: tokens of the longest sequence in the data."""
+        width = self.max_length if self.packing else min(longest, self.max_length or longest)
+        return self.per_device_train_batch_size * width
+
+    def check(self) -> None:
+        """Raise UserError for values that do not fit together."""
+        if self.packing and self.max_length is None:
+            raise UserError("--packing needs --max_length, the number of tokens per packed row")
+        if self.packing and self.packing_strategy not in PACKING_STRATEGIES:
+            raise UserError(
+                f"--packing_strategy {self.packing_strategy}: conversations would attend to each other; choose from"
+                f" {', '.join(PACKING_STRATEGIES)}"
+            )
+        for key, instead in UNUSED_KEYS.items():
+            if getattr(self, key):
+                raise UserError(f"--{key}: not supported, since rows are already tokenised; {instead}")

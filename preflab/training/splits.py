@@ -1,0 +1,101 @@
+"""Both splits of a training run: read, filtered, checked for overlap, tokenised."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from datasets import Dataset
+
+from preflab.data import conversations, preferences
+from preflab.data.conversations import ConversationData, SFTArguments
+from preflab.data.preferences import DataArguments, PreferenceData
+from preflab.data.sources import without_overlap
+from preflab.training.dpo_config import DPORunConfig
+from preflab.training.sft_config import SFTRunConfig
+from utils.errors import UserError
+from utils.provenance import sha256_of
+
+
+@dataclass
+class Splits:
+    """The train and the test split, as texts and as token ids in the same order.
+
+    Attributes:
+        test, test_ids: None where there is no test split.
+        truncation: how many sequences of the train split were truncated, and where.
+    """
+
+    train: PreferenceData | ConversationData
+    train_ids: Dataset
+    test: PreferenceData | ConversationData | None
+    test_ids: Dataset | None
+    truncation: dict[str, int]
+
+    @cached_property
+    def summary(self) -> dict:
+        """Counts and provenance of both splits, for artifacts."""
+        return {"train": self.train.summary(), "test": self.test.summary() if self.test else None}
+
+    @property
+    def sha256(self) -> str:
+        """One hash of all texts of both splits."""
+        return sha256_of(*(split["text_sha256"] if split else "" for split in self.summary.values()))
+
+
+def load_pair_splits(args: DataArguments, config: DPORunConfig, tokenizer) -> Splits:
+    """Read, filter and tokenise the preference pairs of both splits.
+
+    Raises:
+        UserError: unreadable rows, no rows left, prompts in both splits, or win probabilities that sppo needs.
+    """
+    filters = {
+        "drop_ties": args.drop_ties,
+        "min_score_margin": args.min_score_margin,
+        "keep_duplicate_prompts": args.keep_duplicate_prompts,
+        "plain_as_chat": args.prompt_format == "chat",
+        "limit": args.limit,
+    }
+    train_sources, test_sources = args.sources()
+    lengths = config.max_length, config.max_prompt_length
+    train, test, test_ids = preferences.load_pairs(train_sources, **filters), None, None
+    if test_sources:
+        test = preferences.load_pairs(test_sources, **filters)
+        train.pairs = without_overlap(train.pairs, test.pairs, args.train_test_overlap, train.dropped)
+        test_ids, _ = preferences.tokenize(test, tokenizer, *lengths, desc="test")
+    train_ids, truncation = preferences.tokenize(train, tokenizer, *lengths, desc="train")
+    if "sppo" in config.loss_type:
+        check_win_probabilities(train, "train")
+        if test:
+            check_win_probabilities(test, "test")
+    return Splits(train, train_ids, test, test_ids, truncation)
+
+
+def check_win_probabilities(data: PreferenceData, split: str) -> None:
+    """Raise UserError, naming the first row, where a pair has no win probabilities between 0 and 1."""
+    unusable = [p for p in data.pairs if any(w is None or not 0 <= w <= 1 for w in (p.win_chosen, p.win_rejected))]
+    if unusable:
+        raise UserError(
+            f"{unusable[0].source}: --loss_type sppo needs 'win_chosen' and 'win_rejected' (probabilities from 0 to 1)"
+            f" in every row of the {split} split; {len(unusable)} rows have none"
+        )
+
+
+def load_conversation_splits(args: SFTArguments, config: SFTRunConfig, tokenizer) -> Splits:
+    """Read and tokenise the conversations of both splits; without a test split, hold out `test_rows` of them.
+
+    Raises:
+        UserError: unreadable rows, no rows left, or prompts in both splits.
+    """
+    train_sources, test_sources = args.sources()
+    train, test, test_ids = conversations.load_conversations(train_sources, args.limit), None, None
+    if test_sources:
+        test = conversations.load_conversations(test_sources, args.limit)
+        overlap = args.train_test_overlap, train.dropped
+        train.conversations = without_overlap(train.conversations, test.conversations, *overlap)
+    elif args.dataset_test_split is None:
+        # A trial run holds out at most a quarter of its rows.
+        count = min(args.test_rows, args.limit // 4) if args.limit else args.test_rows
+        test = conversations.hold_out(train, count)
+    if test:
+        test_ids, _ = conversations.tokenize(test, tokenizer, args.loss_on, config.max_length, desc="test")
+    train_ids, truncation = conversations.tokenize(train, tokenizer, args.loss_on, config.max_length, desc="train")
+    return Splits(train, train_ids, test, test_ids, truncation)
