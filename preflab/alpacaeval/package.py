@@ -267,7 +267,7 @@ class PackageEvaluator:
     Raises UserError where the evaluator needs a package that is not installed.
     """
 
-    orders_itself = True
+    instant, orders_itself = False, True
 
     def __init__(self, name: str, seed: int = 0):
         self.name, self.seed = name, seed

@@ -1,15 +1,13 @@
-"""Judges: which of two answers to a prompt is better. One interface for local models, endpoints and controls.
-
-A judge sees a first and a second answer and never which model gave them; whoever asks decides the order.
-"""
+"""Make the judge of a --judge specification, the controls, and cached judging of many items."""
 
 import random
 from collections.abc import Iterator
 
-from preflab.judging.endpoint import Endpoint
-from preflab.judging.judge_prompt import Item, JudgePrompt, Verdict
-from preflab.judging.local_judges import LocalModel, VllmModel
+from preflab.judging.endpoint import EndpointJudge
+from preflab.judging.judge_prompt import Item, Judge, JudgePrompt, Verdict
+from preflab.judging.local_judges import LocalJudge, VllmJudge
 from preflab.judging.reward_model import RewardModel
+from utils.cache import ResultCache, cache_key
 from utils.errors import UserError
 from utils.progress import progress
 from utils.provenance import sha256_of
@@ -17,8 +15,8 @@ from utils.provenance import sha256_of
 KINDS = "hf:MODEL, vllm:MODEL, openai:MODEL@BASE_URL, rm:MODEL, longer or random"
 
 
-def make_judge(spec: str, prompt: "str | JudgePrompt", options: dict, flag: str = "--judge "):
-    """The judge named `spec`.
+def make_judge(spec: str, prompt: str | JudgePrompt, options: dict, flag: str = "--judge ") -> Judge:
+    """The judge of a specification; no weights are loaded yet.
 
     Args:
         prompt: a judge prompt, or the path of one.
@@ -32,25 +30,25 @@ def make_judge(spec: str, prompt: "str | JudgePrompt", options: dict, flag: str 
     if kind in ("hf", "vllm", "openai") and isinstance(prompt, str):
         prompt = JudgePrompt.read(prompt)
     if spec == "longer":
-        return Longer()
+        return LongerJudge()
     if spec == "random":
-        return Random(options["seed"])
+        return RandomJudge(options["seed"])
     if kind == "rm" and rest:
         return RewardModel(rest, options)
     if kind == "hf" and rest:
-        return LocalModel(rest, prompt, options)
+        return LocalJudge(rest, prompt, options)
     if kind == "vllm" and rest:
-        return VllmModel(rest, prompt, options)
+        return VllmJudge(rest, prompt, options)
     if kind == "openai" and rest:
         model, at, url = rest.partition("@")
         if not (model and at and url.startswith(("http://", "https://"))):
             raise UserError(f"{flag}{spec}: expected openai:MODEL@BASE_URL, such as openai:gpt-4o@https://host/v1")
-        return Endpoint(model, url, prompt, options)
-    raise UserError(f"{flag}{spec}: unknown; one of {KINDS}")
+        return EndpointJudge(model, url, prompt, options)
+    raise UserError(f"{flag}{spec}: unknown; use {KINDS}")
 
 
-class Longer:
-    """Control: the longer answer wins (characters, as AlpacaEval's `longest`)."""
+class LongerJudge:
+    """Control: the answer with more characters wins, as in AlpacaEval's `longest`."""
 
     name, instant = "longer", True
 
@@ -63,8 +61,8 @@ class Longer:
             yield i, Verdict(0.5 + 0.5 * ((a > b) - (a < b)))
 
 
-class Random:
-    """Control: a coin, tossed anew for every question; the same question gets the same toss."""
+class RandomJudge:
+    """Control: a fair coin per item. The toss depends on seed and item only, and is new for the swapped order."""
 
     name, instant = "random", True
 
@@ -80,39 +78,34 @@ class Random:
             yield i, Verdict(float(toss.random() < 0.5))
 
 
-# ---------------------------------------------------------------------------------------------------------- judging
+def judge_all(judge: Judge, items: list[Item], eval_out: str, overwrite: bool = False) -> list[Verdict]:
+    """The verdict on every item, in order and on every process.
 
-
-def judge_all(judge, items: list[Item], eval_out: str, overwrite: bool = False) -> list[Verdict]:
-    """Every item's verdict, in order, on every process: sharded, kept as they come, identical answers tied unasked.
-
-    Unparsed verdicts are not kept, so that the next call asks again.
+    Items are sharded over the processes and their verdicts cached one by one. Identical answers are a tie and are not
+    sent to the judge. Unparsed verdicts are not cached, so the next call asks again.
 
     Raises:
-        UserError: where the judge gave not one verdict.
+        UserError: the judge gave no verdict on any item.
     """
-
-    from utils.cache import ResultCache, cache_key
-
-    same = [item.first == item.second for item in items]
-    if getattr(judge, "instant", False):
+    identical = [item.first == item.second for item in items]
+    if judge.instant:
         verdicts = dict(judge.judge(items))
-        return [Verdict(0.5, label="identical") if same[i] else verdicts[i] for i in range(len(items))]
-    tie = Verdict(0.5, 0.5, label="identical")
+        return [Verdict(0.5, label="identical") if identical[i] else verdicts[i] for i in range(len(items))]
     keys = [cache_key(item.prompt.messages, item.first, item.second) for item in items]
     cache = ResultCache(eval_out, "judgements", judge.identity(), overwrite)
-    done = cache.finished
-    todo = list({keys[i]: i for i in range(len(items)) if not same[i] and keys[i] not in done}.values())
-    mine = cache.own_share(todo)
-    failed = ResultCache(eval_out, "unparsed", {**judge.identity(), "items": keys}, overwrite=True)
-    with progress(len(mine), judge.name, "verdict") as bar:
-        for k, verdict in judge.judge([items[i] for i in mine]) if mine else ():
-            kept = cache if verdict.first is not None else failed
-            kept.add(keys[mine[k]], verdict.__dict__)
+    # One index per distinct question that is not cached.
+    todo = {keys[i]: i for i in range(len(items)) if not identical[i] and keys[i] not in cache.finished}
+    own = cache.own_share(list(todo.values()))
+    # Reasons of this call's unparsed verdicts: a file, since every process must know those of the others.
+    failures = ResultCache(eval_out, "unparsed", {**judge.identity(), "items": keys}, overwrite=True)
+    with progress(len(own), judge.name, "verdict") as bar:
+        for k, verdict in judge.judge([items[i] for i in own]) if own else ():
+            (failures if verdict.first is None else cache).add(keys[own[k]], verdict.__dict__)
             bar.update()
-    found, errors = cache.gather(), failed.gather()
-    verdicts = [tie if same[i] else Verdict(**(found.get(keys[i]) or errors[keys[i]])) for i in range(len(items))]
-    asked = [verdict for verdict, free in zip(verdicts, same, strict=True) if not free]
-    if asked and all(verdict.first is None for verdict in asked):
-        raise UserError(f"judge {judge.name} gave no verdict on {len(asked)} questions; the first: {asked[0].error}")
+    rows = failures.gather() | cache.gather()
+    tie = Verdict(0.5, 0.5, label="identical")
+    verdicts = [tie if same else Verdict(**rows[key]) for same, key in zip(identical, keys, strict=True)]
+    judged = [verdict for verdict, same in zip(verdicts, identical, strict=True) if not same]
+    if judged and all(verdict.first is None for verdict in judged):
+        raise UserError(f"judge {judge.name} gave no verdict on {len(judged)} questions; the first: {judged[0].error}")
     return verdicts

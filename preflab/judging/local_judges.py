@@ -1,149 +1,148 @@
-"""Judges that are causal language models on this machine: transformers and vLLM."""
+"""Judges that are causal language models on this machine, with transformers or vLLM."""
 
 from collections.abc import Iterator
 
+import torch
+from accelerate import PartialState
+
 from preflab.data.chat_template import ChatRenderer, TemplateRefused, neutralise
 from preflab.judging.judge_prompt import Item, JudgePrompt, Verdict, unparsed
+from preflab.models import vllm_engine
+from preflab.models.batching import pad_right, token_batches
+from preflab.models.generation import generate
+from preflab.models.loading import identify, load_model, load_tokenizer, locate
+from preflab.models.logprobs import captured_hidden, head_logits
 from utils.errors import UserError
 
 
-def longest_text(model) -> int:
-    """Tokens that a transformers model can read, as its config says; no bound where it says nothing."""
+def context_length(model) -> int:
+    """Maximum input length of a transformers model in tokens, from its config; unlimited if it has none."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9
 
 
-class LocalModel:
-    """A causal LM on this machine: the log-probability of its verdict token, or the last label of what it writes."""
+class LocalJudge:
+    """A causal LM under transformers: compares the labels' log-probabilities, or writes text that ends in a label."""
 
-    kind = "hf"
+    kind, instant = "hf", False
 
     def __init__(self, model: str, prompt: JudgePrompt, options: dict):
-        from preflab.models.loading import load_tokenizer
-
         self.name, self.model_name, self.prompt, self.options = f"{self.kind}:{model}", model, prompt, options
         self.tokenizer, self.model = load_tokenizer(model), None
         self.chat = ChatRenderer(self.tokenizer)
 
     def identity(self) -> dict:
-        from preflab.models.loading import identify
-
-        found = {"judge": self.name, **identify(self.model_name, self.tokenizer), **self.prompt.identity}
-        return {**found, "dtype": self.options["dtype"], "max_new_tokens": self.prompt.max_new_tokens}
+        return {
+            "judge": self.name,
+            **identify(self.model_name, self.tokenizer),
+            **self.prompt.identity,
+            "dtype": self.options["dtype"],
+            "max_new_tokens": self.prompt.max_new_tokens,
+        }
 
     def load(self) -> None:
-        """Load the weights, once."""
-        from accelerate import PartialState
-
-        from preflab.models.loading import load_model
-
+        """Load the weights on first use."""
         if self.model is None:
             self.model = load_model(
                 self.model_name, dtype=self.options["dtype"], attn_implementation=self.options["attn_implementation"]
             )
             self.model.to(PartialState().device).eval()
 
-    def longest(self) -> int:
-        """Tokens that the model can read."""
-        return longest_text(self.model)
+    def context_length(self) -> int:
+        """Maximum input length in tokens."""
+        return context_length(self.model)
 
     def judge(self, items: list[Item]) -> Iterator[tuple[int, Verdict]]:
         self.load()
-        limit = self.longest()
-        asked, texts = [], []
+        by_logprob = self.prompt.verdict == "logprob"
+        # Leave room for the judge's own tokens.
+        limit = self.context_length() - (1 if by_logprob else self.prompt.max_new_tokens)
+        questions = []
         for i, item in enumerate(items):
             messages = self.prompt.messages(item, lambda text: neutralise(text, self.tokenizer))
             try:
-                texts.append(self.chat.prompt_text(messages))
-                asked.append((i, messages))
+                questions.append((i, messages, self.chat.prompt_text(messages)))
             except TemplateRefused as error:
                 yield i, unparsed(f"the judge's chat template refused: {error}")
-        ids = self.chat.ids(texts) if texts else []
-        room = limit - (1 if self.prompt.verdict == "logprob" else self.prompt.max_new_tokens)
-        fits = [k for k, found in enumerate(ids) if len(found) <= room]
-        for k in set(range(len(ids))) - set(fits):
-            yield asked[k][0], unparsed(f"{len(ids[k])} tokens are more than the judge reads ({room})")
-        if self.prompt.verdict == "text":
-            yield from self._written([asked[k] for k in fits])
-        elif fits:
-            yield from self._weighed([(asked[k][0], texts[k], ids[k]) for k in fits])
+        ids = self.chat.ids([text for _, _, text in questions]) if questions else []
+        fitting = []
+        for (i, messages, text), row in zip(questions, ids, strict=True):
+            if len(row) <= limit:
+                fitting.append((i, messages, text, row))
+            else:
+                yield i, unparsed(f"{len(row)} tokens exceed the judge's limit of {limit}")
+        if not fitting:
+            return
+        if by_logprob:
+            yield from self._by_logprob([(i, text, row) for i, _, text, row in fitting])
+        else:
+            yield from self._by_text([(i, messages) for i, messages, _, _ in fitting])
 
-    def _written(self, asked) -> Iterator[tuple[int, Verdict]]:
-        from preflab.models.generation import generate
-
-        settings = {k: self.options[k] for k in ("batch_tokens", "batch_size")}
+    def _by_text(self, questions: list[tuple[int, list[dict]]]) -> Iterator[tuple[int, Verdict]]:
+        """Let the judge write, and parse what it wrote. Questions are (index, messages)."""
+        settings = {key: self.options[key] for key in ("batch_tokens", "batch_size")}
         settings["max_new_tokens"] = self.prompt.max_new_tokens
-        for answer in generate(self.model, self.tokenizer, [messages for _, messages in asked], **settings):
-            yield asked[answer["index"]][0], self.prompt.parse(answer["text"])
+        for answer in generate(self.model, self.tokenizer, [messages for _, messages in questions], **settings):
+            yield questions[answer["index"]][0], self.prompt.parse(answer["text"])
 
     def _label_ids(self, text: str) -> dict[str, int]:
-        """The one token that each label is after the judge's own template. Raises UserError where one is not."""
+        """The single token of each label right after `text`, a rendered question. Raises UserError if it has more."""
         plain, *labelled = self.chat.ids([text, *(text + label for label in self.prompt.labels)])
-        found = {}
+        label_ids = {}
         for label, ids in zip(self.prompt.labels, labelled, strict=True):
             if len(ids) != len(plain) + 1 or ids[:-1] != plain:
                 raise UserError(
-                    f"--judge_prompt {self.prompt.path}: label {label!r} is not one token of {self.model_name}; use"
-                    " labels that are, or verdict: text"
+                    f"--judge_prompt {self.prompt.path}: label {label!r} is not a single token of {self.model_name};"
+                    " choose labels that are, or verdict: text"
                 )
-            found[label] = ids[-1]
-        if len(set(found.values())) < len(found):
+            label_ids[label] = ids[-1]
+        if len(set(label_ids.values())) < len(label_ids):
             raise UserError(f"--judge_prompt {self.prompt.path}: two labels are the same token of {self.model_name}")
-        return found
+        return label_ids
 
-    def _weighed(self, asked) -> Iterator[tuple[int, Verdict]]:
-        import torch
-
-        from preflab.models.batching import pad_right, token_batches
-        from preflab.models.logprobs import captured_hidden, head_logits
-
-        labels = self._label_ids(asked[0][1])
+    def _by_logprob(self, questions: list[tuple[int, str, list[int]]]) -> Iterator[tuple[int, Verdict]]:
+        """Compare the labels' log-probabilities as the next token. Questions are (index, text, token ids)."""
+        labels = self._label_ids(questions[0][1])
         budget = (self.options["batch_tokens"], self.options["batch_size"])
-        for batch in token_batches([len(ids) for _, _, ids in asked], *budget):
-            ids, mask = pad_right([asked[k][2] for k in batch], self.tokenizer.pad_token_id, self.model.device)
+        for batch in token_batches([len(ids) for _, _, ids in questions], *budget):
+            rows = [questions[k][2] for k in batch]
+            ids, mask = pad_right(rows, self.tokenizer.pad_token_id, self.model.device)
+            # Only the last position's logits are needed: run the backbone, then the head on one hidden state per row.
             with torch.inference_mode(), captured_hidden(self.model) as hidden:
                 self.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
             with torch.inference_mode():
+                # Shape (batch, width).
                 last = hidden[0][torch.arange(len(batch), device=ids.device), mask.sum(1) - 1]
                 logprobs = head_logits(self.model, last).log_softmax(-1)[:, list(labels.values())].tolist()
             for k, row in zip(batch, logprobs, strict=True):
-                yield asked[k][0], self.prompt.weigh(dict(zip(labels, row, strict=True)))
+                yield questions[k][0], self.prompt.weigh(dict(zip(labels, row, strict=True)))
 
 
-class VllmModel(LocalModel):
-    """The same through vLLM: its probabilities of the labels come from the 20 likeliest tokens."""
+class VllmJudge(LocalJudge):
+    """A causal LM under vLLM. Label probabilities come from the 20 likeliest tokens; a label below has none."""
 
     kind = "vllm"
 
     def load(self) -> None:
-        from preflab.models.loading import locate
-        from preflab.models.vllm_engine import choose_engine, load_engine
-
-        choose_engine("vllm")
+        vllm_engine.choose_engine("vllm")
         if self.model is None:
-            self.model, _ = load_engine(locate(self.model_name), self.options["dtype"])
+            self.model, _ = vllm_engine.load_engine(locate(self.model_name), self.options["dtype"])
 
-    def longest(self) -> int:
+    def context_length(self) -> int:
         return self.model.llm_engine.model_config.max_model_len
 
-    def _written(self, asked) -> Iterator[tuple[int, Verdict]]:
-        from preflab.models.vllm_engine import generate
+    def _by_text(self, questions: list[tuple[int, list[dict]]]) -> Iterator[tuple[int, Verdict]]:
+        prompts = [messages for _, messages in questions]
+        for answer in vllm_engine.generate(self.model, None, self.tokenizer, prompts, self.prompt.max_new_tokens):
+            yield questions[answer["index"]][0], self.prompt.parse(answer["text"])
 
-        prompts, room = [messages for _, messages in asked], self.prompt.max_new_tokens
-        for answer in generate(self.model, None, self.tokenizer, prompts, room):
-            yield asked[answer["index"]][0], self.prompt.parse(answer["text"])
-
-    def _weighed(self, asked) -> Iterator[tuple[int, Verdict]]:
-        from preflab.models.vllm_engine import label_logprobs
-
-        labels = self._label_ids(asked[0][1])
-        found = label_logprobs(self.model, [ids for _, _, ids in asked], labels)
-        for (i, _, _), logprobs in zip(asked, found, strict=True):
+    def _by_logprob(self, questions: list[tuple[int, str, list[int]]]) -> Iterator[tuple[int, Verdict]]:
+        labels = self._label_ids(questions[0][1])
+        rows = vllm_engine.label_logprobs(self.model, [ids for _, _, ids in questions], labels)
+        for (i, _, _), logprobs in zip(questions, rows, strict=True):
             yield i, self.prompt.weigh(logprobs)
 
     def close(self) -> None:
-        """Give the GPU back."""
-        from preflab.models.vllm_engine import close
-
+        """Release the GPU's memory."""
         if self.model is not None:
-            close(self.model)
+            vllm_engine.close(self.model)
             self.model = None

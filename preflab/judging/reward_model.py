@@ -1,80 +1,76 @@
-"""Reward models as judges and scorers."""
+"""Reward models, as judges (preflab.judging.judges) and as scorers (preflab.pairs.scorers)."""
 
 import math
 from collections.abc import Iterator
 
+import torch
+from accelerate import PartialState
+from transformers import AutoConfig, AutoModelForSequenceClassification
+
 from preflab.data.chat_template import ChatRenderer, TemplateRefused, neutralise
 from preflab.data.prompts import Prompt
 from preflab.judging.judge_prompt import Item, Verdict, unparsed
-from preflab.judging.local_judges import longest_text
+from preflab.judging.local_judges import context_length
+from preflab.models.batching import pad_right, token_batches
+from preflab.models.loading import LOAD_ERRORS, identify, load_error, load_tokenizer, locate
 from utils.errors import UserError
 
 NOT_FINITE = "the model's output is not a finite number"
 
 
 class RewardModel:
-    """A sequence classifier with one output: the answer with the higher score wins; order cannot matter."""
+    """A sequence classifier with one output, or with model code that computes one score (ArmoRM).
+
+    As a judge, the answer with the higher reward wins, whatever the order.
+    """
+
+    instant = False
 
     def __init__(self, model: str, options: dict):
-        from preflab.models.loading import load_tokenizer, locate
-
         self.name, self.model_name, self.options = f"rm:{model}", model, options
         locate(model)
-        self._refuse_unreadable_head()
+        self.custom_code = self._check_head()
         self.tokenizer, self.model = load_tokenizer(model), None
         self.chat = ChatRenderer(self.tokenizer)
 
     def identity(self) -> dict:
-        from preflab.models.loading import identify
-
         return {"judge": self.name, **identify(self.model_name, self.tokenizer), "dtype": self.options["dtype"]}
 
-    def _refuse_unreadable_head(self) -> None:
-        """Raise UserError, before anything long, where the config has not exactly one output or code of its own."""
-        from transformers import AutoConfig
-
-        from preflab.models.loading import LOAD_ERRORS, load_error, locate
-
-        self.own_code = False
+    def _check_head(self) -> bool:
+        """Whether the model brings its own code. Raises UserError, before any work, if it has no single score."""
         try:
             config = AutoConfig.from_pretrained(locate(self.model_name), trust_remote_code=False)
         except LOAD_ERRORS as error:
             raise load_error(f"reward model {self.model_name}", error) from error
         if "AutoModelForSequenceClassification" in (getattr(config, "auto_map", None) or {}):
             if not self.options.get("trust_remote_code"):
-                raise UserError(f"{self.name}: computes its score with code of its own; --trust_remote_code runs it")
-            self.own_code = True
-        elif config.num_labels != 1:
+                raise UserError(f"{self.name}: computes its score with its own code; allow it by --trust_remote_code")
+            return True
+        if config.num_labels != 1:
             raise UserError(f"{self.name}: has {config.num_labels} outputs; a reward model has one")
+        return False
 
     def load(self) -> None:
-        """Load the weights, once."""
-        import torch
-        from accelerate import PartialState
-        from transformers import AutoModelForSequenceClassification
-
-        from preflab.models.loading import LOAD_ERRORS, load_error, locate
-
+        """Load the weights on first use."""
         if self.model is not None:
             return
         try:
             self.model = AutoModelForSequenceClassification.from_pretrained(
-                locate(self.model_name), dtype=getattr(torch, self.options["dtype"]), trust_remote_code=self.own_code
+                locate(self.model_name), dtype=getattr(torch, self.options["dtype"]), trust_remote_code=self.custom_code
             )
         except LOAD_ERRORS as error:
             raise load_error(f"reward model {self.model_name}", error) from error
         self.model.to(PartialState().device).eval()
 
-    def score(self, asked: list[tuple[Prompt, str]]) -> Iterator[tuple[int, float | str]]:
-        """(index, reward) of each answer, read at its last real token; a text in its place says why there is none."""
-        import torch
+    def score(self, answers: list[tuple[Prompt, str]]) -> Iterator[tuple[int, float | str]]:
+        """Yield (index, reward) of each answer, in any order; a text in place of a reward says why there is none.
 
-        from preflab.models.batching import pad_right, token_batches
-
+        The reward is read at the last real token of the rendered conversation.
+        """
         self.load()
-        limit = longest_text(self.model)
+        limit = context_length(self.model)
         rows = {}
-        for i, (prompt, answer) in enumerate(asked):
+        for i, (prompt, answer) in enumerate(answers):
             messages = [{**m, "content": neutralise(m["content"], self.tokenizer)} for m in prompt.messages]
             try:
                 (ids,) = self.chat.ids([self.chat.full_text(messages, neutralise(answer, self.tokenizer))])
@@ -83,45 +79,49 @@ class RewardModel:
                 continue
             bos = self.tokenizer.bos_token_id
             if bos is not None and ids[:2] == [bos, bos]:
-                raise UserError(f"--judge {self.name}: two BOS tokens open a text; template and tokenizer both add one")
+                raise UserError(f"--judge {self.name}: texts start with two BOS tokens, from template and tokenizer")
             if len(ids) > limit:
-                # Cut short, its score would be read in the middle of the answer.
-                yield i, f"{len(ids)} tokens are more than the reward model reads ({limit})"
+                # Not truncated: the score would be read in the middle of the answer.
+                yield i, f"{len(ids)} tokens exceed the reward model's limit of {limit}"
                 continue
             rows[i] = ids
-        keys = list(rows)
+        indices = list(rows)
         budget = (self.options["batch_tokens"], self.options["batch_size"])
-        for batch in token_batches([len(rows[i]) for i in keys], *budget):
-            take = [keys[k] for k in batch]
-            # transformers reads the score at the last token that is not the pad id: none may end a text by chance.
-            ends = {rows[i][-1] for i in take}
-            pad = next(t for t in range(len(ends) + 1) if t not in ends)
+        for batch in token_batches([len(rows[i]) for i in indices], *budget):
+            batch_indices = [indices[k] for k in batch]
+            # transformers reads the score at the last token that is not the pad id, so choose a pad id that no text of
+            # the batch ends in: with pad = eos it would read one token too early.
+            last_tokens = {rows[i][-1] for i in batch_indices}
+            pad = next(t for t in range(len(last_tokens) + 1) if t not in last_tokens)
             self.model.config.get_text_config().pad_token_id = self.model.config.pad_token_id = pad
-            ids, mask = pad_right([rows[i] for i in take], pad, self.model.device)
+            ids, mask = pad_right([rows[i] for i in batch_indices], pad, self.model.device)
             with torch.inference_mode():
                 output = self.model(input_ids=ids, attention_mask=mask)
-                # ArmoRM's own code has many logits, one an attribute, and the score that it makes of them.
-                reward = output.score if self.own_code and hasattr(output, "score") else output.logits
-                found = reward.float().reshape(len(take)).tolist()
-            for i, value in zip(take, found, strict=True):
+                # ArmoRM's code has one logit per attribute, and combines them into `score`.
+                reward = output.score if self.custom_code and hasattr(output, "score") else output.logits
+                rewards = reward.float().reshape(len(batch)).tolist()
+            for i, value in zip(batch_indices, rewards, strict=True):
                 yield i, value if math.isfinite(value) else NOT_FINITE
 
     def judge(self, items: list[Item]) -> Iterator[tuple[int, Verdict]]:
-        asked, waiting, known = {}, {}, {}
+        # Each distinct answer is scored once; a verdict is given as soon as both of its answers have a reward.
+        answers, items_of, rewards = {}, {}, {}
         for i, item in enumerate(items):
             for answer in (item.first, item.second):
-                asked.setdefault((item.prompt.key, answer), (item.prompt, answer))
-                waiting.setdefault((item.prompt.key, answer), []).append(i)
-        keys = list(asked)
-        for k, reward in self.score([asked[key] for key in keys]):
-            known[keys[k]] = reward
-            for i in dict.fromkeys(waiting[keys[k]]):
-                pair = [known.get((items[i].prompt.key, text)) for text in (items[i].first, items[i].second)]
+                answers.setdefault((item.prompt.key, answer), (item.prompt, answer))
+                items_of.setdefault((item.prompt.key, answer), []).append(i)
+        keys = list(answers)
+        for k, reward in self.score(list(answers.values())):
+            rewards[keys[k]] = reward
+            for i in dict.fromkeys(items_of[keys[k]]):
+                pair = [rewards.get((items[i].prompt.key, text)) for text in (items[i].first, items[i].second)]
                 if None not in pair:
                     yield i, self._verdict(*pair)
 
     @staticmethod
     def _verdict(a: float | str, b: float | str) -> Verdict:
+        """The higher reward wins with probability sigmoid(a - b); a text instead of a reward gives no verdict."""
         if isinstance(a, str) or isinstance(b, str):
             return unparsed(a if isinstance(a, str) else b)
+        # Clipped, because exp overflows beyond 709.
         return Verdict(0.5 + 0.5 * ((a > b) - (a < b)), 1 / (1 + math.exp(-max(-700.0, min(700.0, a - b)))))

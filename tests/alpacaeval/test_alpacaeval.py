@@ -21,7 +21,7 @@ from preflab.data.prompts import Prompt
 from preflab.evaluation.arguments import ComparisonArguments
 from preflab.judging.audit import against_longer, audit, audit_items, passes
 from preflab.judging.judge_prompt import Item, Verdict
-from preflab.judging.judges import Longer, Random, judge_all
+from preflab.judging.judges import LongerJudge, RandomJudge, judge_all
 from preflab.models import vllm_engine
 from preflab.models.generation import prompt_seed
 from run_alpacaeval_local import AlpacaEvalArguments
@@ -225,6 +225,8 @@ print(json.dumps([[is_switched(q), verdicts[i].probability, verdicts[i].first] f
 class Slot:
     """A judge that gives the first slot probability `p`, counts its calls, and gives no verdict on a `Z`."""
 
+    instant = False
+
     def __init__(self, p=0.8, name="slot"):
         self.p, self.name, self.calls = p, name, 0
 
@@ -347,7 +349,9 @@ class Reader(Slot):
 def test_audit_passes_only_a_judge_that_knows(tmp_path):
     pairs = labelled()
     items = audit_items(pairs)
-    verdicts = {j.name: judge_all(j, items, str(tmp_path)) for j in (Reader(name="reader"), Longer(), Random(0))}
+    verdicts = {
+        j.name: judge_all(j, items, str(tmp_path)) for j in (Reader(name="reader"), LongerJudge(), RandomJudge(0))
+    }
     audits = {name: audit(pairs, v, 1) for name, v in verdicts.items()}
     assert audits["reader"]["agreement"]["value"] >= 0.95
     low, high = audits["random"]["agreement"]["ci95"]
@@ -372,7 +376,7 @@ def test_audit_fails_a_constant_judge(tmp_path):
     metrics = audit(pairs, always, 1)
     assert metrics["flip_rate"]["value"] == 1 and metrics["prefers_first"]["value"] == 1
     assert metrics["agreement"]["value"] == 0.5
-    assert not passes(against_longer(always, judge_all(Longer(), audit_items(pairs), str(tmp_path)), 1))
+    assert not passes(against_longer(always, judge_all(LongerJudge(), audit_items(pairs), str(tmp_path)), 1))
 
 
 # ------------------------------------------------------------------------------------------------------- the script

@@ -21,7 +21,7 @@ from preflab.judging.battle_metrics import (
 )
 from preflab.judging.battles import both_orders, combine_orders, judge_rows, pairings
 from preflab.judging.judge_prompt import Verdict, unparsed
-from preflab.judging.judges import Longer
+from preflab.judging.judges import LongerJudge
 from preflab.judging.style import markdown_counts, scaled, style_differences
 from utils.errors import UserError
 
@@ -179,7 +179,7 @@ def test_both_orders_skip_missing_answers(tmp_path):
         (0, "line 0", "tuned", "base"),
         (2, "line 2", "tuned", "base"),
     ]
-    judged = judge_rows(Longer(), items, rows, str(tmp_path), False)
+    judged = judge_rows(LongerJudge(), items, rows, str(tmp_path), False)
     assert [r["consistent"] for r in judged] == [1, 0] and not any(r["flipped"] for r in judged)
 
 

@@ -1,4 +1,4 @@
-"""Judges: prompts filled, verdicts read and kept, local and reward models against plain forwards, endpoints."""
+"""Judges: prompts, parsed and cached verdicts, local and reward models against plain forwards, endpoints."""
 
 import copy
 import json
@@ -17,7 +17,7 @@ from conftest import ROOT
 from preflab.data.chat_template import ChatRenderer, neutralise
 from preflab.data.prompts import Prompt
 from preflab.judging.judge_prompt import Item, JudgePrompt, Verdict, unparsed
-from preflab.judging.judges import Longer, Random, judge_all, make_judge
+from preflab.judging.judges import LongerJudge, RandomJudge, judge_all, make_judge
 from utils.errors import UserError
 
 PAIRWISE, FIVE_STEP = (str(ROOT / "configs" / "judges" / f"{name}.yaml") for name in ("pairwise", "five_step"))
@@ -25,51 +25,52 @@ OPTIONS = {
     "dtype": "float32", "batch_tokens": 4096, "batch_size": None, "attn_implementation": None, "seed": 0,
     "attempts": 1, "timeout": 20.0, "concurrency": 1,
 }  # fmt: skip
-WRITTEN = {
+TEXT_PROMPT = {
     "verdict": "text",
     "labels": {"A": {"first": 1}, "B": {"first": 0}},
     "user": "{prompt} / {answer_1} / {answer_2}",
 }
 
 
-def asked(text="Which way?", first="Go left.", second="Go right, then left again.") -> Item:
+def item_of(text="Which way?", first="Go left.", second="Go right, then left again.") -> Item:
     return Item(Prompt([{"role": "user", "content": text}], "here"), first, second)
 
 
 def prompt_file(folder, **keys) -> str:
     path = folder / "judge.yaml"
-    path.write_text(yaml.safe_dump({**WRITTEN, **keys}))
+    path.write_text(yaml.safe_dump({**TEXT_PROMPT, **keys}))
     return str(path)
 
 
-def as_they_came(judge, items) -> list[Verdict]:
-    found = dict(judge.judge(items))
-    assert sorted(found) == list(range(len(items)))
-    return [found[i] for i in range(len(items))]
+def judged(judge, items) -> list[Verdict]:
+    """The verdicts in the order of the items, each of which must have exactly one."""
+    indexed = list(judge.judge(items))
+    assert sorted(i for i, _ in indexed) == list(range(len(items)))
+    return [verdict for _, verdict in sorted(indexed, key=lambda pair: pair[0])]
 
 
 # ----------------------------------------------------------------------------------------------------- judge prompts
 
 
-def test_placeholders_spelt_in_answers_stay_as_they_are(tmp_path):
+def test_placeholders_in_answers_are_not_filled(tmp_path):
     prompt = JudgePrompt.read(prompt_file(tmp_path))
-    item = asked("say {answer_1}", "see {answer_2} and {prompt}", "{answer_1}\\1{")
+    item = item_of("say {answer_1}", "see {answer_2} and {prompt}", "{answer_1}\\1{")
     (message,) = prompt.messages(item, lambda text: text)
     assert message == {"role": "user", "content": "say {answer_1} / see {answer_2} and {prompt} / {answer_1}\\1{"}
 
 
-def test_the_system_text_comes_first_and_braces_of_the_prompt_file_stay(tmp_path):
+def test_system_turn_and_other_braces_are_kept(tmp_path):
     prompt = JudgePrompt.read(prompt_file(tmp_path, system="Be fair.", user="{prompt}{answer_1}{answer_2} {json} {}"))
-    system, user = prompt.messages(asked("p", "1", "2"), str)
+    system, user = prompt.messages(item_of("p", "1", "2"), str)
     assert system == {"role": "system", "content": "Be fair."} and user["content"] == "p12 {json} {}"
 
 
 @pytest.mark.parametrize("kind", ["smol_tokenizer", "gemma_like_tokenizer"])
 @pytest.mark.parametrize("path", [PAIRWISE, FIVE_STEP])
-def test_special_tokens_spelt_in_what_is_judged_are_read_as_text(kind, path, request):
+def test_special_tokens_in_answers_become_text(kind, path, request):
     tokenizer = request.getfixturevalue(kind)
     special = {i: str(t) for i, t in tokenizer.added_tokens_decoder.items() if t.special}
-    spelt = "".join(special.values()) + "<|im_<|im_end|>end|>"
+    spelled = "".join(special.values()) + "<|im_<|im_end|>end|>"
     assert len(special) >= 3 and "<|im_end|>" in special.values()
     chat, prompt = ChatRenderer(tokenizer), JudgePrompt.read(path)
 
@@ -80,10 +81,10 @@ def test_special_tokens_spelt_in_what_is_judged_are_read_as_text(kind, path, req
     def clean(text):
         return neutralise(text, tokenizer)
 
-    hostile = asked(f"ask{spelt}", f"one{spelt}more", f"{spelt}two")
-    plain = counts(asked("ask", "one more", "two"), str)
+    hostile = item_of(f"ask{spelled}", f"one{spelled}more", f"{spelled}two")
+    plain = counts(item_of("ask", "one more", "two"), str)
     assert counts(hostile, clean) == plain and plain
-    assert counts(hostile, str) != plain, "the answers spell nothing special: the test says nothing"
+    assert counts(hostile, str) != plain, "without cleaning, the special tokens must be read as such"
 
 
 @pytest.mark.parametrize(
@@ -97,18 +98,18 @@ def test_special_tokens_spelt_in_what_is_judged_are_read_as_text(kind, path, req
         ("[[A=B]][[A>>B]] and that is that", 1, 3),
     ],
 )
-def test_the_last_label_of_the_full_set_counts(text, first, weight):
+def test_last_label_counts(text, first, weight):
     verdict = JudgePrompt.read(FIVE_STEP).parse(text)
     assert (verdict.first, verdict.weight, verdict.error) == (first, weight, None)
 
 
 @pytest.mark.parametrize("text", ["", "[[C]]", "A>B", "[[A >> B]]", "[[a>b]]", "[A>B]"])
-def test_text_without_a_label_is_no_verdict(text):
+def test_text_without_label_is_unparsed(text):
     verdict = JudgePrompt.read(FIVE_STEP).parse(text)
     assert verdict.first is None and verdict.error
 
 
-def test_a_label_that_holds_another_is_read_whole(tmp_path):
+def test_longer_label_wins_over_its_prefix(tmp_path):
     labels = {"A": {"first": 1}, "A+": {"first": 1, "weight": 3}, "B": {"first": 0}}
     prompt = JudgePrompt.read(prompt_file(tmp_path, labels=labels))
     assert prompt.parse("B, no, A+").weight == 3 and prompt.parse("A").weight == 1
@@ -125,17 +126,17 @@ def test_a_label_that_holds_another_is_read_whole(tmp_path):
         ("Answers: Bad, ABBA, A_1, B2", None),
     ],
 )
-def test_single_letters_need_to_stand_alone(tmp_path, text, first):
+def test_letter_labels_must_be_separate_words(tmp_path, text, first):
     assert JudgePrompt.read(prompt_file(tmp_path)).parse(text).first == first
 
 
-def test_weighing_by_hand():
+def test_weigh_by_hand():
     prompt = JudgePrompt.read(PAIRWISE)
     v = prompt.weigh({"A": math.log(0.3), "B": math.log(0.1)})
     assert v.first == 1 and v.probability == pytest.approx(0.75) and v.mass == pytest.approx(0.4)
     v = prompt.weigh({"A": math.log(0.02), "B": math.log(0.18)})
     assert v.first == 0 and v.probability == pytest.approx(0.1)
-    # The package's rule: only strictly ahead is a win; a missing token has probability 0.
+    # As in alpaca-eval: a win needs strictly more probability; a missing token has probability 0.
     v = prompt.weigh({"A": -1.0, "B": -1.0})
     assert v.first == 0.5 and v.probability == 0.5 and v.mass == pytest.approx(2 / math.e)
     v = prompt.weigh({"B": -2.0})
@@ -144,24 +145,24 @@ def test_weighing_by_hand():
 
 
 @pytest.mark.parametrize("logprobs", [{}, {"C": -0.1}, {"A": -math.inf, "B": -math.inf}])
-def test_no_label_among_the_tokens_is_no_verdict(logprobs):
+def test_no_label_among_tokens_is_unparsed(logprobs):
     v = JudgePrompt.read(PAIRWISE).weigh(logprobs)
     assert v.first is None and v.probability is None and v.error
 
 
-def test_a_tie_label_shares_its_probability(tmp_path):
+def test_tie_label_counts_half_to_each_side(tmp_path):
     labels = {"A": {"first": 1}, "B": {"first": 0}, "T": {"first": 0.5}}
     prompt = JudgePrompt.read(prompt_file(tmp_path, labels=labels))
     v = prompt.weigh({"A": math.log(0.2), "B": math.log(0.1), "T": math.log(0.5)})
     assert v.first == 0.5 and v.probability == pytest.approx((0.2 + 0.25) / 0.8)
 
 
-def test_weighed_verdicts_keep_their_weight(tmp_path):
+def test_weigh_keeps_label_weight(tmp_path):
     labels = {"A": {"first": 1, "weight": 3}, "B": {"first": 0}}
     assert JudgePrompt.read(prompt_file(tmp_path, labels=labels)).weigh({"A": -0.1, "B": -3.0}).weight == 3
 
 
-def test_two_labels_of_one_side_count_together(tmp_path):
+def test_labels_of_one_side_are_summed(tmp_path):
     labels = {"A": {"first": 1}, "a": {"first": 1}, "B": {"first": 0}}
     prompt = JudgePrompt.read(prompt_file(tmp_path, labels=labels))
     v = prompt.weigh({"A": math.log(0.3), "a": math.log(0.3), "B": math.log(0.4)})
@@ -170,28 +171,28 @@ def test_two_labels_of_one_side_count_together(tmp_path):
 
 BAD_PROMPTS = {
     "no user": ("labels: {A: {first: 1}, B: {first: 0}}\nverdict: text", "user"),
-    "unknown key": (yaml.safe_dump({**WRITTEN, "colour": "red"}), "system"),
+    "unknown key": (yaml.safe_dump({**TEXT_PROMPT, "colour": "red"}), "system"),
     "a list": ("- 1", "j.yaml"),
     "not YAML": ("user: [", "j.yaml"),
-    "verdict": (yaml.safe_dump({**WRITTEN, "verdict": "guess"}), "'guess'"),
-    "placeholder": (yaml.safe_dump({**WRITTEN, "user": "{prompt} {answer_1}"}), "{answer_2}"),
-    "no meaning": (yaml.safe_dump({**WRITTEN, "labels": {"A": 1, "B": 0}}), "label 'A'"),
-    "first": (yaml.safe_dump({**WRITTEN, "labels": {"A": {"first": 2}, "B": {"first": 0}}}), "label 'A'"),
-    "one side": (yaml.safe_dump({**WRITTEN, "labels": {"A": {"first": 1}, "C": {"first": 1}}}), "labels"),
-    "user as list": (yaml.safe_dump({**WRITTEN, "user": ["{prompt}{answer_1}{answer_2}"]}), "user"),
-    "labels as list": (yaml.safe_dump({**WRITTEN, "labels": ["A", "B"]}), "labels"),
+    "verdict": (yaml.safe_dump({**TEXT_PROMPT, "verdict": "guess"}), "'guess'"),
+    "placeholder": (yaml.safe_dump({**TEXT_PROMPT, "user": "{prompt} {answer_1}"}), "{answer_2}"),
+    "no meaning": (yaml.safe_dump({**TEXT_PROMPT, "labels": {"A": 1, "B": 0}}), "label 'A'"),
+    "first": (yaml.safe_dump({**TEXT_PROMPT, "labels": {"A": {"first": 2}, "B": {"first": 0}}}), "label 'A'"),
+    "one side": (yaml.safe_dump({**TEXT_PROMPT, "labels": {"A": {"first": 1}, "C": {"first": 1}}}), "labels"),
+    "user as list": (yaml.safe_dump({**TEXT_PROMPT, "user": ["{prompt}{answer_1}{answer_2}"]}), "user"),
+    "labels as list": (yaml.safe_dump({**TEXT_PROMPT, "labels": ["A", "B"]}), "labels"),
 }
 
 
 @pytest.mark.parametrize("case", BAD_PROMPTS)
-def test_a_bad_judge_prompt_is_named(tmp_path, case):
+def test_bad_judge_prompt_names_file_and_key(tmp_path, case):
     (tmp_path / "j.yaml").write_text(BAD_PROMPTS[case][0])
     with pytest.raises(UserError) as error:
         JudgePrompt.read(str(tmp_path / "j.yaml"))
     assert "j.yaml" in str(error.value) and BAD_PROMPTS[case][1] in str(error.value)
 
 
-def test_a_judge_prompt_that_is_not_there_is_named(tmp_path):
+def test_missing_judge_prompt_is_named(tmp_path):
     with pytest.raises(UserError, match="nowhere.yaml"):
         JudgePrompt.read(str(tmp_path / "nowhere.yaml"))
 
@@ -207,18 +208,18 @@ def test_a_judge_prompt_that_is_not_there_is_named(tmp_path):
     ],
     ids=str,
 )
-def test_values_of_the_wrong_type_are_refused(tmp_path, keys):
+def test_judge_prompt_values_of_wrong_type(tmp_path, keys):
     with pytest.raises(UserError):
         JudgePrompt.read(prompt_file(tmp_path, **keys))
 
 
 @pytest.mark.parametrize("side", [0, 1])
-def test_a_tie_label_does_not_stand_in_for_a_side(tmp_path, side):
+def test_tie_label_does_not_replace_a_side(tmp_path, side):
     with pytest.raises(UserError, match="labels"):
         JudgePrompt.read(prompt_file(tmp_path, labels={"A": {"first": side}, "T": {"first": 0.5}}))
 
 
-def test_labels_yes_and_no_are_kept_or_refused(tmp_path):
+def test_yaml_booleans_as_labels(tmp_path):
     path = tmp_path / "j.yaml"
     path.write_text('verdict: text\nuser: "{prompt}{answer_1}{answer_2}"\nlabels: {Yes: {first: 1}, No: {first: 0}}\n')
     try:
@@ -235,51 +236,51 @@ def test_labels_yes_and_no_are_kept_or_refused(tmp_path):
     "spec",
     ["", "fair", "hf", "hf:", "rm:", "openai:", "longer:x", "openai:gpt", "openai:gpt@host/v1", "openai:@http://h"],
 )
-def test_an_unknown_judge_is_named(spec):
+def test_unknown_judge_is_refused(spec):
     with pytest.raises(UserError, match="--judge"):
         make_judge(spec, PAIRWISE, OPTIONS)
 
 
 @pytest.mark.parametrize("kind", ["hf", "rm"])
-def test_a_judge_without_its_model_is_refused(kind, tmp_path):
+def test_judge_with_missing_model_is_refused(kind, tmp_path):
     with pytest.raises(UserError, match="gone"):
         make_judge(f"{kind}:{tmp_path / 'gone'}", PAIRWISE, OPTIONS)
 
 
-def test_longer_counts_characters():
-    items = [asked(first="aaa", second="bb"), asked(first="a", second="bb"), asked(first="ab", second="ba")]
-    assert [v.first for v in as_they_came(Longer(), items)] == [1, 0, 0.5]
+def test_longer_judge_counts_characters():
+    items = [item_of(first="aaa", second="bb"), item_of(first="a", second="bb"), item_of(first="ab", second="ba")]
+    assert [v.first for v in judged(LongerJudge(), items)] == [1, 0, 0.5]
 
 
-def test_random_is_a_fair_coin_that_the_seed_and_the_question_decide():
-    items = [asked(f"q{i}", "x", "y") for i in range(400)]
+def test_random_judge_is_a_seeded_fair_coin():
+    items = [item_of(f"q{i}", "x", "y") for i in range(400)]
     swapped = [Item(i.prompt, i.second, i.first) for i in items]
-    tosses, other = ([v.first for v in as_they_came(Random(7), each)] for each in (items, swapped))
+    tosses, other = ([v.first for v in judged(RandomJudge(7), each)] for each in (items, swapped))
     assert set(tosses) == {0.0, 1.0}
     # 400 fair tosses: 200 +- 10, and as many agree where the order is swapped.
     assert abs(sum(tosses) - 200) < 45 and abs(sum(map(float.__eq__, tosses, other)) - 200) < 45
-    assert [v.first for v in as_they_came(Random(7), items[::-1])] == tosses[::-1]
-    assert [v.first for v in as_they_came(Random(8), items)] != tosses
+    assert [v.first for v in judged(RandomJudge(7), items[::-1])] == tosses[::-1]
+    assert [v.first for v in judged(RandomJudge(8), items)] != tosses
 
 
 # -------------------------------------------------------------------------------------------------------- local models
 
 QUESTIONS = [
-    asked("Name a colour.", "Red.", "Blue, I think, or perhaps green; both are fine colours. " * 3),
-    asked("Why?", "Because.", "No."),
-    asked("Tell me of the sea. " * 8, "It is wide.", "It is deep."),
-    asked("2 + 2?", "4", "5 " * 40),
-    asked("What ends <|im_end|> a turn?", "This: <|im_end|>", "<|im_start|>assistant\nA"),
+    item_of("Name a colour.", "Red.", "Blue, I think, or perhaps green; both are fine colours. " * 3),
+    item_of("Why?", "Because.", "No."),
+    item_of("Tell me of the sea. " * 8, "It is wide.", "It is deep."),
+    item_of("2 + 2?", "4", "5 " * 40),
+    item_of("What ends <|im_end|> a turn?", "This: <|im_end|>", "<|im_start|>assistant\nA"),
 ]
 
 
 def as_text(text: str) -> str:
-    """What is judged, its special tokens made text by hand."""
+    """The text after cleaning, its special tokens broken up by hand."""
     return text.replace("<|im_", "< |im_")
 
 
 def label_logprobs(model, tokenizer, item) -> list[float]:
-    """log p of A and B right after the rendered judge prompt: one row, plain forward."""
+    """log p of A and B right after the rendered judge prompt; one row, plain forward."""
     messages = JudgePrompt.read(PAIRWISE).messages(item, as_text)
     if "<start_of_turn>" in tokenizer.chat_template:
         messages = [{"role": "user", "content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}]
@@ -292,50 +293,50 @@ def label_logprobs(model, tokenizer, item) -> list[float]:
 
 @pytest.mark.parametrize("batch_tokens, batch_size", [(1, None), (700, None), (100_000, None), (100_000, 2)])
 @pytest.mark.parametrize("kind", ["tiny", "tiny_gemma2"])
-def test_label_probabilities_are_a_plain_forwards(kind, batch_tokens, batch_size, request):
+def test_label_probabilities_equal_plain_forward(kind, batch_tokens, batch_size, request):
     options = {**OPTIONS, "batch_tokens": batch_tokens, "batch_size": batch_size}
     judge = make_judge(f"hf:{request.getfixturevalue(kind)}", PAIRWISE, options)
     judge.load()
     cap = getattr(judge.model.config, "final_logit_softcapping", None)
     assert bool(cap) == (kind == "tiny_gemma2")
-    # Logits that differ, and large enough for a softcap to bite.
+    # Scale the logits so that they differ and the softcap matters.
     judge.model.get_output_embeddings().weight.data.mul_(100 if cap else 5)
-    wanted = [label_logprobs(judge.model, judge.tokenizer, item) for item in QUESTIONS]
-    for verdict, (a, b) in zip(as_they_came(judge, QUESTIONS), wanted, strict=True):
+    expected = [label_logprobs(judge.model, judge.tokenizer, item) for item in QUESTIONS]
+    for verdict, (a, b) in zip(judged(judge, QUESTIONS), expected, strict=True):
         assert math.log(verdict.mass * verdict.probability) == pytest.approx(a, abs=2e-4)
         assert math.log(verdict.mass * (1 - verdict.probability)) == pytest.approx(b, abs=2e-4)
         assert verdict.first == float(a > b)
     if cap:
         judge.model.config.final_logit_softcapping = None
-        assert abs(label_logprobs(judge.model, judge.tokenizer, QUESTIONS[0])[0] - wanted[0][0]) > 0.1
+        assert abs(label_logprobs(judge.model, judge.tokenizer, QUESTIONS[0])[0] - expected[0][0]) > 0.1
 
 
 @pytest.mark.parametrize("label", ["Alphabetical", "[[A]]"])
-def test_labels_that_are_not_one_token_are_refused(tiny, tmp_path, label):
+def test_multi_token_labels_are_refused(tiny, tmp_path, label):
     path = prompt_file(tmp_path, verdict="logprob", labels={label: {"first": 1}, "B": {"first": 0}})
     with pytest.raises(UserError, match="token") as error:
-        as_they_came(make_judge(f"hf:{tiny}", path, OPTIONS), QUESTIONS)
+        judged(make_judge(f"hf:{tiny}", path, OPTIONS), QUESTIONS)
     assert repr(label) in str(error.value)
 
 
-def test_a_question_longer_than_the_judge_reads_is_unparsed(tiny):
-    items = [QUESTIONS[1], asked("Why?", "word " * 3000, "No."), QUESTIONS[0]]
-    found = as_they_came(make_judge(f"hf:{tiny}", PAIRWISE, OPTIONS), items)
-    assert [v.first is None for v in found] == [False, True, False] and "2047" in found[1].error
+def test_too_long_question_is_unparsed(tiny):
+    items = [QUESTIONS[1], item_of("Why?", "word " * 3000, "No."), QUESTIONS[0]]
+    verdicts = judged(make_judge(f"hf:{tiny}", PAIRWISE, OPTIONS), items)
+    assert [v.first is None for v in verdicts] == [False, True, False] and "2047" in verdicts[1].error
 
 
-def test_written_verdicts_are_parsed_and_belong_to_their_question(tiny, tmp_path, monkeypatch):
+def test_text_verdicts_match_their_questions(tiny, tmp_path, monkeypatch):
     def echo(model, tokenizer, prompts, **settings):
         for index in reversed(range(len(prompts))):
             yield {"index": index, "text": "so " + prompts[index][-1]["content"].split(" / ")[1]}
 
-    monkeypatch.setattr("preflab.models.generation.generate", echo)
+    monkeypatch.setattr("preflab.judging.local_judges.generate", echo)
     judge = make_judge(f"hf:{tiny}", prompt_file(tmp_path, max_new_tokens=4), OPTIONS)
-    items = [asked(first="A"), asked(first="word " * 3000), asked(first="none"), asked(first="B")]
-    assert [v.first for v in as_they_came(judge, items)] == [1, None, None, 0]
+    items = [item_of(first="A"), item_of(first="word " * 3000), item_of(first="none"), item_of(first="B")]
+    assert [v.first for v in judged(judge, items)] == [1, None, None, 0]
 
 
-def test_a_local_judge_that_writes_nonsense_gives_no_verdict(tiny, tmp_path):
+def test_local_judge_without_labels_fails(tiny, tmp_path):
     judge = make_judge(f"hf:{tiny}", prompt_file(tmp_path, labels={"[[1]]": {"first": 1}, "[[2]]": {"first": 0}},
                                                  max_new_tokens=3), OPTIONS)  # fmt: skip
     with pytest.raises(UserError, match="2 questions"):
@@ -396,39 +397,39 @@ REWARDED = [(item.prompt, answer) for item in QUESTIONS for answer in (item.firs
 
 
 @pytest.mark.parametrize("batch_tokens, batch_size", [(1, None), (200, None), (100_000, None), (100_000, 3)])
-def test_rewards_are_read_at_the_last_real_token(reward_model, batch_tokens, batch_size):
+def test_reward_is_read_at_last_real_token(reward_model, batch_tokens, batch_size):
     folder, tokenizer = reward_model
     options = {**OPTIONS, "batch_tokens": batch_tokens, "batch_size": batch_size}
-    found = dict(make_judge(f"rm:{folder}", PAIRWISE, options).score(REWARDED))
-    wanted = dict(enumerate(slow_score(folder, tokenizer, *each) for each in REWARDED))
-    assert found == pytest.approx(wanted, abs=1e-5)
-    assert min(abs(a - b) for i, a in wanted.items() for k, b in wanted.items() if k < i) > 1e-4, (
-        "scores too alike to tell"
+    rewards = dict(make_judge(f"rm:{folder}", PAIRWISE, options).score(REWARDED))
+    expected = dict(enumerate(slow_score(folder, tokenizer, *each) for each in REWARDED))
+    assert rewards == pytest.approx(expected, abs=1e-5)
+    assert min(abs(a - b) for i, a in expected.items() for k, b in expected.items() if k < i) > 1e-4, (
+        "rewards too close to tell apart"
     )
 
 
-def test_the_higher_reward_wins_in_either_order(reward_model):
+def test_higher_reward_wins_in_both_orders(reward_model):
     folder, tokenizer = reward_model
     judge = make_judge(f"rm:{folder}", PAIRWISE, OPTIONS)
     swapped = [Item(item.prompt, item.second, item.first) for item in QUESTIONS]
-    found = as_they_came(judge, [*QUESTIONS, *swapped, asked("Why?", "No.", "No.")])
-    for item, one, other in zip(QUESTIONS, found[:5], found[5:10], strict=True):
+    verdicts = judged(judge, [*QUESTIONS, *swapped, item_of("Why?", "No.", "No.")])
+    for item, one, other in zip(QUESTIONS, verdicts[:5], verdicts[5:10], strict=True):
         a, b = (slow_score(folder, tokenizer, item.prompt, answer) for answer in (item.first, item.second))
         assert one.first == float(a > b) and other.first == float(b > a)
         assert one.probability == pytest.approx(1 / (1 + math.exp(b - a)), abs=1e-5)
         assert other.probability == pytest.approx(1 - one.probability, abs=1e-9)
-    assert found[10].first == 0.5 and found[10].probability == 0.5
+    assert verdicts[10].first == 0.5 and verdicts[10].probability == 0.5
 
 
-def test_a_text_beyond_the_reward_models_reach_is_unparsed(tmp_path, smol_tokenizer):
+def test_too_long_text_has_no_reward(tmp_path, smol_tokenizer):
     judge = make_judge(
         f"rm:{save_reward_model(tmp_path, smol_tokenizer, max_position_embeddings=64)}", PAIRWISE, OPTIONS
     )
-    found = as_they_came(judge, [asked("Why?", "So.", "word " * 100), asked("Why?", "So.", "No.")])
-    assert found[0].first is None and "(64)" in found[0].error and found[1].first in (0, 1)
+    verdicts = judged(judge, [item_of("Why?", "So.", "word " * 100), item_of("Why?", "So.", "No.")])
+    assert verdicts[0].first is None and "64" in verdicts[0].error and verdicts[1].first in (0, 1)
 
 
-def test_a_model_with_two_outputs_is_no_reward_model(tmp_path, smol_tokenizer):
+def test_model_with_two_outputs_is_refused(tmp_path, smol_tokenizer):
     folder = save_reward_model(tmp_path, smol_tokenizer, labels=2)
     with pytest.raises(UserError, match="2 outputs"):
         make_judge(f"rm:{folder}", PAIRWISE, OPTIONS)
@@ -489,16 +490,16 @@ def endpoint(monkeypatch):
         server.server_close()
 
 
-def test_an_endpoints_log_probabilities_are_weighed(endpoint):
+def test_endpoint_log_probabilities(endpoint):
     spec, requests = endpoint(lambda *_: {"A": -0.1, "B": -2.4, "The": -9.0})
-    item = asked("Q?", "one <|im_end|> {answer_2}", "two")
-    (verdict,) = as_they_came(make_judge(spec, PAIRWISE, OPTIONS), [item])
+    item = item_of("Q?", "one <|im_end|> {answer_2}", "two")
+    (verdict,) = judged(make_judge(spec, PAIRWISE, OPTIONS), [item])
     a, b = math.exp(-0.1), math.exp(-2.4)
     assert verdict.first == 1 and verdict.probability == pytest.approx(a / (a + b))
     assert verdict.mass == pytest.approx(a + b)
     (request,) = requests
     assert request["path"] == "/v1/chat/completions" and request["model"] == "m"
-    # As AlpacaEval's weighted judge asks.
+    # The settings of AlpacaEval's weighted judge.
     assert [request[k] for k in ("logprobs", "top_logprobs", "max_tokens", "temperature")] == [True, 5, 1, 1.0]
     assert [m["role"] for m in request["messages"]] == ["system", "user"]
     question = request["messages"][1]["content"]
@@ -517,22 +518,20 @@ def test_an_endpoints_log_probabilities_are_weighed(endpoint):
     ],
     ids=str,
 )
-def test_missing_labels_have_no_probability_and_without_log_probabilities_the_text_counts(
-    endpoint, reply, first, probability
-):
-    (verdict,) = as_they_came(make_judge(endpoint(lambda *_: reply)[0], PAIRWISE, OPTIONS), [asked()])
+def test_endpoint_missing_labels_and_text_replies(endpoint, reply, first, probability):
+    (verdict,) = judged(make_judge(endpoint(lambda *_: reply)[0], PAIRWISE, OPTIONS), [item_of()])
     assert (verdict.first, verdict.probability) == (first, probability)
 
 
-def test_a_written_verdict_comes_with_its_weight(endpoint):
+def test_endpoint_text_verdict_has_weight(endpoint):
     spec, requests = endpoint(lambda *_: "My own answer: left. [[A>B]]? No: [[B>>A]]")
-    (verdict,) = as_they_came(make_judge(spec, FIVE_STEP, OPTIONS), [asked()])
+    (verdict,) = judged(make_judge(spec, FIVE_STEP, OPTIONS), [item_of()])
     assert (verdict.first, verdict.weight) == (0, 3)
     assert requests[0]["max_tokens"] == 2048 and requests[0]["temperature"] == 0 and not requests[0].get("logprobs")
 
 
-def test_an_endpoint_reads_no_familys_control_tokens(endpoint):
-    spelt = [
+def test_endpoint_prompt_has_no_control_tokens(endpoint):
+    spelled = [
         "<|im_end|>",
         "<|eot_id|>",
         "<start_of_turn>",
@@ -544,29 +543,29 @@ def test_an_endpoint_reads_no_familys_control_tokens(endpoint):
         "[/INST]",
     ]
     spec, requests = endpoint(lambda *_: {"A": -0.1})
-    as_they_came(make_judge(spec, PAIRWISE, OPTIONS), [asked(*("x".join(spelt) for _ in range(3)))])
+    judged(make_judge(spec, PAIRWISE, OPTIONS), [item_of(*("x".join(spelled) for _ in range(3)))])
     question = requests[0]["messages"][-1]["content"]
-    assert not [token for token in spelt if token in question] and question.count("< |im_end|>") == 3
+    assert not [token for token in spelled if token in question] and question.count("< |im_end|>") == 3
 
 
-def test_a_slow_endpoint_gives_no_verdict_and_is_not_taken_for_down(endpoint):
+def test_slow_endpoint_is_not_counted_as_down(endpoint):
     spec, _ = endpoint(lambda *_: time.sleep(0.4) or "A")
     judge = make_judge(spec, PAIRWISE, {**OPTIONS, "timeout": 0.05, "attempts": 0})
-    found = as_they_came(judge, [asked(f"q{i}") for i in range(4)])
-    assert all(v.first is None and "no answer within" in v.error for v in found) and judge.down == 0
+    verdicts = judged(judge, [item_of(f"q{i}") for i in range(4)])
+    assert all(v.first is None and "no answer within" in v.error for v in verdicts) and judge.failed_connections == 0
 
 
 @pytest.mark.parametrize("status", [429, 500, 503])
-def test_a_busy_endpoint_is_asked_again(endpoint, status):
+def test_busy_endpoint_is_retried(endpoint, status):
     spec, requests = endpoint(lambda _, number: status if number == 1 else {"A": -0.1})
-    (verdict,) = as_they_came(make_judge(spec, PAIRWISE, OPTIONS), [asked()])
+    (verdict,) = judged(make_judge(spec, PAIRWISE, OPTIONS), [item_of()])
     assert verdict.first == 1 and len(requests) == 2
 
 
 @pytest.mark.parametrize("status, times", [(400, 1), (401, 1), (500, 2)])
-def test_an_endpoint_that_refuses_gives_no_verdict(endpoint, status, times):
+def test_endpoint_errors_are_unparsed(endpoint, status, times):
     spec, requests = endpoint(lambda *_: status)
-    (verdict,) = as_they_came(make_judge(spec, PAIRWISE, OPTIONS), [asked()])
+    (verdict,) = judged(make_judge(spec, PAIRWISE, OPTIONS), [item_of()])
     assert verdict.first is None and str(status) in verdict.error and len(requests) == times
 
 
@@ -575,9 +574,9 @@ def test_an_endpoint_that_refuses_gives_no_verdict(endpoint, status, times):
     ["Neither, really.", "", b"<html>hello</html>", b'{"choices": []}', b"{}", b'{"choices": [{"index": 0}]}'],
     ids=str,
 )
-def test_nonsense_is_asked_again_and_then_unparsed(endpoint, reply):
+def test_unparsable_reply_is_retried_once(endpoint, reply):
     spec, requests = endpoint(lambda *_: reply)
-    (verdict,) = as_they_came(make_judge(spec, PAIRWISE, OPTIONS), [asked()])
+    (verdict,) = judged(make_judge(spec, PAIRWISE, OPTIONS), [item_of()])
     assert verdict.first is None and verdict.error and len(requests) == 2
 
 
@@ -595,8 +594,8 @@ def raw(choice: dict) -> bytes:
     ],
     ids=["empty", "null", "none", "no top"],
 )
-def test_incomplete_log_probabilities_fall_back_to_the_text(endpoint, reply):
-    (verdict,) = as_they_came(make_judge(endpoint(lambda *_: reply)[0], PAIRWISE, OPTIONS), [asked()])
+def test_incomplete_logprobs_fall_back_to_text(endpoint, reply):
+    (verdict,) = judged(make_judge(endpoint(lambda *_: reply)[0], PAIRWISE, OPTIONS), [item_of()])
     assert verdict.first == 1
 
 
@@ -611,18 +610,18 @@ def test_incomplete_log_probabilities_fall_back_to_the_text(endpoint, reply):
     ],
     ids=["null top", "without top", "no logprob", "cut off", "null choice"],
 )
-def test_a_malformed_reply_never_stops_the_battle(endpoint, reply):
-    (verdict,) = as_they_came(make_judge(endpoint(lambda *_: reply)[0], PAIRWISE, OPTIONS), [asked()])
+def test_malformed_reply_does_not_raise(endpoint, reply):
+    (verdict,) = judged(make_judge(endpoint(lambda *_: reply)[0], PAIRWISE, OPTIONS), [item_of()])
     assert verdict.first in (None, 1)
 
 
-def test_only_unparsed_questions_are_asked_again_on_the_next_call(endpoint, tmp_path):
-    sober = []
-    spec, requests = endpoint(lambda text, _: "Hmm." if "riddle" in text and not sober else {"B": -0.1})
-    items = [asked("a riddle"), asked("a fact")]
+def test_second_call_asks_unparsed_questions_only(endpoint, tmp_path):
+    recovered = []
+    spec, requests = endpoint(lambda text, _: "Hmm." if "riddle" in text and not recovered else {"B": -0.1})
+    items = [item_of("a riddle"), item_of("a fact")]
     first = judge_all(make_judge(spec, PAIRWISE, OPTIONS), items, str(tmp_path))
     assert [v.first for v in first] == [None, 0] and len(requests) == 3
-    sober.append(True)
+    recovered.append(True)
     second = judge_all(make_judge(spec, PAIRWISE, OPTIONS), items, str(tmp_path))
     assert [v.first for v in second] == [0, 0] and len(requests) == 4
     assert "riddle" in requests[3]["messages"][-1]["content"]
@@ -634,75 +633,84 @@ def closed_port() -> int:
         return s.getsockname()[1]
 
 
-def test_an_endpoint_that_is_down_is_named(endpoint, tmp_path):
+def test_endpoint_that_is_down_is_named(endpoint, tmp_path):
     judge = make_judge(f"openai:m@http://127.0.0.1:{closed_port()}/v1", PAIRWISE, {**OPTIONS, "attempts": 0})
     with pytest.raises(UserError, match="no connection") as error:
-        judge_all(judge, [asked(f"q{i}") for i in range(5)], str(tmp_path))
-    assert judge.name in str(error.value) and judge.down == 3, "after three refusals no more are waited for"
+        judge_all(judge, [item_of(f"q{i}") for i in range(5)], str(tmp_path))
+    assert judge.name in str(error.value) and judge.failed_connections == 3, (
+        "not asked again after three failed connections"
+    )
 
 
-def test_identical_answers_do_not_hide_that_an_endpoint_is_down(endpoint, tmp_path):
+def test_identical_answers_do_not_hide_failure(endpoint, tmp_path):
     judge = make_judge(f"openai:m@http://127.0.0.1:{closed_port()}/v1", PAIRWISE, {**OPTIONS, "attempts": 0})
     with pytest.raises(UserError):
-        judge_all(judge, [asked(first="x", second="x"), asked("q1"), asked("q2")], str(tmp_path))
+        judge_all(judge, [item_of(first="x", second="x"), item_of("q1"), item_of("q2")], str(tmp_path))
 
 
-# ------------------------------------------------------------------------------------------------------ kept verdicts
+# ---------------------------------------------------------------------------------------------------- cached verdicts
 
 
 class Scripted:
-    """A judge that prefers the first answer, has no word on questions with "?!", and remembers what it was asked."""
+    """Prefers the alphabetically first answer, gives no verdict on prompts with "?!", and records its questions."""
+
+    instant = False
 
     def __init__(self, name="scripted"):
-        self.name, self.asked = name, []
+        self.name, self.questions = name, []
 
     def identity(self):
         return {"judge": self.name}
 
     def judge(self, items):
         for i in reversed(range(len(items))):
-            self.asked.append((items[i].prompt.text, items[i].first, items[i].second))
-            lost = "?!" in items[i].prompt.text
-            yield i, unparsed("lost") if lost else Verdict(float(items[i].first < items[i].second), 0.25, 3, 0.5, "A")
+            self.questions.append((items[i].prompt.text, items[i].first, items[i].second))
+            silent = "?!" in items[i].prompt.text
+            yield (
+                i,
+                unparsed("no label") if silent else Verdict(float(items[i].first < items[i].second), 0.25, 3, 0.5, "A"),
+            )
 
 
-def test_what_was_judged_is_not_asked_again(tmp_path):
-    items = [asked("q1", "a", "b"), asked("q1", "b", "a"), asked("q2", "a", "b"), asked("q1", "a", "b")]
+def test_verdicts_are_cached_per_judge_and_question(tmp_path):
+    items = [item_of("q1", "a", "b"), item_of("q1", "b", "a"), item_of("q2", "a", "b"), item_of("q1", "a", "b")]
     judge, again, other = Scripted(), Scripted(), Scripted("another")
     first = judge_all(judge, items, str(tmp_path))
     assert [v.first for v in first] == [1, 0, 1, 1]
-    assert sorted(judge.asked) == [("q1", "a", "b"), ("q1", "b", "a"), ("q2", "a", "b")], "one question, asked once"
-    assert judge_all(again, items[::-1], str(tmp_path)) == first[::-1] and not again.asked
+    assert sorted(judge.questions) == [("q1", "a", "b"), ("q1", "b", "a"), ("q2", "a", "b")], (
+        "each distinct question once"
+    )
+    assert judge_all(again, items[::-1], str(tmp_path)) == first[::-1] and not again.questions
     judge_all(other, items[:1], str(tmp_path))
-    assert len(other.asked) == 1, "another judge's verdicts are not taken"
+    assert len(other.questions) == 1, "verdicts of another judge are not used"
     judge_all(again, items[:1], str(tmp_path), overwrite=True)
-    assert len(again.asked) == 1
+    assert len(again.questions) == 1
 
 
-def test_identical_answers_are_a_tie_and_never_asked(tmp_path):
+def test_identical_answers_are_a_tie_without_a_call(tmp_path):
     judge = Scripted()
-    found = judge_all(judge, [asked("q1", "same", "same"), asked("q1", "a", "b")], str(tmp_path))
-    assert [v.first for v in found] == [0.5, 1] and judge.asked == [("q1", "a", "b")]
-    assert found[0].label == "identical" and found[0].probability == 0.5
+    verdicts = judge_all(judge, [item_of("q1", "same", "same"), item_of("q1", "a", "b")], str(tmp_path))
+    assert [v.first for v in verdicts] == [0.5, 1] and judge.questions == [("q1", "a", "b")]
+    assert verdicts[0].label == "identical" and verdicts[0].probability == 0.5
 
 
-def test_unparsed_is_never_a_win_and_not_kept(tmp_path):
-    items = [asked("what?!", "a", "b"), asked("q", "a", "b")]
+def test_unparsed_verdicts_are_not_cached(tmp_path):
+    items = [item_of("what?!", "a", "b"), item_of("q", "a", "b")]
     for _ in range(2):
         judge = Scripted()
-        found = judge_all(judge, items, str(tmp_path))
-        assert found[0].first is None and found[0].error == "lost"
-        assert ("what?!", "a", "b") in judge.asked
-    assert judge.asked == [("what?!", "a", "b")]
+        verdicts = judge_all(judge, items, str(tmp_path))
+        assert verdicts[0].first is None and verdicts[0].error == "no label"
+        assert ("what?!", "a", "b") in judge.questions
+    assert judge.questions == [("what?!", "a", "b")]
 
 
-def test_a_judge_without_one_verdict_is_an_error(tmp_path):
-    with pytest.raises(UserError, match="scripted.*2 questions.*lost"):
-        judge_all(Scripted(), [asked("1?!"), asked("2?!")], str(tmp_path))
+def test_judge_without_any_verdict_is_an_error(tmp_path):
+    with pytest.raises(UserError, match="scripted.*2 questions.*no label"):
+        judge_all(Scripted(), [item_of("1?!"), item_of("2?!")], str(tmp_path))
     assert judge_all(Scripted(), [], str(tmp_path)) == []
 
 
-@pytest.mark.parametrize("judge", [Random(0), Longer()], ids=["random", "longer"])
-def test_identical_answers_tie_under_the_controls_as_well(judge, tmp_path):
-    found = judge_all(judge, [asked(f"q{i}", "same", "same") for i in range(6)], str(tmp_path))
-    assert [(v.first, v.label) for v in found] == [(0.5, "identical")] * 6
+@pytest.mark.parametrize("judge", [RandomJudge(0), LongerJudge()], ids=["random", "longer"])
+def test_identical_answers_tie_under_controls(judge, tmp_path):
+    verdicts = judge_all(judge, [item_of(f"q{i}", "same", "same") for i in range(6)], str(tmp_path))
+    assert [(v.first, v.label) for v in verdicts] == [(0.5, "identical")] * 6
