@@ -1,4 +1,4 @@
-"""The generation loop: transformers' own greedy answers, whatever the batch; seeded samples; honest finish reasons."""
+"""Generation: greedy answers equal transformers', in any batch; samples follow the seed; finish reasons."""
 
 import pytest
 import torch
@@ -23,21 +23,21 @@ def answers(model, tokenizer, **kwargs) -> list[dict]:
     return sorted(generate(model, tokenizer, PROMPTS, **kwargs), key=lambda a: a["index"])
 
 
-def test_greedy_answers_are_transformers_own_one_by_one(builtin):
+def test_greedy_answers_equal_transformers(builtin):
     model, tokenizer = builtin
-    found = answers(model, tokenizer, max_new_tokens=8)
-    assert [a["index"] for a in found] == [0, 1, 2]
-    for messages, answer in zip(PROMPTS, found, strict=True):
+    generated = answers(model, tokenizer, max_new_tokens=8)
+    assert [a["index"] for a in generated] == [0, 1, 2]
+    for messages, answer in zip(PROMPTS, generated, strict=True):
         ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
         out = model.generate(**ids, max_new_tokens=8, do_sample=False)[0, ids["input_ids"].shape[1] :]
         assert answer["text"] == tokenizer.decode(out, skip_special_tokens=True).strip()
         stopped = tokenizer.eos_token_id in out.tolist()
         assert answer["finish_reason"] == ("stop" if stopped else "length")
         assert answer["tokens"] == (out.tolist().index(tokenizer.eos_token_id) if stopped else 8)
-    assert answers(model, tokenizer, max_new_tokens=8, batch_tokens=1) == found
+    assert answers(model, tokenizer, max_new_tokens=8, batch_tokens=1) == generated
 
 
-def test_samples_follow_the_seed_and_leave_the_global_one_alone(tiny):
+def test_samples_follow_the_seed_only(tiny):
     model, tokenizer = load_model(str(tiny)).eval(), load_tokenizer(str(tiny))
     state = torch.get_rng_state()
     first = answers(model, tokenizer, max_new_tokens=8, temperature=1.0, seed=1)
@@ -46,5 +46,5 @@ def test_samples_follow_the_seed_and_leave_the_global_one_alone(tiny):
     assert first != answers(model, tokenizer, max_new_tokens=8, temperature=1.0, seed=2)
 
 
-def test_prompts_end_where_the_answer_starts(smol_tokenizer):
+def test_prompt_ends_where_the_answer_starts(smol_tokenizer):
     assert ChatRenderer(smol_tokenizer).prompt_text(PROMPTS[0]).endswith("<|im_start|>assistant\n")

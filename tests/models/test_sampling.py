@@ -1,4 +1,4 @@
-"""Sampled answers: distributed as they should be, and the same whatever stands beside them in the batch."""
+"""Sampled answers: correctly distributed, and independent of the other rows of the batch."""
 
 import numpy as np
 import pytest
@@ -24,28 +24,28 @@ def p_value(tokens, probabilities) -> float:
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 2.0])
-def test_frequencies_are_softmax_over_rows_and_over_steps(temperature):
-    wanted = softmax(LOGITS / temperature)
+def test_sample_frequencies_equal_softmax(temperature):
+    expected = softmax(LOGITS / temperature)
     for tokens in (drawn(range(4000), temperature=temperature), drawn([7], 4000, temperature)):
-        assert p_value(tokens, wanted) > 1e-3
-    # The test sees a temperature that is a tenth off.
+        assert p_value(tokens, expected) > 1e-3
+    # The test can fail: it rejects another temperature.
     assert p_value(drawn(range(4000), temperature=temperature), softmax(LOGITS / temperature / 1.25)) < 1e-3
 
 
-def test_one_steps_draw_says_nothing_of_the_next():
+def test_draws_are_independent_between_steps():
     tokens = drawn([3], 6001).ravel()
     p = softmax(LOGITS)
     after_top = tokens[1:][tokens[:-1] == 0]
     assert len(after_top) > 2000 and p_value(after_top, p) > 1e-3
 
 
-def test_rows_of_one_seed_are_alike_and_of_two_are_not():
+def test_rows_depend_on_their_own_seed_only():
     tokens = drawn([5, 9, 5], 200)
     assert (tokens[:, 0] == tokens[:, 2]).all() and (tokens[:, 0] != tokens[:, 1]).any()
     assert (drawn([9], 200)[:, 0] == tokens[:, 1]).all(), "a row's draws depend on the rows beside it"
 
 
-def test_top_p_cuts_the_tail_and_keeps_the_rest_in_proportion():
+def test_top_p_removes_the_tail_only():
     p = np.array([0.5, 0.3, 0.15, 0.05])
     tokens = drawn(range(3000), top_p=0.7, logits=np.log(p))
     assert set(tokens.ravel()) == {0, 1} and p_value(tokens[tokens < 2], np.array([0.5, 0.3]) / 0.8) > 1e-3
@@ -54,24 +54,24 @@ def test_top_p_cuts_the_tail_and_keeps_the_rest_in_proportion():
 
 
 @pytest.mark.parametrize("spread", [3.0, 0.05], ids=["peaked", "flat"])
-def test_the_nucleus_of_a_large_vocabulary_is_transformers(spread):
-    """Peaked, it lies among the likeliest few that are looked at first; flat, it holds more of them than that."""
+def test_nucleus_equals_transformers(spread):
+    """Peaked: the nucleus is within the 256 most likely tokens that are searched first. Flat: it is larger."""
     from transformers import TopPLogitsWarper
 
     logits = spread * np.random.default_rng(1).standard_normal(1000)
     warped = TopPLogitsWarper(0.8)(None, torch.tensor(logits)[None])
-    kept = set(warped[0].isfinite().nonzero()[:, 0].tolist())
-    assert (len(kept) > 256) == (spread < 1)
+    nucleus = set(warped[0].isfinite().nonzero()[:, 0].tolist())
+    assert (len(nucleus) > 256) == (spread < 1)
     tokens = drawn(range(3000), top_p=0.8, logits=logits).ravel()
     p = softmax(logits)
-    likely = [k for k in kept if 3000 * p[k] / 0.8 > 12]
-    assert set(likely) <= set(tokens) <= kept and (len(set(tokens)) > 256) == (spread < 1)
+    likely = [k for k in nucleus if 3000 * p[k] / 0.8 > 12]
+    assert set(likely) <= set(tokens) <= nucleus and (len(set(tokens)) > 256) == (spread < 1)
     if likely:
         inside = np.array([likely.index(t) for t in tokens if t in likely])
         assert p_value(inside, p[likely] / p[likely].sum()) > 1e-3
 
 
-def test_top_p_is_taken_after_the_temperature():
+def test_top_p_applies_after_temperature():
     # At temperature 0.5 the first of 0.5, 0.3, 0.2 has 0.25 / 0.38 = 0.66 of the mass, above 0.6.
     logits = np.log([0.5, 0.3, 0.2])
     assert set(drawn(range(500), temperature=0.5, top_p=0.6, logits=logits).ravel()) == {0}
@@ -91,18 +91,18 @@ PROMPTS = [
 
 
 @pytest.mark.parametrize("kind", ["tiny", "tiny_gemma2"])
-def test_a_sampled_answer_does_not_depend_on_its_batch(kind, request):
+def test_sampled_answer_is_independent_of_its_batch(kind, request):
     folder = str(request.getfixturevalue(kind))
     model, tokenizer = load_model(folder).eval(), load_tokenizer(folder)
     with torch.no_grad():
-        # A fresh model hardly looks at its context: make it, so that padding that is not masked would show.
+        # A randomly initialised model hardly uses its context: larger weights make unmasked padding visible.
         for matrix in (p for p in model.parameters() if p.dim() > 1):
             matrix.mul_(8)
 
     def answers(prompts, **extra) -> dict:
-        found = list(generate(model, tokenizer, prompts, max_new_tokens=12, temperature=1.0, **extra))
-        assert sorted(a["index"] for a in found) == list(range(len(prompts)))
-        return {prompts[a.pop("index")][0]["content"]: a for a in found}
+        generated = list(generate(model, tokenizer, prompts, max_new_tokens=12, temperature=1.0, **extra))
+        assert sorted(a["index"] for a in generated) == list(range(len(prompts)))
+        return {prompts[a.pop("index")][0]["content"]: a for a in generated}
 
     alone = answers(PROMPTS, batch_tokens=1)
     assert len({a["text"] for a in alone.values()}) == len(PROMPTS)
@@ -112,9 +112,9 @@ def test_a_sampled_answer_does_not_depend_on_its_batch(kind, request):
     assert answers(PROMPTS, top_p=0.2) != alone
 
 
-def test_the_models_own_decoding_defaults_do_not_fill_in(tiny):
+def test_generation_config_of_the_model_is_ignored(tiny):
     model, tokenizer = load_model(str(tiny)).eval(), load_tokenizer(str(tiny))
-    wanted = [list(generate(model, tokenizer, PROMPTS[:2], max_new_tokens=12, temperature=t)) for t in (0.0, 1.0)]
+    expected = [list(generate(model, tokenizer, PROMPTS[:2], max_new_tokens=12, temperature=t)) for t in (0.0, 1.0)]
     model.generation_config.repetition_penalty, model.generation_config.no_repeat_ngram_size = 5.0, 1
-    found = [list(generate(model, tokenizer, PROMPTS[:2], max_new_tokens=12, temperature=t)) for t in (0.0, 1.0)]
-    assert found == wanted and model.generation_config.repetition_penalty == 5.0
+    generated = [list(generate(model, tokenizer, PROMPTS[:2], max_new_tokens=12, temperature=t)) for t in (0.0, 1.0)]
+    assert generated == expected and model.generation_config.repetition_penalty == 5.0

@@ -1,4 +1,4 @@
-"""Shared prompts: packed log-probabilities, losses and gradients are those of TRL's padded computation."""
+"""Shared prompts: packed log-probabilities, losses and gradients equal TRL's padded computation."""
 
 import copy
 import json
@@ -78,26 +78,26 @@ def logps(model, batch, packed: bool):
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
-def test_log_probs_are_those_of_the_padded_computation(kind):
+def test_log_probs_equal_padded(kind):
     model, batch = tiny(kind), collated(pairs())
     attach_head(model)
     with torch.no_grad():
         stock = sequence_logps(model, batch["input_ids"], batch["attention_mask"], batch["completion_mask"])
         attach(model)
-        found = logps(model, batch, packed=True)
+        result = logps(model, batch, packed=True)
         again = sequence_logps(model, batch["input_ids"], batch["attention_mask"], batch["completion_mask"])
-    assert torch.allclose(found.sum(1), stock, atol=1e-4, rtol=0) and stock.abs().min() > 1
-    assert torch.equal(again, stock), "a batch that is not packed is computed as before"
+    assert torch.allclose(result.sum(1), stock, atol=1e-4, rtol=0) and stock.abs().min() > 1
+    assert torch.equal(again, stock), "a batch without a packed layout is computed as before"
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_gradients_are_those_of_the_padded_computation(kind, checkpointing):
+def test_gradients_equal_padded(kind, checkpointing):
     model, batch = tiny(kind), collated(pairs())
     attach_head(model)
     other = copy.deepcopy(model)
     attach_head(other)
-    found = {}
+    gradients = {}
     for name, policy, packed in (("stock", model, False), ("packed", other, True)):
         if packed:
             attach(policy)
@@ -106,34 +106,33 @@ def test_gradients_are_those_of_the_padded_computation(kind, checkpointing):
             policy.gradient_checkpointing_enable({"use_reentrant": False})
         chosen, rejected = logps(policy, batch, packed).sum(1).chunk(2)
         (-torch.nn.functional.logsigmoid(0.1 * (chosen - rejected)).mean()).backward()
-        found[name] = {n: p.grad for n, p in policy.named_parameters()}
-    for name, gradient in found["stock"].items():
-        apart = (found["packed"][name] - gradient).abs().max()
-        assert apart <= 1e-4 * max(1.0, gradient.abs().max().item()), name
+        gradients[name] = {n: p.grad for n, p in policy.named_parameters()}
+    for name, gradient in gradients["stock"].items():
+        difference = (gradients["packed"][name] - gradient).abs().max()
+        assert difference <= 1e-4 * max(1.0, gradient.abs().max().item()), name
 
 
-def test_a_window_and_a_softcap_matter_here():
-    """The tests above would pass trivially if no sequence reached the window, or the cap did nothing."""
+def test_window_and_softcap_change_results():
+    """Otherwise the tests above would pass although window and softcap were ignored."""
     batch = collated(pairs())
     for kind, change in (("Mistral", {"sliding_window": 4096}), ("Gemma2", {"attn_logit_softcapping": None})):
-        one, other = tiny(kind), tiny(kind, **change)
-        found = []
-        for model in (one, other):
+        results = []
+        for model in (tiny(kind), tiny(kind, **change)):
             attach_head(model)
             attach(model)
             with torch.no_grad():
-                found.append(logps(model, batch, packed=True).sum(1))
-        assert not torch.allclose(*found, atol=1e-2), kind
+                results.append(logps(model, batch, packed=True).sum(1))
+        assert not torch.allclose(*results, atol=1e-2), kind
 
 
-def test_neither_order_nor_company_changes_a_pair():
+def test_pair_is_independent_of_its_batch():
     model, rows = tiny("Llama"), pairs(5)
     attach_head(model)
     attach(model)
 
-    def summed(some):
+    def summed(pairs):
         with torch.no_grad():
-            chosen, rejected = logps(model, collated(some), packed=True).sum(1).chunk(2)
+            chosen, rejected = logps(model, collated(pairs), packed=True).sum(1).chunk(2)
         return torch.stack([chosen, rejected], 1)
 
     together = summed(rows)
@@ -141,23 +140,23 @@ def test_neither_order_nor_company_changes_a_pair():
     assert torch.allclose(summed(rows[::-1]).flip(0), together, atol=1e-5)
 
 
-def test_the_layout_by_hand():
+def test_packed_layout():
     rows = [
         {"prompt_ids": [5, 6], "chosen_ids": [7, 8], "rejected_ids": [9]},
         {"prompt_ids": [10], "chosen_ids": [11], "rejected_ids": [12, 13]},
     ]
     batch = collated(rows)
-    found = pack(batch)
-    assert found["packed_ids"].tolist() == [[5, 6, 7, 8, 9, 10, 11, 12, 13]]
-    assert found["packed_positions"].tolist() == [[0, 1, 2, 3, 2, 0, 1, 1, 2]]
-    assert found["packed_lengths"] == ((2, 2, 1), (1, 1, 2))
-    assert found["unpack"].tolist() == [[0, 1, 2, 3], [5, 6, 0, 0], [0, 1, 4, 0], [5, 7, 8, 0]]
-    assert set(found) == set(KEYS)
-    ids = found["packed_ids"][0][found["unpack"]]
+    packed = pack(batch)
+    assert packed["packed_ids"].tolist() == [[5, 6, 7, 8, 9, 10, 11, 12, 13]]
+    assert packed["packed_positions"].tolist() == [[0, 1, 2, 3, 2, 0, 1, 1, 2]]
+    assert packed["packed_lengths"] == ((2, 2, 1), (1, 1, 2))
+    assert packed["unpack"].tolist() == [[0, 1, 2, 3], [5, 6, 0, 0], [0, 1, 4, 0], [5, 7, 8, 0]]
+    assert set(packed) == set(KEYS)
+    ids = packed["packed_ids"][0][packed["unpack"]]
     assert torch.equal(ids * batch["attention_mask"], batch["input_ids"] * batch["attention_mask"])
 
 
-def test_flex_attentions_mask_lets_everyone_see_what_the_padded_row_shows():
+def test_flex_mask_equals_padded_visibility():
     lengths, window = ((3, 2, 2), (1, 1, 3)), 3
     rule, windowed = mask_rule(lengths, "cpu"), mask_rule(lengths, "cpu", window)
     tokens, start = [], 0
@@ -165,19 +164,19 @@ def test_flex_attentions_mask_lets_everyone_see_what_the_padded_row_shows():
         tokens += [(start, "prompt", k) for k in range(p)] + [(start, "chosen", p + k) for k in range(c)]
         tokens += [(start, "rejected", p + k) for k in range(r)]
         start += p + c + r
-    for q, (pair, part, at) in enumerate(tokens):
-        for k, (other, side, place) in enumerate(tokens):
-            sees = pair == other and side in ("prompt", part) and place <= at
-            assert bool(rule(0, 0, q, k)) == sees
-            assert bool(windowed(0, 0, q, k)) == (sees and at - place < window)
+    for q, (pair, part, position) in enumerate(tokens):
+        for k, (key_pair, key_part, key_position) in enumerate(tokens):
+            visible = pair == key_pair and key_part in ("prompt", part) and key_position <= position
+            assert bool(rule(0, 0, q, k)) == visible
+            assert bool(windowed(0, 0, q, k)) == (visible and position - key_position < window)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("window", [None, 8])
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("key_heads", [2, 4])
-def test_the_gpus_attention_is_the_cpus(window, softcap, key_heads, monkeypatch):
-    """FlexAttention as a GPU runs it, uncompiled (a CPU has its forward, no backward), against SDPA and the softcap."""
+def test_flex_attention_equals_cpu_attention(window, softcap, key_heads, monkeypatch):
+    """FlexAttention, uncompiled (on a CPU it has no backward), equals SDPA and the softcap written out."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     from preflab.models.fast import shared_prompt
@@ -191,20 +190,20 @@ def test_the_gpus_attention_is_the_cpus(window, softcap, key_heads, monkeypatch)
     }
     monkeypatch.setattr(shared_prompt, "_compiled_flex", lambda: flex_attention)
     settings = {"scaling": 0.8, "softcap": softcap, "sliding_window": window}
-    found = shared_prompt._flex(query, key, value, masks, **settings)
-    wanted, _ = shared_prompt._attention("sdpa", None, query, key, value, None, packed_lengths=lengths, **settings)
-    assert torch.allclose(found, wanted, atol=1e-5)
+    result = shared_prompt._flex(query, key, value, masks, **settings)
+    expected, _ = shared_prompt._attention("sdpa", None, query, key, value, None, packed_lengths=lengths, **settings)
+    assert torch.allclose(result, expected, atol=1e-5)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("kind", ARCHITECTURES)
-def test_on_a_gpu_packed_pairs_are_as_near_to_float64_as_padded_ones(kind, checkpointing):
-    """Different kernels round differently: both are held against float64 on the CPU, with nothing of this project."""
-    # FlexAttention takes heads of 16 dimensions and more.
+def test_gpu_error_is_at_most_that_of_padding(kind, checkpointing):
+    """Kernels round differently, so both are compared with transformers in float64 on the CPU."""
+    # FlexAttention needs heads of at least 16 dimensions.
     exact, batch = tiny(kind, head_dim=16), collated(pairs())
     models = {"padded": copy.deepcopy(exact).cuda(), "packed": copy.deepcopy(exact).cuda()}
-    found = {}
+    result = {}
     for name, model in models.items():
         attach_head(model)
         if name == "packed":
@@ -212,32 +211,32 @@ def test_on_a_gpu_packed_pairs_are_as_near_to_float64_as_padded_ones(kind, check
         model.train()
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        found[name] = logps(model, {k: v.cuda() for k, v in batch.items()}, name == "packed").sum(1)
+        result[name] = logps(model, {k: v.cuda() for k, v in batch.items()}, name == "packed").sum(1)
     exact.double()
     sums = []
-    for ids, whole, answer in zip(batch["input_ids"], batch["attention_mask"], batch["completion_mask"], strict=True):
-        row, start = ids[None, : whole.sum()], int((whole.sum() - answer.sum()) - 1)
+    for ids, mask, answer in zip(batch["input_ids"], batch["attention_mask"], batch["completion_mask"], strict=True):
+        row, start = ids[None, : mask.sum()], int((mask.sum() - answer.sum()) - 1)
         row_logps = exact(row, use_cache=False).logits[:, :-1].log_softmax(-1).gather(2, row[:, 1:, None])
         sums.append(row_logps[0, start:, 0].sum())
-    found["exact"] = torch.stack(sums)
-    for summed in found.values():
+    result["exact"] = torch.stack(sums)
+    for summed in result.values():
         better, worse = summed.chunk(2)
         (-torch.nn.functional.logsigmoid(0.1 * (better - worse)).mean()).backward()
 
-    def apart(name):
-        nats = (found[name].cpu().double() - found["exact"]).abs().max().item()
+    def errors(name):
+        nats = (result[name].cpu().double() - result["exact"]).abs().max().item()
         of = dict(models[name].named_parameters())
         slopes = {n: (of[n].grad.cpu() - p.grad).abs().max() / p.grad.abs().max() for n, p in exact.named_parameters()}
         return nats, max(slopes.values()).item()
 
-    packed, padded = apart("packed"), apart("padded")
+    packed, padded = errors("packed"), errors("padded")
     print(f"{kind}: nats {packed[0]:.2g} (padded {padded[0]:.2g}), gradient {packed[1]:.2g} (padded {padded[1]:.2g})")
     assert packed[0] <= max(1e-4, 4 * padded[0]) and packed[1] <= max(1e-4, 4 * padded[1])
 
 
 # --------------------------------------------------------------------------------------------------------- token budget
 
-ONE = type("Accelerator", (), {"num_processes": 1, "device": "cpu"})()
+ONE_PROCESS = type("Accelerator", (), {"num_processes": 1, "device": "cpu"})()
 
 
 def micro_batches(rows, size=2) -> list[dict]:
@@ -249,26 +248,26 @@ def ids(batches) -> list[tuple]:
     return [tuple(tuple(e[key]) for key in keys) for b in batches if b["input_ids"].numel() for e in split(b)]
 
 
-def test_a_step_is_cut_by_tokens_and_keeps_its_pairs_in_order():
+def test_rebatch_keeps_pairs_in_order():
     rows = pairs(8)
     sizes = [sum(len(part) for part in row.values()) for row in rows]
     before = micro_batches(rows)
     for budget in (max(sizes) * 2, sum(sizes)):
-        found = rebatch(before, budget, PackingCollator(collated), ONE)
-        assert len(found) == len(before) and ids(found) == ids(before)
-        full = [batch for batch in found if batch["input_ids"].numel()]
-        assert found[-len(full) :] == full, "empty places come first"
+        result = rebatch(before, budget, PackingCollator(collated), ONE_PROCESS)
+        assert len(result) == len(before) and ids(result) == ids(before)
+        full = [batch for batch in result if batch["input_ids"].numel()]
+        assert result[-len(full) :] == full, "empty micro-batches come first"
         assert all(batch["packed_ids"].shape[1] <= budget for batch in full)
         assert sum(batch["loss_weight"] for batch in full) == pytest.approx(len(before))
     assert len(full) == 1 and full[0]["loss_weight"] == 4
 
 
-def test_a_budget_that_nothing_fits_leaves_the_micro_batches_alone():
+def test_rebatch_with_too_small_budget():
     before = micro_batches(pairs(8))
-    assert rebatch(before, 1, PackingCollator(collated), ONE) is before
+    assert rebatch(before, 1, PackingCollator(collated), ONE_PROCESS) is before
 
 
-def test_reference_log_probs_stay_with_their_pairs():
+def test_split_keeps_reference_log_probs():
     rows = [{**row, "ref_chosen_logps": -1.5 * k, "ref_rejected_logps": 0.25 - k} for k, row in enumerate(pairs(6))]
     for row, again in zip(rows, split(collated(rows)), strict=True):
         assert again == row
@@ -279,22 +278,22 @@ def losses(out) -> list[float]:
     return [row[key] for row in rows if row["split"] == "train" for key in ("loss", "grad_norm", "rewards/margins")]
 
 
-def test_neither_packing_nor_cutting_nor_the_cache_moves_a_training_run(train, tiny, prefs, tmp_path):
+def test_training_equals_padded_training(train, tiny, prefs, tmp_path):
     ways = {
         "padded": ("--no_shared_prompt", "--no_reference_cache"),
         "packed": ("--no_reference_cache",),
         "cut small": ("--no_reference_cache", "--micro_batch_tokens", "80"),
         "cached": (),
     }
-    found = {}
+    result = {}
     for name, flags in ways.items():
         code, out, err = train(*train_args(tiny, prefs, tmp_path / name, *flags))
         assert code == 0, err
         assert ("each prompt once" in out) == (name != "padded")
         assert (re.search(r"reference\b.*\b32\b.*\b0\b", out) is not None) == (name == "cached")
-        found[name] = losses(tmp_path / name)
+        result[name] = losses(tmp_path / name)
     for name in ways:
-        assert found[name] == pytest.approx(found["padded"], abs=1e-4), name
+        assert result[name] == pytest.approx(result["padded"], abs=1e-4), name
 
 
 @pytest.mark.parametrize(
@@ -306,16 +305,16 @@ def test_neither_packing_nor_cutting_nor_the_cache_moves_a_training_run(train, t
         ("--use_peft", "false", "--learning_rate", "1e-3", "--gradient_checkpointing", "true"),
     ],
 )
-def test_qlora_checkpointing_and_full_fine_tuning_share_prompts_too(flags, train, tiny, prefs, tmp_path):
-    found = []
+def test_qlora_checkpointing_and_full_fine_tuning(flags, train, tiny, prefs, tmp_path):
+    result = []
     for name, more in (("padded", ("--no_shared_prompt",)), ("packed", ())):
         code, out, err = train(*train_args(tiny, prefs, tmp_path / name, "--no_reference_cache", *flags, *more))
         assert code == 0 and ("each prompt once" in out) == (name == "packed"), err
-        found.append(losses(tmp_path / name))
-    assert found[1] == pytest.approx(found[0], abs=1e-4, rel=1e-4)
+        result.append(losses(tmp_path / name))
+    assert result[1] == pytest.approx(result[0], abs=1e-4, rel=1e-4)
 
 
-def test_a_kept_reference_is_read_again_by_other_losses_and_refused_when_it_is_wrong(train, tiny, prefs, tmp_path):
+def test_reference_cache_is_shared_and_verified(train, tiny, prefs, tmp_path):
     shared = ("--eval_out", tmp_path / "out")
     code, out, err = train(*train_args(tiny, prefs, tmp_path, *shared))
     assert code == 0 and re.search(r"reference\b.*\b32\b.*\b0\b", out), err
@@ -323,7 +322,7 @@ def test_a_kept_reference_is_read_again_by_other_losses_and_refused_when_it_is_w
     assert code == 0 and re.search(r"reference\b.*\b0\b.*\b32\b", out), err
     summary = json.loads((tmp_path / "out" / "ipo" / "train.json").read_text())
     assert summary["training"]["reference"]["read"] == 32 and summary["training"]["mfu"] > 0
-    # Shorter sequences are other token ids, and another precision is another reference.
+    # Other token ids or another precision need another reference.
     for flags in (("--max_length", "24"), ("--bf16", "true")):
         code, out, err = train(*train_args(tiny, prefs, tmp_path, *shared, "--run_name", flags[0][2:], *flags))
         assert code == 0 and re.search(r"reference\b.*\b32\b.*\b0\b", out), err
@@ -335,7 +334,7 @@ def test_a_kept_reference_is_read_again_by_other_losses_and_refused_when_it_is_w
     assert_one_line(err, "reference-", "--no_reference_cache")
 
 
-def test_an_architecture_that_is_not_known_falls_back_and_says_so():
+def test_unsupported_architecture_has_a_reason():
     model = tiny("Llama")
     assert unsupported_reason(model) is None
     assert "auxiliary loss" in unsupported_reason(model, aux_loss=True)
