@@ -1,37 +1,125 @@
 """Fixtures: tiny random models under real tokenizers, the scripts in-process and as commands, and small data."""
 
+import gc
 import json
 import os
+import resource
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
+import processes
 import pytest
+from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parent.parent
 MIRROR = ROOT.parent / "shared" / "hub"
 # The suite must pass offline: a test that needs a hub starts its own.
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", HF_HUB_DISABLE_TELEMETRY="1")
+# One thread per process, here and in every command: two workers share the cores, and tiny models gain nothing.
+os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
+
+# A test that runs a script, here or as a command, is end to end; `-m "not e2e"` leaves the fast ones.
+E2E_FIXTURES = {"call", "trained"}
 
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run what is too long for every commit")
+    parser.addoption("--cpu-times", metavar="FILE", help="write each test's CPU seconds, commands included, as JSON")
 
 
 def pytest_collection_modifyitems(config, items):
-    if not config.getoption("--slow"):
-        for item in items:
-            if "slow" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
+    for item in items:
+        if E2E_FIXTURES & set(item.fixturenames) or "end_to_end" in item.path.parts:
+            item.add_marker(pytest.mark.e2e)
+        if "slow" in item.keywords and not config.getoption("--slow"):
+            item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
+
+
+def pytest_collection_finish():
+    """Keep the imported libraries out of the garbage collections that every trainer starts: each would take 0.5 s."""
+    gc.collect()
+    gc.freeze()
+
+
+def cpu_seconds() -> float:
+    """CPU time of this process and of its finished children: unlike wall time, equal on a busy machine."""
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return processes.forked_cpu_seconds + sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item):
+    item.stash[STARTED] = cpu_seconds()
+    return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    if call.when == "teardown":
+        report.user_properties.append(("cpu_seconds", round(cpu_seconds() - item.stash[STARTED], 2)))
+    return report
+
+
+def pytest_runtest_logreport(report):
+    if report.when == "teardown":
+        CPU_TIMES[report.nodeid] = dict(report.user_properties)["cpu_seconds"]
+
+
+def pytest_sessionfinish(session):
+    path = session.config.getoption("--cpu-times")
+    if path and not hasattr(session.config, "workerinput"):  # the controller has the reports of all workers
+        times = dict(sorted(CPU_TIMES.items(), key=lambda item: -item[1]))
+        Path(path).write_text(json.dumps({"total": round(sum(times.values()), 1), "tests": times}, indent=1) + "\n")
+
+
+STARTED, CPU_TIMES = pytest.StashKey[float](), {}
+
+
+def made_once(tmp_path_factory, name: str, make: Callable[[Path], object]) -> Path:
+    """Folder `name`, made by the first pytest-xdist worker that needs it and read by all of them."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent  # getbasetemp() is the worker's own folder below the session's
+    folder = root / "shared" / name
+    folder.parent.mkdir(exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not Path(f"{folder}.made").exists():
+            folder.mkdir()
+            make(folder)
+            Path(f"{folder}.made").touch()
+    return folder
+
+
+VOCABULARY = 4096
+
+
+def small_tokenizer():
+    """SmolLM2's tokenizer with its first 4096 tokens, so that logits of tiny models cost a twelfth.
+
+    Template, special tokens and byte-level BPE are the real ones: ids follow the order of the merges, so the first
+    4096 form a tokenizer of their own.
+    """
+    from tokenizers import Tokenizer
+
+    from preflab.models.loading import BUILTIN, load_tokenizer
+
+    tokenizer = load_tokenizer(BUILTIN)
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    model = state["model"]
+    model["vocab"] = {token: i for token, i in model["vocab"].items() if i < VOCABULARY}
+    model["merges"] = [pair for pair in model["merges"] if "".join(pair) in model["vocab"]]
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(state))
+    return tokenizer
 
 
 @pytest.fixture(scope="session")
 def smol_tokenizer():
-    """SmolLM2's real tokenizer: its pad is its end-of-turn, its BOS opens every turn."""
-    from preflab.models.loading import BUILTIN, load_tokenizer
-
-    return load_tokenizer(BUILTIN)
+    """SmolLM2's tokenizer, shortened: its pad is its end-of-turn, its BOS opens every turn."""
+    return small_tokenizer()
 
 
 GEMMA_TEMPLATE = (
@@ -46,10 +134,8 @@ GEMMA_TEMPLATE = (
 
 @pytest.fixture(scope="session")
 def gemma_like_tokenizer():
-    """SmolLM2's vocabulary with Gemma's special tokens and template: a BOS, its own pad, no system role."""
-    from preflab.models.loading import BUILTIN, load_tokenizer
-
-    tokenizer = load_tokenizer(BUILTIN)
+    """The same vocabulary with Gemma's special tokens and template: a BOS, its own pad, no system role."""
+    tokenizer = small_tokenizer()
     tokenizer.add_special_tokens(
         {
             "bos_token": "<bos>",
@@ -82,14 +168,16 @@ def save_tiny(folder: Path, tokenizer, kind: str = "Llama", **extra) -> Path:
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory, smol_tokenizer):
     """Folder of a tiny Llama under SmolLM2's tokenizer."""
-    return save_tiny(tmp_path_factory.mktemp("models") / "tiny-llama", smol_tokenizer)
+    return made_once(tmp_path_factory, "tiny-llama", lambda folder: save_tiny(folder, smol_tokenizer))
 
 
 @pytest.fixture(scope="session")
 def tiny_gemma2(tmp_path_factory, gemma_like_tokenizer):
     """Folder of a tiny Gemma 2: sliding window, attention and final-logit softcaps, no system role."""
-    return save_tiny(
-        tmp_path_factory.mktemp("models") / "tiny-gemma2", gemma_like_tokenizer, "Gemma2", sliding_window=16
+    return made_once(
+        tmp_path_factory,
+        "tiny-gemma2",
+        lambda folder: save_tiny(folder, gemma_like_tokenizer, "Gemma2", sliding_window=16),
     )
 
 
@@ -124,10 +212,12 @@ def write_jsonl(path: Path, rows: list) -> Path:
 @pytest.fixture(scope="session")
 def prefs(tmp_path_factory):
     """A folder with train.jsonl (24 pairs) and test.jsonl (8 pairs)."""
-    folder = tmp_path_factory.mktemp("prefs")
-    write_jsonl(folder / "train.jsonl", make_pairs(24))
-    write_jsonl(folder / "test.jsonl", make_pairs(8, 100))
-    return folder
+
+    def make(folder):
+        write_jsonl(folder / "train.jsonl", make_pairs(24))
+        write_jsonl(folder / "test.jsonl", make_pairs(8, 100))
+
+    return made_once(tmp_path_factory, "prefs", make)
 
 
 def train_args(model, data, folder: Path, *extra) -> list[str]:
@@ -170,11 +260,13 @@ def train(call):
 @pytest.fixture(scope="session")
 def trained(tiny, prefs, tmp_path_factory):
     """Folder of a finished tiny LoRA run, `ck/r` and `out/r`, evaluated every 2 steps in batches of 3 on 8 pairs."""
-    folder = tmp_path_factory.mktemp("trained")
     extra = ("--eval_strategy", "steps", "--eval_steps", "2", "--per_device_eval_batch_size", "3", "--save_steps", "2")
-    done = command("dpo_train_human_preference.py", *train_args(tiny, prefs, folder, *extra))
-    assert done.returncode == 0, done.stderr[-3000:]
-    return folder
+
+    def make(folder):
+        done = processes.run_script("dpo_train_human_preference.py", *train_args(tiny, prefs, folder, *extra))
+        assert done.returncode == 0, done.stderr[-3000:]
+
+    return made_once(tmp_path_factory, "trained", make)
 
 
 @contextmanager
@@ -201,7 +293,7 @@ def eval_args(folder: Path, out: Path, *extra) -> list[str]:
 
 
 def command(*args, env: dict | None = None, **kwargs) -> subprocess.CompletedProcess:
-    """Run a command of the repository from its root, as a user would."""
+    """Run a command of the repository from its root in a fresh interpreter, as a user would."""
     return subprocess.run(
         [sys.executable, *map(str, args)],
         cwd=ROOT,

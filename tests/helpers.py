@@ -1,11 +1,10 @@
 """Helpers that tests of several rooms share; fixtures are in conftest.py."""
 
-import os
-import subprocess
 import sys
 
 import torch
 from conftest import ROOT
+from processes import run_two_processes
 
 from preflab.models.loading import load_model
 from utils.artifacts import RowFile
@@ -42,9 +41,7 @@ def lora_of(base, folder, scale: float = 0.3):
 
 
 def two_processes(script, *args):
-    command = [*ACCELERATE, "--config_file", str(CPU), script, *map(str, args)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env, timeout=600)
+    done = run_two_processes(script, *args)
     assert done.returncode == 0, done.stderr[-3000:]
     return done
 
