@@ -252,7 +252,7 @@ def test_reward_scores_equal_model_and_are_cached(reward_model, smol_tokenizer, 
 
     one = items("I am a cat.", "I am the sea, and the sand.", "word " * 600)
     (cut,) = scored(f"rm:{reward_model}", one, tmp_path)
-    assert "more than the reward model reads" in cut
+    assert "limit of 512" in cut
     one[0].answers, one[0].counts = one[0].answers[:2], [1, 1]
     (found,) = scored(f"rm:{reward_model}", one, tmp_path)
     model = transformers.AutoModelForSequenceClassification.from_pretrained(reward_model).eval()
