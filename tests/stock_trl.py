@@ -75,7 +75,7 @@ def ours(folder, loss_type: str, tmp_path, rows, **extra) -> list[dict]:
     return history
 
 
-def assert_equal(mine: list[dict], theirs: list[dict]) -> None:
-    for a, b in zip(mine, theirs, strict=True):
+def assert_equal(own_steps: list[dict], stock_steps: list[dict]) -> None:
+    for a, b in zip(own_steps, stock_steps, strict=True):
         for key in KEYS:
             assert a[key] == pytest.approx(b[key], abs=1e-4, rel=1e-4), (a["step"], key)

@@ -367,11 +367,11 @@ def special_tokens(sequences, answers: dict, tokenizer) -> dict:
 
 
 def plan_training(config, rows: int, tokens_per_epoch: dict[str, int], world_size: int) -> dict:
-    """Steps, rows and tokens of the whole training, counted as transformers' Trainer counts them.
+    """Steps, rows and tokens of the entire training, counted as transformers' Trainer counts them.
 
     Args:
         rows: rows of the train split, as the trainer takes them.
-        tokens_per_epoch: {name: tokens of one epoch}; the plan has each for the whole training.
+        tokens_per_epoch: {name: tokens of one epoch}; the plan has each for the entire training.
     """
     # The sampler pads the last batch, so every process gets equally many rows.
     per_device = -(-rows // world_size)

@@ -272,13 +272,13 @@ class TrainingRun:
         self.stage.write(results / "train.json", summary, files)
         self.folders.finish()
         print_main(f"weights and tokenizer are in {self.folders.weights}/, all results in {results}/")
-        print_main(f"training took {trainer.seconds:.0f} s, the whole command {self.stage.seconds:.0f} s")
+        print_main(f"training took {trainer.seconds:.0f} s, the command in total {self.stage.seconds:.0f} s")
 
 
 def training_summary(trainer, flight: dict, unit: str, tokens: int, operations: float) -> dict:
     """Figures of the training itself, from train_log.jsonl: steps, tokens, speed, loss of its first and last tenth.
 
-    Speed is over all processes and the whole training, evaluations and saves included; mfu is its share of the
+    Speed is over all processes and the entire training, evaluations and saves included; mfu is its share of the
     measured rate of matrix products. {} on ranks other than 0.
 
     Args:

@@ -25,7 +25,7 @@ def launch(config: Path, *args) -> subprocess.CompletedProcess:
 
 @pytest.fixture
 def shipped_config(tmp_path):
-    """A config of configs/accelerate, made to run on two CPU processes and nothing else changed."""
+    """A config of configs/accelerate, changed only to run on two CPU processes."""
 
     def make(name: str) -> Path:
         config = yaml.safe_load((ROOT / "configs" / "accelerate" / f"{name}.yaml").read_text())
@@ -53,7 +53,7 @@ def single(tiny, prefs, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", ["cpu_2proc", "multi_gpu", "fsdp2"])
-def test_two_processes_give_the_single_process_run(tiny, prefs, tmp_path, single, shipped_config, name):
+def test_two_processes_equal_one(tiny, prefs, tmp_path, single, shipped_config, name):
     extra = ("--global_batch_size", 4, "--eval_strategy", "steps", "--eval_steps", 4)
     done = launch(shipped_config(name), *train_args(tiny, prefs, tmp_path, *extra))
     assert done.returncode == 0, done.stderr[-3000:]
@@ -74,14 +74,14 @@ def test_two_processes_give_the_single_process_run(tiny, prefs, tmp_path, single
     assert ("first micro-batch" in step0["checked"]) == (name == "fsdp2")
 
 
-def test_a_global_batch_that_changed_is_told(tiny, prefs, tmp_path):
+def test_changed_global_batch_is_noted(tiny, prefs, tmp_path):
     done = launch(CPU, *train_args(tiny, prefs, tmp_path, "--max_steps", 1))
     assert done.returncode == 0, done.stderr[-3000:]
     (note,) = read_json(tmp_path / "out/r/preflight.json")["notes"]
     assert note in done.stdout and {"8", "4"} <= set(re.findall(r"\d+", note))
 
 
-def test_precomputed_reference_is_shared_by_the_processes(tiny, prefs, tmp_path, single):
+def test_precomputed_reference_is_shared(tiny, prefs, tmp_path, single):
     args = train_args(tiny, prefs, tmp_path, "--global_batch_size", 4, "--precompute_ref_log_probs", "true")
     done = launch(CPU, *args, "--sample_prompts", "1")
     assert done.returncode == 0, done.stderr[-3000:]
@@ -90,20 +90,20 @@ def test_precomputed_reference_is_shared_by_the_processes(tiny, prefs, tmp_path,
     assert (tmp_path / "out/r/samples.md").exists()
 
 
-def test_an_error_is_told_once_by_all_processes_together(tiny, prefs, tmp_path):
+def test_error_is_printed_once(tiny, prefs, tmp_path):
     (tmp_path / "ck/r").mkdir(parents=True)
     (tmp_path / "ck/r/thesis.txt").write_text("mine")
     done = launch(CPU, *train_args(tiny, prefs, tmp_path))
     assert done.returncode != 0 and done.stderr.count("error: ") == 1 and "run.json" in done.stderr
 
 
-def test_a_global_batch_that_does_not_divide_is_refused(tiny, prefs, tmp_path):
+def test_indivisible_global_batch_is_refused(tiny, prefs, tmp_path):
     done = launch(CPU, *train_args(tiny, prefs, tmp_path, "--global_batch_size", 3))
-    assert done.returncode != 0 and "error: --global_batch_size 3 " in done.stderr
+    assert done.returncode != 0 and "error: --global_batch_size 3:" in done.stderr
 
 
-def test_ctrl_c_under_the_launcher_saves_one_checkpoint_and_the_run_goes_on(tiny, prefs, tmp_path):
-    """The terminal's Ctrl-C reaches launcher and processes, and the launcher passes it on once more."""
+def test_ctrl_c_under_the_launcher(tiny, prefs, tmp_path):
+    """The terminal sends Ctrl-C to launcher and processes, and the launcher forwards it to the processes again."""
     args = train_args(tiny, prefs, tmp_path, "--max_steps", 40)
     command = [*ACCELERATE, "--config_file", str(CPU), "dpo_train_human_preference.py", *args]
     process = subprocess.Popen(

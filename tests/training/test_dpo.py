@@ -20,15 +20,15 @@ def losses(folder) -> list[float]:
     return [row["loss"] for row in rows_of(folder / "out" / "r" / "train_log.jsonl") if row["split"] == "train"]
 
 
-def test_a_run_writes_everything_it_promises(train, tiny, prefs, tmp_path):
+def test_run_writes_all_artifacts(train, tiny, prefs, tmp_path):
     code, out, err = train(
         *train_args(tiny, prefs, tmp_path, "--eval_strategy", "steps", "--eval_steps", 2, "--sample_prompts", 1)
     )
     assert code == 0, err
     assert read_json(tmp_path / "out/r/train.json")["claim"] in out
     folder, weights = tmp_path / "out" / "r", tmp_path / "ck" / "r"
-    found = {p.name for p in folder.iterdir()}
-    assert found == {
+    names = {p.name for p in folder.iterdir()}
+    assert names == {
         "preflight.json",
         "train.json",
         "train_log.jsonl",
@@ -71,7 +71,7 @@ def test_a_run_writes_everything_it_promises(train, tiny, prefs, tmp_path):
     assert (folder / "dpo_training_curves.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_the_card_parses_and_its_snippet_runs(train, tiny, prefs, tmp_path):
+def test_card_parses_and_snippet_runs(train, tiny, prefs, tmp_path):
     from huggingface_hub import ModelCard
 
     code, _, err = train(
@@ -87,7 +87,7 @@ def test_the_card_parses_and_its_snippet_runs(train, tiny, prefs, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def test_the_cards_snippet_for_the_builtin_model_runs(tmp_path):
+def test_card_snippet_of_builtin_model_runs(tmp_path):
     from preflab.models.card import usage_snippet
     from preflab.models.loading import BUILTIN, load_model, load_tokenizer
 
@@ -98,7 +98,7 @@ def test_the_cards_snippet_for_the_builtin_model_runs(tmp_path):
     assert done.returncode == 0 and len(done.stdout.split()) > 5, done.stderr
 
 
-def test_a_finished_run_is_reused_and_never_overwritten(train, tiny, prefs, tmp_path):
+def test_finished_run_is_not_trained_again(train, tiny, prefs, tmp_path):
     args = train_args(tiny, prefs, tmp_path)
     assert train(*args)[0] == 0
     before = (tmp_path / "ck/r/adapter_model.safetensors").stat().st_mtime_ns
@@ -116,7 +116,7 @@ def test_a_finished_run_is_reused_and_never_overwritten(train, tiny, prefs, tmp_
     assert code == 0 and read_json(tmp_path / "out/r/train.json")["args"]["beta"] == 0.5
 
 
-def test_foreign_folders_are_left_alone(train, tiny, prefs, tmp_path):
+def test_foreign_folder_is_not_deleted(train, tiny, prefs, tmp_path):
     (tmp_path / "ck" / "r").mkdir(parents=True)
     (tmp_path / "ck" / "r" / "thesis.txt").write_text("mine")
     code, _, err = train(*train_args(tiny, prefs, tmp_path), "--overwrite")
@@ -124,14 +124,14 @@ def test_foreign_folders_are_left_alone(train, tiny, prefs, tmp_path):
     assert_one_line(err, "run.json", "--run_name")
 
 
-def test_limit_marks_every_name(train, tiny, prefs, tmp_path):
+def test_limit_marks_names(train, tiny, prefs, tmp_path):
     code, _, err = train(*train_args(tiny, prefs, tmp_path, "--limit", 6, "--max_steps", 1))
     assert code == 0, err
     summary = read_json(tmp_path / "out" / "r_LIMIT6" / "train.json")
     assert summary["run"]["limit"] == 6 and "r_LIMIT6" in summary["text"] and summary["data"]["train"]["pairs"] == 6
 
 
-def test_preflight_only_stops_before_the_first_step(train, tiny, prefs, tmp_path):
+def test_preflight_only_takes_no_step(train, tiny, prefs, tmp_path):
     code, out, _ = train(*train_args(tiny, prefs, tmp_path), "--preflight_only")
     assert code == 0 and "step 0" in out
     assert (tmp_path / "out/r/preflight.json").exists() and not (tmp_path / "out/r/train_log.jsonl").exists()
@@ -153,7 +153,7 @@ def test_preflight_only_stops_before_the_first_step(train, tiny, prefs, tmp_path
         (("--disable_dropout", "false"), "fp32"),
     ],
 )
-def test_precisions_and_ways_of_training(train, tiny, prefs, tmp_path, flags, precision):
+def test_precisions_and_training_modes(train, tiny, prefs, tmp_path, flags, precision):
     code, out, err = train(*train_args(tiny, prefs, tmp_path), "--max_steps", 2, *flags)
     assert code == 0, err
     summary = read_json(tmp_path / "out/r/train.json")
@@ -163,7 +163,7 @@ def test_precisions_and_ways_of_training(train, tiny, prefs, tmp_path, flags, pr
         assert summary["metrics"] == {} and "test split" in summary["claim"]
 
 
-def test_qlora_trains_in_4_bit_and_small_steps_move_every_adapter(train, tiny, prefs, tmp_path):
+def test_qlora_small_updates_change_adapters(train, tiny, prefs, tmp_path):
     """At lr 2e-6 (the seed recipe's) a bf16 adapter would round most of its updates away."""
     from safetensors.torch import load_file
 
@@ -180,7 +180,7 @@ def test_qlora_trains_in_4_bit_and_small_steps_move_every_adapter(train, tiny, p
 
 
 @pytest.mark.parametrize("kind", ["Gemma", "Gemma2", "Qwen3", "Mistral"])
-def test_other_architectures_train(train, gemma_like_tokenizer, prefs, tmp_path, kind):
+def test_other_architectures(train, gemma_like_tokenizer, prefs, tmp_path, kind):
     folder = save_tiny(tmp_path / kind, gemma_like_tokenizer, kind)
     code, _, err = train(*train_args(folder, prefs, tmp_path), "--max_steps", 2)
     assert code == 0, err
@@ -189,7 +189,7 @@ def test_other_architectures_train(train, gemma_like_tokenizer, prefs, tmp_path,
     assert "<end_of_turn>" in flight["first_pair"]["chosen_scored"]
 
 
-def test_a_mix_of_datasets_from_yaml(train, tiny, prefs, tmp_path):
+def test_dataset_mix_from_yaml(train, tiny, prefs, tmp_path):
     other = write_jsonl(tmp_path / "more" / "train.jsonl", make_pairs(6, 200)).parent
     config = tmp_path / "mix.yaml"
     config.write_text(
@@ -202,7 +202,7 @@ def test_a_mix_of_datasets_from_yaml(train, tiny, prefs, tmp_path):
     assert data["train"]["pairs"] == 12 and data["test"]["pairs"] == 8 and len(data["train"]["sources"]) == 2
 
 
-def test_a_policy_that_is_not_the_reference_stops(train, tiny, prefs, tmp_path, monkeypatch):
+def test_nonzero_step0_margin_stops_run(train, tiny, prefs, tmp_path, monkeypatch):
     from peft import LoraConfig
 
     monkeypatch.setattr(
@@ -214,7 +214,7 @@ def test_a_policy_that_is_not_the_reference_stops(train, tiny, prefs, tmp_path, 
     assert_one_line(err, "step 0")
 
 
-def test_likelihood_displacement_is_told(train, tiny, tmp_path):
+def test_likelihood_displacement_warning(train, tiny, tmp_path):
     """The rejected answer repeats the chosen one's word: making it less likely drags the chosen one along."""
     rows = make_pairs(16)
     for i, row in enumerate(rows):
@@ -245,7 +245,7 @@ def test_likelihood_displacement_is_told(train, tiny, tmp_path):
         (lambda d: None, ("'train'", "test")),
     ],
 )
-def test_unusable_data_is_named(train, tiny, tmp_path, make, words):
+def test_unusable_data(train, tiny, tmp_path, make, words):
     write_jsonl(tmp_path / "d/test.jsonl", make_pairs(3))
     make(tmp_path / "d")
     code, _, err = train(*train_args(tiny, tmp_path / "d", tmp_path))
@@ -265,7 +265,7 @@ def damaged(model, folder, name):
     return folder
 
 
-def test_unusable_models_are_named(train, tiny, prefs, tmp_path):
+def test_unusable_models(train, tiny, prefs, tmp_path):
     assert train(*train_args(tiny, prefs, tmp_path), "--max_steps", 1)[0] == 0
     (tmp_path / "empty").mkdir()
     for model, words in (
@@ -283,7 +283,7 @@ def test_unusable_models_are_named(train, tiny, prefs, tmp_path):
         assert_one_line(err, *words)
 
 
-def test_an_adapter_for_another_base_is_refused(train, tiny, prefs, tmp_path, smol_tokenizer):
+def test_adapter_of_another_base_is_refused(train, tiny, prefs, tmp_path, smol_tokenizer):
     from preflab.models.loading import load_model
     from utils.errors import UserError
 
@@ -298,7 +298,7 @@ def test_an_adapter_for_another_base_is_refused(train, tiny, prefs, tmp_path, sm
         load_model(str(tiny), adapter=str(tmp_path))
 
 
-def test_a_folder_that_cannot_be_written_is_named(train, tiny, prefs, tmp_path):
+def test_unwritable_folder(train, tiny, prefs, tmp_path):
     (tmp_path / "file").write_text("")
     for flag in ("--output_dir", "--eval_out"):
         code, _, err = train(*train_args(tiny, prefs, tmp_path), flag, tmp_path / "file" / "x")

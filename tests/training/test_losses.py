@@ -9,26 +9,26 @@ from preflab.training.dpo_config import TRL_LOSSES
 
 
 @pytest.mark.parametrize("loss_type", TRL_LOSSES)
-def test_every_loss_trains_as_stock_trl(loss_type, tiny, tmp_path):
+def test_losses_match_stock_trl(loss_type, tiny, tmp_path):
     rows = make_pairs(24)
     assert_equal(ours(tiny, loss_type, tmp_path, rows), stock(tiny, loss_type, tmp_path, rows))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("loss_type", TRL_LOSSES)
-def test_and_still_after_20_steps(loss_type, tiny, tmp_path):
+def test_losses_match_stock_trl_for_20_steps(loss_type, tiny, tmp_path):
     rows, longer = make_pairs(24), {"max_steps": 20, "learning_rate": 1e-3}
-    mine = ours(tiny, loss_type, tmp_path, rows, **longer)
-    assert len(mine) == 20
-    assert_equal(mine, stock(tiny, loss_type, tmp_path, rows, **longer))
+    own_steps = ours(tiny, loss_type, tmp_path, rows, **longer)
+    assert len(own_steps) == 20
+    assert_equal(own_steps, stock(tiny, loss_type, tmp_path, rows, **longer))
 
 
-def test_softcapped_gemma_2_trains_as_stock_trl(tiny_gemma2, tmp_path):
+def test_gemma2_matches_stock_trl(tiny_gemma2, tmp_path):
     rows = make_pairs(24)
     assert_equal(ours(tiny_gemma2, "sigmoid", tmp_path, rows), stock(tiny_gemma2, "sigmoid", tmp_path, rows))
 
 
-def test_the_list_of_losses_is_trls():
+def test_loss_list_is_trls():
     """TRL names its losses in the error that an unknown one raises."""
     import inspect
     import re

@@ -1,4 +1,4 @@
-"""The memory estimate by hand, and checkpointing only where memory asks for it."""
+"""The memory estimate by hand, and gradient checkpointing only where memory requires it."""
 
 import json
 import re
@@ -22,7 +22,7 @@ class Model(torch.nn.Module):
         self.config = SimpleNamespace(get_text_config=lambda: shape)
 
 
-def asked(tokens=None, precision="fp32", accumulation=1):
+def config_of(tokens=None, precision="fp32", accumulation=1):
     return SimpleNamespace(
         per_device_train_batch_size=2,
         gradient_accumulation_steps=accumulation,
@@ -32,19 +32,19 @@ def asked(tokens=None, precision="fp32", accumulation=1):
     )
 
 
-def test_the_estimate_by_hand():
-    found = needed(Model(), asked(), trained=100, longest=50, reference_beside=True)
+def test_memory_estimate_by_hand():
+    memory = needed(Model(), config_of(), trained=100, longest=50, reference_beside=True)
     # Two copies of 4,000 bytes, 12 a trained weight; a step has 2 x 2 x 50 tokens, a token 16 x 10 + 6 x 20 values.
-    assert found.resident == 2 * 4000 + 1200
-    assert found.activations == 200 * 3 * 280 * 4
-    # The budget of 400 tokens, where a step has more; never less than one pair of 100.
-    assert needed(Model(), asked(accumulation=9), 0, 50, False).activations == 400 * 3 * 280 * 4
-    found = needed(Model(), asked(tokens=32, precision="bf16"), trained=0, longest=50, reference_beside=False)
-    assert (found.resident, found.activations) == (4000, 100 * 3 * 280 * 2)
-    assert found.total(True) == 4000 + 100 * 3 * 280 * 2 / 16
+    assert memory.resident == 2 * 4000 + 1200
+    assert memory.activations == 200 * 3 * 280 * 4
+    # The token budget of 400 limits a larger step; a micro-batch holds at least one pair of 100 tokens.
+    assert needed(Model(), config_of(accumulation=9), 0, 50, False).activations == 400 * 3 * 280 * 4
+    memory = needed(Model(), config_of(tokens=32, precision="bf16"), trained=0, longest=50, reference_beside=False)
+    assert (memory.resident, memory.activations) == (4000, 100 * 3 * 280 * 2)
+    assert memory.total(True) == 4000 + 100 * 3 * 280 * 2 / 16
 
 
-def test_the_estimate_and_the_trainer_have_one_budget(tmp_path):
+def test_token_budget(tmp_path):
     from preflab.training.dpo_config import DPORunConfig
 
     args = DPORunConfig(str(tmp_path), per_device_train_batch_size=3, max_length=40)
@@ -55,12 +55,12 @@ def test_the_estimate_and_the_trainer_have_one_budget(tmp_path):
     assert args.token_budget(25) == 77
 
 
-def test_a_gpu_with_room_computes_more_tokens_together(tmp_path, monkeypatch):
+def test_micro_batch_tokens_depend_on_gpu_memory(tmp_path, monkeypatch):
     from preflab.training.dpo_config import DPORunConfig
 
     # 4,000 bytes of weights; a token of 3 layers takes 3 x 280 values of 4 bytes; a step has 2 x 2 x 64 x 50 tokens.
     enough = {tokens: 4000 + tokens * 3 * 280 * 4 for tokens in (4096, 8192)}
-    for card, wanted in [
+    for card, expected in [
         (None, None),
         (2 * enough[8192], 8192),
         (2 * enough[8192] - 2, 4096),
@@ -71,13 +71,13 @@ def test_a_gpu_with_room_computes_more_tokens_together(tmp_path, monkeypatch):
             str(tmp_path), per_device_train_batch_size=2, gradient_accumulation_steps=64, max_length=50, bf16=False
         )
         args.choose_micro_batch_tokens(Model(), 0, lambda: 50, False)
-        assert args.micro_batch_tokens == wanted
+        assert args.micro_batch_tokens == expected
         args.micro_batch_tokens = 77
         args.choose_micro_batch_tokens(Model(), 0, lambda: 50, False)
         assert args.micro_batch_tokens == 77
 
 
-def test_memory_asks_only_where_a_tenth_would_not_be_left():
+def test_checkpointing_keeps_a_tenth_free():
     memory = Memory(resident=50.0, activations=40.0)
     assert reason_for_checkpointing(memory, 100.0) is None
     assert "gradient checkpointing is on" in reason_for_checkpointing(memory, 99.0)
@@ -91,7 +91,7 @@ def checkpointing(train, tiny, prefs, folder, *flags):
     return out, json.loads((folder / "out" / "r" / "preflight.json").read_text())
 
 
-def test_a_run_checkpoints_only_if_memory_asks_or_the_user_does(train, tiny, prefs, tmp_path, monkeypatch):
+def test_checkpointing_default_and_flag(train, tiny, prefs, tmp_path, monkeypatch):
     out, plenty = checkpointing(train, tiny, prefs, tmp_path / "plenty")
     assert "gradient checkpointing" not in out
     monkeypatch.setattr("preflab.training.run_config.free_bytes", lambda model: 1e6)
@@ -103,16 +103,16 @@ def test_a_run_checkpoints_only_if_memory_asks_or_the_user_does(train, tiny, pre
     assert "gradient checkpointing is on" not in out
 
 
-@pytest.mark.parametrize(("rates", "told"), [((400.0, 190.0), False), ((3.0, 190.0), True)])
-def test_16_bits_are_told_where_they_are_slower_than_float32(rates, told, train, tiny, prefs, tmp_path, monkeypatch):
-    found = dict(zip(("bfloat16", "float32"), rates, strict=True))
-    monkeypatch.setattr("preflab.training.throughput.matmul_rate", lambda dtype, device: 1e9 * found[dtype])
+@pytest.mark.parametrize(("rates", "noted"), [((400.0, 190.0), False), ((3.0, 190.0), True)])
+def test_slow_16_bit_arithmetic_is_noted(rates, noted, train, tiny, prefs, tmp_path, monkeypatch):
+    rate_of = dict(zip(("bfloat16", "float32"), rates, strict=True))
+    monkeypatch.setattr("preflab.training.throughput.matmul_rate", lambda dtype, device: 1e9 * rate_of[dtype])
     code, out, err = train(*train_args(tiny, prefs, tmp_path, "--preflight_only", "--bf16", "true"))
     assert code == 0, err
-    assert (re.search(r"bfloat16.*\b3 GFLOP/s.*float32.*\b190\b", out) is not None) == told
+    assert (re.search(r"bfloat16.*\b3 GFLOP/s.*float32.*\b190\b", out) is not None) == noted
 
 
-def test_a_profile_is_told_by_kind_of_work():
+def test_profile_by_kind_of_work():
     from benchmarks.profile import kind_of, time_by_kind
 
     assert kind_of("triton_tem_fused_flex_attention_0") == kind_of("aten::_scaled_dot_product_flash") == "attention"

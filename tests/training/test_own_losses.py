@@ -1,4 +1,4 @@
-"""SimPO and SPPO: golden numbers by hand, TRL's own where it has them, and whole runs."""
+"""SimPO and SPPO: golden numbers by hand, TRL's own losses where they exist, and complete runs."""
 
 import json
 from types import SimpleNamespace
@@ -75,19 +75,19 @@ def trainer_of(tiny, tmp_path, rows=None, **settings):
 
 
 @pytest.mark.parametrize("loss_type", GOLDEN)
-def test_losses_and_gradients_are_those_computed_by_hand(loss_type, tiny, tmp_path):
-    settings, wanted, to_chosen, to_rejected = GOLDEN[loss_type]
+def test_losses_and_gradients_by_hand(loss_type, tiny, tmp_path):
+    settings, expected, to_chosen, to_rejected = GOLDEN[loss_type]
     trainer, policy = trainer_of(tiny, tmp_path, loss_type=[loss_type], **settings), Fixed()
     trainer.precompute_ref_logps = True
     loss = trainer._compute_loss(policy, inputs(), return_outputs=False)
     loss.backward()
-    assert loss.item() == pytest.approx(wanted, abs=1e-5)
+    assert loss.item() == pytest.approx(expected, abs=1e-5)
     gradient = policy.logps.grad
     assert gradient[0, 1:3].tolist() == pytest.approx([to_chosen] * 2, abs=1e-5)
     assert gradient[1, 1:4].tolist() == pytest.approx([to_rejected] * 3, abs=1e-5)
 
 
-def test_own_and_trls_losses_add_up_with_their_weights(tiny, tmp_path):
+def test_own_and_trl_losses_are_weighted(tiny, tmp_path):
     settings = {"loss_type": ["sigmoid", "sppo", "hinge"], "loss_weights": [2.0, 0.5, 1.0], "beta": 0.1}
     trainer = trainer_of(tiny, tmp_path, **settings)
     trainer.precompute_ref_logps = True
@@ -96,18 +96,18 @@ def test_own_and_trls_losses_add_up_with_their_weights(tiny, tmp_path):
     assert trainer.loss_types == ["sigmoid", "sppo", "hinge"] and trainer.loss_weights == [2.0, 0.5, 1.0]
 
 
-def test_simpo_logs_its_own_rewards_under_their_own_names(tiny, tmp_path):
+def test_simpo_rewards_have_separate_names(tiny, tmp_path):
     trainer = trainer_of(tiny, tmp_path, loss_type=["simpo"], beta=2.0)
     trainer.precompute_ref_logps = True
     trainer._compute_loss(Fixed(), inputs(), return_outputs=False)
-    found = {k: v[-1] for k, v in trainer._metrics["train"].items()}
-    assert found["simpo/chosen"] == pytest.approx(-3.0) and found["simpo/rejected"] == pytest.approx(-10 / 3)
-    assert found["simpo/accuracies"] == 1
-    assert found["rewards/chosen"] == pytest.approx(2.0) and found["rewards/rejected"] == pytest.approx(-1.0)
+    logged = {k: v[-1] for k, v in trainer._metrics["train"].items()}
+    assert logged["simpo/chosen"] == pytest.approx(-3.0) and logged["simpo/rejected"] == pytest.approx(-10 / 3)
+    assert logged["simpo/accuracies"] == 1
+    assert logged["rewards/chosen"] == pytest.approx(2.0) and logged["rewards/rejected"] == pytest.approx(-1.0)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
-def test_simpo_is_trls_cpo_trainers(smoothing):
+def test_simpo_equals_trl_cpo_trainer(smoothing):
     from trl.experimental.cpo import CPOTrainer
 
     chosen, rejected = torch.randn(7), torch.randn(7)
@@ -115,34 +115,34 @@ def test_simpo_is_trls_cpo_trainers(smoothing):
         alpha=0.0, beta=2.5, simpo_gamma=1.375, loss_type="simpo", label_smoothing=smoothing,
         accelerator=SimpleNamespace(device="cpu"),
     )  # fmt: skip
-    theirs = CPOTrainer.cpo_loss(stub, chosen, rejected)[0]
-    assert torch.allclose(losses.simpo(chosen, rejected, 2.5, 0.55, smoothing), theirs, atol=1e-6)
+    expected = CPOTrainer.cpo_loss(stub, chosen, rejected)[0]
+    assert torch.allclose(losses.simpo(chosen, rejected, 2.5, 0.55, smoothing), expected, atol=1e-6)
 
 
-def test_sppo_with_certain_winners_is_half_of_trls_hard_loss(tiny, tmp_path):
+def test_sppo_with_certain_wins_is_half_of_sppo_hard(tiny, tmp_path):
     rows = [{**row, "win_chosen": 1.0, "win_rejected": 0.0} for row in make_pairs(24)]
-    mine = ours(tiny, "sppo", tmp_path, rows, loss_weights=[2.0])
-    assert_equal(mine, stock(tiny, "sppo_hard", tmp_path, rows))
+    own_steps = ours(tiny, "sppo", tmp_path, rows, loss_weights=[2.0])
+    assert_equal(own_steps, stock(tiny, "sppo_hard", tmp_path, rows))
 
 
 @pytest.mark.parametrize("loss_type", losses.OWN_LOSSES)
-def test_neither_packing_nor_cutting_nor_the_cache_moves_them(loss_type, train, tiny, tmp_path):
+def test_speedups_do_not_change_own_losses(loss_type, train, tiny, tmp_path):
     rows = [{**row, "win_chosen": 0.6 + 0.01 * i, "win_rejected": 0.3} for i, row in enumerate(make_pairs(24))]
     data = write_jsonl(tmp_path / "data" / "train.jsonl", rows).parent
     write_jsonl(data / "test.jsonl", [{**row, "win_chosen": 0.9, "win_rejected": 0.2} for row in make_pairs(8, 100)])
-    found = []
+    figures = []
     for k, flags in enumerate([("--no_shared_prompt", "--no_reference_cache"), (), ("--micro_batch_tokens", "80")]):
         args = train_args(tiny, data, tmp_path / str(k), "--loss_type", loss_type, "--beta", "0.5", *flags)
         code, _, err = train(*args)
         assert code == 0, err
         log = (tmp_path / str(k) / "out" / "r" / "train_log.jsonl").read_text().splitlines()
-        found.append([r[key] for r in map(json.loads, log) if r["split"] == "train" for key in ("loss", "grad_norm")])
-    assert found[1] == pytest.approx(found[0], rel=1e-4, abs=1e-4)
-    assert found[2] == pytest.approx(found[0], rel=1e-4, abs=1e-4)
+        figures.append([r[key] for r in map(json.loads, log) if r["split"] == "train" for key in ("loss", "grad_norm")])
+    assert figures[1] == pytest.approx(figures[0], rel=1e-4, abs=1e-4)
+    assert figures[2] == pytest.approx(figures[0], rel=1e-4, abs=1e-4)
 
 
-def test_the_probabilities_of_sppo_are_used(train, tiny, tmp_path):
-    found = []
+def test_sppo_uses_win_probabilities(train, tiny, tmp_path):
+    figures = []
     for name, win in (("sure", 0.99), ("unsure", 0.51)):
         rows = [{**row, "chosen_probs_win": win, "chosen_probs_lose": 1 - win} for row in make_pairs(8)]
         data = write_jsonl(tmp_path / name / "train.jsonl", rows).parent
@@ -152,12 +152,12 @@ def test_the_probabilities_of_sppo_are_used(train, tiny, tmp_path):
         first = json.loads((tmp_path / name / "out" / "r" / "train_log.jsonl").read_text().splitlines()[0])
         # At step 0 both ratios are 0: the loss is ((P_w - 1/2)^2 + (P_l - 1/2)^2) / (2 beta^2).
         assert first["loss"] == pytest.approx((win - 0.5) ** 2 / 0.01, rel=1e-3)
-        found.append(first["loss"])
-    assert found[0] != found[1]
+        figures.append(first["loss"])
+    assert figures[0] != figures[1]
 
 
 @pytest.mark.parametrize("value", [None, 1.2, "likely", True])
-def test_rows_without_probabilities_are_named_by_sppo_alone(value, train, tiny, tmp_path):
+def test_sppo_needs_win_probabilities(value, train, tiny, tmp_path):
     rows = [{**row, "win_chosen": value, "win_rejected": 0.1} for row in make_pairs(4)]
     data = write_jsonl(tmp_path / "train.jsonl", rows)
     flags = ("--dataset_test_split", "none", "--loss_type")
@@ -177,18 +177,18 @@ def test_rows_without_probabilities_are_named_by_sppo_alone(value, train, tiny, 
         ("sppo", "--label_smoothing", "0.1"),
     ],
 )
-def test_keys_that_would_do_nothing_are_refused(flags, train, tiny, prefs, tmp_path):
+def test_keys_without_effect_are_refused(flags, train, tiny, prefs, tmp_path):
     code, _, err = train(*train_args(tiny, prefs, tmp_path, "--loss_type", *flags))
     assert code == 2
     assert_one_line(err, flags[1])
 
 
-def test_a_simpo_run_is_found_again_by_the_win_rate(train, call, tiny, prefs, tmp_path):
-    """rewards/* in its log are log-ratios as in every run, so that --expected holds, and nothing is warned of."""
+def test_win_rate_reproduces_simpo_log(train, call, tiny, prefs, tmp_path):
+    """rewards/* of a SimPO run are log-ratios as in every run, so --expected accepts its log without a warning."""
     flags = ("--loss_type", "simpo", "--beta", "2", "--eval_strategy", "steps", "--eval_steps", "2")
     code, _, err = train(*train_args(tiny, prefs, tmp_path, *flags, "--max_steps", "2", "--learning_rate", "1e-5"))
     assert code == 0 and "likelihood displacement" not in err, err
     log = tmp_path / "out" / "r" / "train_log.jsonl"
-    where = ("--run_name", "r", "--checkpoints", tmp_path / "ck", "--eval_out", tmp_path / "out")
-    code, out, err = call("eval_win_rate", *where, "--expected", log)
+    folders = ("--run_name", "r", "--checkpoints", tmp_path / "ck", "--eval_out", tmp_path / "out")
+    code, out, err = call("eval_win_rate", *folders, "--expected", log)
     assert code == 0, err

@@ -1,4 +1,4 @@
-"""Every published training recipe, loaded as it stands, runs end to end with a tiny model, and its keys arrive."""
+"""Every published training recipe runs end to end, unchanged, with a tiny model, and its keys arrive."""
 
 import json
 
@@ -28,16 +28,16 @@ def wins(tmp_path_factory):
     return folder
 
 
-def arrived(asked: dict, args: dict) -> None:
-    """Every key of the YAML but those that a small machine must change stands in the run's arguments."""
-    for key in asked.keys() - OVERRIDDEN - DERIVED:
-        wanted = [asked[key]] if key == "loss_type" else asked[key]
-        assert args[key] == wanted, key
+def assert_keys_arrived(recipe: dict, args: dict) -> None:
+    """The run's arguments have every key of the YAML except those that a small machine must change."""
+    for key in recipe.keys() - OVERRIDDEN - DERIVED:
+        expected = [recipe[key]] if key == "loss_type" else recipe[key]
+        assert args[key] == expected, key
     batch = args["per_device_train_batch_size"] * args["gradient_accumulation_steps"]
-    assert batch == args["global_batch_size"] == asked["global_batch_size"]
+    assert batch == args["global_batch_size"] == recipe["global_batch_size"]
 
 
-def run_as_it_stands(run, name, model, data, folder, *more) -> dict:
+def run_recipe(run, name, model, data, folder, *more) -> dict:
     """The run's summary, once the recipe has run for one step."""
     code, out, err = run(
         *("--config", ROOT / "configs" / f"{name}.yaml", "--model_name_or_path", model, "--dataset_name", data),
@@ -50,14 +50,14 @@ def run_as_it_stands(run, name, model, data, folder, *more) -> dict:
 
 
 @pytest.mark.parametrize("name", PREFERENCE)
-def test_a_published_recipe_runs_as_it_stands(name, train, tiny, tiny_gemma2, trained, prefs, wins, tmp_path):
-    asked = yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text())
+def test_published_recipe_runs(name, train, tiny, tiny_gemma2, trained, prefs, wins, tmp_path):
+    recipe = yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text())
     model, data = (tiny_gemma2, wins if name in SPPO else prefs) if "gemma" in name else (tiny, prefs)
     more = ("--dataset_test_split", "test")
-    more += ("--start_adapter", trained / "ck" / "r") if "start_adapter" in asked else ()
-    summary = run_as_it_stands(train, name, model, data, tmp_path, *more)
-    arrived(asked, summary["args"])
-    assert (summary["start"] is not None) == ("start_adapter" in asked)
+    more += ("--start_adapter", trained / "ck" / "r") if "start_adapter" in recipe else ()
+    summary = run_recipe(train, name, model, data, tmp_path, *more)
+    assert_keys_arrived(recipe, summary["args"])
+    assert (summary["start"] is not None) == ("start_adapter" in recipe)
     card = (tmp_path / "ck" / "r" / "README.md").read_text()
     assert ("| 0.4853 | 0.62 | 200 | 0.4640 | -1.0787 |" in card) == (name == "juanako-7b-v1-dpo-2")
     if name == "juanako-7b-v1-dpo-2":
@@ -65,17 +65,17 @@ def test_a_published_recipe_runs_as_it_stands(name, train, tiny, tiny_gemma2, tr
 
 
 @pytest.mark.parametrize("name", SFT)
-def test_a_published_sft_recipe_runs_as_it_stands(name, call, tiny, tmp_path):
+def test_published_sft_recipe_runs(name, call, tiny, tmp_path):
     rows = [{"instruction": f"Say {k}.", "input": "", "output": f"{k}, as you wish."} for k in range(240)]
     data = write_jsonl(tmp_path / "data" / "train.jsonl", rows).parent
-    asked = yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text())
-    summary = run_as_it_stands(lambda *args: call("sft_train_instruction", *args), name, tiny, data, tmp_path)
-    arrived(asked, summary["args"])
+    recipe = yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text())
+    summary = run_recipe(lambda *args: call("sft_train_instruction", *args), name, tiny, data, tmp_path)
+    assert_keys_arrived(recipe, summary["args"])
     assert summary["data"]["test"]["conversations"] == 200 and summary["packing"]["rows"] >= 1
     assert "### Instruction:" in (tmp_path / "ck" / "r" / "chat_template.jinja").read_text()
 
 
-def test_the_recipe_of_sppos_pairs_reaches_the_script_as_it_stands():
+def test_sppo_pairs_recipe_keys_arrive():
     from generate_preference_pairs import PairArguments
     from utils.cli import parse
 
@@ -93,7 +93,7 @@ def test_the_recipe_of_sppos_pairs_reaches_the_script_as_it_stands():
     assert (args.run_name, args.eval_out) == ("gemma-2-9b-it-sppo-iter2-pairs", "eval_out")
 
 
-def test_the_three_iterations_differ_in_nothing_but_where_they_start():
+def test_sppo_iterations_differ_only_in_start():
     texts = [yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text()) for name in SPPO]
     for t, config in enumerate(texts, 1):
         assert config.pop("dataset_name") == f"eval_out/gemma-2-9b-it-sppo-iter{t}-pairs"
@@ -102,18 +102,18 @@ def test_the_three_iterations_differ_in_nothing_but_where_they_start():
     assert texts[0] == texts[1] == texts[2]
 
 
-def test_the_published_table_of_juanako_is_complete():
+def test_juanako_published_table_is_complete():
     from preflab.models.card import PREFERENCE_COLUMNS
     from utils.artifacts import read_published
 
-    found = read_published(ROOT / "configs/published/juanako-7b-v1.yaml", list)
-    assert [row["step"] for row in found["rows"]] == [50, 100, 150, 200, 250, 300, 300]
-    for row in found["rows"]:
+    published = read_published(ROOT / "configs/published/juanako-7b-v1.yaml", list)
+    assert [row["step"] for row in published["rows"]] == [50, 100, 150, 200, 250, 300, 300]
+    for row in published["rows"]:
         assert set(row) >= {key for _, key in PREFERENCE_COLUMNS if key != "train_loss"}
 
 
 @pytest.mark.parametrize("name", [*PREFERENCE, *SFT, "pairs/gemma-2-9b-it-sppo"])
-def test_every_number_of_a_recipe_names_its_source(name):
+def test_recipe_numbers_have_sources(name):
     lines = (ROOT / "configs" / f"{name}.yaml").read_text().splitlines()
     keys = [line for line in lines if line and not line.startswith("#")]
     bare = [line for line in keys if "#" not in line]

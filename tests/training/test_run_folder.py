@@ -1,4 +1,4 @@
-"""Runs that are killed, interrupted or out of room: nothing whole is lost, and resuming gives the unbroken run."""
+"""Killed and interrupted runs, full disks: no complete file is lost; a resumed run equals the uninterrupted one."""
 
 import json
 import os
@@ -40,25 +40,25 @@ def run_args(model, prefs, folder, *extra):
 
 
 @pytest.fixture(scope="module")
-def unbroken(tiny, prefs, tmp_path_factory):
-    """The rows and summary of the run that nothing interrupts."""
-    folder = tmp_path_factory.mktemp("unbroken")
+def uninterrupted(tiny, prefs, tmp_path_factory):
+    """Rows and summary of the run without an interruption."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
     done = subprocess.run([*SCRIPT, *run_args(tiny, prefs, folder)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return log_rows(folder), read_json(folder / "out/r/train.json")
 
 
-def assert_same_run(folder: Path, unbroken) -> None:
-    rows, summary = unbroken
-    found, again = log_rows(folder), read_json(folder / "out/r/train.json")
-    assert [(r["split"], r["step"]) for r in found] == [(r["split"], r["step"]) for r in rows]
-    for a, b in zip(found, rows, strict=True):
+def assert_same_run(folder: Path, uninterrupted) -> None:
+    rows, summary = uninterrupted
+    resumed_rows, resumed = log_rows(folder), read_json(folder / "out/r/train.json")
+    assert [(r["split"], r["step"]) for r in resumed_rows] == [(r["split"], r["step"]) for r in rows]
+    for a, b in zip(resumed_rows, rows, strict=True):
         for key in ("loss", "rewards/margins", "logps/chosen", "grad_norm", "learning_rate"):
             assert a.get(key) == pytest.approx(b.get(key), abs=1e-6), (a["step"], key)
         assert a["num_tokens"] == b["num_tokens"]
     for name, figure in summary["metrics"].items():
-        assert again["metrics"][name]["value"] == pytest.approx(figure["value"], abs=1e-6), name
-    assert again["training"]["num_tokens"] == summary["training"]["num_tokens"]
+        assert resumed["metrics"][name]["value"] == pytest.approx(figure["value"], abs=1e-6), name
+    assert resumed["training"]["num_tokens"] == summary["training"]["num_tokens"]
 
 
 def kill_when(args, condition, number=signal.SIGKILL, timeout=120):
@@ -73,7 +73,7 @@ def kill_when(args, condition, number=signal.SIGKILL, timeout=120):
 
 
 @pytest.mark.parametrize("moment", ["between_saves", "during_a_save", "before_the_first_save"])
-def test_kill_9_and_resume_equal_the_unbroken_run(tiny, prefs, tmp_path, unbroken, moment):
+def test_kill_9_and_resume(tiny, prefs, tmp_path, uninterrupted, moment):
     ck = tmp_path / "ck" / "r"
     condition = {
         "between_saves": lambda: len(log_rows(tmp_path)) >= 5,
@@ -89,19 +89,19 @@ def test_kill_9_and_resume_equal_the_unbroken_run(tiny, prefs, tmp_path, unbroke
         assert "checkpoint-4" in done.stderr
     if moment != "before_the_first_save":
         assert re.search(r"resum.*checkpoint-", done.stdout)
-    assert_same_run(tmp_path, unbroken)
+    assert_same_run(tmp_path, uninterrupted)
 
 
-def test_killed_after_the_last_step_only_the_evaluation_is_done_again(tiny, prefs, tmp_path, unbroken):
+def test_kill_9_after_last_step(tiny, prefs, tmp_path, uninterrupted):
     args = run_args(tiny, prefs, tmp_path)
     code, _, _ = kill_when(args, lambda: is_complete(tmp_path / "ck/r/checkpoint-8"))
     assert code == -signal.SIGKILL
     done = subprocess.run([*SCRIPT, *args], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "checkpoint-8" in done.stdout, done.stderr
-    assert_same_run(tmp_path, unbroken)
+    assert_same_run(tmp_path, uninterrupted)
 
 
-def test_ctrl_c_saves_a_checkpoint_and_says_how_to_go_on(tiny, prefs, tmp_path, unbroken):
+def test_ctrl_c_saves_a_checkpoint(tiny, prefs, tmp_path, uninterrupted):
     args = run_args(tiny, prefs, tmp_path, "--save_steps", 100)
     code, out, err = kill_when(args, lambda: len(log_rows(tmp_path)) >= 3, signal.SIGINT)
     assert code == 130 and "--overwrite" in out and "Traceback" not in err, err
@@ -109,10 +109,10 @@ def test_ctrl_c_saves_a_checkpoint_and_says_how_to_go_on(tiny, prefs, tmp_path, 
     assert is_complete(checkpoint)
     done = subprocess.run([*SCRIPT, *args], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and str(checkpoint) in done.stdout, done.stderr
-    assert_same_run(tmp_path, unbroken)
+    assert_same_run(tmp_path, uninterrupted)
 
 
-def test_resume_from_a_named_checkpoint(train, tiny, prefs, tmp_path):
+def test_resume_from_named_checkpoint(train, tiny, prefs, tmp_path):
     args = run_args(tiny, prefs, tmp_path, "--save_total_limit", 5)
     code, _, _ = kill_when(args, lambda: is_complete(tmp_path / "ck/r/checkpoint-4"))
     named = tmp_path / "ck/r/checkpoint-2"
@@ -121,7 +121,7 @@ def test_resume_from_a_named_checkpoint(train, tiny, prefs, tmp_path):
     assert [r["step"] for r in log_rows(tmp_path) if r["split"] == "train"] == list(range(1, 9))
 
 
-def test_resume_refuses_what_is_no_whole_checkpoint_and_changed_data(train, tiny, prefs, tmp_path):
+def test_resume_refuses_bad_path_and_changed_data(train, tiny, prefs, tmp_path):
     data = tmp_path / "data"
     shutil.copytree(prefs, data)
     args = run_args(tiny, data, tmp_path)
@@ -137,8 +137,8 @@ def test_resume_refuses_what_is_no_whole_checkpoint_and_changed_data(train, tiny
 
 
 @pytest.mark.parametrize("limit_kib", [1500])
-def test_a_full_disk_is_one_line_and_keeps_what_is_whole(tiny, prefs, tmp_path, limit_kib):
-    """Under a file-size limit the optimiser state cannot be written: the error is told, earlier files stay."""
+def test_file_size_limit(tiny, prefs, tmp_path, limit_kib):
+    """Under a file-size limit the optimizer state cannot be written: one error line, earlier files are kept."""
 
     def small_files():
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit_kib * 1024, limit_kib * 1024))
@@ -154,7 +154,7 @@ def test_a_full_disk_is_one_line_and_keeps_what_is_whole(tiny, prefs, tmp_path, 
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small filesystem needs root")
-def test_a_really_full_filesystem(tiny, prefs, tmp_path):
+def test_full_filesystem(tiny, prefs, tmp_path):
     mount = tmp_path / "small"
     mount.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(mount)], capture_output=True).returncode:
@@ -169,7 +169,7 @@ def test_a_really_full_filesystem(tiny, prefs, tmp_path):
         subprocess.run(["umount", str(mount)], check=True)
 
 
-def test_out_of_memory_says_what_to_lower(tiny, prefs, tmp_path):
+def test_out_of_memory_names_flags(tiny, prefs, tmp_path):
     code = (
         "import sys; from utils.errors import run; import preflab.training.dpo_trainer as t; import torch\n"
         "t.ResumableDPOTrainer.train = lambda self, **k: torch.empty(1 << 50)\n"
@@ -182,7 +182,7 @@ def test_out_of_memory_says_what_to_lower(tiny, prefs, tmp_path):
     assert_one_line(done.stderr, "out of memory", "--per_device_train_batch_size", "--max_length")
 
 
-def test_whole_and_half_written_checkpoints(tmp_path, capsys):
+def test_incomplete_checkpoints_are_skipped(tmp_path, capsys):
     for step in (2, 4, 6):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
@@ -197,7 +197,7 @@ def test_whole_and_half_written_checkpoints(tmp_path, capsys):
     assert checkpoint_to_resume(run, "never") is None
 
 
-def test_atomic_write_never_leaves_half_a_file(tmp_path):
+def test_atomic_write(tmp_path):
     path = tmp_path / "a.json"
     write_json(path, {"x": float("nan"), "y": 1})
     assert json.loads(path.read_text()) == {"x": None, "y": 1}
@@ -211,7 +211,7 @@ def test_atomic_write_never_leaves_half_a_file(tmp_path):
     assert json.loads(path.read_text())["y"] == 1 and list(tmp_path.iterdir()) == [path]
 
 
-def test_row_file_drops_a_cut_off_line(tmp_path):
+def test_row_file_drops_truncated_line(tmp_path):
     rows = RowFile(tmp_path / "rows.jsonl")
     for i in range(3):
         rows.append({"i": i})
@@ -222,7 +222,7 @@ def test_row_file_drops_a_cut_off_line(tmp_path):
     assert rows.path.read_text() == '{"i": 0}\n{"i": 1}\n'
 
 
-def test_row_file_survives_odd_text_and_a_cut_line(tmp_path):
+def test_row_file_line_separators(tmp_path):
     rows = RowFile(tmp_path / "rows.jsonl")
     for text in ("a\u2028b", "c\nd\x85e"):
         rows.append({"text": text})
@@ -238,8 +238,8 @@ def claim_here(tmp_path, beta=0.1, resume="auto", overwrite=False):
     return run
 
 
-def test_a_name_stays_free_until_something_is_trained(tmp_path):
-    """The mend that an error names (another flag) must work: the failed first try does not own the name."""
+def test_failed_first_try_does_not_claim_name(tmp_path):
+    """A failed first try does not own the name, so another flag, the fix that its error names, works."""
     claim_here(tmp_path)
     run = claim_here(tmp_path, beta=0.2)
     RowFile(run.results / "train_log.jsonl").append({"step": 1})
@@ -248,15 +248,15 @@ def test_a_name_stays_free_until_something_is_trained(tmp_path):
     assert claim_here(tmp_path, beta=0.2).weights == run.weights
 
 
-def test_results_without_weights_are_made_anew_by_the_same_run_alone(tmp_path):
-    """A fresh clone holds eval_out/quickstart but no checkpoints."""
+def test_results_without_weights(tmp_path):
+    """Only the same run may replace results whose weights are missing."""
     write_json(tmp_path / "out/r/train.json", {"args": {"beta": 0.1}})
     with pytest.raises(UserError, match="beta 0.1 -> 0.2"):
         claim_here(tmp_path, beta=0.2)
     assert not claim_here(tmp_path).finished and not (tmp_path / "out/r/train.json").exists()
 
 
-def test_overwrite_deletes_runs_and_nothing_else(tmp_path):
+def test_overwrite_keeps_foreign_files(tmp_path):
     (tmp_path / "out/r").mkdir(parents=True)
     (tmp_path / "out/r/thesis.txt").write_text("mine")
     with pytest.raises(UserError, match="out/r"):
@@ -266,7 +266,7 @@ def test_overwrite_deletes_runs_and_nothing_else(tmp_path):
         claim_here(tmp_path, resume=str(tmp_path / "ck/r/checkpoint-4"), overwrite=True)
 
 
-def test_two_processes_cannot_train_one_run(tmp_path):
+def test_run_is_locked(tmp_path):
     run = claim_run("r", str(tmp_path / "ck"), str(tmp_path / "out"), {"batch": 4}, "auto", False)
     code = (
         "from preflab.training.run_folder import claim_run; import sys; from utils.errors import run\n"
@@ -280,7 +280,7 @@ def test_two_processes_cannot_train_one_run(tmp_path):
     assert subprocess.run(command, cwd=ROOT).returncode == 0
 
 
-def test_another_runs_checkpoint_is_not_resumed(tmp_path):
+def test_checkpoint_of_another_run_is_refused(tmp_path):
     other = tmp_path / "other" / "checkpoint-2"
     other.mkdir(parents=True)
     write_manifest(other, step=2)
@@ -288,7 +288,7 @@ def test_another_runs_checkpoint_is_not_resumed(tmp_path):
         checkpoint_to_resume(RunFolders("r", tmp_path / "r", tmp_path), str(other))
 
 
-def test_what_an_out_of_memory_error_advises_may_change_on_resume(train, tiny, prefs, tmp_path):
+def test_batch_split_may_change_on_resume(train, tiny, prefs, tmp_path):
     args = run_args(tiny, prefs, tmp_path)
     kill_when(args, lambda: is_complete(tmp_path / "ck/r/checkpoint-4"))
     smaller = ("--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 4)
@@ -297,13 +297,13 @@ def test_what_an_out_of_memory_error_advises_may_change_on_resume(train, tiny, p
     assert [r["step"] for r in log_rows(tmp_path) if r["split"] == "train"] == list(range(1, 9))
 
 
-def test_a_loss_that_is_no_number_stops_the_run(train, tiny, prefs, tmp_path):
+def test_nan_loss_stops_run(train, tiny, prefs, tmp_path):
     code, _, err = train(*run_args(tiny, prefs, tmp_path, "--learning_rate", "1e38"))
     assert code == 2
     assert_one_line(err, "loss at step", "--learning_rate")
 
 
-def test_latest_run_is_the_one_that_finished_last(tmp_path):
+def test_latest_run_finished_last(tmp_path):
     with pytest.raises(UserError, match=r"bash quickstart\.sh"):
         latest_run(tmp_path)
     for age, (name, finished) in enumerate([("newest", False), ("b", True), ("a", True)]):

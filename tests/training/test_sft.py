@@ -52,8 +52,8 @@ def sft(call):
 
 
 def log(folder, split="train") -> list[dict]:
-    found = [json.loads(line) for line in (folder / "out/r/train_log.jsonl").read_text().splitlines()]
-    return [row for row in found if row["split"] == split]
+    rows = [json.loads(line) for line in (folder / "out/r/train_log.jsonl").read_text().splitlines()]
+    return [row for row in rows if row["split"] == split]
 
 
 # ----------------------------------------------------------------------------------------------------------------- TRL
@@ -106,20 +106,20 @@ def ours(folder, path, tmp_path, loss_on="responses", **extra) -> list[dict]:
 
 
 @pytest.mark.parametrize("loss_on", ["responses", "everything"])
-def test_it_trains_as_stock_trl(loss_on, tiny, tmp_path):
+def test_sft_matches_stock_trl(loss_on, tiny, tmp_path):
     pairs = make_pairs(30)
     path = write_jsonl(tmp_path / "x.jsonl", [{"messages": r["chosen"]} for r in pairs])
     if loss_on == "responses":
-        theirs = [{"prompt": r["chosen"][:1], "completion": r["chosen"][1:]} for r in pairs]
+        stock_rows = [{"prompt": r["chosen"][:1], "completion": r["chosen"][1:]} for r in pairs]
     else:
-        theirs = [{"messages": r["chosen"]} for r in pairs]
-    for a, b in zip(ours(tiny, path, tmp_path, loss_on), stock(tiny, theirs), strict=True):
+        stock_rows = [{"messages": r["chosen"]} for r in pairs]
+    for a, b in zip(ours(tiny, path, tmp_path, loss_on), stock(tiny, stock_rows), strict=True):
         for key in KEYS:
             assert a[key] == pytest.approx(b[key], abs=1e-4, rel=1e-4), (a["step"], key)
 
 
 @pytest.mark.parametrize("kind", ["tiny", "tiny_gemma2"])
-def test_a_packed_conversation_sees_nothing_of_its_neighbours(kind, request, tmp_path):
+def test_packed_conversations_do_not_interact(kind, request, tmp_path):
     """One packed batch of all rows against the rows one by one: the same loss and the same gradients."""
     folder = request.getfixturevalue(kind)
     path = write_jsonl(tmp_path / "x.jsonl", [{"messages": r["chosen"]} for r in make_pairs(12)])
@@ -133,7 +133,7 @@ def test_a_packed_conversation_sees_nothing_of_its_neighbours(kind, request, tmp
             assert packed[0][key] == pytest.approx(other[0][key], rel=1e-4), key
 
 
-def test_scores_are_the_models_own_and_know_no_batch(tiny, tmp_path):
+def test_scores_do_not_depend_on_batch(tiny, tmp_path):
     path = write_jsonl(tmp_path / "x.jsonl", [{"messages": r["chosen"]} for r in make_pairs(7)])
     tokenizer = load_tokenizer(str(tiny))
     ids, _ = tokenize(load_conversations([{"name": str(path), "split": "train"}]), tokenizer, "responses", None)
@@ -146,21 +146,21 @@ def test_scores_are_the_models_own_and_know_no_batch(tiny, tmp_path):
         )  # fmt: skip
         return trainer.score(ids), trainer.score(ids, [5, 2])
 
-    found, some = scored(3)
+    all_scores, two_scores = scored(3)
     model = load_model(str(tiny)).eval()
-    for row, nll in zip(ids, found, strict=True):
+    for row, nll in zip(ids, all_scores, strict=True):
         labels = torch.tensor([row["labels"]])
         with torch.no_grad():
             mean = model(input_ids=torch.tensor([row["input_ids"]]), labels=labels).loss
         assert nll == pytest.approx(mean.item() * (labels[0, 1:] != -100).sum().item(), rel=1e-5)
-    assert some == pytest.approx([found[5], found[2]], rel=1e-6)
-    assert scored(1)[0] == pytest.approx(found, rel=1e-5)
+    assert two_scores == pytest.approx([all_scores[5], all_scores[2]], rel=1e-6)
+    assert scored(1)[0] == pytest.approx(all_scores, rel=1e-5)
 
 
 # -------------------------------------------------------------------------------------------------------------- script
 
 
-def test_a_run_writes_everything_it_promises(sft, call, tiny, rows, tmp_path):
+def test_run_writes_all_artifacts(sft, call, tiny, rows, tmp_path):
     code, out, err = sft(*sft_args(tiny, rows, tmp_path, "--eval_strategy", "steps", "--eval_steps", 2))
     assert code == 0, err
     folder, weights = tmp_path / "out/r", tmp_path / "ck/r"
@@ -189,8 +189,8 @@ def test_a_run_writes_everything_it_promises(sft, call, tiny, rows, tmp_path):
 
     # The run can be evaluated, on pairs that are named.
     test = write_jsonl(tmp_path / "pairs.jsonl", make_pairs(6, 300))
-    where = ("--run_name", "r", "--checkpoints", tmp_path / "ck", "--eval_out", tmp_path / "out")
-    code, out, err = call("eval_win_rate", *where, "--dataset_name", test)
+    folders = ("--run_name", "r", "--checkpoints", tmp_path / "ck", "--eval_out", tmp_path / "out")
+    code, out, err = call("eval_win_rate", *folders, "--dataset_name", test)
     assert code == 0 and "6 held-out pairs" in out, err
     # Finished, it is not trained again.
     code, out, _ = sft(*sft_args(tiny, rows, tmp_path, "--eval_strategy", "steps", "--eval_steps", 2))
@@ -206,7 +206,7 @@ def test_a_run_writes_everything_it_promises(sft, call, tiny, rows, tmp_path):
         ("--chat_template_path", ROOT / "configs/templates/alpaca.jinja", "--test_rows", "0"),
     ],
 )
-def test_ways_of_training(flags, sft, tiny, rows, tmp_path):
+def test_training_modes(flags, sft, tiny, rows, tmp_path):
     code, out, err = sft(*sft_args(tiny, rows, tmp_path, "--max_steps", 2, "--sample_prompts", 1, *flags))
     assert code == 0 and len(log(tmp_path)) == 2, err
     summary = read_json(tmp_path / "out/r/train.json")
@@ -222,7 +222,7 @@ def test_ways_of_training(flags, sft, tiny, rows, tmp_path):
     assert ("packed rows" in out) == ("--packing" in flags)
 
 
-def test_an_interrupted_run_goes_on_with_the_same_losses(sft, tiny, rows, tmp_path):
+def test_resume_gives_the_same_losses(sft, tiny, rows, tmp_path):
     code, _, err = sft(*sft_args(tiny, rows, tmp_path / "whole", "--save_steps", 2))
     assert code == 0, err
 
@@ -231,13 +231,13 @@ def test_an_interrupted_run_goes_on_with_the_same_losses(sft, tiny, rows, tmp_pa
         assert code == 130
     code, out, err = sft(*sft_args(tiny, rows, tmp_path / "cut", "--save_steps", 2))
     assert code == 0 and "checkpoint-" in out, err
-    whole, cut = log(tmp_path / "whole"), log(tmp_path / "cut")
-    assert [r["step"] for r in cut] == [1, 2, 3, 4]
-    for a, b in zip(whole, cut, strict=True):
+    uninterrupted, resumed = log(tmp_path / "whole"), log(tmp_path / "cut")
+    assert [r["step"] for r in resumed] == [1, 2, 3, 4]
+    for a, b in zip(uninterrupted, resumed, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-6) and a["num_tokens"] == b["num_tokens"]
-    both = [read_json(tmp_path / w / "out/r/train.json")["metrics"] for w in ("whole", "cut")]
+    metrics = [read_json(tmp_path / w / "out/r/train.json")["metrics"] for w in ("whole", "cut")]
     for key in ("heldout_ppl_base", "heldout_ppl_tuned"):
-        assert both[0][key]["value"] == pytest.approx(both[1][key]["value"], rel=1e-5)
+        assert metrics[0][key]["value"] == pytest.approx(metrics[1][key]["value"], rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -256,7 +256,7 @@ def test_an_interrupted_run_goes_on_with_the_same_losses(sft, tiny, rows, tmp_pa
         (("--published", "nowhere.yaml"), ("nowhere.yaml",)),
     ],
 )
-def test_bad_input_is_one_line(flags, words, sft, tiny, rows, tmp_path):
+def test_bad_input(flags, words, sft, tiny, rows, tmp_path):
     if flags[:2] == ("--packing", "--max_length"):
         (tmp_path / "c.yaml").write_text("max_length: null\npacking: true\n")
         args = sft_args(tiny, rows, tmp_path)
@@ -268,7 +268,7 @@ def test_bad_input_is_one_line(flags, words, sft, tiny, rows, tmp_path):
     assert_one_line(err, *words)
 
 
-def test_unusable_rows_are_named(sft, tiny, tmp_path):
+def test_unusable_rows(sft, tiny, tmp_path):
     data = write_jsonl(tmp_path / "x.jsonl", [{"instruction": "a", "output": "b"}, {"a": 1}])
     code, _, err = sft(*sft_args(tiny, data, tmp_path))
     assert code == 2
@@ -276,7 +276,7 @@ def test_unusable_rows_are_named(sft, tiny, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_single_process_run(tiny, rows, tmp_path):
+def test_two_processes_equal_one(tiny, rows, tmp_path):
     import os
     import subprocess
     import sys
@@ -300,26 +300,26 @@ def test_two_processes_give_the_single_process_run(tiny, rows, tmp_path):
 # ------------------------------------------------------------------------------------------------------------- figures
 
 
-def test_held_out_figures_by_hand():
+def test_held_out_metrics_by_hand():
     import math
 
     rows = [
         {"nll_base": 6.0, "nll_tuned": 3.0, "tokens": 3, "bytes": 10},
         {"nll_base": 2.0, "nll_tuned": 2.0, "tokens": 1, "bytes": 5},
     ]
-    found = heldout_metrics(rows)
-    assert found["heldout_ppl_base"]["value"] == pytest.approx(math.exp(8 / 4))
-    assert found["heldout_ppl_tuned"]["value"] == pytest.approx(math.exp(5 / 4))
-    assert found["heldout_nll_difference"]["value"] == pytest.approx(-0.75)
-    assert found["heldout_bits_per_byte_tuned"]["value"] == pytest.approx(5 / math.log(2) / 15)
-    alone = heldout_metrics([{**row, "nll_base": None} for row in rows])
-    assert "heldout_ppl_base" not in alone and alone["heldout_ppl_tuned"] == found["heldout_ppl_tuned"]
+    metrics = heldout_metrics(rows)
+    assert metrics["heldout_ppl_base"]["value"] == pytest.approx(math.exp(8 / 4))
+    assert metrics["heldout_ppl_tuned"]["value"] == pytest.approx(math.exp(5 / 4))
+    assert metrics["heldout_nll_difference"]["value"] == pytest.approx(-0.75)
+    assert metrics["heldout_bits_per_byte_tuned"]["value"] == pytest.approx(5 / math.log(2) / 15)
+    tuned_only = heldout_metrics([{**row, "nll_base": None} for row in rows])
+    assert "heldout_ppl_base" not in tuned_only and tuned_only["heldout_ppl_tuned"] == metrics["heldout_ppl_tuned"]
 
 
 @pytest.mark.parametrize(("shift", "said"), [(-0.5, "helped"), (0.5, "hurt"), (0.0, "No claim")])
-def test_the_claim_follows_interval_and_test(shift, said):
+def test_verdict_needs_interval_and_test(shift, verdict):
     rows = [
         {"nll_base": 10.0 + k, "nll_tuned": 10.0 + k + 5 * shift + 0.01 * (-1) ** k, "tokens": 5, "bytes": 20}
         for k in range(12)
     ]
-    assert said in verdict_of(heldout_metrics(rows))[1]
+    assert verdict in verdict_of(heldout_metrics(rows))[1]
