@@ -2,24 +2,24 @@
 
     python benchmarks/cost_growth.py --data HuggingFaceH4/ultrafeedback_binarized --split train_prefs
 
-Runs this project's way of benchmarks/train_throughput.py at each --lengths and each --processes, one after the other,
-8 pairs a step whatever the number of processes; writes a table to --json and a picture to --png. Every further flag is
-train_throughput.py's own.
+Runs this project's side of benchmarks/train_throughput.py for every combination of --lengths and --processes, always
+with 8 pairs per step. Prints a table, writes it to --json and draws a figure to --png. The other flags are those of
+train_throughput.py.
 """
 
 import json
 import subprocess
 import sys
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.cli import option, quick_help
+from utils.cli import option
 from utils.errors import UserError, run
+from utils.stage import start
 
-PAIRS_A_STEP = 8
+PAIRS_PER_STEP = 8
 SCRIPT = Path(__file__).with_name("train_throughput.py")
 
 
@@ -31,7 +31,7 @@ class GrowthArguments:
     processes: list[int] = field(default_factory=lambda: [1, 2], metadata={"help": "Numbers of processes."})
     data: str = option("Preference data in any format of the training script.", "data/quickstart_prefs")
     split: str = option("Split of --data.", "train")
-    steps: int = option("Timed optimiser steps of a run; one more comes before them.", 2)
+    steps: int = option("Timed optimizer steps per run, after one untimed step.", 2)
     dtype: str = option("float32 or bfloat16.", "float32", choices=["float32", "bfloat16"])
     device: str = option("cpu or cuda.", "cpu", choices=["cpu", "cuda"])
     model: str = option("As in train_throughput.py.", "builtin:smollm2-135m-instruct")
@@ -41,16 +41,16 @@ class GrowthArguments:
 
 
 def measure(args, length: int, processes: int) -> dict:
-    """One run of this project's way: what train_throughput.py prints for it."""
+    """One run of this project's trainer: the figures that train_throughput.py prints."""
     launch = [sys.executable]
     if processes > 1:
         kind = "cpu_2proc" if args.device == "cpu" else "multi_gpu"
         config = SCRIPT.parent.parent / "configs" / "accelerate" / f"{kind}.yaml"
         launch += ["-m", "accelerate.commands.launch", "--config_file", str(config), "--num_processes", str(processes)]
-    asked = {"max_length": length, "batch": 1, "accumulation": PAIRS_A_STEP // processes, "way": "ours"}
-    asked |= {key: getattr(args, key) for key in ("data", "split", "steps", "dtype", "device", "model")}
-    asked["micro_batch_tokens"] = args.micro_batch_tokens
-    flags = [word for key, value in asked.items() for word in (f"--{key}", str(value))]
+    settings = {"max_length": length, "batch": 1, "accumulation": PAIRS_PER_STEP // processes, "way": "ours"}
+    settings |= {key: getattr(args, key) for key in ("data", "split", "steps", "dtype", "device", "model")}
+    settings["micro_batch_tokens"] = args.micro_batch_tokens
+    flags = [part for key, value in settings.items() for part in (f"--{key}", str(value))]
     done = subprocess.run([*launch, str(SCRIPT), *flags], capture_output=True, text=True)
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not lines:
@@ -60,15 +60,15 @@ def measure(args, length: int, processes: int) -> dict:
 
 
 def draw(path, rows: list[dict], title: str) -> None:
-    """Speed and peak memory over the longest sequence, a line for each number of processes."""
+    """Draw speed and peak memory over the longest sequence, one line per number of processes."""
     from utils.plots import CHOSEN, REJECTED, figure, save
 
     fig, axes = figure(1, 2, title)
     for processes, colour in zip(sorted({r["processes"] for r in rows}), (CHOSEN, REJECTED, "#3d405b"), strict=False):
-        mine = [r for r in rows if r["processes"] == processes]
+        own_rows = [r for r in rows if r["processes"] == processes]
         for ax, key in zip(axes, ("pairs_per_second", "peak_memory_gib"), strict=True):
             label = f"{processes} process{'es' if processes > 1 else ''}"
-            ax.plot([r["max_length"] for r in mine], [r[key] for r in mine], "o-", color=colour, label=label)
+            ax.plot([r["max_length"] for r in own_rows], [r[key] for r in own_rows], "o-", color=colour, label=label)
     for ax, name, unit in zip(axes, ("speed", "peak memory"), ("pairs per second", "GiB, of rank 0"), strict=True):
         ax.set(title=name, xlabel="max_length, tokens", ylabel=unit, ylim=(0, None), xscale="log")
         ax.set_xticks(
@@ -80,45 +80,41 @@ def draw(path, rows: list[dict], title: str) -> None:
 
 
 def main():
-    quick_help(__doc__, runs_bare=True)
+    stage, args = start("cost_growth", __doc__, GrowthArguments)
 
     from utils.artifacts import write_json
-    from utils.cli import parse
-    from utils.distributed import quiet_libraries
     from utils.provenance import run_record
     from utils.tables import markdown_table
 
-    quiet_libraries()
-    (args,) = parse((GrowthArguments,))
     for n in args.processes:
-        if n < 1 or PAIRS_A_STEP % n:
-            raise UserError(f"--processes {n}: must divide the {PAIRS_A_STEP} pairs of a step")
-    started, rows = time.monotonic(), []
+        if n < 1 or PAIRS_PER_STEP % n:
+            raise UserError(f"--processes {n}: must divide the {PAIRS_PER_STEP} pairs per step")
+    rows = []
     for processes in args.processes:
         for length in args.lengths:
-            one = measure(args, length, processes)
+            figures = measure(args, length, processes)
             rows.append(
                 {
                     "processes": processes,
                     "max_length": length,
-                    "pairs_per_second": one["pairs"] / one["seconds"],
-                    "tokens_per_second": one["tokens"] / one["seconds"],
-                    "tokens_a_pair": one["tokens"] / one["pairs"],
-                    "peak_memory_gib": max(one["peak_memory_gib"].values()),
+                    "pairs_per_second": figures["pairs"] / figures["seconds"],
+                    "tokens_per_second": figures["tokens"] / figures["seconds"],
+                    "tokens_a_pair": figures["tokens"] / figures["pairs"],
+                    "peak_memory_gib": max(figures["peak_memory_gib"].values()),
                 }
             )
             speed = rows[-1]["pairs_per_second"]
             print(f"{processes} processes, max_length {length}: {speed:.3f} pairs/s", file=sys.stderr)
-    cells = [("processes", "max_length", "tokens a pair", "pairs/s", "tokens/s", "peak GiB of rank 0")]
+    cells = [("processes", "max_length", "tokens per pair", "pairs/s", "tokens/s", "peak GiB of rank 0")]
     for r in rows:
         speed = (f"{r['tokens_a_pair']:.0f}", f"{r['pairs_per_second']:.3f}", f"{r['tokens_per_second']:.0f}")
         cells.append((str(r["processes"]), str(r["max_length"]), *speed, f"{r['peak_memory_gib']:.2f}"))
     print(markdown_table(cells))
-    title = f"DPO training of {args.model}, {args.dtype}, {PAIRS_A_STEP} pairs a step"
+    title = f"DPO training of {args.model}, {args.dtype}, {PAIRS_PER_STEP} pairs per step"
     if args.png:
         draw(args.png, rows, title)
     if args.json:
-        write_json(args.json, {"rows": rows, "args": args.__dict__, "run": run_record(42, time.monotonic() - started)})
+        write_json(args.json, {"rows": rows, "args": args.__dict__, "run": run_record(42, stage.seconds)})
 
 
 if __name__ == "__main__":

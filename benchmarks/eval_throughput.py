@@ -1,17 +1,17 @@
-"""How fast are scoring and generation, beside plain loops that take one row at a time?
+"""How fast are scoring and generation, compared with plain loops over single rows?
 
     python benchmarks/eval_throughput.py                                     # the quickstart run, 40 pairs
     python benchmarks/eval_throughput.py --run_name NAME --pairs 200 [--dataset_name ID --split NAME ...]
 
-The plain loops are what a reader would write first. Scoring: for each answer one forward of base and one of tuned over
-prompt and answer, log_softmax of all logits, the answer's entries summed. Generation: model.generate, greedily, prompt
-by prompt, --max_new_tokens each. The ways take turns, `--rounds` times. Prints tokens a second of each, the ratio with
-its spread over rounds, and the largest difference of a sum; --json FILE writes them. --profile runs each way of scoring
-once more and tells its matrix products' share of the time, how many operations they are, and at which share of the
-machine's own rate they run: what is left to be gained.
+The plain loops are the simplest implementation. Scoring: for each answer one forward of base and one of tuned over
+prompt and answer, log_softmax of all logits, the answer's entries summed. Generation: greedy model.generate, prompt by
+prompt, --max_new_tokens each. The implementations alternate, --rounds times. Prints tokens per second of each, the
+ratio with its range over rounds, and the largest difference of a sum; --json FILE writes them. --profile runs each way
+of scoring once more and prints its matrix products' share of the time, their number of operations, and their rate
+relative to the machine's: the remaining potential.
 
-Tokens are those of the plain loop: what ours need not compute counts as work done. The third way of scoring does more
-than the loop: whole texts, and KL over the vocabulary.
+Tokens are counted as in the plain loop, so computation that is avoided counts as done. The third way of scoring does
+more than the loop: full texts, and KL over the vocabulary.
 """
 
 import sys
@@ -22,8 +22,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from preflab.evaluation.arguments import ComparisonArguments
-from utils.cli import option, quick_help
+from utils.cli import option
 from utils.errors import UserError, run
+from utils.stage import start
 
 
 @dataclass
@@ -31,10 +32,10 @@ class BenchmarkArguments:
     """Keys of this benchmark."""
 
     pairs: int = option("Held-out pairs to score.", 40)
-    prompts: int = option("Held-out prompts to answer; 0 leaves generation out.", 16)
-    max_new_tokens: int = option("Tokens of an answer.", 64)
-    rounds: int = option("Times that each way is timed, in turns.", 3)
-    profile: bool = option("Also tell where the time of each way of scoring goes.", False)
+    prompts: int = option("Held-out prompts to answer; 0 skips generation.", 16)
+    max_new_tokens: int = option("Tokens per answer.", 64)
+    rounds: int = option("Timed runs of each implementation.", 3)
+    profile: bool = option("Also profile each way of scoring.", False)
     json: str | None = option("Write the figures here.")
 
 
@@ -42,7 +43,7 @@ def plain_loop(models, sequences):
     """[base, tuned] summed log-probability of each sequence's answer, one row at a time."""
     import torch
 
-    found = []
+    sums = []
     with torch.inference_mode():
         for s in sequences:
             ids = torch.tensor([s.ids], device=models.device)
@@ -51,36 +52,36 @@ def plain_loop(models, sequences):
                 with models.side(side) as model:
                     logps = model(input_ids=ids, use_cache=False).logits[0, :-1].float().log_softmax(-1)
                 row.append(logps.gather(1, ids[0, 1:, None])[s.start - 1 :, 0].sum().item())
-            found.append(row)
-    return found
+            sums.append(row)
+    return sums
 
 
 def batched(models, sequences, args):
-    """The same from preflab.evaluation.logprob_scoring, in the batches that the evaluation scripts take."""
+    """The same from preflab.evaluation.logprob_scoring, in the batches of the evaluation scripts."""
     from preflab.evaluation.logprob_scoring import batches_of, score_batch, units_of
 
-    found = [None] * len(sequences)
+    sums = [None] * len(sequences)
     for batch in batches_of(units_of([s.ids for s in sequences], models.shares_prompts), args):
         for i, scores in zip(batch, score_batch(models, [sequences[i] for i in batch]), strict=True):
-            found[i] = [float(scores.base.sum()), float(scores.tuned.sum())]
-    return found
+            sums[i] = [float(scores.base.sum()), float(scores.tuned.sum())]
+    return sums
 
 
 def plain_answers(models, prompts, limit):
-    """Greedy answers of the tuned model, one prompt at a time: their token counts."""
+    """Token counts of the tuned model's greedy answers, one prompt at a time."""
     import torch
 
     from preflab.data.chat_template import ChatRenderer
 
-    chat, found = ChatRenderer(models.tokenizer), []
+    chat, counts = ChatRenderer(models.tokenizer), []
     with torch.inference_mode(), models.tuned() as model:
         for messages in prompts:
             ids = torch.tensor(chat.ids([chat.prompt_text(messages)]), device=models.device)
             settings = dict(do_sample=False, max_new_tokens=limit, eos_token_id=sorted(chat.end_ids()))
             new = model.generate(ids, pad_token_id=models.tokenizer.pad_token_id, **settings)
-            # As preflab.models.generation counts: without the token that ends the turn.
-            found.append(new.shape[1] - ids.shape[1] - (int(new[0, -1]) in chat.end_ids()))
-    return found
+            # Without the token that ends the turn, as preflab.models.generation counts.
+            counts.append(new.shape[1] - ids.shape[1] - (int(new[0, -1]) in chat.end_ids()))
+    return counts
 
 
 def batched_answers(models, prompts, limit):
@@ -88,12 +89,12 @@ def batched_answers(models, prompts, limit):
     from preflab.models.generation import generate
 
     with models.tuned() as model:
-        found = sorted(generate(model, models.tokenizer, prompts, limit), key=lambda answer: answer["index"])
-    return [answer["tokens"] for answer in found]
+        answers = sorted(generate(model, models.tokenizer, prompts, limit), key=lambda answer: answer["index"])
+    return [answer["tokens"] for answer in answers]
 
 
-def in_turns(ways: dict, rounds: int) -> tuple[dict, dict]:
-    """(seconds of each round, last result) of each way; the second round begins with the last way, and so on."""
+def alternate(ways: dict, rounds: int) -> tuple[dict, dict]:
+    """(seconds by round, last result) of each way. Every second round reverses the order, so that none is favoured."""
     seconds, results = {name: [] for name in ways}, {}
     for number in range(rounds):
         for name in list(ways)[:: -1 if number % 2 else 1]:
@@ -104,14 +105,14 @@ def in_turns(ways: dict, rounds: int) -> tuple[dict, dict]:
 
 
 def profiled(way, rate: float) -> dict:
-    """Shares of the time of one run: matrix products, attention, the rest; the products' operations and their rate."""
+    """Profile one run: time shares of matrix products and attention, the products' operations and their rate."""
     from torch.profiler import ProfilerActivity, profile
 
-    from benchmarks.profile import kind_of
+    from benchmarks.operation_times import kind_of
 
-    with profile(activities=[ProfilerActivity.CPU], with_flops=True) as seen:
+    with profile(activities=[ProfilerActivity.CPU], with_flops=True) as profiler:
         way()
-    events = seen.key_averages()
+    events = profiler.key_averages()
     total = sum(e.self_cpu_time_total for e in events)
     products = [e for e in events if kind_of(e.key) == "matrix products"]
     seconds, operations = sum(e.self_cpu_time_total for e in products) / 1e6, sum(e.flops for e in products)
@@ -125,93 +126,89 @@ def profiled(way, rate: float) -> dict:
     }
 
 
-def tell_profile(found: dict, rate: float) -> None:
-    """Print what `profiled` found of every way, against the first of them."""
-    plain = next(iter(found.values()))
-    print(f"where the time goes (this machine multiplies at {rate / 1e9:.0f} GFLOP/s)")
-    for name, m in found.items():
+def print_profiles(profiles: dict, rate: float) -> None:
+    """Print the results of `profiled` by way; operations are relative to the first one's."""
+    plain = next(iter(profiles.values()))
+    print(f"profile (this machine's rate of matrix products: {rate / 1e9:.0f} GFLOP/s)")
+    for name, m in profiles.items():
         left = 1 - m["products_share"] - m["attention_share"]
         print(
-            f"  {name:<50} products {m['products_share']:.0%} at {m['of_the_machines']:.0%} of that rate, attention"
-            f" {m['attention_share']:.0%}, the rest {left:.0%}; {m['operations'] / plain['operations']:.2f} of the"
-            " loop's operations"
+            f"  {name:<50} products {m['products_share']:.0%} at {m['of_the_machines']:.0%} of the rate, attention"
+            f" {m['attention_share']:.0%}, other {left:.0%}; {m['operations'] / plain['operations']:.2f} times"
+            " the loop's operations"
         )
 
 
 def table(title: str, tokens: int, seconds: dict) -> dict:
-    """Print and return tokens a second and the ratio to the first way, with its spread."""
+    """Print and return tokens per second and the ratio to the first way, with its range over rounds."""
     print(title)
-    plain, found = next(iter(seconds.values())), {}
+    plain, figures = next(iter(seconds.values())), {}
     for name, times in seconds.items():
         ratios = [a / b for a, b in zip(plain, times, strict=True)]
         speed, ratio = tokens * len(times) / sum(times), sum(plain) / sum(times)
-        found[name] = {"seconds": times, "tokens_per_second": speed, "ratio": ratio}
-        found[name] |= {"ratio_min": min(ratios), "ratio_max": max(ratios)}
+        figures[name] = {"seconds": times, "tokens_per_second": speed, "ratio": ratio}
+        figures[name] |= {"ratio_min": min(ratios), "ratio_max": max(ratios)}
         spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
         print(f"  {name:<50} {speed:7.0f} tokens/s  {ratio:.2f} times the loop ({spread})")
-    return found
+    return figures
 
 
 def main():
-    quick_help(__doc__, runs_bare=True)
+    stage, args, benchmark = start("eval_throughput", __doc__, ComparisonArguments, BenchmarkArguments)
 
     from preflab.evaluation.comparison import resolve
     from preflab.evaluation.held_out import held_out_pairs
     from preflab.evaluation.logprob_scoring import Sequence
     from preflab.evaluation.two_models import TwoModels
     from utils.artifacts import write_json
-    from utils.cli import parse
-    from utils.distributed import join_processes, quiet_libraries
+    from utils.distributed import join_processes
     from utils.provenance import run_record
 
-    quiet_libraries()
-    args, ours = parse((ComparisonArguments, BenchmarkArguments))
-    if ours.rounds < 1 or ours.pairs < 1:
+    if benchmark.rounds < 1 or benchmark.pairs < 1:
         raise UserError("--rounds and --pairs must be at least 1")
-    args.limit = ours.pairs
+    args.limit = benchmark.pairs
     comparison = resolve(args)
     join_processes()
     models = TwoModels(comparison)
-    started = time.monotonic()
     data, ids, _ = held_out_pairs(comparison, models.tokenizer)
     models.load()
     answers, with_kl = [], []
     for row in ids:
         for side in ("chosen", "rejected"):
-            start = len(row["prompt_ids"])
-            answers.append(Sequence(row["prompt_ids"] + row[f"{side}_ids"], start))
-            with_kl.append(Sequence(row["prompt_ids"] + row[f"{side}_ids"], 1, start))
+            answer_start = len(row["prompt_ids"])
+            answers.append(Sequence(row["prompt_ids"] + row[f"{side}_ids"], answer_start))
+            with_kl.append(Sequence(row["prompt_ids"] + row[f"{side}_ids"], 1, answer_start))
     ways = {
         "plain loop, one row at a time": lambda: plain_loop(models, answers),
         "eval_win_rate.py's scoring": lambda: batched(models, answers, args),
         "eval_perplexity.py's scoring, whole texts and KL": lambda: batched(models, with_kl, args),
     }
     tokens = sum(len(s.ids) for s in answers)
-    seconds, results = in_turns(ways, ours.rounds)
+    seconds, results = alternate(ways, benchmark.rounds)
     plain, scored, _ = results.values()
-    apart = max(abs(a - b) for x, y in zip(plain, scored, strict=True) for a, b in zip(x, y, strict=True))
-    title = f"scoring {len(answers)} answers, {tokens} tokens, each read by base and tuned"
-    figures = {"scoring": table(title, tokens, seconds), "max_logp_difference": apart}
-    print(f"largest difference of a summed log-probability: {apart:.2g} nats")
-    if ours.profile:
+    largest = max(abs(a - b) for x, y in zip(plain, scored, strict=True) for a, b in zip(x, y, strict=True))
+    title = f"scoring {len(answers)} answers, {tokens} tokens, each scored by base and tuned"
+    figures = {"scoring": table(title, tokens, seconds), "max_logp_difference": largest}
+    print(f"largest difference of a summed log-probability: {largest:.2g} nats")
+    if benchmark.profile:
         from preflab.training.throughput import matmul_rate
 
         rate = matmul_rate(models.dtype, models.device.type)
         figures["profile"] = {name: profiled(way, rate) for name, way in ways.items()}
-        tell_profile(figures["profile"], rate)
-    prompts = [pair.messages for pair in data.pairs if pair.messages][: ours.prompts]
+        print_profiles(figures["profile"], rate)
+    prompts = [pair.messages for pair in data.pairs if pair.messages][: benchmark.prompts]
     if prompts:
         ways = {
-            "plain loop, one prompt at a time": lambda: plain_answers(models, prompts, ours.max_new_tokens),
-            "preflab.models.generation": lambda: batched_answers(models, prompts, ours.max_new_tokens),
+            "plain loop, one prompt at a time": lambda: plain_answers(models, prompts, benchmark.max_new_tokens),
+            "preflab.models.generation": lambda: batched_answers(models, prompts, benchmark.max_new_tokens),
         }
-        seconds, results = in_turns(ways, ours.rounds)
+        seconds, results = alternate(ways, benchmark.rounds)
         counts = [sum(result) for result in results.values()]
         title = f"greedy answers of the tuned model to {len(prompts)} prompts, {counts[0]} and {counts[1]} tokens"
         figures["generation"] = table(title, counts[0], seconds)
-    if ours.json:
-        asked = {"args": args.__dict__, "benchmark": ours.__dict__, "run": run_record(42, time.monotonic() - started)}
-        write_json(ours.json, {**figures, **asked})
+    if benchmark.json:
+        record = {"args": args.__dict__, "benchmark": benchmark.__dict__, "run": run_record(42, stage.seconds)}
+        write_json(benchmark.json, {**figures, **record})
 
 
 if __name__ == "__main__":

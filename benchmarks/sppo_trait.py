@@ -1,13 +1,13 @@
-"""Does a trait that a scorer rewards grow from one SPPO iteration to the next, on prompts that no iteration saw?
+"""Does a trait that a scorer rewards grow over SPPO iterations, on prompts that no iteration trained on?
 
     python benchmarks/sppo_trait.py --png docs/example_run/sppo_trait.png --json docs/example_run/sppo_trait.json
 
 Runs `run_sppo_iteration.sh` for every iteration of every seed, once with the toy scorer's scores (the trait is short
-words, configs/scorers/plain_words.py) and once with the scores shuffled among each prompt's answers, so that the labels
-say nothing. After each iteration the model answers the 60 prompts of data/eval_prompts, --samples times. Prints and
-writes the mean number of letters a word after each iteration, what each iteration changed with its 95% interval over
-prompts (averaged over seeds) and Wilcoxon's signed-rank test, the changes of each seed, and how much more the scored
-labels changed than the shuffled ones. Everything is kept in --folder: an interrupted call goes on.
+words, configs/scorers/plain_words.py) and once with the scores shuffled among each prompt's answers, which makes the
+labels uninformative. After each iteration the model answers the 60 prompts of data/eval_prompts, --samples times.
+Prints and writes the mean letters per word after each iteration, the change in each iteration with its 95% interval
+over prompts (averaged over seeds) and Wilcoxon's signed-rank test, the changes of each seed, and the difference between
+scored and shuffled labels. Results are stored in --folder, so an interrupted call continues.
 """
 
 import re
@@ -19,8 +19,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.cli import option, quick_help
+from utils.cli import option
 from utils.errors import UserError, run
+from utils.stage import start
 
 ROOT = Path(__file__).resolve().parent.parent
 LABELS = ("scored", "shuffled")
@@ -31,20 +32,20 @@ class TraitArguments:
     """Keys of this measurement."""
 
     name: str = option("Recipe: configs/<name>-iterT.yaml and configs/pairs/<name>.yaml.", "quickstart-sppo")
-    seeds: list[int] = field(default_factory=lambda: [1, 2, 3], metadata={"help": "Of sampling and training."})
+    seeds: list[int] = field(default_factory=lambda: [1, 2, 3], metadata={"help": "Seeds of sampling and training."})
     iterations: int = option("Iterations of each seed.", 3)
-    samples: int = option("Answers to each held-out prompt after an iteration.", 4)
+    samples: int = option("Answers per held-out prompt after each iteration.", 4)
     prompts: int = option("Held-out prompts.", 60)
     pairs: str = option("Further flags of generate_preference_pairs.py.", "")
     train: str = option("Further flags of dpo_train_human_preference.py.", "")
-    model: str | None = option("Another model than the recipe's.")
-    folder: str = option("Where runs and answers are kept.", "checkpoints/sppo_trait")
+    model: str | None = option("Model to use instead of the recipe's.")
+    folder: str = option("Folder of runs and answers.", "checkpoints/sppo_trait")
     json: str | None = option("Write the figures here.")
     png: str | None = option("Draw the curve here.")
 
 
 def recipe_of(args, label: str, seed: int) -> Path:
-    """The recipe's YAML files for one seed and kind of labels, in a folder of their own."""
+    """Write the recipe's YAML files for one seed and kind of labels to their own folder; return it."""
     import yaml
 
     folder = Path(args.folder) / f"{label}-{seed}"
@@ -67,12 +68,12 @@ def recipe_of(args, label: str, seed: int) -> Path:
 
 
 def adapter_of(args, label: str, seed: int, iteration: int) -> Path:
-    """Where an iteration leaves its adapter."""
+    """The folder of an iteration's adapter."""
     return Path(args.folder) / f"{label}-{seed}" / f"{label}-{seed}-iter{iteration}"
 
 
 def iterate(args, label: str, seed: int) -> None:
-    """All iterations of one seed, through the shell command."""
+    """Run all iterations of one seed through the shell script."""
     configs = recipe_of(args, label, seed)
     for t in range(1, args.iterations + 1):
         if (adapter_of(args, label, seed, t) / "README.md").exists():
@@ -99,13 +100,13 @@ LONGEST = 15
 
 
 def letters_per_word(text: str) -> float:
-    """Mean number of letters of the words in `text`, each counted with LONGEST at most; LONGEST where there is none."""
+    """Mean letters per word in `text`, with at most LONGEST counted per word; LONGEST for a text without words."""
     words = [min(len(word), LONGEST) for word in re.findall(r"[^\W\d_]+", text)]
     return sum(words) / len(words) if words else LONGEST
 
 
 def trait(args, prompts, adapter: Path | None):
-    """Mean letters a word of each held-out prompt's answers, shape (prompts,)."""
+    """Mean letters per word of each held-out prompt's answers, shape (prompts,)."""
     from types import SimpleNamespace
 
     import numpy as np
@@ -115,7 +116,7 @@ def trait(args, prompts, adapter: Path | None):
 
     sampling = yaml.safe_load((ROOT / "configs" / "pairs" / f"{args.name}.yaml").read_text())
     first = yaml.safe_load((ROOT / "configs" / f"{args.name}-iter1.yaml").read_text())
-    wanted = {
+    fields = {
         "model_name_or_path": args.model or first["model_name_or_path"],
         "adapter_path": str(adapter) if adapter else None,
         "eval_out": str(Path(args.folder) / "out"),
@@ -123,15 +124,15 @@ def trait(args, prompts, adapter: Path | None):
         **dict.fromkeys(("model_revision", "dtype", "attn_implementation", "chat_template_path", "batch_size")),
         **dict.fromkeys(("trust_remote_code", "overwrite"), False),
     }
-    asked = SimpleNamespace(**wanted)
+    generation_args = SimpleNamespace(**fields)
     settings = {key: sampling[key] for key in ("max_new_tokens", "temperature", "top_p")}
     seeded = [{**settings, "seed": 77 + s} for s in range(args.samples)]
-    answers = answer_each(policy_model(asked), prompts, seeded, asked)
-    return np.array([[letters_per_word(a["text"]) for a in one] for one in answers]).mean(0)
+    answers = answer_each(policy_model(generation_args), prompts, seeded, generation_args)
+    return np.array([[letters_per_word(a["text"]) for a in sample] for sample in answers]).mean(0)
 
 
 def draw(path, curves: dict, title: str) -> None:
-    """Letters a word over the iterations: a thin line a seed, a thick one their mean with its interval over prompts."""
+    """Draw letters per word over iterations: a thin line per seed, a thick one for the mean with its interval."""
     import numpy as np
 
     from utils.plots import CHOSEN, NEUTRAL, figure, save
@@ -141,39 +142,76 @@ def draw(path, curves: dict, title: str) -> None:
     fig.set_size_inches(6.4, 4)
     for label, colour in zip(LABELS, (CHOSEN, NEUTRAL), strict=True):
         values = curves[label]
-        for one in values:
-            ax.plot(range(one.shape[0]), one.mean(1), color=colour, alpha=0.35, lw=0.8)
-        found = [bootstrap(step) for step in values.mean(0)]
-        mean = np.array([m["value"] for m in found])
-        error = np.abs(np.array([m["ci95"] for m in found]).T - mean)
+        for seed in values:
+            ax.plot(range(seed.shape[0]), seed.mean(1), color=colour, alpha=0.35, lw=0.8)
+        estimates = [bootstrap(step) for step in values.mean(0)]
+        mean = np.array([m["value"] for m in estimates])
+        error = np.abs(np.array([m["ci95"] for m in estimates]).T - mean)
         name = "ranked by the scorer" if label == "scored" else "scores shuffled"
         ax.errorbar(range(len(mean)), mean, error, color=colour, lw=2, marker="o", capsize=3, label=name)
-    ax.set(xlabel="iteration (0: the model that all start from)", ylabel="letters a word, held-out answers")
+    ax.set(xlabel="iteration (0: the initial model)", ylabel="letters per word, held-out answers")
     ax.set_xticks(range(len(mean)))
     ax.legend(frameon=False)
     save(fig, path)
 
 
+def compare(curves: dict, base) -> tuple[dict, list[tuple]]:
+    """(metrics, table lines): levels, changes per iteration, and scored against shuffled labels.
+
+    Args:
+        curves: letters per word by label, shape (seeds, iterations + 1, prompts).
+        base: of the initial model, shape (prompts,).
+    """
+    import numpy as np
+
+    from utils.artifacts import metric
+    from utils.stats import bootstrap, signed_rank
+    from utils.tables import cell, difference
+
+    iterations = curves["scored"].shape[1] - 1
+    metrics, lines = {}, [("letters per word, held-out answers", *LABELS)]
+    lines.append(("initial model", *[cell(bootstrap(base), 1, 3)] * 2))
+    for t in range(1, iterations + 1):
+        level, changes = [], []
+        for label, values in curves.items():
+            by_prompt = values.mean(0)
+            metrics[f"{label}_letters_{t}"] = bootstrap(by_prompt[t])
+            change = metrics[f"{label}_change_{t}"] = bootstrap(np.stack([by_prompt[t], by_prompt[t - 1]], 1))
+            p = metric(signed_rank(by_prompt[t] - by_prompt[t - 1]), n=len(base))
+            metrics[f"p_{label}_change_{t}"] = p
+            metrics[f"{label}_change_{t}_by_seed"] = [float(seed[t].mean() - seed[t - 1].mean()) for seed in values]
+            level.append(cell(metrics[f"{label}_letters_{t}"], 1, 3))
+            changes.append(difference(change, p, 1, 3))
+        by_seed = [metrics[f"{label}_change_{t}_by_seed"] for label in LABELS]
+        lines += [(f"after iteration {t}", *level), ("  changed by", *changes)]
+        lines.append(
+            ("  of each seed", *(", ".join(f"{x:+.3f}" for x in changes_of_label) for changes_of_label in by_seed))
+        )
+    for t, name in [*((t, f"iteration {t}") for t in range(1, iterations + 1)), (0, "all iterations")]:
+        # Over one iteration, and from the start to the end.
+        before, after = (t - 1, t) if t else (0, iterations)
+        changes = [values.mean(0)[after] - values.mean(0)[before] for values in curves.values()]
+        gap = metrics[f"scored_minus_shuffled_{t or 'all'}"] = bootstrap(np.stack(changes, 1))
+        p = metrics[f"p_scored_minus_shuffled_{t or 'all'}"] = metric(signed_rank(changes[0] - changes[1]), n=len(base))
+        lines.append((f"scored less shuffled, {name}", difference(gap, p, 1, 3), ""))
+    return metrics, lines
+
+
 def main():
-    quick_help(__doc__, runs_bare=True)
+    stage, args = start("sppo_trait", __doc__, TraitArguments)
 
     import numpy as np
 
     from preflab.data.prompts import load_prompts
-    from utils.artifacts import metric, write_json
-    from utils.cli import parse
-    from utils.distributed import join_processes, quiet_libraries
+    from utils.artifacts import write_json
+    from utils.distributed import join_processes
     from utils.provenance import run_record
-    from utils.stats import bootstrap, signed_rank
-    from utils.tables import cell, difference, render
+    from utils.tables import render
 
-    quiet_libraries()
-    (args,) = parse((TraitArguments,))
     for key in ("iterations", "samples", "prompts"):
         if getattr(args, key) < 1:
             raise UserError(f"--{key} {getattr(args, key)}: must be at least 1")
     join_processes()
-    started = time.monotonic()
     source = {"name": str(ROOT / "data" / "eval_prompts" / "reference.jsonl"), "split": "test"}
     prompts, _ = load_prompts([source], limit=args.prompts)
     base = trait(args, prompts, None)
@@ -185,38 +223,16 @@ def main():
             iterate(args, label, seed)
             after = [trait(args, prompts, adapter_of(args, label, seed, t)) for t in range(1, args.iterations + 1)]
             curves[label].append(np.stack([base, *after]))
-    curves = {label: np.stack(found) for label, found in curves.items()}
+    curves = {label: np.stack(values) for label, values in curves.items()}
 
-    metrics, lines = {}, [("letters a word, held-out answers", *LABELS)]
-    lines.append(("the model that all start from", *[cell(bootstrap(base), 1, 3)] * 2))
-    for t in range(1, args.iterations + 1):
-        level, moved = [], []
-        for label, values in curves.items():
-            by_prompt = values.mean(0)
-            metrics[f"{label}_letters_{t}"] = bootstrap(by_prompt[t])
-            change = metrics[f"{label}_change_{t}"] = bootstrap(np.stack([by_prompt[t], by_prompt[t - 1]], 1))
-            p = metric(signed_rank(by_prompt[t] - by_prompt[t - 1]), n=len(prompts))
-            metrics[f"p_{label}_change_{t}"] = p
-            metrics[f"{label}_change_{t}_by_seed"] = [float(one[t].mean() - one[t - 1].mean()) for one in values]
-            level.append(cell(metrics[f"{label}_letters_{t}"], 1, 3))
-            moved.append(difference(change, p, 1, 3))
-        seeds = [metrics[f"{label}_change_{t}_by_seed"] for label in LABELS]
-        lines += [(f"after iteration {t}", *level), ("  changed by", *moved)]
-        lines.append(("  of each seed", *(", ".join(f"{x:+.3f}" for x in one) for one in seeds)))
-    for t, name in [*((t, f"iteration {t}") for t in range(1, args.iterations + 1)), (0, "all iterations")]:
-        # Of one iteration, and from the start to the end.
-        before, after = (t - 1, t) if t else (0, args.iterations)
-        apart = [values.mean(0)[after] - values.mean(0)[before] for values in curves.values()]
-        found = metrics[f"scored_minus_shuffled_{t or 'all'}"] = bootstrap(np.stack(apart, 1))
-        p = metrics[f"p_scored_minus_shuffled_{t or 'all'}"] = metric(signed_rank(apart[0] - apart[1]), n=len(prompts))
-        lines.append((f"scored less shuffled, {name}", difference(found, p, 1, 3), ""))
+    metrics, lines = compare(curves, base)
     title = f"{args.name}: {len(args.seeds)} seeds, {len(prompts)} held-out prompts, {args.samples} answers each"
     print(render(title, lines))
     if args.png:
         draw(args.png, curves, "SPPO with a toy scorer that likes short words")
     if args.json:
-        values = {label: found.tolist() for label, found in curves.items()}
-        record = run_record(min(args.seeds), time.monotonic() - started)
+        values = {label: series.tolist() for label, series in curves.items()}
+        record = run_record(min(args.seeds), stage.seconds)
         write_json(args.json, {"metrics": metrics, "letters": values, "args": args.__dict__, "run": record})
 
 

@@ -1,18 +1,18 @@
-"""How fast is DPO training, beside TRL's DPOTrainer as it ships?
+"""How fast is DPO training, compared with an unmodified TRL DPOTrainer?
 
     python benchmarks/train_throughput.py                              # SmolLM2, the shipped pairs, float32, CPU
     python benchmarks/train_throughput.py --data HuggingFaceH4/ultrafeedback_binarized --split train_prefs
     python benchmarks/train_throughput.py --model shape:gemma-2b --device cuda --dtype bfloat16
 
-Same model, same token ids in the same order, same steps; the two ways take turns, each run in a process of its own, so
-that neither inherits the other's memory or patches. The first step of a run is not timed. The reference's
-log-probabilities are computed in every step, as stock does. Prints and writes as JSON (--json FILE) pairs/s, tokens/s,
-the share of the machine's measured matmul rate (MFU), peak memory, the ratio with its spread over rounds, and the
-largest difference of a step's loss.
+Both trainers get the same model, the same token ids in the same order and the same steps. Their runs alternate, each in
+its own process, so that neither inherits the other's memory or patches. The first step of a run is not timed. The
+reference's log-probabilities are computed in every step, as stock TRL does. Prints and writes as JSON (--json FILE)
+pairs/s, tokens/s, the share of the machine's measured matmul rate (MFU), peak memory, the ratio with its range over
+rounds, and the largest difference of a step's loss.
 
-Tokens are those of [prompt, chosen, rejected] stored once: padding and repeated prompts are no work done. MFU counts 6
-floating-point operations a parameter and token: forward, the backward of activations, and the reference's forward.
---profile takes one more step of each way under the profiler, after the timed ones, and tells where its time goes.
+Tokens are those of [prompt, chosen, rejected] stored once: padding and repeated prompts do not count. MFU counts 6
+floating-point operations per parameter and token: forward, the backward of activations, and the reference's forward.
+--profile runs one more step of each trainer under the profiler, after the timed ones, and prints how its time divides.
 """
 
 import itertools
@@ -27,10 +27,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from preflab.training.memory import OUT_OF_MEMORY
-from utils.cli import option, quick_help
+from utils.cli import option
 from utils.errors import UserError, is_main_process, run
+from utils.stage import start
 
-# True shapes with random weights, for machines that hold no model: what a step costs does not depend on the weights.
+# Real shapes with random weights, for machines without the model: the cost of a step does not depend on the weights.
 SHAPES = {
     "gemma-2b": {
         "kind": "Gemma", "hidden_size": 2048, "intermediate_size": 16384, "num_hidden_layers": 18,
@@ -49,22 +50,22 @@ class BenchmarkArguments:
 
     model: str = option("builtin:smollm2-135m-instruct, a hub id or folder, or shape:gemma-2b, shape:llama-3-8b.",
                         "builtin:smollm2-135m-instruct")  # fmt: skip
-    tokenizer: str = option("Tokenizer of a shape: its ids lie in every shape's vocabulary.",
+    tokenizer: str = option("Tokenizer for a shape; its ids must be in the shape's vocabulary.",
                             "builtin:smollm2-135m-instruct")  # fmt: skip
     data: str = option("Preference data in any format of the training script.", "data/quickstart_prefs")
     split: str = option("Split of --data.", "train")
-    steps: int = option("Timed optimiser steps of a run; one more comes before them.", 4)
-    rounds: int = option("Runs of each way, in turns.", 2)
-    batch: int = option("Pairs a micro-batch.", 2)
-    accumulation: int = option("Micro-batches a step.", 4)
+    steps: int = option("Timed optimizer steps per run, after one untimed step.", 4)
+    rounds: int = option("Runs of each trainer, alternating.", 2)
+    batch: int = option("Pairs per micro-batch.", 2)
+    accumulation: int = option("Micro-batches per step.", 4)
     max_length: int = option("Longest sequence in tokens.", 512)
     dtype: str = option("float32 or bfloat16, of weights and arithmetic.", "float32", choices=["float32", "bfloat16"])
     device: str = option("cpu or cuda.", "cpu", choices=["cpu", "cuda"])
     lora_r: int = option("Rank of the LoRA on all seven projections; 0 trains every weight.", 16)
-    micro_batch_tokens: int | None = option("Tokens that ours computes together (default: its own).")
-    profile: bool = option("Also tell where the time of a step goes.", False)
+    micro_batch_tokens: int | None = option("Tokens per forward of this project's trainer (default: its choice).")
+    profile: bool = option("Also profile one step of each trainer.", False)
     json: str | None = option("Write the figures here.")
-    way: str | None = option("Internal: run one way and print its figures.", choices=["stock", "ours"])
+    way: str | None = option("Internal: run one trainer and print its figures.", choices=["stock", "ours"])
 
 
 def load(args):
@@ -78,7 +79,7 @@ def load(args):
     import transformers
 
     if args.model.removeprefix("shape:") not in SHAPES:
-        raise UserError(f"--model {args.model}: no such shape; there are {', '.join(SHAPES)}")
+        raise UserError(f"--model {args.model}: no such shape; available: {', '.join(SHAPES)}")
     shape = dict(SHAPES[args.model.removeprefix("shape:")])
     kind = shape.pop("kind")
     torch.manual_seed(0)
@@ -89,14 +90,14 @@ def load(args):
 
 
 def one_way(args) -> dict:
-    """Train with stock TRL or with this project's trainer: seconds of the timed steps, losses, tokens, memory."""
+    """Train with stock TRL or this project's trainer (--way): seconds of the timed steps, losses, tokens, memory."""
     import torch
     from accelerate import PartialState
     from peft import LoraConfig
     from transformers import TrainerCallback
     from trl import DPOConfig, DPOTrainer
 
-    from benchmarks.profile import time_by_kind
+    from benchmarks.operation_times import time_by_kind
     from preflab.data.preferences import load_pairs, tokenize
     from preflab.training.dpo_config import DPORunConfig
     from preflab.training.dpo_trainer import ResumableDPOTrainer, longest_sequence
@@ -104,7 +105,7 @@ def one_way(args) -> dict:
     from utils.provenance import peak_memory_gib
 
     class Stock(DPOTrainer):
-        """TRL's trainer on rows that are tokenised already, so that both ways see the same token ids."""
+        """TRL's trainer on tokenised rows, so that both trainers get the same token ids."""
 
         def _prepare_dataset(self, dataset, *others):
             return dataset
@@ -121,6 +122,7 @@ def one_way(args) -> dict:
             if args.device == "cuda":
                 torch.cuda.synchronize()
             self.times.append(time.monotonic())
+            # The profiler itself needs memory, so the profiled step does not count.
             self.peak = self.peak if self.profiler else peak_memory_gib()
             if self.profiler:
                 self.profiler.stop()
@@ -131,8 +133,7 @@ def one_way(args) -> dict:
     tokenizer, model = load(args)
     step = args.batch * args.accumulation * PartialState().num_processes
     steps = args.steps + 1 + args.profile
-    wanted = step * steps
-    data = load_pairs([{"name": args.data, "split": args.split}], keep_duplicate_prompts=True, limit=wanted)
+    data = load_pairs([{"name": args.data, "split": args.split}], keep_duplicate_prompts=True, limit=step * steps)
     ids, _ = tokenize(data, tokenizer, args.max_length, args.max_length // 2)
     folder = tempfile.mkdtemp()
     settings = dict(
@@ -180,7 +181,7 @@ def padded(rows, batch: int) -> int:
 
 
 def child(way: str) -> dict:
-    """The figures of one run, in a process of its own."""
+    """The figures of one run, in its own process."""
     done = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--way", way], capture_output=True, text=True)
     if done.returncode:
         last = [line for line in done.stderr.splitlines() if line.strip()][-1:]
@@ -191,80 +192,85 @@ def child(way: str) -> dict:
 
 
 def main():
-    quick_help(__doc__, runs_bare=True)
-
-    from preflab.training.throughput import matmul_rate
-    from utils.artifacts import write_json
-    from utils.cli import parse
-    from utils.distributed import quiet_libraries
-    from utils.provenance import run_record
-
-    quiet_libraries()
-    (args,) = parse((BenchmarkArguments,))
+    stage, args = start("train_throughput", __doc__, BenchmarkArguments)
     if args.way:
-        found = one_way(args)
-        return print(json.dumps(found)) if is_main_process() else None
+        measured = one_way(args)
+        return print(json.dumps(measured)) if is_main_process() else None
     for key in ("steps", "rounds", "batch", "accumulation", "max_length"):
         if getattr(args, key) < 1:
             raise UserError(f"--{key} {getattr(args, key)}: must be at least 1")
-    started, found = time.monotonic(), {"stock": [], "ours": []}
+
+    from preflab.training.throughput import matmul_rate
+    from utils.artifacts import write_json
+    from utils.provenance import run_record
+
+    runs = {"stock": [], "ours": []}
     rate = matmul_rate(args.dtype, args.device)
     for number in range(args.rounds):
-        # In turns, and the other way round every second time: a machine that warms up favours nobody.
-        for way in sorted(found, reverse=number % 2 == 0):
-            found[way].append(child(way))
-            print(f"round {number + 1}, {way}: {found[way][-1]['seconds']:.1f} s", file=sys.stderr)
-    ratios = [s["seconds"] / o["seconds"] for s, o in zip(found["stock"], found["ours"], strict=True)]
-    apart = max(
-        abs(a - b)
-        for s, o in zip(found["stock"], found["ours"], strict=True)
-        for a, b in zip(s["losses"], o["losses"], strict=True)
-    )
-    ways = {way: figures(runs, rate) for way, runs in found.items()}
-    first = found["stock"][0]
-    result = {
-        "ratio": sum(s["seconds"] for s in found["stock"]) / sum(o["seconds"] for o in found["ours"]),
+        # Alternate the order too, so that a machine that warms up favours neither.
+        for way in sorted(runs, reverse=number % 2 == 0):
+            runs[way].append(child(way))
+            print(f"round {number + 1}, {way}: {runs[way][-1]['seconds']:.1f} s", file=sys.stderr)
+    result = compare(runs, rate)
+    print_result(result, runs["stock"][0], args.rounds)
+    if args.json:
+        write_json(args.json, {**result, "args": {**args.__dict__, "json": None}, "run": run_record(42, stage.seconds)})
+
+
+def compare(runs: dict[str, list[dict]], rate: float) -> dict:
+    """Ratio of the times, largest difference of losses, and the figures of each trainer.
+
+    Args:
+        runs: from `one_way`, by trainer ("stock", "ours"). rate: of this machine's matrix products, FLOP/s.
+    """
+    rounds = list(zip(runs["stock"], runs["ours"], strict=True))
+    ratios = [stock["seconds"] / ours["seconds"] for stock, ours in rounds]
+    losses = [pair for stock, ours in rounds for pair in zip(stock["losses"], ours["losses"], strict=True)]
+    first = runs["stock"][0]
+    return {
+        "ratio": sum(s["seconds"] for s in runs["stock"]) / sum(o["seconds"] for o in runs["ours"]),
         "ratio_min": min(ratios),
         "ratio_max": max(ratios),
-        "max_loss_difference": apart,
+        "max_loss_difference": max(abs(a - b) for a, b in losses),
         "padded_over_stored_once": first["padded_tokens"] / first["tokens"],
         "matmul_rate": rate,
-        "ways": ways,
-        "args": {**args.__dict__, "json": None},
-        "run": run_record(42, time.monotonic() - started),
+        "ways": {way: figures(measured, rate) for way, measured in runs.items()},
     }
-    print(f"{first['pairs']} pairs, {first['tokens']} tokens stored once, {first['padded_tokens']} as stock pads them")
+
+
+def print_result(result: dict, first: dict, rounds: int) -> None:
+    """Print the comparison; `first` is the first stock run."""
+    print(f"{first['pairs']} pairs, {first['tokens']} tokens stored once, {first['padded_tokens']} as stock TRL pads")
+    ways = result["ways"]
     for way, m in ways.items():
         speed = f"{m['pairs_per_second']:7.3f} pairs/s  {m['tokens_per_second']:8.0f} tokens/s"
         print(f"  {way:<6} {speed}  MFU {m['mfu']:.1%}  peak {max(m['peak_memory_gib'].values()):.2f} GiB")
-    spread = f"{result['ratio_min']:.2f} to {result['ratio_max']:.2f} over {args.rounds} rounds"
+    spread = f"{result['ratio_min']:.2f} to {result['ratio_max']:.2f} over {rounds} rounds"
     print(f"ratio {result['ratio']:.2f} ({spread})")
-    print(f"largest difference of a step's loss {apart:.2g}")
+    print(f"largest difference of a step's loss {result['max_loss_difference']:.2g}")
     for way, m in ways.items():
         if m["time_by_kind"]:
             shares = ", ".join(f"{kind} {share:.0%}" for kind, share in m["time_by_kind"].items())
             print(f"one step of {way}: {shares}")
-    if args.json:
-        write_json(args.json, result)
 
 
 def figures(runs: list[dict], rate: float) -> dict:
-    """Speed and memory of one way over its runs."""
+    """Speed and memory of one trainer over its runs."""
     from preflab.training.throughput import model_flops
 
-    seconds, one = sum(run["seconds"] for run in runs), runs[0]
-    tokens = one["tokens"] * len(runs)
+    seconds, first = sum(run["seconds"] for run in runs), runs[0]
+    tokens = first["tokens"] * len(runs)
     return {
         "seconds": [run["seconds"] for run in runs],
-        "pairs_per_second": one["pairs"] * len(runs) / seconds,
+        "pairs_per_second": first["pairs"] * len(runs) / seconds,
         "tokens_per_second": tokens / seconds,
-        "mfu": model_flops(one["parameters"], tokens) / seconds / rate,
-        "peak_memory_gib": {k: max(run["peak_memory_gib"][k] for run in runs) for k in one["peak_memory_gib"]},
+        "mfu": model_flops(first["parameters"], tokens) / seconds / rate,
+        "peak_memory_gib": {k: max(run["peak_memory_gib"][k] for run in runs) for k in first["peak_memory_gib"]},
         "step_seconds": [run["step_seconds"] for run in runs],
-        "time_by_kind": one["time_by_kind"],
-        "losses": one["losses"],
-        "micro_batch_tokens": one["micro_batch_tokens"],
-        "padded_because": one["padded_because"],
+        "time_by_kind": first["time_by_kind"],
+        "losses": first["losses"],
+        "micro_batch_tokens": first["micro_batch_tokens"],
+        "padded_because": first["padded_because"],
     }
 
 

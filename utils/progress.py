@@ -20,8 +20,8 @@ class LineProgress:
 
     def __init__(self, total: int, desc: str, unit: str, seconds: float = SECONDS_BETWEEN_LINES):
         self.total, self.desc, self.unit, self.seconds = total, desc, unit, seconds
-        self.n, self.started, self.details = 0, time.monotonic(), ""
-        self.printed_at = self.started
+        self.n, self.printed, self.details = 0, None, ""
+        self.started = self.printed_at = time.monotonic()
 
     def __enter__(self):
         return self
@@ -40,12 +40,12 @@ class LineProgress:
         self.details = "".join(f", {name} {value}" for name, value in details.items())
 
     def close(self) -> None:
-        """Print the last line, if any line was printed before."""
-        if self.printed_at > self.started:
+        """Print the final state, if any line was printed before and it was not the final one."""
+        if self.printed not in (None, self.n):
             self._print()
 
     def _print(self) -> None:
-        self.printed_at = time.monotonic()
+        self.printed_at, self.printed = time.monotonic(), self.n
         share = f" ({self.n / self.total:.0%})" if self.total else ""
         seconds = self.printed_at - self.started
         print(

@@ -78,6 +78,7 @@ class Stage:
         run: dict,
         seed: int,
         rows: list[dict] | None = None,
+        summary_rows: list[dict] | None = None,
         figure: Callable[[Path], None] | None = None,
         files: dict[Path, object] | None = None,
         **sections,
@@ -89,6 +90,7 @@ class Stage:
             metrics: {name: metric} (utils.artifacts.metric).
             run: what `run_record` adds to the run section: run_name, limit.
             seed: the seed of sampling and resampling.
+            summary_rows: rows for the summary's own section `rows` instead of a file.
             figure: draws the figure and saves it at the path it is called with.
             files: further files by path: text, rows (a list), JSON (a dict), or a function that writes the path.
             sections: further sections of the summary, in order.
@@ -96,6 +98,8 @@ class Stage:
         Returns:
             The summary as written.
         """
+        if summary_rows is not None:
+            sections = {"rows": summary_rows, **sections}
         summary = self.summary(model, metrics, report, run=run, seed=seed, **sections)
         contents = dict(files or {})
         if rows is not None:

@@ -18,12 +18,13 @@ def render(title: str, lines: list[tuple], width: int | None = None) -> str:
     If a table is too wide, its widest columns wrap at spaces: headings first, then cells.
 
     Args:
-        lines: tuples of equal length, one text per column.
+        lines: tuples of equal length, one text per column; a tuple of one text spans all columns.
         width: default `terminal_width()`.
     """
     width = width or terminal_width()
-    limits = _column_widths(lines, width - len(GAP) * (len(lines[0]) - 1))
-    rows = [_wrapped_row(line, limits) for line in lines]
+    columns = [line for line in lines if len(line) == len(lines[0])]
+    limits = _column_widths(columns, width - len(GAP) * (len(lines[0]) - 1))
+    rows = [_wrapped_row(line, limits) if len(line) == len(lines[0]) else _wrap(line[0], width) for line in lines]
     longest = max(len(text) for row in rows for text in row)
     head = "\n".join(rows[0])
     body = "\n".join(text for row in rows[1:] for text in row)
@@ -71,6 +72,12 @@ def _wrap(text: str, width: int) -> list[str]:
         else:
             lines.append(indent + word)
     return lines
+
+
+def paragraphs(*texts: str, width: int | None = None) -> str:
+    """Join texts by empty lines, each wrapped to `width` (default: `terminal_width()`) where it has longer lines."""
+    width = width or terminal_width()
+    return "\n\n".join("\n".join(part for line in text.split("\n") for part in _wrap(line, width)) for text in texts)
 
 
 def _wrapped_row(line: tuple, widths: list[int]) -> list[str]:

@@ -1,5 +1,6 @@
-"""Calls of lm-evaluation-harness: its own command line, one process a model and number of shots, resumable."""
+"""Calls of lm-evaluation-harness through its command line: one per model and number of shots, resumable."""
 
+import ctypes
 import json
 import os
 import re
@@ -9,20 +10,32 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
+import torch
+
+from preflab.evaluation.comparison import Comparison, latest_run, resolve
+from preflab.evaluation.two_models import TwoModels
 from preflab.harness.suites import Suite
+from preflab.harness.tasks import hash_of_local_tasks
+from preflab.models.loading import load_tokenizer, locate
+from preflab.models.vllm_engine import lora_rank
 from utils.artifacts import dumps, read_json, write_json
 from utils.errors import UserError, explain
+from utils.progress import LineProgress
 from utils.provenance import ROOT, sha256_of, sha256_of_files, versions
 
+# Requests per batch on a CPU, where the harness's detection (a trial of the GPU's memory) does not apply.
 AUTO_ON_CPU = 8
+OUT_OF_MEMORY = "use a smaller --batch-size and run the same command again to continue"
 
 
 @dataclass
 class Call:
-    """One run of the harness: a model (base or tuned), tasks of one number of shots, and where its files go."""
+    """One run of the harness: one model, the tasks with one number of shots, and the folder of its files."""
 
     side: str
     tasks: list[str]
@@ -32,12 +45,12 @@ class Call:
 
     @property
     def finished(self) -> bool:
-        """Whether an earlier run of this very command ended well."""
+        """Whether an earlier run of the same command succeeded."""
         return (self.folder / "call.json").exists() and any(self.folder.glob("results_*.json"))
 
     @property
     def seconds(self) -> float:
-        """How long the finished run took."""
+        """Duration of the finished run."""
         return read_json(self.folder / "call.json")["seconds"]
 
 
@@ -47,109 +60,184 @@ UNQUANTISED = (
 )
 
 
-def model_arguments(models, side: str, backend: str, max_length: int | None, tensor_parallel: int) -> dict:
-    """The harness's --model_args of base or tuned, in the precision of the comparison (as trained).
+def resolve_models(args, extra: list[str]) -> Comparison:
+    """Resolve the two models (default: the latest run) and record the arguments after `--`.
 
-    A base that training quantised is taken in its compute precision: see `UNQUANTISED`.
+    --batch_size and --max_length keep the user's values: `resolve` expects a number for the first and fills the second
+    from the run, but lm_eval gets --max_length only if the user set it.
     """
-    from preflab.models.loading import locate
-    from preflab.models.vllm_engine import lora_rank
+    if not (args.run_name or args.adapter_path or args.tuned_model):
+        args.run_name = latest_run(args.checkpoints)
+    requested = args.batch_size, args.max_length
+    args.batch_size, args.after_dashes = None, extra
+    comparison = resolve(args)
+    args.batch_size, args.max_length = requested
+    return comparison
 
+
+def arguments_of_models(models: TwoModels, suite: Suite, folder: Path) -> dict[str, dict]:
+    """The harness's --model_args by side ("base", "tuned").
+
+    Args:
+        folder: where a tokenizer with another chat template is saved.
+    """
+    comparison, args = models.comparison, models.comparison.args
+    gpus = args.tensor_parallel or max(torch.cuda.device_count(), 1)
+    arguments = {side: model_arguments(models, side, args.backend, args.max_length, gpus) for side in models.sides}
+    own = load_tokenizer(comparison.base, args.base_revision, trust_remote_code=args.trust_remote_code)
+    if suite.apply_chat_template and models.tokenizer.chat_template != own.chat_template:
+        # The harness reads a chat template only from a tokenizer's folder.
+        models.tokenizer.save_pretrained(folder / "tokenizer")
+        place = str((folder / "tokenizer").resolve())
+        arguments = {side: {**values, "tokenizer": place} for side, values in arguments.items()}
+    return arguments
+
+
+def model_arguments(models, side: str, backend: str, max_length: int | None, tensor_parallel: int) -> dict:
+    """The harness's --model_args of one side ("base" or "tuned"), in the precision of training.
+
+    A base that was quantised for training is loaded in its compute precision: see `UNQUANTISED`.
+    """
     c, args = models.comparison, models.comparison.args
     name, revision, adapter = c.weights(side)
     compute = models.dtype if models.autocast is None else str(models.autocast).removeprefix("torch.")
     adapter = str(Path(adapter).resolve()) if adapter else None
-    whole = backend == "hf" and not models.quantized
-    found = {"pretrained": _absolute(locate(name, revision)), "dtype": models.dtype if whole else compute}
+    # Weights in one precision under autocast in another exist only with transformers and without quantisation.
+    autocast = backend == "hf" and not models.quantized
+    arguments = {"pretrained": _absolute(locate(name, revision)), "dtype": models.dtype if autocast else compute}
     if revision:
-        found["revision"] = revision
+        arguments["revision"] = revision
     if args.trust_remote_code:
-        found["trust_remote_code"] = True
+        arguments["trust_remote_code"] = True
     if backend == "vllm":
         length = {"max_model_len": max_length} if max_length else {}
         lora = {"lora_local_path": adapter, "max_lora_rank": lora_rank(adapter)} if adapter else {}
-        return {**found, "tensor_parallel_size": tensor_parallel, **length, **lora}
-    if whole and compute != models.dtype:
-        found["mixed_precision_dtype"] = compute
+        return {**arguments, "tensor_parallel_size": tensor_parallel, **length, **lora}
+    if autocast and compute != models.dtype:
+        arguments["mixed_precision_dtype"] = compute
     if args.attn_implementation:
-        found["attn_implementation"] = args.attn_implementation
+        arguments["attn_implementation"] = args.attn_implementation
     if max_length:
-        found["max_length"] = max_length
-    return {**found, **({"peft": adapter} if adapter else {})}
+        arguments["max_length"] = max_length
+    return {**arguments, **({"peft": adapter} if adapter else {})}
 
 
 def _absolute(name: str) -> str:
     return str(Path(name).expanduser().resolve()) if Path(name).expanduser().is_dir() else name
 
 
-def batch_size(asked: str, backend: str, arguments: dict, remembered: Path) -> str:
-    """The one batch size of both models. `auto` is detected once, on a GPU by the harness's own trial of what fits.
+def batch_size(requested: str, backend: str, arguments: dict, cached: Path) -> str:
+    """The batch size of both models. `auto` is detected once, on a GPU by the harness's trial of what fits.
 
     Args:
-        remembered: a file that keeps the detected number, so that a later call goes on with the same.
+        cached: a file with the detected number, so that a later call continues with the same.
     """
-    import torch
-
-    if asked != "auto" or backend == "vllm":
-        return asked
+    if requested != "auto" or backend == "vllm":
+        return requested
     if not torch.cuda.is_available():
         return str(AUTO_ON_CPU)
-    told = dumps(arguments)
-    if remembered.exists() and (kept := read_json(remembered))["arguments"] == told:
-        return kept["batch_size"]
-    from concurrent.futures import ProcessPoolExecutor
-    from multiprocessing import get_context
-
-    # In a process of its own, which gives the GPU's memory back when it ends.
+    key = dumps(arguments)
+    if cached.exists() and (entry := read_json(cached))["arguments"] == key:
+        return entry["batch_size"]
+    # A separate process, so that the GPU's memory is free again when it ends.
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        found = str(pool.submit(_detect, arguments).result())
-    write_json(remembered, {"batch_size": found, "arguments": told})
-    return found
+        detected = str(pool.submit(_detect, arguments).result())
+    write_json(cached, {"batch_size": detected, "arguments": key})
+    return detected
 
 
 def _detect(arguments: dict) -> int:
+    # Only the process that detects needs the harness's model class.
     from lm_eval.models.huggingface import HFLM
 
     return HFLM(**arguments, batch_size="auto")._detect_batch_size()
 
 
+def call_options(suite: Suite, args, documents: int, extra: list[str]) -> dict:
+    """The options of every call, for `plan`.
+
+    Args:
+        documents: of the smallest task; lm_eval fails if a rank gets none.
+        extra: arguments after `--`.
+    """
+    gpus = torch.cuda.device_count()
+    return {
+        **{key: getattr(args, key) for key in ("backend", "batch_size", "limit", "seed", "num_fewshot")},
+        **{key: getattr(suite, key) for key in ("apply_chat_template", "fewshot_as_multiturn", "include_path")},
+        "processes": min(args.processes or max(gpus, 1), documents),
+        "tasks_sha256": hash_of_local_tasks(suite),
+        "device": "cuda" if gpus else "cpu",
+        "extra": extra,
+    }
+
+
+def run_calls(
+    suite: Suite, models: TwoModels, arguments: dict[str, dict], options: dict, folder: Path, caller: Path
+) -> dict[str, list[Call]]:
+    """Run the harness on base and then tuned; finished calls are not run again. Returns the calls by side.
+
+    Args:
+        arguments: from `arguments_of_models`. options: from `call_options`.
+        folder: of the results. caller: the folder in which the calls run.
+    """
+    args, calls = models.comparison.args, {}
+    cache = (Path(args.eval_out) / ".cache").resolve()
+    for side in models.sides:
+        calls[side] = plan(suite, side, arguments[side], models.identity(side), options, folder, cache)
+        if args.overwrite:
+            delete_results(calls[side])
+        for k, call in enumerate(calls[side], 1):
+            execute(call, f"{side} {k}/{len(calls[side])}", caller)
+    return calls
+
+
+def delete_results(calls: list[Call]) -> None:
+    """Delete the files and the cached responses of earlier calls (--overwrite)."""
+    for call in calls:
+        shutil.rmtree(call.folder, ignore_errors=True)
+        cache = Path(call.command[call.command.index("--use_cache") + 1])
+        shutil.rmtree(cache.parent, ignore_errors=True)
+
+
 def plan(
     suite: Suite, side: str, arguments: dict, identity: dict, options: dict, folder: Path, cache: Path
 ) -> list[Call]:
-    """The calls of one model, tasks of equal shots together, in the suite's order.
+    """The calls of one model in the suite's order: tasks with the same number of shots share a call.
 
     Args:
-        arguments: from `model_arguments`. identity: what identifies the model's weights and precision.
+        arguments: from `model_arguments`. identity: of the model's weights and precision.
         options: backend, batch_size, limit, seed, apply_chat_template, fewshot_as_multiturn, num_fewshot,
             include_path, tasks_sha256 (of local task files), processes, device, extra (arguments after `--`).
-        cache: the folder of response caches; each model, precision, backend, length and batch size has its own.
+        cache: the folder of response caches. lm_eval looks responses up by request alone, so each model, precision,
+            backend, length and batch size needs its own.
     """
     o, groups = options, {}
     for entry in suite.tasks:
         shots = o["num_fewshot"] if o["num_fewshot"] is not None else entry.get("num_fewshot")
         groups.setdefault(shots, []).append(entry["task"])
-    told = {"arguments": arguments, "identity": identity, "versions": versions(), "extra": o["extra"]}
-    told |= {key: o[key] for key in ("backend", "batch_size", "processes", "device")}
-    told["files"] = _model_files(arguments)
-    responses = cache / f"lm_eval-{sha256_of(dumps(told))[:16]}" / "responses"
+    setting = {"arguments": arguments, "identity": identity, "versions": versions(), "extra": o["extra"]}
+    setting |= {key: o[key] for key in ("backend", "batch_size", "processes", "device")}
+    setting["files"] = _model_files(arguments)
+    responses = cache / f"lm_eval-{sha256_of(dumps(setting))[:16]}" / "responses"
     calls = []
     for shots, tasks in groups.items():
         command = _launcher(o) + _harness(o, arguments, tasks, shots)
-        what = sha256_of(dumps([told, command, o["tasks_sha256"]]))[:8]
-        place = folder / f"{side}-{'own' if shots is None else shots}shot-{what}"
-        written = ["--log_samples", "--output_path", str(place / "results.json"), "--use_cache", str(responses)]
-        calls.append(Call(side, tasks, shots, [*command, *written, *o["extra"]], place))
+        call_hash = sha256_of(dumps([setting, command, o["tasks_sha256"]]))[:8]
+        place = folder / f"{side}-{'own' if shots is None else shots}shot-{call_hash}"
+        outputs = ["--log_samples", "--output_path", str(place / "results.json"), "--use_cache", str(responses)]
+        calls.append(Call(side, tasks, shots, [*command, *outputs, *o["extra"]], place))
     return calls
 
 
 def _model_files(arguments: dict) -> str | None:
-    """SHA-256 of a local model's tokenizer and configuration, which its weights' hash does not hold."""
+    """SHA-256 of a local model's tokenizer and configuration, which the hash of its weights does not include."""
     folders = [Path(arguments[key]) for key in ("pretrained", "tokenizer") if key in arguments]
     files = [path for folder in folders if folder.is_dir() for path in folder.glob("*.json")]
     return sha256_of_files(files) if files else None
 
 
 def _launcher(o: dict) -> list[str]:
+    """The start of the command: lm_eval alone, or under accelerate launch with several processes."""
     if o["backend"] == "hf" and o["processes"] > 1:
         config = ROOT / "configs" / "accelerate" / ("cpu_2proc.yaml" if o["device"] == "cpu" else "multi_gpu.yaml")
         launch = ["--config_file", str(config), "--num_processes", str(o["processes"])]
@@ -158,97 +246,113 @@ def _launcher(o: dict) -> list[str]:
 
 
 def _harness(o: dict, arguments: dict, tasks: list[str], shots: int | None) -> list[str]:
-    found = ["run", "--model", o["backend"], "--model_args", json.dumps(arguments), "--tasks", ",".join(tasks)]
-    found += ["--batch_size", o["batch_size"], "--seed", str(o["seed"])]
+    """The arguments of `lm_eval run` that decide its figures."""
+    command = ["run", "--model", o["backend"], "--model_args", json.dumps(arguments), "--tasks", ",".join(tasks)]
+    command += ["--batch_size", o["batch_size"], "--seed", str(o["seed"])]
     if o["backend"] == "hf" and o["device"] == "cpu":
-        found += ["--device", "cpu"]
+        command += ["--device", "cpu"]
     if shots is not None:
-        found += ["--num_fewshot", str(shots)]
+        command += ["--num_fewshot", str(shots)]
     if o["limit"] is not None:
-        found += ["--limit", str(o["limit"])]
+        command += ["--limit", str(o["limit"])]
     if o["apply_chat_template"]:
-        found += ["--apply_chat_template"]
+        command += ["--apply_chat_template"]
         if o["fewshot_as_multiturn"] is not None:
-            found += ["--fewshot_as_multiturn", str(o["fewshot_as_multiturn"]).lower()]
+            command += ["--fewshot_as_multiturn", str(o["fewshot_as_multiturn"]).lower()]
     if o["include_path"]:
-        found += ["--include_path", o["include_path"]]
-    return found
+        command += ["--include_path", o["include_path"]]
+    return command
 
 
 def execute(call: Call, title: str, cwd: Path) -> None:
-    """Run the call unless it is finished. What it prints is kept in log.txt; its progress is shown.
+    """Run the call unless it is finished. Its output goes to log.txt; its progress is shown.
 
-    Raises UserError with the harness's last words where it fails; what it had answered by then is kept in its cache.
+    Raises:
+        UserError: lm_eval failed. The message has its last error line; finished responses stay in its cache.
     """
     if call.finished:
-        print(f"{title}: done before, in {call.seconds:.0f} s", file=sys.stderr)
+        print(f"{title}: already finished, in {call.seconds:.0f} s", file=sys.stderr)
         return
     shutil.rmtree(call.folder, ignore_errors=True)
     call.folder.mkdir(parents=True)
     print(f"{title}: {shlex.join(_readable(call.command))}", file=sys.stderr)
-    started = time.monotonic()
+    started, log = time.monotonic(), call.folder / "log.txt"
+    code, output = _run(call.command, log, cwd)
+    if code:
+        lines = [line for line in output.replace("\r", "\n").splitlines() if line.strip()]
+        last = next((line for line in reversed(lines) if "rror" in line), lines[-1] if lines else "no output")
+        fix = explain(RuntimeError(last), OUT_OF_MEMORY)
+        raise UserError(f"{title}: {fix or last.strip()} (lm_eval exited with {code}; its log: {log})")
+    if not any(call.folder.glob("results_*.json")):
+        raise UserError(f"{title}: lm_eval wrote no results (its log: {log})")
+    record = {"command": shlex.join(_readable(call.command)), "tasks": call.tasks}
+    write_json(call.folder / "call.json", {**record, "seconds": round(time.monotonic() - started, 1)})
+
+
+def _run(command: list[str], log: Path, cwd: Path) -> tuple[int, str]:
+    """Run a command of the harness with its output in `log`. Returns (exit code, the end of its stderr)."""
     environment = {"LMEVAL_LOG_LEVEL": "WARNING", "TOKENIZERS_PARALLELISM": "false", **os.environ}
-    log = call.folder / "log.txt"
     with log.open("wb") as out:
+        # A new session, so that Ctrl-C reaches the harness and its children once, through killpg below.
         process = subprocess.Popen(
-            call.command,
+            command,
             stdout=out,
             stderr=subprocess.PIPE,
             env=environment,
             cwd=cwd,
             start_new_session=True,
-            preexec_fn=_die_with_us(),
+            preexec_fn=_terminate_with_parent(),
         )
         try:
-            said = _pass_on(process.stderr, out)
-            code = process.wait()
+            output = _follow(process.stderr, out)
+            return process.wait(), output
         except BaseException:
-            # Its own session, so that Ctrl-C reaches it once, from here, and its children with it.
             os.killpg(process.pid, signal.SIGTERM)
             process.wait()
             raise
-    if code:
-        lines = [line for line in said.replace("\r", "\n").splitlines() if line.strip()]
-        last = next((line for line in reversed(lines) if "rror" in line), lines[-1] if lines else "no word")
-        mend = explain(RuntimeError(last), "give a smaller --batch-size, and the same command goes on")
-        raise UserError(f"{title}: {mend or last.strip()} (lm_eval ended with {code}; its log: {log})")
-    if not any(call.folder.glob("results_*.json")):
-        raise UserError(f"{title}: lm_eval wrote no results (its log: {log})")
-    write_json(
-        call.folder / "call.json",
-        {
-            "command": shlex.join(_readable(call.command)),
-            "tasks": call.tasks,
-            "seconds": round(time.monotonic() - started, 1),
-        },
-    )
 
 
-def _die_with_us():
-    """What makes a child end when this process is killed outright, where the system can do that (Linux)."""
-    import ctypes
-
+def _terminate_with_parent():
+    """A preexec_fn that ends the child when this process is killed with SIGKILL; None outside Linux."""
     prctl = getattr(ctypes.CDLL(None), "prctl", None)
-    death_signal = 1  # PR_SET_PDEATHSIG of linux/prctl.h
+    death_signal = 1  # PR_SET_PDEATHSIG in linux/prctl.h
     return (lambda: prctl(death_signal, signal.SIGTERM)) if prctl else None
 
 
 def _readable(command: list[str]) -> list[str]:
+    """The command as a user would type it."""
     return ["lm_eval", *command[3:]] if command[2] == "lm_eval" else ["accelerate", "launch", *command[3:]]
 
 
-# The harness's bars of requests; what it and its libraries say besides is kept in the log.
-PROGRESS = re.compile(r"^(?:Running|Checking cached)[^|]*\d+%\|.*$")
+# The harness's tqdm bars of requests; all other output goes to the log only.
+PROGRESS = re.compile(r"^(?P<name>(?:Running|Checking cached)[^|:]*):? *\d+%\|[^|]*\| *(?P<done>\d+)/(?P<total>\d+)")
 
 
-def _pass_on(stream, log) -> str:
-    """Copy the harness's stderr to the log, and its progress bars to ours. Returns its last words."""
-    said, rest = b"", ""
+def _follow(stream, log) -> str:
+    """Copy the harness's stderr to the log and show its progress bars. Returns the end of the output."""
+    output, rest, show = b"", "", _progress_display()
     while chunk := stream.read1(65536):
         log.write(chunk)
         log.flush()
-        said = (said + chunk)[-20000:]
+        output = (output + chunk)[-20000:]
         *lines, rest = re.split(r"[\r\n]", rest + chunk.decode(errors="replace"))
         for line in filter(PROGRESS.match, lines):
-            print(f"\r{line}", end="\n" if "100%" in line else "", file=sys.stderr, flush=True)
-    return said.decode(errors="replace")
+            show(line)
+    return output.decode(errors="replace")
+
+
+def _progress_display():
+    """A function that shows one state of a bar: redrawn on a terminal, as occasional plain lines in a log file."""
+    if sys.stderr.isatty():
+        return lambda line: print(f"\r{line}", end="\n" if "100%" in line else "", file=sys.stderr, flush=True)
+    bars: dict[str, LineProgress] = {}
+
+    def show(line: str) -> None:
+        name, done, total = PROGRESS.match(line).group("name", "done", "total")
+        bar = bars.setdefault(name, LineProgress(int(total), name, "requests"))
+        bar.total = int(total)
+        bar.update(int(done) - bar.n)
+        if done == total:
+            bars.pop(name).close()
+
+    return show

@@ -1,4 +1,4 @@
-"""Figures of a suite for base and tuned: the harness's own results, and paired differences from its logged samples."""
+"""Figures of a suite for base and tuned: the harness's results, and paired differences from its logged samples."""
 
 import json
 import math
@@ -6,16 +6,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from scipy.stats import norm
 
 from preflab.evaluation.comparison import ensure_models_differ
-from preflab.harness.calls import Call
-from preflab.harness.suites import Suite, averages, errors
+from preflab.harness.calls import UNQUANTISED, Call
+from preflab.harness.suites import Suite, averages, errors, load_reference
 from utils.artifacts import metric, read_json
 from utils.errors import UserError
 from utils.provenance import shorten_paths
 from utils.stats import bootstrap, bootstrap_test, mcnemar
 
-# How the harness makes one figure of a mean: as it is, perplexity, bits a byte.
+# How the harness turns a mean over documents into its figure: unchanged, perplexity, bits per byte.
 AGGREGATIONS = {
     "mean": lambda r: r,
     "perplexity": lambda r: math.exp(min(-r, 700)),
@@ -25,7 +26,16 @@ AGGREGATIONS = {
 
 @dataclass
 class ModelResults:
-    """What the harness reported of one model, its calls put together, and its samples by task."""
+    """The harness's results for one model, all calls together, and its samples by task.
+
+    Attributes:
+        results: `{task: {"metric,filter": value}}`. subtasks: `{group: [task]}`.
+        versions, shots, higher, configs: by task, as in the harness's results; higher: whether more is better.
+        samples: `{task: {(filter, doc_id): sample}}`, see `_samples`.
+        headers: the line above the harness's table, one per call.
+        templates: whether a chat template was used; two values if the calls differ.
+        lengths: mean characters of generated answers by task.
+    """
 
     results: dict = field(default_factory=dict)
     subtasks: dict = field(default_factory=dict)
@@ -41,29 +51,98 @@ class ModelResults:
     seconds: float = 0.0
 
 
+@dataclass
+class SuiteResults:
+    """All results of a suite, for the report.
+
+    Attributes:
+        sides: `{"base": ModelResults, "tuned": ModelResults}`.
+        rows: from `rows`. averages: from `suite_averages`. references: from `load_reference`.
+        settings: see `settings_of`.
+    """
+
+    title: str
+    suite: Suite
+    sides: dict[str, ModelResults]
+    rows: list[dict]
+    averages: dict[str, dict]
+    references: list[dict]
+    settings: dict
+
+
+def compare(title: str, suite: Suite, calls: dict[str, list[Call]], settings: dict, seed: int) -> SuiteResults:
+    """Read the results of both models and compare them.
+
+    Args:
+        calls: finished calls by side. settings: from `settings_of`.
+
+    Raises:
+        UserError: both models gave the same answers everywhere.
+    """
+    sides = {side: read_side(side_calls) for side, side_calls in calls.items()}
+    ensure_adapter_applied(**sides)
+    references = [load_reference(name) for name in suite.references]
+    figures = rows(**sides, suite=suite, seed=seed)
+    return SuiteResults(title, suite, sides, figures, suite_averages(suite, **sides, seed=seed), references, settings)
+
+
+def settings_of(options: dict, arguments: dict, missing: dict[str, str], quantized: bool) -> dict:
+    """The settings that decide whether published figures are comparable, as the report and the summary show them.
+
+    Args:
+        options: from `preflab.harness.calls.call_options`. arguments: --model_args of the tuned model.
+        missing: tasks left out and why. quantized: whether training quantised the base.
+    """
+    return {
+        **{key: options[key] for key in ("apply_chat_template", "limit", "num_fewshot", "batch_size")},
+        "dtype": arguments.get("mixed_precision_dtype", arguments["dtype"]),
+        "missing": missing,
+        "unquantised": UNQUANTISED if quantized else None,
+    }
+
+
+def leading_bos(tokenizer, prompt: str) -> int:
+    """BOS tokens at the start of a prompt tokenised as the harness does: it adds none if the text starts with one."""
+    bos = tokenizer.bos_token
+    if bos is None:
+        return 0
+    ids = tokenizer.encode(prompt, add_special_tokens=not prompt.startswith(bos))
+    count = 0
+    while count < len(ids) and ids[count] == tokenizer.bos_token_id:
+        count += 1
+    return count
+
+
+def metrics(results: SuiteResults) -> dict[str, dict]:
+    """`{"task/metric,filter/side": metric}` and `{"average/side": metric}`; side: base, tuned or difference."""
+    kinds = ("base", "tuned", "difference")
+    figures = {f"{r['task']}/{r['metric']},{r['filter']}/{k}": r[k] for r in results.rows for k in kinds}
+    return figures | {f"{name}/{k}": m[k] for name, m in results.averages.items() for k in kinds}
+
+
 def read_side(calls: list[Call]) -> ModelResults:
-    """The newest results of every call and all its samples."""
+    """The newest results of every call of one model, and all its samples."""
     side = ModelResults()
     for call in calls:
         path = max(call.folder.glob("results_*.json"), key=lambda p: p.stat().st_mtime)
-        found = read_json(path)
-        side.results |= {**found["results"], **found.get("groups", {})}
-        side.subtasks |= {k: v for k, v in found.get("group_subtasks", {}).items() if v}
+        report = read_json(path)
+        side.results |= {**report["results"], **report.get("groups", {})}
+        side.subtasks |= {k: v for k, v in report.get("group_subtasks", {}).items() if v}
         for name, key in (("versions", "versions"), ("shots", "n-shot"), ("higher", "higher_is_better")):
-            getattr(side, name).update(found.get(key, {}))
-        side.configs |= found["configs"]
-        side.headers.append(_header(found, call))
-        side.templates.add(found.get("chat_template") is not None)
+            getattr(side, name).update(report.get(key, {}))
+        side.configs |= report["configs"]
+        side.headers.append(_header(report, call))
+        side.templates.add(report.get("chat_template") is not None)
         side.seconds += call.seconds
         stamp = path.stem.removeprefix("results_")
-        for task in found["configs"]:
+        for task in report["configs"]:
             side.samples[task] = _samples(call.folder / f"samples_{task}_{stamp}.jsonl", side, task)
     return side
 
 
-def _header(found: dict, call: Call) -> str:
+def _header(report: dict, call: Call) -> str:
     """The line that the harness prints above its table."""
-    c = found["config"]
+    c = report["config"]
     sizes = ",".join(map(str, c.get("batch_sizes") or []))
     return (
         f"{c['model']} ({shorten_paths(c['model_args'])}), gen_kwargs: ({c['gen_kwargs']}), limit: {c['limit']},"
@@ -72,19 +151,23 @@ def _header(found: dict, call: Call) -> str:
 
 
 def _samples(path: Path, side: ModelResults, task: str) -> dict[tuple, dict]:
-    """`{(filter, doc_id): {document, prompt, values, options, answer}}`: what pairing needs of each logged sample."""
-    found, lengths = {}, []
+    """Read logged samples as `{(filter, doc_id): {document, prompt, values, options, answer}}`.
+
+    document and prompt are the harness's hashes, values the metrics by name, options the number of answer options.
+    Also updates the side's `lengths` and `first_prompt`.
+    """
+    samples, lengths = {}, []
     generated = side.configs[task].get("output_type") == "generate_until"
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except OSError:
-        raise UserError(f"{path}: the harness's samples are gone; --overwrite runs the task again") from None
+        raise UserError(f"{path}: the harness's samples are missing; --overwrite runs the task again") from None
     for line in lines:
         if not line.strip():
             continue
         row = json.loads(line)
         answers = row["resps"]
-        found[row["filter"], row["doc_id"]] = {
+        samples[row["filter"], row["doc_id"]] = {
             "document": row["doc_hash"],
             "prompt": row["prompt_hash"],
             "values": {name: row[name] for name in row["metrics"] if name in row},
@@ -97,11 +180,11 @@ def _samples(path: Path, side: ModelResults, task: str) -> dict[tuple, dict]:
             side.first_prompt = str(row["arguments"]["gen_args_0"]["arg_0"])
     if lengths:
         side.lengths[task] = sum(lengths) / len(lengths)
-    return found
+    return samples
 
 
 def ensure_adapter_applied(base: ModelResults, tuned: ModelResults) -> None:
-    """Raise UserError where both models answered every request alike: the adapter was not applied."""
+    """Raise UserError if both models gave the same answer to every request: the adapter was not applied."""
     pairs = [(a[k], tuned.samples[task][k]) for task, a in base.samples.items() for k in a if k in tuned.samples[task]]
     identical = bool(pairs) and all(a["answer"] == b["answer"] for a, b in pairs)
     ensure_models_differ(identical, f"the same answer to all {len(pairs)} requests")
@@ -111,36 +194,37 @@ def ensure_adapter_applied(base: ModelResults, tuned: ModelResults) -> None:
 
 
 def leaves(side: ModelResults, name: str) -> list[str]:
-    """The tasks of a group, or the task itself."""
+    """The tasks of a group and its subgroups; for a task, the task itself."""
     children = side.subtasks.get(name, [])
     return [leaf for child in children for leaf in leaves(side, child)] if children else [name]
 
 
 def rows(base: ModelResults, tuned: ModelResults, suite: Suite, seed: int) -> list[dict]:
-    """A row for every figure of the harness's tables, base beside tuned, groups before their subtasks.
+    """One row per figure of the harness's tables for both models, groups before their subtasks.
 
     Returns:
         `{task, alias, depth, top, version, filter, shots, metric, higher, base, tuned, difference, p, test, n, note}`.
-        base and tuned are the harness's own value and stderr; difference and p are paired over documents.
+        base and tuned are the harness's value and stderr; difference and p are paired over documents. `top` rows are
+        those not already covered by a group's figure.
     """
-    found, children = [], {child for kids in base.subtasks.values() for child in kids}
+    table, children = [], {child for kids in base.subtasks.values() for child in kids}
 
     def visit(name: str, depth: int, top: bool):
-        before = len(found)
+        before = len(table)
         for key in sorted(base.results.get(name, {})):
             value = base.results[name][key]
             measure, _, filtered = key.partition(",")
             if filtered and not measure.endswith("_stderr") and isinstance(value, (int, float)):
                 row = _row(base, tuned, name, measure, filtered, depth, seed)
-                found.append({**row, "top": top})
+                table.append({**row, "top": top})
         for child in base.subtasks.get(name, []):
-            visit(child, depth + 1, top and len(found) == before)
+            visit(child, depth + 1, top and len(table) == before)
 
-    asked = [entry["task"] for entry in suite.tasks]
+    order = [entry["task"] for entry in suite.tasks]
     tops = [name for name in base.results if name not in children]
-    for name in sorted(tops, key=lambda name: (asked.index(name) if name in asked else len(asked), name)):
+    for name in sorted(tops, key=lambda name: (order.index(name) if name in order else len(order), name)):
         visit(name, 0, True)
-    return found
+    return table
 
 
 def _row(
@@ -173,12 +257,15 @@ def paired(
 ) -> dict:
     """Tuned minus base over the documents of `tasks`: `{difference, p, test, n, note}`.
 
-    0/1 metrics are tested by exact McNemar, others by a paired bootstrap. A figure that the harness makes in a way
-    which cannot be followed from its samples, or whose prompts differ between the models, gets an unpaired error.
+    0/1 metrics are tested by exact McNemar, others by a paired bootstrap. If the harness's figure cannot be reproduced
+    from its samples, or the prompts differ between the models, the error is unpaired and there is no test.
+
+    Args:
+        reported: `{"base": metric, "tuned": metric}` as the harness reports the figure.
     """
     values, unpaired = _values(base, tuned, tasks, measure, filtered)
     point = reported["tuned"]["value"] - reported["base"]["value"]
-    found = {
+    result = {
         "difference": metric(point, _independent(reported)),
         "p": None,
         "test": None,
@@ -186,57 +273,64 @@ def paired(
         "note": None,
     }
     if unpaired:
-        return {**found, "note": f"{unpaired} documents have other prompts or are missing in one model: unpaired"}
+        return {**result, "note": f"{unpaired} documents have other prompts or are missing in one model: unpaired"}
     if not len(values):
-        return {**found, "note": "no samples"}
-    link = aggregation_of(values, reported)
-    if link is None:
+        return {**result, "note": "no samples"}
+    aggregation = aggregation_of(values, reported)
+    if aggregation is None:
         return _by_task(base, tuned, tasks, measure, filtered, reported, seed) or {
-            **found,
-            "note": "made by the task's own aggregation: unpaired",
+            **result,
+            "note": "computed by the task's own aggregation: unpaired",
         }
-    plain = link == "mean" and (values[:, 2] == 1).all()
-    if plain:
+    # Columns of values: tuned's sum, base's sum, weight.
+    plain_mean = aggregation == "mean" and (values[:, 2] == 1).all()
+    if plain_mean:
         difference = bootstrap(values[:, :2], seed)
     else:
-        turn = AGGREGATIONS[link]
+        figure = AGGREGATIONS[aggregation]
         difference = bootstrap(
-            values, seed, statistic=lambda v: turn(v[:, 0].sum() / v[:, 2].sum()) - turn(v[:, 1].sum() / v[:, 2].sum())
+            values,
+            seed,
+            statistic=lambda v: figure(v[:, 0].sum() / v[:, 2].sum()) - figure(v[:, 1].sum() / v[:, 2].sum()),
         )
-    if plain and np.isin(values[:, :2], (0, 1)).all():
+    if plain_mean and np.isin(values[:, :2], (0, 1)).all():
         p, test = mcnemar(values[:, 0], values[:, 1]), "McNemar"
     else:
-        # On the mean itself: what the link makes of it is equal where the means are.
+        # Test the means: the aggregation is monotonic, so the figures are equal exactly when the means are.
         p = bootstrap_test(values, seed, statistic=lambda v: (v[:, 0].sum() - v[:, 1].sum()) / v[:, 2].sum())
         test = "bootstrap"
-    return {**found, "difference": difference, "p": p, "test": test}
+    return {**result, "difference": difference, "p": p, "test": test}
 
 
 def _values(
     base: ModelResults, tuned: ModelResults, tasks: list[str], measure: str, filtered: str
 ) -> tuple[np.ndarray, int]:
-    """(tuned's sum, base's sum, weight) of every document, shape (n, 3), and how many cannot be paired."""
-    found, unpaired = [], 0
+    """(tuned's sum, base's sum, weight) per document, shape (n, 3), and the number of documents without a partner."""
+    values, unpaired = [], 0
     for task in tasks:
-        here, there = base.samples.get(task, {}), tuned.samples.get(task, {})
-        keys = [key for key in here if key[0] == filtered]
-        unpaired += len({key for key in there if key[0] == filtered} - set(keys))
+        base_samples, tuned_samples = base.samples.get(task, {}), tuned.samples.get(task, {})
+        keys = [key for key in base_samples if key[0] == filtered]
+        unpaired += len({key for key in tuned_samples if key[0] == filtered} - set(keys))
         for key in keys:
-            a, b = here[key], there.get(key)
+            a, b = base_samples[key], tuned_samples.get(key)
             if b is None or (a["document"], a["prompt"]) != (b["document"], b["prompt"]):
                 unpaired += 1
                 continue
-            one, other = _number(b["values"].get(measure)), _number(a["values"].get(measure))
-            if one and other and one[1] == other[1]:
-                found.append((one[0], other[0], one[1]))
+            of_base, of_tuned = _number(a["values"].get(measure)), _number(b["values"].get(measure))
+            if of_base and of_tuned and of_base[1] == of_tuned[1]:
+                values.append((of_tuned[0], of_base[0], of_base[1]))
             elif measure in a["values"]:
-                # Answers kept for an aggregation of the task's own, as f1's pairs of gold and prediction.
+                # Data for the task's own aggregation, like f1's pairs of gold and prediction. NaN matches no known one.
                 return np.full((1, 3), np.nan), 0
-    return np.array(found, float).reshape(-1, 3), unpaired
+    return np.array(values, float).reshape(-1, 3), unpaired
 
 
 def _number(value) -> tuple[float, float] | None:
-    """(sum, weight) of one document's figure: a number, a list of them, or a pair of log-likelihood and length."""
+    """(sum, weight) of one document's figure, None for other data.
+
+    The figure is a number, a list of booleans (IFEval's instructions), or a log-likelihood with its length
+    (word_perplexity).
+    """
     if isinstance(value, (bool, int, float)):
         return float(value), 1.0
     if isinstance(value, list) and value and all(isinstance(v, bool) for v in value):
@@ -247,21 +341,22 @@ def _number(value) -> tuple[float, float] | None:
 
 
 def aggregation_of(values: np.ndarray, reported: dict) -> str | None:
-    """Which of `AGGREGATIONS` makes both reported figures of the documents' mean."""
-    for name, turn in AGGREGATIONS.items():
-        made = [turn(values[:, k].sum() / values[:, 2].sum()) for k in (0, 1)]
-        if np.allclose(made, [reported["tuned"]["value"], reported["base"]["value"]], rtol=1e-6, atol=1e-9):
+    """The name in `AGGREGATIONS` that reproduces both reported figures from the documents' mean; else None."""
+    for name, figure in AGGREGATIONS.items():
+        computed = [figure(values[:, k].sum() / values[:, 2].sum()) for k in (0, 1)]
+        if np.allclose(computed, [reported["tuned"]["value"], reported["base"]["value"]], rtol=1e-6, atol=1e-9):
             return name
     return None
 
 
 def _independent(reported: dict) -> float | None:
+    """Standard error of the difference of two independent figures."""
     parts = [reported[side]["stderr"] for side in ("base", "tuned")]
     return None if None in parts else math.hypot(*parts)
 
 
 def _by_task(base, tuned, tasks, measure, filtered, reported, seed) -> dict | None:
-    """A group whose figure is the plain mean of its tasks'; None for what is not."""
+    """The difference of a group whose figure is the unweighted mean of its tasks'; None for other groups."""
     if len(tasks) < 2:
         return None
     each = [
@@ -283,12 +378,10 @@ def _by_task(base, tuned, tasks, measure, filtered, reported, seed) -> dict | No
 
 
 def normal(value: float, stderr: float | None) -> dict:
-    """`{difference, p}` of a figure with a normal error."""
-    from scipy.stats import norm
-
+    """`{difference, p}` of a figure whose error is normal."""
     if not stderr:
         return {"difference": metric(value, stderr), "p": None}
-    half = 1.959964 * stderr
+    half = 1.959964 * stderr  # the normal distribution's 97.5% quantile
     return {
         "difference": metric(value, stderr, (value - half, value + half)),
         "p": float(2 * norm.sf(abs(value) / stderr)),
@@ -299,9 +392,9 @@ def normal(value: float, stderr: float | None) -> dict:
 
 
 def suite_averages(suite: Suite, base: ModelResults, tuned: ModelResults, seed: int) -> dict[str, dict]:
-    """`{average: {base, tuned, difference, p}}` of the suite, as its leaderboard has it; None where a task lacks.
+    """`{average: {base, tuned, difference, p}}` of the suite, as its leaderboard computes it.
 
-    The difference's error comes from the paired errors of its entries.
+    Values are None if a task is missing. The difference's error is propagated from the paired errors of its entries.
     """
     entries = {json.dumps(e, sort_keys=True): e for a in suite.averages for e in a["of"] if not isinstance(e, str)}
     known = {key: _entry(entry, base, tuned, seed) for key, entry in entries.items()}
@@ -318,23 +411,24 @@ def suite_averages(suite: Suite, base: ModelResults, tuned: ModelResults, seed: 
     exact = {side: averages(suite, part(side, "value"), rounded=False) for side in ("base", "tuned")}
 
     def lower(entry):
-        """The lower of both figures: where it lies below a baseline, the difference's error is not known."""
+        """The lower of both figures: if it is below the baseline, the difference's error is unknown."""
         values = [part(side, "value")(entry) for side in sides]
         return None if None in values else min(values)
 
-    moved = errors(suite, lower, part("difference", "stderr"))
-    found = {}
+    difference_errors = errors(suite, lower, part("difference", "stderr"))
+    result = {}
     for name, value in sides["base"].items():
         figures = {side: metric(sides[side][name], spread[side][name]) for side in sides}
         if value is None or sides["tuned"][name] is None:
-            found[name] = {**figures, "difference": metric(None), "p": None}
+            result[name] = {**figures, "difference": metric(None), "p": None}
         else:
-            found[name] = {**figures, **normal(exact["tuned"][name] - exact["base"][name], moved[name])}
-    return found
+            difference = exact["tuned"][name] - exact["base"][name]
+            result[name] = {**figures, **normal(difference, difference_errors[name])}
+    return result
 
 
 def _entry(entry: dict, base: ModelResults, tuned: ModelResults, seed: int) -> dict | None:
-    """Base, tuned and their paired difference of one entry of an average; None where a task of it did not run."""
+    """Base, tuned and their paired difference for one entry of an average; None if one of its tasks did not run."""
     filtered, measure = entry.get("filter", "none"), entry["metric"]
     if entry.get("subtasks"):
         tasks = leaves(base, entry["task"])
@@ -351,8 +445,8 @@ def _entry(entry: dict, base: ModelResults, tuned: ModelResults, seed: int) -> d
 
 
 def _subset(entry: dict, base: ModelResults, tuned: ModelResults, seed: int) -> dict | None:
-    """The documents of a pooled task that have so many answer options."""
-    chosen = [
+    """An entry with `choices`: the documents of a pooled task that have this number of answer options."""
+    subsets = [
         ModelResults(
             samples={
                 entry["task"]: {
@@ -362,7 +456,7 @@ def _subset(entry: dict, base: ModelResults, tuned: ModelResults, seed: int) -> 
         )
         for side in (base, tuned)
     ]
-    values, unpaired = _values(*chosen, [entry["task"]], entry["metric"], entry.get("filter", "none"))
+    values, unpaired = _values(*subsets, [entry["task"]], entry["metric"], entry.get("filter", "none"))
     if unpaired or not len(values):
         return None
     return {
@@ -373,6 +467,7 @@ def _subset(entry: dict, base: ModelResults, tuned: ModelResults, seed: int) -> 
 
 
 def _plain_mean(figures: list[dict]) -> dict:
-    found = [figure["stderr"] for figure in figures]
-    stderr = None if None in found else math.sqrt(sum(e * e for e in found)) / len(found)
+    """Mean of independent metrics with its propagated standard error."""
+    stderrs = [figure["stderr"] for figure in figures]
+    stderr = None if None in stderrs else math.sqrt(sum(e * e for e in stderrs)) / len(stderrs)
     return metric(sum(figure["value"] for figure in figures) / len(figures), stderr)

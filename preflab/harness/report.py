@@ -1,75 +1,66 @@
-"""What run_lm_eval.sh prints and writes: the harness's table for base and tuned, averages, published rows."""
+"""Report of run_lm_eval.sh: the printed table, the full table as Markdown, the verdict and the figure."""
 
 from importlib.metadata import version
 
-from preflab.harness.metrics import ModelResults
-from preflab.harness.suites import Suite, on_harness_scale, published_averages, published_row
-from utils.errors import is_main_process
+import numpy as np
+
+from preflab.harness.metrics import SuiteResults
+from preflab.harness.suites import on_harness_scale, published_averages, published_row
+from utils import tables
 from utils.plots import CHOSEN, EVAL, NEUTRAL, empty_panel, figure, save
+from utils.stage import Report
 from utils.stats import holm
-from utils.tables import markdown_table
+from utils.tables import markdown_table, paragraphs
 
 PURPOSE = (
-    "These tasks measure objective quality (knowledge, reasoning, truthfulness as fixed questions see them), not human"
+    "These tasks measure objective quality (knowledge, reasoning, truthfulness on fixed questions), not human"
     " preference."
 )
+MIXED = "MIXED TABLE: some figures use a chat template and some do not, so they are not comparable."
+ARROWS = {True: " ↑", False: " ↓", None: ""}
 
 
-def report(title: str, suite: Suite, sides: dict, rows: list[dict], averages: dict, references: list[dict],
-           settings: dict) -> tuple[str, str]:  # fmt: skip
-    """(text, verdict): everything that is printed, as Markdown.
+def render(results: SuiteResults) -> Report:
+    """The printed report: tables of at most 100 columns, notes and the verdict.
 
-    Args:
-        sides: `{"base": ModelResults, "tuned": ModelResults}`. rows: from `preflab.harness.metrics.rows`.
-        averages: from `suite_averages`. references: from `load_reference`.
-        settings: apply_chat_template, limit, num_fewshot, tokenizer_bos (BOS tokens before the first request), missing.
+    Marks rows as `significant` and attaches published figures to them, see `verdict_of` and `attach_published`.
     """
-    verdict = claim(rows)
-    published, why = published_columns(rows, references, settings)
-    parts = [f"# {title}", "\n".join(f"- {name}: `{line}`" for name, side in sides.items() for line in side.headers)]
-    if any(len(side.templates) > 1 for side in sides.values()) or sides["base"].templates != sides["tuned"].templates:
-        parts.append("MIXED TABLE: some figures are with a chat template and some without; they do not compare.")
-    parts.append(table(rows, settings, published))
-    if averages:
-        parts.append(averages_table(suite, averages, references, settings))
-    parts += _below(suite, sides, rows, why, settings)
-    parts += [about(reference, settings) for reference in references]
-    parts += [PURPOSE, verdict]
-    return "\n\n".join(parts), verdict
+    verdict, reasons = verdict_of(results.rows), attach_published(results)
+    parts = [tables.render(results.title, table_lines(results))]
+    if results.averages:
+        parts.append(tables.render("averages, as the leaderboard defines them", average_lines(results)))
+        published = published_average_lines(results)
+        parts += [tables.render("published averages", published)] if published else []
+    notes = [*notes_of(results, reasons), *(about(r, results.settings) for r in results.references), PURPOSE]
+    warning = MIXED if is_mixed(results) else None
+    parts += [paragraphs(*([warning] if warning else []), *notes), paragraphs(verdict)]
+    return Report("\n\n".join(parts), verdict, warning)
 
 
-def table(rows: list[dict], settings: dict, published: dict[str, list[str]]) -> str:
-    """The harness's columns for base and tuned, the paired difference, and published figures."""
-    on = f"template {'on' if settings['apply_chat_template'] else 'off'}"
-    head = ["Tasks", "Version", "Filter", "n-shot", "Metric", "", f"base ({on})", "Stderr", f"tuned ({on})", "Stderr"]
-    lines = [[*head, "tuned - base", "Stderr", "p", *published]]
-    arrows = {True: "↑", False: "↓"}
-    for k, row in enumerate(rows):
-        name = f"{' ' * row['depth'] + '- ' if row['depth'] else ''}{row['alias']}"
-        version = "" if row["version"] is None else str(row["version"])
-        shots = "" if row["shots"] is None else str(row["shots"])
-        p = "-" if row["p"] is None else f"{row['p']:.2g}{'*' if row.get('significant') else ''}"
-        lines.append(
-            [
-                *(name, version, row["filter"], shots, row["metric"], arrows.get(row["higher"], "")),
-                *_value(row["base"]),
-                *_value(row["tuned"]),
-                *(_value(row["difference"], "+")),
-                p,
-                *(column[k] for column in published.values()),
-            ]
-        )
-    return markdown_table(lines)
+def markdown(results: SuiteResults) -> str:
+    """The full report for lm_eval.md: all of the harness's columns, published figures beside ours."""
+    verdict, reasons = verdict_of(results.rows), attach_published(results)
+    headers = [f"- {name}: `{line}`" for name, side in results.sides.items() for line in side.headers]
+    parts = [f"# {results.title}", "\n".join(headers), *([MIXED] if is_mixed(results) else [])]
+    parts.append(full_table(results))
+    if results.averages:
+        parts.append(full_averages(results))
+    parts += notes_of(results, reasons)
+    parts += [about(reference, results.settings) for reference in results.references]
+    return "\n\n".join([*parts, PURPOSE, verdict]) + "\n"
 
 
-def _value(m: dict, sign: str = "") -> tuple[str, str]:
-    if m["value"] is None:
-        return "-", ""
-    return f"{m['value']:{sign}.4f}", "" if m["stderr"] is None else f"± {m['stderr']:.4f}"
+def is_mixed(results: SuiteResults) -> bool:
+    """Whether calls differ in the use of a chat template."""
+    base, tuned = (results.sides[side].templates for side in ("base", "tuned"))
+    return len(base) > 1 or len(tuned) > 1 or base != tuned
 
 
-def claim(rows: list[dict]) -> str:
-    """What changed for certain: the tasks' own rows, corrected for their number. Marks those rows `significant`."""
+def verdict_of(rows: list[dict]) -> str:
+    """Which tasks changed significantly: the `top` rows, with Holm's correction for their number.
+
+    Sets `p_holm` and `significant` of those rows.
+    """
     tested = [row for row in rows if row["top"] and row["p"] is not None]
     if not tested:
         return "No claim: no figure of these tasks could be tested."
@@ -79,29 +70,156 @@ def claim(rows: list[dict]) -> str:
         if row["significant"] and row["higher"] is not None:
             up = (row["difference"]["value"] > 0) == row["higher"]
             (better if up else worse).append(f"{row['task']} {row['metric']} ({row['difference']['value']:+.4f})")
-    tail = f"by {len(tested)} paired tests with Holm's correction (* above; about {0.05 * len(tested):.1f} of them fall"
-    tail += " below p=0.05 by chance alone)"
+    tests = (
+        f"{len(tested)} paired tests with Holm's correction (* in the table; without it, about"
+        f" {0.05 * len(tested):.1f} of them fall below p=0.05 by chance)"
+    )
     if not better and not worse:
-        return f"No claim: no task changed for certain, {tail}."
-    said = [f"tuned is {word} on {', '.join(found)}" for word, found in (("better", better), ("worse", worse)) if found]
-    return f"{'; '.join(said).capitalize()}: {tail}."
+        return f"No claim: no task changed significantly in {tests}."
+    parts = [
+        f"tuned is {word} on {', '.join(names)}" for word, names in (("better", better), ("worse", worse)) if names
+    ]
+    return f"{'; '.join(parts).capitalize()}, by {tests}."
 
 
-# ---------------------------------------------------------------------------------------------------- published figures
+# ------------------------------------------------------------------------------------------------------------- printed
+
+
+def table_lines(results: SuiteResults) -> list[tuple]:
+    """Lines of the printed table: a task's name, then a line per metric, each followed by its published figures."""
+    template = "on" if results.settings["apply_chat_template"] else "off"
+    lines: list[tuple] = [(f"chat template {template}", "base", "tuned", "tuned - base", "p")]
+    task = None
+    for row in results.rows:
+        indent = "  " * row["depth"]
+        if row["task"] != task:
+            task = row["task"]
+            lines.append((f"{indent}{row['alias']}" + ("" if row["shots"] is None else f", {row['shots']}-shot"),))
+        measure = row["metric"] if row["filter"] == "none" else f"{row['metric']}, {row['filter']}"
+        p = "-" if row["p"] is None else f"{row['p']:.2g}{'*' if row.get('significant') else ''}"
+        cells = (_cell(row["base"]), _cell(row["tuned"]), _cell(row["difference"], "+"))
+        lines.append((f"{indent}  {measure}{ARROWS.get(row['higher'], '')}", *cells, p))
+        for name, published in row.get("references", {}).items():
+            shown, difference = _published_cells(row, published)
+            lines.append((f"{indent}    published: {name}", "", shown, difference, ""))
+    return lines
+
+
+def average_lines(results: SuiteResults) -> list[tuple]:
+    """Lines of the printed table of averages."""
+    digits = digits_of_averages(results)
+    lines: list[tuple] = [("average", "base", "tuned", "tuned - base", "p")]
+    for name, m in results.averages.items():
+        cells = (_cell(m["base"], "", digits[name]), _cell(m["tuned"], "", digits[name]))
+        p = "-" if m["p"] is None else f"{m['p']:.2g}"
+        lines.append((name, *cells, _cell(m["difference"], "+", digits[name]), p))
+    return lines
+
+
+def published_average_lines(results: SuiteResults) -> list[tuple]:
+    """A line per reference and a column per average; empty if no reference has any. Parentheses: another setting."""
+    digits, lines = digits_of_averages(results), []
+    for reference in results.references:
+        published = published_averages(results.suite, reference)
+        if any(value is not None for value in published.values()):
+            other = differs(reference, None, None, results.settings) or results.settings["num_fewshot"] is not None
+            cells = ["" if value is None else f"{value:.{digits[name]}f}" for name, value in published.items()]
+            lines.append((reference["name"], *(f"({c})" if other and c else c for c in cells)))
+    return [("model", *results.averages), *lines] if lines else []
+
+
+def digits_of_averages(results: SuiteResults) -> dict[str, int]:
+    """Decimal places by average: two on a scale to 100, four on one to 1; an average of averages has theirs."""
+    digits: dict[str, int] = {}
+    for average in results.suite.averages:
+        inner = [digits[entry] for entry in average["of"] if isinstance(entry, str)]
+        digits[average["name"]] = max(inner) if inner else 2 if average.get("scale", 1) > 1 else 4
+    return digits
+
+
+def _cell(m: dict, sign: str = "", digits: int = 4) -> str:
+    """`0.6667 ± 0.0688`, or a dash."""
+    return " ".join(filter(None, _value(m, sign, digits)))
+
+
+def _published_cells(row: dict, published: dict) -> tuple[str, str]:
+    """(the published figure, tuned minus it if comparable); parentheses mark another setting."""
+    stderr = "" if published["stderr"] is None else f" ± {published['stderr']:.4f}"
+    shown = f"{published['value']:.4f}{stderr}"
+    if published["other_setting"]:
+        return f"({shown})", ""
+    return shown, f"{row['tuned']['value'] - published['value']:+.4f}"
+
+
+# ------------------------------------------------------------------------------------------------------------ Markdown
+
+
+def full_table(results: SuiteResults) -> str:
+    """The harness's columns for base and tuned, the paired difference, and published figures, as Markdown."""
+    on = f"template {'on' if results.settings['apply_chat_template'] else 'off'}"
+    names = list(dict.fromkeys(name for row in results.rows for name in row.get("references", {})))
+    head = ["Tasks", "Version", "Filter", "n-shot", "Metric", "", f"base ({on})", "Stderr", f"tuned ({on})", "Stderr"]
+    lines = [[*head, "tuned - base", "Stderr", "p", *names]]
+    for row in results.rows:
+        name = f"{' ' * row['depth'] + '- ' if row['depth'] else ''}{row['alias']}"
+        task_version = "" if row["version"] is None else str(row["version"])
+        shots = "" if row["shots"] is None else str(row["shots"])
+        p = "-" if row["p"] is None else f"{row['p']:.2g}{'*' if row.get('significant') else ''}"
+        references = row.get("references", {})
+        published = [_published_cells(row, references[name]) if name in references else ("", "") for name in names]
+        lines.append(
+            [
+                *(name, task_version, row["filter"], shots, row["metric"], ARROWS.get(row["higher"], "").strip()),
+                *_value(row["base"]),
+                *_value(row["tuned"]),
+                *_value(row["difference"], "+"),
+                p,
+                *(f"{shown}, tuned {moved}" if moved else shown for shown, moved in published),
+            ]
+        )
+    return markdown_table(lines)
+
+
+def full_averages(results: SuiteResults) -> str:
+    """A line per model and a column per average, as Markdown; parentheses mark another setting."""
+    digits = digits_of_averages(results)
+    lines = [["Model", *results.averages]]
+    for side in ("base", "tuned"):
+        lines.append([side, *(_cell(m[side], "", digits[name]) for name, m in results.averages.items())])
+    differences = [
+        _cell(m["difference"], "+", digits[name]) + ("" if m["p"] is None else f" p={m['p']:.2g}")
+        for name, m in results.averages.items()
+    ]
+    lines.append(["tuned - base", *differences])
+    return markdown_table([*lines, *(list(line) for line in published_average_lines(results)[1:])])
+
+
+def _value(m: dict, sign: str = "", digits: int = 4) -> tuple[str, str]:
+    """(value, `± stderr`) with a dash for a missing value."""
+    if m["value"] is None:
+        return "-", ""
+    return f"{m['value']:{sign}.{digits}f}", "" if m["stderr"] is None else f"± {m['stderr']:.{digits}f}"
+
+
+# --------------------------------------------------------------------------------------------------- published figures
 
 
 def differs(reference: dict, row: dict | None, shots: int | None, settings: dict) -> str | None:
-    """Why a published figure was measured in another setting than ours, None where everything known is equal."""
+    """How the setting of a published figure differs from ours; None if everything known is equal.
+
+    Args:
+        row: the published row, or None for the reference's averages. shots: of our figure.
+    """
     if row is not None and row.get("how") == "generated":
         return "its answers were generated and parsed, not scored by likelihood"
     if settings["limit"] is not None:
-        return "ours are on --limit alone"
+        return "ours use only --limit documents"
     if row is not None and row.get("shots") != shots:
         return (
             f"{'unknown' if row.get('shots') is None else row['shots']} shots" if shots is not None else "other shots"
         )
     if reference.get("apply_chat_template") is None:
-        return "whether with a chat template is not published"
+        return "its use of a chat template is not published"
     if reference["apply_chat_template"] != settings["apply_chat_template"]:
         return f"chat template {'on' if reference['apply_chat_template'] else 'off'}"
     if reference.get("harness") != f"lm-eval {version('lm_eval')}":
@@ -111,117 +229,93 @@ def differs(reference: dict, row: dict | None, shots: int | None, settings: dict
     return None
 
 
-def published_columns(rows: list[dict], references: list[dict], settings: dict) -> tuple[dict[str, list], dict]:
-    """({reference: a cell a row}, {reference: reasons}); parentheses mark another setting: nothing is compared."""
-    columns, reasons = {}, {}
-    for reference in references:
-        cells, why = [], {}
-        for row in rows:
-            found = published_row(reference, row, row["shots"])
-            if found is None:
-                cells.append("")
+def attach_published(results: SuiteResults) -> dict[str, dict[str, list[str]]]:
+    """Set `references` of every row that a reference covers: `{name: {value, stderr, published_as, other_setting}}`.
+
+    Returns:
+        `{reference: {reason: [task]}}`: why figures are not comparable, see `differs`.
+    """
+    reasons: dict[str, dict] = {}
+    for reference in results.references:
+        by_reason = reasons.setdefault(reference["name"], {})
+        for row in results.rows:
+            published = published_row(reference, row, row["shots"])
+            if published is None:
                 continue
-            value, stderr = (on_harness_scale(reference, found, key) for key in ("value", "stderr"))
-            shown = f"{value:.4f}" + ("" if stderr is None else f" ± {stderr:.4f}")
-            reason = differs(reference, found, row["shots"], settings)
+            reason = differs(reference, published, row["shots"], results.settings)
+            name, measure = published.get("published", row["task"]), published.get("published_metric", row["metric"])
             row.setdefault("references", {})[reference["name"]] = {
-                "value": value,
-                "stderr": stderr,
-                "published_as": f"{found.get('published', row['task'])} {found.get('published_metric', row['metric'])}",
+                "value": on_harness_scale(reference, published, "value"),
+                "stderr": on_harness_scale(reference, published, "stderr"),
+                "published_as": f"{name} {measure}",
                 "other_setting": reason,
             }
             if reason:
-                cells.append(f"({shown})")
-                why.setdefault(reason, []).append(row["task"])
-            else:
-                cells.append(f"{shown}, tuned {row['tuned']['value'] - value:+.4f}")
-        if any(cells):
-            columns[reference["name"]] = cells
-        reasons[reference["name"]] = why
-    return columns, reasons
-
-
-def averages_table(suite: Suite, averages: dict, references: list[dict], settings: dict) -> str:
-    """A line a model, a column an average: the summary of a suite; parentheses mark another setting."""
-    lines, digits = [["Model", *averages]], {}
-    for average in suite.averages:
-        inner = [digits[entry] for entry in average["of"] if isinstance(entry, str)]
-        digits[average["name"]] = max(inner) if inner else 2 if average.get("scale", 1) > 1 else 4
-    for side in ("base", "tuned"):
-        lines.append([side, *(_average(m[side], digits[name]) for name, m in averages.items())])
-    moved = (_average(m["difference"], digits[name], "+", m["p"]) for name, m in averages.items())
-    lines.append(["tuned - base", *moved])
-    for reference in references:
-        published = published_averages(suite, reference)
-        if any(value is not None for value in published.values()):
-            other = differs(reference, None, None, settings) or settings["num_fewshot"] is not None
-            cells = ["" if value is None else f"{value:.{digits[name]}f}" for name, value in published.items()]
-            lines.append([reference["name"], *(f"({c})" if other and c else c for c in cells)])
-    return markdown_table(lines)
-
-
-def _average(m: dict, digits: int, sign: str = "", p: float | None = None) -> str:
-    if m["value"] is None:
-        return "-"
-    error = "" if m["stderr"] is None else f" ± {m['stderr']:.{digits}f}"
-    return f"{m['value']:{sign}.{digits}f}{error}" + ("" if p is None else f" p={p:.2g}")
-
-
-# ---------------------------------------------------------------------------------------------------- below the table
+                by_reason.setdefault(reason, []).append(row["task"])
+    return reasons
 
 
 def about(reference: dict, settings: dict) -> str:
-    """Where a reference's figures come from, and in which setting they were measured."""
+    """The source of a reference's figures and the setting in which they were measured."""
     template = {None: "chat template not published", True: "chat template on", False: "chat template off"}
-    said = [reference["source"], f"harness: {reference.get('harness')}", f"dtype: {reference.get('dtype')}"]
-    said += [template[reference.get("apply_chat_template")], f"published on a scale to {reference.get('scale', 1)}"]
+    parts = [reference["source"], f"harness: {reference.get('harness')}", f"dtype: {reference.get('dtype')}"]
+    parts += [template[reference.get("apply_chat_template")], f"published on a scale to {reference.get('scale', 1)}"]
     note = f". {reference['note']}" if reference.get("note") else ""
     other = differs(reference, None, None, settings)
-    averages = f"; its averages are of another setting: {other}" if reference["averages"] and other else ""
-    return f"{reference['name']}: {'; '.join(said)}{averages}{note}."
+    averages = f"; its averages have another setting: {other}" if reference["averages"] and other else ""
+    return f"{reference['name']}: {'; '.join(parts)}{averages}{note}."
 
 
-def _below(suite: Suite, sides: dict[str, ModelResults], rows: list[dict], why: dict, settings: dict) -> list[str]:
-    """Times, lengths, what cannot be compared and what departs from the published suite."""
+# --------------------------------------------------------------------------------------------------------------- notes
+
+
+def notes_of(results: SuiteResults, reasons: dict[str, dict[str, list[str]]]) -> list[str]:
+    """Times, lengths, figures that are not comparable, and deviations from the published suite.
+
+    Args:
+        reasons: from `attach_published`.
+    """
+    sides, settings = results.sides, results.settings
     seconds = {name: side.seconds for name, side in sides.items()}
     each = ", ".join(f"{name} {clock(spent)}" for name, spent in seconds.items())
-    found = [f"Elapsed time: {clock(sum(seconds.values()))} ({each}), of the calls that ran these tasks."]
+    notes = [f"Elapsed time of the calls: {clock(sum(seconds.values()))} ({each})."]
     if settings["limit"] is not None:
-        found.append(f"ONLY {settings['limit']} DOCUMENTS A TASK: no figure of any leaderboard.")
+        notes.append(f"ONLY {settings['limit']} DOCUMENTS PER TASK: not comparable with any leaderboard.")
     if settings["num_fewshot"] is not None:
-        found.append(f"--num-fewshot {settings['num_fewshot']} was asked for: the suite's own shots are others.")
+        notes.append(f"--num-fewshot {settings['num_fewshot']} replaces the suite's numbers of shots.")
     if settings["unquantised"]:
-        found.append(settings["unquantised"])
+        notes.append(settings["unquantised"])
     if settings["missing"]:
-        lacking = "; ".join(f"{task} {reason}" for task, reason in settings["missing"].items())
-        found.append(f"LEFT OUT (--skip-missing): {lacking}.")
+        missing = "; ".join(f"{task}: {reason}" for task, reason in settings["missing"].items())
+        notes.append(f"LEFT OUT (--skip-missing): {missing}.")
     lengths = [f"{task} {sides['base'].lengths[task]:.0f} and {sides['tuned'].lengths[task]:.0f}"
                for task in sides["base"].lengths]  # fmt: skip
     if lengths:
-        found.append(f"Mean generated length, base and tuned, characters: {', '.join(lengths)}.")
-    found += eq_bench(rows)
-    notes = [f"{row['task']} {row['metric']}: {row['note']}" for row in rows if row["note"]]
-    if notes:
-        found.append("Errors of the difference without pairing: " + "; ".join(dict.fromkeys(notes)) + ".")
-    for name, reasons in why.items():
-        told = [f"{reason} ({tasks[0] if len(set(tasks)) == 1 else f'{len(set(tasks))} tasks'})"
-                for reason, tasks in reasons.items()]  # fmt: skip
-        if told:
-            found.append(f"{name}, in parentheses: another setting than ours, so no difference: {'; '.join(told)}.")
-    return [*found, *suite.notes]
+        notes.append(f"Mean length of generated answers in characters, base and tuned: {', '.join(lengths)}.")
+    notes += eq_bench(results.rows)
+    unpaired = [f"{row['task']} {row['metric']}: {row['note']}" for row in results.rows if row["note"]]
+    if unpaired:
+        notes.append("Differences with unpaired errors: " + "; ".join(dict.fromkeys(unpaired)) + ".")
+    for name, by_reason in reasons.items():
+        parts = [f"{reason} ({tasks[0] if len(set(tasks)) == 1 else f'{len(set(tasks))} tasks'})"
+                 for reason, tasks in by_reason.items()]  # fmt: skip
+        if parts:
+            notes.append(f"{name}, in parentheses: measured in another setting, so not compared: {'; '.join(parts)}.")
+    return [*notes, *results.suite.notes]
 
 
 def eq_bench(rows: list[dict]) -> list[str]:
-    """EQ-Bench's own figure beside the harness's, which counts unparsed answers as 0: EQ-Bench leaves them out."""
+    """EQ-Bench's own average of the parsed answers; the harness counts answers that cannot be parsed as 0."""
     figures = {row["metric"]: row for row in rows if row["task"] == "eq_bench"}
     if not {"eqbench", "percent_parseable"} <= set(figures):
         return []
-    said = []
+    # EQ-Bench fails a model with fewer than 83.33% parsed answers (configs/lm_eval/eq_bench.yaml).
+    parts = []
     for side in ("base", "tuned"):
         score, parsed = (figures[key][side]["value"] for key in ("eqbench", "percent_parseable"))
         own = f"{score / (parsed / 100):.2f}" if parsed >= 83.33 else "none, fewer than 83.33% were parsed"
-        said.append(f"{side} {own} ({parsed:.1f}% parsed)")
-    return [f"EQ-Bench's own average, of the parsed answers: {'; '.join(said)}."]
+        parts.append(f"{side} {own} ({parsed:.1f}% parsed)")
+    return [f"EQ-Bench's own average, of the parsed answers: {'; '.join(parts)}."]
 
 
 def clock(seconds: float) -> str:
@@ -231,32 +325,26 @@ def clock(seconds: float) -> str:
 
 
 def is_share(metric: str) -> bool:
-    """Whether a metric of the harness is a share of documents right, from 0 to 1."""
+    """Whether a metric of the harness is a share of correct documents, from 0 to 1."""
     return metric.startswith(("acc", "exact_match")) or metric.endswith(("_acc", "_match")) or metric == "em"
 
 
-def harness_figure(path, rows: list[dict], headline: str) -> None:
-    """Two panels, a line a task and metric: base and tuned with 95% intervals and published figures, and differences.
+def draw(path, results: SuiteResults) -> None:
+    """Two panels with a line per task and metric: base and tuned with published figures, and their differences.
 
-    Subtasks of groups are left out, and so are metrics that are no shares (perplexities, scores).
-
-    Args:
-        rows: from `preflab.harness.metrics.rows`.
+    Without subtasks of groups and without metrics that are not shares (perplexities, scores).
     """
-    import numpy as np
-
-    if not is_main_process():
-        return
-    shown = [r for r in rows if r["top"] and is_share(r["metric"])]
-    fig, axes = figure(1, 2, headline)
+    shown = [r for r in results.rows if r["top"] and is_share(r["metric"])]
+    fig, axes = figure(1, 2, results.title)
     if not shown:
         for ax in axes:
-            empty_panel(ax, "no figure of these tasks is a share: see lm_eval.md")
+            empty_panel(ax, "none of these figures is a share: see lm_eval.md")
         return save(fig, path)
     fig.set_size_inches(9.5, max(2.6, 1.2 + 0.32 * len(shown)))
     y = np.arange(len(shown))
     for side, colour, shift in (("base", NEUTRAL, -0.14), ("tuned", CHOSEN, 0.14)):
         value = 100 * np.array([r[side]["value"] for r in shown])
+        # 1.96 standard errors, in percentage points.
         error = 196 * np.array([r[side]["stderr"] or 0 for r in shown])
         axes[0].errorbar(value, y + shift, xerr=error, fmt="o", ms=4, lw=1.2, color=colour, label=side)
     published = [
@@ -282,7 +370,7 @@ def harness_figure(path, rows: list[dict], headline: str) -> None:
         axes[1].errorbar(difference[k], y[k], xerr=error[:, k : k + 1], fmt="o", ms=4, lw=1.2, color=colour)
     axes[1].axvline(0, color="grey", ls=":", lw=1)
     axes[1].set_yticks(y, [])
-    axes[1].set(title="Tuned - base (orange: certain after Holm)", xlabel="percentage points")
+    axes[1].set(title="Tuned - base (orange: significant after Holm)", xlabel="percentage points")
     for ax in axes:
         ax.set_ylim(len(shown) - 0.4, -0.6)
     save(fig, path)

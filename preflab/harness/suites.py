@@ -1,4 +1,4 @@
-"""Suites of lm-evaluation-harness tasks, the averages that leaderboards make of them, and published rows."""
+"""Suites of lm-evaluation-harness tasks, the averages that leaderboards take over them, and published results."""
 
 import difflib
 from dataclasses import dataclass, field
@@ -16,7 +16,14 @@ OWN_TASKS = str(FOLDER / "tasks")
 
 @dataclass
 class Suite:
-    """A suite as its YAML says it. `tasks`: `{task, num_fewshot}` each; a missing num_fewshot leaves the task's own."""
+    """A suite as read from its YAML file.
+
+    Attributes:
+        tasks: `{task, num_fewshot}` each; without num_fewshot the task's own number of shots is used.
+        averages: `{name, of, scale, round}` each; see `averages`.
+        references: names of files in configs/lm_eval/reference.
+        needs: packages, extras, nltk data and gated data by task; see `preflab.harness.tasks.missing`.
+    """
 
     name: str
     title: str
@@ -32,32 +39,36 @@ class Suite:
 
 
 def suites() -> list[str]:
-    """The names of the suites that ship with the project."""
+    """Names of the suites in configs/lm_eval."""
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
 def load_suite(name: str) -> Suite:
-    """A suite by name, or by the path of its YAML. Raises UserError, naming what is close, where there is none."""
+    """Read a suite by name or by the path of its YAML file.
+
+    Raises:
+        UserError: there is no such suite (the message suggests similar names), or its file is invalid.
+    """
     path = Path(name) if name.endswith((".yaml", ".yml")) else FOLDER / f"{name}.yaml"
     if not path.is_file():
         close = difflib.get_close_matches(name, suites(), n=1)
         hint = f"did you mean {close[0]}? " if close else ""
-        raise UserError(f"--suite {name}: no such suite; {hint}there are {', '.join(suites())}")
+        raise UserError(f"--suite {name}: no such suite; {hint}available: {', '.join(suites())}")
     content = read_yaml(path)
     try:
         suite = Suite(path.stem, **content)
         tasks = [entry["task"] for entry in suite.tasks]
     except (TypeError, KeyError) as error:
-        raise UserError(f"{path}: not a suite ({error}); configs/lm_eval/openllm_v1.yaml shows every key") from None
+        raise UserError(f"{path}: not a valid suite ({error}); compare configs/lm_eval/openllm_v1.yaml") from None
     if not tasks or len(set(tasks)) < len(tasks):
-        raise UserError(f"{path}: needs tasks, each of them once")
+        raise UserError(f"{path}: needs a list of tasks without duplicates")
     try:
-        # What the averages and references name is there, before anything runs for hours.
+        # Resolve every name in averages and references now, before anything runs for hours.
         averages(suite, lambda entry: 0.5 if entry["task"] and entry["metric"] else None)
         for reference in suite.references:
             load_reference(reference)
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise UserError(f"{path}: an average names what is not there or is no entry ({error})") from None
+        raise UserError(f"{path}: an average refers to an unknown average, task or metric ({error})") from None
     if suite.include_path:
         beside = path.parent / suite.include_path
         suite.include_path = str((ROOT / suite.include_path if path.parent == FOLDER else beside).resolve())
@@ -65,7 +76,7 @@ def load_suite(name: str) -> Suite:
 
 
 def suite_of(tasks: list[str]) -> Suite:
-    """The suite of --tasks: each with its own shots, without averages; `needs` are those that any suite knows."""
+    """The suite for --tasks: the tasks' own shots, no averages; `needs` are collected from all suites."""
     known = {}
     for name in suites():
         for kind, entries in load_suite(name).needs.items():
@@ -76,31 +87,32 @@ def suite_of(tasks: list[str]) -> Suite:
 
 
 def load_reference(name: str) -> dict:
-    """Published rows: `{name, source, harness, dtype, apply_chat_template, scale, note, rows, averages}`."""
+    """Read published results: `{name, source, harness, dtype, apply_chat_template, scale, note, rows, averages}`."""
     return {"rows": [], "averages": {}, **read_yaml(FOLDER / "reference" / f"{name}.yaml")}
 
 
 def averages(suite: Suite, value, rounded: bool = True) -> dict[str, float | None]:
-    """Every average of the suite, as its leaderboard defines it: scale × the plain mean of its entries.
+    """Every average of the suite, as its leaderboard defines it: scale × the unweighted mean of its entries.
 
-    An entry `{task, metric}` with a `baseline` b counts as max(0, x - b) / (1 - b) (Open LLM Leaderboard v2); one that
-    is a name is an earlier average. An average that lacks an entry is None.
+    An entry `{task, metric}` with a `baseline` b (the score of guessing) counts as max(0, x - b) / (1 - b), as on the
+    Open LLM Leaderboard v2. An entry that is a name refers to an earlier average. An average with a missing entry is
+    None.
 
     Args:
-        value: a function of an entry to its figure, in the harness's own scale, or None.
-        rounded: round where the leaderboard does, so that its figures come out; without, differences are exact.
+        value: maps an entry to its figure on the harness's scale, or to None.
+        rounded: round where the leaderboard rounds, to reproduce its figures; False for exact differences.
     """
-    found: dict[str, float | None] = {}
+    result: dict[str, float | None] = {}
     for average in suite.averages:
         parts = [
-            found[entry] if isinstance(entry, str) else _normalised(entry, value(entry)) for entry in average["of"]
+            result[entry] if isinstance(entry, str) else _normalised(entry, value(entry)) for entry in average["of"]
         ]
         if any(part is None for part in parts):
-            found[average["name"]] = None
+            result[average["name"]] = None
             continue
         mean = average.get("scale", 1) * sum(parts) / len(parts)
-        found[average["name"]] = round(mean, average["round"]) if rounded and "round" in average else mean
-    return found
+        result[average["name"]] = round(mean, average["round"]) if rounded and "round" in average else mean
+    return result
 
 
 def _normalised(entry: dict, x: float | None) -> float | None:
@@ -111,21 +123,21 @@ def _normalised(entry: dict, x: float | None) -> float | None:
 
 
 def errors(suite: Suite, value, stderr) -> dict[str, float | None]:
-    """Standard errors of the averages, from those of their entries to first order.
+    """Standard errors of the averages, propagated from their entries to first order (the delta method).
 
-    Tasks are independent of each other; two metrics of one task are taken as if they moved together. Where a baseline
-    cuts an entry to 0, first order knows nothing of its error: the average has none then.
+    Tasks count as independent; metrics of the same task count as perfectly correlated, so their errors add up. Where
+    the baseline clips an entry to 0, the derivative is not defined and the average has no error (None).
 
     Args:
-        value, stderr: functions of an entry to its figure and the figure's standard error, or None.
+        value, stderr: map an entry to its figure and to the figure's standard error, or to None.
     """
-    found: dict[str, float | None] = {}
+    result: dict[str, float | None] = {}
     for average in suite.averages:
         scale, squares, by_task, known = average.get("scale", 1) / len(average["of"]), 0.0, {}, True
         for entry in average["of"]:
             if isinstance(entry, str):
-                known &= found[entry] is not None
-                squares += (scale * (found[entry] or 0)) ** 2
+                known &= result[entry] is not None
+                squares += (scale * (result[entry] or 0)) ** 2
                 continue
             x, error = value(entry), stderr(entry)
             if x is None or error is None:
@@ -133,14 +145,15 @@ def errors(suite: Suite, value, stderr) -> dict[str, float | None]:
                 continue
             b = float(Fraction(str(entry.get("baseline", 0))))
             known &= "baseline" not in entry or x > b
+            # Documents with different numbers of options are different documents, so they are independent.
             part = (entry["task"], entry.get("choices"))
             by_task[part] = by_task.get(part, 0.0) + scale / (1 - b) * error
-        found[average["name"]] = sqrt(squares + sum(e * e for e in by_task.values())) if known else None
-    return found
+        result[average["name"]] = sqrt(squares + sum(e * e for e in by_task.values())) if known else None
+    return result
 
 
 def published_averages(suite: Suite, reference: dict) -> dict[str, float | None]:
-    """The reference's published averages; where it has none, those that its rows make, at the suite's shots."""
+    """The reference's published averages; if it has none, those computed from its rows at the suite's shots."""
     names = [average["name"] for average in suite.averages]
     if set(names) & set(reference["averages"]):
         return {name: reference["averages"].get(name) for name in names}
@@ -158,16 +171,16 @@ def published_averages(suite: Suite, reference: dict) -> dict[str, float | None]
 
 
 def published_row(reference: dict, entry: dict, shots: int | None) -> dict | None:
-    """The published row of `{task, metric, filter, choices}`, that of these shots where there are several."""
-    asked = (entry["task"], entry["metric"], entry.get("filter", "none"), entry.get("choices"))
+    """The published row for `{task, metric, filter, choices}`; of several, the one with these shots."""
+    key = (entry["task"], entry["metric"], entry.get("filter", "none"), entry.get("choices"))
     rows = [
         row
         for row in reference["rows"]
-        if (row["task"], row["metric"], row.get("filter", "none"), row.get("choices")) == asked
+        if (row["task"], row["metric"], row.get("filter", "none"), row.get("choices")) == key
     ]
     return next((row for row in rows if row.get("shots") == shots), rows[0] if rows else None)
 
 
 def on_harness_scale(reference: dict, row: dict, key: str) -> float | None:
-    """A published row's value or stderr, on the scale on which the harness reports it."""
+    """A published row's value or stderr on the harness's scale (shares from 0 to 1)."""
     return None if row.get(key) is None else row[key] / row.get("scale", reference.get("scale", 1))

@@ -1,9 +1,10 @@
-"""run_lm_eval.sh's figures: suites' averages against published ones, paired differences, reference rows, calls."""
+"""lm-eval suites: averages against published ones, paired differences, published rows, the report, and calls."""
 
 import json
 import math
 import sys
 from fractions import Fraction
+from functools import partial
 from importlib.metadata import version
 from types import SimpleNamespace
 
@@ -12,10 +13,20 @@ import pytest
 from scipy.stats import binomtest, norm
 
 from preflab.evaluation.comparison import Comparison
+from preflab.harness import calls
+from preflab.harness.arguments import HarnessArguments, check, split_at_dashes
 from preflab.harness.calls import PROGRESS, Call, batch_size, execute, model_arguments, plan
-from preflab.harness.metrics import ModelResults, ensure_adapter_applied, leaves, paired, rows, suite_averages
-from preflab.harness.report import claim, clock, differs, eq_bench, report
-from preflab.harness.run import HarnessArguments, check, leading_bos, own_and_harness
+from preflab.harness.metrics import (
+    ModelResults,
+    SuiteResults,
+    ensure_adapter_applied,
+    leading_bos,
+    leaves,
+    paired,
+    rows,
+    suite_averages,
+)
+from preflab.harness.report import clock, differs, eq_bench, markdown, render, verdict_of
 from preflab.harness.suites import (
     Suite,
     averages,
@@ -31,6 +42,7 @@ from preflab.harness.suites import (
 from preflab.harness.tasks import expand, missing, task_manager
 from utils.artifacts import write_json
 from utils.errors import UserError
+from utils.progress import LineProgress
 from utils.provenance import ROOT
 from utils.stats import bootstrap_test, holm
 
@@ -40,7 +52,7 @@ SUITES = ["eq_bench", "nous", "openllm_v1", "openllm_v2", "quick", "seed", "zero
 # ------------------------------------------------------------------------------------------------------------ suites
 
 
-def test_every_suite_is_there():
+def test_suites_that_ship():
     assert suites() == SUITES
 
 
@@ -50,7 +62,7 @@ def manager():
 
 
 @pytest.mark.parametrize("name", SUITES)
-def test_every_task_of_a_suite_resolves_in_lm_evals_own_task_manager(name, manager):
+def test_suite_tasks_exist_in_lm_eval(name, manager):
     suite = load_suite(name)
     for entry in suite.tasks:
         assert manager.match_tasks([entry["task"]]) == [entry["task"]]
@@ -63,7 +75,7 @@ def test_every_task_of_a_suite_resolves_in_lm_evals_own_task_manager(name, manag
 
 
 @pytest.mark.parametrize("name", SUITES)
-def test_the_references_of_a_suite_are_there_and_name_each_row_once(name, manager):
+def test_suite_references_have_no_duplicates(name, manager):
     for stem in load_suite(name).references:
         reference = load_reference(stem)
         assert reference["name"] == stem and reference["source"] and reference["scale"] in (1, 100)
@@ -83,7 +95,7 @@ def published(reference):
     return value
 
 
-def test_llama3_8b_alpacas_published_rows_give_its_published_averages():
+def test_nous_averages_of_llama3_8b_alpaca():
     found = averages(load_suite("nous"), published(load_reference("llama3-8b-alpaca")))
     assert {name: round(value, 2) for name, value in found.items()} == {
         "AGIEval": 32.0,
@@ -94,7 +106,7 @@ def test_llama3_8b_alpacas_published_rows_give_its_published_averages():
     }
 
 
-def test_sppo_iter2s_six_scores_give_its_published_average():
+def test_openllm_v2_average_of_sppo_iter2():
     suite, reference = load_suite("openllm_v2"), load_reference("sppo-iter2")
     # Figures that make each of the suite's own six averages the published one: the baseline's formula turned round.
     wanted = {}
@@ -107,7 +119,7 @@ def test_sppo_iter2s_six_scores_give_its_published_average():
     assert published_averages(suite, reference)["Average"] == 21.22
 
 
-def test_open_llm_v2_is_normalised_between_guessing_and_right():
+def test_openllm_v2_normalisation():
     suite = load_suite("openllm_v2")
     # Guessing everywhere is 0, everything right is 100.
     guess = averages(suite, lambda entry: float(Fraction(str(entry.get("baseline", 0)))))
@@ -123,7 +135,7 @@ def test_open_llm_v2_is_normalised_between_guessing_and_right():
     assert found["MuSR"] == pytest.approx(100 * ((0.6 - 0.5) / 0.5 + 0 + (0.5 - 1 / 3) / (2 / 3)) / 3)
 
 
-def test_open_llm_v1_takes_the_plain_mean_of_mmlus_subjects():
+def test_openllm_v1_averages_mmlu_subjects():
     entry = next(a for a in load_suite("openllm_v1").averages if a["name"] == "MMLU")["of"][0]
     sizes, right = {"mmlu_a": 10, "mmlu_b": 30}, {"mmlu_a": 10, "mmlu_b": 0}
     side = side_of({t: {"acc": [1] * right[t] + [0] * (n - right[t])} for t, n in sizes.items()})
@@ -132,13 +144,13 @@ def test_open_llm_v1_takes_the_plain_mean_of_mmlus_subjects():
     assert suite_averages(suite, side, side, 0)["MMLU"]["base"]["value"] == 50.0
 
 
-def test_an_average_that_lacks_a_task_has_no_value():
+def test_average_with_a_missing_task_is_none():
     suite = load_suite("nous")
     found = averages(suite, lambda entry: None if entry["task"] == "boolq" else 0.5)
     assert found["GPT4All"] is None and found["Average"] is None and found["AGIEval"] == 50.0
 
 
-def test_errors_of_averages_are_those_of_independent_tasks():
+def test_errors_of_averages():
     suite = Suite("s", "", "", [], averages=[
         {"name": "A", "scale": 100, "of": [{"task": "x", "metric": "acc"}, {"task": "y", "metric": "acc"}]},
         {"name": "B", "scale": 100, "of": [{"task": "z", "metric": "acc", "baseline": "1/4"}]},
@@ -156,7 +168,7 @@ def test_errors_of_averages_are_those_of_independent_tasks():
     assert found["below guessing"] is None, "first order knows nothing there"
 
 
-def test_unknown_names_are_told_with_the_close_ones(tmp_path):
+def test_unknown_names_suggest_similar_ones(tmp_path):
     with pytest.raises(UserError, match="--suite openlm_v1.*openllm_v1"):
         load_suite("openlm_v1")
     with pytest.raises(UserError, match=r"--tasks hellaswagg\b.*\bhellaswag\b"):
@@ -177,7 +189,7 @@ def test_unknown_names_are_told_with_the_close_ones(tmp_path):
             load_suite(str(path))
 
 
-def test_what_a_task_lacks_is_told_before_the_run():
+def test_missing_packages_and_data():
     suite = suite_of(["leaderboard_math_hard", "arc_easy", "quick_facts"])
     suite.needs["packages"]["leaderboard_math_hard"] = ["no_such_package"]
     found, documents = missing(suite, suite.include_path, 0)
@@ -187,7 +199,7 @@ def test_what_a_task_lacks_is_told_before_the_run():
     assert "quick_facts" not in found
 
 
-def test_missing_nltk_data_are_told(monkeypatch):
+def test_missing_nltk_data(monkeypatch):
     import nltk.data
 
     def find(name):
@@ -199,7 +211,7 @@ def test_missing_nltk_data_are_told(monkeypatch):
     assert "python -m nltk.downloader punkt_tab" in missing(suite, None, 0)[0]["leaderboard_ifeval"]
 
 
-def test_a_task_that_two_entries_bring_is_refused():
+def test_duplicate_task_is_refused():
     suite = suite_of(["quick_facts", str(ROOT / "configs" / "lm_eval" / "tasks" / "quick_facts.yaml")])
     with pytest.raises(UserError, match="quick_facts"):
         missing(suite, suite.include_path, 0)
@@ -245,7 +257,7 @@ def one(base: ModelResults, tuned: ModelResults, task="t", metric="acc", filter=
     return paired(base, tuned, leaves(base, task), metric, filter, reported, 0)
 
 
-def test_shares_are_compared_by_the_exact_mcnemar_test():
+def test_binary_metrics_use_mcnemar():
     a = [1] * 20 + [1] * 3 + [0] * 9 + [0] * 8
     b = [1] * 20 + [0] * 3 + [1] * 9 + [0] * 8
     found = one(side_of({"t": {"acc": a}}), side_of({"t": {"acc": b}}))
@@ -257,7 +269,7 @@ def test_shares_are_compared_by_the_exact_mcnemar_test():
     assert found["difference"]["stderr"] < math.hypot(0.1, 0.1)
 
 
-def test_other_metrics_are_compared_by_a_paired_bootstrap():
+def test_other_metrics_use_a_paired_bootstrap():
     rng = np.random.default_rng(0)
     a = rng.normal(0.4, 0.2, 200)
     b = a + rng.normal(0.02, 0.05, 200)
@@ -267,14 +279,14 @@ def test_other_metrics_are_compared_by_a_paired_bootstrap():
     assert found["p"] == pytest.approx(2 * norm.sf(abs(z)), abs=0.01)
 
 
-def test_the_bootstrap_test_keeps_its_level():
+def test_bootstrap_test_keeps_its_level():
     rng = np.random.default_rng(1)
     p = [bootstrap_test(rng.normal(0, 1, 40), seed=k, resamples=400) for k in range(200)]
     assert 0.01 <= np.mean(np.array(p) < 0.05) <= 0.12
     assert bootstrap_test([0.0, 0.0, 0.0]) == 1.0 and bootstrap_test([1.0]) == 1.0
 
 
-def test_perplexity_is_followed_from_log_likelihoods():
+def test_perplexity_from_log_likelihoods():
     a, b = [-1.0, -2.0, -3.0, -1.5], [-1.1, -2.3, -3.1, -1.4]
     base = side_of({"t": {"perplexity": a}}, results={"t": {"perplexity,none": math.exp(-np.mean(a))}})
     tuned = side_of({"t": {"perplexity": b}}, results={"t": {"perplexity,none": math.exp(-np.mean(b))}})
@@ -283,7 +295,7 @@ def test_perplexity_is_followed_from_log_likelihoods():
     assert found["test"] == "bootstrap" and found["note"] is None
 
 
-def test_word_perplexity_weighs_documents_by_their_words():
+def test_word_perplexity_weights_by_words():
     a, b = [[-10.0, 5], [-30.0, 10]], [[-12.0, 5], [-28.0, 10]]
     perplexity = [math.exp(40 / 15), math.exp(40 / 15)]
     base = side_of({"t": {"word_perplexity": a}}, results={"t": {"word_perplexity,none": perplexity[0]}})
@@ -292,7 +304,7 @@ def test_word_perplexity_weighs_documents_by_their_words():
     assert found["difference"]["value"] == pytest.approx(0) and found["n"] == 2 and found["note"] is None
 
 
-def test_ifevals_instances_are_resampled_by_document():
+def test_ifeval_is_resampled_by_document():
     a = [[True, False], [True], [False, False, True]]
     b = [[True, True], [True], [False, True, True]]
     base = side_of({"t": {"inst": a}}, results={"t": {"inst,none": 3 / 6}})
@@ -301,7 +313,7 @@ def test_ifevals_instances_are_resampled_by_document():
     assert found["difference"]["value"] == pytest.approx(2 / 6) and found["n"] == 3 and found["test"] == "bootstrap"
 
 
-def test_documents_under_other_prompts_are_not_paired():
+def test_different_prompts_are_not_paired():
     base = side_of({"t": {"acc": [1, 0, 1]}})
     found = one(base, side_of({"t": {"acc": [1, 1, 1]}}, prompts={1: "q"}))
     assert found["p"] is None and "1 documents have other prompts" in found["note"]
@@ -311,7 +323,7 @@ def test_documents_under_other_prompts_are_not_paired():
     assert "1 documents" in found["note"]
 
 
-def test_an_aggregation_of_the_tasks_own_is_not_guessed():
+def test_unknown_aggregation_is_unpaired():
     results = {"t": {"f1,none": 0.123}}
     base, tuned = (side_of({"t": {"f1": values}}, results=results) for values in ([0.5, 1.0], [1.0, 0.5]))
     found = one(base, tuned, metric="f1")
@@ -328,14 +340,14 @@ def group(name, weights, tasks):
     return side
 
 
-def test_a_group_weighed_by_size_is_tested_over_all_its_documents():
+def test_group_weighted_by_size():
     a = {"x": {"acc": [1] * 8 + [0] * 2}, "y": {"acc": [0] * 30}}
     b = {"x": {"acc": [1] * 6 + [0] * 4}, "y": {"acc": [1] * 9 + [0] * 21}}
     found = one(group("g", True, a), group("g", True, b), task="g")
     assert found["n"] == 40 and found["test"] == "McNemar" and found["p"] == pytest.approx(binomtest(9, 11).pvalue)
 
 
-def test_a_group_of_plain_means_takes_the_errors_of_its_tasks():
+def test_group_of_unweighted_means():
     a = {"x": {"acc": [1] * 8 + [0] * 2}, "y": {"acc": [0] * 30}}
     b = {"x": {"acc": [1] * 6 + [0] * 4}, "y": {"acc": [1] * 9 + [0] * 21}}
     base, tuned = group("g", False, a), group("g", False, b)
@@ -345,7 +357,7 @@ def test_a_group_of_plain_means_takes_the_errors_of_its_tasks():
     assert found["difference"]["value"] == pytest.approx((-0.2 + 0.3) / 2) and found["test"] == "normal"
 
 
-def test_pooled_tasks_are_split_by_their_number_of_options():
+def test_pooled_tasks_split_by_choices():
     side = side_of({"t": {"acc": [1, 0, 1, 1, 0, 0]}})
     for k, options in enumerate((3, 3, 5, 5, 5, 7)):
         side.samples["t"]["none", k]["options"] = options
@@ -355,7 +367,7 @@ def test_pooled_tasks_are_split_by_their_number_of_options():
     assert [found[k]["base"]["value"] for k in "357"] == [pytest.approx(v) for v in (1 / 2, 2 / 3, 0)]
 
 
-def test_groups_come_before_their_subtasks_and_in_the_suites_order():
+def test_row_order():
     side = group("g", True, {"b": {"acc": [1, 0]}, "a": {"acc": [1, 1]}})
     side.results["z"] = {"acc,none": 0.5, "alias": "z"}
     side.samples["z"] = {("none", 0): {**side.samples["a"]["none", 0]}}
@@ -364,14 +376,14 @@ def test_groups_come_before_their_subtasks_and_in_the_suites_order():
     assert found == [("z", 0), ("g", 0), ("b", 1), ("a", 1)]
 
 
-def test_equal_models_stop_the_run():
+def test_identical_models_are_refused():
     side = side_of({"t": {"acc": [1, 0]}})
     with pytest.raises(UserError, match="2 requests.*adapter"):
         ensure_adapter_applied(side, side_of({"t": {"acc": [1, 0]}}))
     ensure_adapter_applied(side, side_of({"t": {"acc": [1, 1]}}))
 
 
-def test_holms_correction_by_hand():
+def test_holm_by_hand():
     assert holm([0.01, 0.04, 0.03]) == [pytest.approx(v) for v in (0.03, 0.06, 0.06)]
     assert holm([]) == [] and holm([0.9, 0.8]) == [1.0, 1.0]
 
@@ -398,7 +410,7 @@ REFERENCE = {"name": "r", "source": "a paper", "apply_chat_template": False, "sc
     ({"harness": "a fork of lm-eval 0.3"}, {}, {}, "another harness"),
     ({"dtype": "float16"}, {}, {}, "dtype float16"),
 ])  # fmt: skip
-def test_published_figures_of_another_setting_are_told_apart(reference, row, settings, reason):
+def test_differences_of_settings(reference, row, settings, reason):
     row = {**REFERENCE["rows"][0], **row}
     found = differs({**REFERENCE, **reference}, row, 0, {**SETTINGS, **settings})
     assert found is None if reason is None else reason in found
@@ -410,24 +422,33 @@ def made(reference=REFERENCE, settings=(), suite=None):
         side.headers, side.templates = ["hf (x)"], {False}
     suite = suite or Suite("s", "Title", "", [{"task": "t"}])
     sides = {"base": base, "tuned": tuned}
-    found = rows(**sides, suite=suite, seed=0)
-    text, _ = report("Title", suite, sides, found, suite_averages(suite, **sides, seed=0), [reference],
-                     {**SETTINGS, **dict(settings)})  # fmt: skip
-    return text, found, sides
+    averages = suite_averages(suite, **sides, seed=0)
+    table = rows(**sides, suite=suite, seed=0)
+    return SuiteResults("Title", suite, sides, table, averages, [reference], {**SETTINGS, **dict(settings)})
 
 
-def test_a_published_row_of_our_setting_is_compared():
-    text, found, _ = made()
-    assert "0.4000 ± 0.0100, tuned +0.3500" in text and "(0.4000" not in text
-    assert found[0]["references"]["r"] == {
+def texts(results) -> list[str]:
+    """The printed report on one line, and the Markdown."""
+    printed = render(results).text
+    assert max(map(len, printed.splitlines())) <= 100
+    return [" ".join(printed.split()), markdown(results)]
+
+
+def test_published_row_of_the_same_setting_is_compared():
+    results = made()
+    printed, full = texts(results)
+    assert "0.4000 ± 0.0100, tuned +0.3500" in full and "published: r 0.4000 ± 0.0100 +0.3500" in printed
+    assert results.rows[0]["references"]["r"] == {
         "value": 0.4, "stderr": 0.01, "published_as": "t acc", "other_setting": None,
     }  # fmt: skip
-    assert "base (template off)" in text and "human preference" in text
-    assert f"r: a paper; harness: {HARNESS}; dtype: float32; chat template off" in text
+    assert "base (template off)" in full and "chat template off" in printed
+    for text in (printed, full):
+        assert "(0.4000" not in text and "human preference" in text
+        assert f"r: a paper; harness: {HARNESS}; dtype: float32; chat template off" in text
 
 
 @pytest.mark.parametrize("name", SUITES)
-def test_no_reference_that_ships_was_measured_in_our_setting(name):
+def test_shipped_references_have_other_settings(name):
     """All of them come from older harnesses, which asked other prompts: none is compared."""
     for stem in load_suite(name).references:
         reference = load_reference(stem)
@@ -435,13 +456,13 @@ def test_no_reference_that_ships_was_measured_in_our_setting(name):
             assert differs(reference, row, row and row["shots"], {**SETTINGS, "dtype": "float16"})
 
 
-def test_a_published_row_of_another_setting_is_greyed_and_not_compared():
+def test_published_row_of_another_setting():
     other = {**REFERENCE, "rows": [{**REFERENCE["rows"][0], "shots": 25}]}
-    text, *_ = made(other)
-    assert "(0.4000 ± 0.0100)" in text and "tuned +0.35" not in text and "25 shots (t)" in text
+    for text in texts(made(other)):
+        assert "(0.4000 ± 0.0100)" in text and "+0.35" not in text and "25 shots (t)" in text
 
 
-def test_of_several_published_shots_ours_is_taken():
+def test_published_row_with_equal_shots_is_preferred():
     several = [{**REFERENCE["rows"][0], "shots": s, "value": v} for s, v in ((25, 65.0), (0, 60.0))]
     reference = {**REFERENCE, "rows": several}
     entry = {"task": "t", "metric": "acc"}
@@ -454,17 +475,37 @@ def test_of_several_published_shots_ours_is_taken():
 
 
 def test_mixed_templates_are_flagged():
-    *_, sides = made()
-    sides["tuned"].templates = {True}
-    suite = Suite("s", "Title", "", [{"task": "t"}])
-    text, _ = report("T", suite, sides, rows(**sides, suite=suite, seed=0), {}, [], SETTINGS)
-    assert "MIXED" in text
+    results = made()
+    assert render(results).warning is None
+    results.sides["tuned"].templates = {True}
+    assert "MIXED" in render(results).warning and all("MIXED" in text for text in texts(results))
 
 
-def test_limits_shots_and_missing_tasks_stand_below_the_table():
-    text, *_ = made(settings={"limit": 24, "num_fewshot": 3, "missing": {"boolq": "lacks data"}}.items())
-    for words in ("ONLY 24 DOCUMENTS", "--num-fewshot 3", "--skip-missing", "boolq lacks data"):
-        assert words in text
+def test_limit_shots_and_missing_tasks_are_noted():
+    results = made(settings={"limit": 24, "num_fewshot": 3, "missing": {"boolq": "missing data"}}.items())
+    for text in texts(results):
+        for words in ("ONLY 24 DOCUMENTS", "--num-fewshot 3", "--skip-missing", "boolq: missing data"):
+            assert words in text
+
+
+@pytest.mark.parametrize("name", SUITES)
+def test_printed_tables_of_every_suite_fit(name):
+    suite = load_suite(name)
+    metrics = {entry["task"]: {"acc_norm": [1, 0, 1, 1], "exact_match": [0.0, 1.0, 1.0, 0.0]} for entry in suite.tasks}
+    sides = {"base": side_of(metrics, filter="flexible-extract"), "tuned": side_of(metrics, filter="flexible-extract")}
+    for side in sides.values():
+        side.headers, side.templates = ["hf (x)"], {False}
+    table = rows(**sides, suite=suite, seed=0)
+    figure = {"value": 12.345, "stderr": 1.2, "ci95": None}
+    kinds = ("base", "tuned", "difference")
+    averages = {average["name"]: {**dict.fromkeys(kinds, figure), "p": 0.012} for average in suite.averages}
+    references = [load_reference(stem) for stem in suite.references]
+    results = SuiteResults(f"a run: {suite.title}", suite, sides, table, averages, references, SETTINGS)
+    printed, full = texts(results)
+    for entry in suite.tasks:
+        assert entry["task"] in printed and entry["task"] in full
+    for average in suite.averages:
+        assert average["name"] in printed and average["name"] in full
 
 
 def row_of(task, p, difference=0.1, higher=True, depth=0):
@@ -472,17 +513,17 @@ def row_of(task, p, difference=0.1, higher=True, depth=0):
     return {**row, "higher": higher, "depth": depth, "top": not depth}
 
 
-def test_claims_are_corrected_for_the_number_of_tasks():
-    text = claim([row_of("a", 0.03), row_of("b", 0.04), row_of("c", 0.9)])
+def test_verdict_corrects_for_the_number_of_tasks():
+    text = verdict_of([row_of("a", 0.03), row_of("b", 0.04), row_of("c", 0.9)])
     assert text.startswith("No claim")
     found = [row_of("a", 0.001), row_of("ppl", 0.002, higher=False), row_of("c", 0.9), row_of("sub", 1e-9, depth=1)]
-    text = claim(found)
+    text = verdict_of(found)
     assert "better on a acc (+0.1000)" in text and "worse on ppl acc (+0.1000)" in text and "3 paired tests" in text
     assert found[0]["significant"] and not found[2]["significant"] and "significant" not in found[3]
-    assert claim([row_of("sub", 0.01, depth=1)]).startswith("No claim")
+    assert verdict_of([row_of("sub", 0.01, depth=1)]).startswith("No claim")
 
 
-def test_eq_bench_has_both_averages():
+def test_eq_bench_average_of_parsed_answers():
     found = [
         {"task": "eq_bench", "metric": "eqbench", "base": {"value": 27.0}, "tuned": {"value": 20.0}},
         {"task": "eq_bench", "metric": "percent_parseable", "base": {"value": 90.0}, "tuned": {"value": 50.0}},
@@ -492,7 +533,7 @@ def test_eq_bench_has_both_averages():
     assert eq_bench([]) == []
 
 
-def test_the_clock():
+def test_clock():
     assert clock(751) == "00:12:31" and clock(8580) == "02:23:00"
 
 
@@ -511,7 +552,7 @@ def models_of(**overrides):
     return SimpleNamespace(**{"comparison": c, "dtype": "float32", "autocast": None, "quantized": None, **overrides})
 
 
-def test_model_arguments_follow_the_precision_of_training():
+def test_model_arguments_follow_training_precision():
     import torch
 
     base, tuned = (model_arguments(models_of(), side, "hf", None, 1) for side in ("base", "tuned"))
@@ -524,7 +565,7 @@ def test_model_arguments_follow_the_precision_of_training():
     assert quantised["dtype"] == "bfloat16" and "mixed_precision_dtype" not in quantised
 
 
-def test_vllm_gets_the_adapter_and_its_gpus(tmp_path):
+def test_model_arguments_of_vllm(tmp_path):
     (tmp_path / "adapter_config.json").write_text('{"r": 64}')
     models = models_of()
     models.comparison.adapter = str(tmp_path)
@@ -550,7 +591,7 @@ def cache_of(call) -> str:
     return call.command[call.command.index("--use_cache") + 1]
 
 
-def test_tasks_of_equal_shots_run_in_one_call(tmp_path):
+def test_tasks_with_equal_shots_share_a_call(tmp_path):
     calls = planned(tmp_path)
     assert [(c.shots, c.tasks) for c in calls] == [
         (25, ["arc_challenge"]), (10, ["hellaswag"]), (5, ["mmlu", "winogrande", "gsm8k"]), (0, ["truthfulqa_mc2"]),
@@ -561,7 +602,7 @@ def test_tasks_of_equal_shots_run_in_one_call(tmp_path):
     assert command[command.index("--num_fewshot") + 1] == "25" and "--apply_chat_template" not in command
 
 
-def test_no_two_models_share_a_cache_of_answers(tmp_path):
+def test_response_caches_are_separate(tmp_path):
     """lm-eval keys cached answers by request alone: one path for two models would return the first one's answers."""
     variants = [
         planned(tmp_path),
@@ -584,7 +625,7 @@ def test_no_two_models_share_a_cache_of_answers(tmp_path):
     assert changed.folder != planned(tmp_path)[0].folder, "a task file that changed is run again"
 
 
-def test_files_that_lie_about_are_no_part_of_a_call(tmp_path, monkeypatch):
+def test_call_hash_ignores_unrelated_files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     before = planned(tmp_path)[0]
     (tmp_path / "votes-ann.json").write_text("{}")
@@ -597,7 +638,7 @@ def test_files_that_lie_about_are_no_part_of_a_call(tmp_path, monkeypatch):
     assert planned(tmp_path, arguments={"pretrained": str(model)})[0].folder != local.folder
 
 
-def test_the_template_goes_with_multi_turn_shots(tmp_path):
+def test_chat_template_flags(tmp_path):
     command = planned(tmp_path, apply_chat_template=True, fewshot_as_multiturn=True)[0].command
     at = command.index("--apply_chat_template")
     assert command[at + 1 : at + 3] == ["--fewshot_as_multiturn", "true"]
@@ -609,7 +650,7 @@ def fake_call(tmp_path, code: str) -> Call:
     return Call("base", ["t"], 0, [sys.executable, "-c", code, "x"], tmp_path / "call")
 
 
-def test_a_failed_call_ends_in_one_line_and_keeps_its_log(tmp_path, capsys):
+def test_failed_call_is_one_line_with_its_log(tmp_path, capsys):
     call = fake_call(tmp_path, "raise ValueError('no such thing')")
     with pytest.raises(UserError, match=r"base 1/1: ValueError: no such thing .*\b1\b.*log\.txt"):
         execute(call, "base 1/1", tmp_path)
@@ -619,12 +660,12 @@ def test_a_failed_call_ends_in_one_line_and_keeps_its_log(tmp_path, capsys):
         execute(fake_call(tmp_path, "raise RuntimeError('CUDA out of memory')"), "base 1/1", tmp_path)
 
 
-def test_a_call_without_results_is_not_taken_for_done(tmp_path):
+def test_call_without_results_is_not_finished(tmp_path):
     with pytest.raises(UserError, match="base 1/1"):
         execute(fake_call(tmp_path, "pass"), "base 1/1", tmp_path)
 
 
-def test_a_finished_call_is_not_run_again(tmp_path, capsys):
+def test_finished_call_is_not_repeated(tmp_path, capsys):
     write = f"open({str(tmp_path / 'call' / 'results_1.json')!r}, 'w').write('{{}}')"
     call = fake_call(tmp_path, write)
     execute(call, "base 1/1", tmp_path)
@@ -634,12 +675,28 @@ def test_a_finished_call_is_not_run_again(tmp_path, capsys):
     assert "base 1/1" in capsys.readouterr().err
 
 
-def test_only_the_bars_of_requests_are_shown():
+def test_progress_shows_request_bars_only():
     assert PROGRESS.match("Running loglikelihood requests:  50%|#####     | 5/10 [00:01<00:01, 5it/s]")
     assert not PROGRESS.match("2026-01-01 WARNING [evaluator] 5%| something")
 
 
-def test_auto_is_one_number_for_both_models(monkeypatch, tmp_path):
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_without_a_terminal_is_lines(terminal, tmp_path, monkeypatch, capsys):
+    """The harness's bars are redrawn on a terminal; a log file gets plain lines without carriage returns."""
+    bar = "Running loglikelihood requests:  {0}%|##   | {0}/100 [00:01<00:01, 5it/s]"
+    code = f"import sys; [print({bar!r}.format(k), end='\\r', file=sys.stderr, flush=True) for k in (0, 50, 100)]"
+    code += f"; open({str(tmp_path / 'call' / 'results_1.json')!r}, 'w').write('{{}}')"
+    monkeypatch.setattr(calls.sys.stderr, "isatty", lambda: terminal, raising=False)
+    monkeypatch.setattr(calls, "LineProgress", partial(LineProgress, seconds=0))
+    execute(fake_call(tmp_path, code), "base 1/1", tmp_path)
+    err = capsys.readouterr().err
+    if terminal:
+        assert "\rRunning loglikelihood requests:  50%|##" in err
+    else:
+        assert "\r" not in err and "Running loglikelihood requests: 50/100 requests (50%)" in err
+
+
+def test_auto_batch_size_is_detected_once(monkeypatch, tmp_path):
     import torch
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -651,7 +708,7 @@ def test_auto_is_one_number_for_both_models(monkeypatch, tmp_path):
     assert batch_size("auto", "hf", {}, nowhere) == "32", "what was detected once stays"
 
 
-def test_the_harnesss_own_detection_is_still_there():
+def test_lm_eval_still_detects_batch_sizes():
     from lm_eval.models.huggingface import HFLM
 
     assert callable(HFLM._detect_batch_size)
@@ -671,17 +728,17 @@ def test_the_harnesss_own_detection_is_still_there():
     ({}, ["--lim=10"], "-- --lim"),
     ({}, ["--apply_chat_template"], "-- --apply_chat_template"),
 ])  # fmt: skip
-def test_bad_options_are_refused(overrides, extra, words):
+def test_bad_options(overrides, extra, words):
     with pytest.raises(UserError, match=words):
         check(HarnessArguments(**overrides), extra)
 
 
-def test_everything_after_two_dashes_is_the_harnesss():
-    assert own_and_harness(["--suite", "x", "--", "--gen_kwargs", "a=1"]) == (["--suite", "x"], ["--gen_kwargs", "a=1"])
-    assert own_and_harness(["--suite", "x"]) == (["--suite", "x"], [])
+def test_split_at_dashes():
+    assert split_at_dashes(["--suite", "x", "--", "--gen_kwargs", "a=1"]) == (["--suite", "x"], ["--gen_kwargs", "a=1"])
+    assert split_at_dashes(["--suite", "x"]) == (["--suite", "x"], [])
 
 
-def test_leading_bos_tokens_are_counted(smol_tokenizer, gemma_like_tokenizer):
+def test_leading_bos(smol_tokenizer, gemma_like_tokenizer):
     assert leading_bos(smol_tokenizer, "Question: x") == 0
     text = gemma_like_tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False)
     assert leading_bos(gemma_like_tokenizer, text) == 1

@@ -113,7 +113,7 @@ def test_slow_16_bit_arithmetic_is_noted(rates, noted, train, tiny, prefs, tmp_p
 
 
 def test_profile_by_kind_of_work():
-    from benchmarks.profile import kind_of, time_by_kind
+    from benchmarks.operation_times import kind_of, time_by_kind
 
     assert kind_of("triton_tem_fused_flex_attention_0") == kind_of("aten::_scaled_dot_product_flash") == "attention"
     assert kind_of("nvjet_tst_128x256_64x4") == kind_of("aten::addmm_") == "matrix products"
