@@ -151,6 +151,28 @@ def test_damaged_file_is_named(tmp_path, name, text, words):
     assert all(word in str(error.value) for word in words), error.value
 
 
+@pytest.mark.parametrize(
+    "url",
+    ["hf://datasets/owner", "hf://datasets/owner/name", "hf://owner/name/x.jsonl", "hf://buckets/a/b/c.jsonl", "hf://"],
+)
+def test_hub_file_without_owner_name_and_path_is_refused(url):
+    with pytest.raises(UserError, match=f"{url}.*hf://datasets/OWNER/NAME/PATH"):
+        read_rows(url, "train")
+
+
+@pytest.mark.parametrize(("at", "revision"), [("", None), ("@v1", "v1"), ("@refs/pr/3", "refs/pr/3")])
+def test_hub_file_is_read_at_its_revision(at, revision, tmp_path, monkeypatch):
+    """Offline: the download is replaced by a local file."""
+    path, requests = write_jsonl(tmp_path / "x.jsonl", make_pairs(2)), []
+    monkeypatch.setattr("preflab.data.rows.fetch", lambda *request: requests.append(request) or path)
+    monkeypatch.setattr("preflab.data.rows.hub_revision", lambda repo, kind, revision: f"commit of {revision}")
+    url = f"hf://datasets/owner/name{at}/folder/x.jsonl"
+    rows, about = read_rows(url, "train")
+    assert requests == [("owner/name", "folder/x.jsonl", "dataset", revision)]
+    assert [source for source, _ in rows] == [f"{url} line 1", f"{url} line 2"]
+    assert (about["name"], about["revision"], about["rows"]) == (url, f"commit of {revision}", 2)
+
+
 def test_damaged_archive_and_invalid_unicode(tmp_path):
     archive = gzip.compress(b'{"prompt": "a", "chosen": "b", "rejected": "c"}' * 50)
     (tmp_path / "a.jsonl.gz").write_bytes(archive[: len(archive) // 2])
