@@ -1,10 +1,12 @@
-"""Figures of a human evaluation. Prompts are what is resampled: several people's votes on one are one observation."""
+"""Metrics of a human evaluation. Prompts are resampled: all votes on one prompt are one observation."""
 
 from itertools import combinations
 
 import numpy as np
+from evalica import alpha
+from pandas import DataFrame
 
-from preflab.human.study import SHOWN
+from preflab.human.study import COLUMN_OF
 from preflab.judging.battle_metrics import answer_metrics, bradley_terry, by_category, style_controlled
 from preflab.judging.battles import pairings
 from preflab.judging.style import style_differences
@@ -17,97 +19,93 @@ def summarise(rows: list[dict], key: dict, candidates: list[dict], about: dict, 
 
     Args:
         rows: from `preflab.human.votes.unblind`.
+        key, candidates, about: from `preflab.human.study.read_study`.
     """
-    first = first_judgements(rows)
-    matches, settled = [], []
+    counted = counted_votes(rows)
+    matches, units = [], []
     for a, b in pairings(key["models"], None):
-        mine = [row for row in first if (row["a"], row["b"]) == (a, b)]
-        identical = [pair["prompt"] for pair in key["identical"] if (pair["a"], pair["b"]) == (a, b)]
-        units = by_prompt(mine)
-        if units:
-            metrics = match_metrics(mine, units, candidates, about["answers"], seed)
-            asked = sum({item["left"], item["right"]} == {a, b} and item["repeat_of"] is None for item in key["items"])
-            metrics |= with_identical(metrics["win_rate"], asked, len(identical))
-            matches.append({"a": a, "b": b, "metrics": metrics, "categories": by_category(units, seed)})
-            settled += units
-    agreed = agreement(first, seed)
-    everyone = annotator_metrics(rows, key, seed)
+        match_rows = [row for row in counted if (row["a"], row["b"]) == (a, b)]
+        match_units = by_prompt(match_rows)
+        if match_units:
+            metrics = match_metrics(match_rows, match_units, candidates, about["answers"], seed)
+            on_page = [item for item in key["items"] if {item["left"], item["right"]} == {a, b}]
+            pairs = sum(item["repeat_of"] is None for item in on_page)
+            identical = sum((pair["a"], pair["b"]) == (a, b) for pair in key["identical"])
+            metrics |= with_identical(metrics["win_rate"], pairs, identical)
+            matches.append({"a": a, "b": b, "metrics": metrics, "categories": by_category(match_units, seed)})
+            units += match_units
+    agreements = agreement(counted, seed)
     main = next((match["metrics"] for match in matches if (match["a"], match["b"]) == ("tuned", "base")), {})
-    shared = {k: agreed[k] for k in ("alpha_ordinal", "alpha_nominal") if k in agreed}
+    alphas = {k: agreements[k] for k in ("alpha_ordinal", "alpha_nominal") if k in agreements}
     return {
-        "metrics": {**main, **shared, **everyone},
+        "metrics": {**main, **alphas, **annotator_metrics(rows, key, seed)},
         "matches": matches,
-        "agreement": agreed,
+        "agreement": agreements,
         "annotators": {
             name: one_annotator([row for row in rows if row["annotator"] == name], key, seed)
             for name in dict.fromkeys(row["annotator"] for row in rows)
         },
         "answers": {
-            name: {**answer_metrics(found, seed), "acceptable": acceptable(first, name, seed)}
-            for name, found in about["answers"].items()
+            name: {**answer_metrics(answers, seed), "acceptable": acceptable(counted, name, seed)}
+            for name, answers in about["answers"].items()
         },
-        "bradley_terry": strengths(settled, key["models"], seed),
+        "bradley_terry": strengths(units, key["models"], seed),
     }
 
 
-def acceptable(rows: list[dict], model: str, seed: int) -> dict:
-    """Share of a model's answers that were marked acceptable, over all its pairings; prompts weigh alike."""
-    marks = [{"prompt": row["prompt"], "mark": row[f"{side}_acceptable"]} for row in rows for side in "ab"
-             if row[side] == model]  # fmt: skip
-    return share(marks, "mark", seed)
-
-
-def strengths(units: list[dict], models: list[str], seed: int) -> dict | None:
-    """Bradley-Terry strengths, None for two models, and where votes do not connect every model with the first."""
-    met, linked = {(unit["a"], unit["b"]) for unit in units}, {models[0]}
-    for _ in models:
-        linked |= {name for pair in met if linked & set(pair) for name in pair}
-    return bradley_terry(units, models, seed) if len(models) > 2 and linked == set(models) else None
-
-
-def first_judgements(rows: list[dict]) -> list[dict]:
-    """Each person's one vote on each pair: the first asking, or the second where the first was left open or skipped."""
+def counted_votes(rows: list[dict]) -> list[dict]:
+    """One vote per annotator and pair: the first, or that on the repeat where the first was skipped or left open."""
     judged = {(row["annotator"], row["id"]) for row in rows if row["repeat_of"] is None and row["outcome"] is not None}
 
-    def stands_in(row):
+    def replaces_first(row):
         return row["outcome"] is not None and (row["annotator"], row["repeat_of"]) not in judged
 
-    return [row for row in rows if row["repeat_of"] is None or stands_in(row)]
+    return [row for row in rows if row["repeat_of"] is None or replaces_first(row)]
 
 
 def by_prompt(rows: list[dict]) -> list[dict]:
-    """One row a prompt of a pairing, `{prompt, category, a, b, consistent, preference}`: means over its votes.
+    """One row per prompt of a pairing, `{prompt, category, a, b, consistent, preference}`: means over its votes.
 
-    `consistent` is the mean outcome of `a`, as battles call it.
+    `consistent` is the mean outcome of `a`; the name is that of preflab.judging.battles, whose functions read it.
     """
-    found = []
+    units = []
     for votes in _grouped([row for row in rows if row["outcome"] is not None]).values():
         means = {"consistent": _mean(votes, "outcome"), "preference": _mean(votes, "preference")}
-        found.append({**{k: votes[0][k] for k in ("prompt", "category", "a", "b")}, **means})
-    return found
+        units.append({**{k: votes[0][k] for k in ("prompt", "category", "a", "b")}, **means})
+    return units
 
 
-def with_identical(rate: dict, asked: int, identical: int) -> dict:
-    """The win rate over the whole prompt set: pairs of identical answers, which nobody was asked about, tie.
+def with_identical(rate: dict, pairs: int, identical: int) -> dict:
+    """The win rate over the complete prompt set, where pairs of identical answers, which are not shown, count as ties.
 
-    Judged pairs stand for all `asked` ones, so that a half-finished study is not drawn to 50%.
+    The judged pairs stand for all `pairs` on the page; otherwise ties would pull a half-finished study towards 50%.
+
+    Args:
+        rate: the win rate over judged prompts.
+        pairs: pairs on the page, without repeats.
+        identical: pairs of identical answers.
     """
-    weight = asked / (asked + identical)
+    weight = pairs / (pairs + identical)
     ends = None if rate["ci95"] is None else [0.5 + weight * (end - 0.5) for end in rate["ci95"]]
     stderr = None if rate["stderr"] is None else weight * rate["stderr"]
-    whole = metric(0.5 + weight * (rate["value"] - 0.5), stderr, ends, rate["n"])
-    return {"identical_answers": metric(identical), "win_rate_whole_set": whole}
+    all_prompts = metric(0.5 + weight * (rate["value"] - 0.5), stderr, ends, rate["n"])
+    return {"identical_answers": metric(identical), "win_rate_whole_set": all_prompts}
 
 
 def match_metrics(rows: list[dict], units: list[dict], candidates: list[dict], answers: dict, seed: int) -> dict:
-    """Figures of one pairing as the score of `a`; votes on pairs asked again are not among `rows`."""
+    """Metrics of one pairing, from the side of `a`.
+
+    Args:
+        rows: the counted votes on this pairing.
+        units: `by_prompt(rows)`.
+    """
     judged = [row for row in rows if row["outcome"] is not None]
     votes = np.array([row["preference"] for row in judged])
     y = np.array([unit["consistent"] for unit in units])
     names = {side: units[0][side] for side in "ab"}
-    texts = [[candidates[unit["prompt"]][SHOWN.get(names[side], names[side])] for unit in units] for side in "ab"]
+    texts = [[candidates[unit["prompt"]][COLUMN_OF.get(names[side], names[side])] for unit in units] for side in "ab"]
     tokens = [[answers[names[side]][unit["prompt"]]["tokens"] for unit in units] for side in "ab"]
-    found = {
+    metrics = {
         "votes": metric(len(judged)),
         "prompts": metric(len(units)),
         "wins": metric(int((y > 0.5).sum()), n=len(y)),
@@ -126,117 +124,159 @@ def match_metrics(rows: list[dict], units: list[dict], candidates: list[dict], a
         "both_bad_share": share(judged, "both_bad", seed),
     }
     for side in "ab":
-        found[f"acceptable_{side}"] = share(rows, f"{side}_acceptable", seed)
+        metrics[f"acceptable_{side}"] = share(rows, f"{side}_acceptable", seed)
+    return metrics | acceptable_difference(rows, seed)
+
+
+def acceptable_difference(rows: list[dict], seed: int) -> dict:
+    """Share of acceptable answers of `a` minus that of `b`, and its sign test, on votes that mark both answers."""
     marked = [row for row in rows if row["a_acceptable"] is not None and row["b_acceptable"] is not None]
     means = [[_mean(votes, f"{side}_acceptable") for side in "ab"] for votes in _grouped(marked).values()]
-    if means:
-        pairs = np.array(means)
-        # The sign of the difference: means of thirds that are equal must tie exactly.
-        found["acceptable_difference"] = bootstrap(pairs, seed)
-        sides = 0.5 + 0.5 * np.sign(np.round(pairs[:, 0] - pairs[:, 1], 9))
-        found["p_acceptable_difference"] = metric(sign_test(sides), n=len(pairs))
-    return found
+    if not means:
+        return {}
+    pairs = np.array(means)
+    # Rounded before the sign is taken: equal means of thirds may differ in the last bit, and must tie.
+    sides = 0.5 + 0.5 * np.sign(np.round(pairs[:, 0] - pairs[:, 1], 9))
+    return {
+        "acceptable_difference": bootstrap(pairs, seed),
+        "p_acceptable_difference": metric(sign_test(sides), n=len(pairs)),
+    }
+
+
+def acceptable(rows: list[dict], model: str, seed: int) -> dict:
+    """Share of a model's answers that were marked acceptable, over all its pairings; prompts have equal weight."""
+    marks = [{"prompt": row["prompt"], "mark": row[f"{side}_acceptable"]} for row in rows for side in "ab"
+             if row[side] == model]  # fmt: skip
+    return share(marks, "mark", seed)
+
+
+def strengths(units: list[dict], models: list[str], seed: int) -> dict | None:
+    """Bradley-Terry strengths; None for two models, or where votes do not connect every model with the first.
+
+    Strengths of unconnected models are not identifiable (Ford 1957).
+    """
+    pairs, connected = {(unit["a"], unit["b"]) for unit in units}, {models[0]}
+    for _ in models:
+        connected |= {name for pair in pairs if connected & set(pair) for name in pair}
+    return bradley_terry(units, models, seed) if len(models) > 2 and connected == set(models) else None
 
 
 def share(rows: list[dict], name: str, seed: int) -> dict:
-    """Share of votes whose `name` is true, among those where it is marked at all; prompts weigh alike."""
+    """Share of votes whose `name` is true, of those where it is marked; prompts have equal weight."""
     means = _prompt_means([row for row in rows if row[name] is not None], name)
     return bootstrap(means, seed) if means else metric(None)
 
 
 def annotator_metrics(rows: list[dict], key: dict, seed: int) -> dict:
-    """How one person voted, or all of them together: coverage, position bias, self-consistency, time.
+    """How one annotator voted, or all together: coverage, position bias, self-consistency, time.
 
-    left_wins: of the votes that decided for a side, the share for the left one. a_on_the_left: how balanced the sides
-    of the judged pairs were. self_consistency: of the pairs that were asked again with sides swapped, the share where
-    the winner, the tie or "both bad" stayed. seconds: median a vote.
+    Returns:
+        judged and skipped, counts; left_wins: share of the left answer among votes for one side;
+        a_on_the_left: share of judged pairs whose `a` was on the left, near 0.5 by design; seconds_median: per vote;
+        self_consistency: share of repeated pairs where winner, tie or "both bad" stayed the same.
     """
     judged = [row for row in rows if row["outcome"] is not None]
     decided = [{**row, "left": (row["outcome"] == 1) == row["a_is_left"]} for row in judged if row["outcome"] != 0.5]
-    people = len({row["annotator"] for row in rows})
-    found = {
-        "judged": metric(len(judged), n=people * len(key["items"])),
-        "skipped": metric(sum(row["skip"] is not None for row in rows), n=people * len(key["items"])),
+    annotators = len({row["annotator"] for row in rows})
+    first_votes = {(row["annotator"], row["id"]): row for row in judged}
+    repeated = [(first_votes.get((row["annotator"], row["repeat_of"])), row) for row in judged if row["repeat_of"]]
+    repeats = [
+        {**row, "same": (row["outcome"], row["both_bad"]) == (first["outcome"], first["both_bad"])}
+        for first, row in repeated
+        if first
+    ]
+    return {
+        "judged": metric(len(judged), n=annotators * len(key["items"])),
+        "skipped": metric(sum(row["skip"] is not None for row in rows), n=annotators * len(key["items"])),
         "left_wins": share(decided, "left", seed),
         "p_left_wins_is_half": metric(sign_test(_prompt_means(decided, "left")), n=len(_grouped(decided))),
         "a_on_the_left": share(judged, "a_is_left", seed),
         "seconds_median": metric(float(np.median([row["seconds"] for row in judged])), n=len(judged)),
+        "self_consistency": share(repeats, "same", seed),
     }
-    before = {(row["annotator"], row["id"]): row for row in judged}
-    again = [(before.get((row["annotator"], row["repeat_of"])), row) for row in judged if row["repeat_of"]]
-    again = [
-        {**row, "same": (row["outcome"], row["both_bad"]) == (old["outcome"], old["both_bad"])}
-        for old, row in again
-        if old
-    ]
-    found["self_consistency"] = share(again, "same", seed)
-    return found
 
 
 def one_annotator(rows: list[dict], key: dict, seed: int) -> dict:
-    """`annotator_metrics`, and the win rate of tuned against base by this person's votes alone."""
-    main = [row for row in first_judgements(rows) if (row["a"], row["b"]) == ("tuned", "base")]
+    """`annotator_metrics`, and the win rate of tuned against base by this annotator's votes alone."""
+    main = [row for row in counted_votes(rows) if (row["a"], row["b"]) == ("tuned", "base")]
     judged = [row for row in main if row["outcome"] is not None]
     return {**annotator_metrics(rows, key, seed), "win_rate": bootstrap(_prompt_means(judged, "outcome"), seed)}
 
 
-def agreement(rows: list[dict], seed: int) -> dict:
-    """Krippendorff's alpha (2018) over all annotators, and Cohen's kappa of every two, with intervals over pairs.
+# --------------------------------------------------------------------------------------------------------- agreement
 
-    Ordinal alpha and quadratic kappa take the five steps of preference, nominal alpha and plain kappa win, tie and
-    loss. Empty where no pair was judged by two; NaN where all votes are one and the same, so that nothing is known.
+
+def agreement(rows: list[dict], seed: int) -> dict:
+    """Krippendorff's alpha (2018) over all annotators and Cohen's kappa of every two, with intervals over pairs.
+
+    Ordinal alpha and quadratic kappa use the five steps of preference; nominal alpha and plain kappa use win, tie and
+    loss. Empty where no pair was judged by two annotators; NaN where all votes are equal.
     """
-    people = list(dict.fromkeys(row["annotator"] for row in rows))
+    annotators = list(dict.fromkeys(row["annotator"] for row in rows))
+    # One row per pair of answers, one column per annotator, NaN where the annotator did not judge it.
     table: dict[tuple, list] = {}
     for row in rows:
         if row["preference"] is not None:
-            unit = table.setdefault((row["prompt"], row["a"], row["b"]), [np.nan] * len(people))
-            unit[people.index(row["annotator"])] = row["preference"]
-    steps = np.array(list(table.values()), float).reshape(-1, len(people))
+            ratings = table.setdefault((row["prompt"], row["a"], row["b"]), [np.nan] * len(annotators))
+            ratings[annotators.index(row["annotator"])] = row["preference"]
+    steps = np.array(list(table.values()), float).reshape(-1, len(annotators))
     steps = steps[(~np.isnan(steps)).sum(1) >= 2]
     if not len(steps):
         return {}
     kappas = []
-    for i, j in combinations(range(len(people)), 2):
+    for i, j in combinations(range(len(annotators)), 2):
         both = steps[:, [i, j]]
         both = both[~np.isnan(both).any(1)]
         if len(both):
-            weighted, plain = _kappa(both, "quadratic", seed), _kappa(np.sign(both), "plain", seed)
             kappas.append(
-                {"annotators": [people[i], people[j]], "pairs": len(both), "kappa": plain, "kappa_weighted": weighted}
+                {
+                    "annotators": [annotators[i], annotators[j]],
+                    "pairs": len(both),
+                    "kappa": _kappa(np.sign(both), "plain", seed),
+                    "kappa_weighted": _kappa(both, "quadratic", seed),
+                }
             )
     return {
         "pairs": metric(len(steps)),
-        "alpha_ordinal": _alpha(steps, "ordinal", seed),
-        "alpha_nominal": _alpha(np.sign(steps), "nominal", seed),
+        "alpha_ordinal": krippendorff_alpha(steps, "ordinal", seed),
+        "alpha_nominal": krippendorff_alpha(np.sign(steps), "nominal", seed),
         "kappas": kappas,
     }
 
 
-def _alpha(ratings: np.ndarray, distance: str, seed: int) -> dict:
-    from evalica import alpha
-    from pandas import DataFrame
+def krippendorff_alpha(ratings: np.ndarray, distance: str, seed: int) -> dict:
+    """Krippendorff's alpha with an interval over units; NaN where all ratings are equal.
 
+    Args:
+        ratings: shape (units, annotators), NaN for a missing rating.
+        distance: nominal or ordinal.
+    """
     if len(np.unique(ratings[~np.isnan(ratings)])) < 2:
         return metric(float("nan"), n=len(ratings))
     return bootstrap(ratings, seed, statistic=lambda rows: alpha(DataFrame(rows.T), distance=distance).alpha)
 
 
 def cohen_kappa(both: np.ndarray, weights: str = "plain") -> float:
-    """Cohen's kappa of two annotators (1960), or with quadratic weights (1968); 1 where all votes are one and the same.
+    """Cohen's kappa of two annotators (1960), or with quadratic weights (1968); 1 where all votes are equal.
+
+    The bootstrap calls this 2,000 times per pair of annotators. sklearn.metrics.cohen_kappa_score gives the same
+    values but takes 3 s for these calls, this function 0.1 s.
 
     Args:
-        both: votes in whole steps, shape (n, 2). weights: plain or quadratic.
+        both: votes in integer steps, shape (n, 2).
+        weights: plain or quadratic.
     """
     levels, codes = np.unique(both, return_inverse=True)
     if len(levels) < 2:
         return 1.0
     first, second = codes.reshape(both.shape).T
     k = len(levels)
-    counts = np.bincount(first * k + second, minlength=k * k).reshape(k, k) / len(both)
-    apart = levels[:, None] - levels[None, :]
-    cost = apart**2 if weights == "quadratic" else (apart != 0)
-    return float(1 - (cost * counts).sum() / (cost * np.outer(counts.sum(1), counts.sum(0))).sum())
+    # Shape (k, k): joint frequencies of the two annotators' levels.
+    observed = np.bincount(first * k + second, minlength=k * k).reshape(k, k) / len(both)
+    expected = np.outer(observed.sum(1), observed.sum(0))
+    distance = levels[:, None] - levels[None, :]
+    cost = distance**2 if weights == "quadratic" else (distance != 0)
+    return float(1 - (cost * observed).sum() / (cost * expected).sum())
 
 
 def _kappa(both: np.ndarray, weights: str, seed: int) -> dict:
@@ -246,10 +286,11 @@ def _kappa(both: np.ndarray, weights: str, seed: int) -> dict:
 
 
 def _grouped(rows: list[dict]) -> dict[int, list[dict]]:
-    found: dict[int, list[dict]] = {}
+    """Rows by prompt."""
+    groups: dict[int, list[dict]] = {}
     for row in rows:
-        found.setdefault(row["prompt"], []).append(row)
-    return found
+        groups.setdefault(row["prompt"], []).append(row)
+    return groups
 
 
 def _prompt_means(rows: list[dict], name: str) -> list[float]:

@@ -1,6 +1,6 @@
-"""The annotation page of the blind human evaluation: one HTML file that opens from disk and asks no network.
+"""The annotation page of the blind human evaluation: one HTML file that opens from disk and needs no network.
 
-The page holds what its reader may see and nothing else: prompts and answers in the order of display, under opaque ids.
+It contains only what annotators may see: prompts and answers in display order, under opaque ids.
 """
 
 import base64
@@ -22,7 +22,7 @@ TEMPLATE = Path(__file__).parent / "static"
 EMPTY = "<p><em>(empty answer)</em></p>"
 TAGS = "a blockquote br code del em h4 h5 h6 hr li ol p pre s strong table tbody td th thead tr ul"
 
-# Raw HTML is shown as text; without images nothing is fetched; without references no line of an answer vanishes.
+# Raw HTML is shown as text. No images: nothing may be fetched. No references: their lines would disappear.
 NESTING = 40
 _MARKDOWN = (
     MarkdownIt("commonmark", {"html": False, "breaks": True, "maxNesting": NESTING})
@@ -32,20 +32,20 @@ _MARKDOWN = (
 
 
 def markdown(text: str) -> str:
-    """Safe HTML of an answer: no script, style, image, relative link, id or class of its own."""
+    """Safe HTML of an answer's Markdown: no scripts, styles, images, relative links, ids or classes."""
     text = _well_formed(text)
     if not any(c.isprintable() and not c.isspace() for c in text):
         return EMPTY
     tokens = _MARKDOWN.parse(text)
     if any(token.level >= NESTING - 1 for token in tokens):
-        # The parser drops what is nested deeper.
+        # The parser drops deeper nesting, so show the source instead.
         return _typed(text)
     for token in tokens:
         if token.type in ("heading_open", "heading_close"):
-            # The page's own outline ends at h3, the heading of an answer.
+            # The page uses h1 to h3, so an answer's headings start at h4.
             token.tag = f"h{min(int(token.tag[1]) + 3, 6)}"
         elif token.type == "fence" and " " in token.info.strip():
-            # More than the name of a language is text that would vanish.
+            # More than a language name is text of the answer, which the renderer would drop.
             token.content = f"{token.info}\n{token.content}"
     return nh3.clean(
         _MARKDOWN.renderer.render(tokens, _MARKDOWN.options, {}),
@@ -59,10 +59,10 @@ def markdown(text: str) -> str:
 
 
 def conversation(messages: list[dict]) -> str:
-    """HTML of a prompt, `{"role", "content"}` per turn: one user turn alone, several under their roles.
+    """HTML of a prompt, `{"role", "content"}` per turn: a single user turn alone, several turns under their roles.
 
-    Answers of earlier turns are rendered as those to judge; what was asked stands as it was typed, since markup would
-    hide parts of it (the stars of 2*3*4).
+    Assistant turns are rendered as Markdown, like the answers to judge. Other turns are shown as typed, because
+    Markdown would hide parts of them (the stars in 2*3*4).
     """
     if len(messages) == 1 and messages[0]["role"] == "user":
         return _turn(messages[0])
@@ -81,16 +81,16 @@ def _typed(text: str) -> str:
 
 
 def build_page(study: str, title: str, items: list[dict]) -> str:
-    """The self-contained page, the same text for the same arguments.
+    """The self-contained page; deterministic.
 
     Args:
-        study: names the study in exports and in the browser's storage; another set of items needs another name.
-        items: `{"id", "prompt", "left", "right"}` each, in the order of display; ids are opaque and occur once, the
-            others are HTML of `conversation` and `markdown`.
+        study: id of the study in exports and in the browser's storage; each set of items needs its own.
+        items: `{"id", "prompt", "left", "right"}` each, in display order; ids are opaque and unique, the other values
+            are HTML from `conversation` and `markdown`.
     """
     ids = [item["id"] for item in items]
     if not items or len(set(ids)) < len(ids):
-        raise ValueError("a page needs items, each under an id of its own")
+        raise ValueError("a page needs at least one item, and each item a unique id")
     shown = [{key: item[key] for key in ("id", "prompt", "left", "right")} for item in items]
     style, script = ((TEMPLATE / f"human_eval.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
     parts = {
@@ -102,27 +102,27 @@ def build_page(study: str, title: str, items: list[dict]) -> str:
         "data": _embedded({"format": FORMAT, "study": _well_formed(study), "items": shown}),
     }
     page = (TEMPLATE / "human_eval.html").read_text(encoding="utf-8")
-    # One pass, so that a part that looks like a placeholder stays as it is.
-    return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], page)
+    # One pass, so that a placeholder inside an answer is not replaced.
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], page)
 
 
 def checksum(study: str, annotator: str, votes: list[dict]) -> str:
-    """CRC-32 of an export's votes, 8 hex digits: equal to the page's, so that damage and hand edits are noticed."""
+    """CRC-32 of an export's votes as 8 hex digits, equal to the page's: detects damage and manual edits."""
     text = json.dumps([study, annotator, votes], ensure_ascii=False, separators=(",", ":"))
     return f"{zlib.crc32(text.encode('utf-8', 'surrogatepass')):08x}"
 
 
 def _well_formed(text: str) -> str:
-    """`text` with U+FFFD for lone surrogates, which no UTF-8 file can hold."""
+    """`text` with U+FFFD in place of lone surrogates, which UTF-8 cannot encode."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _source(text: str) -> str:
-    """The policy's source expression that admits exactly this inline script or style."""
+    """The Content-Security-Policy source expression that allows exactly this inline script or style."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
 def _embedded(value) -> str:
-    """JSON that ends no script element and no line, whatever its strings hold."""
+    """JSON that is safe inside a script element: its strings cannot close the element or end a line."""
     text = json.dumps(value, ensure_ascii=False)
-    return re.sub("[<>&\u2028\u2029]", lambda found: f"\\u{ord(found[0]):04x}", text)
+    return re.sub("[<>&\u2028\u2029]", lambda match: f"\\u{ord(match[0]):04x}", text)

@@ -1,37 +1,60 @@
-"""What human_eval.py prints and writes to be read."""
+"""What human_eval.py prints and draws: the page's summary, and tables, verdict and picture of its votes."""
 
-from preflab.human.study import SHOWN, quoted
+from pathlib import Path
+
+from preflab.human.study import COLUMN_OF
 from preflab.judging.battle_report import categories_table
-from utils.errors import is_main_process
 from utils.plots import CHOSEN, EVAL, NEUTRAL, REJECTED, empty_panel, figure, save, win_rate_bars
-from utils.tables import cell, difference, estimate, render
+from utils.stage import Report
+from utils.tables import cell, difference, estimate, side_by_side
+from utils.tables import render as render_table
 
 
-def dumped(key: dict, answers: dict, page: str, title: str) -> str:
-    """The table of a dump: how long each model's answers are, and what the page asks."""
-    lines = [("model", "answers", "tokens an answer", "cut off, %")]
+def render_page(key: dict, answers: dict, paths: dict[str, Path], title: str, key_flag: str) -> str:
+    """The text after a page was made: answer lengths, number of pairs, and what to do next.
+
+    Args:
+        answers: `{model: metrics of its answers}`.
+        paths: of `candidates`, `page` and `key`.
+        key_flag: ` --key FILE` where scoring will not find the key, else "".
+    """
+    lines = [("model", "answers", "tokens per answer", "truncated, %")]
     for name, m in answers.items():
-        cut = cell(m["truncated_share"], 100) if "truncated_share" in m else "-"
-        lines.append((name, str(m["answers"]["value"]), cell(m["tokens"]), cut))
-    again = sum(item["repeat_of"] is not None for item in key["items"])
-    asked = f"{page} asks {len(key['items']) - again} pairs, {again} of them a second time with sides swapped"
+        truncated = cell(m["truncated_share"], 100) if "truncated_share" in m else "-"
+        lines.append((name, str(m["answers"]["value"]), cell(m["tokens"]), truncated))
+    repeats = sum(item["repeat_of"] is not None for item in key["items"])
+    page = paths["page"].name
+    pairs = f"{page}: {len(key['items']) - repeats} pairs, {repeats} of them repeated with sides swapped"
     if key["identical"]:
-        asked += f"; {len(key['identical'])} pairs of identical answers are not asked"
-    return "\n\n".join([render(title, lines), asked + "."])
+        pairs += f"; {len(key['identical'])} pairs of identical answers are not shown"
+    return "\n\n".join(
+        [
+            render_table(title, lines),
+            f"{pairs}.",
+            f"wrote {', '.join(map(str, paths.values()))}, and the candidates' .md and .about.json\n"
+            f"Send only {page} to the annotators: key and candidates name the models.\n"
+            f"python human_eval.py --score votes-*.json{key_flag} scores the exported votes.",
+        ]
+    )
 
 
-def conclude(sections: dict, title: str) -> tuple[str, str]:
-    """(text, verdict): the tables, and the one sentence that answers the question."""
-    blocks = [matches_table(sections, title), answers_table(sections), annotators_table(sections)]
+def render(sections: dict, title: str) -> Report:
+    """Tables of matches, votes, answers, annotators, agreement and categories, and the verdict.
+
+    Args:
+        sections: from `preflab.human.metrics.summarise`.
+    """
+    blocks = [matches_table(sections, title), votes_table(sections), answers_table(sections)]
+    blocks.append(annotators_table(sections))
     if sections["agreement"]:
         blocks.append(agreement_table(sections["agreement"]))
     blocks += [categories_table(match) for match in sections["matches"] if len(match["categories"]) > 1]
-    verdict = claim(sections["metrics"])
-    return "\n\n".join([*blocks, verdict]), verdict
+    verdict = verdict_of(sections["metrics"])
+    return Report("\n\n".join([*blocks, verdict]), verdict)
 
 
-def claim(m: dict) -> str:
-    """Whose answers people prefer, in one sentence."""
+def verdict_of(m: dict) -> str:
+    """One sentence: whose answers people prefer, and what qualifies that."""
     if "win_rate" not in m:
         return "No claim: nobody judged tuned against base."
     rate, p = m["win_rate"], m["p_win_rate_is_half"]["value"]
@@ -45,68 +68,71 @@ def claim(m: dict) -> str:
     else:
         verdict = f"No claim: {shown}."
     if m["p_left_wins_is_half"]["value"] < 0.05:
-        verdict += f" Mind the annotators' own bias: the left answer wins {estimate(m['left_wins'], 100)}%."
+        verdict += f" Position bias: the left answer wins {estimate(m['left_wins'], 100)}%."
     missing = m["judged"]["n"] - m["judged"]["value"] - m["skipped"]["value"]
     if missing:
-        verdict += f" {missing} of {m['judged']['n']} votes are still open."
+        verdict += f" {missing} of {m['judged']['n']} votes are missing."
     return verdict
 
 
 def matches_table(sections: dict, title: str) -> str:
-    """A line a pairing."""
-    lines = [
-        (
-            "",
-            "prompts",
-            "win rate, %",
-            "p",
-            "same style",
-            "much better / better / tie / worse / much worse",
-            "both bad, %",
-        )
-    ]
-    steps = ("much_better", "better", "tie", "worse", "much_worse")
+    """Win rates, one line per pairing."""
+    lines = [("", "prompts", "win rate, %", "p", "style held equal, %")]
+    notes = ["Win rate: prompts have equal weight, ties and both bad count half. Style: length and Markdown."]
     for match in sections["matches"]:
         m = match["metrics"]
         lines.append(
             (
-                f"{match['a']} against {match['b']}",
+                _name(match),
                 str(m["prompts"]["value"]),
                 estimate(m["win_rate"], 100),
                 f"{m['p_win_rate_is_half']['value']:.2g}",
                 estimate(m["win_rate_style_controlled"], 100),
-                " / ".join(str(m[f"votes_{step}"]["value"]) for step in steps),
-                estimate(m["both_bad_share"], 100),
             )
         )
-    note = "win rate: prompts weigh alike, ties and both bad count half; same style: length and Markdown held equal"
+        if m["identical_answers"]["value"]:
+            notes.append(
+                f"{m['identical_answers']['value']} pairs of identical answers were not shown; counted as ties, they"
+                f" change {match['a']}'s rate to {estimate(m['win_rate_whole_set'], 100)}%"
+            )
+    return "\n".join([render_table(title, lines), *notes])
+
+
+def votes_table(sections: dict) -> str:
+    """Counts of votes, one line per pairing."""
+    lines = [("votes", *(label for label, _ in VOTES.values()), "both bad, %")]
     for match in sections["matches"]:
         m = match["metrics"]
-        if m["identical_answers"]["value"]:
-            note += f"\n{m['identical_answers']['value']} pairs of identical answers were not asked; as ties they make"
-            note += f" {match['a']}'s rate over the whole set {estimate(m['win_rate_whole_set'], 100)}%"
-    return "\n".join([render(title, lines), note])
+        counts = (str(m[f"votes_{step}"]["value"]) for step in VOTES)
+        lines.append((_name(match), *counts, estimate(m["both_bad_share"], 100)))
+    return render_table("votes for the model named first", lines)
+
+
+def _name(match: dict) -> str:
+    return f"{match['a']} against {match['b']}"
 
 
 def answers_table(sections: dict) -> str:
-    """A line a model: acceptable answers where they were marked, lengths, strength."""
+    """Acceptable answers where they were marked, lengths and strengths, one line per model."""
     strengths, main = sections["bradley_terry"], sections["metrics"]
-    lines = [("model", "acceptable, %", "tuned - base", "tokens an answer", "cut off, %", "Bradley-Terry, logits")]
+    lines = [("model", "acceptable, %", "tuned - base", "tokens per answer", "truncated, %", "Bradley-Terry, logits")]
+    notes = []
     for name, m in sections["answers"].items():
-        acceptable, moved = estimate(m["acceptable"], 100), ""
+        acceptable_difference = ""
         if name == "tuned" and "acceptable_difference" in main:
-            moved = difference(main["acceptable_difference"], main["p_acceptable_difference"], 100)
-        cut = cell(m["truncated_share"], 100) if "truncated_share" in m else "-"
+            acceptable_difference = difference(main["acceptable_difference"], scale=100)
+            notes.append(f"acceptable, tuned - base: sign test p={main['p_acceptable_difference']['value']:.2g}")
+        truncated = cell(m["truncated_share"], 100) if "truncated_share" in m else "-"
         strength = estimate(strengths[name], 1, 2) if strengths else ""
-        lines.append((name, acceptable, moved, cell(m["tokens"]), cut, strength))
-    return render("answers", [line if strengths else line[:5] for line in lines])
+        acceptable = estimate(m["acceptable"], 100)
+        lines.append((name, acceptable, acceptable_difference, cell(m["tokens"]), truncated, strength))
+    return "\n".join([render_table("answers", [line if strengths else line[:5] for line in lines]), *notes])
 
 
 def annotators_table(sections: dict) -> str:
-    """A line a person."""
-    lines = [("annotator", "judged", "skipped", "tuned wins, %", "left wins, %", "same when asked again, %", "seconds")]
+    """Coverage, preference, position bias, self-consistency and time, one line per annotator."""
+    lines = [("annotator", "judged", "skipped", "tuned wins, %", "left wins, %", "same on repeat, %", "seconds")]
     for name, m in sections["annotators"].items():
-        again = m["self_consistency"]
         lines.append(
             (
                 name,
@@ -114,54 +140,56 @@ def annotators_table(sections: dict) -> str:
                 str(m["skipped"]["value"]),
                 estimate(m["win_rate"], 100),
                 estimate(m["left_wins"], 100),
-                f"{estimate(again, 100)}" if again["value"] is not None else "-",
+                cell(m["self_consistency"], 100),
                 f"{m['seconds_median']['value']:.0f}",
             )
         )
-    return render("annotators", lines)
+    return render_table("annotators (seconds: median per vote)", lines)
 
 
-def agreement_table(found: dict) -> str:
+def agreement_table(agreement: dict) -> str:
     """Alpha of all annotators, kappa of every two."""
     lines = [("agreement", "pairs", "win, tie, loss", "five steps")]
-    nominal, ordinal = (estimate(found[f"alpha_{kind}"], 1, 2) for kind in ("nominal", "ordinal"))
-    lines.append(("Krippendorff's alpha, everyone", str(found["pairs"]["value"]), nominal, ordinal))
-    for k in found["kappas"]:
-        who = f"Cohen's kappa, {k['annotators'][0]} and {k['annotators'][1]}"
-        lines.append((who, str(k["pairs"]), estimate(k["kappa"], 1, 2), estimate(k["kappa_weighted"], 1, 2)))
-    return render("agreement of annotators (alpha: nominal, ordinal; kappa: plain, quadratic)", lines)
+    nominal, ordinal = (estimate(agreement[f"alpha_{kind}"], 1, 2) for kind in ("nominal", "ordinal"))
+    lines.append(("Krippendorff's alpha, all annotators", str(agreement["pairs"]["value"]), nominal, ordinal))
+    for k in agreement["kappas"]:
+        label = f"Cohen's kappa, {k['annotators'][0]} and {k['annotators'][1]}"
+        lines.append((label, str(k["pairs"]), estimate(k["kappa"], 1, 2), estimate(k["kappa_weighted"], 1, 2)))
+    return render_table("agreement of annotators (alpha: nominal, ordinal; kappa: plain, quadratic)", lines)
 
 
 STEP_NAMES = {2: "much better", 1: "better", 0: "a tie", -1: "worse", -2: "much worse"}
 
 
 def strongest(rows: list[dict], candidates: list[dict], title: str, count: int = 10) -> str:
-    """Markdown of the prompts that people felt most strongly about, in each direction, with texts and comments."""
+    """Markdown of the prompts with the strongest mean preference in each direction: texts, votes and comments."""
     votes: dict[tuple, list[dict]] = {}
     for row in rows:
         if row["preference"] is not None and row["repeat_of"] is None:
             votes.setdefault((row["a"], row["b"], row["prompt"]), []).append(row)
-    means = {unit: sum(v["preference"] for v in found) / len(found) for unit, found in votes.items()}
-    parts = [f"# {title}: the strongest preferences\n"]
-    for better, sign in (("first", 1), ("second", -1)):
+    means = {unit: sum(vote["preference"] for vote in by_unit) / len(by_unit) for unit, by_unit in votes.items()}
+    entries = []
+    for sign in (1, -1):
         units = sorted((u for u in means if sign * means[u] > 0), key=lambda u: (-sign * means[u], u))[:count]
         for a, b, prompt in units:
-            winner = a if better == "first" else b
-            parts.append(
-                f"---\n\n## Prompt {prompt + 1}: {winner} preferred, {abs(means[a, b, prompt]):.1f} of 2 steps\n"
-            )
-            parts.append(quoted(candidates[prompt]["prompt"]))
-            for name in (a, b):
-                parts.append(f"### {name}\n\n{quoted(candidates[prompt][SHOWN.get(name, name)])}")
-            for vote in votes[a, b, prompt]:
-                said = f": {' '.join(vote['comment'].split())}" if vote["comment"] else ""
-                how = "both bad" if vote["both_bad"] else STEP_NAMES[vote["preference"]]
-                parts.append(f"- {vote['annotator']}: {a} {how}{said}")
-            parts.append("")
-    if len(parts) == 1:
-        parts.append("Nobody preferred an answer to another.")
-    return "\n".join(parts)
+            winner = a if sign > 0 else b
+            heading = f"Prompt {prompt + 1}: {winner} preferred, {abs(means[a, b, prompt]):.1f} of 2 steps"
+            texts = {name: candidates[prompt][COLUMN_OF.get(name, name)] for name in (a, b)}
+            entries.append((heading, candidates[prompt]["prompt"], texts, _votes_list(votes[a, b, prompt])))
+    note = "" if entries else "No answer was preferred to another."
+    return side_by_side(f"{title}: the strongest preferences", entries, note)
 
+
+def _votes_list(votes: list[dict]) -> str:
+    lines = []
+    for vote in votes:
+        outcome = "both bad" if vote["both_bad"] else STEP_NAMES[vote["preference"]]
+        comment = f": {' '.join(vote['comment'].split())}" if vote["comment"] else ""
+        lines.append(f"- {vote['annotator']}: {vote['a']} {outcome}{comment}")
+    return "\n".join(lines)
+
+
+# ----------------------------------------------------------------------------------------------------------- picture
 
 VOTES = {
     "much_better": ("much better", CHOSEN),
@@ -173,30 +201,27 @@ VOTES = {
 }
 
 
-def human_eval_figure(path, sections: dict, headline: str) -> None:
-    """Win rates by pairing and annotator, the votes themselves, and win rates by category.
+def draw(path, sections: dict, title: str) -> None:
+    """Three panels: win rates by pairing and annotator, shares of votes, win rates by category.
 
     Args:
         sections: from `preflab.human.metrics.summarise`.
     """
-    if not is_main_process():
-        return
-    fig, axes = figure(1, 3, headline)
+    fig, axes = figure(1, 3, title)
     axes[0].set_title("Win rate, 95% intervals")
-    axes[1].set(title="Votes, as the first named model fared", xlabel="share of votes", xlim=(0, 1))
+    axes[1].set(title="Votes for the model named first", xlabel="share of votes", xlim=(0, 1))
     if not sections["matches"]:
         for ax in axes:
             empty_panel(ax, "no votes yet")
         return save(fig, path)
     rates = []
     for match in sections["matches"][:4]:
-        who = f"{match['a']} against {match['b']}"
-        rates.append((who, match["metrics"]["win_rate"], CHOSEN))
-        rates.append((f"{who}\nstyle held equal", match["metrics"]["win_rate_style_controlled"], EVAL))
-    people = [(name, m["win_rate"], NEUTRAL) for name, m in sections["annotators"].items() if m["win_rate"]["n"]]
-    win_rate_bars(axes[0], [*rates, *people[:10]])
-    if len(people) > 10:
-        axes[0].set_title(f"Win rate, 95% intervals (10 of {len(people)} people)")
+        rates.append((_name(match), match["metrics"]["win_rate"], CHOSEN))
+        rates.append((f"{_name(match)}\nstyle held equal", match["metrics"]["win_rate_style_controlled"], EVAL))
+    annotators = [(name, m["win_rate"], NEUTRAL) for name, m in sections["annotators"].items() if m["win_rate"]["n"]]
+    win_rate_bars(axes[0], [*rates, *annotators[:10]])
+    if len(annotators) > 10:
+        axes[0].set_title(f"Win rate, 95% intervals (10 of {len(annotators)} annotators)")
 
     matches = sections["matches"][:8]
     for y, match in enumerate(matches):
@@ -210,9 +235,9 @@ def human_eval_figure(path, sections: dict, headline: str) -> None:
     axes[1].legend(fontsize=7, ncols=3, loc="upper center", framealpha=0.9)
 
     main = next((m for m in sections["matches"] if (m["a"], m["b"]) == ("tuned", "base")), sections["matches"][0])
-    parts = [(f"{name} ({c['n']})", c["win_rate"], CHOSEN) for name, c in main["categories"].items()]
-    win_rate_bars(axes[2], parts[:16])
-    axes[2].set_title(f"{main['a']} against {main['b']}, by category")
-    if not parts:
-        empty_panel(axes[2], "the prompts name no category")
+    categories = [(f"{name} ({c['n']})", c["win_rate"], CHOSEN) for name, c in main["categories"].items()]
+    win_rate_bars(axes[2], categories[:16])
+    axes[2].set_title(f"{_name(main)}, by category")
+    if not categories:
+        empty_panel(axes[2], "the prompts have no categories")
     save(fig, path)

@@ -1,4 +1,4 @@
-"""human_eval.py: a blind study laid out, voted on by SYNTHETIC annotators, unblinded and scored."""
+"""human_eval.py: layout of a blind study, votes of SYNTHETIC annotators, unblinding and scores."""
 
 import json
 import math
@@ -9,15 +9,16 @@ import pytest
 from conftest import assert_one_line, eval_args, write_jsonl
 from scipy.stats import binomtest
 
-from preflab.human.metrics import _alpha, agreement, cohen_kappa, summarise
+from preflab.human.metrics import agreement, cohen_kappa, krippendorff_alpha, summarise
 from preflab.human.page import FORMAT, checksum
-from preflab.human.report import conclude
-from preflab.human.study import lay_out, plan, quoted
+from preflab.human.report import render
+from preflab.human.study import lay_out, plan
 from preflab.human.votes import read_votes, unblind
 from utils.errors import UserError
 from utils.stats import sign_test
+from utils.tables import quoted
 
-NOTHING = {"choice": None, "left_acceptable": None, "right_acceptable": None, "skip": None, "comment": "", "ms": 4000}
+UNJUDGED = {"choice": None, "left_acceptable": None, "right_acceptable": None, "skip": None, "comment": "", "ms": 4000}
 
 
 def answers_of(names, count) -> dict:
@@ -29,17 +30,17 @@ def answers_of(names, count) -> dict:
 
 
 def study(names=("base", "tuned"), count=20, repeat_share=0.1, seed=7, pairs_per_prompt=1):
-    """(key, candidates, about) as a dump has them, without a model."""
+    """(key, candidates, about) as human_eval.py writes them, without a model."""
     answers = answers_of(names, count)
-    asked, identical = plan(answers, pairs_per_prompt, random.Random(seed))
+    pairs, identical = plan(answers, pairs_per_prompt, random.Random(seed))
     key = {
         "study": "s1",
         "models": list(names),
-        "items": lay_out(asked, repeat_share, seed),
+        "items": lay_out(pairs, repeat_share, seed),
         "identical": identical,
     }
-    shown = {name: "dpo" if name == "tuned" else name for name in names}
-    candidates = [{"prompt": f"prompt {k}", **{shown[n]: answers[n][k]["text"] for n in names}} for k in range(count)]
+    columns = {name: "dpo" if name == "tuned" else name for name in names}
+    candidates = [{"prompt": f"prompt {k}", **{columns[n]: answers[n][k]["text"] for n in names}} for k in range(count)]
     about = {
         "prompts": [{"category": "even" if k % 2 == 0 else "odd"} for k in range(count)],
         "answers": answers,
@@ -48,8 +49,8 @@ def study(names=("base", "tuned"), count=20, repeat_share=0.1, seed=7, pairs_per
 
 
 def export(key, vote, annotator="SYNTHETIC ann") -> dict:
-    """A votes file of a synthetic annotator: `vote(item)` gives the fields of a vote, or None for an open pair."""
-    votes = [{"id": item["id"], **NOTHING, **fields} for item in key["items"] if (fields := vote(item)) is not None]
+    """A votes file of a synthetic annotator: `vote(item)` returns the fields of a vote, or None for an open pair."""
+    votes = [{"id": item["id"], **UNJUDGED, **fields} for item in key["items"] if (fields := vote(item)) is not None]
     return {
         "format": FORMAT,
         "study": key["study"],
@@ -62,7 +63,7 @@ def export(key, vote, annotator="SYNTHETIC ann") -> dict:
 
 
 def prefers(winner, strong=False):
-    """An annotator who always finds the answer of one model better."""
+    """An annotator who always prefers the answer of one model."""
     return lambda item: {"choice": ("left" if item["left"] == winner else "right") + ("_much" if strong else "")}
 
 
@@ -75,70 +76,74 @@ def scored(key, candidates, about, *exports) -> dict:
 
 
 @pytest.mark.parametrize("count", [1, 2, 9, 40, 500])
-def test_sides_are_balanced_and_one_in_twenty_is_asked_again_swapped(count):
-    asked = [{"prompt": k, "a": "tuned", "b": "base"} for k in range(count)]
-    items = lay_out(asked, 0.05, seed=3)
+def test_sides_are_balanced_and_repeats_swapped(count):
+    pairs = [{"prompt": k, "a": "tuned", "b": "base"} for k in range(count)]
+    items = lay_out(pairs, 0.05, seed=3)
     first = [item for item in items if item["repeat_of"] is None]
     left = sum(item["left"] == "tuned" for item in first)
     assert left in (count // 2, count - count // 2)
     assert sorted(item["prompt"] for item in first) == list(range(count))
-    again = [item for item in items if item["repeat_of"]]
-    assert len(again) == min(count // 2, math.ceil(0.05 * count))
+    repeats = [item for item in items if item["repeat_of"]]
+    assert len(repeats) == min(count // 2, math.ceil(0.05 * count))
     place = {item["id"]: k for k, item in enumerate(items)}
     assert len(place) == len(items)
-    for item in again:
-        before = items[place[item["repeat_of"]]]
-        assert (item["left"], item["right"], item["prompt"]) == (before["right"], before["left"], before["prompt"])
-        assert place[item["id"]] - place[before["id"]] >= count // 2
+    for item in repeats:
+        first_item = items[place[item["repeat_of"]]]
+        assert (item["left"], item["right"], item["prompt"]) == (
+            first_item["right"],
+            first_item["left"],
+            first_item["prompt"],
+        )
+        assert place[item["id"]] - place[first_item["id"]] >= count // 2
 
 
-def test_order_sides_and_ids_are_those_of_the_seed_alone():
-    asked = [{"prompt": k, "a": "tuned", "b": "base"} for k in range(30)]
-    assert lay_out(asked, 0.1, 5) == lay_out(asked, 0.1, 5)
-    one, other = lay_out(asked, 0.1, 5), lay_out(asked, 0.1, 6)
-    assert not {item["id"] for item in one} & {item["id"] for item in other}
-    assert [item["prompt"] for item in one] != sorted(item["prompt"] for item in one)
-    assert [i["left"] for i in one] != [i["left"] for i in other]
-    salted = lay_out(asked, 0.1, 5, "pepper")
-    assert [i["prompt"] for i in salted] == [i["prompt"] for i in one]
-    assert not {i["id"] for i in salted} & {i["id"] for i in one}, "a guessed seed alone gives no id"
+def test_seed_decides_order_sides_and_ids():
+    pairs = [{"prompt": k, "a": "tuned", "b": "base"} for k in range(30)]
+    assert lay_out(pairs, 0.1, 5) == lay_out(pairs, 0.1, 5)
+    items, other = lay_out(pairs, 0.1, 5), lay_out(pairs, 0.1, 6)
+    assert not {item["id"] for item in items} & {item["id"] for item in other}
+    assert [item["prompt"] for item in items] != sorted(item["prompt"] for item in items)
+    assert [i["left"] for i in items] != [i["left"] for i in other]
+    salted = lay_out(pairs, 0.1, 5, "pepper")
+    assert [i["prompt"] for i in salted] == [i["prompt"] for i in items]
+    assert not {i["id"] for i in salted} & {i["id"] for i in items}, "the seed alone does not give the ids"
 
 
-def test_sides_are_balanced_all_along_the_page():
-    asked = [{"prompt": k, "a": "tuned", "b": "base"} for k in range(60)]
-    left = [item["left"] == "tuned" for item in lay_out(asked, 0.0, 11)]
+def test_sides_are_balanced_along_the_page():
+    pairs = [{"prompt": k, "a": "tuned", "b": "base"} for k in range(60)]
+    left = [item["left"] == "tuned" for item in lay_out(pairs, 0.0, 11)]
     assert all(abs(sum(left[:k]) - k / 2) <= 1 for k in range(61))
 
 
-def test_no_repeat_is_asked_where_none_is_wanted():
+def test_repeat_share_zero_repeats_nothing():
     assert all(i["repeat_of"] is None for i in lay_out([{"prompt": 0, "a": "t", "b": "b"}] * 8, 0.0, 1))
 
 
-def test_pairings_of_several_models_are_sampled_evenly():
+def test_pairings_are_sampled_evenly():
     answers = answers_of(["base", "tuned", "c", "d"], 50)
-    asked, identical = plan(answers, 1, random.Random(0))
+    pairs, identical = plan(answers, 1, random.Random(0))
     counts = {}
-    for pair in asked:
+    for pair in pairs:
         counts[pair["a"], pair["b"]] = counts.get((pair["a"], pair["b"]), 0) + 1
-    assert len(asked) == 50 and not identical and len(counts) == 6
+    assert len(pairs) == 50 and not identical and len(counts) == 6
     assert max(counts.values()) - min(counts.values()) <= 1
-    asked, _ = plan(answers, 3, random.Random(0))
-    assert all(len({(p["a"], p["b"]) for p in asked if p["prompt"] == k}) == 3 for k in range(50))
+    pairs, _ = plan(answers, 3, random.Random(0))
+    assert all(len({(p["a"], p["b"]) for p in pairs if p["prompt"] == k}) == 3 for k in range(50))
     with pytest.raises(UserError, match=r"\b6\b"):
         plan(answers, 7, random.Random(0))
 
 
-def test_identical_answers_are_not_asked():
+def test_identical_answers_are_not_shown():
     answers = answers_of(["base", "tuned"], 4)
     answers["tuned"][2] = answers["base"][2]
-    asked, identical = plan(answers, 1, random.Random(0))
-    assert [p["prompt"] for p in identical] == [2] and sorted(p["prompt"] for p in asked) == [0, 1, 3]
+    pairs, identical = plan(answers, 1, random.Random(0))
+    assert [p["prompt"] for p in identical] == [2] and sorted(p["prompt"] for p in pairs) == [0, 1, 3]
 
 
 # ------------------------------------------------------------------------------------------------------------- votes
 
 
-def test_votes_are_unblinded_by_hand():
+def test_unblind_one_vote():
     key, _, about = study(count=4, repeat_share=0.0)
     item = key["items"][0]
     tuned_left = item["left"] == "tuned"
@@ -154,7 +159,7 @@ def test_votes_are_unblinded_by_hand():
 @pytest.mark.parametrize("choice, preference, outcome", [
     ("left_much", 2, 1), ("left", 1, 1), ("tie", 0, 0.5), ("both_bad", 0, 0.5), ("right", -1, 0), ("right_much", -2, 0),
 ])  # fmt: skip
-def test_every_choice_has_its_steps(choice, preference, outcome):
+def test_steps_of_every_choice(choice, preference, outcome):
     key, _, about = study(count=6, repeat_share=0.0)
     item = next(i for i in key["items"] if i["left"] == "tuned")
     (row,) = unblind({"v": export(key, lambda i: {"choice": choice} if i is item else None)}, key, about)
@@ -167,7 +172,7 @@ def write(path, content) -> str:
 
 
 def edited(**fields):
-    """A whole votes file whose fields were changed after its export."""
+    """A valid votes file whose fields were changed after the export."""
     return lambda good: {**good, **fields}
 
 
@@ -191,7 +196,7 @@ def changed_vote(**fields):
     (changed_vote(model="tuned"), ["vote 1"]),
     (changed_vote(skip="other"), ["vote 1"]),
 ])  # fmt: skip
-def test_a_bad_votes_file_is_named(tmp_path, break_it, words):
+def test_bad_votes_file_is_named(tmp_path, break_it, words):
     key, *_ = study(count=6)
     path = write(tmp_path / "v.json", break_it(export(key, prefers("tuned"))))
     with pytest.raises(UserError) as error:
@@ -200,21 +205,22 @@ def test_a_bad_votes_file_is_named(tmp_path, break_it, words):
         assert word in str(error.value)
 
 
-def test_files_of_one_annotator_or_of_two_dumps_are_not_mixed(tmp_path):
+def test_files_of_two_studies_are_not_mixed(tmp_path):
+    """Nor two files of one annotator; and a file without votes is refused."""
     key, *_ = study(count=6)
-    one = write(tmp_path / "1.json", export(key, prefers("tuned"), "SYNTHETIC Ann"))
+    first = write(tmp_path / "1.json", export(key, prefers("tuned"), "SYNTHETIC Ann"))
     same = write(tmp_path / "2.json", export(key, prefers("base"), "synthetic  ann "))
     with pytest.raises(UserError, match=r"2\.json.*1\.json"):
-        read_votes([one, same])
+        read_votes([first, same])
     other = write(tmp_path / "3.json", export({**key, "study": "s2"}, prefers("base"), "SYNTHETIC Bob"))
     with pytest.raises(UserError, match=r"3\.json"):
-        read_votes([one, other])
+        read_votes([first, other])
     empty = write(tmp_path / "4.json", export(key, lambda i: {"skip": "other"}, "SYNTHETIC Eve"))
     with pytest.raises(UserError, match=r"4\.json.*SYNTHETIC Eve"):
-        read_votes([one, empty])
+        read_votes([first, empty])
 
 
-def test_votes_on_unknown_or_doubled_pairs_are_refused():
+def test_votes_on_unknown_or_duplicate_pairs_fail():
     key, _, about = study(count=6)
     good = export(key, prefers("tuned"))
     for votes, words in (
@@ -227,63 +233,64 @@ def test_votes_on_unknown_or_doubled_pairs_are_refused():
         unblind({"v.json": {**good, "items": 5}}, key, about)
 
 
-# ----------------------------------------------------------------------------------------------------------- figures
+# ----------------------------------------------------------------------------------------------------------- metrics
 
 
-def test_one_annotator_by_hand():
+def test_metrics_of_one_annotator():
     key, candidates, about = study(count=20, repeat_share=0.0)
     # 12 wins (4 of them strong), 5 losses, 2 ties, 1 both bad.
-    said = ["win_much"] * 4 + ["win"] * 8 + ["loss"] * 5 + ["tie"] * 2 + ["both_bad"]
+    outcomes = ["win_much"] * 4 + ["win"] * 8 + ["loss"] * 5 + ["tie"] * 2 + ["both_bad"]
 
     def vote(item):
-        outcome = said[item["prompt"]]
+        outcome = outcomes[item["prompt"]]
         if not outcome.startswith(("win", "loss")):
             return {"choice": outcome}
         winner = "tuned" if outcome.startswith("win") else "base"
         return prefers(winner, outcome.endswith("much"))(item)
 
-    found = scored(key, candidates, about, export(key, vote))
-    m = {name: figure["value"] for name, figure in found["metrics"].items()}
+    sections = scored(key, candidates, about, export(key, vote))
+    m = {name: metric["value"] for name, metric in sections["metrics"].items()}
     assert m["win_rate"] == (12 + 3 / 2) / 20
     assert m["p_win_rate_is_half"] == pytest.approx(binomtest(12, 17).pvalue)
     names = ("much_better", "better", "tie", "both_bad", "worse", "much_worse")
     assert [m[f"votes_{k}"] for k in names] == [4, 8, 2, 1, 5, 0]
     assert m["both_bad_share"] == 1 / 20 and m["preference_steps"] == (2 * 4 + 8 - 5) / 20
     assert m["judged"] == 20 and m["skipped"] == 0 and m["seconds_median"] == 4.0
-    ends = found["metrics"]["win_rate"]["ci95"]
-    # The bootstrap's standard error of a mean is sd / sqrt(n).
+    ends = sections["metrics"]["win_rate"]["ci95"]
+    # The bootstrap's standard error of a mean is near sd / sqrt(n).
     y = np.array([1] * 12 + [0] * 5 + [0.5] * 3)
-    assert found["metrics"]["win_rate"]["stderr"] == pytest.approx(y.std() / math.sqrt(20), rel=0.08)
+    assert sections["metrics"]["win_rate"]["stderr"] == pytest.approx(y.std() / math.sqrt(20), rel=0.08)
     assert ends[0] < m["win_rate"] < ends[1]
-    even = found["matches"][0]["categories"]["even"]
+    even = sections["matches"][0]["categories"]["even"]
     # Even prompts: 0 to 10 won (6), 12 to 16 lost (3), 18 tied.
     assert even["n"] == 10 and even["win_rate"]["value"] == (6 + 1 / 2) / 10
 
 
-def test_prompts_weigh_alike_however_many_judged_them():
+def test_prompts_have_equal_weight():
     key, candidates, about = study(count=4, repeat_share=0.0)
-    one = export(key, lambda i: prefers("tuned")(i) if i["prompt"] < 2 else prefers("base")(i), "SYNTHETIC 1")
-    other = export(key, lambda i: prefers("base")(i) if i["prompt"] == 0 else None, "SYNTHETIC 2")
-    found = scored(key, candidates, about, one, other)
+    every = export(key, lambda i: prefers("tuned")(i) if i["prompt"] < 2 else prefers("base")(i), "SYNTHETIC 1")
+    first = export(key, lambda i: prefers("base")(i) if i["prompt"] == 0 else None, "SYNTHETIC 2")
+    sections = scored(key, candidates, about, every, first)
     # Prompt 0 is split, 1 won, 2 and 3 lost.
-    assert found["metrics"]["win_rate"]["value"] == (0.5 + 1 + 0 + 0) / 4
-    assert found["metrics"]["win_rate"]["n"] == 4 and found["metrics"]["votes"]["value"] == 5
-    assert found["metrics"]["p_win_rate_is_half"]["value"] == 1.0
-    assert found["metrics"]["judged"] == {"value": 5, "stderr": None, "ci95": None, "n": 8}
+    assert sections["metrics"]["win_rate"]["value"] == (0.5 + 1 + 0 + 0) / 4
+    assert sections["metrics"]["win_rate"]["n"] == 4 and sections["metrics"]["votes"]["value"] == 5
+    assert sections["metrics"]["p_win_rate_is_half"]["value"] == 1.0
+    assert sections["metrics"]["judged"] == {"value": 5, "stderr": None, "ci95": None, "n": 8}
 
 
-def test_identical_answers_are_ties_of_the_whole_set_and_dilute_no_half_finished_study():
+def test_identical_answers_are_ties():
     key, candidates, about = study(count=4, repeat_share=0.0)
     key["items"] = [i for i in key["items"] if i["prompt"] != 3]
     key["identical"] = [{"prompt": 3, "a": "tuned", "b": "base"}]
     m = scored(key, candidates, about, export(key, prefers("tuned")))["metrics"]
     assert m["win_rate"]["value"] == 1.0 and m["identical_answers"]["value"] == 1 and m["votes"]["value"] == 3
     assert m["win_rate_whole_set"]["value"] == 3.5 / 4
-    one = scored(key, candidates, about, export(key, lambda i: prefers("tuned")(i) if i["prompt"] == 0 else None))
-    assert one["metrics"]["win_rate_whole_set"]["value"] == 3.5 / 4
+    # A half-finished study is not diluted: the judged pair stands for all pairs of the page.
+    partial = scored(key, candidates, about, export(key, lambda i: prefers("tuned")(i) if i["prompt"] == 0 else None))
+    assert partial["metrics"]["win_rate_whole_set"]["value"] == 3.5 / 4
 
 
-def test_equal_shares_of_thirds_tie_exactly():
+def test_equal_shares_of_thirds_tie():
     """(1 + 2/3 - 2/3) / 2 is not 0.5 in floating point; ten such prompts would look like ten losses."""
     key, candidates, about = study(count=10, repeat_share=0.0)
     good = {"choice": "tie", "left_acceptable": True, "right_acceptable": True}
@@ -294,49 +301,49 @@ def test_equal_shares_of_thirds_tie_exactly():
     assert m["p_acceptable_difference"]["value"] == 1.0
 
 
-def test_a_second_asking_stands_in_for_a_skipped_first():
+def test_repeat_replaces_skipped_first():
     key, candidates, about = study(count=10, repeat_share=0.2)
-    again = {i["repeat_of"] for i in key["items"]} - {None}
-    vote = export(key, lambda i: {"skip": "other"} if i["id"] in again else prefers("tuned")(i))
+    repeated = {i["repeat_of"] for i in key["items"]} - {None}
+    vote = export(key, lambda i: {"skip": "other"} if i["id"] in repeated else prefers("tuned")(i))
     m = scored(key, candidates, about, vote)["metrics"]
     assert m["votes"]["value"] == 10 and m["win_rate"]["value"] == 1.0 and m["skipped"]["value"] == 2
     assert m["self_consistency"]["value"] is None
 
 
-def test_tie_and_both_bad_are_not_the_same_twice():
+def test_tie_and_both_bad_are_not_consistent():
     key, candidates, about = study(count=10, repeat_share=0.2)
     m = scored(key, candidates, about, export(key, lambda i: {"choice": "both_bad" if i["repeat_of"] else "tie"}))
     assert m["metrics"]["self_consistency"]["value"] == 0.0
 
 
-def test_strengths_need_votes_that_connect_the_models():
+def test_strengths_need_connected_models():
     key, candidates, about = study(("base", "tuned", "third"), count=30, repeat_share=0.0)
     vote = export(key, lambda i: prefers("tuned")(i) if "base" not in (i["left"], i["right"]) else None)
-    found = scored(key, candidates, about, vote)
-    assert found["bradley_terry"] is None and "win_rate" not in found["metrics"]
-    assert "No claim: nobody judged tuned against base" in conclude(found, "t")[0]
+    sections = scored(key, candidates, about, vote)
+    assert sections["bradley_terry"] is None and "win_rate" not in sections["metrics"]
+    assert "No claim: nobody judged tuned against base" in render(sections, "t").text
 
 
-def test_an_annotator_who_always_takes_the_left_is_seen_through():
+def test_position_bias_is_reported():
     key, candidates, about = study(count=40, repeat_share=0.2)
-    found = scored(key, candidates, about, export(key, lambda item: {"choice": "left"}))
-    m = found["metrics"]
+    sections = scored(key, candidates, about, export(key, lambda item: {"choice": "left"}))
+    m = sections["metrics"]
     assert m["win_rate"]["value"] == 0.5
     assert m["left_wins"]["value"] == 1.0 and m["p_left_wins_is_half"]["value"] == pytest.approx(2 * 0.5**40)
     assert m["self_consistency"] == {"value": 0.0, "stderr": 0.0, "ci95": [0.0, 0.0], "n": 8}
 
 
-def test_an_annotator_who_sees_the_models_is_consistent_and_unbiased():
+def test_consistent_annotator_has_no_bias():
     key, candidates, about = study(count=40, repeat_share=0.2)
     m = scored(key, candidates, about, export(key, prefers("tuned", strong=True)))["metrics"]
     assert m["win_rate"]["value"] == 1.0 and m["self_consistency"]["value"] == 1.0
-    assert m["votes"]["value"] == 40, "pairs asked again are not counted twice"
+    assert m["votes"]["value"] == 40, "repeated pairs are counted once"
     assert m["judged"]["value"] == 48
-    # The 40 first askings are balanced; the 8 repeats are their mirror images.
+    # The 40 pairs are balanced; the 8 repeats have their sides swapped.
     assert abs(m["left_wins"]["value"] - 0.5) <= 4 / 48
 
 
-def test_acceptable_answers_are_counted_where_they_are_marked():
+def test_acceptable_counts_marked_answers():
     key, candidates, about = study(count=10, repeat_share=0.0)
 
     def vote(item):
@@ -351,7 +358,7 @@ def test_acceptable_answers_are_counted_where_they_are_marked():
     assert m["p_acceptable_difference"]["value"] == pytest.approx(binomtest(6, 6).pvalue)
 
 
-def test_the_sign_test_takes_means_of_votes():
+def test_sign_test_takes_means_of_votes():
     assert sign_test([0.75, 0.6, 0.5, 0.25]) == pytest.approx(binomtest(2, 3).pvalue)
 
 
@@ -367,13 +374,13 @@ OBSERVERS = np.array(
 
 
 @pytest.mark.parametrize("kind, published", [("nominal", 0.743), ("ordinal", 0.815)])
-def test_alpha_is_krippendorffs_own_example(kind, published):
-    found = _alpha(OBSERVERS.T, kind, 0)
-    assert found["value"] == pytest.approx(published, abs=5e-4)
-    assert found["ci95"][0] < published < found["ci95"][1]
+def test_alpha_equals_published_example(kind, published):
+    alpha = krippendorff_alpha(OBSERVERS.T, kind, 0)
+    assert alpha["value"] == pytest.approx(published, abs=5e-4)
+    assert alpha["ci95"][0] < published < alpha["ci95"][1]
 
 
-def test_kappa_by_hand_and_as_sklearn_has_it():
+def test_kappa_equals_sklearn():
     from sklearn.metrics import cohen_kappa_score
 
     # 20 yes-yes, 5 yes-no, 10 no-yes, 15 no-no: agreement 0.7, by chance 0.5.
@@ -389,7 +396,7 @@ def test_kappa_by_hand_and_as_sklearn_has_it():
 def test_agreement_of_annotators():
     key, candidates, about = study(count=12, repeat_share=0.0)
     rng = random.Random(1)
-    whims = {item["id"]: rng.choice(["left", "right", "tie"]) for item in key["items"]}
+    random_choice = {item["id"]: rng.choice(["left", "right", "tie"]) for item in key["items"]}
 
     def opinion(item):
         return prefers("tuned" if item["prompt"] % 3 else "base")(item)
@@ -397,47 +404,48 @@ def test_agreement_of_annotators():
     exports = [
         export(key, opinion, "SYNTHETIC 1"),
         export(key, opinion, "SYNTHETIC 2"),
-        export(key, lambda item: {"choice": whims[item["id"]]}, "SYNTHETIC 3"),
+        export(key, lambda item: {"choice": random_choice[item["id"]]}, "SYNTHETIC 3"),
     ]
-    found = scored(key, candidates, about, *exports)["agreement"]
-    assert found["pairs"]["value"] == 12 and len(found["kappas"]) == 3
-    same = next(k for k in found["kappas"] if k["annotators"] == ["SYNTHETIC 1", "SYNTHETIC 2"])
+    agreements = scored(key, candidates, about, *exports)["agreement"]
+    assert agreements["pairs"]["value"] == 12 and len(agreements["kappas"]) == 3
+    same = next(k for k in agreements["kappas"] if k["annotators"] == ["SYNTHETIC 1", "SYNTHETIC 2"])
     assert same["kappa"]["value"] == 1.0 and same["kappa_weighted"]["value"] == 1.0
-    assert found["alpha_nominal"]["value"] < 1.0
+    assert agreements["alpha_nominal"]["value"] < 1.0
     rows = unblind({"v": exports[0]}, key, about)
-    assert agreement(rows, 0) == {}, "one annotator agrees with nobody"
+    assert agreement(rows, 0) == {}, "agreement needs two annotators"
 
 
-def test_votes_that_are_all_alike_say_nothing_of_agreement():
+def test_agreement_of_equal_votes_is_undefined():
     key, candidates, about = study(count=8, repeat_share=0.0)
     both = [export(key, prefers("tuned"), f"SYNTHETIC {k}") for k in range(2)]
-    found = scored(key, candidates, about, *both)["agreement"]
-    assert math.isnan(found["alpha_ordinal"]["value"]) and math.isnan(found["kappas"][0]["kappa"]["value"])
+    agreements = scored(key, candidates, about, *both)["agreement"]
+    assert math.isnan(agreements["alpha_ordinal"]["value"])
+    assert math.isnan(agreements["kappas"][0]["kappa"]["value"])
 
 
-def test_several_models_get_strengths():
+def test_strengths_of_three_models():
     key, candidates, about = study(("base", "tuned", "third"), count=60, repeat_share=0.0)
     order = {"base": 0, "third": 1, "tuned": 2}
 
     def vote(item):
         return {"choice": "left" if order[item["left"]] > order[item["right"]] else "right"}
 
-    found = scored(key, candidates, about, export(key, vote))
-    strengths = {name: m["value"] for name, m in found["bradley_terry"].items()}
+    sections = scored(key, candidates, about, export(key, vote))
+    strengths = {name: m["value"] for name, m in sections["bradley_terry"].items()}
     assert strengths["base"] == 0.0 < strengths["third"] < strengths["tuned"]
-    assert {(m["a"], m["b"]) for m in found["matches"]} == {("tuned", "base"), ("third", "base"), ("third", "tuned")}
-    assert sum(m["metrics"]["votes"]["value"] for m in found["matches"]) == 60
+    assert {(m["a"], m["b"]) for m in sections["matches"]} == {("tuned", "base"), ("third", "base"), ("third", "tuned")}
+    assert sum(m["metrics"]["votes"]["value"] for m in sections["matches"]) == 60
 
 
-def test_the_order_of_files_changes_nothing():
+def test_order_of_files_does_not_matter():
     key, candidates, about = study(count=10, repeat_share=0.2)
     exports = [export(key, prefers("tuned"), "SYNTHETIC 1"), export(key, lambda i: {"choice": "left"}, "SYNTHETIC 2")]
-    one, other = scored(key, candidates, about, *exports), scored(key, candidates, about, *exports[::-1])
-    assert one["metrics"]["win_rate"] == other["metrics"]["win_rate"]
-    assert one["agreement"]["alpha_ordinal"]["value"] == pytest.approx(other["agreement"]["alpha_ordinal"]["value"])
+    first, second = (scored(key, candidates, about, *order) for order in (exports, exports[::-1]))
+    assert first["metrics"]["win_rate"] == second["metrics"]["win_rate"]
+    assert first["agreement"]["alpha_ordinal"]["value"] == pytest.approx(second["agreement"]["alpha_ordinal"]["value"])
 
 
-# -------------------------------------------------------------------------------------------------- the whole command
+# --------------------------------------------------------------------------------------------------------- the script
 
 
 @pytest.fixture(scope="module")
@@ -451,7 +459,7 @@ def dump_args(trained, prompts, out, *extra):
     return eval_args(trained, out, "--prompts", prompts, "--max_new_tokens", 12, *extra)
 
 
-def test_dump_then_score_of_synthetic_annotators(call, trained, prompts, tmp_path):
+def test_page_then_score(call, trained, prompts, tmp_path):
     arguments = dump_args(trained, prompts, tmp_path, "--repeat_share", "0.3")
     code, out, err = call("human_eval", *arguments)
     assert code == 0, err
@@ -465,7 +473,7 @@ def test_dump_then_score_of_synthetic_annotators(call, trained, prompts, tmp_pat
     key = json.loads((folder / "human_eval_key.json").read_text())
     assert "8 prompts" in out
 
-    # The page knows neither models nor seed nor sides.
+    # The page contains neither models nor seed nor sides.
     page = (folder / "human_eval.html").read_text()
     shown = page.split('type="application/json"')[1].split("</script>")[0]
     for secret in ("base", "tuned", "dpo", "repeat", str(key["sides_seed"]), key["candidates_sha256"], "checkpoint"):
@@ -475,7 +483,7 @@ def test_dump_then_score_of_synthetic_annotators(call, trained, prompts, tmp_pat
     assert [item["id"] for item in data["items"]] == [item["id"] for item in key["items"]]
     assert {field for item in data["items"] for field in item} == {"id", "prompt", "left", "right"}
 
-    # The same command makes the same page again; other answers or settings are refused, since votes would be lost.
+    # The same command makes the same page again; another study in the same folder is refused.
     code, *_ = call("human_eval", *arguments)
     assert code == 0 and (folder / "human_eval.html").read_text() == page
     code, _, err = call("human_eval", *arguments[:-1], "0.0")
@@ -489,9 +497,9 @@ def test_dump_then_score_of_synthetic_annotators(call, trained, prompts, tmp_pat
     code, out, err = call("human_eval", "--score", *files, "--eval_out", tmp_path)
     assert code == 0, err
     result = json.loads((folder / "human_eval.json").read_text())
-    asked = len(key["items"]) - sum(i["repeat_of"] is not None for i in key["items"])
+    pairs = len(key["items"]) - sum(i["repeat_of"] is not None for i in key["items"])
     assert result["metrics"]["win_rate"]["value"] == pytest.approx(0.75)
-    expected = (asked * 0.75 + len(key["identical"]) * 0.5) / (asked + len(key["identical"]))
+    expected = (pairs * 0.75 + len(key["identical"]) * 0.5) / (pairs + len(key["identical"]))
     assert result["metrics"]["win_rate_whole_set"]["value"] == pytest.approx(expected)
     assert result["stage"] == "human_eval" and result["study"]["sides_seed"] == key["sides_seed"]
     assert set(result["annotators"]) == {"SYNTHETIC 1 (always tuned)", "SYNTHETIC 2"}
@@ -502,19 +510,19 @@ def test_dump_then_score_of_synthetic_annotators(call, trained, prompts, tmp_pat
     assert len(rows) == 2 * len(key["items"])
     assert "tuned preferred" in (folder / "human_eval_strongest.md").read_text()
 
-    # A score with fewer people does not replace one with more.
+    # A score with fewer annotators does not replace one with more.
     code, _, err = call("human_eval", "--score", files[1], "--eval_out", tmp_path)
     assert code == 2
     assert_one_line(err, "human_eval.json", "SYNTHETIC 1 (always tuned)", "--overwrite")
 
-    # A candidates file that was touched no longer belongs to its votes.
+    # Votes do not apply to an edited candidates file.
     (folder / "manual_eval_candidates.json").write_text(json.dumps(candidates[:-1]))
     code, _, err = call("human_eval", "--score", *files, "--eval_out", tmp_path)
     assert code == 2
     assert_one_line(err, "manual_eval_candidates.json")
 
 
-def test_a_further_model_plays_and_a_limit_marks_the_files(call, trained, prompts, tiny, tmp_path):
+def test_further_model_and_limit_in_file_names(call, trained, prompts, tiny, tmp_path):
     extra = ("--models", f"other={trained / 'ck' / 'r' / 'checkpoint-2'}", "--limit", "6", "--pairs_per_prompt", "2")
     code, _, err = call("human_eval", *dump_args(trained, prompts, tmp_path, *extra))
     assert code == 0, err
@@ -543,7 +551,7 @@ def test_bad_input_is_one_line(call, trained, arguments, words, tmp_path):
     assert_one_line(err, *words)
 
 
-def test_votes_without_their_key_are_told_so(call, tmp_path):
+def test_missing_or_wrong_key_is_named(call, tmp_path):
     code, _, err = call("human_eval", "--score", tmp_path / "none.json")
     assert code == 2
     assert_one_line(err, "none.json")
@@ -552,23 +560,23 @@ def test_votes_without_their_key_are_told_so(call, tmp_path):
     code, _, err = call("human_eval", "--score", votes, "--eval_out", tmp_path)
     assert code == 2
     assert_one_line(err, votes, "human_eval_key.json", "--key")
-    no_key = write(tmp_path / "human_eval_key.json", [1])
+    broken = write(tmp_path / "human_eval_key.json", [1])
     code, _, err = call("human_eval", "--score", votes, "--eval_out", tmp_path)
     assert code == 2
-    assert_one_line(err, no_key, "--key")
-    whole = {**key, "candidates": "c.json", "candidates_sha256": "", "limit": None}
-    other = write(tmp_path / "human_eval_key.json", {**whole, "study": "s9"})
+    assert_one_line(err, broken, "--key")
+    complete = {**key, "candidates": "c.json", "candidates_sha256": "", "limit": None}
+    other = write(tmp_path / "human_eval_key.json", {**complete, "study": "s9"})
     for wrong in (other, votes):
         code, _, err = call("human_eval", "--score", votes, "--eval_out", tmp_path, "--key", wrong)
         assert code == 2
         assert_one_line(err, wrong)
 
 
-def test_what_an_answer_opens_ends_with_it():
+def test_quoted_text_closes_code_fences():
     assert quoted("```py\nx = 1") == "> ```py\n> x = 1\n" and quoted("") == "> (empty)\n"
 
 
-def test_votes_with_a_byte_order_mark_are_read(tmp_path):
+def test_votes_with_byte_order_mark_are_read(tmp_path):
     key, *_ = study(count=6)
     path = tmp_path / "v.json"
     path.write_text("\ufeff" + json.dumps(export(key, prefers("tuned"))), encoding="utf-8")
