@@ -43,7 +43,7 @@ def main():
     from utils.artifacts import write_text
     from utils.provenance import run_record
 
-    # What to merge, where to, and the pairs to compare on.
+    # Models, target folder, and the pairs to compare on.
     comparison = resolve(args)
     if comparison.adapter is None:
         raise UserError(f"{comparison.tuned} is a complete model, so there is no adapter to merge")

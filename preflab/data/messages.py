@@ -14,7 +14,7 @@ ALIASES = {"human": "user", "gpt": "assistant"}
 
 
 def role_of(message, default: str | None = None) -> str | None:
-    """The role of a message under its common name; None where it has no known role.
+    """The role of a message under its common name; None if it has no known role.
 
     Args:
         default: the role of a message that names none.
@@ -56,7 +56,7 @@ def check_messages(turns, source: str, key: str, default_role: str | None = None
 
 
 def up_to_last(messages: list[dict], role: str) -> list[dict]:
-    """`messages` up to the last one of `role`; empty where there is none."""
+    """`messages` up to the last one of `role`; empty if there is none."""
     while messages and messages[-1]["role"] != role:
         messages = messages[:-1]
     return messages

@@ -1,6 +1,6 @@
 """Preference data: read rows of any common format, filter them, tokenize them.
 
-Formats: UltraFeedback-binarized (a prompt string beside message lists that repeat the prompt), TRL's explicit and
+Formats: UltraFeedback-binarized (a prompt string next to message lists that repeat it), TRL's explicit and
 implicit prompts as messages or plain text, and Anthropic's `\\n\\nHuman: ... \\n\\nAssistant: ...` transcripts.
 """
 
@@ -30,7 +30,10 @@ class DataArguments(SourceArguments):
     keep_duplicate_prompts: bool = field(default=False, metadata={"help": "Keep pairs that share a prompt."})
     prompt_format: str = field(
         default="auto",
-        metadata={"help": "Plain-text pairs: auto keeps them text, chat makes turns.", "choices": ["auto", "chat"]},
+        metadata={
+            "help": "Plain-text prompts: auto keeps text, chat makes user messages.",
+            "choices": ["auto", "chat"],
+        },
     )
     chat_template_path: str | None = field(default=None, metadata={"help": "Jinja file that replaces the template."})
 

@@ -1,4 +1,4 @@
-"""Model cards: Hub metadata, results, a usage snippet and provenance, from the templates beside this file."""
+"""Model cards: Hub metadata, results, a usage snippet and provenance, from the templates in this folder."""
 
 import math
 from pathlib import Path
@@ -62,7 +62,7 @@ def model_card(summary: dict, rows: list[dict], folder: str, peft: bool) -> str:
         snippet=usage_snippet(summary["model"]["name"], folder, peft),
         metrics=[_metric_cells(name, metric) for name, metric in summary["metrics"].items()],
         columns=[heading for heading, _ in columns],
-        # A run without evaluations shows an empty table beside the published one, so that the gap is visible.
+        # A run without evaluations shows an empty table next to the published one.
         results=_result_cells(rows, columns) if evaluated else [],
         show_results=evaluated or bool(published),
         published=published,

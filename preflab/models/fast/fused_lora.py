@@ -1,6 +1,6 @@
 """Faster LoRA layers: y = W x, then y += s B (A x) in place.
 
-What is faster: a product with r columns costs less on a CPU than writing its result once, and PEFT's lora.Linear writes
+Speed: a product with r columns costs less on a CPU than writing its result once, and PEFT's lora.Linear writes
 it three times (product, scaling, sum). Here it is added to y directly.
 
 Results: the matrix products are PEFT's (Hu et al. 2021, arXiv 2106.09685, s = alpha / r), so values and gradients are

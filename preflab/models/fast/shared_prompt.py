@@ -1,6 +1,6 @@
 """Faster preference pairs: each pair is one sequence [prompt | chosen | rejected], pairs back to back, no padding.
 
-What is faster: stock DPO computes a pair's prompt twice and pads both answers to the longest of the batch. Here the
+Speed: stock DPO computes a pair's prompt twice and pads both answers to the longest of the batch. Here the
 prompt is computed once and nothing is padded.
 
 Results: the rejected answer's positions restart at the prompt's end and its attention skips the chosen answer (Wang &
@@ -27,7 +27,7 @@ from preflab.models.logprobs import without_adapter_shell
 KNOWN = {
     "llama", "mistral", "gemma", "gemma2", "gemma3_text", "qwen2", "qwen3", "phi3", "olmo2", "smollm3",
 }  # fmt: skip
-# What `pack` adds to a batch.
+# Keys that `pack` adds to a batch.
 KEYS = ("packed_ids", "packed_positions", "packed_lengths", "unpack")
 
 
