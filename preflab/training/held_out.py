@@ -5,6 +5,7 @@ import numpy as np
 from preflab.evaluation.perplexity import section_metrics
 from preflab.evaluation.rewards import reward_metrics, reward_rows
 from preflab.evaluation.surface_baseline import bag_of_words_scores
+from preflab.training.run import TrainingRun
 
 
 def evaluate_pairs(trainer, splits, config) -> tuple[list[dict], dict]:
@@ -25,13 +26,10 @@ def evaluate_pairs(trainer, splits, config) -> tuple[list[dict], dict]:
     return rows, reward_metrics(rows, bag_of_words_scores(*texts, seed=config.seed), config.seed)
 
 
-def score_base(training, trainer, splits) -> list[float] | None:
+def score_base(training: TrainingRun, trainer, splits) -> list[float] | None:
     """Negative log-likelihood of each test conversation before training, in nats, cached on disk.
 
     None without a test split, and for a sharded model, which cannot be scored before training.
-
-    Args:
-        training: the TrainingRun.
     """
     if not splits.test or trainer.is_sharded:
         return None

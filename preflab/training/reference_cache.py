@@ -10,6 +10,7 @@ import torch
 
 from preflab.models.batching import token_batches
 from preflab.training.dpo_trainer import STEP0_TOLERANCE
+from preflab.training.run import TrainingRun
 from utils.cache import ResultCache, cache_key
 from utils.errors import UserError
 from utils.progress import progress
@@ -35,11 +36,8 @@ def unsupported_reason(trainer) -> str | None:
     return None
 
 
-def prepare(training, trainer) -> dict:
+def prepare(training: TrainingRun, trainer) -> dict:
     """Give the trainer cached reference log-probabilities, where that is possible. Call before training.
-
-    Args:
-        training: the TrainingRun.
 
     Returns:
         `{computed, read, seconds}`, or `{in_every_step_because}` where the reference cannot be cached.

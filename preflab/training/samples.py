@@ -5,6 +5,7 @@ from contextlib import nullcontext
 from preflab.data.chat_template import ChatRenderer
 from preflab.models.generation import generate
 from preflab.models.start_adapter import as_reference
+from preflab.training.run import TrainingRun
 from utils.artifacts import write_text
 from utils.errors import is_main_process
 from utils.tables import side_by_side
@@ -12,13 +13,10 @@ from utils.tables import side_by_side
 MAX_NEW_TOKENS = 64
 
 
-def write_pair_samples(training, trainer, splits) -> None:
+def write_pair_samples(training: TrainingRun, trainer, splits) -> None:
     """Write samples.md: reference and policy on the first conversational test prompts. Nothing without a reference.
 
     Plain-text pairs are left out: they are not questions.
-
-    Args:
-        training: the TrainingRun.
     """
     policy = trainer.accelerator.unwrap_model(trainer.model)
     if splits.test and (trainer.ref_model is not None or hasattr(policy, "peft_config")):
@@ -26,12 +24,8 @@ def write_pair_samples(training, trainer, splits) -> None:
         answer_prompts(training, trainer, prompts, {"base": as_reference(policy, trainer.ref_model)})
 
 
-def write_conversation_samples(training, trainer, splits) -> None:
-    """Write samples.md: base (with LoRA) and tuned model on the last user turn of the first test conversations.
-
-    Args:
-        training: the TrainingRun.
-    """
+def write_conversation_samples(training: TrainingRun, trainer, splits) -> None:
+    """Write samples.md: base (with LoRA) and tuned model on the last user turn of the first test conversations."""
     if not splits.test:
         return
     chat = ChatRenderer(trainer.processing_class)
@@ -42,7 +36,7 @@ def write_conversation_samples(training, trainer, splits) -> None:
     answer_prompts(training, trainer, prompts, {"base": as_reference(policy)} if has_base else {})
 
 
-def answer_prompts(training, trainer, prompts: list[list[dict]], other_models: dict) -> None:
+def answer_prompts(training: TrainingRun, trainer, prompts: list[list[dict]], other_models: dict) -> None:
     """Answer greedily with the trained model and others, and write the answers. Rank 0 only.
 
     Nothing for a sharded model, which cannot generate on one rank alone.

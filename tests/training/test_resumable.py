@@ -1,4 +1,4 @@
-"""Training progress: plain lines in a log, a bar on a terminal."""
+"""Parts of the trainer mixin: shares of the processes, and progress as plain lines in a log."""
 
 from types import SimpleNamespace
 
@@ -6,7 +6,16 @@ import pytest
 from conftest import train_args
 
 import utils.progress
-from preflab.training.resumable import TrainingProgress
+from preflab.training.resumable import ResumableMixin, TrainingProgress
+
+
+@pytest.mark.parametrize(("count", "shares"), [(5, [[0, 2, 4], [1, 3, 4]]), (4, [[0, 2], [1, 3]]), (0, [[], []])])
+def test_processes_share_indices_equally(count, shares):
+    """Every process runs equally many forwards; the last index is repeated where the numbers do not divide."""
+    for rank, expected in enumerate(shares):
+        trainer = ResumableMixin()
+        trainer.accelerator = SimpleNamespace(num_processes=2, process_index=rank)
+        assert trainer.share(list(range(count))) == expected
 
 
 @pytest.fixture
