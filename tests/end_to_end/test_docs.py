@@ -1,7 +1,8 @@
 """README and docs/: commands parse and files exist, some commands run, links resolve, tables match docs/example_run.
 
-Every command of a fenced bash block is split as a shell would and parsed by the script's own parser. Those in RUNS also
-run, with a tiny model in place of the one they name. The others need a GPU, the hub, or minutes: they are parsed only.
+Every command of a fenced bash block, of a script's docstring and of a recipe's header is split as a shell would and
+parsed by the script's own parser. Those in RUNS also run, with a tiny model in place of the one they name. The others
+need a GPU, the hub, or minutes: they are parsed only.
 """
 
 import argparse
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from conftest import ROOT, eval_args
 
 import utils.cli
@@ -26,7 +28,8 @@ PAGES += [ROOT / name / "README.md" for name in ("data", "eval_out", "benchmarks
 EXAMPLE = ROOT / "docs" / "example_run"
 
 # Names in commands that stand for a reader's own files.
-PLACEHOLDERS = {"my_pairs.jsonl", "my.txt", "annotations.json", "votes-ann.json", "votes-bob.json", "REPOSITORY_URL"}
+PLACEHOLDERS = {"my_pairs.jsonl", "my.txt", "annotations.json", "votes-ann.json", "votes-bob.json", "votes-*.json"}
+PLACEHOLDERS |= {"my_prompts.jsonl", "prompts.jsonl"}
 # Programs whose arguments are not checked.
 OTHER_PROGRAMS = {"git", "cd", "source", "pip", "for", "done"}
 OUTPUT_FLAGS = {"--output-json", "--png", "--json"}
@@ -53,7 +56,24 @@ def commands_of(page: Path) -> list[str]:
     return commands
 
 
-COMMANDS = sorted({(page.relative_to(ROOT).as_posix(), command) for page in PAGES for command in commands_of(page)})
+def header_commands(source: Path) -> list[str]:
+    """The commands in a script's docstring or in the comment at the head of a recipe: indented lines."""
+    text = source.read_text()
+    head = text.split('"""')[1] if source.suffix == ".py" else re.split(r"^[^#\n]", text, maxsplit=1, flags=re.M)[0]
+    lines = re.sub(r"\\\n#? +", "", head).splitlines()
+    found = [re.match(r"#? {3,5}((python|bash|accelerate) .*)", line) for line in lines]
+    return [shlex.join(shlex.split(match[1], comments=True)) for match in found if match and "[" not in match[1]]
+
+
+PATTERNS = ("*.py", "*.sh", "benchmarks/*.py", "configs/**/*.yaml")
+SOURCES = [path for pattern in PATTERNS for path in sorted(ROOT.glob(pattern))]
+# Each command once, with the first page or file that has it.
+COMMANDS = {
+    command: path.relative_to(ROOT).as_posix()
+    for paths, commands_in in ((SOURCES, header_commands), (PAGES, commands_of))
+    for path in reversed(paths)
+    for command in commands_in(path)
+}
 
 
 def script_and_arguments(words: list[str]) -> tuple[str | None, list[str]]:
@@ -115,8 +135,8 @@ def parse_sppo(arguments: list[str], monkeypatch) -> None:
             parse_python(words[at], words[at + 1 :], patch)
 
 
-@pytest.mark.parametrize(("page", "command"), COMMANDS)
-def test_command_parses(page, command, monkeypatch):
+@pytest.mark.parametrize(("command", "page"), COMMANDS.items(), ids=range(len(COMMANDS)))
+def test_command_parses(command, page, monkeypatch):
     words = [word for word in shlex.split(command) if not re.fullmatch(r"[A-Z_]+=\S*", word)]
     words = [word.replace("$rate", "1e-4") for word in words]
     script, arguments = script_and_arguments(words)
@@ -167,7 +187,7 @@ RUNS = {
 
 @pytest.mark.parametrize("command", RUNS)
 def test_command_runs(command, call, tiny, trained, prefs, tmp_path, monkeypatch):
-    assert command in {text for _, text in COMMANDS}, "no page has this command any more"
+    assert command in COMMANDS, "no page has this command any more"
     monkeypatch.chdir(ROOT)
     script, arguments = script_and_arguments(shlex.split(command))
     run = " ".join(eval_args(trained, tmp_path))
@@ -211,6 +231,13 @@ def test_links_resolve(page):
 def test_docs_index_is_complete():
     index = (ROOT / "docs" / "README.md").read_text()
     assert [p.name for p in (ROOT / "docs").glob("*.md") if p.name != "README.md" and f"({p.name})" not in index] == []
+
+
+def test_citation_has_the_required_fields():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["cff-version"] == "1.2.0" and citation["license"] == "Apache-2.0"
+    assert citation["message"] and citation["title"] and all(author["name"] for author in citation["authors"])
+    assert "Apache License" in (ROOT / "LICENSE").read_text()
 
 
 def test_every_recipe_is_in_the_readme():
