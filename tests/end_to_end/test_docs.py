@@ -353,7 +353,7 @@ def title_of(summary: dict) -> str:
 def dpo_text(summary: dict) -> str:
     from preflab.training import dpo_report
 
-    return dpo_report.conclude(summary["metrics"], title_of(summary))[0]
+    return dpo_report.render(summary["metrics"], title_of(summary)).text
 
 
 def win_rate_text(summary: dict) -> str:
