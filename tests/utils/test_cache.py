@@ -1,10 +1,7 @@
-"""Work that is kept: items across instances, identities, cut-off lines; and batches by token budget."""
-
-import random
+"""ResultCache: items across instances, identities, incomplete lines, and the share of each process."""
 
 import pytest
 
-from preflab.models.batching import token_batches
 from utils.cache import ResultCache, cache_key
 
 
@@ -13,15 +10,15 @@ def folder_of(out):
     return folder
 
 
-def test_items_are_kept_across_instances(tmp_path):
+def test_items_persist_across_instances(tmp_path):
     ResultCache(tmp_path, "answers", {"model": "m"}).add("a", {"text": "één\u2028line\nnext", "tokens": 3})
     again = ResultCache(tmp_path, "answers", {"model": "m"})
     again.add("b", {"text": ""})
-    wanted = {"a": {"text": "één\u2028line\nnext", "tokens": 3}, "b": {"text": ""}}
-    assert ResultCache(tmp_path, "answers", {"model": "m"}).read() == again.gather() == wanted
+    expected = {"a": {"text": "één\u2028line\nnext", "tokens": 3}, "b": {"text": ""}}
+    assert ResultCache(tmp_path, "answers", {"model": "m"}).read() == again.gather() == expected
 
 
-def test_the_last_item_of_a_key_counts(tmp_path):
+def test_last_item_of_a_key_wins(tmp_path):
     cache = ResultCache(tmp_path, "answers", {})
     for text in ("old", "new"):
         cache.add("a", {"text": text})
@@ -31,7 +28,7 @@ def test_the_last_item_of_a_key_counts(tmp_path):
 @pytest.mark.parametrize(
     "kind, identity", [("answers", {"model": "n"}), ("answers", {"model": "m", "seed": 1}), ("scores", {"model": "m"})]
 )
-def test_another_identity_or_kind_has_another_folder(tmp_path, kind, identity):
+def test_identity_and_kind_choose_the_folder(tmp_path, kind, identity):
     first = ResultCache(tmp_path, "answers", {"model": "m"})
     first.add("a", {"x": 1})
     other = ResultCache(tmp_path, kind, identity)
@@ -40,17 +37,19 @@ def test_another_identity_or_kind_has_another_folder(tmp_path, kind, identity):
     assert ResultCache(tmp_path, "answers", {"model": "m"}).read() == {"a": {"x": 1}}
 
 
-def test_the_identity_stands_there_in_words_beside_every_processs_items(tmp_path):
+def test_identity_file_and_rows_of_all_processes(tmp_path):
     ResultCache(tmp_path, "answers", {"model": "m", "dtype": "float32"})
     text = (folder_of(tmp_path) / "identity.json").read_text()
     assert '"model": "m"' in text and '"dtype": "float32"' in text
-    # What another process of the launch has kept is found as well.
+    # Rows written by another process of the launch are read too.
     (folder_of(tmp_path) / "rows-3.jsonl").write_text('{"key": "z", "x": 1}\n')
     assert ResultCache(tmp_path, "answers", {"model": "m", "dtype": "float32"}).read() == {"z": {"x": 1}}
 
 
-@pytest.mark.parametrize("cut", ['{"key": "b", "te', '{"key": "b", "text": "whole but for its end of line"}', "{"])
-def test_a_line_that_a_crash_cut_off_is_ignored_and_overwritten(tmp_path, cut):
+@pytest.mark.parametrize(
+    "cut", ['{"key": "b", "te', '{"key": "b", "text": "complete except for its end of line"}', "{"]
+)
+def test_incomplete_last_line_is_replaced(tmp_path, cut):
     cache = ResultCache(tmp_path, "answers", {})
     cache.add("a", {"text": "x"})
     path = folder_of(tmp_path) / "rows-0.jsonl"
@@ -63,7 +62,7 @@ def test_a_line_that_a_crash_cut_off_is_ignored_and_overwritten(tmp_path, cut):
     assert path.read_text() == '{"key": "a", "text": "x"}\n{"key": "c", "text": "y"}\n'
 
 
-def test_a_line_cut_off_within_a_character_is_ignored(tmp_path):
+def test_line_cut_within_a_character_is_ignored(tmp_path):
     cache = ResultCache(tmp_path, "answers", {})
     cache.add("a", {"text": "x"})
     with (folder_of(tmp_path) / "rows-0.jsonl").open("ab") as f:
@@ -71,7 +70,7 @@ def test_a_line_cut_off_within_a_character_is_ignored(tmp_path):
     assert ResultCache(tmp_path, "answers", {}).read() == {"a": {"text": "x"}}
 
 
-def test_overwrite_empties_this_identity_and_no_other(tmp_path):
+def test_overwrite_deletes_one_identity_only(tmp_path):
     for model in "mn":
         ResultCache(tmp_path, "answers", {"model": model}).add("a", {"x": model})
     assert ResultCache(tmp_path, "answers", {"model": "m"}, overwrite=True).read() == {}
@@ -79,47 +78,22 @@ def test_overwrite_empties_this_identity_and_no_other(tmp_path):
     assert ResultCache(tmp_path, "answers", {"model": "n"}).read() == {"a": {"x": "n"}}
 
 
-def test_one_process_has_all_the_work_and_many_share_it(tmp_path):
+def test_own_share_of_one_and_many_processes(tmp_path):
     cache = ResultCache(tmp_path, "answers", {})
     assert cache.own_share([3, 1, 2]) == [3, 1, 2]
 
-    class Of:
+    class State:
         def __init__(self, index):
             self.process_index, self.num_processes = index, 3
 
     shares = []
     for index in range(3):
-        cache.state = Of(index)
+        cache.state = State(index)
         shares.append(cache.own_share(list(range(8))))
     assert sorted(sum(shares, [])) == list(range(8)) and [len(s) for s in shares] == [3, 3, 2]
 
 
-def test_keys_tell_values_apart_and_not_the_order_of_keys():
+def test_cache_key_ignores_key_order_only():
     assert cache_key({"a": 1, "b": "é"}) == cache_key({"b": "é", "a": 1})
     different = [("ab", "c"), ("a", "bc"), ("abc",), (["ab", "c"],), ("ab", "c", ""), (1,), ("1",), (None,), ("null",)]
     assert len({cache_key(*parts) for parts in different}) == len(different)
-
-
-# ----------------------------------------------------------------------------------------------------------- batches
-
-
-@pytest.mark.parametrize("budget", [1, 17, 100, 1000])
-@pytest.mark.parametrize("most", [None, 1, 3])
-def test_batches_keep_to_the_budget_and_hold_every_row_once(budget, most):
-    rng = random.Random(budget)
-    lengths = [rng.randint(1, 60) for _ in range(200)]
-    batches = token_batches(lengths, budget, most)
-    assert sorted(i for batch in batches for i in batch) == list(range(200))
-    for batch in batches:
-        padded = len(batch) * max(lengths[i] for i in batch)
-        assert padded <= budget or len(batch) == 1
-        assert len(batch) <= (most or 200)
-    flat = [lengths[i] for batch in batches for i in batch]
-    assert flat == sorted(lengths, reverse=True)
-
-
-def test_batches_are_as_full_as_the_budget_allows():
-    assert token_batches([2, 5, 4, 5, 1], 10) == [[1, 3], [2, 0], [4]]
-    assert token_batches([1, 1, 1, 1], 3) == [[0, 1, 2], [3]]
-    assert token_batches([50, 1], 10) == [[0], [1]]
-    assert token_batches([0, 0], 2) == [[0, 1]] and token_batches([], 5) == []

@@ -19,7 +19,7 @@ def parsed(tmp_path, yaml: str, *flags):
     return parse((DataArguments, DPORunConfig, ModelConfig), ["--config", str(tmp_path / "x.yaml"), *flags])
 
 
-def test_yaml_gives_defaults_and_the_command_line_wins(tmp_path):
+def test_flags_override_yaml(tmp_path):
     data, args, model = parsed(
         tmp_path, "beta: 0.3\nlearning_rate: 5e-7\nmax_steps: 7\nuse_peft: true\nloss_type: ipo\n", "--beta", "0.2"
     )
@@ -34,7 +34,7 @@ def test_yaml_gives_defaults_and_the_command_line_wins(tmp_path):
      "train_test_overlap: dropp", "dtype: floatt", "prompt_format: chatt", "max_steps: many", "use_peft: 'yes'",
      "lora_target_modules: 5", "report_to: true"],
 )  # fmt: skip
-def test_values_of_a_wrong_type_are_refused_by_name(tmp_path, line):
+def test_wrong_types_in_yaml(tmp_path, line):
     with pytest.raises(UserError) as error:
         parsed(tmp_path, line)
     assert "x.yaml" in str(error.value) and line.split(":")[0] in str(error.value)
@@ -54,7 +54,7 @@ def test_values_of_a_wrong_type_are_refused_by_name(tmp_path, line):
         ("datasets: 3", (), ("'datasets'",)),
     ],
 )
-def test_unknown_and_malformed_input_is_named(tmp_path, yaml, flags, words):
+def test_unknown_and_malformed_input(tmp_path, yaml, flags, words):
     with pytest.raises(UserError) as error:
         parsed(tmp_path, yaml, *flags)
     assert all(word in str(error.value) for word in words), error.value
@@ -73,7 +73,7 @@ def test_missing_config_file():
         ("generate_preference_pairs", "--scorer"),
     ],
 )
-def test_help_is_a_page_within_two_seconds(script, flag):
+def test_help_within_two_seconds(script, flag):
     started = time.monotonic()
     done = command(f"{script}.py", "--help")
     assert time.monotonic() - started < 2
@@ -81,7 +81,7 @@ def test_help_is_a_page_within_two_seconds(script, flag):
     assert len(done.stdout.splitlines()) < 60
 
 
-def test_help_all_lists_every_key(train):
+def test_help_all(train):
     code, out, _ = train("--help_all")
     assert code == 0 and "--adam_beta1" in out and "--max_prompt_length" in out
 
@@ -106,21 +106,21 @@ def test_help_all_lists_every_key(train):
         (("--global_batch_size", "0"), ("--global_batch_size",)),
     ],
 )
-def test_impossible_values_stop_before_anything_loads(train, tmp_path, flags, words):
+def test_invalid_values_stop_before_loading(train, tmp_path, flags, words):
     base = ["--model_name_or_path", "nobody/nothing", "--dataset_name", "nowhere"]
     code, _, err = train(*base, "--output_dir", tmp_path, "--eval_out", tmp_path, *flags)
     assert code == 2
     assert_one_line(err, *words)
 
 
-def test_missing_model_and_data_are_named(train):
+def test_missing_model_and_data(train):
     for flags, word in ((("--beta", "1"), "--model_name_or_path"), (("--model_name_or_path", "x"), "--dataset_name")):
         code, _, err = train(*flags)
         assert code == 2
         assert_one_line(err, word)
 
 
-def test_every_training_config_parses_and_names_its_keys():
+def test_training_configs_parse():
     from trl import ModelConfig
 
     from preflab.data.conversations import SFTArguments
@@ -130,7 +130,7 @@ def test_every_training_config_parses_and_names_its_keys():
 
     texts = {path: path.read_text() for path in sorted((ROOT / "configs").glob("*.yaml"))}
     configs = [path for path, text in texts.items() if "\nmodel_name_or_path:" in text]
-    # Configs of evaluations are held against their own scripts, in test_evaluations.py and test_alpacaeval.py.
+    # Configs of evaluations are tested with their scripts, in test_evaluations.py and test_alpacaeval.py.
     assert {path.stem for path in set(texts) - set(configs)} == {"battle_arena_hard", "alpacaeval"}
     assert len(configs) >= 2
     for config in configs:
@@ -139,7 +139,7 @@ def test_every_training_config_parses_and_names_its_keys():
         assert model.model_name_or_path and data.dataset_name, config
 
 
-def test_no_import_does_work():
+def test_imports_have_no_side_effects():
     """Importing the packages and the scripts reads no arguments, starts no device and prints nothing."""
     packages = [p.relative_to(ROOT).with_suffix("") for d in ("utils", "preflab") for p in (ROOT / d).rglob("*.py")]
     modules = [".".join(p.parts) for p in packages] + [p.stem for p in ROOT.glob("*.py")]

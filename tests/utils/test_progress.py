@@ -1,4 +1,4 @@
-"""Progress keeps carriage returns out of logs."""
+"""Progress is a bar on a terminal and plain lines in a log."""
 
 import pytest
 
@@ -22,6 +22,17 @@ def test_long_work_prints_plain_lines(capfd):
     assert "loss 0.693" in err
 
 
+def test_last_line_is_printed_once(capfd):
+    with LineProgress(2, "scoring", "pair", seconds=0) as bar:
+        bar.update(2)
+    assert capfd.readouterr().err.count("2/2") == 1
+    with LineProgress(2, "scoring", "pair", seconds=0) as bar:
+        bar.update(1)
+        bar.seconds = 60
+        bar.update(1)
+    assert capfd.readouterr().err.splitlines()[-1].startswith("scoring: 2/2 pair (100%)")
+
+
 def test_other_ranks_show_nothing(monkeypatch, capfd):
     monkeypatch.setenv("RANK", "1")
     with progress(1, "scoring") as bar:
@@ -30,7 +41,7 @@ def test_other_ranks_show_nothing(monkeypatch, capfd):
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_a_bar_is_drawn_on_a_terminal_only(terminal, monkeypatch, capsys):
+def test_bar_on_a_terminal_only(terminal, monkeypatch, capsys):
     monkeypatch.setattr(utils.progress.sys.stderr, "isatty", lambda: terminal, raising=False)
     with progress(2, "scoring") as bar:
         bar.update(2)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from utils.tables import markdown_table, render
+from utils.tables import markdown_table, paragraphs, render
 
 WIDE = [
     ("on 120 held-out pairs", "base", "tuned", "tuned - base [95% interval]"),
@@ -11,18 +11,18 @@ WIDE = [
 ]  # fmt: skip
 
 
-def test_a_narrow_table_stays_on_one_line_per_row():
+def test_narrow_table():
     assert render("title", [("a", "b"), ("1", "22")]) == "title\n-----\na  b\n-----\n1  22"
 
 
 @pytest.mark.parametrize("width", [100, 80, 60])
-def test_a_wide_table_wraps_and_loses_no_word(width):
+def test_wide_table_wraps_and_keeps_every_word(width):
     text = render("a title that is rather long for a terminal of sixty columns, is it not?", WIDE, width)
     assert max(map(len, text.splitlines())) <= width
     assert {word for line in WIDE for cell in line for word in cell.split()} <= set(text.split())
 
 
-def test_an_interval_is_never_broken():
+def test_intervals_are_not_broken():
     text = render("title", WIDE, 70)
     assert "[+10.0, +26.7]" in text and "63.472 ± 31.578" in text
 
@@ -40,3 +40,13 @@ def test_indentation_survives_wrapping():
 
 def test_markdown_escapes_pipes():
     assert markdown_table([["a|b", "c"], ["1", "2"]]).splitlines()[0].startswith("| a\\|b |")
+
+
+def test_row_of_one_text_spans_the_columns():
+    text = render("t", [("head", "x"), ("a name that is longer than the columns together",), ("a", "1")], 60)
+    assert text.splitlines()[-2:] == ["a name that is longer than the columns together", "a     1"]
+
+
+def test_paragraphs_wrap():
+    text = paragraphs("one two three", "four", width=8)
+    assert text == "one two\nthree\n\nfour"

@@ -1,0 +1,25 @@
+"""Verdict and likelihood displacement of a DPO run."""
+
+from preflab.training.dpo_report import displacement, verdict_of
+
+
+def test_verdict_needs_an_interval_above_one_half():
+    def verdict(low, p, n=120):
+        accuracy = {"value": 0.6, "stderr": 0.04, "ci95": low and [low, 0.69], "n": n}
+        return verdict_of({"reward_accuracy": accuracy, "p_reward_accuracy_is_half": {"value": p}})
+
+    assert verdict(0.51, 0.03) == (True, verdict(0.51, 0.03)[1]) and verdict(0.51, 0.03)[1].startswith(
+        "Training helped:"
+    )
+    assert not verdict(0.5, 0.03)[0] and not verdict(None, 0.03, 1)[0]
+    # Two pairs, both right: the bootstrap interval is a point at 100%, the sign test says p = 0.5.
+    assert not verdict(1.0, 0.5, 2)[0] and verdict(1.0, 0.5, 2)[1].startswith("No claim")
+
+
+def test_displacement_needs_both_intervals_below_zero():
+    def text(chosen, rejected):
+        sides = {"chosen": chosen, "rejected": rejected}
+        return displacement({f"logps_{k}_difference": {"value": sum(v) / 2, "ci95": v} for k, v in sides.items()})
+
+    assert "-2.00 nats" in text((-3, -1), (-5, -4))
+    assert text((-3, 0.1), (-5, -4)) is None and text((1, 3), (-5, -4)) is None and text((-3, -1), (-1, 2)) is None
