@@ -1,4 +1,4 @@
-"""The annotation page: what reaches it, and its use in a real browser, opened from disk without a network."""
+"""The annotation page: its content, and its use in a real browser, opened from disk without a network."""
 
 import json
 import os
@@ -12,9 +12,12 @@ from pathlib import Path
 import pytest
 
 from preflab.human import page as human_page
+from preflab.human.metrics import summarise
 from preflab.human.page import CHOICES, SKIPS, build_page, checksum, conversation, markdown
+from preflab.human.study import lay_out
+from preflab.human.votes import read_votes, unblind
 
-HOW = "no browser for the page's tests: pip install -r requirements/browser-tests.txt; Debian: apt-get install chromium"
+INSTALL_HINT = "no browser: pip install -r requirements/browser-tests.txt; Debian: apt-get install chromium"
 ATTACKS = [
     "<script>window.hacked=1</script>",
     "<img src=x onerror=window.hacked=1>",
@@ -49,9 +52,9 @@ ATTACKS = [
 ]
 
 
-def made(count: int, text: str = "Answer") -> list[dict]:
-    """Items as the caller makes them."""
-    user = [{"role": "user", "content": "What is asked?"}]
+def make_items(count: int, text: str = "Answer") -> list[dict]:
+    """Items as preflab.human.study makes them."""
+    user = [{"role": "user", "content": "A question?"}]
     return [
         {
             "id": f"k{i}",
@@ -63,20 +66,20 @@ def made(count: int, text: str = "Answer") -> list[dict]:
     ]
 
 
-# ---- what reaches the page
+# ---- content
 
 
 def elements(text: str) -> list[tuple[str, dict]]:
-    """The elements of `text` as a browser finds them: tag and attributes."""
-    found = []
+    """Tag and attributes of every element in `text`, as an HTML parser finds them."""
+    tags = []
     parser = HTMLParser()
-    parser.handle_starttag = lambda tag, attributes: found.append((tag, dict(attributes)))
+    parser.handle_starttag = lambda tag, attributes: tags.append((tag, dict(attributes)))
     parser.feed(text)
-    return found
+    return tags
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
-def test_markup_of_an_answer_is_only_text(attack):
+def test_attacks_are_rendered_as_text(attack):
     for text in (attack, f"- {attack}", f"> {attack}", f"**{attack}**"):
         for shown in (markdown(text), conversation([{"role": "user", "content": text}])):
             for tag, attributes in elements(shown):
@@ -85,7 +88,7 @@ def test_markup_of_an_answer_is_only_text(attack):
                 assert re.match("https?://|mailto:", attributes.get("href", "http://")), shown
 
 
-def test_markdown_keeps_the_form_of_an_answer():
+def test_markdown_is_rendered():
     shown = markdown(
         "# Top\n\n###### Low\n\n3. a\n4. b\n\n|x|y|\n|-|-|\n|1|2|\n\n~~no~~ **yes**\nnext\n```py\na<b\n```"
     )
@@ -97,7 +100,7 @@ def test_markdown_keeps_the_form_of_an_answer():
     assert 'target="_blank"' in link and 'rel="noopener noreferrer"' in link
 
 
-def test_nothing_of_an_answer_vanishes():
+def test_no_text_of_an_answer_is_lost():
     assert "(empty answer)" in markdown("") and markdown(" \n\u200b") == markdown("")
     assert "[k]: https://example.org" in markdown("[k]: https://example.org")
     assert "Here it is" in markdown("```Here it is\nx\n```")
@@ -107,14 +110,14 @@ def test_nothing_of_an_answer_vanishes():
     assert markdown("a \ud800 b") == "<p>a \ufffd b</p>\n"
 
 
-def test_what_degenerate_models_write_is_rendered_at_once():
+def test_degenerate_answers_render_fast():
     start = time.perf_counter()
     for text in ("*a " * 5000, "[" * 5000, "`" * 5000, "<" * 5000, "> " * 5000, "a|" * 2500 + "\n" + "-|" * 2500):
         assert markdown(text)
     assert time.perf_counter() - start < 5
 
 
-def test_a_prompt_stands_as_it_was_typed():
+def test_prompt_is_shown_as_typed():
     alone = conversation([{"role": "user", "content": "What is 2*3*4?\n  # no heading <b>"}])
     assert alone == '<div class="typed" dir="auto">What is 2*3*4?\n  # no heading &lt;b&gt;</div>'
     turns = conversation(
@@ -129,8 +132,8 @@ def test_a_prompt_stands_as_it_was_typed():
     assert "Be *brief*." in turns and "<em>Hello</em>" in turns
 
 
-def test_the_page_is_one_text_that_holds_its_data_and_loads_nothing():
-    items = made(2)
+def test_page_is_self_contained():
+    items = make_items(2)
     items[0]["left"] = "</script><!--<script>\u2028{{style}} &amp; \\"
     page = build_page("s", "A </title> & {{data}}", items)
     assert page == build_page("s", "A </title> & {{data}}", items)
@@ -142,14 +145,14 @@ def test_the_page_is_one_text_that_holds_its_data_and_loads_nothing():
     assert "default-src 'none'" in policy and "unsafe" not in policy and "base-uri 'none'" in policy
 
 
-def test_items_need_ids_of_their_own():
-    for items in ([], made(1) * 2):
+def test_items_need_unique_ids():
+    for items in ([], make_items(1) * 2):
         with pytest.raises(ValueError, match=r"\bid\b"):
             build_page("s", "t", items)
 
 
-def test_page_and_scorer_share_the_codes():
-    page = build_page("s", "t", made(1))
+def test_page_and_scorer_share_codes():
+    page = build_page("s", "t", make_items(1))
     assert tuple(re.findall(r'name="choice" value="(\w+)"', page)) == CHOICES
     assert tuple(re.findall(r'data-skip="(\w+)"', page)) == SKIPS
 
@@ -163,22 +166,22 @@ def browser():
     try:
         from playwright.sync_api import Error, sync_playwright
     except ImportError:
-        pytest.skip(HOW)
+        pytest.skip(INSTALL_HINT)
     names = ("chromium", "chromium-browser", "google-chrome")
     path = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, names)), None)
     with sync_playwright() as playwright:
         try:
-            found = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+            chromium = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
         except Error:
             if path:
                 raise
-            pytest.skip(HOW)
-        yield found
-        found.close()
+            pytest.skip(INSTALL_HINT)
+        yield chromium
+        chromium.close()
 
 
 class Reader:
-    """A browser profile without a network, and one built page in it."""
+    """A browser profile without a network, with one built page."""
 
     def __init__(self, browser, file: Path, study: str, items: list[dict], **options):
         file.write_text(build_page(study, "Which answers are better?", items), encoding="utf-8")
@@ -196,14 +199,14 @@ class Reader:
             (self.blocked if request.failure == "csp" else self.foreign).append(request.url)
 
     def open(self):
-        """The page in a new tab, at its start screen."""
+        """Open the page in a new tab, at its start screen."""
         self.page = self.context.new_page()
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
         self.page.goto(self.url)
         return self.page
 
     def start(self, name: str = "Ada"):
-        """The page in a new tab, after the annotator's name was given."""
+        """Open the page in a new tab and enter the annotator's name."""
         page = self.open()
         page.fill("#name", name)
         self.click("Start")
@@ -211,8 +214,8 @@ class Reader:
 
     def click(self, label: str):
         """Click the visible button or choice of that label, or tap it on a phone."""
-        found = self.page.locator("button:visible, fieldset label:visible").filter(has_text=label).first
-        found.tap() if self.touch else found.click()
+        control = self.page.locator("button:visible, fieldset label:visible").filter(has_text=label).first
+        control.tap() if self.touch else control.click()
 
     def keys(self, *keys: str):
         for key in keys:
@@ -224,22 +227,22 @@ class Reader:
         return dict(self.page.evaluate(script))
 
     def export(self) -> dict:
-        """What the export button downloads; its checksum is Python's."""
+        """The file that the Export button downloads, after checking its checksum against Python's."""
         with self.page.expect_download() as download:
             self.page.click("header >> text=Export")
         self.file_name = download.value.suggested_filename
-        found = json.loads(Path(download.value.path()).read_text(encoding="utf-8"))
-        assert found["checksum"] == checksum(self.study, found["annotator"], found["votes"])
-        return found
+        votes_file = json.loads(Path(download.value.path()).read_text(encoding="utf-8"))
+        assert votes_file["checksum"] == checksum(self.study, votes_file["annotator"], votes_file["votes"])
+        return votes_file
 
 
 @pytest.fixture
 def reader(browser, tmp_path):
-    """reader(items or their number, **browser options) gives a Reader; nothing may be fetched nor fail in a test."""
+    """reader(items or their number, **browser options) returns a Reader; a test fails on any request or page error."""
     readers = []
 
     def opening(items=3, study="study-1", **options):
-        items = made(items) if isinstance(items, int) else items
+        items = make_items(items) if isinstance(items, int) else items
         readers.append(Reader(browser, tmp_path / f"page{len(readers)}.html", study, items, **options))
         return readers[-1]
 
@@ -282,10 +285,10 @@ def test_votes_by_clicks(reader):
     r.click("Both bad")
     r.click("Skip…")
     r.click("Upsetting")
-    assert r.checked() == {} and text(page, "#reason") == "Skipped: Upsetting"
+    assert r.checked() == {} and text(page, "#reason") == "Skipped: Upsetting content"
     r.click("Next")
     r.click("Skip…")
-    r.click("Another reason")
+    r.click("Other reason")
     r.click("Tie")
     assert text(page, "#reason") == "" and r.checked() == {"choice": "tie"}
     exported = r.export()
@@ -306,28 +309,28 @@ def test_votes_by_clicks(reader):
     ]
 
 
-def test_a_skip_can_be_taken_back(reader):
+def test_skip_can_be_removed(reader):
     r = reader(1)
     page = r.start()
     r.keys("s")
-    assert not page.is_visible("text=Do not skip it")
+    assert not page.is_visible("text=Do not skip this pair")
     r.keys("1", "s")
-    r.click("Do not skip it")
+    r.click("Do not skip this pair")
     assert text(page, "#reason") == "" and r.export()["votes"] == []
 
 
-def test_keys_stay_out_of_the_way(reader):
+def test_shortcuts_do_not_interfere(reader):
     r = reader(3)
     page = r.start()
     r.keys("Control+1", "Alt+2", "Meta+3", "Shift+Tab")
     assert r.checked() == {}
-    # After a click the arrows move between pairs; they would turn the radio and so change the vote.
+    # After a click, arrows move between pairs; by default they would move the radio and change the vote.
     r.click("Left better")
     r.keys("ArrowRight")
     assert text(page, "h2:visible") == "Pair 2 of 3"
     r.keys("ArrowLeft")
     assert text(page, "h2:visible") == "Pair 1 of 3" and r.checked() == {"choice": "left"}
-    # Reached by Tab, the group works as everywhere.
+    # Reached by Tab, the radio group works as usual.
     page.focus("[value=left]")
     r.keys("Tab", "Shift+Tab", "ArrowRight")
     assert text(page, "h2:visible") == "Pair 1 of 3" and r.checked() == {"choice": "tie"}
@@ -341,7 +344,7 @@ def test_keys_stay_out_of_the_way(reader):
     assert text(page, "h2:visible") == "Pair 3 of 3" and page.input_value("#comment") == "\n5x"
 
 
-def test_single_key_shortcuts_can_be_turned_off_for_good(reader):
+def test_shortcuts_can_be_turned_off(reader):
     r = reader(2)
     page = r.start()
     assert page.is_visible(".choices kbd")
@@ -361,7 +364,7 @@ def test_single_key_shortcuts_can_be_turned_off_for_good(reader):
     assert r.checked() == {"choice": "left_much"}
 
 
-def test_going_back_changes_a_vote(reader):
+def test_vote_can_be_changed(reader):
     r = reader(3)
     page = r.start()
     assert page.is_disabled("#pair [data-do=back]")
@@ -372,22 +375,22 @@ def test_going_back_changes_a_vote(reader):
     assert text(page, "#judged") == "2 of 3 judged"
 
 
-def test_closing_and_reopening_goes_on_at_the_first_open_pair(reader):
+def test_reopened_page_continues(reader):
     r = reader(4)
     page = r.start("  Ada   Lovelace ")
     r.keys("1", "Enter", "Enter", "s", "3")
     page.fill("#comment", "why")
-    asked = []
-    page.on("dialog", lambda dialog: (asked.append(dialog.type), dialog.accept()))
+    dialogs = []
+    page.on("dialog", lambda dialog: (dialogs.append(dialog.type), dialog.accept()))
     with page.expect_event("close"):
         page.close(run_before_unload=True)
-    assert asked == []
+    assert dialogs == []
     page = r.open()
     assert page.input_value("#name") == "Ada Lovelace"
     r.click("Start")
     assert text(page, "h2:visible") == "Pair 2 of 4" and text(page, "#judged") == "1 of 4 judged, 1 skipped"
     r.keys("Enter")
-    assert page.input_value("#comment") == "why" and text(page, "#reason") == "Skipped: Cannot be read"
+    assert page.input_value("#comment") == "why" and text(page, "#reason") == "Skipped: Unreadable"
     page.reload()
     r.click("Start")
     r.keys("2", "Enter", "Enter", "3", "Enter")
@@ -399,7 +402,7 @@ def test_closing_and_reopening_goes_on_at_the_first_open_pair(reader):
     assert text(page, "h2:visible") == "Pair 1 of 4"
 
 
-def test_annotators_and_studies_stay_apart(reader):
+def test_annotators_and_studies_are_separate(reader):
     r = reader(2)
     r.start("Ada")
     r.keys("1", "Enter", "2")
@@ -414,7 +417,7 @@ def test_annotators_and_studies_stay_apart(reader):
     assert r.export()["votes"] == []
 
 
-def test_two_tabs_of_one_annotator_lose_no_vote(reader):
+def test_two_tabs_lose_no_vote(reader):
     r = reader(3)
     first = r.start()
     second = r.start()
@@ -426,7 +429,7 @@ def test_two_tabs_of_one_annotator_lose_no_vote(reader):
     assert [v["choice"] for v in r.export()["votes"]] == ["left_much", "left"]
 
 
-def test_the_name_is_required(reader):
+def test_name_is_required(reader):
     r = reader(1)
     page = r.open()
     assert "1 pair." in text(page, "#start")
@@ -444,7 +447,7 @@ AWKWARD = [
 ]
 
 
-def test_checksum_is_equal_on_both_sides(reader):
+def test_checksum_equals_python(reader):
     r = reader(len(AWKWARD) + 1)
     page = r.start('Zoë "Z" \U0001f600/..\\x')
     for comment in AWKWARD:
@@ -460,11 +463,11 @@ def test_checksum_is_equal_on_both_sides(reader):
     assert checksum("s", "a", []) == "4725ba75"
 
 
-def test_the_finish_screen_counts_and_leads_back(reader):
+def test_finish_screen(reader):
     r = reader(4)
     page = r.start()
     r.keys("1", "Enter", "s", "1", "Enter", "Enter", "2", "Enter")
-    assert text(page, "h2:visible") == "The end, with some pairs open"
+    assert text(page, "h2:visible") == "Some pairs are still open"
     assert [text(page, f"#{k}-count") for k in ("judged", "skipped", "open")] == ["2", "1", "1"]
     r.click("Go to the first open pair")
     assert text(page, "h2:visible") == "Pair 3 of 4"
@@ -477,7 +480,7 @@ def test_the_finish_screen_counts_and_leads_back(reader):
     assert text(page, "h2:visible") == "Pair 4 of 4"
 
 
-def test_votes_can_be_copied_where_no_file_can_be_saved(reader):
+def test_votes_can_be_copied(reader):
     r = reader(1)
     stub = "Object.defineProperty(navigator, 'clipboard', {value: {writeText: async t => { window.copied = t }}})"
     page = r.start()
@@ -494,7 +497,7 @@ def test_votes_can_be_copied_where_no_file_can_be_saved(reader):
     assert page.evaluate("getSelection().toString()") == shown
 
 
-def test_time_counts_while_the_pair_is_in_view(reader):
+def test_time_counts_while_pair_is_visible(reader):
     r = reader(2)
     page = r.context.new_page()
     r.page = page
@@ -521,24 +524,24 @@ def test_time_counts_while_the_pair_is_in_view(reader):
     assert 3000 <= first < 5000 and 5000 <= second < 8000
 
 
-def test_without_storage_the_page_warns_and_works(reader):
+def test_page_works_without_storage(reader):
     r = reader(2)
     forbid = "Object.defineProperty(window, 'localStorage', {get() { throw new DOMException('no', 'SecurityError') }})"
     r.context.add_init_script(forbid)
     page = r.start()
     assert "only until this tab closes" in text(page, "[role=alert]")
-    asked = []
-    page.on("dialog", lambda dialog: (asked.append(dialog.type), dialog.dismiss()))
+    dialogs = []
+    page.on("dialog", lambda dialog: (dialogs.append(dialog.type), dialog.dismiss()))
     r.keys("1")
     page.close(run_before_unload=True)
     page.wait_for_timeout(300)
-    assert asked == ["beforeunload"] and r.export()["votes"][0]["choice"] == "left_much"
+    assert dialogs == ["beforeunload"] and r.export()["votes"][0]["choice"] == "left_much"
     with page.expect_event("close"):
         page.close(run_before_unload=True)
-    assert asked == ["beforeunload"]
+    assert dialogs == ["beforeunload"]
 
 
-def test_storage_that_fills_up_is_noticed(reader):
+def test_full_storage_is_reported(reader):
     r = reader(2)
     page = r.start()
     assert not page.is_visible("[role=alert]")
@@ -551,17 +554,13 @@ def test_storage_that_fills_up_is_noticed(reader):
     assert page.is_visible("[role=alert]")
     r.keys("?")
     page.click("#shortcuts")
-    assert page.is_visible("[role=alert]"), "that a setting found room says nothing of the votes"
+    assert page.is_visible("[role=alert]"), "a saved setting must not clear the warning"
 
 
-def test_what_is_voted_in_the_browser_is_what_is_scored(reader, tmp_path):
-    """A SYNTHETIC annotator in a real browser, who sees the models in the texts, and every step up to the score."""
-    from preflab.human.metrics import summarise
-    from preflab.human.study import lay_out
-    from preflab.human.votes import read_votes, unblind
-
-    asked = [{"prompt": k, "a": "tuned", "b": "base"} for k in range(12)]
-    items = lay_out(asked, 0.2, 5, "salt")
+def test_browser_votes_are_scored(reader, tmp_path):
+    """A SYNTHETIC annotator votes in a browser, on texts that name the models, and the export is scored."""
+    pairs = [{"prompt": k, "a": "tuned", "b": "base"} for k in range(12)]
+    items = lay_out(pairs, 0.2, 5, "salt")
     shown = [
         {"id": item["id"], "prompt": f"<p>{item['prompt']}</p>", "left": item["left"], "right": item["right"]}
         for item in items
@@ -582,7 +581,7 @@ def test_what_is_voted_in_the_browser_is_what_is_scored(reader, tmp_path):
     about = {"prompts": [{"category": None}] * 12, "answers": answers}
     rows = unblind(read_votes([str(votes)]), key, about)
     candidates = [{"prompt": "p", "base": "base", "dpo": "tuned"}] * 12
-    m = {name: found["value"] for name, found in summarise(rows, key, candidates, about, 0)["metrics"].items()}
+    m = {name: metric["value"] for name, metric in summarise(rows, key, candidates, about, 0)["metrics"].items()}
     assert (m["win_rate"], m["votes_much_better"], m["self_consistency"]) == (1.0, 12, 1.0)
     assert (m["acceptable_a"], m["acceptable_b"], m["judged"]) == (1.0, 0.0, len(items))
 
@@ -590,14 +589,16 @@ def test_what_is_voted_in_the_browser_is_what_is_scored(reader, tmp_path):
 def test_attacks_run_nothing(reader):
     items = []
     for i in range(0, len(ATTACKS), 6):
-        some = ATTACKS[i : i + 6]
-        asked = [{"role": "user", "content": t} for t in some] + [{"role": "assistant", "content": "\n\n".join(some)}]
+        attacks = ATTACKS[i : i + 6]
+        turns = [{"role": "user", "content": t} for t in attacks] + [
+            {"role": "assistant", "content": "\n\n".join(attacks)}
+        ]
         items.append(
             {
                 "id": f"k{i}",
-                "prompt": conversation(asked),
-                "left": "".join(map(markdown, some)),
-                "right": markdown("\n\n".join(some)),
+                "prompt": conversation(turns),
+                "left": "".join(map(markdown, attacks)),
+                "right": markdown("\n\n".join(attacks)),
             }
         )
     r = reader(items)
@@ -615,7 +616,7 @@ def test_attacks_run_nothing(reader):
     assert len(r.export()["votes"]) == len(items)
 
 
-def test_the_policy_stops_what_should_slip_through(reader):
+def test_content_policy_blocks_injected_code(reader):
     r = reader(1)
     page = r.start()
     page.evaluate(
@@ -633,8 +634,8 @@ def test_the_policy_stops_what_should_slip_through(reader):
 
 
 def test_500_long_pairs_are_fast(reader):
-    paragraph = "Some words of an answer that goes on for long, with `code` and *emphasis*. " * 12
-    r = reader(made(500, "\n\n".join([paragraph] * 8)))
+    paragraph = "Some words of a long answer, with `code` and *emphasis*. " * 12
+    r = reader(make_items(500, "\n\n".join([paragraph] * 8)))
     start = time.perf_counter()
     page = r.start()
     assert text(page, "h2:visible") == "Pair 1 of 500" and time.perf_counter() - start < 3
@@ -647,7 +648,7 @@ def test_500_long_pairs_are_fast(reader):
     assert page.locator("body *").count() < 1000
 
 
-def test_the_keyboard_alone_is_enough(reader):
+def test_keyboard_alone_is_enough(reader):
     r = reader(2)
     page = r.open()
     r.keys("Tab", "Tab")
@@ -675,7 +676,7 @@ def test_the_keyboard_alone_is_enough(reader):
     assert [(v["choice"], v["skip"]) for v in votes] == [("left_much", None), (None, "not_my_field")]
 
 
-def test_every_control_has_a_name_and_every_part_a_place(reader):
+def test_controls_have_accessible_names(reader):
     r = reader(2)
     page = r.open()
     for step in (lambda: None, lambda: (page.fill("#name", "Ada"), r.keys("Enter")), lambda: r.keys("s")):
@@ -683,7 +684,7 @@ def test_every_control_has_a_name_and_every_part_a_place(reader):
         tree = page.locator("body").aria_snapshot()
         unnamed = re.findall(r"- (?:radio|button|textbox|checkbox|switch|progressbar|group)(?! \").*", tree)
         assert unnamed == [] and page.locator("h1").count() == 1, tree
-    assert 'dialog "Skip this pair: why?"' in tree
+    assert 'dialog "Why do you skip this pair?"' in tree
     r.keys("Escape")
     tree = page.locator("body").aria_snapshot()
     for part in ("banner", "main", 'group "Which answer is better?"', 'group "Left answer Acceptable?"', "status"):
@@ -710,21 +711,21 @@ CONTRASTS = """() => {
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_text_stands_out_in_light_and_dark(reader, scheme):
-    items = made(2)
+def test_contrast_in_light_and_dark(reader, scheme):
+    items = make_items(2)
     items[0]["left"] = markdown("> quote\n\n[link](https://example.org) `code`\n\n|a|\n|-|\n|b|\n\n```\nblock\n```")
     r = reader(items, color_scheme=scheme)
     r.context.add_init_script("Storage.prototype.setItem = () => { throw 0 }")
     page = r.open()
-    found = page.evaluate(CONTRASTS)
+    contrasts = page.evaluate(CONTRASTS)
     page.fill("#name", "Ada")
     r.keys("Enter", "1", "q")
-    found += page.evaluate(CONTRASTS)
+    contrasts += page.evaluate(CONTRASTS)
     r.keys("s", "1")
-    found += page.evaluate(CONTRASTS)
+    contrasts += page.evaluate(CONTRASTS)
     r.keys("?")
-    found += page.evaluate(CONTRASTS)
-    assert len(found) > 100 and min(found)[0] >= 4.5, min(found)
+    contrasts += page.evaluate(CONTRASTS)
+    assert len(contrasts) > 100 and min(contrasts)[0] >= 4.5, min(contrasts)
     ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (sum(map(int, re.findall(r"\d+", ground))) < 200) == (scheme == "dark")
 
@@ -740,9 +741,9 @@ def test_both_sides_look_the_same(reader):
 
 
 @pytest.mark.parametrize("width", [320, 390])
-def test_on_a_phone_all_fits_and_can_be_touched(reader, width):
+def test_page_fits_a_phone(reader, width):
     long = "x" * 400 + "\n\n```\n" + "y" * 400 + "\n```\n\n|" + "wide column|" * 30 + "\n|" + "-|" * 30
-    items = made(3)
+    items = make_items(3)
     items[0] |= {"prompt": conversation([{"role": "user", "content": long}]), "left": markdown(long)}
     phone = {"viewport": {"width": width, "height": 844}, "has_touch": True, "is_mobile": True}
     r = reader(items, **phone)
@@ -774,15 +775,15 @@ def test_on_a_phone_all_fits_and_can_be_touched(reader, width):
     assert page.evaluate("scrollY") == 0
     r.click("Skip…")
     fits()
-    r.click("Not my field")
+    r.click("Outside my expertise")
     r.click("Next")
     r.click("Next")
     fits()
     assert text(page, "#judged-count") == "1" and text(page, "#skipped-count") == "1"
 
 
-def test_what_has_the_focus_is_not_hidden_by_the_bar(reader):
-    r = reader(made(1, "\n\n".join(["[link](https://example.org) and more"] * 40)))
+def test_focus_is_not_hidden_by_bar(reader):
+    r = reader(make_items(1, "\n\n".join(["[link](https://example.org) and more"] * 40)))
     page = r.start()
     for _ in range(60):
         r.keys("Tab")

@@ -1,6 +1,6 @@
 "use strict";
-/* One pair is on the page at a time. Every control that a key works names the key in aria-keyshortcuts, and the key
-   does what a click on the control does. `votes` has an entry per item, in page order, in the form that is exported. */
+/* The page shows one pair at a time. A control with a keyboard shortcut names its key in aria-keyshortcuts; the key
+   acts as a click on the control. `votes` has one entry per item, in page order and in the exported format. */
 
 const byId = (id) => document.getElementById(id);
 const { format, study, items } = JSON.parse(byId("data").textContent);
@@ -9,22 +9,22 @@ const MARKS = ["left_acceptable", "right_acceptable"];
 
 let votes = [];
 let annotator = "";
-let at = 0; // the pair on screen, or the last one that was
+let at = 0; // index of the pair on screen, or of the last one shown
 let screen = "start";
-let since = null; // when the running stretch of reading time began; null while no pair is in view
+let since = null; // start of the current reading time; null while no pair is visible
 let unexported = false;
-let pointed = false; // whether the focus came by pointer
+let pointed = false; // whether the focus was set by mouse or touch
 
 // ---- storage
 
-/* The browser may forbid or fill up its storage; then the page says so and works on. */
+/* The browser may block storage or run out of it. The page then shows a warning and keeps working. */
 const storage = {
   works: true,
-  try(use, mends = false) {
+  try(use, votesSaved = false) {
     try {
       const value = use(localStorage);
-      // Only votes that were kept say that votes are kept: a setting finds room where they do not.
-      this.works ||= mends;
+      // Only saved votes clear the warning: a small setting may fit where the votes do not.
+      this.works ||= votesSaved;
       return value;
     } catch {
       this.works = false;
@@ -38,7 +38,7 @@ const storage = {
     try {
       return JSON.parse(text);
     } catch {
-      return null; // damaged by another hand: as if it were not there
+      return null; // damaged entry: treated as missing
     }
   },
   write(value, ...key) {
@@ -56,17 +56,17 @@ function load() {
   votes = items.map(({ id }) => ({ ...blank(id), ...saved.get(id) }));
 }
 
-function keep() {
+function save() {
   clock();
   storage.write(votes.filter((vote) => vote.ms || touched(vote)), study, annotator);
 }
 
-/* After every change: kept at once, shown, and said to whoever listens. */
+/* After every change: save at once, update the screen, announce to screen readers. */
 function changed(message) {
   unexported = true;
-  keep();
+  save();
   render();
-  say(message);
+  announce(message);
 }
 
 // ---- votes
@@ -84,17 +84,17 @@ function skip(reason) {
   if (reason) Object.assign(votes[at], { choice: null, skip: reason });
   else votes[at].skip = null;
   byId("reasons").close();
-  changed(reason ? "Skip saved" : "Not skipped");
+  changed(reason ? "Skip saved" : "Skip removed");
   document.querySelector("[data-do=next]").focus({ preventScroll: true });
 }
 
-/* A mark chosen again is taken back. */
+/* Selecting a mark again removes it. */
 function mark(name, value) {
   votes[at][name] = votes[at][name] === value ? null : value;
   changed(votes[at][name] === null ? "Mark removed" : "Saved");
 }
 
-/* Adds the time since the last call to the pair in view; hidden tabs and other screens do not count. */
+/* Add the time since the last call to the visible pair. Hidden tabs and other screens do not count. */
 function clock() {
   const now = performance.now();
   if (since !== null) votes[at].ms += Math.round(now - since);
@@ -103,7 +103,7 @@ function clock() {
 
 // ---- export
 
-/* UTF-8 cannot hold half a surrogate pair, and the checksum is of UTF-8. */
+/* Replace lone surrogates: UTF-8, which the checksum uses, cannot encode them. */
 const wellFormed = (text) => new TextDecoder("utf-8", { ignoreBOM: true }).decode(new TextEncoder().encode(text));
 
 function crc32(text) {
@@ -116,7 +116,7 @@ function crc32(text) {
 }
 
 function exported() {
-  keep();
+  save();
   const given = votes.filter(touched).map((vote) => ({ ...vote, comment: wellFormed(vote.comment.trim()) }));
   const exported_utc = new Date().toISOString();
   const checksum = crc32(JSON.stringify([study, annotator, given]));
@@ -126,7 +126,7 @@ function exported() {
 
 function handedOver(message) {
   unexported = false;
-  say(message);
+  announce(message);
 }
 
 function download() {
@@ -152,8 +152,8 @@ async function copy() {
 
 // ---- screens
 
-/* What the page's heading shows is said to screen readers only. */
-function say(message, shown = true) {
+/* Set the status line. With `shown` false it is for screen readers only, since the heading shows the same. */
+function announce(message, shown = true) {
   if (byId("status").textContent !== message) byId("status").textContent = message;
   byId("status").classList.toggle("unseen", !shown);
 }
@@ -172,7 +172,7 @@ function focusOn(heading) {
 }
 
 function showPair(index) {
-  keep(); // with the time up to here, which belongs to the pair that leaves
+  save(); // the time so far belongs to the previous pair
   at = index;
   for (const part of ["prompt", "left", "right"]) byId(part).innerHTML = items[at][part];
   byId("comment").value = votes[at].comment;
@@ -181,17 +181,17 @@ function showPair(index) {
   show("pair");
   makeScrollable();
   focusOn("position");
-  say(byId("position").textContent, false);
+  announce(byId("position").textContent, false);
 }
 
 function showFinish() {
   const left = votes.filter(open).length;
-  byId("finish-title").textContent = left ? "The end, with some pairs open" : "All pairs are done";
+  byId("finish-title").textContent = left ? "Some pairs are still open" : "All pairs are done";
   byId("resume").hidden = !left;
   show("finish");
-  keep();
+  save();
   focusOn("finish-title");
-  say(`${left} of ${items.length} open`, false);
+  announce(`${left} of ${items.length} open`, false);
 }
 
 function resume() {
@@ -200,7 +200,7 @@ function resume() {
   else showPair(first);
 }
 
-/* Controls and counts, as the votes have them. */
+/* Update controls and counts from the votes. */
 function render() {
   const vote = votes[at];
   if (!vote) return;
@@ -220,7 +220,7 @@ function render() {
   byId("judged").textContent = `${counts.judged} of ${items.length} judged${skipped}`;
 }
 
-/* What scrolls sideways must be reachable by keyboard. */
+/* Blocks that scroll sideways must be reachable by keyboard. */
 function makeScrollable() {
   for (const block of document.querySelectorAll(".text pre, .text table")) {
     if (block.scrollWidth > block.clientWidth) block.tabIndex = 0;
@@ -272,10 +272,10 @@ function useShortcuts() {
   storage.write(byId("shortcuts").checked, "shortcuts");
 }
 
-/* Whether the focused element has a use of its own for this key. */
+/* Whether the focused element handles this key itself. */
 function native({ key, target }) {
   if (key !== "Enter" && !key.startsWith("Arrow")) return false;
-  // What was only clicked still has the focus: there Enter and the arrows move between pairs and change nothing.
+  // A clicked control keeps the focus, but Enter and arrows must then move between pairs instead of changing it.
   if (pointed) return false;
   return target.matches(key === "Enter" ? "button, a, [type=checkbox]" : "[type=radio], pre, table");
 }
@@ -300,11 +300,11 @@ document.addEventListener("keydown", (event) => {
 });
 
 document.addEventListener("pointerdown", () => (pointed = true));
-document.addEventListener("visibilitychange", () => annotator && keep());
-addEventListener("pagehide", () => annotator && keep());
+document.addEventListener("visibilitychange", () => annotator && save());
+addEventListener("pagehide", () => annotator && save());
 
 addEventListener("storage", (event) => {
-  // The same annotator in a second tab: both show the newest votes.
+  // The same annotator in a second tab: show the newest votes in both.
   if (!annotator || event.key !== JSON.stringify([format, study, annotator])) return;
   load();
   byId("comment").value = votes[at].comment;
@@ -318,7 +318,7 @@ addEventListener("beforeunload", (event) => {
 // ---- start
 
 byId("warning").textContent =
-  "This browser does not let the page save. Your votes live only until this tab closes: export them before you leave.";
+  "This browser blocks storage. Your votes are kept only until this tab closes: export them before you leave.";
 byId("count").textContent = items.length === 1 ? "1 pair" : `${items.length} pairs`;
 byId("name").value = storage.read("annotator") ?? "";
 byId("shortcuts").checked = storage.read("shortcuts") ?? true;
