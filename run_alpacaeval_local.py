@@ -62,7 +62,7 @@ def check(args, c) -> None:
     if c.output_json:
         raise UserError("--output_json: this script writes a folder of files; set the folder with --output_dir")
     if args.annotations and c.limit:
-        raise UserError("--annotations with --limit: the whole file is scored; remove --limit")
+        raise UserError("--annotations with --limit: the complete file is scored; remove --limit")
     args.check()
     if args.audit_limit < 0:
         raise UserError(f"--audit_limit {args.audit_limit}: must be at least 0")

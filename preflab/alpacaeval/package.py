@@ -113,7 +113,7 @@ def rates(annotations: list[dict], seed: int) -> dict:
             "value": float(package_rates["discrete_win_rate"]),
         },
         "standard_error": metric(float(package_rates["standard_error"]), n=n),
-        # The package cuts the mean length to a whole number.
+        # The package truncates the mean length to an integer.
         "avg_length": {**bootstrap(lengths, seed), "value": int(np.mean(lengths))},
         "unparsed": metric(len(annotations) - n, n=len(annotations)),
     }
