@@ -233,6 +233,17 @@ def test_docs_index_is_complete():
     assert [p.name for p in (ROOT / "docs").glob("*.md") if p.name != "README.md" and f"({p.name})" not in index] == []
 
 
+def test_errors_of_troubleshooting_exist():
+    """Every message that the table of errors quotes is in the sources."""
+    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    table = page[page.index("| error | fix |") : page.index("## Questions")].splitlines()[2:]
+    messages = [m for row in table if row for m in re.findall(r"`([^`]+)`", row.split("|")[1])]
+    paths = [*ROOT.glob("*.py"), *(ROOT / "utils").rglob("*.py"), *(ROOT / "preflab").rglob("*.py")]
+    # Messages are split over several source lines.
+    sources = re.sub(r'"\s*\n\s*f?"', "", "\n".join(path.read_text() for path in paths))
+    assert len(messages) > 10 and [m for m in messages if m not in sources] == []
+
+
 def test_citation_has_the_required_fields():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert citation["cff-version"] == "1.2.0" and citation["license"] == "Apache-2.0"
