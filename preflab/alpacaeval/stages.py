@@ -22,7 +22,16 @@ from preflab.data.prompts import Prompt
 from preflab.evaluation.comparison import held_out_sources
 from preflab.evaluation.two_models import TwoModels
 from preflab.judging.answers import answer_all, answerable, base_and_tuned, ensure_adapter_applied
-from preflab.judging.audit import against_longer, audit, audit_items, passes, sample, table, verdict, whose_labels
+from preflab.judging.audit import (
+    against_longer,
+    audit,
+    audit_items,
+    audit_table,
+    passes,
+    sample_pairs,
+    verdict_of,
+    whose_labels,
+)
 from preflab.judging.judges import judge_all, make_judge
 from preflab.models.vllm_engine import choose_engine
 from utils.artifacts import read_json, write_json
@@ -105,7 +114,7 @@ def audit_judges(comparison, args, judges: list) -> dict:
             f"{sources[0]['name']}: no labelled pair is left for the audit (dropped: {dict(data.dropped)}); name other"
             " pairs with --audit_dataset, or skip the audit with --audit_limit 0"
         )
-    pairs = sample(data.pairs, args.audit_limit, c.seed)
+    pairs = sample_pairs(data.pairs, args.audit_limit, c.seed)
     items = audit_items(pairs)
     verdicts = {judge.name: judge_all(judge, items, c.eval_out, c.overwrite) for judge in judges}
     ordered = {judge.name: not getattr(judge, "orders_itself", False) for judge in judges}
@@ -120,8 +129,8 @@ def audit_judges(comparison, args, judges: list) -> dict:
         "audits": audits,
         "against_longer": against,
         "passed": passes(against),
-        "verdict": verdict(first.name, audits[first.name], against),
-        "table": table(audits, labels),
+        "verdict": verdict_of(first.name, audits[first.name], against),
+        "table": audit_table(audits, labels),
         "seconds": round(time.monotonic() - started, 1),
     }
 

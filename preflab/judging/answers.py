@@ -1,13 +1,16 @@
-"""Answers of a model to prompts, cached on disk by model, prompt and settings."""
+"""Models that answer prompts. Answers are cached on disk by model, prompt and sampling settings."""
 
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from accelerate import PartialState
+
 from preflab.data.chat_template import ChatRenderer, TemplateRefused
 from preflab.data.prompts import Prompt
 from preflab.evaluation.comparison import base_of, ensure_models_differ
 from preflab.evaluation.two_models import TwoModels
+from preflab.models import vllm_engine
 from preflab.models.generation import generate
 from preflab.models.loading import (
     adapter_sha256,
@@ -15,6 +18,7 @@ from preflab.models.loading import (
     identify,
     load_model,
     load_tokenizer,
+    locate,
     locate_adapter,
     tokenizer_home,
 )
@@ -25,7 +29,17 @@ from utils.progress import progress
 
 @dataclass
 class AnsweringModel:
-    """A model that answers: its name, what identifies its answers, its tokenizer, and `open()`, the loaded model."""
+    """A model that answers prompts; its weights are loaded when they are needed.
+
+    Attributes:
+        name: base, tuned, policy, or the NAME of `--models NAME=PATH`.
+        identity: what its answers depend on; keys the cache.
+        tokenizer: its tokenizer with the chat template.
+        open: a function that returns a context manager over the loaded model.
+        base: hub id or folder of the weights, for vLLM.
+        adapter: LoRA folder on top of `base`, or None.
+        remote_code: whether model code from the hub may run.
+    """
 
     name: str
     identity: dict
@@ -37,27 +51,33 @@ class AnsweringModel:
 
 
 def base_and_tuned(models: TwoModels) -> list[AnsweringModel]:
-    """Base and tuned."""
-    c = models.comparison
-    weights = {side: c.weights(side)[::2] for side in models.sides}
-    remote = c.args.trust_remote_code
-    return [
-        AnsweringModel(
-            side, models.identity(side), models.tokenizer, lambda s=side: models.load().side(s), *weights[side], remote
+    """The two models of a comparison."""
+    comparison = models.comparison
+    answering = []
+    for side in models.sides:
+        base, _, adapter = comparison.weights(side)
+        answering.append(
+            AnsweringModel(
+                side,
+                models.identity(side),
+                models.tokenizer,
+                # Bound per side: both sides share one pair of loaded models.
+                lambda side=side: models.load().side(side),
+                base,
+                adapter,
+                comparison.args.trust_remote_code,
+            )
         )
-        for side in models.sides
-    ]
+    return answering
 
 
 def policy_model(args) -> AnsweringModel:
-    """The model that samples its own answers: a base, perhaps with an adapter.
+    """The model that samples its own answers: a base model, with an adapter if --adapter_path is given.
 
     Args:
         args: model_name_or_path, model_revision, adapter_path, dtype, attn_implementation, chat_template_path,
             trust_remote_code.
     """
-    from accelerate import PartialState
-
     name, revision, device = args.model_name_or_path, args.model_revision, PartialState().device
     adapter = locate_adapter(args.adapter_path) if args.adapter_path else None
     dtype = args.dtype or default_dtype()
@@ -81,9 +101,9 @@ def policy_model(args) -> AnsweringModel:
 
 
 def named_model(spec: str, models: TwoModels) -> AnsweringModel:
-    """The model of `name=path`: a hub id, a model's folder, or a LoRA folder, whose config names its base.
+    """The model of `--models NAME=PATH`: a hub id, a model folder, or a LoRA folder, whose config names its base.
 
-    It plays under the precision of base and tuned, and a LoRA folder on a base quantised as theirs.
+    It runs in the precision of base and tuned; the base of a LoRA folder is quantised as theirs is.
     """
     name, equals, path = spec.partition("=")
     if not (name and equals and path) or name in models.sides:
@@ -103,135 +123,145 @@ def named_model(spec: str, models: TwoModels) -> AnsweringModel:
 
 
 def answering_models(models: TwoModels, further: list[str] | None) -> list[AnsweringModel]:
-    """Base, tuned and every `name=path` of `further`. Raises UserError where two have one name."""
+    """Base, tuned and the models of `--models` (`further`). Raises UserError if two have the same name."""
     answering = [*base_and_tuned(models), *(named_model(spec, models) for spec in further or [])]
-    names = [answerer.name for answerer in answering]
+    names = [model.name for model in answering]
     if len(set(names)) < len(names):
-        raise UserError(f"--models: two models have one name ({', '.join(names)}); give each its own")
+        raise UserError(f"--models: two models have the same name ({', '.join(names)}); give each a different one")
     return answering
 
 
 def answerable(answering: list[AnsweringModel], prompts: list[Prompt]) -> tuple[list[Prompt], int]:
-    """The prompts that every model's chat template takes, and how many were refused."""
-    chats = [ChatRenderer(answerer.tokenizer) for answerer in answering]
-    kept = []
+    """The prompts that every model's chat template accepts, and how many were refused.
+
+    Raises:
+        UserError: every prompt was refused.
+    """
+    chats = [ChatRenderer(model.tokenizer) for model in answering]
+    accepted = []
     for prompt in prompts:
         try:
             for chat in chats:
                 chat.prompt_text(prompt.messages)
-            kept.append(prompt)
+            accepted.append(prompt)
         except TemplateRefused as error:
             refusal = f"{prompt.source}: {error}"
-    if not kept:
+    if not accepted:
         raise UserError(f"the chat template refuses all {len(prompts)} prompts; the last: {refusal}")
-    return kept, len(prompts) - len(kept)
+    return accepted, len(prompts) - len(accepted)
 
 
-# Answers are decoded a token at a time over a cache: far more tokens fit than in a scoring pass.
-GENERATION_BUDGET = 4
+# Generation decodes one token per step over a key-value cache, so a batch holds more tokens than in scoring.
+GENERATION_BATCH_FACTOR = 4
 
 
-def answer_all(answerer: AnsweringModel, prompts: list[Prompt], sampling: dict, args, engine: str = "hf") -> list[dict]:
-    """One answer a prompt: `answer_each` under one setting."""
-    return answer_each(answerer, prompts, [sampling], args, engine)[0]
+def answer_all(model: AnsweringModel, prompts: list[Prompt], settings: dict, args, engine: str = "hf") -> list[dict]:
+    """One answer per prompt: `answer_each` with a single setting."""
+    return answer_each(model, prompts, [settings], args, engine)[0]
 
 
 def answer_each(
-    answerer: AnsweringModel, prompts: list[Prompt], samplings: list[dict], args, engine: str = "hf"
-) -> list[list]:
-    """`{text, tokens, finish_reason}` of every prompt, in order, under each setting, on every process.
+    model: AnsweringModel, prompts: list[Prompt], settings_list: list[dict], args, engine: str = "hf"
+) -> list[list[dict]]:
+    """Answer every prompt under each of several settings, on every process.
 
-    The work is sharded, and kept batch by batch; the model is loaded once, and only where something is left to answer.
+    The prompts are sharded over the processes and answers cached one by one. The model is loaded once, and only if
+    an answer is missing.
 
     Args:
-        samplings: max_new_tokens, temperature, top_p and seed of each setting, which decide an answer.
-        args: eval_out, overwrite and the batch sizes, which decide nothing but the speed.
-        engine: hf or vllm; answers of one are never taken for those of the other.
-    """
+        settings_list: max_new_tokens, temperature, top_p and seed of each setting.
+        args: eval_out, overwrite; batch_tokens and batch_size, which affect speed only.
+        engine: hf or vllm; the engines' answers differ, so they are cached apart.
 
+    Returns:
+        Per setting, `{text, tokens, finish_reason}` of every prompt in order.
+    """
     keys = [cache_key(prompt.messages) for prompt in prompts]
-    batches = {"batch_tokens": GENERATION_BUDGET * args.batch_tokens, "batch_size": args.batch_size}
+    batches = {"batch_tokens": GENERATION_BATCH_FACTOR * args.batch_tokens, "batch_size": args.batch_size}
     caches = []
     with ExitStack() as opened:
-        answers = None
-        for number, sampling in enumerate(samplings, 1):
-            cache = _answer_cache(answerer, sampling, args, engine)
+        generate_answers = None
+        for number, settings in enumerate(settings_list, 1):
+            cache = _answer_cache(model, settings, args, engine)
             caches.append(cache)
             todo = list({key: i for i, key in enumerate(keys) if key not in cache.finished}.values())
-            # Dealt out by length, so that every process gets as much to do.
+            # Sorted by length, so that every process gets the same amount of work.
             todo.sort(key=lambda i: (-len(prompts[i].text), i))
-            mine = cache.own_share(todo)
-            if not mine:
+            own = cache.own_share(todo)
+            if not own:
                 continue
-            answers = answers or opened.enter_context(engine_of(answerer, engine))
-            what = f"{answerer.name} answers" + (f" {number}/{len(samplings)}" if len(samplings) > 1 else "")
-            with progress(len(mine), what, "prompt") as bar:
-                for answer in answers([prompts[i].messages for i in mine], **sampling, **batches):
-                    cache.add(keys[mine[answer.pop("index")]], answer)
+            generate_answers = generate_answers or opened.enter_context(engine_of(model, engine))
+            title = f"{model.name} answers"
+            title += f" {number}/{len(settings_list)}" if len(settings_list) > 1 else ""
+            with progress(len(own), title, "prompt") as bar:
+                for answer in generate_answers([prompts[i].messages for i in own], **settings, **batches):
+                    cache.add(keys[own[answer.pop("index")]], answer)
                     bar.update()
-    found = [cache.gather() for cache in caches]
-    return [[one[key] for key in keys] for one in found]
+    gathered = [cache.gather() for cache in caches]
+    return [[answers[key] for key in keys] for answers in gathered]
 
 
-def _answer_cache(answerer: AnsweringModel, sampling: dict, args, engine: str) -> ResultCache:
-    """Where a player's answers under one setting are kept."""
-    decisive = dict(sampling)
-    if not sampling["temperature"]:
-        decisive |= {"top_p": None, "seed": None}
+def _answer_cache(model: AnsweringModel, settings: dict, args, engine: str) -> ResultCache:
+    """The cache of a model's answers under one setting."""
+    relevant = dict(settings)
+    if not settings["temperature"]:
+        # Greedy decoding does not depend on them.
+        relevant |= {"top_p": None, "seed": None}
     if engine != "hf":
-        decisive["engine"] = engine
-    return ResultCache(args.eval_out, f"answers-{answerer.name}", {**answerer.identity, **decisive}, args.overwrite)
+        relevant["engine"] = engine
+    return ResultCache(args.eval_out, f"answers-{model.name}", {**model.identity, **relevant}, args.overwrite)
 
 
 def answer_prompts_with_all(
-    models: TwoModels, answering: list[AnsweringModel], prompts: list[Prompt], sampling: dict
-) -> dict[str, list]:
-    """`answer_all` of every answerer, by name; raises UserError where base and tuned answered everything alike."""
+    models: TwoModels, answering: list[AnsweringModel], prompts: list[Prompt], settings: dict
+) -> dict[str, list[dict]]:
+    """`answer_all` of every model, by name. Raises UserError if base and tuned gave identical answers."""
     answers = {}
-    for answerer in answering:
-        if answerer.name not in models.sides:
+    for model in answering:
+        # Base and tuned are loaded together; free them before another model is loaded.
+        if model.name not in models.sides:
             models.unload()
-        answers[answerer.name] = answer_all(answerer, prompts, sampling, models.comparison.args)
+        answers[model.name] = answer_all(model, prompts, settings, models.comparison.args)
     models.unload()
     ensure_adapter_applied(answers)
     return answers
 
 
 def ensure_adapter_applied(answers: dict[str, list[dict]]) -> None:
-    """Raise UserError where base and tuned answered every prompt alike: the adapter was not applied."""
+    """Raise UserError if base and tuned gave the same answer to every prompt: the adapter was not applied."""
     base, tuned = ([answer["text"] for answer in answers[side]] for side in ("base", "tuned"))
     ensure_models_differ(base == tuned, f"the same answer to all {len(base)} prompts")
 
 
 @contextmanager
-def engine_of(answerer: AnsweringModel, engine: str):
-    """What answers prompts with this answerer: the generation loop, or vLLM."""
-    if engine == "vllm":
-        from preflab.models import vllm_engine
-        from preflab.models.loading import locate
+def engine_of(model: AnsweringModel, engine: str):
+    """Load a model. Yields a function of (conversations, **settings) that generates answers with it.
 
-        about = answerer.identity
-        options = {"revision": about["asked_revision"], "trust_remote_code": answerer.remote_code}
-        where = locate(answerer.base, about["asked_revision"])
-        llm, lora = vllm_engine.load_engine(where, about["autocast"] or about["dtype"], answerer.adapter, **options)
+    Args:
+        engine: hf (preflab.models.generation) or vllm.
+    """
+    if engine == "vllm":
+        revision = model.identity["asked_revision"]
+        dtype = model.identity["autocast"] or model.identity["dtype"]
+        options = {"revision": revision, "trust_remote_code": model.remote_code}
+        llm, lora = vllm_engine.load_engine(locate(model.base, revision), dtype, model.adapter, **options)
         try:
-            yield lambda prompts, **settings: vllm_engine.generate(llm, lora, answerer.tokenizer, prompts, **settings)
+            yield lambda prompts, **settings: vllm_engine.generate(llm, lora, model.tokenizer, prompts, **settings)
         finally:
             vllm_engine.close(llm)
     else:
-        with answerer.open() as model:
-            yield lambda prompts, **settings: generate(model, answerer.tokenizer, prompts, **settings)
+        with model.open() as loaded:
+            yield lambda prompts, **settings: generate(loaded, model.tokenizer, prompts, **settings)
 
 
 def given_answers(answers: list[str | None], tokenizer) -> list[dict | None]:
-    """Answers from a file in the same form, counted with `tokenizer`; how they ended is not known."""
-    return [
-        None
-        if text is None
-        else {
-            "text": text,
-            "tokens": len(tokenizer(text, add_special_tokens=False)["input_ids"]),
-            "finish_reason": None,
-        }
-        for text in answers
-    ]
+    """Answers read from a file in the form of generated ones; tokens are counted with `tokenizer`.
+
+    finish_reason is None: it is not known.
+    """
+    return [text if text is None else _given_answer(text, tokenizer) for text in answers]
+
+
+def _given_answer(text: str, tokenizer) -> dict:
+    tokens = len(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return {"text": text, "tokens": tokens, "finish_reason": None}

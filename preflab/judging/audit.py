@@ -1,45 +1,48 @@
-"""Is a judge worth listening to? Its verdicts on pairs whose better answer is labelled, beside its controls."""
+"""Judge audit: a judge's verdicts on pairs with a labelled better answer, compared with the labels and its controls."""
 
 import numpy as np
 from scipy.special import logit
 
+from preflab.data.preferences import Pair
+from preflab.data.prompts import Prompt
 from preflab.evaluation.reward_slices import calibration_bins
+from preflab.judging.judge_prompt import Item, Verdict
 from preflab.judging.style import markdown_counts
 from utils.artifacts import metric
 from utils.stats import bootstrap, signed_rank
-from utils.tables import cell, estimate, render
+from utils.tables import cell, estimate
+from utils.tables import render as render_table
 
+# Answers count as length-matched if they differ by at most this share of the longer one.
 LENGTH_MATCHED = 0.1
+# Characters by which one answer must be longer for prefers_longer.
 LONGER_BY = 30
 
-
+# Where the labels of well-known datasets come from, by a part of the dataset's name.
 KNOWN_LABELS = {
-    "hh-rlhf": "labels by people",
-    "alpaca_farm": "labels by people",
-    "ultrafeedback": "labels are model scores, not people's",
-    "quickstart_prefs": "labels of this project's own pairs, given as they were written",
+    "hh-rlhf": "human labels",
+    "alpaca_farm": "human labels",
+    "ultrafeedback": "labels from model scores, not human",
+    "quickstart_prefs": "labels of this project's own pairs, set when they were written",
 }
 
 
 def whose_labels(sources: list[dict]) -> str:
-    """Whose judgement an audit measures a judge against."""
+    """The datasets of an audit, and who labelled them."""
     names = ", ".join(f"{s['name']} {s.get('split') or ''}".strip() for s in sources)
     known = [text for key, text in KNOWN_LABELS.items() if key in names.lower()]
-    return f"{names}: {known[0] if known else 'labels as the dataset has them'}"
+    return f"{names}: {known[0] if known else 'labels of the dataset'}"
 
 
-def sample(pairs: list, count: int, seed: int) -> list:
-    """`count` of the pairs, drawn at random and kept in order: the first rows of a split may all be of one kind."""
+def sample_pairs(pairs: list[Pair], count: int, seed: int) -> list[Pair]:
+    """Up to `count` pairs, drawn at random, in their order. The first rows of a split may all be of one kind."""
     if len(pairs) <= count:
         return pairs
     return [pairs[i] for i in sorted(np.random.default_rng(seed).choice(len(pairs), count, replace=False))]
 
 
-def audit_items(pairs: list) -> list:
+def audit_items(pairs: list[Pair]) -> list[Item]:
     """Both orders of each labelled pair: item 2k shows the better answer first, item 2k + 1 the worse one."""
-    from preflab.data.prompts import Prompt
-    from preflab.judging.judge_prompt import Item
-
     items = []
     for pair in pairs:
         prompt = Prompt(pair.messages or [{"role": "user", "content": pair.text}], pair.source)
@@ -47,48 +50,57 @@ def audit_items(pairs: list) -> list:
     return items
 
 
-def _first(verdicts: list) -> np.ndarray:
+def _first_slot(verdicts: list[Verdict]) -> np.ndarray:
     """Score of the first slot in both orders of each pair, shape (pairs, 2); NaN without a verdict."""
     return np.array([np.nan if v.first is None else v.first for v in verdicts]).reshape(-1, 2)
 
 
 def _agreement(first: np.ndarray) -> np.ndarray:
-    """Mean over both orders of whether the better answer won, shape (pairs,)."""
+    """Score of the better answer, mean of both orders, shape (pairs,). `first`: from `_first_slot`."""
     return (first[:, 0] + 1 - first[:, 1]) / 2
 
 
-def audit(pairs: list, verdicts: list, seed: int, ordered: bool = True) -> dict:
-    """`{name: metric}` of one judge.
+def audit(pairs: list[Pair], verdicts: list[Verdict], seed: int, ordered: bool = True) -> dict:
+    """Metrics of one judge against the labels, `{name: metric}`.
 
     Args:
-        pairs: preflab.data.preferences.Pair, chosen labelled better. verdicts: of `audit_items`.
-        ordered: false for a judge that puts the answers into an order of its own, so that slots mean nothing.
+        pairs: pairs whose chosen answer is labelled better.
+        verdicts: on the items of `audit_items`.
+        ordered: False for a judge that chooses the order of the answers itself, so that slots mean nothing.
 
     Returns:
-        agreement (mean of both orders, ties half) on all pairs, on length-matched ones (within 10% of the longer, in
-        characters) and on those whose better answer is shorter; flip_rate and prefers_first; prefers_longer where the
-        lengths differ by more than 30 characters; prefers_lists where one answer has more list items; parsed_share;
-        calibration_error where the judge gives probabilities: how far they lie from its agreement, on average.
+        agreement: mean score of the better answer over both orders (ties half).
+        agreement_length_matched: the same on pairs that differ by at most 10% of the longer answer's characters.
+        agreement_better_is_shorter: the same on pairs whose better answer is shorter.
+        flip_rate: share of pairs whose verdict changes with the order.
+        prefers_first: mean score of the first slot.
+        prefers_longer: mean score of the longer answer if lengths differ by more than 30 characters.
+        prefers_lists: mean score of the answer with more list items.
+        parsed_share: share of items with a verdict.
+        calibration_error: mean distance between the judge's probability and its agreement (expected calibration
+            error); NaN if the judge gives no probabilities.
     """
-    first = _first(verdicts)
+    first = _first_slot(verdicts)
     parsed, better = ~np.isnan(first).any(1), _agreement(first)
+    # Shape (pairs, 2): chosen, rejected.
     lengths = np.array([[len(p.chosen), len(p.rejected)] for p in pairs], float)
     lists = np.array([[markdown_counts(p.chosen)[1], markdown_counts(p.rejected)[1]] for p in pairs], float)
     difference = lengths[:, 0] - lengths[:, 1]
 
-    def mean(values, among):
-        chosen = values[among & parsed]
-        return bootstrap(chosen, seed) if len(chosen) else metric(float("nan"), n=0)
+    def mean(values, selected):
+        values = values[selected & parsed]
+        return bootstrap(values, seed) if len(values) else metric(float("nan"), n=0)
 
     every = np.ones(len(pairs), bool)
-    listed = lists[:, 0] != lists[:, 1]
-    sure = [
-        None if None in (a.probability, b.probability) else (a.probability + 1 - b.probability) / 2
+    # P(chosen is better), mean of both orders.
+    probabilities = [
+        (a.probability + 1 - b.probability) / 2
         for a, b in zip(verdicts[::2], verdicts[1::2], strict=True)
+        if a.probability is not None and b.probability is not None
     ]
-    margin = np.array([logit(np.clip(p, 1e-9, 1 - 1e-9)) for p in sure if p is not None])
-    bins = calibration_bins(margin, seed) if len(margin) else []
-    error = sum(b["n"] * abs(b["accuracy"]["value"] - b["confidence"]) for b in bins) / max(1, len(margin))
+    margins = np.array([logit(np.clip(p, 1e-9, 1 - 1e-9)) for p in probabilities])
+    bins = calibration_bins(margins, seed) if len(margins) else []
+    error = sum(b["n"] * abs(b["accuracy"]["value"] - b["confidence"]) for b in bins) / max(1, len(margins))
     return {
         "agreement": mean(better, every),
         "agreement_length_matched": mean(better, np.abs(difference) <= LENGTH_MATCHED * lengths.max(1)),
@@ -96,15 +108,23 @@ def audit(pairs: list, verdicts: list, seed: int, ordered: bool = True) -> dict:
         "flip_rate": mean((first[:, 0] != 1 - first[:, 1]).astype(float), every),
         "prefers_first": mean(first.mean(1), every) if ordered else metric(float("nan"), n=0),
         "prefers_longer": mean(np.where(difference > 0, better, 1 - better), np.abs(difference) > LONGER_BY),
-        "prefers_lists": mean(np.where(lists[:, 0] > lists[:, 1], better, 1 - better), listed),
+        "prefers_lists": mean(np.where(lists[:, 0] > lists[:, 1], better, 1 - better), lists[:, 0] != lists[:, 1]),
         "parsed_share": bootstrap(~np.isnan(first).ravel(), seed),
-        "calibration_error": metric(error if len(margin) else float("nan"), n=len(margin)),
+        "calibration_error": metric(error if len(margins) else float("nan"), n=len(margins)),
     }
 
 
-def against_longer(judge: list, longer: list, seed: int) -> dict:
-    """Agreement of the judge minus that of `longer`, pair by pair, and its test, from the verdicts of both."""
-    both = np.stack([_agreement(_first(verdicts)) for verdicts in (judge, longer)], 1)
+def against_longer(judge: list[Verdict], longer: list[Verdict], seed: int) -> dict:
+    """Agreement of the judge minus that of `longer`, paired by labelled pair, and its test.
+
+    Args:
+        judge: the judge's verdicts on the items of `audit_items`.
+        longer: those of the length-only baseline.
+
+    Returns:
+        {difference, p}; NaN without a pair that both judged.
+    """
+    both = np.stack([_agreement(_first_slot(verdicts)) for verdicts in (judge, longer)], 1)
     both = both[~np.isnan(both).any(1)]
     if not len(both):
         return {"difference": metric(float("nan"), n=0), "p": metric(float("nan"), n=0)}
@@ -112,43 +132,53 @@ def against_longer(judge: list, longer: list, seed: int) -> dict:
 
 
 def passes(comparison: dict) -> bool:
-    """Whether the judge agrees with the labels beyond what length alone gives: the 95% interval lies above 0."""
+    """Whether the judge agrees with the labels more than length alone does: 95% interval above 0 and p < 0.05.
+
+    Args:
+        comparison: from `against_longer`.
+    """
     ci = comparison["difference"]["ci95"]
     return bool(ci and ci[0] > 0 and comparison["p"]["value"] < 0.05)
 
 
-def verdict(name: str, found: dict, comparison: dict) -> str:
-    """The audit in one sentence."""
-    agreement, d = found["agreement"], comparison["difference"]
-    shown = (
-        f"{name} agrees with {estimate(agreement, 100)}% of the labels, {estimate(d, 100)} points more than `longer`"
-    )
-    if passes(comparison):
-        return f"Judge audit passed: {shown}."
-    return f"JUDGE AUDIT FAILED: {shown}; it does not beat `longer`, so its win rates carry no information."
-
-
-TABLE_LABELS = {
-    "agreement": "agreement with labels, %",
-    "agreement_length_matched": "- at equal length, %",
-    "agreement_better_is_shorter": "- better is shorter, %",
-    "flip_rate": "verdict flips with order, %",
-    "prefers_first": "prefers first answer, %",
-    "prefers_longer": "prefers longer answer, %",
-    "prefers_lists": "prefers more lists, %",
-    "parsed_share": "parsed verdicts, %",
-    "calibration_error": "calibration error, %",
-}
-
-
-def table(audits: dict, labels: str) -> str:
-    """One column per judge, one line per metric: three judges fit 100 columns.
+def verdict_of(name: str, metrics: dict, comparison: dict) -> str:
+    """The audit in one sentence.
 
     Args:
-        labels: whose labels the judges are compared with.
+        name: the judge.
+        metrics: from `audit`.
+        comparison: from `against_longer`.
     """
-    lines = [("judge", *audits), ("labelled pairs", *(str(metrics["agreement"]["n"]) for metrics in audits.values()))]
-    for key, label in TABLE_LABELS.items():
-        show = estimate if key == "agreement" else cell
-        lines.append((label, *(show(metrics[key], 100) for metrics in audits.values())))
-    return render(f"judge audit: {labels}", lines)
+    agreement, difference = estimate(metrics["agreement"], 100), estimate(comparison["difference"], 100)
+    result = f"{name} agrees with {agreement}% of the labels, {difference} points more than `longer`"
+    if passes(comparison):
+        return f"Judge audit passed: {result}."
+    return f"JUDGE AUDIT FAILED: {result}; it does not beat the length-only baseline `longer`, so ignore its win rates."
+
+
+def audit_table(audits: dict[str, dict], labels: str) -> str:
+    """One row per metric, one column per judge.
+
+    Args:
+        audits: {judge: metrics} from `audit`, the judge before its controls.
+        labels: from `whose_labels`, for the title.
+    """
+    rows = {
+        "agreement": "agreement with labels, %",
+        "agreement_length_matched": "agreement, length-matched, %",
+        "agreement_better_is_shorter": "agreement, better is shorter, %",
+        "flip_rate": "verdict changes with order, %",
+        "prefers_first": "first answer wins, %",
+        "prefers_longer": "longer answer wins, %",
+        "prefers_lists": "more list items wins, %",
+        "parsed_share": "parsed verdicts, %",
+        "calibration_error": "calibration error, %",
+    }
+    # The judge's name can be long: it is in the title, and its column is headed `judge`.
+    judge, *controls = audits
+    lines = [("", "judge", *controls)]
+    lines.append(("labelled pairs", *(str(metrics["agreement"]["n"]) for metrics in audits.values())))
+    for key, label in rows.items():
+        text_of = estimate if key == "agreement" else cell
+        lines.append((label, *(text_of(metrics[key], 100) for metrics in audits.values())))
+    return render_table(f"judge audit of {judge}: {labels}", lines)
