@@ -85,7 +85,7 @@ def test_suite_references_have_no_duplicates(name, manager):
 
 
 def published(reference):
-    """An average's entry to its published row, for suites whose shots are one."""
+    """Map an average's entry to its published figure, for 0-shot suites."""
 
     def value(entry):
         row = published_row(reference, entry, 0)
@@ -95,8 +95,8 @@ def published(reference):
 
 
 def test_nous_averages_of_llama3_8b_alpaca():
-    found = averages(load_suite("nous"), published(load_reference("llama3-8b-alpaca")))
-    assert {name: round(value, 2) for name, value in found.items()} == {
+    result = averages(load_suite("nous"), published(load_reference("llama3-8b-alpaca")))
+    assert {name: round(value, 2) for name, value in result.items()} == {
         "AGIEval": 32.0,
         "GPT4All": 70.82,
         "TruthfulQA": 59.54,
@@ -107,31 +107,31 @@ def test_nous_averages_of_llama3_8b_alpaca():
 
 def test_openllm_v2_average_of_sppo_iter2():
     suite, reference = load_suite("openllm_v2"), load_reference("sppo-iter2")
-    # Figures that make each of the suite's own six averages the published one: the baseline's formula turned round.
-    wanted = {}
+    # The figures that give the six published averages: the normalisation, inverted.
+    figures = {}
     for average in suite.averages[:-1]:
         for entry in average["of"]:
             share, b = reference["averages"][average["name"]] / 100, float(Fraction(str(entry.get("baseline", 0))))
-            wanted[entry["task"], entry["metric"]] = b + share * (1 - b)
-    found = averages(suite, lambda entry: wanted[entry["task"], entry["metric"]])
-    assert found["MuSR"] == pytest.approx(10.94) and round(found["Average"], 2) == 21.22
+            figures[entry["task"], entry["metric"]] = b + share * (1 - b)
+    result = averages(suite, lambda entry: figures[entry["task"], entry["metric"]])
+    assert result["MuSR"] == pytest.approx(10.94) and round(result["Average"], 2) == 21.22
     assert published_averages(suite, reference)["Average"] == 21.22
 
 
 def test_openllm_v2_normalisation():
     suite = load_suite("openllm_v2")
-    # Guessing everywhere is 0, everything right is 100.
+    # Guessing everywhere gives 0, all correct gives 100.
     guess = averages(suite, lambda entry: float(Fraction(str(entry.get("baseline", 0)))))
     assert all(value == pytest.approx(0, abs=1e-9) for value in guess.values())
     right = averages(suite, lambda entry: 1.0)
     assert all(value == pytest.approx(100) for value in right.values())
-    # GPQA at 0.34: (0.34 - 0.25) / 0.75; below guessing counts 0; MuSR is the mean of its three.
-    some = {"leaderboard_gpqa": 0.34, "leaderboard_mmlu_pro": 0.05}
+    # GPQA at 0.34: (0.34 - 0.25) / 0.75; below guessing counts as 0; MuSR is the mean of its three tasks.
+    scores = {"leaderboard_gpqa": 0.34, "leaderboard_mmlu_pro": 0.05}
     musr = {"murder_mysteries": 0.6, "object_placements": 0.1, "team_allocation": 0.5}
-    some |= {f"leaderboard_musr_{k}": v for k, v in musr.items()}
-    found = averages(suite, lambda entry: some.get(entry["task"], 0.5))
-    assert found["GPQA"] == pytest.approx(12.0) and found["MMLU-Pro"] == 0.0
-    assert found["MuSR"] == pytest.approx(100 * ((0.6 - 0.5) / 0.5 + 0 + (0.5 - 1 / 3) / (2 / 3)) / 3)
+    scores |= {f"leaderboard_musr_{k}": v for k, v in musr.items()}
+    result = averages(suite, lambda entry: scores.get(entry["task"], 0.5))
+    assert result["GPQA"] == pytest.approx(12.0) and result["MMLU-Pro"] == 0.0
+    assert result["MuSR"] == pytest.approx(100 * ((0.6 - 0.5) / 0.5 + 0 + (0.5 - 1 / 3) / (2 / 3)) / 3)
 
 
 def test_openllm_v1_averages_mmlu_subjects():
@@ -145,8 +145,8 @@ def test_openllm_v1_averages_mmlu_subjects():
 
 def test_average_with_a_missing_task_is_none():
     suite = load_suite("nous")
-    found = averages(suite, lambda entry: None if entry["task"] == "boolq" else 0.5)
-    assert found["GPT4All"] is None and found["Average"] is None and found["AGIEval"] == 50.0
+    result = averages(suite, lambda entry: None if entry["task"] == "boolq" else 0.5)
+    assert result["GPT4All"] is None and result["Average"] is None and result["AGIEval"] == 50.0
 
 
 def test_errors_of_averages():
@@ -159,12 +159,12 @@ def test_errors_of_averages():
     ])  # fmt: skip
     value = {"x": 0.5, "y": 0.6, "z": 0.7, "w": 0.3}
     error = {"x": 0.03, "y": 0.04, "z": 0.02, "w": 0.02}
-    found = errors(suite, lambda e: value[e["task"]], lambda e: error[e["task"]])
-    assert found["A"] == pytest.approx(100 * math.hypot(0.03, 0.04) / 2)
-    assert found["B"] == pytest.approx(100 * 0.02 / 0.75)
-    assert found["C"] == pytest.approx(math.hypot(found["A"], found["B"]) / 2)
-    assert found["same task"] == pytest.approx(0.03), "two metrics of one task move together"
-    assert found["below guessing"] is None, "first order knows nothing there"
+    result = errors(suite, lambda e: value[e["task"]], lambda e: error[e["task"]])
+    assert result["A"] == pytest.approx(100 * math.hypot(0.03, 0.04) / 2)
+    assert result["B"] == pytest.approx(100 * 0.02 / 0.75)
+    assert result["C"] == pytest.approx(math.hypot(result["A"], result["B"]) / 2)
+    assert result["same task"] == pytest.approx(0.03), "two metrics of one task count as correlated"
+    assert result["below guessing"] is None, "the derivative is undefined below the baseline"
 
 
 def test_unknown_names_suggest_similar_ones(tmp_path):
@@ -191,11 +191,11 @@ def test_unknown_names_suggest_similar_ones(tmp_path):
 def test_missing_packages_and_data():
     suite = suite_of(["leaderboard_math_hard", "arc_easy", "quick_facts"])
     suite.needs["packages"]["leaderboard_math_hard"] = ["no_such_package"]
-    found, documents = missing(suite, suite.include_path, 0)
+    result, documents = missing(suite, suite.include_path, 0)
     assert documents == 48
-    assert found["leaderboard_math_hard"].endswith('no_such_package: pip install "lm-eval[math]"')
-    assert "arc_easy" in found, "the tests have no hub"
-    assert "quick_facts" not in found
+    assert result["leaderboard_math_hard"].endswith('no_such_package: pip install "lm-eval[math]"')
+    assert "arc_easy" in result, "the tests run offline"
+    assert "quick_facts" not in result
 
 
 def test_missing_nltk_data(monkeypatch):
@@ -245,7 +245,7 @@ def side_of(tasks: dict[str, dict[str, list]], prompts=None, results=None, filte
     return side
 
 
-def one(base: ModelResults, tuned: ModelResults, task="t", metric="acc", filter="none"):
+def compare(base: ModelResults, tuned: ModelResults, task="t", metric="acc", filter="none"):
     reported = {
         name: {
             kind: side.results[task].get(f"{metric}{suffix},{filter}")
@@ -259,32 +259,32 @@ def one(base: ModelResults, tuned: ModelResults, task="t", metric="acc", filter=
 def test_binary_metrics_use_mcnemar():
     a = [1] * 20 + [1] * 3 + [0] * 9 + [0] * 8
     b = [1] * 20 + [0] * 3 + [1] * 9 + [0] * 8
-    found = one(side_of({"t": {"acc": a}}), side_of({"t": {"acc": b}}))
-    assert found["test"] == "McNemar" and found["p"] == pytest.approx(binomtest(9, 12).pvalue)
-    assert found["difference"]["value"] == pytest.approx(6 / 40) and found["n"] == 40
+    result = compare(side_of({"t": {"acc": a}}), side_of({"t": {"acc": b}}))
+    assert result["test"] == "McNemar" and result["p"] == pytest.approx(binomtest(9, 12).pvalue)
+    assert result["difference"]["value"] == pytest.approx(6 / 40) and result["n"] == 40
     d = np.subtract(b, a)
-    assert found["difference"]["stderr"] == pytest.approx(d.std() / math.sqrt(40), rel=0.06)
-    # Errors that know of the pairing are the smaller ones.
-    assert found["difference"]["stderr"] < math.hypot(0.1, 0.1)
+    assert result["difference"]["stderr"] == pytest.approx(d.std() / math.sqrt(40), rel=0.06)
+    # Paired errors are smaller.
+    assert result["difference"]["stderr"] < math.hypot(0.1, 0.1)
 
 
 def test_other_metrics_use_a_paired_bootstrap():
     rng = np.random.default_rng(0)
     a = rng.normal(0.4, 0.2, 200)
     b = a + rng.normal(0.02, 0.05, 200)
-    found = one(side_of({"t": {"acc": list(a)}}), side_of({"t": {"acc": list(b)}}))
-    assert found["test"] == "bootstrap" and found["difference"]["value"] == pytest.approx((b - a).mean())
+    result = compare(side_of({"t": {"acc": list(a)}}), side_of({"t": {"acc": list(b)}}))
+    assert result["test"] == "bootstrap" and result["difference"]["value"] == pytest.approx((b - a).mean())
     z = (b - a).mean() / ((b - a).std() / math.sqrt(200))
-    assert found["p"] == pytest.approx(2 * norm.sf(abs(z)), abs=0.01)
+    assert result["p"] == pytest.approx(2 * norm.sf(abs(z)), abs=0.01)
 
 
 def test_perplexity_from_log_likelihoods():
     a, b = [-1.0, -2.0, -3.0, -1.5], [-1.1, -2.3, -3.1, -1.4]
     base = side_of({"t": {"perplexity": a}}, results={"t": {"perplexity,none": math.exp(-np.mean(a))}})
     tuned = side_of({"t": {"perplexity": b}}, results={"t": {"perplexity,none": math.exp(-np.mean(b))}})
-    found = one(base, tuned, metric="perplexity")
-    assert found["difference"]["value"] == pytest.approx(math.exp(-np.mean(b)) - math.exp(-np.mean(a)))
-    assert found["test"] == "bootstrap" and found["note"] is None
+    result = compare(base, tuned, metric="perplexity")
+    assert result["difference"]["value"] == pytest.approx(math.exp(-np.mean(b)) - math.exp(-np.mean(a)))
+    assert result["test"] == "bootstrap" and result["note"] is None
 
 
 def test_word_perplexity_weights_by_words():
@@ -292,8 +292,8 @@ def test_word_perplexity_weights_by_words():
     perplexity = [math.exp(40 / 15), math.exp(40 / 15)]
     base = side_of({"t": {"word_perplexity": a}}, results={"t": {"word_perplexity,none": perplexity[0]}})
     tuned = side_of({"t": {"word_perplexity": b}}, results={"t": {"word_perplexity,none": perplexity[1]}})
-    found = one(base, tuned, metric="word_perplexity")
-    assert found["difference"]["value"] == pytest.approx(0) and found["n"] == 2 and found["note"] is None
+    result = compare(base, tuned, metric="word_perplexity")
+    assert result["difference"]["value"] == pytest.approx(0) and result["n"] == 2 and result["note"] is None
 
 
 def test_ifeval_is_resampled_by_document():
@@ -301,29 +301,29 @@ def test_ifeval_is_resampled_by_document():
     b = [[True, True], [True], [False, True, True]]
     base = side_of({"t": {"inst": a}}, results={"t": {"inst,none": 3 / 6}})
     tuned = side_of({"t": {"inst": b}}, results={"t": {"inst,none": 5 / 6}})
-    found = one(base, tuned, metric="inst")
-    assert found["difference"]["value"] == pytest.approx(2 / 6) and found["n"] == 3 and found["test"] == "bootstrap"
+    result = compare(base, tuned, metric="inst")
+    assert result["difference"]["value"] == pytest.approx(2 / 6) and result["n"] == 3 and result["test"] == "bootstrap"
 
 
 def test_different_prompts_are_not_paired():
     base = side_of({"t": {"acc": [1, 0, 1]}})
-    found = one(base, side_of({"t": {"acc": [1, 1, 1]}}, prompts={1: "q"}))
-    assert found["p"] is None and "1 documents have other prompts" in found["note"]
-    assert found["difference"]["value"] == pytest.approx(1 / 3)
-    assert found["difference"]["stderr"] == pytest.approx(math.hypot(0.1, 0.1))
-    found = one(base, side_of({"t": {"acc": [1, 1]}}))
-    assert "1 documents" in found["note"]
+    result = compare(base, side_of({"t": {"acc": [1, 1, 1]}}, prompts={1: "q"}))
+    assert result["p"] is None and "1 documents have other prompts" in result["note"]
+    assert result["difference"]["value"] == pytest.approx(1 / 3)
+    assert result["difference"]["stderr"] == pytest.approx(math.hypot(0.1, 0.1))
+    result = compare(base, side_of({"t": {"acc": [1, 1]}}))
+    assert "1 documents" in result["note"]
 
 
 def test_unknown_aggregation_is_unpaired():
     results = {"t": {"f1,none": 0.123}}
     base, tuned = (side_of({"t": {"f1": values}}, results=results) for values in ([0.5, 1.0], [1.0, 0.5]))
-    found = one(base, tuned, metric="f1")
-    assert found["p"] is None and "own aggregation" in found["note"]
+    result = compare(base, tuned, metric="f1")
+    assert result["p"] is None and "own aggregation" in result["note"]
 
 
 def group(name, weights, tasks):
-    """A side with a group over `tasks`, whose figure weighs its tasks by size or not."""
+    """A side with a group over `tasks`, whose figure is weighted by size or not."""
     side = side_of(tasks)
     values = [np.mean(t["acc"]) for t in tasks.values()]
     sizes = [len(t["acc"]) for t in tasks.values()]
@@ -335,18 +335,18 @@ def group(name, weights, tasks):
 def test_group_weighted_by_size():
     a = {"x": {"acc": [1] * 8 + [0] * 2}, "y": {"acc": [0] * 30}}
     b = {"x": {"acc": [1] * 6 + [0] * 4}, "y": {"acc": [1] * 9 + [0] * 21}}
-    found = one(group("g", True, a), group("g", True, b), task="g")
-    assert found["n"] == 40 and found["test"] == "McNemar" and found["p"] == pytest.approx(binomtest(9, 11).pvalue)
+    result = compare(group("g", True, a), group("g", True, b), task="g")
+    assert result["n"] == 40 and result["test"] == "McNemar" and result["p"] == pytest.approx(binomtest(9, 11).pvalue)
 
 
 def test_group_of_unweighted_means():
     a = {"x": {"acc": [1] * 8 + [0] * 2}, "y": {"acc": [0] * 30}}
     b = {"x": {"acc": [1] * 6 + [0] * 4}, "y": {"acc": [1] * 9 + [0] * 21}}
     base, tuned = group("g", False, a), group("g", False, b)
-    found = one(base, tuned, task="g")
-    parts = [one(base, tuned, task=t)["difference"]["stderr"] for t in "xy"]
-    assert found["difference"]["stderr"] == pytest.approx(math.hypot(*parts) / 2)
-    assert found["difference"]["value"] == pytest.approx((-0.2 + 0.3) / 2) and found["test"] == "normal"
+    result = compare(base, tuned, task="g")
+    parts = [compare(base, tuned, task=t)["difference"]["stderr"] for t in "xy"]
+    assert result["difference"]["stderr"] == pytest.approx(math.hypot(*parts) / 2)
+    assert result["difference"]["value"] == pytest.approx((-0.2 + 0.3) / 2) and result["test"] == "normal"
 
 
 def test_pooled_tasks_split_by_choices():
@@ -355,8 +355,8 @@ def test_pooled_tasks_split_by_choices():
         side.samples["t"]["none", k]["options"] = options
     of = [{"task": "t", "metric": "acc", "choices": n} for n in (3, 5, 7)]
     suite = Suite("s", "", "", [], averages=[{"name": str(e["choices"]), "of": [e]} for e in of])
-    found = suite_averages(suite, side, side, 0)
-    assert [found[k]["base"]["value"] for k in "357"] == [pytest.approx(v) for v in (1 / 2, 2 / 3, 0)]
+    result = suite_averages(suite, side, side, 0)
+    assert [result[k]["base"]["value"] for k in "357"] == [pytest.approx(v) for v in (1 / 2, 2 / 3, 0)]
 
 
 def test_row_order():
@@ -364,8 +364,8 @@ def test_row_order():
     side.results["z"] = {"acc,none": 0.5, "alias": "z"}
     side.samples["z"] = {("none", 0): {**side.samples["a"]["none", 0]}}
     suite = Suite("s", "", "", [{"task": "z"}, {"task": "g"}])
-    found = [(row["task"], row["depth"]) for row in rows(side, side, suite, 0)]
-    assert found == [("z", 0), ("g", 0), ("b", 1), ("a", 1)]
+    result = [(row["task"], row["depth"]) for row in rows(side, side, suite, 0)]
+    assert result == [("z", 0), ("g", 0), ("b", 1), ("a", 1)]
 
 
 def test_identical_models_are_refused():
@@ -399,8 +399,8 @@ REFERENCE = {"name": "r", "source": "a paper", "apply_chat_template": False, "sc
 ])  # fmt: skip
 def test_differences_of_settings(reference, row, settings, reason):
     row = {**REFERENCE["rows"][0], **row}
-    found = differs({**REFERENCE, **reference}, row, 0, {**SETTINGS, **settings})
-    assert found is None if reason is None else reason in found
+    result = differs({**REFERENCE, **reference}, row, 0, {**SETTINGS, **settings})
+    assert result is None if reason is None else reason in result
 
 
 def made(reference=REFERENCE, settings=(), suite=None):
@@ -436,7 +436,7 @@ def test_published_row_of_the_same_setting_is_compared():
 
 @pytest.mark.parametrize("name", SUITES)
 def test_shipped_references_have_other_settings(name):
-    """All of them come from older harnesses, which asked other prompts: none is compared."""
+    """All come from older harnesses with other prompts, so none is compared."""
     for stem in load_suite(name).references:
         reference = load_reference(stem)
         for row in [*reference["rows"], None]:
@@ -456,9 +456,9 @@ def test_published_row_with_equal_shots_is_preferred():
     assert published_row(reference, entry, 0)["value"] == 60.0
     assert published_row(reference, entry, 25)["value"] == 65.0
     juanako = load_reference("juanako-7b-v1")
-    found = published_averages(load_suite("openllm_v1"), juanako)
-    assert (round(found["ARC"], 2), round(found["HellaSwag"], 2)) == (64.85, 85.13)
-    assert found["Winogrande"] is None and found["Average"] is None, "its 5-shot Winogrande was not published"
+    result = published_averages(load_suite("openllm_v1"), juanako)
+    assert (round(result["ARC"], 2), round(result["HellaSwag"], 2)) == (64.85, 85.13)
+    assert result["Winogrande"] is None and result["Average"] is None, "its 5-shot Winogrande was not published"
 
 
 def test_mixed_templates_are_flagged():
@@ -503,19 +503,19 @@ def row_of(task, p, difference=0.1, higher=True, depth=0):
 def test_verdict_corrects_for_the_number_of_tasks():
     text = verdict_of([row_of("a", 0.03), row_of("b", 0.04), row_of("c", 0.9)])
     assert text.startswith("No claim")
-    found = [row_of("a", 0.001), row_of("ppl", 0.002, higher=False), row_of("c", 0.9), row_of("sub", 1e-9, depth=1)]
-    text = verdict_of(found)
+    result = [row_of("a", 0.001), row_of("ppl", 0.002, higher=False), row_of("c", 0.9), row_of("sub", 1e-9, depth=1)]
+    text = verdict_of(result)
     assert "better on a acc (+0.1000)" in text and "worse on ppl acc (+0.1000)" in text and "3 paired tests" in text
-    assert found[0]["significant"] and not found[2]["significant"] and "significant" not in found[3]
+    assert result[0]["significant"] and not result[2]["significant"] and "significant" not in result[3]
     assert verdict_of([row_of("sub", 0.01, depth=1)]).startswith("No claim")
 
 
 def test_eq_bench_average_of_parsed_answers():
-    found = [
+    result = [
         {"task": "eq_bench", "metric": "eqbench", "base": {"value": 27.0}, "tuned": {"value": 20.0}},
         {"task": "eq_bench", "metric": "percent_parseable", "base": {"value": 90.0}, "tuned": {"value": 50.0}},
     ]
-    (line,) = eq_bench(found)
+    (line,) = eq_bench(result)
     assert "base 30.00 (90.0% parsed)" in line and "tuned none" in line and "83.33%" in line
     assert eq_bench([]) == []
 
@@ -556,9 +556,9 @@ def test_model_arguments_of_vllm(tmp_path):
     (tmp_path / "adapter_config.json").write_text('{"r": 64}')
     models = models_of()
     models.comparison.adapter = str(tmp_path)
-    found = model_arguments(models, "tuned", "vllm", 4096, 8)
-    assert found["lora_local_path"] == str(tmp_path) and found["max_lora_rank"] == 64
-    assert found["tensor_parallel_size"] == 8 and found["max_model_len"] == 4096 and "peft" not in found
+    result = model_arguments(models, "tuned", "vllm", 4096, 8)
+    assert result["lora_local_path"] == str(tmp_path) and result["max_lora_rank"] == 64
+    assert result["tensor_parallel_size"] == 8 and result["max_model_len"] == 4096 and "peft" not in result
 
 
 OPTIONS = {
@@ -590,7 +590,7 @@ def test_tasks_with_equal_shots_share_a_call(tmp_path):
 
 
 def test_response_caches_are_separate(tmp_path):
-    """lm-eval keys cached answers by request alone: one path for two models would return the first one's answers."""
+    """lm-eval looks responses up by request alone: models that shared a cache would share responses."""
     variants = [
         planned(tmp_path),
         planned(tmp_path, side="tuned", arguments={"pretrained": "m", "peft": "a"}),
@@ -605,11 +605,11 @@ def test_response_caches_are_separate(tmp_path):
     ]
     assert len({cache_of(calls[0]) for calls in variants}) == len(variants)
     assert len({str(calls[0].folder) for calls in variants}) == len(variants)
-    # A part of the documents is a part of the same answers.
+    # A run on fewer documents uses the same responses.
     assert cache_of(planned(tmp_path, limit=8)[0]) == cache_of(planned(tmp_path)[0])
     assert planned(tmp_path, limit=8)[0].folder != planned(tmp_path)[0].folder
     changed = planned(tmp_path, tasks_sha256="other")[0]
-    assert changed.folder != planned(tmp_path)[0].folder, "a task file that changed is run again"
+    assert changed.folder != planned(tmp_path)[0].folder, "a changed task file needs another run"
 
 
 def test_call_hash_ignores_unrelated_files(tmp_path, monkeypatch):
@@ -630,7 +630,7 @@ def test_chat_template_flags(tmp_path):
     at = command.index("--apply_chat_template")
     assert command[at + 1 : at + 3] == ["--fewshot_as_multiturn", "true"]
     own = planned(tmp_path, apply_chat_template=True, fewshot_as_multiturn=None)[0].command
-    assert "--apply_chat_template" in own and "--fewshot_as_multiturn" not in own, "the harness's own default"
+    assert "--apply_chat_template" in own and "--fewshot_as_multiturn" not in own, "the harness's default"
 
 
 def fake_call(tmp_path, code: str) -> Call:
@@ -689,10 +689,10 @@ def test_auto_batch_size_is_detected_once(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     nowhere = tmp_path / "batch_size.json"
     assert batch_size("auto", "hf", {}, nowhere) == "8" and batch_size("16", "hf", {}, nowhere) == "16"
-    assert batch_size("auto", "vllm", {}, nowhere) == "auto", "vLLM batches by itself"
+    assert batch_size("auto", "vllm", {}, nowhere) == "auto", "vLLM chooses its batches"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     write_json(nowhere, {"batch_size": "32", "arguments": "{}"})
-    assert batch_size("auto", "hf", {}, nowhere) == "32", "what was detected once stays"
+    assert batch_size("auto", "hf", {}, nowhere) == "32", "a detected size is reused"
 
 
 def test_lm_eval_still_detects_batch_sizes():

@@ -33,7 +33,7 @@ def arguments_for(trained, out, *extra):
 
 @pytest.fixture(scope="module")
 def done(trained, tmp_path_factory):
-    """A finished run on the newest run below ck/, called from another folder; (its folder, what it printed)."""
+    """A finished call on the newest run below ck/, from another folder: (results folder, completed process)."""
     out = tmp_path_factory.mktemp("lm_eval")
     result = shell(*arguments_for(trained, out), cwd=out)
     assert result.returncode == 0, result.stderr[-3000:]
@@ -46,9 +46,9 @@ def results(folder: Path, side: str) -> dict:
     return read_json(path)
 
 
-def figures(found: dict) -> dict:
-    """Every value and stderr that the harness reports, to the last digit."""
-    return {task: {k: v for k, v in row.items() if "," in k} for task, row in found["results"].items()}
+def figures(report: dict) -> dict:
+    """Every value and stderr that the harness reports."""
+    return {task: {k: v for k, v in row.items() if "," in k} for task, row in report["results"].items()}
 
 
 def test_table_summary_and_figure(done):
@@ -77,15 +77,15 @@ def test_table_summary_and_figure(done):
 
 
 def test_figures_equal_a_direct_call(done, trained, tiny, tmp_path):
-    """The call typed by hand, and the one that was printed, without the cache."""
+    """A command typed by hand, and the printed one without its cache."""
     folder, _ = done
     model = f"pretrained={tiny},dtype=float32,peft={trained / 'ck' / 'r'}"
     by_hand = [
         *("run", "--model", "hf", "--model_args", model, "--tasks", TASKS, "--batch_size", "8", "--device", "cpu"),
         *("--limit", "12", "--seed", "1234", "--include_path", "configs/lm_eval/tasks", "--log_samples"),
     ]
-    (kept,) = folder.glob("base-*/call.json")
-    printed = shlex.split(read_json(kept)["command"])
+    (record,) = folder.glob("base-*/call.json")
+    printed = shlex.split(read_json(record)["command"])
     assert printed[0] == "lm_eval"
     for flag in ("--output_path", "--use_cache"):
         at = printed.index(flag)
@@ -103,7 +103,7 @@ def test_second_call_runs_nothing(done, trained):
     again = shell(*arguments_for(trained, folder.parents[2]))
     assert again.returncode == 0 and again.stderr.count("already finished") == 2, again.stderr
     assert again.stdout == first.stdout
-    # Other settings of the same tasks do not write over it, also where they stand after the dashes.
+    # Other settings of the same tasks do not overwrite it, also if they are given after the dashes.
     for other in (("--num-fewshot", "1"), ("--", "--gen_kwargs", "max_gen_toks=4")):
         refused = shell(*arguments_for(trained, folder.parents[2]), *other)
         assert refused.returncode == 2
@@ -126,44 +126,44 @@ def test_warm_cache_equals_a_cold_run(done, trained, tmp_path):
 
 @pytest.mark.slow
 def test_interrupted_call_continues_from_its_cache(done, trained, tmp_path):
-    """kill -9 in the middle of the base's requests: what was answered by then is not computed again."""
+    """kill -9 during the base's requests: cached responses are not computed again."""
     folder, _ = done
     arguments = arguments_for(trained, tmp_path, "--batch-size", "1")
     running = subprocess.Popen(
         ["bash", str(SCRIPT), *map(str, arguments)], cwd=ROOT, env={**os.environ, "PYTHON": sys.executable},
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
     )  # fmt: skip
-    kept = 0
+    responses = 0
     for _ in range(1200):
-        found = list((tmp_path / ".cache").glob("lm_eval-*/responses_rank0.db"))
-        kept = answers(found[0]) if found else 0
-        if kept >= 3 or running.poll() is not None:
+        databases = list((tmp_path / ".cache").glob("lm_eval-*/responses_rank0.db"))
+        responses = responses_in(databases[0]) if databases else 0
+        if responses >= 3 or running.poll() is not None:
             break
         time.sleep(0.05)
     harness = set(descendants(running.pid)) - {running.pid}
     running.kill()
     running.wait()
-    assert kept >= 3 and harness, "killed while the harness was at work"
+    assert responses >= 3 and harness, "killed while the harness was running"
     deadline = time.monotonic() + 60
     while any(Path(f"/proc/{process}").exists() for process in harness):
-        assert time.monotonic() < deadline, "the harness outlives the stage that was killed"
+        assert time.monotonic() < deadline, "the harness is still running after its stage was killed"
         time.sleep(0.1)
     result = shell(*arguments)
     assert result.returncode == 0, result.stderr[-2000:]
     assert "already finished" not in result.stderr
     (log,) = (tmp_path / "r" / "lm_eval" / folder.name).glob("base-*/log.txt")
-    asked, computed = (
+    requested, computed = (
         int(re.search(rf"{bar}.*?/(\d+) \[", log.read_text())[1])
         for bar in ("Checking cached requests", "Running loglikelihood requests")
     )
-    assert computed < asked, "what was answered before the kill is not asked again"
-    found = [figures(results(tmp_path / "r" / "lm_eval" / folder.name, side)) for side in ("base", "tuned")]
-    for ours, side in zip(found, ("base", "tuned"), strict=True):
+    assert computed < requested, "cached responses are not computed again"
+    resumed = [figures(results(tmp_path / "r" / "lm_eval" / folder.name, side)) for side in ("base", "tuned")]
+    for ours, side in zip(resumed, ("base", "tuned"), strict=True):
         for task, row in figures(results(folder, side)).items():
-            assert ours[task] == pytest.approx(row, rel=1e-5), "another batch size moves the last digits alone"
+            assert ours[task] == pytest.approx(row, rel=1e-5), "another batch size changes only the last digits"
 
 
-def answers(path: Path) -> int:
+def responses_in(path: Path) -> int:
     try:
         with sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=1) as database:
             return database.execute("select count(*) from unnamed").fetchone()[0]
@@ -172,16 +172,16 @@ def answers(path: Path) -> int:
 
 
 def descendants(pid: int) -> list[int]:
-    """A process and its children's children, whatever session they are in."""
-    found = [pid]
+    """A process and its children's children, in any session."""
+    processes = [pid]
     for other in Path("/proc").glob("[0-9]*/stat"):
         try:
             parent = int(other.read_text().rsplit(")", 1)[1].split()[1])
         except (OSError, IndexError):
             continue
         if parent == pid:
-            found += descendants(int(other.parent.name))
-    return found
+            processes += descendants(int(other.parent.name))
+    return processes
 
 
 @pytest.mark.slow
