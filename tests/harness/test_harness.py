@@ -26,7 +26,7 @@ from preflab.harness.metrics import (
     rows,
     suite_averages,
 )
-from preflab.harness.report import clock, differs, eq_bench, markdown, render, verdict_of
+from preflab.harness.report import clock, differs, eq_bench, markdown, render, table_lines, verdict_of
 from preflab.harness.suites import (
     Suite,
     averages,
@@ -44,6 +44,7 @@ from utils.artifacts import write_json
 from utils.errors import UserError
 from utils.progress import LineProgress
 from utils.provenance import ROOT
+from utils.tables import render as table
 
 SUITES = ["eq_bench", "nous", "openllm_v1", "openllm_v2", "quick", "seed", "zeroshot"]
 
@@ -473,6 +474,14 @@ def test_limit_shots_and_missing_tasks_are_noted():
     for text in texts(results):
         for words in ("ONLY 24 DOCUMENTS", "--num-fewshot 3", "--skip-missing", "boolq: missing data"):
             assert words in text
+
+
+def test_table_of_the_example_run_is_that_of_the_docs():
+    example = json.loads((ROOT / "docs/example_run/lm_eval_quick.json").read_text())
+    settings = example["settings"]
+    results = SuiteResults("quickstart: " + example["suite"]["title"], load_suite("quick"), {}, example["rows"], {}, [],
+                           settings)  # fmt: skip
+    assert table(results.title, table_lines(results)) in (ROOT / "docs/lm_eval.md").read_text()
 
 
 @pytest.mark.parametrize("name", SUITES)
