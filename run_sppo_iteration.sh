@@ -1,21 +1,23 @@
 #!/usr/bin/env bash
-# One SPPO iteration (Wu et al. 2024): the model answers its share of the prompts several times, a scorer ranks the
-# answers, and the model is trained on the best and the worst of each with the soft loss, against itself as it was.
+# One SPPO iteration (Wu et al. 2024, arXiv 2405.00675): the model answers its part of the prompts several times, a
+# scorer ranks the answers, and the model is trained on the best and worst answer of each prompt with SPPO's loss. The
+# reference is the model at the start of the iteration.
 #
 #     bash run_sppo_iteration.sh 1 --name quickstart-sppo          # CPU, minutes; then 2 and 3
 #     bash run_sppo_iteration.sh 1 --name gemma-2-9b-it-sppo --launch configs/accelerate/deepspeed_zero3.yaml   # 8 GPUs
 #
-# Iteration T reads CONFIGS/pairs/NAME.yaml (prompts, sampling, scorer) and CONFIGS/NAME-iterT.yaml (training; it names the
-# model that iteration T-1 left). Both commands are printed as they would be typed by hand. What is finished is not done
-# again; after Ctrl-C or a crash the same command goes on. Flags:
+# Iteration T reads CONFIGS/pairs/NAME.yaml (prompts, sampling, scorer) and CONFIGS/NAME-iterT.yaml (training; it names
+# the model from iteration T-1). Both commands are printed before they run. Finished work is not repeated: after Ctrl-C
+# or a crash, run the same command again to continue. Flags:
 #
-#     --name NAME          the recipe                     --configs DIR       where its YAML files are (default: configs)
-#     --launch YAML        train under accelerate launch with this config; the pairs are made by as many processes on
-#                          configs/accelerate/multi_gpu.yaml, or by one where vLLM generates
+#     --name NAME          the recipe
+#     --configs DIR        folder of its YAML files (default: configs)
+#     --launch YAML        train under accelerate launch with this config; the pairs are made by the same number of
+#                          processes under configs/accelerate/multi_gpu.yaml, or by one process if vLLM is installed
 #     --pairs "FLAGS"      further flags of generate_preference_pairs.py
 #     --train "FLAGS"      further flags of dpo_train_human_preference.py
 #
-# Python is $PYTHON, else the active environment's, else that of .venv, which quickstart.sh makes.
+# Uses the interpreter of $PYTHON, else of the active environment, else of .venv (created by quickstart.sh).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 # shellcheck source=utils/env.sh
@@ -26,54 +28,55 @@ if [ -z "$iteration" ] || [ "$iteration" = --help ] || [ "$iteration" = -h ]; th
     sed -n '2,/^set -euo/{/^set -euo/!s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"
     exit 0
 fi
-[[ "$iteration" =~ ^[1-9][0-9]*$ ]] || fail "iteration $iteration: give its number first, from 1 (--help says more)"
+[[ "$iteration" =~ ^[1-9][0-9]*$ ]] ||
+    fail "iteration $iteration: the first argument must be the iteration's number, from 1; see --help"
 shift
 while [ $# -gt 0 ]; do
-    [ $# -ge 2 ] || fail "$1 needs a value (--help says more)"
+    [ $# -ge 2 ] || fail "$1 needs a value; see --help"
     case "$1" in
         --name) name="$2" ;;
         --configs) configs="$2" ;;
         --launch) launch="$2" ;;
         --pairs) pairs="$2" ;;
         --train) train="$2" ;;
-        *) fail "unknown flag $1 (--help lists them)" ;;
+        *) fail "unknown flag $1; see --help" ;;
     esac
     shift 2
 done
-[ -n "$name" ] || fail "--name is missing: quickstart-sppo, gemma-2-9b-it-sppo, or a recipe of your own"
+[ -n "$name" ] || fail "--name is missing: give quickstart-sppo, gemma-2-9b-it-sppo or your own recipe"
 training="$configs/$name-iter$iteration.yaml" sampling="$configs/pairs/$name.yaml"
 for flag in $pairs; do
     case "$flag" in
         --run_name* | --limit* | --eval_out*)
-            fail "--pairs \"$flag ...\": the training reads the folder that its dataset_name names; change both YAML files" ;;
+            fail "--pairs \"$flag ...\": training reads the folder of its dataset_name; change both YAML files" ;;
     esac
 done
 for file in "$training" "$sampling" ${launch:+"$launch"}; do
-    [ -f "$file" ] || fail "$file is not there: iteration $iteration of --name $name needs it"
+    [ -f "$file" ] || fail "$file: no such file; iteration $iteration of --name $name needs it"
 done
 
 choose_python
 
-say_and_run() {
+print_and_run() {
     printf '+'
     printf ' %q' "$@"
     printf '\n'
     "$@"
 }
 
-generate=("$python") fit=("$python")
+generate=("$python") train_command=("$python")
 if [ -n "$launch" ]; then
-    fit+=(-m accelerate.commands.launch --config_file "$launch")
-    # Sharded training states nothing about answering but how many processes there are.
+    train_command+=(-m accelerate.commands.launch --config_file "$launch")
+    # Generation is not sharded: of the training's launch config only the number of processes applies.
     processes=$(sed -n 's/^num_processes: *\([0-9]*\).*/\1/p' "$launch")
-    on=configs/accelerate/multi_gpu.yaml
-    ! grep -q '^use_cpu: *true' "$launch" || on="$launch"
-    # vLLM drives all GPUs from one process.
+    generate_config=configs/accelerate/multi_gpu.yaml
+    ! grep -q '^use_cpu: *true' "$launch" || generate_config="$launch"
+    # vLLM uses all GPUs from one process.
     "$python" -c 'import vllm' 2>/dev/null ||
-        generate+=(-m accelerate.commands.launch --config_file "$on" --num_processes "${processes:-1}")
+        generate+=(-m accelerate.commands.launch --config_file "$generate_config" --num_processes "${processes:-1}")
 fi
 # shellcheck disable=SC2086
-say_and_run "${generate[@]}" generate_preference_pairs.py --config "$sampling" --training_config "$training" \
+print_and_run "${generate[@]}" generate_preference_pairs.py --config "$sampling" --training_config "$training" \
     --part "$iteration" $pairs
 # shellcheck disable=SC2086
-say_and_run "${fit[@]}" dpo_train_human_preference.py --config "$training" $train
+print_and_run "${train_command[@]}" dpo_train_human_preference.py --config "$training" $train

@@ -1,19 +1,19 @@
-"""A toy scorer, for trying things out: of two answers the one in shorter words is the better one.
+"""A toy scorer for trying out on-policy pairs: the answer with shorter words is better.
 
     python generate_preference_pairs.py --scorer configs/scorers/plain_words.py:score ...
 
-Any function of this form can be a scorer: it gets a prompt and its distinct answers, and gives a number for each, as
-log-odds: one answer beats another with probability 1 / (1 + exp(theirs - its own)).
+Any function of this form can be a scorer. It takes a prompt and its distinct answers and returns one number per answer,
+as log-odds: answer i beats answer j with probability 1 / (1 + exp(score_j - score_i)).
 """
 
 import re
 
-# One letter a word fewer makes an answer e^4 times as likely to be the better one.
+# One letter per word less multiplies the odds of being better by e^4.
 LOG_ODDS_PER_LETTER = 4.0
 
 
 def letters_per_word(text: str) -> float:
-    """Mean number of letters of the words in `text`; of a text without words, that of a long one."""
+    """Mean letters per word of `text`; 12, as for long words, if it has no words."""
     words = re.findall(r"[^\W\d_]+", text)
     return sum(map(len, words)) / len(words) if words else 12.0
 

@@ -1,4 +1,4 @@
-"""run_sppo_iteration.sh: an iteration from the one before, its reference the iteration's start, and what it refuses."""
+"""run_sppo_iteration.sh: each iteration starts from the previous one and uses its own start as the reference."""
 
 import os
 import subprocess
@@ -19,7 +19,7 @@ def iteration(number, *flags, **env) -> subprocess.CompletedProcess:
 
 @pytest.fixture
 def recipe(tiny, tmp_path):
-    """The shipped toy recipe on a tiny model: eight prompts an iteration, six tokens an answer, one step."""
+    """The shipped toy recipe on a tiny model: eight prompts per iteration, six tokens per answer, two steps."""
     configs = tmp_path / "configs"
     (configs / "pairs").mkdir(parents=True)
     prompts = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": r["prompt"]} for r in make_pairs(16)])
@@ -36,11 +36,11 @@ def recipe(tiny, tmp_path):
     return ("--name", "toy", "--configs", configs)
 
 
-def test_two_iterations_each_against_itself_as_it_began(recipe, tmp_path):
+def test_iterations_use_their_start_as_reference(recipe, tmp_path):
     for t in (1, 2):
         done = iteration(t, *recipe)
         assert done.returncode == 0, done.stderr[-2000:]
-        # Both commands are printed as they would be typed.
+        # Both commands are printed before they run.
         assert [line.split()[2] for line in done.stdout.splitlines() if line.startswith("+ ")] == [
             "generate_preference_pairs.py",
             "dpo_train_human_preference.py",
@@ -53,15 +53,15 @@ def test_two_iterations_each_against_itself_as_it_began(recipe, tmp_path):
     before, after = (s["model"]["policy"] for s in sampled)
     assert before["adapter_sha256"] is None
     adapter = read_json(out / "toy-iter2/train.json")["start"]["adapter_sha256"]
-    assert after["adapter_sha256"] == adapter, "the second iteration's answers are the first one's model's"
+    assert after["adapter_sha256"] == adapter, "the second iteration samples from the first one's model"
     prompts = [{r["prompt_id"] for r in RowFile(out / f"toy-iter{t}-pairs/samples.jsonl").read()} for t in (1, 2)]
     assert not prompts[0] & prompts[1] and len(prompts[0]) == len(prompts[1]) == 8
     assert first and second
 
-    # A second call makes and trains nothing.
+    # A second call generates and trains nothing.
     done = iteration(2, *recipe)
     assert done.returncode == 0 and "nothing to train" in done.stdout, done.stderr[-2000:]
-    # Pairs that the finished run was not trained on are no reason to call it finished.
+    # A finished run is not reused for pairs that it was not trained on.
     done = iteration(2, *recipe, "--pairs", "--scorer shorter --overwrite")
     assert done.returncode == 2 and "error: " in done.stderr and "pairs" in done.stderr, done.stderr[-2000:]
 
@@ -86,24 +86,24 @@ def test_bad_input_is_one_line(args, words):
 
 
 @pytest.mark.parametrize(
-    ("launch", "told"),
+    ("launch", "options"),
     [
         ("deepspeed_zero3", "configs/accelerate/multi_gpu.yaml --num_processes 8"),
         ("cpu_2proc", "configs/accelerate/cpu_2proc.yaml --num_processes 2"),
     ],
 )
-def test_pairs_are_made_by_as_many_processes_as_train(launch, told, recipe, tmp_path):
+def test_pairs_use_as_many_processes_as_training(launch, options, recipe, tmp_path):
     stub = tmp_path / "python"
     stub.write_text('#!/bin/sh\n[ "$1" != -c ]\n')
     stub.chmod(0o755)
     launch = f"configs/accelerate/{launch}.yaml"
     done = iteration(1, *recipe, "--launch", launch, PYTHON=str(stub))
     sampling, training = [line for line in done.stdout.splitlines() if line.startswith("+ ")]
-    assert f"--config_file {told} generate_preference_pairs.py" in sampling
+    assert f"--config_file {options} generate_preference_pairs.py" in sampling
     assert f"--config_file {launch} dpo_train_human_preference.py" in training
 
 
-def test_help_and_an_iteration_whose_start_is_missing(recipe, tmp_path):
+def test_help_and_missing_start_adapter(recipe, tmp_path):
     done = iteration("--help")
     assert done.returncode == 0 and "--launch YAML" in done.stdout and "set -euo" not in done.stdout
     done = iteration(2, *recipe)
@@ -112,8 +112,8 @@ def test_help_and_an_iteration_whose_start_is_missing(recipe, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_trait_grows_from_iteration_to_iteration_and_not_with_labels_shuffled(tmp_path):
-    """Three iterations of the toy recipe on SmolLM2, over three seeds, on prompts that none of them saw."""
+def test_trait_grows_only_with_true_scores(tmp_path):
+    """Three iterations of the toy recipe on SmolLM2 over three seeds, evaluated on held-out prompts."""
     command = [
         sys.executable,
         "benchmarks/sppo_trait.py",
