@@ -103,7 +103,7 @@ def policy_model(args) -> AnsweringModel:
 def named_model(spec: str, models: TwoModels) -> AnsweringModel:
     """The model of `--models NAME=PATH`: a hub id, a model folder, or a LoRA folder, whose config names its base.
 
-    It runs in the precision of base and tuned; the base of a LoRA folder is quantised as theirs is.
+    It runs in the precision of base and tuned; the base of a LoRA folder is quantised like the base model.
     """
     name, equals, path = spec.partition("=")
     if not (name and equals and path) or name in models.sides:

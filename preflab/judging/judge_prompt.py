@@ -1,4 +1,4 @@
-"""What a judge is asked and what it returns: items, verdicts, the judge interface, prompt files."""
+"""Judge prompt files, items and verdicts, and the interface of judges."""
 
 import math
 import re

@@ -133,7 +133,7 @@ def _with_wins(item: Candidates, scores: list[float]) -> Scores:
     return Scores(scores, win_probabilities(scores, item.counts))
 
 
-# ----------------------------------------------------------------------------------------- without a model of its own
+# ------------------------------------------------------------------------------------------------- without a model
 
 
 class ControlScorer:
@@ -212,7 +212,7 @@ class FunctionScorer:
         return log_odds
 
 
-# -------------------------------------------------------------------------------------------------------- with a model
+# ---------------------------------------------------------------------------------------------------- with a model
 
 
 class RewardScorer:

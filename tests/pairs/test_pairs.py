@@ -72,8 +72,8 @@ def test_mean_wins_by_hand():
 
 
 def test_candidates_merge_equal_and_drop_empty():
-    found = candidates_of(sampled("b", "a", " b ", "", "c"))
-    assert (found.answers, found.counts) == (["b", "a", "c"], [2, 1, 1])
+    candidates = candidates_of(sampled("b", "a", " b ", "", "c"))
+    assert (candidates.answers, candidates.counts) == (["b", "a", "c"], [2, 1, 1])
     assert candidates_of(sampled("", " ")) == "all_samples_empty"
     assert candidates_of(sampled("a", "a ", "")) == "all_samples_identical"
     given = candidates_of(sampled("b", "a", "b", given={"scores": [1, 2, 3]}))
@@ -81,23 +81,23 @@ def test_candidates_merge_equal_and_drop_empty():
 
 
 def test_pair_is_best_against_worst():
-    one = sampled("worst", "best", "middle", "best")
-    candidates = candidates_of(one)
-    row = pair_of(one, candidates, Scores([0.0, 2.0, 1.0], [0.1, 0.7, 0.4]))
+    sample = sampled("worst", "best", "middle", "best")
+    candidates = candidates_of(sample)
+    row = pair_of(sample, candidates, Scores([0.0, 2.0, 1.0], [0.1, 0.7, 0.4]))
     assert row["chosen"][0]["content"] == "best" and row["rejected"][0]["content"] == "worst"
-    assert (row["win_chosen"], row["win_rejected"]) == (0.7, 0.1) and row["prompt_id"] == one.prompt.key
+    assert (row["win_chosen"], row["win_rejected"]) == (0.7, 0.1) and row["prompt_id"] == sample.prompt.key
     assert row["sampled_chosen"] == {"tokens": 1, "finish_reason": "stop"}
-    assert pair_of(one, candidates, Scores([1.0] * 3, [0.5] * 3)) == "all_scores_equal"
+    assert pair_of(sample, candidates, Scores([1.0] * 3, [0.5] * 3)) == "all_scores_equal"
 
 
 def test_shuffled_scores_are_a_uniform_permutation():
     many = [Candidates(prompt(f"Question {k}"), list("abcde"), [1] * 5) for k in range(300)]
     best = []
     for candidates in many:
-        found = shuffled(candidates, Scores([0, 1, 2, 3, 4], [0.1, 0.3, 0.5, 0.7, 0.9]), 7)
-        assert sorted(found.scores) == [0, 1, 2, 3, 4]
-        assert found.wins == pytest.approx([0.1 + 0.2 * s for s in found.scores])
-        best.append(int(np.argmax(found.scores)))
+        permuted = shuffled(candidates, Scores([0, 1, 2, 3, 4], [0.1, 0.3, 0.5, 0.7, 0.9]), 7)
+        assert sorted(permuted.scores) == [0, 1, 2, 3, 4]
+        assert permuted.wins == pytest.approx([0.1 + 0.2 * s for s in permuted.scores])
+        best.append(int(np.argmax(permuted.scores)))
     assert chisquare(np.bincount(best, minlength=5)).pvalue > 1e-3
     again = shuffled(many[0], Scores([0, 1, 2, 3, 4], [0] * 5), 7)
     assert again.scores == shuffled(many[0], Scores([0, 1, 2, 3, 4], [0] * 5), 7).scores
@@ -110,26 +110,29 @@ def test_parts_are_disjoint_and_hold_out_by_text():
     assert part_of(prompts, None, 1) == prompts
     # As in training, prompts that differ only in case and spacing count as the same prompt.
     twins = [*prompts, *(prompt(f" q{k} ") for k in range(10))]
-    kept = held_out_keys(twins, 4)
-    assert len(kept) == 4 and all((a.key in kept) == (b.key in kept) for a, b in zip(twins, twins[10:], strict=False))
-    held = held_out_keys(prompts, 4)
-    assert len(held) == 4 and held == held_out_keys(prompts[::-1], 4)
+    held_out_twins = held_out_keys(twins, 4)
+    assert len(held_out_twins) == 4 and all(
+        (a.key in held_out_twins) == (b.key in held_out_twins) for a, b in zip(twins, twins[10:], strict=False)
+    )
+    held_out = held_out_keys(prompts, 4)
+    assert len(held_out) == 4 and held_out == held_out_keys(prompts[::-1], 4)
 
 
 def test_agreement_by_hand():
-    rows, scored, theirs = [], {}, {}
+    rows, scored, other_scores = [], {}, {}
     for k, other in enumerate(([2.0, 1.0, 0.0], [0.0, 1.0, 2.0], [1.0, 5.0, 0.0], [1.0, 1.0, 1.0])):
-        one = Sampled(prompt(f"Q{k}"), [{"text": t} for t in "abc"], False)
-        candidates, mine = candidates_of(one), Scores([2.0, 1.0, 0.0], [0.8, 0.5, 0.2])
-        row = pair_of(one, candidates, mine)
+        sample = Sampled(prompt(f"Q{k}"), [{"text": t} for t in "abc"], False)
+        candidates, main = candidates_of(sample), Scores([2.0, 1.0, 0.0], [0.8, 0.5, 0.2])
+        row = pair_of(sample, candidates, main)
         rows.append(row)
-        scored[row["prompt_id"]], theirs[row["prompt_id"]] = (candidates, mine), Scores(other, other)
-    found = agreement(rows, scored, {"other": theirs})["other"]
-    assert found["same_order"]["value"] == pytest.approx((1 + 0 + 1 + 0.5) / 4)
-    assert found["same_best"]["value"] == pytest.approx((1 + 0 + 0 + 1) / 4)
+        scored[row["prompt_id"]], other_scores[row["prompt_id"]] = (candidates, main), Scores(other, other)
+    metrics = agreement(rows, scored, {"other": other_scores})["other"]
+    assert metrics["same_order"]["value"] == pytest.approx((1 + 0 + 1 + 0.5) / 4)
+    assert metrics["same_best"]["value"] == pytest.approx((1 + 0 + 0 + 1) / 4)
     # Kendall's tau is 1, -1 and 1/3; it is undefined where all scores are equal.
     assert (
-        found["rank_correlation"]["value"] == pytest.approx((1 - 1 + 1 / 3) / 3) and found["rank_correlation"]["n"] == 3
+        metrics["rank_correlation"]["value"] == pytest.approx((1 - 1 + 1 / 3) / 3)
+        and metrics["rank_correlation"]["n"] == 3
     )
     with pytest.raises(UserError, match="--also_score other"):
         agreement(rows, scored, {"other": {}})
@@ -147,12 +150,12 @@ def items(*texts) -> list[Candidates]:
 
 
 def test_control_scorers(tmp_path):
-    one = items("short", "a good deal longer")
-    (longer,) = scored("longer", one, tmp_path)
-    (shorter,) = scored("shorter", one, tmp_path)
+    candidates = items("short", "a good deal longer")
+    (longer,) = scored("longer", candidates, tmp_path)
+    (shorter,) = scored("shorter", candidates, tmp_path)
     assert longer.scores[1] > longer.scores[0] and shorter.scores == [-s for s in longer.scores]
     assert longer.wins == pytest.approx(win_probabilities(longer.scores, [1, 1]))
-    first, again, other = (scored("random", one, tmp_path, seed=s)[0].scores for s in (1, 1, 2))
+    first, again, other = (scored("random", candidates, tmp_path, seed=s)[0].scores for s in (1, 1, 2))
     assert first == again != other
 
 
@@ -160,8 +163,8 @@ def test_function_scorer_and_its_errors(tmp_path):
     (tmp_path / "user.py").write_text(
         "def score(prompt, answers):\n    return [len(prompt) * len(a) for a in answers]\n"
     )
-    (found,) = scored(f"{tmp_path}/user.py:score", items("a", "bb"), tmp_path)
-    assert found.scores == [12.0, 24.0]
+    (result,) = scored(f"{tmp_path}/user.py:score", items("a", "bb"), tmp_path)
+    assert result.scores == [12.0, 24.0]
     name = make_scorer(f"{tmp_path}/user.py:score", OPTIONS).identity()
     (tmp_path / "user.py").write_text("def score(prompt, answers):\n    return [1.0]\n")
     assert make_scorer(f"{tmp_path}/user.py:score", OPTIONS).identity() != name
@@ -180,15 +183,15 @@ def test_function_scorer_and_its_errors(tmp_path):
 
 
 def test_shipped_scorer_prefers_short_words(tmp_path):
-    (found,) = scored(
+    (result,) = scored(
         f"{ROOT}/configs/scorers/plain_words.py:score", items("it is so", "extraordinary matters"), tmp_path
     )
-    assert found.scores == pytest.approx([-4 * 2.0, -4 * 10.0])
+    assert result.scores == pytest.approx([-4 * 2.0, -4 * 10.0])
 
 
 def test_columns_scorer_uses_dataset_numbers(tmp_path):
-    one = [Candidates(prompt(), ["a", "b"], [1, 1], {"wins": [0.9, 0.2]})]
-    (wins,) = scored("columns", one, tmp_path)
+    candidates = [Candidates(prompt(), ["a", "b"], [1, 1], {"wins": [0.9, 0.2]})]
+    (wins,) = scored("columns", candidates, tmp_path)
     assert wins.wins == wins.scores == [0.9, 0.2]
     (scores,) = scored("columns", [Candidates(prompt(), ["a", "b"], [1, 1], {"scores": [math.log(3), 0.0]})], tmp_path)
     assert scores.wins == pytest.approx([0.625, 0.375])
@@ -211,9 +214,9 @@ def test_judge_scorer_averages_both_orders(tmp_path, monkeypatch):
                 yield k, Verdict(1.0, p)
 
     monkeypatch.setattr("preflab.pairs.scorers.make_judge", lambda *a: Biased())
-    (found,) = scored("judge:hf:x", items("good", "bad"), tmp_path)
+    (result,) = scored("judge:hf:x", items("good", "bad"), tmp_path)
     beats = ((0.8 + 0.1) + (1 - (0.8 - 0.1))) / 2
-    assert found.wins == pytest.approx([(0.5 + beats) / 2, (1.5 - beats) / 2]) and found.scores == found.wins
+    assert result.wins == pytest.approx([(0.5 + beats) / 2, (1.5 - beats) / 2]) and result.scores == result.wins
 
 
 def test_prompt_without_verdict_is_unscored(tmp_path, monkeypatch):
@@ -250,20 +253,20 @@ def reward_model(tmp_path_factory, smol_tokenizer):
 
 def test_reward_scores_equal_model_and_are_cached(reward_model, smol_tokenizer, tmp_path, monkeypatch):
 
-    one = items("I am a cat.", "I am the sea, and the sand.", "word " * 600)
-    (cut,) = scored(f"rm:{reward_model}", one, tmp_path)
+    candidates = items("I am a cat.", "I am the sea, and the sand.", "word " * 600)
+    (cut,) = scored(f"rm:{reward_model}", candidates, tmp_path)
     assert "limit of 512" in cut
-    one[0].answers, one[0].counts = one[0].answers[:2], [1, 1]
-    (found,) = scored(f"rm:{reward_model}", one, tmp_path)
+    candidates[0].answers, candidates[0].counts = candidates[0].answers[:2], [1, 1]
+    (result,) = scored(f"rm:{reward_model}", candidates, tmp_path)
     model = transformers.AutoModelForSequenceClassification.from_pretrained(reward_model).eval()
     model.config.pad_token_id = 0
     chat = ChatRenderer(smol_tokenizer)
-    for answer, score in zip(one[0].answers, found.scores, strict=True):
-        ids = chat.ids([chat.full_text(one[0].prompt.messages, answer)])
+    for answer, score in zip(candidates[0].answers, result.scores, strict=True):
+        ids = chat.ids([chat.full_text(candidates[0].prompt.messages, answer)])
         with torch.no_grad():
             assert score == pytest.approx(model(input_ids=torch.tensor(ids)).logits.item(), abs=1e-5)
     monkeypatch.setattr("preflab.judging.reward_model.RewardModel.score", lambda *a: pytest.fail("scored again"))
-    assert scored(f"rm:{reward_model}", one, tmp_path) == [found]
+    assert scored(f"rm:{reward_model}", candidates, tmp_path) == [result]
 
 
 def test_nan_output_leaves_prompt_unscored(reward_model, pair_ranker, tmp_path):
@@ -311,13 +314,13 @@ def test_reward_model_with_custom_score(reward_model, tmp_path):
     with pytest.raises(UserError, match="--trust_remote_code"):
         make_scorer(f"rm:{folder}", OPTIONS)
     candidates = items("I am a cat.", "The sea, and the sand.")
-    (found,) = make_scorer(f"rm:{folder}", {**OPTIONS, "trust_remote_code": True}).score(
+    (result,) = make_scorer(f"rm:{folder}", {**OPTIONS, "trust_remote_code": True}).score(
         candidates, str(tmp_path), False
     )
     model = model.eval()
     model.config.pad_token_id = 0
     chat = ChatRenderer(load_tokenizer(str(folder)))
-    for answer, score in zip(candidates[0].answers, found.scores, strict=True):
+    for answer, score in zip(candidates[0].answers, result.scores, strict=True):
         ids = torch.tensor(chat.ids([chat.full_text(candidates[0].prompt.messages, answer)]))
         with torch.no_grad():
             logits = model(input_ids=ids).logits[0]
@@ -366,8 +369,8 @@ def test_pairwise_ranker_equals_plain_forward(pair_ranker, tmp_path):
 
         assert logits[i][j] == pytest.approx(head(at[1]) - head(at[2]), abs=1e-5)
     assert [logits[k][k] for k in range(3)] == [0.0] * 3
-    (found,) = scored(f"pair:{pair_ranker}", items(*answers), tmp_path)
-    assert found.scores == pytest.approx(((np.array(logits) - np.array(logits).T).mean(1)).tolist())
+    (result,) = scored(f"pair:{pair_ranker}", items(*answers), tmp_path)
+    assert result.scores == pytest.approx(((np.array(logits) - np.array(logits).T).mean(1)).tolist())
     # A marker that an answer spells out is read as text.
     assert sum(i == ranker.markers[FIRST] for i in ranker.ids("?", f"{FIRST} {SECOND}", "x")) == 1
 
@@ -401,10 +404,10 @@ def test_unknown_scorer_is_refused(spec):
     ],
 )  # fmt: skip
 def test_answers_and_scores_in_the_dataset(row, numbers, tmp_path):
-    ((found, answers, given),), summary = load_candidates(
+    ((prompt, answers, given),), summary = load_candidates(
         [{"name": str(write_jsonl(tmp_path / "x.jsonl", [row, row])), "split": "train"}]
     )
-    assert (found.text, answers, given) == ("Q", ["a", "b"], numbers)
+    assert (prompt.text, answers, given) == ("Q", ["a", "b"], numbers)
     assert summary["left_out"] == {"duplicate_prompt": 1}
 
 
@@ -458,13 +461,12 @@ def test_prompts_to_pairs_to_training(pairs, train, tiny, prompts, tmp_path):
         "samples.jsonl", "scores.jsonl", "train.jsonl", "test.jsonl", "manifest.json", "preference_pairs.json",
         "preference_pairs.png",
     }  # fmt: skip
-    found, held_out = rows_of(folder / "train.jsonl"), rows_of(folder / "test.jsonl")
-    assert (
-        len(found) + len(held_out) + sum(read_json(folder / "preference_pairs.json")["counts"]["dropped"].values()) == 9
-    )
-    assert not {r["prompt_id"] for r in found} & {r["prompt_id"] for r in held_out} and len(held_out) == 2
+    train_rows, held_out = rows_of(folder / "train.jsonl"), rows_of(folder / "test.jsonl")
+    dropped = read_json(folder / "preference_pairs.json")["counts"]["dropped"]
+    assert len(train_rows) + len(held_out) + sum(dropped.values()) == 9
+    assert not {r["prompt_id"] for r in train_rows} & {r["prompt_id"] for r in held_out} and len(held_out) == 2
     samples = {row["prompt_id"]: row for row in rows_of(folder / "samples.jsonl")}
-    for row in found:
+    for row in train_rows:
         texts = sorted({a["text"].strip() for a in samples[row["prompt_id"]]["answers"]} - {""}, key=len)
         assert row["chosen"][0]["content"] == texts[-1] or len(row["chosen"][0]["content"]) == len(texts[-1])
         assert len(row["rejected"][0]["content"]) == len(texts[0]) and row["win_chosen"] > 0.5 > row["win_rejected"] > 0
