@@ -169,13 +169,16 @@ def test_unknown_flag_in_a_command_is_found(monkeypatch):
 # ------------------------------------------------------------------------------------------------ running some commands
 
 
-# Command as printed in a page -> what makes it small. `{run}` names the tiny trained run, `{tiny}` the model.
+# Command as printed in a page -> what makes it small. `{run}` names the tiny trained run, `{checkpoint}` its
+# second step, `{tiny}` the model.
 SHORT = "--limit 4 --max_new_tokens 8"
 TRAIN = "--model_name_or_path {tiny} --output_dir {out}/ck --eval_out {out} --sample_prompts 0 --limit 8 --max_steps 1"
 RUNS = {
     "python eval_win_rate.py": "{run}",
     "python eval_perplexity.py --text_file data/README.md --window 128": "{run}",
     "python eval_win_rate.py --battle": "{run} --judge longer --max_new_tokens 8",
+    "python eval_win_rate.py --run_name quickstart --base_adapter checkpoints/simpo"
+    " --output_dir eval_out/quickstart-vs-simpo": "{run} --base_adapter {checkpoint} --output_dir {out}/versus",
     "python merge_adapter.py": "{run} --merged_dir {out}/merged",
     "python human_eval.py": "{run} " + SHORT,
     "python dpo_train_human_preference.py --model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -193,7 +196,8 @@ def test_command_runs(command, call, tiny, trained, prefs, tmp_path, monkeypatch
     monkeypatch.chdir(ROOT)
     script, arguments = script_and_arguments(shlex.split(command))
     run = " ".join(eval_args(trained, tmp_path))
-    small = RUNS[command].format(run=run, tiny=tiny, out=tmp_path, prefs=prefs)
+    names = {"run": run, "tiny": tiny, "out": tmp_path, "prefs": prefs, "checkpoint": trained / "ck/r/checkpoint-2"}
+    small = RUNS[command].format(**names)
     code, out, err = call(script.removesuffix(".py"), *arguments, *small.split())
     assert code == 0, err
     assert "wrote" in out
