@@ -437,6 +437,19 @@ def test_strengths_of_three_models():
     assert sum(m["metrics"]["votes"]["value"] for m in sections["matches"]) == 60
 
 
+def test_tables_fit_100_columns():
+    key, candidates, about = study(("base", "tuned", "third"), count=30, repeat_share=0.1)
+    marks = {"left_acceptable": True, "right_acceptable": False}
+    exports = [
+        export(key, lambda item: {**prefers("tuned")(item), **marks}, "SYNTHETIC 1"),
+        export(key, lambda item: {"choice": "left", **marks}, "SYNTHETIC 2"),
+    ]
+    report = render(scored(key, candidates, about, *exports), "quickstart: 2 annotators, 30 prompts, blind")
+    tables = report.text.removesuffix(report.verdict)
+    assert "Bradley-Terry" in tables and "Krippendorff" in tables
+    assert max(map(len, tables.splitlines())) <= 100
+
+
 def test_order_of_files_does_not_matter():
     key, candidates, about = study(count=10, repeat_share=0.2)
     exports = [export(key, prefers("tuned"), "SYNTHETIC 1"), export(key, lambda i: {"choice": "left"}, "SYNTHETIC 2")]
