@@ -579,7 +579,12 @@ def test_vllm_gets_same_prompts_stops_and_seeds(monkeypatch, smol_tokenizer):
 
     engine, messages = Engine(), [{"role": "user", "content": "A colour?"}]
     (answer,) = vllm_engine.generate(engine, None, smol_tokenizer, [messages], 8, 0.7, 0.9, 3, batch_tokens=1)
-    assert answer == {"index": 0, "text": "Blue.", "tokens": 2, "finish_reason": "stop"}
+    assert answer == {
+        "index": 0,
+        "text": "Blue.",
+        "tokens": len(smol_tokenizer(" Blue.")["input_ids"]),
+        "finish_reason": "stop",
+    }
     prompts, settings, _ = engine.arguments
     chat = ChatRenderer(smol_tokenizer)
     assert prompts == [{"prompt_token_ids": chat.ids([chat.prompt_text(messages)])[0]}]
