@@ -76,11 +76,14 @@ class TrainingRun:
         published = read_published(config.published, list) if config.published else None
         suffix = "-".join(config.objectives)
         config.run_name = run_name(config.run_name, model_args.model_name_or_path, suffix, data_args.limit)
+        # A wrong model or adapter name fails here, before the data are read.
         locate(model_args.model_name_or_path, model_args.model_revision)
+        # With `merge`, model_args names the merged folder from here on; it is written in `build_trainer`.
         start_adapter = resolve_start_adapter(config, model_args)
         global_batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
         identity = run_identity(stage.arguments, global_batch) | (start_adapter.identity() if start_adapter else {})
         claim = (config.run_name, config.output_dir, config.eval_out, identity, config.resume, config.overwrite)
+        # Rank 0 claims the folders; its error is raised on every rank.
         folders = on_main_process(lambda: claim_run(*claim))
         checkpoint = None if folders.finished else checkpoint_to_resume(folders, config.resume)
         config.output_dir = str(folders.weights)
@@ -259,7 +262,7 @@ class TrainingRun:
             published=self.published,
             data=splits.summary,
         )
-        # Readers of a training run's summary rely on this key.
+        # A training run's summary has this key even without a warning.
         summary.setdefault("warning", None)
         card = model_card(summary, log, str(self.folders.weights), self.model_args.use_peft)
         files = {self.folders.weights / "README.md": card}
@@ -288,6 +291,7 @@ def training_summary(trainer, flight: dict, unit: str, tokens: int, operations: 
     """
     if not is_main_process():
         return {}
+    # `trainer.row_log` holds every step once, also those of calls before a resume.
     losses, plan = [row["loss"] for row in trainer.row_log.read() if row["split"] == "train"], flight["plan"]
     tenth = max(1, len(losses) // 10)
     rate = matmul_rate(trainer.args.dtype_name, trainer.accelerator.device.type) * plan["batch"]["processes"]
