@@ -316,7 +316,7 @@ def test_held_out_metrics_by_hand():
     assert "heldout_ppl_base" not in tuned_only and tuned_only["heldout_ppl_tuned"] == metrics["heldout_ppl_tuned"]
 
 
-@pytest.mark.parametrize(("shift", "said"), [(-0.5, "helped"), (0.5, "hurt"), (0.0, "No claim")])
+@pytest.mark.parametrize(("shift", "verdict"), [(-0.5, "helped"), (0.5, "hurt"), (0.0, "No claim")])
 def test_verdict_needs_interval_and_test(shift, verdict):
     rows = [
         {"nll_base": 10.0 + k, "nll_tuned": 10.0 + k + 5 * shift + 0.01 * (-1) ** k, "tokens": 5, "bytes": 20}
