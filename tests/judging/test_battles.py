@@ -2,9 +2,11 @@
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from scipy.special import expit
 from scipy.stats import wilcoxon
 
@@ -19,10 +21,12 @@ from preflab.judging.battle_metrics import (
     fit_logistic,
     style_controlled,
 )
+from preflab.judging.battle_report import render
 from preflab.judging.battles import both_orders, combine_orders, judge_rows, pairings
 from preflab.judging.judge_prompt import Verdict, unparsed
 from preflab.judging.judges import LongerJudge
 from preflab.judging.style import markdown_counts, scaled, style_differences
+from utils.artifacts import read_json
 from utils.errors import UserError
 
 # `first` in both orders, `a` in the first slot of the first; UNPARSED has no verdict in one of them.
@@ -417,3 +421,34 @@ def test_markdown_counts_skip_code_fences(text, counts):
 )
 def test_markdown_counts_with_unusual_fences(text, counts):
     assert markdown_counts(text) == counts
+
+
+# ------------------------------------------------------------------------------------------------------------- report
+
+
+@pytest.fixture
+def example():
+    """The battle of the committed example run: every section, its data and its title."""
+    summary = read_json(ROOT / "docs/example_run/battle.json")
+    sections = {key: summary[key] for key in ("metrics", "matches", "answers", "bradley_terry")}
+    return sections, summary["data"], summary["text"].splitlines()[0]
+
+
+def test_tables_fit_100_columns_and_hold_all_rates(example):
+    sections, data, title = example
+    report = render(sections, None, title, data)
+    tables = report.text.removesuffix(report.verdict)
+    assert max(map(len, tables.splitlines())) <= 100
+    # Judge, `longer` and `random` side by side.
+    win_rates = next(line for line in tables.splitlines() if line.startswith("win rate, %"))
+    assert [m["win_rate"]["value"] for m in sections["matches"][0]["judges"].values()] == pytest.approx(
+        [float(number) / 100 for number in re.findall(r"(\d+\.\d) \[", win_rates)], abs=6e-4
+    )
+
+
+def test_verdict_names_an_unreliable_judge(example):
+    sections, data, title = example
+    verdict = render(sections, None, title, data).verdict
+    assert verdict.startswith("Inconclusive") and "unreliable" in verdict and "95.0%" in verdict
+    sections["matches"][0]["judges"][next(iter(sections["matches"][0]["judges"]))]["flip_rate"]["value"] = 0.2
+    assert "unreliable" not in render(sections, None, title, data).verdict
