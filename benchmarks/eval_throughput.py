@@ -181,7 +181,7 @@ def main():
     ways = {
         "plain loop, one row at a time": lambda: plain_loop(models, answers),
         "eval_win_rate.py's scoring": lambda: batched(models, answers, args),
-        "eval_perplexity.py's scoring, whole texts and KL": lambda: batched(models, with_kl, args),
+        "eval_perplexity.py's scoring, full texts and KL": lambda: batched(models, with_kl, args),
     }
     tokens = sum(len(s.ids) for s in answers)
     seconds, results = alternate(ways, benchmark.rounds)

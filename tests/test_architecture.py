@@ -92,7 +92,7 @@ def test_no_circular_imports():
         visit(name, [])
 
 
-@pytest.mark.parametrize("module", ["utils.cli", "preflab.evaluation.arguments"])
+@pytest.mark.parametrize("module", ["utils.cli", "preflab.evaluation.arguments", "preflab.harness.arguments"])
 def test_argument_modules_are_light(module):
     """`--help` must be instant, so what it needs imports neither torch nor transformers."""
     import subprocess
