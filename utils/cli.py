@@ -32,6 +32,7 @@ def parse(dataclass_types: tuple, argv: list[str] | None = None) -> tuple:
     Raises:
         UserError: an unknown or duplicate key, a value of the wrong type, a missing file. Names key and file.
     """
+    # Inside the function, because TRL imports torch and transformers: --help comes before.
     from trl import TrlParser
 
     class StrictParser(TrlParser):
@@ -55,6 +56,8 @@ def parse(dataclass_types: tuple, argv: list[str] | None = None) -> tuple:
         _check_yaml(argv[at + 1], keys, hints, choices)
     for arg in argv:
         name = arg.split("=")[0]
+        # argparse would report an unknown flag too, but without a suggestion. It adds `--no_x` for booleans that are
+        # true by default.
         known = name.removeprefix("--").replace("-", "_")
         if name.startswith("--") and name != "--config" and known not in keys and known.removeprefix("no_") not in keys:
             raise UserError(f"command line: unknown flag {name}{_suggestion(known, keys, '--')}")
@@ -78,6 +81,7 @@ def _check_yaml(path: str, keys: set[str], hints: dict, choices: dict) -> None:
     """Raise UserError for what TRL's parser accepts in YAML: duplicate keys, values of a wrong type or choice."""
     import yaml
 
+    # PyYAML keeps the last of two equal keys without a warning.
     class UniqueKeys(yaml.SafeLoader):
         pass
 
@@ -100,6 +104,7 @@ def _check_yaml(path: str, keys: set[str], hints: dict, choices: dict) -> None:
     if not isinstance(config, dict):
         raise UserError(f"{path}: expected `key: value` lines")
     for key, value in config.items():
+        # TrlParser sets the entries of `env` as environment variables.
         if key == "env":
             continue
         if key not in keys:
@@ -116,6 +121,7 @@ def _fits(value, hint) -> bool:
     origin = typing.get_origin(hint)
     if origin in (typing.Union, types.UnionType):
         members = typing.get_args(hint)
+        # bool is a subclass of int: `seed: true` must not count as a number.
         if isinstance(value, bool) and bool not in members:
             return False
         return any(_fits(value, member) for member in members)

@@ -26,6 +26,7 @@ def fetch(repo: str, file: str, kind: str, revision: str | None = None, instead:
             f"{subject} is gated: accept its licence at https://huggingface.co/{page}, then run `hf auth login` (or set"
             " HF_TOKEN)"
         ) from None
+    # The hub answers "not found" for private repositories too. GatedRepoError is a subclass, so it is caught first.
     except (hub.RepositoryNotFoundError, hub.RevisionNotFoundError, hub.HFValidationError):
         raise UserError(
             f"{subject} (revision {revision or 'main'}) is neither on the hub nor a local folder: check the spelling;"
@@ -35,6 +36,7 @@ def fetch(repo: str, file: str, kind: str, revision: str | None = None, instead:
         raise UserError(
             f"{subject} is not in the local cache and the hub cannot be reached: check the network, or give {instead}"
         ) from None
+    # LocalEntryNotFoundError (no network, not cached) is a subclass of EntryNotFoundError.
     except hub.EntryNotFoundError:
         raise UserError(f"{subject} on the hub has no {file}: check the name") from None
     except (OSError, hub.HfHubHTTPError) as error:
