@@ -22,7 +22,7 @@ os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", HF_HUB_DIS
 os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
 
 # A test that runs a script, here or as a command, is end to end; `-m "not e2e"` leaves the fast ones.
-E2E_FIXTURES = {"call", "trained"}
+E2E_FIXTURES = {"call", "trained", "inputs"}
 
 
 def pytest_addoption(parser):
@@ -267,6 +267,24 @@ def trained(tiny, prefs, tmp_path_factory):
         assert done.returncode == 0, done.stderr[-3000:]
 
     return made_once(tmp_path_factory, "trained", make)
+
+
+@pytest.fixture(scope="session")
+def inputs(tiny, trained, prefs, tmp_path_factory):
+    """What the small calls of all stages read (tests/stages.py)."""
+    from helpers import instructions
+    from stages import Inputs
+
+    def make(folder):
+        write_jsonl(folder / "conversations/train.jsonl", instructions(32))
+        write_jsonl(folder / "prompts.jsonl", [{"instruction": row["prompt"]} for row in make_pairs(9)])
+        words = "one two three four five six seven eight".split()
+        reference = [{"instruction": f"Say the word {w}.", "output": f"{w}! " * 3, "generator": "ref"} for w in words]
+        write_jsonl(folder / "reference.jsonl", [{**row, "dataset": "mine"} for row in reference])
+
+    folder = made_once(tmp_path_factory, "inputs", make)
+    files = (folder / "conversations", folder / "prompts.jsonl", folder / "reference.jsonl")
+    return Inputs(tiny, trained, prefs, *files)
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 import sys
 
 import torch
-from conftest import ROOT
+from conftest import ROOT, eval_args, make_pairs
 from processes import run_two_processes
 
 from preflab.models.loading import load_model
@@ -51,3 +51,35 @@ def assert_shared(eval_out, count, *kinds):
     for kind in kinds:
         shards = {p.name: len(RowFile(p).read()) for p in (eval_out / ".cache").glob(f"{kind}-[0-9a-f]*/rows-*.jsonl")}
         assert set(shards) == {"rows-0.jsonl", "rows-1.jsonl"} and sum(shards.values()) == count, (kind, shards)
+
+
+def instructions(count: int, offset: int = 0) -> list[dict]:
+    """Short rows in Alpaca's form."""
+    rows = make_pairs(count, offset)
+    return [
+        {"instruction": r["prompt"], "input": "in one line" if i % 3 == 0 else "", "output": r["chosen"][1]["content"]}
+        for i, r in enumerate(rows)
+    ]
+
+
+def sft_args(model, data, folder, *extra) -> list[str]:
+    return [
+        *("--model_name_or_path", str(model), "--dataset_name", str(data), "--use_peft", "--lora_r", "4"),
+        *("--lora_target_modules", "q_proj", "v_proj", "--learning_rate", "1e-2", "--max_length", "128"),
+        *("--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2", "--max_steps", "4"),
+        *("--gradient_checkpointing", "false", "--disable_tqdm", "true", "--test_rows", "8"),
+        *("--output_dir", str(folder / "ck"), "--eval_out", str(folder / "out"), "--run_name", "r", *map(str, extra)),
+    ]
+
+
+def pair_args(model, prompts, folder, *extra) -> list[str]:
+    return [
+        *("--model_name_or_path", str(model), "--dataset_name", str(prompts), "--sampling_seeds", "0", "50", "100"),
+        *("--max_new_tokens", "6", "--temperature", "1.5", "--top_p", "1.0", "--test_prompts", "2"),
+        *("--scorer", "longer", "--eval_out", str(folder), "--run_name", "p", *map(str, extra)),
+    ]
+
+
+def alpaca_args(trained, tmp_path, reference, tiny, *extra):
+    own = ("--reference", reference, "--judge", f"hf:{tiny}", "--max_new_tokens", 6, "--lc_resamples", 3)
+    return eval_args(trained, tmp_path / "out", *own, *extra)

@@ -10,8 +10,8 @@ import types
 import numpy as np
 import pytest
 import yaml
-from conftest import MIRROR, ROOT, assert_one_line, eval_args, write_jsonl
-from helpers import assert_shared, two_processes
+from conftest import MIRROR, ROOT, assert_one_line, write_jsonl
+from helpers import alpaca_args
 
 from preflab.alpacaeval import package
 from preflab.alpacaeval.files import annotate, llm_comparator, read_annotations, read_outputs, read_reference, samples
@@ -393,11 +393,6 @@ def values_of(summary: dict) -> dict:
     return {k: m["value"] for k, m in summary["metrics"].items()}
 
 
-def alpaca_args(trained, tmp_path, reference, tiny, *extra):
-    own = ("--reference", reference, "--judge", f"hf:{tiny}", "--max_new_tokens", 6, "--lc_resamples", 3)
-    return eval_args(trained, tmp_path / "out", *own, *extra)
-
-
 def test_single_stages_equal_stage_all(call, trained, tiny, reference, tmp_path):
     def package_files():
         files = package.package_folder().rglob("*")
@@ -462,15 +457,6 @@ def test_no_claim_without_audit(call, trained, tiny, reference, tmp_path):
     assert "No claim: the judge was not audited" in out and "truncated answers, %" in out
 
 
-def test_two_processes_equal_one(call, trained, tiny, reference, tmp_path):
-    code, _, err = call("run_alpacaeval_local", *alpaca_args(trained, tmp_path / "one", reference, tiny))
-    assert code == 0, err
-    two_processes("run_alpacaeval_local.py", *alpaca_args(trained, tmp_path / "two", reference, tiny))
-    one, two = (values_of(read_json(tmp_path / n / "out/r/alpacaeval/alpacaeval.json")) for n in ("one", "two"))
-    assert one == pytest.approx(two, abs=1e-3)
-    assert_shared(tmp_path / "two/out", 8, "answers-base", "answers-tuned")
-
-
 def test_markup_in_answers_is_plain_text_to_judge(call, trained, tiny, reference, tmp_path):
     args = alpaca_args(trained, tmp_path, reference, tiny, "--audit_limit", 0)
     code, _, err = call("run_alpacaeval_local", *args, "--stage", "generate")
@@ -498,30 +484,6 @@ def test_outputs_must_match_reference(tmp_path, kind):
     }
     with pytest.raises(UserError, match=r"model_outputs_base\.json" + words[kind]):
         read_outputs(tmp_path, "base", reference)
-
-
-@pytest.mark.parametrize(
-    ("extra", "words"),
-    [
-        (("--stage", "dream"), ("--stage", "generate")),
-        (("--reference", "gone.jsonl"), ("gone.jsonl",)),
-        (("--judge", "oracle"), ("--judge oracle",)),
-        (("--engine", "vllm"), ("--engine vllm",)),
-        (("--stage", "judge"), ("model_outputs_base.json", "--stage generate")),
-        (("--stage", "score"), ("annotations_base.json", "--stage judge")),
-        (("--temperature", "-1"), ("--temperature",)),
-        (("--lc_resamples", "1"), ("--lc_resamples 1",)),
-        (("--annotations", "gone.json"), ("gone.json",)),
-        (("--annotations", "gone.json", "--limit", "3"), ("--annotations", "--limit")),
-        (("--output_json", "x.json"), ("--output_json", "--output_dir")),
-        (("--judge", "claude"), ("--judge claude", "pip install anthropic")),
-        (("--published", "gone.yaml"), ("gone.yaml",)),
-    ],
-)
-def test_bad_input_is_one_line(call, trained, tiny, reference, tmp_path, extra, words):
-    code, out, err = call("run_alpacaeval_local", *alpaca_args(trained, tmp_path, reference, tiny), *extra)
-    assert code == 2, out + err
-    assert_one_line(err, *words)
 
 
 def test_bad_reference_rows_are_named(tmp_path):

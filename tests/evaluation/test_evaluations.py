@@ -1,17 +1,11 @@
 """Both evaluation scripts end to end: two processes, kill -9, and battles."""
 
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import yaml
-from conftest import ROOT, assert_one_line, command, eval_args, make_pairs, write_jsonl
-from helpers import assert_shared, two_processes
+from conftest import ROOT, assert_one_line, command, eval_args, write_jsonl
 
 from utils.artifacts import RowFile, read_json
 from utils.cli import parse
@@ -24,70 +18,7 @@ def values(summary: dict) -> dict:
 # --------------------------------------------------------------------------------------------------- two processes
 
 
-def test_two_processes_win_rate(call, trained, tmp_path):
-    expected = ("--expected", trained / "out/r/train_log.jsonl", "--batch_size", 3)
-    code, _, err = call("eval_win_rate", *eval_args(trained, tmp_path / "one", *expected))
-    assert code == 0, err
-    two_processes("eval_win_rate.py", *eval_args(trained, tmp_path / "two", *expected))
-    one, two = (read_json(tmp_path / n / "r/win_rate.json") for n in ("one", "two"))
-    assert two["run"]["world_size"] == 2 and two["expected"]["agrees"]
-    assert values(one) == pytest.approx(values(two), abs=1e-4, nan_ok=True)
-    assert_shared(tmp_path / "two", 16, "win-rate")
-
-
-def test_two_processes_perplexity(call, trained, tmp_path):
-    args = ("--text_file", ROOT / "data/README.md", "--window", 64, "--batch_tokens", 200)
-    code, _, err = call("eval_perplexity", *eval_args(trained, tmp_path / "one", *args))
-    assert code == 0, err
-    two_processes("eval_perplexity.py", *eval_args(trained, tmp_path / "two", *args))
-    one, two = (values(read_json(tmp_path / n / "r/perplexity.json")) for n in ("one", "two"))
-    assert one == pytest.approx(two, rel=1e-4, abs=1e-4)
-    assert_shared(tmp_path / "two", 16, "perplexity")
-
-
-@pytest.mark.parametrize("temperature", [0, 1.0])
-def test_two_processes_battle(call, trained, tiny, tmp_path, temperature):
-    args = ("--battle", "--judge", f"hf:{tiny}", "--max_new_tokens", 6, "--temperature", temperature)
-    code, out, err = call("eval_win_rate", *eval_args(trained, tmp_path / "one", *args))
-    assert code == 0, err
-    two_processes("eval_win_rate.py", *eval_args(trained, tmp_path / "two", *args))
-    one, two = (RowFile(tmp_path / n / "r/battle_rows.jsonl").read() for n in ("one", "two"))
-    assert len(one) == 8
-    assert_shared(tmp_path / "two", 8, "answers-base", "answers-tuned")
-    for a, b in zip(one, two, strict=True):
-        assert (a["answer_a"], a["answer_b"], a["consistent"]) == (b["answer_a"], b["answer_b"], b["consistent"])
-        for x, y in zip(a["orders"], b["orders"], strict=True):
-            assert x["probability"] == pytest.approx(y["probability"], abs=1e-4)
-
-
 # ------------------------------------------------------------------------------------------------------------ kill -9
-
-
-def test_killed_evaluation_resumes(call, trained, tmp_path):
-    data = write_jsonl(tmp_path / "many.jsonl", make_pairs(60, 200))
-    args = eval_args(trained, tmp_path / "out", "--dataset_name", data, "--batch_size", 1)
-    process = subprocess.Popen(
-        [sys.executable, "eval_win_rate.py", *args], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    started = time.monotonic()
-    while time.monotonic() - started < 120 and process.poll() is None:
-        caches = list((tmp_path / "out/.cache").glob("win-rate-*/rows-0.jsonl"))
-        if caches and len(RowFile(caches[0]).read()) >= 5:
-            break
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    cached = len(RowFile(caches[0]).read())
-    assert 5 <= cached < 120 and not (tmp_path / "out/r/win_rate.json").exists()
-    code, _, err = call("eval_win_rate", *args)
-    assert code == 0, err
-    resumed = read_json(tmp_path / "out/r/win_rate.json")
-    assert resumed["scoring"]["rows_kept_before"] == cached
-    code, _, err = call("eval_win_rate", *eval_args(trained, tmp_path / "afresh", "--dataset_name", data))
-    assert code == 0, err
-    fresh = values(read_json(tmp_path / "afresh/r/win_rate.json"))
-    assert values(resumed) == pytest.approx(fresh, abs=1e-4, nan_ok=True)
 
 
 # ------------------------------------------------------------------------------------------------------------ battles
@@ -169,27 +100,6 @@ def test_arena_hard_config_is_parsed():
     assert prompt.verdict == "text" and len(prompt.labels) == 5 and prompt.labels["[[B>>A]]"] == (0.0, 3)
     scores = {name: row["score"] for name, row in read_published(ROOT / args.published)["rows"].items()}
     assert scores == {"gemma-2-9b-it": 40.8, "gemma-2-9b-it-DPO": 58.9, "gemma-2-9b-it-SimPO": 59.1}
-
-
-@pytest.mark.parametrize(
-    ("extra", "words"),
-    [
-        (("--judge", "oracle"), ("--judge oracle",)),
-        (("--judge", "openai:gpt"), ("--judge openai:gpt", "BASE_URL")),
-        (("--judge", "longer", "--prompts", "gone.jsonl"), ("gone.jsonl",)),
-        (("--judge", "longer", "--models", "nameless"), ("--models nameless", "name=PATH")),
-        (("--judge", "longer", "--models", "base=x"), ("--models base=x", "tuned")),
-        (("--judge", "longer", "--temperature", "-1"), ("--temperature",)),
-        (("--judge", "longer", "--max_new_tokens", "0"), ("--max_new_tokens 0",)),
-        (("--judge_prompt", "gone.yaml"), ("gone.yaml",)),
-        (("--judge", "longer", "--published", "gone.yaml"), ("gone.yaml",)),
-    ],
-)
-def test_bad_battle_arguments(call, trained, tmp_path, extra, words):
-    args = eval_args(trained, tmp_path, "--battle", "--limit", 2, *extra)
-    code, out, err = call("eval_win_rate", *args)
-    assert code == 2, out + err
-    assert_one_line(err, *words)
 
 
 def test_judge_failure_keeps_cached_answers(call, trained, tmp_path):

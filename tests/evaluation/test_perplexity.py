@@ -239,24 +239,6 @@ def test_text_units_are_documents_or_windows():
 # --------------------------------------------------------------------------------------------------------- bad input
 
 
-@pytest.mark.parametrize(
-    ("extra", "words"),
-    [
-        (("--skip_pairs",), ("--skip_pairs", "--text_file")),
-        (("--text_file", "gone.txt"), ("gone.txt",)),
-        (("--text_dataset", "gone.jsonl"), ("gone.jsonl",)),
-        (("--stride", "0"), ("--stride 0",)),
-        (("--window", "16", "--stride", "17"), ("--stride 17", "--window 16")),
-        (("--window", "1"), ("--window 1",)),
-        (("--bos", "twice"), ("--bos", "once")),
-    ],
-)
-def test_bad_input_is_one_line(call, trained, tmp_path, extra, words):
-    code, out, err = call("eval_perplexity", *eval_args(trained, tmp_path), *extra)
-    assert code == 2, out + err
-    assert_one_line(err, *words)
-
-
 def test_empty_and_binary_texts_are_errors(call, trained, tmp_path):
     (tmp_path / "empty.txt").write_text(" \n")
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00\x01")

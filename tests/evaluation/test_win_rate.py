@@ -284,28 +284,6 @@ def test_single_plain_text_pair(call, trained, tmp_path):
     assert "1 held-out pair" in read_json(tmp_path / "r/win_rate.json")["claim"]
 
 
-@pytest.mark.parametrize(
-    ("extra", "words"),
-    [
-        (("--run_name", "quickstart"), ("bash quickstart.sh", "quickstart")),
-        (("--run_name", "nowhere"), ("nowhere",)),
-        (("--adapter_path", "missing"), ("--adapter_path missing",)),
-        (("--adapter_path", "x", "--tuned_model", "y"), ("--adapter_path", "--tuned_model")),
-        (("--limit", "0"), ("--limit 0",)),
-        (("--beta", "-1"), ("--beta -1",)),
-        (("--max_length", "10", "--max_prompt_length", "10"), ("--max_prompt_length 10",)),
-        (("--dataset_name", "gone.jsonl"), ("gone.jsonl",)),
-        (("--expected", "gone.json"), ("gone.json",)),
-        (("--no_such_flag", "1"), ("--no_such_flag",)),
-        (("--split", "validation"), ("validation", "test", "train")),
-    ],
-)
-def test_bad_input_is_one_line(call, trained, tmp_path, extra, words):
-    code, out, err = call("eval_win_rate", *eval_args(trained, tmp_path), *extra)
-    assert code == 2, out + err
-    assert_one_line(err, *words)
-
-
 def test_expected_without_evaluation(call, trained, tmp_path):
     for name, text in (("a.json", "{}"), ("b.jsonl", '{"split": "train"}\n'), ("c.jsonl", "nonsense\n")):
         (tmp_path / name).write_text(text)
@@ -471,14 +449,3 @@ def test_skipped_pairs_are_counted(call, trained, tmp_path):
     summary = read_json(tmp_path / "r/win_rate.json")
     assert summary["metrics"]["skipped_examples"]["value"] == 2
     assert summary["data"]["dropped"] == {"identical_responses": 1, "empty_response": 1}
-
-
-def test_help_is_instant():
-    import time
-
-    from conftest import command
-
-    started = time.monotonic()
-    done = command("eval_win_rate.py", "--help")
-    assert done.returncode == 0 and "accelerate launch" in done.stdout and "--battle" in done.stdout
-    assert time.monotonic() - started < 2

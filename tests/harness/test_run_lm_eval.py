@@ -196,23 +196,6 @@ def test_two_processes_give_the_same_figures(done, trained, tmp_path):
             assert ours[task] == pytest.approx(row, rel=1e-5)
 
 
-@pytest.mark.parametrize("arguments, words", [
-    (["--suite"], ["--suite", "usage: bash run_lm_eval.sh"]),
-    (["--suite", "nosuch"], ["--suite nosuch", "eq_bench, nous"]),
-    (["--tasks", "quick_fact"], ["--tasks quick_fact", "quick_facts"]),
-    (["--sweet", "x"], ["--sweet", "--suite", "usage:"]),
-    (["--limit", "0", "--run-name", "r"], ["--limit 0"]),
-    (["--adapter-path", "nowhere"], ["--adapter_path", "nowhere"]),
-    (["--tasks", "arc_easy,quick_facts"], ["1 of 2 tasks", "arc_easy", "--skip-missing"]),
-    (["--tasks", "arc_easy", "--skip-missing"], ["arc_easy"]),
-])  # fmt: skip
-def test_bad_input_is_one_line(call, trained, tmp_path, arguments, words):
-    code, _, err = call("preflab.harness.run", "--checkpoints", trained / "ck", "--eval-out", tmp_path, *arguments)
-    assert code == 2
-    assert_one_line(err, *words)
-    assert not list(tmp_path.rglob("lm_eval"))
-
-
 def test_no_run_to_evaluate(call, tmp_path):
     code, _, err = call("preflab.harness.run", "--checkpoints", tmp_path)
     assert code == 2
@@ -226,13 +209,6 @@ def test_python_without_lm_eval(tmp_path):
     result = shell(env={"PYTHON": str(bare)})
     assert result.returncode == 2
     assert_one_line(result.stderr, str(bare), "requirements.txt")
-
-
-def test_help():
-    started = time.monotonic()
-    result = shell("--help")
-    assert result.returncode == 0 and "bash run_lm_eval.sh" in result.stdout and "--skip-missing" in result.stdout
-    assert time.monotonic() - started < 60
 
 
 @pytest.mark.skipif(

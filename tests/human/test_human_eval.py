@@ -549,21 +549,6 @@ def test_further_model_and_limit_in_file_names(call, trained, prompts, tiny, tmp
     assert "Bradley-Terry" in out and (tmp_path / "r" / "human_eval_LIMIT6.json").exists()
 
 
-@pytest.mark.parametrize("arguments, words", [
-    (["--pairs_per_prompt", "0"], ["--pairs_per_prompt 0"]),
-    (["--repeat_share", "0.9"], ["--repeat_share 0.9", "0 to 0.5"]),
-    (["--key", "k.json"], ["--key", "--score"]),
-    (["--models", "dpo=x"], ["--models dpo"]),
-    (["--output_json", "x.json"], ["--output_json", "--output_dir"]),
-    (["--max_new_tokens", "0"], ["--max_new_tokens 0"]),
-    (["--score", "votes.json"], ["--score", "--run_name"]),
-])  # fmt: skip
-def test_bad_input_is_one_line(call, trained, arguments, words, tmp_path):
-    code, _, err = call("human_eval", *eval_args(trained, tmp_path, *arguments))
-    assert code == 2
-    assert_one_line(err, *words)
-
-
 def test_missing_or_wrong_key_is_named(call, tmp_path):
     code, _, err = call("human_eval", "--score", tmp_path / "none.json")
     assert code == 2

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import ROOT, assert_one_line, command, make_pairs, train_args, write_jsonl
+from conftest import ROOT, assert_one_line, make_pairs, train_args, write_jsonl
+from helpers import pair_args
 from safetensors.torch import load_file, save_file
 from scipy.stats import chisquare
 
@@ -441,14 +442,6 @@ def pairs(call):
     return lambda *args: call("generate_preference_pairs", *args)
 
 
-def pair_args(model, prompts, folder, *extra) -> list[str]:
-    return [
-        *("--model_name_or_path", str(model), "--dataset_name", str(prompts), "--sampling_seeds", "0", "50", "100"),
-        *("--max_new_tokens", "6", "--temperature", "1.5", "--top_p", "1.0", "--test_prompts", "2"),
-        *("--scorer", "longer", "--eval_out", str(folder), "--run_name", "p", *map(str, extra)),
-    ]
-
-
 def rows_of(path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -610,44 +603,9 @@ def test_given_answers_with_scores(pairs, tiny, tmp_path):
     assert code == 0 and "SHUFFLED" in out, err
 
 
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        (("--temperature", "0"), ("--temperature",)),
-        (("--sampling_seeds", "3"), ("--sampling_seeds",)),
-        (("--parts", "3"), ("--parts 3", "--part")),
-        (("--parts", "3", "--part", "4"), ("--part",)),
-        (("--split", "train_{part}"), ("--split train_{part}", "--part")),
-        (("--test_prompts", "9"), ("--test_prompts 9",)),
-        (("--scorer", "nobody"), ("--scorer nobody",)),
-        (("--training_config", "nowhere.yaml"), ("nowhere.yaml",)),
-        (("--model_name_or_path", "./nowhere"), ("./nowhere",)),
-        (("--adapter_path", "./nowhere"), ("./nowhere",)),
-        (("--dataset_name", "nowhere.jsonl"), ("nowhere.jsonl",)),
-        (("--limit", "0"), ("--limit 0",)),
-        (("--max_new_tokens", "0"), ("--max_new_tokens 0",)),
-    ],
-)
-def test_bad_input_is_one_line(flags, words, pairs, tiny, prompts, tmp_path):
-    code, _, err = pairs(*pair_args(tiny, prompts, tmp_path, *flags))
-    assert code == 2
-    assert_one_line(err, *words)
-
-
 def test_foreign_folder_is_left_alone(pairs, tiny, prompts, tmp_path):
     (tmp_path / "p").mkdir()
     (tmp_path / "p/thesis.txt").write_text("text")
     code, _, err = pairs(*pair_args(tiny, prompts, tmp_path, "--overwrite"))
     assert code == 2 and (tmp_path / "p/thesis.txt").exists()
     assert_one_line(err, str(tmp_path / "p"), "--run_name")
-
-
-@pytest.mark.slow
-def test_two_processes_equal_one(tiny, prompts, tmp_path):
-    launch = ("-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/cpu_2proc.yaml")
-    for folder, before in (("one", ()), ("two", launch)):
-        flags = pair_args(tiny, prompts, tmp_path / folder, "--also_score", "random")
-        done = command(*before, "generate_preference_pairs.py", *flags, env={"OMP_NUM_THREADS": "1"})
-        assert done.returncode == 0, done.stderr[-2000:]
-    for name in ("samples.jsonl", "scores.jsonl", "train.jsonl", "test.jsonl"):
-        assert (tmp_path / "one/p" / name).read_text() == (tmp_path / "two/p" / name).read_text(), name

@@ -67,25 +67,6 @@ def test_iterations_use_their_start_as_reference(recipe, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("args", "words"),
-    [
-        (("x", "--name", "quickstart-sppo"), "iteration x"),
-        (("0", "--name", "quickstart-sppo"), "iteration 0"),
-        (("1",), "--name"),
-        (("1", "--name", "nobody"), "configs/nobody-iter1.yaml"),
-        (("4", "--name", "quickstart-sppo"), "configs/quickstart-sppo-iter4.yaml"),
-        (("1", "--nome", "x"), "--nome"),
-        (("1", "--name"), "--name"),
-        (("1", "--name", "quickstart-sppo", "--launch", "nowhere.yaml"), "nowhere.yaml"),
-        (("1", "--name", "quickstart-sppo", "--pairs", "--seed 3 --limit 8"), "dataset_name"),
-    ],
-)
-def test_bad_input_is_one_line(args, words):
-    done = iteration(*args)
-    assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1, done.stderr
-
-
-@pytest.mark.parametrize(
     ("launch", "options"),
     [
         ("deepspeed_zero3", "configs/accelerate/multi_gpu.yaml --num_processes 8"),

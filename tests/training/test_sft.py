@@ -4,8 +4,9 @@ import json
 
 import pytest
 import torch
-from conftest import ROOT, assert_one_line, command, interrupted_at, make_pairs, write_jsonl
+from conftest import ROOT, assert_one_line, interrupted_at, make_pairs, write_jsonl
 from datasets import Dataset
+from helpers import instructions, sft_args
 from peft import LoraConfig
 from trl import SFTConfig, SFTTrainer
 
@@ -18,31 +19,12 @@ from preflab.training.sft_trainer import ResumableSFTTrainer
 from utils.artifacts import RowFile, read_json
 
 
-def instructions(count: int, offset: int = 0) -> list[dict]:
-    """Short rows in Alpaca's form."""
-    rows = make_pairs(count, offset)
-    return [
-        {"instruction": r["prompt"], "input": "in one line" if i % 3 == 0 else "", "output": r["chosen"][1]["content"]}
-        for i, r in enumerate(rows)
-    ]
-
-
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
     """A folder with train.jsonl (32 rows)."""
     folder = tmp_path_factory.mktemp("rows")
     write_jsonl(folder / "train.jsonl", instructions(32))
     return folder
-
-
-def sft_args(model, data, folder, *extra) -> list[str]:
-    return [
-        *("--model_name_or_path", str(model), "--dataset_name", str(data), "--use_peft", "--lora_r", "4"),
-        *("--lora_target_modules", "q_proj", "v_proj", "--learning_rate", "1e-2", "--max_length", "128"),
-        *("--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2", "--max_steps", "4"),
-        *("--gradient_checkpointing", "false", "--disable_tqdm", "true", "--test_rows", "8"),
-        *("--output_dir", str(folder / "ck"), "--eval_out", str(folder / "out"), "--run_name", "r", *map(str, extra)),
-    ]
 
 
 @pytest.fixture
@@ -240,32 +222,13 @@ def test_resume_gives_the_same_losses(sft, tiny, rows, tmp_path):
         assert metrics[0][key]["value"] == pytest.approx(metrics[1][key]["value"], rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        (("--max_length", "0"), ("--max_length 0",)),
-        (("--packing", "--max_length", "None"), ("--packing", "--max_length")),
-        (("--assistant_only_loss", "true"), ("--assistant_only_loss", "--loss_on")),
-        (("--test_rows", "-1"), ("--test_rows",)),
-        (("--test_rows", "999"), ("--test_rows 999",)),
-        (("--loss_on", "everythin"), ("--loss_on",)),
-        (("--start_adapter", "x"), ("--start_adapter_use", "merge", "continue")),
-        (("--packing", "true", "--packing_strategy", "wrapped"), ("--packing_strategy wrapped", "bfd")),
-        (("--dataset_test_split", "test"), ("'test'",)),
-        (("--chat_template_path", "nowhere.jinja"), ("nowhere.jinja",)),
-        (("--published", "nowhere.yaml"), ("nowhere.yaml",)),
-    ],
-)
-def test_bad_input(flags, words, sft, tiny, rows, tmp_path):
-    if flags[:2] == ("--packing", "--max_length"):
-        (tmp_path / "c.yaml").write_text("max_length: null\npacking: true\n")
-        args = sft_args(tiny, rows, tmp_path)
-        at = args.index("--max_length")
-        code, _, err = sft("--config", tmp_path / "c.yaml", *args[:at], *args[at + 2 :])
-    else:
-        code, _, err = sft(*sft_args(tiny, rows, tmp_path), *flags)
+def test_packing_needs_max_length(sft, tiny, rows, tmp_path):
+    (tmp_path / "c.yaml").write_text("max_length: null\npacking: true\n")
+    args = sft_args(tiny, rows, tmp_path)
+    at = args.index("--max_length")
+    code, _, err = sft("--config", tmp_path / "c.yaml", *args[:at], *args[at + 2 :])
     assert code == 2
-    assert_one_line(err, *words)
+    assert_one_line(err, "--packing", "--max_length")
 
 
 def test_unusable_rows(sft, tiny, tmp_path):
@@ -273,28 +236,6 @@ def test_unusable_rows(sft, tiny, tmp_path):
     code, _, err = sft(*sft_args(tiny, data, tmp_path))
     assert code == 2
     assert_one_line(err, "x.jsonl line 2", "keys: a")
-
-
-@pytest.mark.slow
-def test_two_processes_equal_one(tiny, rows, tmp_path):
-    import os
-    import subprocess
-    import sys
-
-    alone = command("sft_train_instruction.py", *sft_args(tiny, rows, tmp_path / "one", "--global_batch_size", 4))
-    assert alone.returncode == 0, alone.stderr[-2000:]
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/cpu_2proc.yaml"]
-    args = sft_args(tiny, rows, tmp_path / "two", "--global_batch_size", 4)
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*launch, "sft_train_instruction.py", *args], cwd=ROOT, env=env, capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    for a, b in zip(log(tmp_path / "one"), log(tmp_path / "two"), strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], abs=1e-4) and a["num_tokens"] == b["num_tokens"]
-    one, two = (read_json(tmp_path / w / "out/r/train.json")["metrics"] for w in ("one", "two"))
-    for key in ("heldout_ppl_base", "heldout_ppl_tuned"):
-        assert one[key]["value"] == pytest.approx(two[key]["value"], rel=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------------------- figures

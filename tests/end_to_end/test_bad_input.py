@@ -1,0 +1,160 @@
+"""Wrong flags and files of every stage: exit code 2 and one line that names the flag, the value or the file."""
+
+import pytest
+from conftest import assert_one_line
+from stages import STAGES, assert_covers_all_scripts, run_stage
+
+# Per stage: the arguments that are added to a small call, and what the error line must name.
+CASES = {
+    "dpo_train_human_preference.py": [
+        (("--max_prompt_length", "64", "--max_length", "64"), ("--max_prompt_length 64", "--max_length 64")),
+        (("--beta", "0"), ("--beta 0.0",)),
+        (("--beta", "-1"), ("--beta -1.0",)),
+        (("--beta", "nan"), ("--beta nan",)),
+        (("--loss_type", "sigmoyd"), ("--loss_type sigmoyd", "sigmoid")),
+        (("--loss_type", "exo_pair"), ("--label_smoothing",)),
+        (("--num_train_epochs", "0"), ("--num_train_epochs",)),
+        (("--limit", "0"), ("--limit",)),
+        (("--load_in_4bit",), ("--use_peft",)),
+        (("--f_divergence_type", "foo"), ("--f_divergence_type foo", "reverse_kl")),
+        (("--sync_ref_model", "true"), ("--sync_ref_model",)),
+        (("--ld_alpha", "0.5", "--precompute_ref_log_probs", "true"), ("--ld_alpha",)),
+        (("--run_name", "../x"), ("--run_name",)),
+        (("--resume_from_checkpoint", "x"), ("--resume",)),
+        (("--global_batch_size", "0"), ("--global_batch_size",)),
+    ],
+    "sft_train_instruction.py": [
+        (("--max_length", "0"), ("--max_length 0",)),
+        (("--assistant_only_loss", "true"), ("--assistant_only_loss", "--loss_on")),
+        (("--test_rows", "-1"), ("--test_rows",)),
+        (("--test_rows", "999"), ("--test_rows 999",)),
+        (("--loss_on", "everythin"), ("--loss_on",)),
+        (("--start_adapter", "x"), ("--start_adapter_use", "merge", "continue")),
+        (("--packing", "true", "--packing_strategy", "wrapped"), ("--packing_strategy wrapped", "bfd")),
+        (("--dataset_test_split", "test"), ("'test'",)),
+        (("--chat_template_path", "nowhere.jinja"), ("nowhere.jinja",)),
+        (("--published", "nowhere.yaml"), ("nowhere.yaml",)),
+    ],
+    "generate_preference_pairs.py": [
+        (("--temperature", "0"), ("--temperature",)),
+        (("--sampling_seeds", "3"), ("--sampling_seeds",)),
+        (("--parts", "3"), ("--parts 3", "--part")),
+        (("--parts", "3", "--part", "4"), ("--part",)),
+        (("--split", "train_{part}"), ("--split train_{part}", "--part")),
+        (("--test_prompts", "9"), ("--test_prompts 9",)),
+        (("--scorer", "nobody"), ("--scorer nobody",)),
+        (("--training_config", "nowhere.yaml"), ("nowhere.yaml",)),
+        (("--model_name_or_path", "./nowhere"), ("./nowhere",)),
+        (("--adapter_path", "./nowhere"), ("./nowhere",)),
+        (("--dataset_name", "nowhere.jsonl"), ("nowhere.jsonl",)),
+        (("--limit", "0"), ("--limit 0",)),
+        (("--max_new_tokens", "0"), ("--max_new_tokens 0",)),
+    ],
+    "eval_win_rate.py": [
+        (("--run_name", "quickstart"), ("bash quickstart.sh", "quickstart")),
+        (("--run_name", "nowhere"), ("nowhere",)),
+        (("--adapter_path", "missing"), ("--adapter_path missing",)),
+        (("--adapter_path", "x", "--tuned_model", "y"), ("--adapter_path", "--tuned_model")),
+        (("--limit", "0"), ("--limit 0",)),
+        (("--beta", "-1"), ("--beta -1",)),
+        (("--max_length", "10", "--max_prompt_length", "10"), ("--max_prompt_length 10",)),
+        (("--dataset_name", "gone.jsonl"), ("gone.jsonl",)),
+        (("--expected", "gone.json"), ("gone.json",)),
+        (("--no_such_flag", "1"), ("--no_such_flag",)),
+        (("--split", "validation"), ("validation", "test", "train")),
+    ],
+    "eval_win_rate.py --battle": [
+        (("--judge", "oracle"), ("--judge oracle",)),
+        (("--judge", "openai:gpt"), ("--judge openai:gpt", "BASE_URL")),
+        (("--judge", "longer", "--prompts", "gone.jsonl"), ("gone.jsonl",)),
+        (("--judge", "longer", "--models", "nameless"), ("--models nameless", "name=PATH")),
+        (("--judge", "longer", "--models", "base=x"), ("--models base=x", "tuned")),
+        (("--judge", "longer", "--temperature", "-1"), ("--temperature",)),
+        (("--judge", "longer", "--max_new_tokens", "0"), ("--max_new_tokens 0",)),
+        (("--judge_prompt", "gone.yaml"), ("gone.yaml",)),
+        (("--judge", "longer", "--published", "gone.yaml"), ("gone.yaml",)),
+    ],
+    "eval_perplexity.py": [
+        (("--skip_pairs",), ("--skip_pairs", "--text_file")),
+        (("--text_file", "gone.txt"), ("gone.txt",)),
+        (("--text_dataset", "gone.jsonl"), ("gone.jsonl",)),
+        (("--stride", "0"), ("--stride 0",)),
+        (("--window", "16", "--stride", "17"), ("--stride 17", "--window 16")),
+        (("--window", "1"), ("--window 1",)),
+        (("--bos", "twice"), ("--bos", "once")),
+    ],
+    "run_alpacaeval_local.py": [
+        (("--stage", "dream"), ("--stage", "generate")),
+        (("--reference", "gone.jsonl"), ("gone.jsonl",)),
+        (("--judge", "oracle"), ("--judge oracle",)),
+        (("--engine", "vllm"), ("--engine vllm",)),
+        (("--stage", "judge"), ("model_outputs_base.json", "--stage generate")),
+        (("--stage", "score"), ("annotations_base.json", "--stage judge")),
+        (("--temperature", "-1"), ("--temperature",)),
+        (("--lc_resamples", "1"), ("--lc_resamples 1",)),
+        (("--annotations", "gone.json"), ("gone.json",)),
+        (("--annotations", "gone.json", "--limit", "3"), ("--annotations", "--limit")),
+        (("--output_json", "x.json"), ("--output_json", "--output_dir")),
+        (("--judge", "claude"), ("--judge claude", "pip install anthropic")),
+        (("--published", "gone.yaml"), ("gone.yaml",)),
+    ],
+    "human_eval.py": [
+        (("--pairs_per_prompt", "0"), ("--pairs_per_prompt 0",)),
+        (("--repeat_share", "0.9"), ("--repeat_share 0.9", "0 to 0.5")),
+        (("--key", "k.json"), ("--key", "--score")),
+        (("--models", "dpo=x"), ("--models dpo",)),
+        (("--output_json", "x.json"), ("--output_json", "--output_dir")),
+        (("--max_new_tokens", "0"), ("--max_new_tokens 0",)),
+        (("--score", "votes.json"), ("--score", "--run_name")),
+    ],
+    "run_lm_eval.sh": [
+        (("--suite",), ("--suite", "usage: bash run_lm_eval.sh")),
+        (("--suite", "nosuch"), ("--suite nosuch", "eq_bench, nous")),
+        (("--tasks", "quick_fact"), ("--tasks quick_fact", "quick_facts")),
+        (("--sweet", "x"), ("--sweet", "--suite", "usage:")),
+        (("--limit", "0", "--run-name", "r"), ("--limit 0",)),
+        (("--adapter-path", "nowhere"), ("--adapter_path", "nowhere")),
+        (("--tasks", "arc_easy,quick_facts"), ("1 of 2 tasks", "--skip-missing")),
+        (("--tasks", "arc_easy", "--skip-missing"), ("arc_easy",)),
+    ],
+    "run_sppo_iteration.sh": [
+        (("x", "--name", "quickstart-sppo"), ("iteration x",)),
+        (("0", "--name", "quickstart-sppo"), ("iteration 0",)),
+        (("1",), ("--name",)),
+        (("1", "--name", "nobody"), ("configs/nobody-iter1.yaml",)),
+        (("4", "--name", "quickstart-sppo"), ("configs/quickstart-sppo-iter4.yaml",)),
+        (("1", "--nome", "x"), ("--nome",)),
+        (("1", "--name"), ("--name",)),
+        (("1", "--name", "quickstart-sppo", "--launch", "nowhere.yaml"), ("nowhere.yaml",)),
+        (("1", "--name", "quickstart-sppo", "--pairs", "--seed 3 --limit 8"), ("dataset_name",)),
+    ],
+    "merge_adapter.py": [
+        (("--tuned_model", "TINY", "--base_model", "TINY"), ("adapter",)),
+        (("--dataset_name", "gone.jsonl"), ("gone.jsonl",)),
+        (("--limit", "0"), ("--limit 0",)),
+    ],
+}
+
+
+def nothing_to_load(inputs, folder):
+    """A model and data that do not exist: a bad value is an error before either is looked for."""
+    names = ("--model_name_or_path", "nobody/nothing", "--dataset_name", "nowhere")
+    return [*names, "--output_dir", folder / "ck", "--eval_out", folder / "out"]
+
+
+def test_every_script_has_bad_input():
+    assert_covers_all_scripts(CASES)
+
+
+@pytest.mark.parametrize(
+    ("stage", "flags", "words"),
+    [(stage, *case) for stage, cases in CASES.items() for case in cases],
+    ids=[f"{stage} {' '.join(flags)}" for stage, cases in CASES.items() for flags, _ in cases],
+)
+def test_bad_input(stage, flags, words, call, inputs, tmp_path):
+    flags = [str(inputs.tiny) if flag == "TINY" else flag for flag in flags]
+    base = nothing_to_load if stage == "dpo_train_human_preference.py" else STAGES[stage]
+    code, out, err = run_stage(call, stage, *base(inputs, tmp_path), *flags)
+    assert code == 2, out + err
+    assert_one_line(err, *words)
+    assert not list(tmp_path.rglob("lm_eval")), "lm_eval was not started"

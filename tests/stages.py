@@ -1,0 +1,59 @@
+"""Every script of the repository with the arguments of a small call, for the tests that run over all stages."""
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from conftest import ROOT, eval_args, train_args
+from helpers import alpaca_args, pair_args, sft_args
+
+
+@dataclass
+class Inputs:
+    """Models, data and a finished run that small calls read."""
+
+    tiny: Path
+    trained: Path
+    prefs: Path
+    conversations: Path
+    prompts: Path
+    reference: Path
+
+
+# The arguments of a small call, given the inputs and a folder for its output.
+STAGES = {
+    "dpo_train_human_preference.py": lambda i, folder: train_args(i.tiny, i.prefs, folder),
+    "sft_train_instruction.py": lambda i, folder: sft_args(i.tiny, i.conversations, folder),
+    "generate_preference_pairs.py": lambda i, folder: pair_args(i.tiny, i.prompts, folder / "out"),
+    "merge_adapter.py": lambda i, folder: eval_args(i.trained, folder / "out", "--merged_dir", folder / "merged"),
+    "eval_win_rate.py": lambda i, folder: eval_args(i.trained, folder / "out"),
+    "eval_win_rate.py --battle": lambda i, folder: eval_args(i.trained, folder / "out", "--battle"),
+    "eval_perplexity.py": lambda i, folder: eval_args(i.trained, folder / "out"),
+    "run_alpacaeval_local.py": lambda i, folder: alpaca_args(i.trained, folder, i.reference, i.tiny),
+    "human_eval.py": lambda i, folder: eval_args(i.trained, folder / "out", "--prompts", i.prompts),
+    "run_lm_eval.sh": lambda i, folder: ["--checkpoints", i.trained / "ck", "--eval-out", folder / "out"],
+    "run_sppo_iteration.sh": lambda i, folder: [],
+}
+SCRIPTS = sorted({stage.split()[0] for stage in STAGES})
+
+
+def assert_covers_all_scripts(table, without: dict[str, str] | None = None) -> None:
+    """Each script has an entry in a test's table, or a reason in `without` for having none."""
+    scripts = {p.name for pattern in ("*.py", "*.sh") for p in ROOT.glob(pattern)} - {"quickstart.sh", "run_tests.sh"}
+    assert scripts == set(SCRIPTS), "tests/stages.py: STAGES has every script"
+    covered = {stage.split()[0] for stage in table}
+    assert covered | set(without or ()) == scripts and not covered & set(without or ())
+
+
+def run_stage(call, stage: str, *args) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr) of a stage: Python scripts in this process, the SPPO shell script as a command."""
+    script = stage.split()[0]
+    if script == "run_sppo_iteration.sh":
+        command = ["bash", str(ROOT / script), *map(str, args)]
+        env = {**os.environ, "PYTHON": sys.executable}
+        done = subprocess.run(command, cwd="/", env=env, capture_output=True, text=True, timeout=600)
+        return done.returncode, done.stdout, done.stderr
+    # run_lm_eval.sh chooses a Python and calls this module.
+    return call("preflab.harness.run" if script == "run_lm_eval.sh" else script.removesuffix(".py"), *args)
