@@ -69,7 +69,11 @@ def drop_missing(suite: Suite, args) -> tuple[dict[str, str], int]:
     if reasons and not args.skip_missing:
         for task, reason in reasons.items():
             print(f"{task}: {reason}", file=sys.stderr)
-        raise UserError(f"{len(reasons)} of {len(suite.tasks)} tasks cannot run (above); --skip-missing runs the rest")
+        names = ", ".join([*list(reasons)[:5], *(["..."] if len(reasons) > 5 else [])])
+        raise UserError(
+            f"{len(reasons)} of {len(suite.tasks)} tasks cannot run ({names}; reasons above): fix them, or give"
+            " --skip-missing to run the rest"
+        )
     if len(reasons) == len(suite.tasks):
         raise UserError("no task can run: " + "; ".join(f"{task} {reason}" for task, reason in reasons.items()))
     suite.tasks = [entry for entry in suite.tasks if entry["task"] not in reasons]
