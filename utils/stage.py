@@ -10,6 +10,7 @@ from utils.cli import parse, quick_help
 from utils.distributed import quiet_libraries
 from utils.errors import is_main_process
 from utils.provenance import run_record
+from utils.tables import paragraphs
 
 
 @dataclass
@@ -66,7 +67,7 @@ class Stage:
             write_file(place, content)
         write_json(path, summary)
         print_main(summary["text"])
-        print_main("\nwrote " + ", ".join(map(str, [path, *files])))
+        print_main(f"\n{wrote([path, *files])}")
 
     def publish(
         self,
@@ -152,6 +153,14 @@ def write_file(path: Path, content) -> None:
         write_json(path, content)
     else:
         write_rows(path, content)
+
+
+def wrote(paths: list[Path]) -> str:
+    """The closing line of a stage: every written file, by folder, in lines of at most 100 characters."""
+    folders: dict[Path, list[str]] = {}
+    for path in map(Path, paths):
+        folders.setdefault(path.parent, []).append(path.name)
+    return "\n".join(paragraphs(f"wrote {folder}/: {', '.join(names)}") for folder, names in folders.items())
 
 
 def print_main(text: str) -> None:

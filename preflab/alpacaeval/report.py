@@ -140,13 +140,13 @@ def verdict_of(results: dict, audit: dict | None) -> str:
     if controlled:
         shown += f", {difference(controlled)} length-controlled"
     if not audit:
-        return f"No claim: the judge was not audited (--audit_limit); {shown}."
+        return f"Inconclusive: the judge was not audited (--audit_limit); {shown}."
     if not audit["passed"]:
-        return f"No claim: the judge failed its audit; {shown}."
+        return f"Inconclusive: the judge failed its audit; {shown}."
     if not (d["ci95"] and d["ci95"][0] > 0 and p["value"] < 0.05):
-        return f"No claim that tuned is better: {shown}."
+        return f"Inconclusive: {shown}."
     if controlled and controlled["value"] is not None and not controlled["value"] > 0:
-        return f"No claim: the judge prefers tuned to base, but not at equal length: {shown}."
+        return f"Inconclusive: the judge prefers tuned to base, but not at equal length: {shown}."
     return f"The judge prefers tuned to base: {shown}."
 
 

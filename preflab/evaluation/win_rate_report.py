@@ -52,11 +52,11 @@ def verdict_of(metrics: dict) -> str:
     """Whether the rewards rank held-out pairs better than chance, and better than the base model's likelihood does."""
     rate = metrics["win_rate_ties_half"]
     if rate["ci95"] is None:
-        return f"No claim: {rate['n']} held-out pair is too few for an interval."
+        return f"Inconclusive: {rate['n']} held-out pair is too few for an interval."
     shown = f"the reward win rate is {estimate(rate, 100)}% (95% interval; ties half)"
     # With few pairs a bootstrap interval can shrink to a point, so the exact test must agree.
     if not (rate["ci95"][0] > 0.5 and metrics["p_win_rate_is_half"]["value"] < 0.05):
-        return f"No claim that training helped: {shown}, not significantly different from 50%."
+        return f"Inconclusive: {shown}, not significantly different from 50%."
     ahead = metrics["win_rate_minus_base_ranking"]
     base = f"the base model's own ranking ({cell(metrics['likelihood_ranking_base'], 100)}%)"
     if ahead["ci95"][0] > 0 and metrics["p_win_rate_is_base_ranking"]["value"] < 0.05:

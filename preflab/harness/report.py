@@ -63,7 +63,7 @@ def verdict_of(rows: list[dict]) -> str:
     """
     tested = [row for row in rows if row["top"] and row["p"] is not None]
     if not tested:
-        return "No claim: no figure of these tasks could be tested."
+        return "Inconclusive: no figure of these tasks could be tested."
     better, worse = [], []
     for row, p in zip(tested, holm([row["p"] for row in tested]), strict=True):
         row["p_holm"], row["significant"] = p, p < 0.05
@@ -75,7 +75,7 @@ def verdict_of(rows: list[dict]) -> str:
         f" {0.05 * len(tested):.1f} of them fall below p=0.05 by chance)"
     )
     if not better and not worse:
-        return f"No claim: no task changed significantly in {tests}."
+        return f"Inconclusive: no task changed significantly in {tests}."
     parts = [
         f"tuned is {word} on {', '.join(names)}" for word, names in (("better", better), ("worse", worse)) if names
     ]

@@ -5,7 +5,7 @@ from pathlib import Path
 from preflab.human.study import COLUMN_OF
 from preflab.judging.battle_report import categories_table
 from utils.plots import CHOSEN, EVAL, NEUTRAL, REJECTED, empty_panel, figure, save, win_rate_bars
-from utils.stage import Report
+from utils.stage import Report, wrote
 from utils.tables import cell, difference, estimate, side_by_side
 from utils.tables import render as render_table
 
@@ -31,7 +31,7 @@ def render_page(key: dict, answers: dict, paths: dict[str, Path], title: str, ke
         [
             render_table(title, lines),
             f"{pairs}.",
-            f"wrote {', '.join(map(str, paths.values()))}, and the candidates' .md and .about.json\n"
+            f"{wrote([*paths.values()])}\nand the candidates' .md and .about.json\n"
             f"Send only {page} to the annotators: key and candidates name the models.\n"
             f"python human_eval.py --score votes-*.json{key_flag} scores the exported votes.",
         ]
@@ -56,7 +56,7 @@ def render(sections: dict, title: str) -> Report:
 def verdict_of(m: dict) -> str:
     """One sentence: whose answers people prefer, and what qualifies that."""
     if "win_rate" not in m:
-        return "No claim: nobody judged tuned against base."
+        return "Inconclusive: nobody judged tuned against base."
     rate, p = m["win_rate"], m["p_win_rate_is_half"]["value"]
     shown = (
         f"tuned wins {estimate(rate, 100)}% against base (95% interval over prompts; ties half; sign test p={p:.2g})"
@@ -66,7 +66,7 @@ def verdict_of(m: dict) -> str:
     elif rate["ci95"] and p < 0.05 and rate["ci95"][1] < 0.5:
         verdict = f"People prefer base: {shown}."
     else:
-        verdict = f"No claim: {shown}."
+        verdict = f"Inconclusive: {shown}."
     if m["p_left_wins_is_half"]["value"] < 0.05:
         verdict += f" Position bias: the left answer wins {estimate(m['left_wins'], 100)}%."
     missing = m["judged"]["n"] - m["judged"]["value"] - m["skipped"]["value"]

@@ -4,13 +4,13 @@ from utils.stage import Report
 from utils.tables import cell, difference
 from utils.tables import render as render_table
 
-SHARDED = "No claim: a sharded model cannot be scored before training; eval_perplexity.py compares it with its base."
+SHARDED = "Inconclusive: a sharded model cannot be scored before training; use eval_perplexity.py to compare."
 
 
 def render(metrics: dict, title: str) -> Report:
     """The table with the verdict below it. `metrics`: from `heldout_metrics`, empty without a test split."""
     if not metrics:
-        verdict = "No claim: there are no held-out conversations."
+        verdict = "Inconclusive: there are no held-out conversations."
         return Report(f"{title}\n\n{verdict}", verdict)
     _, verdict = verdict_of(metrics)
     return Report(f"{render_table(title, table_lines(metrics))}\n\n{verdict}", verdict)
@@ -40,7 +40,7 @@ def verdict_of(metrics: dict) -> tuple[bool, str]:
         return False, SHARDED
     ratio, p = metrics["heldout_ppl_ratio"], metrics["p_heldout_nll_difference"]["value"]
     if ratio["ci95"] is None:
-        return False, "No claim: one held-out conversation is too few for an interval."
+        return False, "Inconclusive: one held-out conversation is too few for an interval."
     change, low, high = (100 * (x - 1) for x in (ratio["value"], *ratio["ci95"]))
     finding = (
         f"held-out perplexity changed by {change:+.1f}% (95% interval {low:+.1f} to {high:+.1f}, signed-rank p={p:.2g})"
@@ -49,4 +49,4 @@ def verdict_of(metrics: dict) -> tuple[bool, str]:
         return True, f"Training helped: {finding}."
     if low > 0 and p < 0.05:
         return False, f"Training hurt: {finding}."
-    return False, f"No claim that training helped: {finding}, not significantly different from no change."
+    return False, f"Inconclusive: {finding}, not significantly different from no change."

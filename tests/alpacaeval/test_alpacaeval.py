@@ -454,7 +454,7 @@ def test_no_claim_without_audit(call, trained, tiny, reference, tmp_path):
     args = alpaca_args(trained, tmp_path, reference, tiny, "--audit_limit", 0)
     code, out, err = call("run_alpacaeval_local", *args)
     assert code == 0, err
-    assert "No claim: the judge was not audited" in out and "truncated answers, %" in out
+    assert "Inconclusive: the judge was not audited" in out and "truncated answers, %" in out
 
 
 def test_markup_in_answers_is_plain_text_to_judge(call, trained, tiny, reference, tmp_path):

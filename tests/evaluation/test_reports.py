@@ -51,7 +51,7 @@ def test_win_rate_verdict_needs_interval_and_test(win_rate):
         {"p_win_rate_is_half": metric(0.06)},
         {"win_rate_ties_half": {**rate, "ci95": None, "n": 1}},
     ):
-        assert win_rate_report.verdict_of(metrics | weak).startswith("No claim")
+        assert win_rate_report.verdict_of(metrics | weak).startswith("Inconclusive")
 
 
 def test_perplexity_report(perplexity):

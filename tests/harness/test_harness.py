@@ -511,12 +511,12 @@ def row_of(task, p, difference=0.1, higher=True, depth=0):
 
 def test_verdict_corrects_for_the_number_of_tasks():
     text = verdict_of([row_of("a", 0.03), row_of("b", 0.04), row_of("c", 0.9)])
-    assert text.startswith("No claim")
+    assert text.startswith("Inconclusive")
     result = [row_of("a", 0.001), row_of("ppl", 0.002, higher=False), row_of("c", 0.9), row_of("sub", 1e-9, depth=1)]
     text = verdict_of(result)
     assert "better on a acc (+0.1000)" in text and "worse on ppl acc (+0.1000)" in text and "3 paired tests" in text
     assert result[0]["significant"] and not result[2]["significant"] and "significant" not in result[3]
-    assert verdict_of([row_of("sub", 0.01, depth=1)]).startswith("No claim")
+    assert verdict_of([row_of("sub", 0.01, depth=1)]).startswith("Inconclusive")
 
 
 def test_eq_bench_average_of_parsed_answers():

@@ -13,7 +13,7 @@ def test_verdict_needs_an_interval_above_one_half():
     )
     assert not verdict(0.5, 0.03)[0] and not verdict(None, 0.03, 1)[0]
     # Two pairs, both right: the bootstrap interval is a point at 100%, the sign test says p = 0.5.
-    assert not verdict(1.0, 0.5, 2)[0] and verdict(1.0, 0.5, 2)[1].startswith("No claim")
+    assert not verdict(1.0, 0.5, 2)[0] and verdict(1.0, 0.5, 2)[1].startswith("Inconclusive")
 
 
 def test_displacement_needs_both_intervals_below_zero():

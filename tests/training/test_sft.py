@@ -193,7 +193,7 @@ def test_training_modes(flags, sft, tiny, rows, tmp_path):
     assert code == 0 and len(log(tmp_path)) == 2, err
     summary = read_json(tmp_path / "out/r/train.json")
     if "--test_rows" in flags:
-        assert summary["metrics"] == {} and "No claim" in summary["claim"] and "### Response:" in out
+        assert summary["metrics"] == {} and "Inconclusive" in summary["claim"] and "### Response:" in out
         # The template goes with the weights.
         assert "### Response:" in load_tokenizer(str(tmp_path / "ck/r")).chat_template
         assert summary["args"]["chat_template_path"].endswith("alpaca.jinja")
@@ -257,7 +257,7 @@ def test_held_out_metrics_by_hand():
     assert "heldout_ppl_base" not in tuned_only and tuned_only["heldout_ppl_tuned"] == metrics["heldout_ppl_tuned"]
 
 
-@pytest.mark.parametrize(("shift", "verdict"), [(-0.5, "helped"), (0.5, "hurt"), (0.0, "No claim")])
+@pytest.mark.parametrize(("shift", "verdict"), [(-0.5, "helped"), (0.5, "hurt"), (0.0, "Inconclusive")])
 def test_verdict_needs_interval_and_test(shift, verdict):
     rows = [
         {"nll_base": 10.0 + k, "nll_tuned": 10.0 + k + 5 * shift + 0.01 * (-1) ** k, "tokens": 5, "bytes": 20}
