@@ -55,7 +55,13 @@ def fail(message: str) -> None:
 DISK_FULL_ERRORS = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 PERMISSION_ERRORS = (errno.EACCES, errno.EPERM, errno.EROFS)
 # torch.save and the CUDA allocator raise RuntimeErrors without an errno, so their texts are matched.
-DISK_FULL_TEXTS = ("No space left on device", "File too large", "Disk quota exceeded", "PytorchStreamWriter failed")
+DISK_FULL_TEXTS = (
+    "No space left on device",
+    "File too large",
+    "Disk quota exceeded",
+    "PytorchStreamWriter failed",
+    "unexpected pos",  # the same, where the last write of a small file fails
+)
 MEMORY_TEXTS = ("out of memory", "can't allocate memory", "Cannot allocate memory", "not enough memory")
 
 
