@@ -21,8 +21,10 @@ os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", HF_HUB_DIS
 # One thread per process, here and in every command: two workers share the cores, and tiny models gain nothing.
 os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
 
-# A test that runs a script, here or as a command, is end to end; `-m "not e2e"` leaves the fast ones.
-E2E_FIXTURES = {"call", "trained", "inputs"}
+# A test that runs a script, here or as a command, is end to end; `-m "not e2e"` leaves the fast ones. It is recognised
+# by its fixtures, or by the names of functions that it calls.
+E2E_FIXTURES = {"call", "trained", "inputs", "unbroken", "done", "recipe"}
+E2E_FUNCTIONS = {"command", "subprocess", "run_script", "kill_when", "two_processes", "shell", "iteration"}
 
 
 def pytest_addoption(parser):
@@ -32,7 +34,8 @@ def pytest_addoption(parser):
 
 def pytest_collection_modifyitems(config, items):
     for item in items:
-        if E2E_FIXTURES & set(item.fixturenames) or "end_to_end" in item.path.parts:
+        calls = item.function.__code__.co_names
+        if E2E_FIXTURES & set(item.fixturenames) or E2E_FUNCTIONS & set(calls) or "end_to_end" in item.path.parts:
             item.add_marker(pytest.mark.e2e)
         if "slow" in item.keywords and not config.getoption("--slow"):
             item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
