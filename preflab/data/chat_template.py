@@ -9,6 +9,7 @@ import jinja2
 from utils.errors import UserError
 
 
+# Not a UserError: the callers count refused conversations as dropped rows and continue with the others.
 class TemplateRefused(Exception):
     """The chat template rejected a conversation, e.g. two user turns in a row. The message is the template's own."""
 
@@ -43,7 +44,11 @@ class ChatRenderer:
 
     def _text(self, messages: list[dict], generation_prompt: bool) -> str:
         try:
+            # As text, not ids: one batched tokenizer call (`ids`) is faster, and a span of characters can be mapped to
+            # tokens.
             return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt)
+        # raise_exception in a template is a TemplateError; the others come from templates that index turns or keys that
+        # this conversation does not have.
         except (jinja2.TemplateError, TypeError, KeyError, IndexError) as error:
             raise TemplateRefused(str(error)) from error
 
@@ -82,6 +87,8 @@ class ChatRenderer:
             if turn["role"] == "assistant":
                 # The prompt before the answer, and the conversation that ends with it.
                 opening, closed = self._text(turns[:i], True), self._text(turns[: i + 1], False)
+                # Some templates render the end of the prompt differently when an answer follows (an empty reasoning
+                # block), so the answer starts where the two texts diverge, which may be before the end of `opening`.
                 start = shared_prefix(opening, full)
                 if i + 1 == len(turns) or (start == len(opening) and full.startswith(closed)):
                     spans.append((start, len(closed)))
@@ -102,8 +109,10 @@ class ChatRenderer:
             text = self.full_text([{"role": "user", "content": "x"}], "ANSWER-PROBE")
         except TemplateRefused:
             text = ""
+        # The text behind the last occurrence: what the template appends to an answer, e.g. <|im_end|> and a newline.
         tail = self.ids([text.rpartition("ANSWER-PROBE")[2]])[0]
         special = set(self.tokenizer.all_special_ids)
+        # Only the first special token: some templates append EOS or the next turn's header after the end of the turn.
         return set([i for i in tail if i in special][:1] or [self.tokenizer.eos_token_id]) - {None}
 
 
@@ -112,9 +121,11 @@ def neutralise(text: str, tokenizer) -> str:
 
     Otherwise a prompt or answer that spells `<|im_end|>` could end its turn and write another role's message.
     """
+    # Both sources: a model's turn markers may be added tokens that are not listed among its all_special_tokens.
     special = {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special} | set(tokenizer.all_special_tokens)
     # Longest first, so that no token hides a longer one; single characters are ordinary text.
     patterns = [re.escape(token) for token in sorted(special, key=len, reverse=True) if len(token) > 1]
+    # An empty pattern would match at every position, so a tokenizer without special tokens leaves the text unchanged.
     return break_up(re.compile("|".join(patterns)), text) if patterns else text
 
 

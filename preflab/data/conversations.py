@@ -74,6 +74,7 @@ class Conversation:
     @property
     def prompt_key(self) -> str:
         """The prompt's text without case and spacing: equal for prompts that count as duplicates."""
+        # Earlier answers are part of the prompt: dialogues that differ in one are different prompts.
         return folded(transcript(self.turns[:-1]))
 
 
@@ -119,12 +120,15 @@ def to_conversation(row, source: str) -> Conversation | str:
     """
     if not isinstance(row, dict):
         raise UserError(f"{source}: expected an object with an instruction, not {type(row).__name__}")
+    # Chat rows first: UltraFeedback's preference rows hold their chosen dialogue under `messages` too. An empty list
+    # counts as missing.
     for key in ("messages", "conversations"):
         if row.get(key):
             return _usable(check_messages(row[key], source, key), source)
     if isinstance(row.get("instruction"), str) and row.get("output") is not None:
         return _alpaca(row, source)
     for key in ("completion", "response", "chosen"):
+        # Implicit-prompt preference data holds the complete dialogue under `chosen` and has no `prompt`.
         if row.get(key) is not None and (row.get("prompt") is not None or key == "chosen"):
             return _prompt_and_answer(row, key, source)
     raise UserError(
@@ -140,6 +144,7 @@ def _alpaca(row: dict, source: str) -> Conversation | str:
             raise UserError(f"{source}: key {key!r} must be text, not {type(value).__name__}")
     turns = [{"role": "user", "content": row["instruction"]}, {"role": "assistant", "content": row["output"]}]
     conversation = _usable(turns, source)
+    # `input` is kept apart from the instruction, because Alpaca's own template renders it in a section of its own.
     if isinstance(conversation, Conversation):
         conversation.input = context.strip()
     return conversation
@@ -163,6 +168,7 @@ def _prompt_and_answer(row: dict, key: str, source: str) -> Conversation | str:
 
 def _usable(messages: list[dict], source: str) -> Conversation | str:
     """The conversation up to its last answer, or the reason to drop it."""
+    # Turns after the last answer have no target to train on.
     messages = up_to_last(messages, "assistant")
     if not any(m["role"] == "user" and m["content"].strip() for m in messages):
         return "empty_prompt"
@@ -187,6 +193,8 @@ def load_conversations(sources: list[dict], limit: int | None = None) -> Convers
     for rows, _ in read:
         taken = 0
         for source, row in rows:
+            # Each source's share of the limit, rounded up, so that a trial run sees every data set of the mix. Dropped
+            # rows do not count.
             if limit is not None and taken >= -(-limit // len(read)):
                 break
             conversation = to_conversation(row, source)
@@ -211,6 +219,7 @@ def hold_out(data: ConversationData, count: int) -> ConversationData | None:
     """
     if not count:
         return None
+    # Grouped by prompt: with the same prompt on both sides, the held-out loss would measure memorisation.
     prompts = Counter(c.prompt_key for c in data.conversations)
     chosen = select_by_hash(prompts, count)
     if len(chosen) == len(prompts):
@@ -220,7 +229,9 @@ def hold_out(data: ConversationData, count: int) -> ConversationData | None:
         )
     held_out = [c for c in data.conversations if c.prompt_key in chosen]
     data.conversations = [c for c in data.conversations if c.prompt_key not in chosen]
+    # The held-out part comes from the same files, so the artifact must distinguish it from a test split.
     sources = [{**source, "held_out": f"{len(held_out)} conversations, by hash"} for source in data.sources]
+    # Rows that were dropped while reading are counted once, in the train part.
     return ConversationData(held_out, sources, len(held_out))
 
 
@@ -249,6 +260,7 @@ def tokenize(data: ConversationData, tokenizer, loss_on: str, max_length: int | 
     columns = {"input_ids": [], "labels": [], "bytes": []}
     counts, usable, refusal = Counter(), [], None
     bar = progress(len(data.conversations), f"tokenizing {desc}", leave=False)
+    # Invariant: `usable` and every column have the same length and order.
     for start in range(0, len(data.conversations), BATCH):
         batch, texts, spans = [], [], []
         for conversation in data.conversations[start : start + BATCH]:
@@ -262,8 +274,11 @@ def tokenize(data: ConversationData, tokenizer, loss_on: str, max_length: int | 
             texts.append(text)
             spans.append(answer_spans)
         if batch:
+            # The template has already written the special tokens, so the tokenizer must add none. Offsets are (first
+            # character, end) per token; only fast tokenizers return them.
             encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
             for k, conversation in enumerate(batch):
+                # Truncated here, not by the tokenizer, so that the truncated conversations can be counted below.
                 ids, offsets = encoded["input_ids"][k][:max_length], encoded["offset_mapping"][k][:max_length]
                 parts = [slice(1, None)] if loss_on == "everything" else _answer_tokens(offsets, spans[k])
                 row = _row(ids, parts, loss_on, tokenizer)
@@ -293,6 +308,8 @@ def _answer_tokens(offsets: list[tuple[int, int]], spans: list[tuple[int, int]])
         offsets: (first character, end) of each token.
         spans: (first character, end) of each answer.
     """
+    # A token that crosses the border of the span belongs to the template as well and gets no label; `a < b` skips
+    # tokens without characters. An answer that truncation removed has no token inside its span.
     inside = [[k for k, (a, b) in enumerate(offsets) if start <= a < b <= end] for start, end in spans]
     return [slice(tokens[0], tokens[-1] + 1) for tokens in inside if tokens]
 
@@ -303,5 +320,6 @@ def _row(ids: list[int], parts: list[slice], loss_on: str, tokenizer) -> dict:
     labels = list(ids) if loss_on == "everything" else [IGNORED] * len(ids)
     for part in parts:
         labels[part] = ids[part]
+    # UTF-8 bytes, the denominator of bits per byte, which unlike loss per token is comparable across tokenizers.
     size = sum(len(tokenizer.decode(ids[part], skip_special_tokens=True).encode()) for part in parts)
     return {"input_ids": ids, "labels": labels, "bytes": size}

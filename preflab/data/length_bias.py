@@ -28,7 +28,9 @@ def length_bias(lengths: list[tuple[int, int]], seed: int = 42) -> dict:
     return {
         "mean_chosen": bootstrap(x[:, 0], seed),
         "mean_rejected": bootstrap(x[:, 1], seed),
+        # Two columns: the mean of chosen minus rejected, paired by row.
         "difference": bootstrap(x, seed),
+        # A ratio of means, not a mean of ratios: one very short rejected answer would dominate the latter.
         "relative_difference": bootstrap(x, seed, statistic=lambda r: r[:, 0].mean() / r[:, 1].mean() - 1),
         "share_chosen_longer": bootstrap(longer == 1, seed),
         "share_rejected_longer": bootstrap(longer == 0, seed),
@@ -46,9 +48,11 @@ def split_bias(pairs: list, tokenizer, seed: int = 42) -> dict:
         pairs: items with `chosen` and `rejected` (preflab.data.preferences.Pair).
     """
     sides = [[p.chosen for p in pairs], [p.rejected for p in pairs]]
+    # Two lists of lengths, chosen and rejected; zip below turns them into one (chosen, rejected) per pair.
     tokens = [[len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]] for texts in sides]
     return {
         "pairs": len(pairs),
+        # Words allow comparison across tokenizers; tokens are what the loss sums over and what `max_length` truncates.
         "words": length_bias([(words(p.chosen), words(p.rejected)) for p in pairs], seed),
         "tokens": length_bias(list(zip(*tokens, strict=True)), seed),
     }

@@ -51,6 +51,8 @@ def check_messages(turns, source: str, key: str, default_role: str | None = None
             raise UserError(f"{place}: unknown role {name!r}; use one of {', '.join(ROLES)}")
         if not isinstance(content, str):
             raise UserError(f"{place}: content must be text, not {type(content).__name__}")
+        # Other keys (names, weights, tool calls) are dropped: messages are compared and hashed, and must not differ by
+        # them.
         messages.append({"role": role, "content": content})
     return messages
 
@@ -68,6 +70,7 @@ def read_transcript(text: str, source: str, key: str) -> list[dict]:
     Raises:
         UserError: text before the first `\\n\\nHuman:`.
     """
+    # The capturing group keeps the speakers: parts are [text before, speaker, content, speaker, content, ...].
     parts = re.split(r"\n\n(Human|Assistant):", text)
     if parts[0].strip():
         raise UserError(f"{source}: key {key!r}: the transcript must start with '\\n\\nHuman:'")
@@ -83,6 +86,8 @@ def transcript(messages: list[dict]) -> str:
 def check_unicode(texts: list[str], source: str) -> None:
     """Raise UserError, naming `source`, for text that UTF-8 cannot encode (a lone surrogate from a cut emoji)."""
     try:
+        # A lone surrogate passes through JSON, but fails later in tokenizers, hashes and artifact files without naming
+        # the row.
         "".join(texts).encode()
     except UnicodeEncodeError as error:
         raise UserError(f"{source}: text is not valid Unicode ({error.reason}); fix or remove this row") from None

@@ -96,6 +96,7 @@ class PreferenceData:
             "sources": self.sources,
             "text_sha256": sha256_of(
                 *[text for p in self.pairs for text in (p.prompt_text, p.chosen, p.rejected)],
+                # Win probabilities are targets of SPPO's loss; data without them keeps the hash of its texts alone.
                 *[str((p.win_chosen, p.win_rejected)) for p in self.pairs if p.win_chosen is not None],
             ),
         }
@@ -135,15 +136,19 @@ def to_pair(row: dict, source: str, plain_as_chat: bool = False) -> Pair | str:
         raise UserError(f"{source}: 'chosen' and 'rejected' must both be text or both be message lists")
     if prompt is not None and not isinstance(prompt, (str, list)):
         raise UserError(f"{source}: key 'prompt' must be text or a message list, not {type(prompt).__name__}")
+    # Scores of another type are an error, since the filters use them. Only SPPO's loss requires win probabilities.
     scores = {key: _number(row, key, source) for key in ("score_chosen", "score_rejected")} | _win_probabilities(row)
 
+    # Four formats of plain text, from the most to the least specific; the first three become message lists.
     if isinstance(chosen, str):
+        # Anthropic's hh-rlhf: both transcripts repeat the dialogue, whose common turns `_chat_pair` makes the prompt.
         if prompt is None and chosen.startswith(TRANSCRIPT) and rejected.startswith(TRANSCRIPT):
             chosen, rejected = (
                 read_transcript(text, source, key) for text, key in ((chosen, "chosen"), (rejected, "rejected"))
             )
         elif isinstance(prompt, str) and prompt.startswith(TRANSCRIPT):
             answers = _without_prompt(prompt, chosen, rejected)
+            # Without the open `Assistant:` turn: the chat template writes the start of the answer.
             prompt = read_transcript(re.sub(r"\n\nAssistant:\s*$", "", prompt), source, "prompt")
             chosen, rejected = ([{"role": "assistant", "content": text.strip()}] for text in answers)
         elif isinstance(prompt, list):
@@ -155,10 +160,12 @@ def to_pair(row: dict, source: str, plain_as_chat: bool = False) -> Pair | str:
 
 def _plain_pair(prompt: str | None, chosen: str, rejected: str, source: str, scores: dict, as_chat: bool) -> Pair | str:
     """A pair of plain texts; without a prompt, their common prefix is the prompt."""
+    # Without a prompt, equal texts have no point at which prompt and answer separate.
     if prompt is None:
         if chosen == rejected:
             return "identical_responses"
         # As TRL's extract_prompt: the common prefix, less a space that belongs to the answer's first token.
+        # An answer keeps at least one character, also where one text is a prefix of the other.
         cut = min(shared_prefix(chosen, rejected), len(chosen) - 1, len(rejected) - 1)
         cut -= cut > 0 and chosen[cut - 1] == " "
         prompt, chosen, rejected = chosen[:cut], chosen[cut:], rejected[cut:]
@@ -180,9 +187,11 @@ def _chat_pair(prompt: str | list | None, chosen: list, rejected: list, source: 
     else:
         # Implicit prompt: the common turns, but never the last turn of either side.
         n = min(shared_prefix(chosen, rejected), len(chosen) - 1, len(rejected) - 1)
+        # Only the answers are message lists: the prompt string is the complete prompt.
         if n <= 0 and isinstance(prompt, str):
             prompt = [{"role": "user", "content": prompt}]
         else:
+            # n is -1 where a side is an empty list; as a slice it would count from the end.
             text, n = prompt, max(n, 0)
             prompt, chosen, rejected = chosen[:n], chosen[n:], rejected[n:]
             # Common turns without a user turn (a system message): the prompt string is the user's turn.
@@ -192,6 +201,7 @@ def _chat_pair(prompt: str | list | None, chosen: list, rejected: list, source: 
         raise UserError(f"{source}: 'chosen' and 'rejected' have no common first message and there is no 'prompt'")
     if not chosen or not rejected:
         return "empty_response"
+    # Dialogues with different user turns do not compare two answers to the same prompt, as DPO assumes.
     if len(chosen) > 1 or len(rejected) > 1:
         return "diverges_before_last_turn"
     if chosen[0]["role"] != "assistant" or rejected[0]["role"] != "assistant":
@@ -201,6 +211,7 @@ def _chat_pair(prompt: str | list | None, chosen: list, rejected: list, source: 
 
 def _without_prompt(prompt: str, chosen: str, rejected: str) -> tuple[str, str]:
     """Both answers without the prompt, if both repeat it."""
+    # Both or neither: an answer may begin with the prompt's words by chance.
     if prompt and chosen.startswith(prompt) and rejected.startswith(prompt):
         return chosen[len(prompt) :], rejected[len(prompt) :]
     return chosen, rejected
@@ -215,6 +226,7 @@ def _number(row: dict, key: str, source: str) -> float | None:
 
 def _win_probabilities(row: dict) -> dict:
     """win_chosen and win_rejected of a row, None where missing or not a number; only SPPO's loss requires them."""
+    # Not an error: DPO and the evaluations read the same files and ignore these keys.
     values = {name: next((row[k] for k in keys if row.get(k) is not None), None) for name, keys in WIN_KEYS.items()}
     return {k: float(v) if isinstance(v, (int, float)) and not isinstance(v, bool) else None for k, v in values.items()}
 
@@ -244,14 +256,18 @@ def load_pairs(
     data = PreferenceData([], [about for _, about in read], sum(len(rows) for rows, _ in read))
     seen = set()
     taken = Counter()
+    # Sources are read one after another, so of a prompt in two sources the first one's pair is kept.
     for index, source, row in ((i, *row) for i, (rows, _) in enumerate(read) for row in rows):
         # A trial run takes the same number of pairs from every dataset of the mix (rounded up).
         if limit is not None and taken[index] >= -(-limit // len(read)):
             continue
         pair = to_pair(row, source, plain_as_chat)
+        # The filters run before the search for duplicates, so a dropped pair does not hide a later usable one of its
+        # prompt.
         reason = pair if isinstance(pair, str) else _drop_reason(pair, drop_ties, min_score_margin)
         if reason is None and not keep_duplicate_prompts:
             reason = "duplicate_prompt" if pair.prompt_text in seen else None
+            # Exact text, unlike `prompt_key`: only the comparison of train and test folds case and spacing.
             seen.add(pair.prompt_text)
         if reason is None:
             data.pairs.append(pair)
@@ -293,10 +309,12 @@ def truncate(prompt: list[int], chosen: list[int], rejected: list[int], max_leng
     Returns:
         (prompt, chosen, rejected) ids.
     """
+    # The longer answer decides for both, so that chosen and rejected always follow the same prompt tokens.
     if max_length is None or len(prompt) + max(len(chosen), len(rejected)) <= max_length:
         return prompt, chosen, rejected
     if len(prompt) > max_prompt_length:
         keeps_bos = bos_id is not None and prompt[0] == bos_id and max_prompt_length > 1
+        # The end of a prompt holds its question. Models such as Gemma need BOS at the first position.
         prompt = prompt[:1] + prompt[-(max_prompt_length - 1) :] if keeps_bos else prompt[-max_prompt_length:]
     room = max_length - len(prompt)
     return prompt, chosen[:room], rejected[:room]
@@ -319,15 +337,18 @@ def tokenize(data: PreferenceData, tokenizer, max_length: int | None, max_prompt
     Raises:
         UserError: no pair is left.
     """
+    # Base models without a chat template can still train on plain text.
     chat = ChatRenderer(tokenizer) if any(p.messages is not None for p in data.pairs) else None
     columns = {"prompt_ids": [], "chosen_ids": [], "rejected_ids": [], "pair": []}
     counts = Counter()
     pairs, refusal = [], None
     bar = progress(len(data.pairs), f"tokenizing {desc}", "pair", leave=False)
+    # Invariant: row k of every column belongs to `pairs[k]`.
     for start in range(0, len(data.pairs), BATCH):
         batch, texts = [], []
         for pair in data.pairs[start : start + BATCH]:
             try:
+                # First the texts, then the pair: a refusal leaves both lists as they were, with three texts per pair.
                 texts += _texts(pair, chat, tokenizer)
                 batch.append(pair)
             except TemplateRefused as error:
@@ -335,14 +356,19 @@ def tokenize(data: PreferenceData, tokenizer, max_length: int | None, max_prompt
                 data.dropped["template_refused"] += 1
         ids = _ids(batch, texts, chat, tokenizer)
         for i, pair in enumerate(batch):
+            # Ids of the prompt, of prompt and chosen answer, of prompt and rejected answer.
             prompt, full_chosen, full_rejected = ids[3 * i : 3 * i + 3]
             # Tokens at the boundary may merge with the answer, so the prompt's own ids cannot be assumed to match.
             answer = min(shared_prefix(prompt, full_chosen), shared_prefix(prompt, full_rejected))
             counts["prompt_end_rendered_differently"] += answer < len(prompt)
+            # The prompt's ids are those of the conversations, so that prompt and answer together are exactly their
+            # tokens.
             parts = (full_chosen[:answer], full_chosen[answer:], full_rejected[answer:])
             cut = truncate(*parts, max_length, max_prompt_length, tokenizer.bos_token_id)
             for name, before, after in zip(("prompt", "chosen", "rejected"), parts, cut, strict=True):
                 counts[f"truncated_{name}"] += len(after) < len(before)
+            # Equal answers have a loss without gradient; an empty prompt leaves the first answer token without a
+            # context.
             if not cut[0] or cut[1] == cut[2]:
                 data.dropped["empty_prompt" if not cut[0] else "identical_after_truncation"] += 1
                 continue
@@ -354,8 +380,10 @@ def tokenize(data: PreferenceData, tokenizer, max_length: int | None, max_prompt
     if not pairs:
         example = f"; the chat template rejected e.g. {refusal}" if refusal else ""
         raise UserError(f"0 {desc} pairs are left of {data.rows} rows; dropped: {dict(data.dropped)}{example}")
+    # After the loop, so that indices in the column `pair` refer to the pairs that are left.
     data.pairs = pairs
     for name in WIN_KEYS:
+        # A column needs a value in every row. Training with --loss_type sppo reports the first row without one.
         if all(getattr(pair, name) is not None for pair in pairs):
             columns[name] = [getattr(pair, name) for pair in pairs]
     return Dataset.from_dict(columns), dict(counts)
@@ -380,6 +408,7 @@ def _texts(pair: Pair, chat: ChatRenderer | None, tokenizer) -> list[str]:
 def _ids(batch: list[Pair], texts: list[str], chat: ChatRenderer | None, tokenizer) -> list[list[int]]:
     """Token ids of three texts per pair; plain text gets the tokenizer's special tokens, a rendered chat none."""
     is_chat = [pair.messages is not None for pair in batch for _ in range(3)]
+    # Two calls of the tokenizer, since add_special_tokens applies to a complete batch; the results are merged in order.
     rendered = iter(chat.ids([t for t, c in zip(texts, is_chat, strict=True) if c]) if any(is_chat) else [])
     plain = [t for t, c in zip(texts, is_chat, strict=True) if not c]
     plain = iter(tokenizer(plain)["input_ids"] if plain else [])

@@ -40,6 +40,7 @@ class Prompt:
     @property
     def text(self) -> str:
         """The conversation as a judge reads it: a single question as plain text, several turns with their roles."""
+        # The judge prompts have one field for the question, so several turns need their roles inside it.
         if len(self.messages) == 1:
             return self.messages[0]["content"]
         return "\n\n".join(f"{m['role'].capitalize()}: {m['content']}" for m in self.messages)
@@ -64,6 +65,7 @@ def load_prompts(sources: list[dict], category_key: str = "category", limit: int
     for prompt, row in _distinct_prompts(sources, prompts, left_out, about):
         prompt.category = None if row.get(category_key) is None else str(row[category_key])
         prompts[prompt.key] = prompt
+        # The limit counts distinct, usable prompts. Rows behind it are not validated.
         if limit is not None and len(prompts) >= limit:
             break
     return list(prompts.values()), _summary(prompts, left_out, about, sources)
@@ -87,6 +89,7 @@ def _distinct_prompts(
         elif prompt.key in known:
             left_out["duplicate_prompt"] += 1
         else:
+            # The caller adds the prompt to `known` before it asks for the next row; otherwise duplicates would pass.
             yield prompt, row
 
 
@@ -98,6 +101,7 @@ def _summary(prompts: dict, left_out: Counter, about: list[dict], sources: list[
 
 
 def _uid(row: dict) -> str | None:
+    # alpaca_eval has no ids, Arena-Hard calls them uid, MT-Bench question_id (an integer).
     uid = row["uid"] if row.get("uid") is not None else row.get("question_id")
     return None if uid is None else str(uid)
 
@@ -106,6 +110,7 @@ def _prompt_messages(row, source: str) -> list[dict] | str:
     """The row's messages up to the last user turn, or the reason to leave the row out."""
     if not isinstance(row, dict):
         raise UserError(f"{source}: expected an object with a prompt, not {type(row).__name__}")
+    # Preference rows have several formats of their own, so they share the parser of the training data.
     if row.get("chosen") is not None and row.get("rejected") is not None:
         pair = to_pair(row, source, plain_as_chat=True)
         if isinstance(pair, str):
@@ -117,6 +122,7 @@ def _prompt_messages(row, source: str) -> list[dict] | str:
             raise UserError(
                 f"{source}: no prompt (keys: {', '.join(map(str, row))}); a row has one of {', '.join(PROMPT_KEYS)}"
             )
+        # `messages` may end with an answer; it is cut off below.
         messages = _read_prompt(row[key], source, key)
         # Alpaca's `input` belongs to its instruction.
         if isinstance(row.get("input"), str) and row["input"].strip() and isinstance(row[key], str):
@@ -152,22 +158,27 @@ def load_answers(name: str, prompts: list[Prompt]) -> tuple[str, list[str | None
     """
     rows, about = read_rows(name, "test")
     by_uid, by_text, model = {}, {}, None
+    # Ids are compared with those of the prompts only: another set's ids, e.g. row numbers, fall back to the text.
     uids = {p.uid for p in prompts} - {None}
     for source, row in rows:
         if not isinstance(row, dict):
             raise UserError(f"{source}: expected an object with an answer, not {type(row).__name__}")
         answer = _answer(row)
+        # An empty answer is an answer: models do give them, and a judge can compare them.
         if not isinstance(answer, str):
             raise UserError(
                 f"{source}: no answer; a row has output, answer or response, or messages that end with an answer"
             )
+        # alpaca_eval, Arena-Hard and MT-Bench name the model differently; the first row that names it decides.
         model = model or row.get("generator") or row.get("model") or row.get("model_id")
         if _uid(row) in uids:
             by_uid[_uid(row)] = answer
             continue
+        # Only the prompt's fields: the parser would otherwise read a chat row's answer as part of the prompt.
         fields = {k: row[k] for k in ("instruction", "prompt", "question", "input") if isinstance(row.get(k), str)}
         if isinstance(row.get("messages"), list):
             fields = {"messages": row["messages"][:-1]}
+        # A row of answers by id only has no prompt at all, which is not an error where another row matches.
         messages = _prompt_messages(fields, source) if set(fields) - {"input"} else None
         if isinstance(messages, list):
             by_text[cache_key(messages)] = answer
@@ -191,6 +202,7 @@ def _answer(row: dict):
         if isinstance(row.get("messages"), list) and row["messages"][-1]["role"] == "assistant":
             content = row["messages"][-1]["content"]
             return content.get("answer") if isinstance(content, dict) else content
+    # A nested value of another shape is no known format; the caller reports it with the row.
     except (TypeError, KeyError, IndexError):
         pass
     return None
@@ -234,8 +246,10 @@ def _candidate_answers(row: dict, source: str) -> list[str]:
     if key is not None:
         answers = _as_list(row[key])
     else:
+        # UCLA-AGI's SPPO data: each column is a conversation that ends with one sampled answer.
         conversations = [row.get(f"generate_{k}") for k in range(100)]
         last_turns = [list(turns)[-1:] for turns in conversations if isinstance(turns, (list, tuple))]
+        # None marks a conversation without text, which the check below reports.
         answers = [t[0].get("content") if t and isinstance(t[0], dict) else None for t in last_turns]
     if not answers or not all(isinstance(answer, str) for answer in answers):
         raise UserError(
@@ -247,6 +261,7 @@ def _candidate_answers(row: dict, source: str) -> list[str]:
 
 def _candidate_numbers(row: dict, count: int, source: str) -> dict:
     """{"scores" or "wins": one number per answer}, or {} if the row has neither."""
+    # Scores before wins: scores rank the answers, and the win probabilities follow from them.
     for kind, keys in NUMBER_KEYS.items():
         key = next((k for k in keys if row.get(k) is not None), None)
         if key is not None:
@@ -258,12 +273,14 @@ def _candidate_numbers(row: dict, count: int, source: str) -> dict:
 
 
 def _is_finite(value) -> bool:
+    # NaN cannot be ranked: argmax would return it as the best answer.
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _as_list(value) -> list:
     """A list, or the JSON text of one; [] for anything else."""
     try:
+        # Some data sets on the hub store lists as JSON text.
         value = json.loads(value) if isinstance(value, str) else value
     except ValueError:
         return []

@@ -56,21 +56,27 @@ class SourceArguments:
         """
         if self.datasets:
             mix = [_dataset_source(entry) for entry in self.datasets]
+            # TRL's DatasetConfig calls the configuration `name` and the data set `path`, after load_dataset's
+            # parameters.
             common = [{"name": d.path, "config": d.name, "revision": d.revision} for d in mix]
             train = [{**c, "split": d.split, "fraction": d.fraction} for c, d in zip(common, mix, strict=True)]
+            # The test parts are used completely: fractions weigh the training data only.
             test = [{**c, "split": d.test_split} for c, d in zip(common, mix, strict=True) if d.test_split]
         else:
             dataset = {"name": self.dataset_name, "config": self.dataset_config, "revision": self.dataset_revision}
             train = [{**dataset, "split": self.dataset_train_split}]
             test = [{**dataset, "split": self.dataset_test_split}]
+        # It replaces the test parts of a mix too.
         if self.test_dataset_name:
             test = [{"name": self.test_dataset_name, "split": self.dataset_test_split or "test"}]
+        # SFT's default is no split, so that --test_rows decides; a mix or a test data set names its own.
         unnamed = self.dataset_test_split is None and not (self.test_dataset_name or self.datasets)
         if unnamed or (self.dataset_test_split or "").lower() == "none":
             return train, []
         for held_out in test:
             # A single file has no splits, so naming it for both would train on the test rows.
             same = [s for s in train if all(s.get(k) == held_out.get(k) for k in ("name", "config"))]
+            # Only the same source: two data sets that share prompts are the subject of `without_overlap`.
             if any(s["split"] == held_out["split"] or Path(s["name"]).is_file() for s in same):
                 raise UserError(
                     f"{held_out['name']} would be both train and test data: set --test_dataset_name or"
@@ -87,6 +93,7 @@ def _dataset_source(entry) -> DatasetSource:
     if not isinstance(entry, dict) or "path" not in entry or not set(entry) <= set(keys):
         raise UserError(f"datasets: invalid entry {entry!r}: needs path; optional: {', '.join(list(keys)[1:])}")
     for key, value in entry.items():
+        # YAML reads an unquoted `1e-1` as text and `yes` as a boolean; neither may pass for a number.
         kind = (int, float) if key == "fraction" else str
         if value is not None and (isinstance(value, bool) or not isinstance(value, kind)):
             raise UserError(
@@ -117,6 +124,7 @@ def read_sources(sources: list[dict]) -> list[tuple[list[tuple[str, dict]], dict
     # The mix is limited by the source whose rows run out first.
     total = min(len(rows) * sum(fractions) / f for (rows, _), f in zip(data, fractions, strict=True))
     return [
+        # The first rows, not a random sample, so that the mix is the same for every seed.
         (rows[: round(total * f / sum(fractions))], {**about, "fraction": f})
         for (rows, about), f in zip(data, fractions, strict=True)
     ]
@@ -124,6 +132,7 @@ def read_sources(sources: list[dict]) -> list[tuple[list[tuple[str, dict]], dict
 
 def folded(text: str) -> str:
     """`text` in lower case with single spaces: equal for prompts that count as duplicates."""
+    # The only normalisation: punctuation can change a question's meaning.
     return " ".join(text.lower().split())
 
 
@@ -134,6 +143,7 @@ def select_by_hash(sizes: dict[str, int], count: int) -> set[str]:
         sizes: number of rows of each key.
     """
     selected, rows = set(), 0
+    # Ordered by hash: the choice depends neither on the rows' order nor on a seed.
     for key in sorted(sizes, key=sha256_of):
         if rows >= count:
             break
@@ -150,6 +160,7 @@ def without_overlap(train: list, test: list, policy: str, dropped: Counter) -> l
         policy: "refuse" (UserError), "drop" them from train, or "keep" them.
     """
     held_out = {item.prompt_key for item in test}
+    # Train rows are removed, never test rows, so that the test split stays comparable across runs.
     shared = [item for item in train if item.prompt_key in held_out]
     if not shared:
         return train
@@ -158,5 +169,6 @@ def without_overlap(train: list, test: list, policy: str, dropped: Counter) -> l
             f"{len(shared)} train prompts are also in the test split (first: {shared[0].source}): pass"
             " --train_test_overlap drop to remove them from training, or keep to train on them"
         )
+    # Kept overlaps are counted too, so that the artifact shows that the test figures are contaminated.
     dropped["prompt_in_test_split" if policy == "drop" else "prompt_in_test_split_kept"] += len(shared)
     return train if policy == "keep" else [item for item in train if item.prompt_key not in held_out]
