@@ -35,10 +35,11 @@ def _jsonable(value):
     if isinstance(value, (list, tuple, set)):
         return [_jsonable(v) for v in value]
     if isinstance(value, float):
+        # JSON has no NaN and no infinity; Python's default output of them is rejected by other parsers.
         return value if math.isfinite(value) else None
     if value is None or isinstance(value, (str, int, bool)):
         return value
-    # numpy and torch scalars, without importing either.
+    # numpy scalars and arrays of one element, without importing numpy. Torch tensors are not handled: they become text.
     if hasattr(value, "item") and getattr(value, "size", 1) == 1:
         return _jsonable(value.item())
     return str(value)
@@ -55,10 +56,13 @@ def atomic_write(path: str | os.PathLike, write) -> None:
         return
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    # In the same folder, because a rename is atomic only within one file system. The suffix stays, since some writers
+    # infer the format from it.
     fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=path.suffix)
     os.close(fd)
     try:
         write(Path(temporary))
+        # Without fsync, a power failure after the rename may leave `path` empty.
         with open(temporary, "rb") as f:
             os.fsync(f.fileno())
         # mkstemp creates files that only the owner can read; restore the permissions of an ordinary new file. The
@@ -67,6 +71,7 @@ def atomic_write(path: str | os.PathLike, write) -> None:
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)
         os.replace(temporary, path)
+    # Ctrl-C and SystemExit too: they must not leave temporary files behind.
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
@@ -123,10 +128,14 @@ class RowFile:
         """Append one row and flush it, after removing an incomplete last line."""
         if self.writes:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            # Closed after every row: the operating system has it then, so it survives kill -9 (not a power failure; an
+            # fsync per row would be slow). In append mode every write goes to the end, wherever the last read was.
             with self.path.open("ab+") as f:
                 size = f.seek(0, os.SEEK_END)
                 f.seek(max(0, size - 1))
                 if size and f.read() != b"\n":
+                    # The last row of a killed process is cut back to the previous line break; rfind gives -1 + 1 = 0 if
+                    # there is none.
                     f.seek(0)
                     f.truncate(f.read().rfind(b"\n") + 1)
                 f.write((dumps(row, indent=None) + "\n").encode())
@@ -147,6 +156,7 @@ def check_writable(folder: str | os.PathLike, flag: str) -> Path:
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        # Permission bits do not settle it (access lists, network file systems, a full disk), so a file is created.
         probe = tempfile.NamedTemporaryFile(dir=folder, prefix=".probe")
         probe.close()
     except OSError as error:
@@ -156,6 +166,7 @@ def check_writable(folder: str | os.PathLike, flag: str) -> Path:
 
 def all_arguments(parts: list) -> dict:
     """All fields of the argument dataclasses as JSON values, without access tokens (`*token`)."""
+    # Through JSON and back, so that tuples and enums compare equal to those read from an earlier artifact.
     fields = {f.name: getattr(part, f.name, None) for part in parts for f in dataclasses.fields(part)}
     return json.loads(dumps({k: v for k, v in fields.items() if not k.endswith("token")}))
 

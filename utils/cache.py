@@ -12,6 +12,7 @@ from utils.artifacts import RowFile, dumps, write_json
 from utils.provenance import sha256_of
 
 # Folders that --overwrite has already emptied in this process.
+# Process-wide, because a call opens the same cache several times (one judge for several models).
 EMPTIED: set[Path] = set()
 
 
@@ -32,6 +33,7 @@ class ResultCache:
         from accelerate.utils import broadcast_object_list
 
         self.state = PartialState()
+        # 16 hexadecimal digits are 64 bits, enough to make a collision between requests negligible.
         name = [f"{kind}-{sha256_of(dumps(identity))[:16]}"]
         if self.state.num_processes > 1:
             # Each process asks the hub for revisions separately and may get another answer; rank 0 decides.
@@ -43,15 +45,20 @@ class ResultCache:
                 shutil.rmtree(self.folder, ignore_errors=True)
                 EMPTIED.add(self.folder.resolve())
             write_json(self.folder / "identity.json", identity)
+        # Barrier: no process may read rows that rank 0 is about to delete.
         self.state.wait_for_everyone()
         # Read before any process appends: all of them must see, and divide, the same remaining work.
         self.finished = self.read()
+        # Barrier: no process may append before all have read.
         self.state.wait_for_everyone()
+        # One file per process, so that appends need no lock.
         self.own_rows = RowFile(self.folder / f"rows-{self.state.process_index}.jsonl", every_rank=True)
 
     def read(self) -> dict[str, dict]:
         """Items finished so far by any process, by key. Skips a line that a crash cut off."""
         items = {}
+        # Every rows-*.jsonl, not one per current process: an earlier call may have had more processes. The order is
+        # fixed, so that all processes resolve a duplicate key to the same row.
         for path in sorted(self.folder.glob("rows-*.jsonl")):
             for row in RowFile(path).read():
                 items[row.pop("key")] = row
@@ -63,10 +70,13 @@ class ResultCache:
 
     def own_share(self, batches: list) -> list:
         """This process's part of the work: every n-th batch, n the number of processes."""
+        # A stride, not a contiguous block: batches usually come longest first, and a block would give one process all
+        # long ones.
         return batches[self.state.process_index :: self.state.num_processes]
 
     def gather(self) -> dict[str, dict]:
         """Wait for all processes, then return every item on each of them."""
+        # Every `add` closes its file, so after the barrier each process reads the rows of all others.
         self.state.wait_for_everyone()
         return self.read()
 

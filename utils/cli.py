@@ -39,10 +39,12 @@ def parse(dataclass_types: tuple, argv: list[str] | None = None) -> tuple:
         def error(self, message):
             raise UserError(f"command line: {message}; see --help, or --help_all for all keys")
 
+    # TRL's parser recognises `--config FILE` in two parts only.
     argv = [part for arg in (sys.argv[1:] if argv is None else argv) for part in _split_config(arg)]
     if "--help_all" in argv:
         StrictParser(dataclass_types, allow_abbrev=False).print_help()
         sys.exit(0)
+    # get_type_hints, because dataclasses of the libraries have their annotations as strings.
     hints = {name: hint for d in dataclass_types for name, hint in typing.get_type_hints(d).items()}
     fields = [f for d in dataclass_types for f in dataclasses.fields(d) if f.init]
     keys = {f.name for f in fields}
@@ -62,6 +64,7 @@ def parse(dataclass_types: tuple, argv: list[str] | None = None) -> tuple:
         if name.startswith("--") and name != "--config" and known not in keys and known.removeprefix("no_") not in keys:
             raise UserError(f"command line: unknown flag {name}{_suggestion(known, keys, '--')}")
     try:
+        # argparse's abbreviations would let a mistyped flag set another one (--max for --max_length).
         return StrictParser(dataclass_types, allow_abbrev=False).parse_args_and_config(argv)
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(f"arguments: {error}") from error
@@ -96,6 +99,7 @@ def _check_yaml(path: str, keys: set[str], hints: dict, choices: dict) -> None:
     UniqueKeys.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
     try:
         with open(path, encoding="utf-8") as f:
+            # A subclass of SafeLoader: YAML tags cannot create Python objects.
             config = yaml.load(f, UniqueKeys)
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror}") from None
@@ -131,6 +135,7 @@ def _fits(value, hint) -> bool:
         return False
     if origin is list:
         (item,) = typing.get_args(hint) or (typing.Any,)
+        # A scalar is accepted for a list, as a single value is on the command line.
         return all(_fits(v, item) for v in value) if isinstance(value, list) else _fits(value, item)
     if origin is dict or hint is dict:
         return isinstance(value, dict)
@@ -156,6 +161,7 @@ def _is_number(value, kind) -> bool:
         kind(value)
     except (TypeError, ValueError):
         return False
+    # int(1.5) succeeds, so a float for an integer key must be excluded here.
     return isinstance(value, str)
 
 
@@ -166,6 +172,7 @@ def run_name(requested: str | None, source: str, suffix: str, limit: int | None)
         source: a path, hub id or `builtin:` name, of which the last part is used.
     """
     name = requested
+    # The file's name is not in the parsed dataclasses, so it is read from the command line again.
     argv = [part for arg in sys.argv for part in _split_config(arg)]
     if not name and "--config" in argv:
         name = Path(argv[argv.index("--config") + 1]).stem

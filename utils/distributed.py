@@ -19,6 +19,7 @@ def keep_fsdp_on_cpu() -> None:
 
     state = PartialState()
     if os.environ.get("ACCELERATE_USE_FSDP") == "true" and state.distributed_type == DistributedType.MULTI_CPU:
+        # All instances share this dictionary; the trainer reads the type from it when it creates its Accelerator.
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
 
@@ -27,6 +28,8 @@ def on_main_process(call):
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
 
+    # outcome: [result, error text]. The error travels in the same broadcast as a result, so that no process waits in a
+    # collective that rank 0 never reaches. After any other exception, the launcher ends the waiting processes.
     outcome, result = [None, None], None
     if PartialState().is_main_process:
         try:
@@ -58,11 +61,13 @@ def join_processes():
 
 def quiet_libraries() -> None:
     """Silence library logging below ERROR, library warnings and library progress bars."""
+    # Unset, tokenizers warn and switch to one thread in every forked worker.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module=r"(torch|peft|transformers|accelerate|trl)\b")
     for name in ("bitsandbytes", "accelerate", "trl", "httpx", "torch.distributed", "torch.utils.checkpoint"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # Imported after the filters, which then cover the libraries' import-time warnings too.
     import datasets
     import transformers
 

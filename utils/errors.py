@@ -28,9 +28,11 @@ def run(main, out_of_memory: str = RESUME_HINT) -> None:
     except UserError as error:
         fail(str(error))
     except KeyboardInterrupt:
+        # 128 + SIGINT, the shell's convention for an interrupted command.
         print("\ninterrupted: run the same command again (without --overwrite) to continue", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
+        # Anything unexpected is a defect of the program, and its traceback is needed.
         message = explain(error, out_of_memory)
         if message is None:
             raise
@@ -52,6 +54,7 @@ def fail(message: str) -> None:
     sys.exit(2)
 
 
+# EFBIG is the shell's `ulimit -f`, EDQUOT a user's quota, EROFS a read-only mount.
 DISK_FULL_ERRORS = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 PERMISSION_ERRORS = (errno.EACCES, errno.EPERM, errno.EROFS)
 # torch.save and the CUDA allocator raise RuntimeErrors without an errno, so their texts are matched.
@@ -84,5 +87,6 @@ def explain(error: BaseException | None, out_of_memory: str = RESUME_HINT) -> st
             return f"no permission to write{place}: choose another --output_dir and --eval_out, or fix the permissions"
         if isinstance(error, MemoryError) or any(t in text for t in MEMORY_TEXTS):
             return f"out of memory: {out_of_memory}"
+        # `raise ... from` names the cause; otherwise the exception that was being handled is the best guess.
         error = error.__cause__ or error.__context__
     return None

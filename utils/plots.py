@@ -15,6 +15,7 @@ def figure(rows: int, columns: int, title: str):
 
     plt.rcParams.update({"font.size": 9, "axes.grid": True, "grid.alpha": 0.25, "axes.spines.top": False})
     plt.rcParams.update({"axes.spines.right": False, "axes.titlesize": 10, "axes.titleweight": "bold"})
+    # squeeze=False, so that axes is an array for a single panel too.
     fig, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, 2.9 * rows), layout="constrained", squeeze=False)
     fig.suptitle(title, fontsize=12, fontweight="bold")
     return fig, list(axes.flat)
@@ -25,6 +26,7 @@ def save(fig, path) -> None:
     import matplotlib.pyplot as plt
 
     atomic_write(path, lambda p: fig.savefig(p, dpi=130, format="png"))
+    # pyplot keeps every open figure in memory.
     plt.close(fig)
 
 

@@ -41,6 +41,7 @@ class LineProgress:
 
     def close(self) -> None:
         """Print the final state, if any line was printed before and it was not the final one."""
+        # None: no line was printed, so the work was short and stays silent.
         if self.printed not in (None, self.n):
             self._print()
 
@@ -48,6 +49,7 @@ class LineProgress:
         self.printed_at, self.printed = time.monotonic(), self.n
         share = f" ({self.n / self.total:.0%})" if self.total else ""
         seconds = self.printed_at - self.started
+        # stderr, as tqdm: stdout holds the report only.
         print(
             f"{self.desc}: {self.n}/{self.total} {self.unit}{share} after {seconds:.0f} s{self.details}",
             file=sys.stderr,
@@ -65,6 +67,7 @@ def progress(total: int, desc: str, unit: str = "row", scale: bool = False, leav
     """
     from tqdm import tqdm
 
+    # tqdm redraws its bar with carriage returns, which fill a log file with copies of it.
     if total and is_main_process() and not sys.stderr.isatty():
         return LineProgress(total, desc, unit)
     silent = not (total and is_main_process())

@@ -48,6 +48,7 @@ def versions() -> dict:
 def cpu_name() -> str:
     """The processor's model name from /proc/cpuinfo, else what Python's platform module reports."""
     try:
+        # platform.processor() is empty or only the architecture on most Linux systems.
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
@@ -80,6 +81,7 @@ def peak_memory_gib() -> dict:
 
 def shorten_paths(text) -> str:
     """Write paths below the repository relative to it, and those below the home folder with a tilde."""
+    # Artifacts are committed and published: absolute paths differ between machines and name their user.
     return str(text).replace(str(ROOT) + os.sep, "").replace(str(Path.home()) + os.sep, f"~{os.sep}")
 
 
@@ -116,6 +118,8 @@ def sha256_of(*parts: str | bytes) -> str:
 
 def sha256_of_files(paths) -> str:
     """SHA-256 of the names and contents of files, in path order."""
+    # Names, not paths: the same files in another folder have the same hash. Contents are read in blocks (weights are
+    # large).
     digest = hashlib.sha256()
     for path in sorted(map(Path, paths)):
         digest.update(path.name.encode())
@@ -139,6 +143,7 @@ def hub_revision(name: str, kind: str, revision: str | None = None) -> str | Non
     try:
         return HfApi().repo_info(name, repo_type=kind, revision=revision).sha
     except (OSError, hub.HfHubHTTPError, hub.OfflineModeIsEnabled):
+        # The hub's cache stores the commit of a branch or tag in refs/<name>.
         folder = Path(constants.HF_HUB_CACHE) / f"{kind}s--{name.replace('/', '--')}"
         ref = folder / "refs" / (revision or "main")
         return ref.read_text().strip() if ref.is_file() else None

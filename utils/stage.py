@@ -63,6 +63,7 @@ class Stage:
         Args:
             files: as `publish`.
         """
+        # A stage that is interrupted here has no summary, so it is not mistaken for a complete one.
         for place, content in files.items():
             write_file(place, content)
         write_json(path, summary)
@@ -99,6 +100,7 @@ class Stage:
         Returns:
             The summary as written.
         """
+        # Rows in the summary come before the caller's sections.
         if summary_rows is not None:
             sections = {"rows": summary_rows, **sections}
         summary = self.summary(model, metrics, report, run=run, seed=seed, **sections)
@@ -127,6 +129,7 @@ def start(name: str, page: str, *argument_types: type, runs_bare: bool = True, a
     Raises:
         UserError: an unknown or duplicate key, a value of the wrong type, a missing config file.
     """
+    # Before the heavy imports: they take seconds that the stage's wall time includes.
     began = time.monotonic()
     prepare(page, runs_bare)
     arguments = parse(argument_types, argv)
@@ -138,6 +141,7 @@ def prepare(page: str, runs_bare: bool = False) -> None:
 
     Scripts whose argument dataclasses need a heavy import call it before that import.
     """
+    # --help comes first: silencing the libraries imports them.
     quick_help(page, runs_bare)
     quiet_libraries()
 
@@ -145,6 +149,7 @@ def prepare(page: str, runs_bare: bool = False) -> None:
 def write_file(path: Path, content) -> None:
     """Write text, rows (a list) or JSON (a dict) atomically, or call a function with `path`. Rank 0 only."""
     if callable(content):
+        # The writers of utils.artifacts check the rank themselves; a caller's function may not.
         if is_main_process():
             content(path)
     elif isinstance(content, str):
@@ -157,6 +162,7 @@ def write_file(path: Path, content) -> None:
 
 def wrote(paths: list[Path]) -> str:
     """The closing line of a stage: every written file, by folder, in lines of at most 100 characters."""
+    # Grouped by folder in the order of writing, so that a long folder name is printed once.
     folders: dict[Path, list[str]] = {}
     for path in map(Path, paths):
         folders.setdefault(path.parent, []).append(path.name)

@@ -23,6 +23,8 @@ def bootstrap(values, seed: int = 42, resamples: int = RESAMPLES, statistic=None
     value, result, n = _resampled(values, seed, resamples, statistic)
     if result is None:
         return metric(value, None, None, n)
+    # A statistic can be NaN on some resamples (a correlation with a column that became constant, for example); its
+    # quantiles are then NaN too, and no interval is reported.
     interval = result.confidence_interval
     if not np.isfinite([interval.low, interval.high]).all():
         return metric(value, None, None, n)
@@ -50,20 +52,26 @@ def _resampled(values, seed: int, resamples: int, statistic):
     values = np.asarray(values, dtype=np.float64)
     n = len(values)
     if statistic is None:
+        # Paired columns become one column of differences: for a mean this equals resampling the pairs.
         values = values[:, 0] - values[:, 1] if values.ndim == 2 else values
         columns, function, vectorized = (values,), np.mean, True
     else:
+        # scipy wants one array per column, each of shape (n,); `paired` draws the same rows from all of them.
         columns, vectorized = tuple(values.reshape(n, -1).T), False
 
         def function(*resampled):
             return statistic(np.stack(resampled, 1))
 
+    # The figure comes from all rows, not from the mean of the resamples.
     value = float(function(*columns)) if n else float("nan")
     if n < 2:
         return value, None, n
     with np.errstate(invalid="ignore", divide="ignore"), warnings.catch_warnings():
         # If all resamples are equal, scipy warns and the interval has zero width (or is NaN); callers handle both.
         warnings.simplefilter("ignore")
+        # A fresh generator per call: metrics over the same rows use the same resamples, and a rerun prints the same
+        # intervals. scipy's default method, BCa, adds a jackknife over all rows and is undefined if all resamples
+        # agree; the percentile method is not. `batch` bounds the memory to 256 resamples at a time.
         result = scipy_bootstrap(
             columns, function, n_resamples=resamples, method="percentile", paired=True, vectorized=vectorized,
             rng=np.random.default_rng(seed), batch=256,
@@ -90,6 +98,7 @@ def rank_correlation(rows) -> float:
     """Spearman's rank correlation of two columns, shape (n, 2); NaN if one is constant."""
     from scipy.stats import rankdata
 
+    # Pearson's correlation of mid-ranks is Spearman's with ties. A constant column has no variance to divide by.
     a, b = (rankdata(column) for column in rows.T)
     return float(np.corrcoef(a, b)[0, 1]) if np.ptp(a) and np.ptp(b) else float("nan")
 
@@ -97,6 +106,7 @@ def rank_correlation(rows) -> float:
 def pairwise_correct(chosen, rejected) -> np.ndarray:
     """Per row: 1 if chosen scores above rejected, 0 if below, 0.5 for a tie. Shape (n,)."""
     chosen, rejected = np.asarray(chosen, dtype=np.float64), np.asarray(rejected, dtype=np.float64)
+    # > and >= differ only on a tie, where one of them holds.
     return 0.5 * ((chosen > rejected).astype(float) + (chosen >= rejected).astype(float))
 
 
@@ -105,6 +115,7 @@ def sign_test(right) -> float:
     from scipy.stats import binomtest
 
     right = np.asarray(right, dtype=np.float64)
+    # Without a decided row there is no evidence against the null: p = 1.
     decided = right[right != 0.5]
     return float(binomtest(int((decided > 0.5).sum()), len(decided), 0.5).pvalue) if len(decided) else 1.0
 
@@ -114,6 +125,7 @@ def signed_rank(differences) -> float:
     from scipy.stats import wilcoxon
 
     differences = np.asarray(differences, dtype=np.float64)
+    # scipy drops zero differences and is undefined if none is left.
     return float(wilcoxon(differences).pvalue) if np.any(differences) else 1.0
 
 

@@ -37,6 +37,7 @@ def _column_widths(lines: list[tuple], room: int) -> list[int]:
     # A column cannot be narrower than its longest word. Headings wrap before cells do.
     cells = [max([1, *(len(line[i]) for line in lines[1:])]) for i in range(len(widths))]
     words = [max([1, *(len(word) for line in lines for word in _words(line[i]))]) for i in range(len(widths))]
+    # Two passes: first only headings break (no column becomes narrower than its longest cell), then cells break too.
     for floors in ([max(c, w) for c, w in zip(cells, words, strict=True)], words):
         while sum(widths) > room:
             spare = [w - floor for w, floor in zip(widths, floors, strict=True)]
@@ -52,6 +53,7 @@ def _words(text: str) -> list[str]:
     """Split a cell where it may break: an interval in brackets and `± error` stay in one piece."""
     pieces: list[str] = []
     for word in text.split(" "):
+        # A bracket of the last piece is still open.
         open_interval = pieces and pieces[-1].count("[") > pieces[-1].count("]")
         if open_interval or (pieces and pieces[-1].endswith("±")):
             pieces[-1] += f" {word}"
@@ -93,6 +95,7 @@ def _wrapped_row(line: tuple, widths: list[int]) -> list[str]:
 
 def cell(m: dict, scale: float = 1, digits: int = 1) -> str:
     """Format a metric with its standard error, `71.7 ± 4.2`; a dash if it has no value."""
+    # NaN is the only value that differs from itself; read back from an artifact, it is None.
     if m["value"] is None or m["value"] != m["value"]:
         return "-"
     error = "" if m["stderr"] is None else f" ± {scale * m['stderr']:.{digits}f}"
