@@ -83,6 +83,7 @@ class GenerationArguments:
 
     def check(self) -> None:
         """Raise UserError for values outside their range."""
+        # `not x > 0` instead of `x <= 0`: it is also true for NaN.
         if not self.max_new_tokens > 0:
             raise UserError(f"--max_new_tokens {self.max_new_tokens}: must be above 0")
         if self.temperature < 0:
@@ -130,6 +131,7 @@ class JudgeArguments(GenerationArguments):
         from preflab.models.loading import default_dtype
 
         return {
+            # The judge's precision is independent of the models': it must not change with --dtype.
             "dtype": self.judge_dtype or default_dtype(),
             "batch_tokens": comparison.batch_tokens,
             "batch_size": comparison.batch_size,

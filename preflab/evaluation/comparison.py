@@ -27,6 +27,7 @@ from utils.errors import UserError, is_main_process
 
 # Arguments that do not affect results; they may differ when existing results are reused.
 ARGUMENTS_NOT_IN_IDENTITY = {
+    # Batch sizes and the shared prompt change figures by rounding only.
     "batch_size", "batch_tokens", "overwrite", "checkpoints", "eval_out", "output_dir", "output_json", "run_name",
     "expected", "expected_batch_size", "expected_processes", "length_bias_splits", "published", "judge_attempts",
     "judge_timeout", "judge_concurrency", "trust_remote_code", "allow_other_base", "processes", "tensor_parallel",
@@ -93,6 +94,7 @@ class Comparison:
         if self.args.overwrite or not path.exists():
             return
         before, now = read_json(path).get("args", {}), all_arguments(arguments)
+        # defaults=now: an argument that the older artifact does not have counts as unchanged.
         changed = changed_arguments(before, now, ARGUMENTS_NOT_IN_IDENTITY, defaults=now)
         if changed:
             raise UserError(
@@ -118,12 +120,14 @@ def resolve(args: ComparisonArguments) -> Comparison:
         UserError: no tuned model, two tuned models, a missing run, folder or base model, or a value out of range.
     """
     for key in ("base_model", "adapter_path", "tuned_model", "base_adapter"):
+        # A ~ in a YAML file or after `=` on the command line arrives unexpanded.
         if (getattr(args, key) or "").startswith("~"):
             setattr(args, key, str(Path(getattr(args, key)).expanduser()))
     _check(args)
     folder = _tuned_folder(args)
     trained = _run_arguments(folder) if folder else {}
     _note_unfinished(folder)
+    # A folder without adapter_config.json holds a fully tuned model.
     adapter = str(folder) if folder and (folder / "adapter_config.json").exists() else None
     tuned = None if adapter else str(folder) if folder else args.tuned_model
     base = args.base_model or trained.get("model_name_or_path") or (base_of(adapter) if adapter else None)
@@ -137,7 +141,9 @@ def resolve(args: ComparisonArguments) -> Comparison:
     name = args.run_name or _name_of(folder or Path(args.tuned_model))
     out = Path(args.output_dir) if args.output_dir else Path(args.eval_out) / name
     flag = "--output_json" if args.output_json else "--output_dir" if args.output_dir else "--eval_out"
+    # Before the weights are loaded, so that hours of work do not end in a write error.
     check_writable(Path(args.output_json).parent if args.output_json else out, flag)
+    # For --expected: the evaluation at this step is the checkpoint's own.
     step = int(folder.name.rpartition("-")[2]) if folder and is_checkpoint(folder) else None
     return Comparison(args, name, base, adapter, tuned, trained, out, step, args.base_adapter)
 
@@ -179,9 +185,11 @@ def _run_arguments(folder: Path) -> dict:
 
     SFT runs trained on conversations, not pairs, so their dataset arguments are ignored.
     """
+    # Checkpoints are subfolders of the run's folder.
     for run_folder in (folder, folder.parent):
         if (run_folder / "run.json").exists():
             arguments = read_json(run_folder / "run.json").get("args", {})
+            # Only SFT has loss_on.
             ignored = SourceArguments.__dataclass_fields__ if "loss_on" in arguments else ()
             return {key: value for key, value in arguments.items() if key not in ignored}
     return {}
@@ -199,6 +207,7 @@ def _base_adapter(args: ComparisonArguments, folder: Path | None, adapter: str |
     requested = args.base_adapter
     if (requested or "").lower() == "none":
         return None
+    # The base's adapter is loaded beside the tuned one, into the same PEFT model.
     if requested is not None and adapter is None:
         raise UserError("--base_adapter: needs a LoRA adapter as the tuned model; name the base with --base_model")
     if requested:
@@ -246,10 +255,12 @@ def held_out_sources(args: ComparisonArguments, trained: dict) -> tuple[list[dic
     if args.dataset_name is not None:
         source = {"name": args.dataset_name, "config": args.dataset_config, "revision": args.dataset_revision}
         return [{**source, "split": args.split}], False
+    # run.json holds the arguments of all dataclasses of the training script.
     known = {f.name for f in fields(DataArguments)}
     sources = DataArguments(**{k: v for k, v in trained.items() if k in known}).sources()[1]
     if not sources:
         raise UserError("the run held no pairs out: give data that it was not trained on with --dataset_name, --split")
+    # With another split, these are not the rows that the run held out, so its filters do not apply.
     return [{**source, **({"split": args.split} if args.split else {})} for source in sources], not args.split
 
 
@@ -315,4 +326,5 @@ def latest_run(folder: str | os.PathLike) -> str:
     manifests = [path for path in Path(folder).glob("*/run.json") if read_json(path).get("finished")]
     if not manifests:
         raise UserError(f"{folder}: contains no finished run; train one with `bash quickstart.sh`, or name a model")
+    # The mark `finished` is the last write to run.json, so the file's time is the end of training.
     return max(manifests, key=lambda path: path.stat().st_mtime).parent.name

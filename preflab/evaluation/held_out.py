@@ -20,11 +20,13 @@ def held_out_pairs(comparison: Comparison, tokenizer) -> tuple[PreferenceData, o
     """
     args, trained = comparison.args, comparison.trained
     sources, own = held_out_sources(args, trained)
+    # {} makes every filter below take its neutral value.
     trained = trained if own else {}
     data = load_pairs(
         sources,
         drop_ties=bool(trained.get("drop_ties")),
         min_score_margin=trained.get("min_score_margin"),
+        # Training drops duplicate prompts by default; other data keep them.
         keep_duplicate_prompts=bool(trained.get("keep_duplicate_prompts", True)),
         plain_as_chat=args.prompt_format == "chat",
         limit=args.limit,
@@ -59,11 +61,13 @@ def length_bias(comparison: Comparison, tokenizer, further_splits: list[str]) ->
     sources, own = held_out_sources(args, trained)
     requested = [*sources, *({**sources[0], "split": split} for split in further_splits)]
     optional = []
+    # A mixture has no single train split to name.
     if own and not trained.get("datasets"):
         keys = {"name": "dataset_name", "config": "dataset_config", "revision": "dataset_revision"}
         optional = [{k: trained.get(v) for k, v in keys.items()} | {"split": trained["dataset_train_split"]}]
     biases = {}
     for source in [*requested, *optional]:
+        # Splits of another dataset carry its name, so that equal split names do not collide.
         name = source["split"] if source["name"] == sources[0]["name"] else f"{source['name']} {source['split']}"
         if name in biases:
             continue

@@ -62,36 +62,45 @@ def score_sequences(models: TwoModels, sequences: list[Sequence], summarise, kin
         UserError: tuned equals base on every sequence, or a log-probability is NaN or infinite.
     """
     args = models.comparison.args
+    # The cache's identity covers the ids and spans of all sequences, so within it an index identifies a sequence.
     identity = {
         **{side: models.identity(side) for side in models.sides},
         "ids_sha256": sha256_of(*(str(s.ids) for s in sequences)),
         "spans_sha256": sha256_of(*(f"{s.start}:{s.kl_start}" for s in sequences)),
     }
     cache = ResultCache(args.eval_out, kind, identity, args.overwrite)
+    # Equal on every process: `finished` was read before any of them appended.
     missing = [i for i in range(len(sequences)) if str(i) not in cache.finished]
     if missing:
         models.load()
     # Pair neighbours before dropping cached ones, so that a rerun computes in the same pairs.
     units = units_of([s.ids for s in sequences], models.shares_prompts)
+    # A unit with one missing member is computed completely, its cached member included.
     batches = batches_of([u for u in units if any(str(i) not in cache.finished for i in u[0])], args)
+    # Tokens of missing sequences only; speed excludes loading the weights and what an earlier call scored.
     tokens, started = sum(len(sequences[i].ids) for i in missing), time.monotonic()
     scored = shown = 0
     with progress(tokens, kind, "tok", scale=True) as bar:
         for batch in cache.own_share(batches):
             for i, scores in zip(batch, score_batch(models, [sequences[i] for i in batch]), strict=True):
+                # In nats. NaN and infinity carry over to the maximum, so one test covers every token of both models.
                 change = float((scores.tuned - scores.base).abs().max())
                 if not math.isfinite(change):
                     raise UserError(
                         f"{kind}: sequence {i}: log-probability is NaN or infinite in {models.dtype}: use --dtype"
                         " bfloat16 or float32; if it persists, the weights are damaged"
                     )
+                # `moved` is cached too, so that the check for an idle adapter below covers sequences of earlier calls.
+                # `sum` is for `_batch_spread`.
                 cache.add(str(i), {**summarise(i, scores), "moved": change, "sum": float(scores.tuned.sum())})
             # Only rank 0 shows progress; it assumes that the other processes score as many tokens.
+            # Capped, because batches may contain cached members, which `tokens` does not count.
             scored = min(tokens, scored + cache.state.num_processes * sum(len(sequences[i].ids) for i in batch))
             bar.update(scored - shown)
             shown = scored
     seconds = time.monotonic() - started
     if missing and not models.is_float32 and is_main_process():
+        # Before `gather`, so that every process reads it; the key is not a number, so it is never a sequence's.
         cache.add("spread", {"batch_spread_nats": _batch_spread(models, sequences, missing, cache)})
     results = cache.gather()
     rows = [results[str(i)] for i in range(len(sequences))]
@@ -110,7 +119,9 @@ def _batch_spread(models: TwoModels, sequences: list[Sequence], scored: list[int
 
     In 16 bits, matrix products round differently with the batch's shape.
     """
+    # Every k-th sequence, k rounded up: at most SPREAD_SAMPLES.
     sample = scored[:: -(-len(scored) // SPREAD_SAMPLES)]
+    # Alone, a sequence also has no pair partner, so packing's effect is part of the difference.
     alone = {i: float(score_batch(models, [sequences[i]])[0].tuned.sum()) for i in sample}
     # Other processes may not have finished theirs.
     cached = cache.read()
@@ -123,6 +134,7 @@ def units_of(ids: list[list[int]], pairs: bool) -> list[tuple[tuple[int, ...], i
     With `pairs`, a unit is the neighbours (2k, 2k + 1), and their common start counts once. Without it, or if any pair
     has no common start, each sequence is a unit.
     """
+    # All or none, because `pack` lays out a batch as pairs.
     shared = shared_lengths(ids) if pairs else None
     if shared is None:
         return [((i,), len(row)) for i, row in enumerate(ids)]
@@ -131,6 +143,7 @@ def units_of(ids: list[list[int]], pairs: bool) -> list[tuple[tuple[int, ...], i
 
 def batches_of(units: list[tuple[tuple[int, ...], int]], args) -> list[list[int]]:
     """Sequence indices in batches limited by `args.batch_tokens` and `args.batch_size`; a unit is never split."""
+    # --batch_size counts sequences, token_batches counts units of one or two.
     most = max(1, args.batch_size // len(units[0][0])) if args.batch_size and units else None
     batches = token_batches([tokens for _, tokens in units], args.batch_tokens, most)
     return [[i for k in batch for i in units[k][0]] for batch in batches]
@@ -144,6 +157,7 @@ def shared_lengths(ids: list[list[int]]) -> list[int] | None:
     for a, b in zip(ids[::2], ids[1::2], strict=True):
         # Each side keeps a token of its own.
         most = min(len(a), len(b)) - 1
+        # The first position at which the two differ.
         lengths.append(next((n for n in range(most) if a[n] != b[n]), most))
     return lengths if all(n > 0 for n in lengths) else None
 
@@ -153,6 +167,7 @@ def collate(models: TwoModels, sequences: list[Sequence]):
     ids, mask = pad_right([s.ids for s in sequences], models.tokenizer.pad_token_id, models.device)
     scored = mask.clone()
     for row, s in enumerate(sequences):
+        # The padding is already 0 in the attention mask.
         scored[row, : s.start] = 0
     return ids, mask, scored
 
@@ -171,6 +186,7 @@ def _score_pairs(models: TwoModels, sequences: list[Sequence], shared: list[int]
     rows = sequences[::2] + sequences[1::2]
     ids, mask, scored = collate(models, rows)
     scores = _score(models, rows, ids, mask, scored, pack({"input_ids": ids, "attention_mask": mask}, shared))
+    # Back from (all first members, all second members) to pairs side by side.
     return [scores[k + side * half] for k in range(half) for side in (0, 1)]
 
 
@@ -187,11 +203,13 @@ def _score(models: TwoModels, sequences: list[Sequence], ids, mask, scored, pack
             with models.side(side) as model, captured_hidden(model) as states:
                 # Shape (batch, length - 1): entry t is the log-probability of token t + 1.
                 logps[side] = token_logps(model, ids, mask, scored, **packed).cpu()
+                # Shape (batch, length, hidden size), unpacked; there is one forward pass per side.
                 hidden[side] = states[0]
         kls = [None] * len(sequences)
         if any(s.kl_start is not None for s in sequences):
             # The hidden states that predict tokens [kl_start, end): positions [kl_start - 1, end - 1). Those of all
             # sequences are joined, shape (tokens, hidden size), so that no padding goes through the head.
+            # A sequence without KL gets an empty span.
             spans = [(s.kl_start if s.kl_start is not None else len(s.ids), len(s.ids)) for s in sequences]
             picked = {
                 side: torch.cat([h[row, a - 1 : b - 1] for row, (a, b) in enumerate(spans)])
@@ -199,6 +217,7 @@ def _score(models: TwoModels, sequences: list[Sequence], ids, mask, scored, pack
             }
             kl = kl_divergence(models.tuned, models.base, picked["tuned"], picked["base"]).cpu()
             kls = list(kl.split([b - a for a, b in spans]))
+    # Sums over thousands of tokens follow, hence float64.
     return [
         TokenScores(*(logps[side][row, s.start - 1 : len(s.ids) - 1].double() for side in models.sides), kls[row])
         for row, s in enumerate(sequences)

@@ -40,6 +40,7 @@ def response_logps(model, tokenizer, ids, share_prompts: bool, desc: str) -> np.
         for rows, batch in pair_batches(ids, collator, BATCH):
             on_device = {k: v.to(model.device) if hasattr(v, "to") else v for k, v in batch.items()}
             sums = token_logps(model, **on_device).sum(1)  # (2 × pairs,): chosen rows first, then rejected
+            # `rows` are indices into `ids`: batches come longest first.
             logps[rows] = torch.stack(sums.chunk(2), 1).cpu().numpy()
             bar.update(len(rows))
     return logps
@@ -54,6 +55,8 @@ def tolerance(logps: np.ndarray, tokens: np.ndarray, dtype: str) -> np.ndarray:
     Args:
         logps, tokens: log-probability and number of tokens of each answer, shape (pairs, 2).
     """
+    # Unit roundoff: rounding to nearest is off by at most half an epsilon, relatively. The factor 2 below is for the
+    # two models.
     rounding = torch.finfo(getattr(torch, dtype)).eps / 2
     return FLOOR_NATS + 2 * rounding * (abs(logps) + LOGIT * tokens**0.5)
 
@@ -66,14 +69,18 @@ def metrics_of(adapter: np.ndarray, merged: np.ndarray, ids, dtype: str, seed: i
         ids: the rows that were scored.
         seed: of the bootstrap.
     """
+    # Shape (pairs, 2), as the log-probabilities.
     tokens = np.array([[len(row[f"{side}_ids"]) for side in SIDES] for row in ids])
     difference = np.abs(merged - adapter)
+    # A tie under both models counts as the same preference.
     same_preference = np.sign(merged[:, 0] - merged[:, 1]) == np.sign(adapter[:, 0] - adapter[:, 1])
     return {
         "largest_difference": metric(float(difference.max()), n=difference.size),
+        # Above 1 means a difference that rounding does not explain (`is_same_model`).
         "largest_share_of_allowed": metric(
             float((difference / tolerance(adapter, tokens, dtype)).max()), n=difference.size
         ),
+        # Mean of both answers per pair, because a pair is the unit that is resampled.
         "mean_difference": bootstrap((merged - adapter).mean(1), seed),
         "logps_adapter": bootstrap(adapter.mean(1), seed),
         "logps_merged": bootstrap(merged.mean(1), seed),

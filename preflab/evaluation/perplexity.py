@@ -53,6 +53,8 @@ def score_pairs(models: TwoModels, skip_kl: bool) -> PairScores:
         for side in SIDES:
             start = len(row["prompt_ids"])
             starts.append(start)
+            # Scored from token 1 on: one forward pass serves the whole text and, as its end, the response. KL only
+            # covers the response.
             sequences.append(Sequence(row["prompt_ids"] + row[f"{side}_ids"], 1, None if skip_kl else start))
 
     def sums(index, scores):
@@ -73,6 +75,8 @@ def score_pairs(models: TwoModels, skip_kl: bool) -> PairScores:
             for part, start in (("response", starts[k]), ("whole", 1)):
                 scored = sequences[k].ids[start:]
                 row[f"tokens_{part}_{side}"] = len(scored)
+                # Special tokens (an end of turn, for example) have no bytes of text, but their nats count in bits per
+                # byte.
                 row[f"bytes_{part}_{side}"] = len(models.tokenizer.decode(scored, skip_special_tokens=True).encode())
                 base, tuned = nlls[k][f"{part}_base"], nlls[k][f"{part}_tuned"]
                 row |= {f"nll_{part}_{side}_base": base, f"nll_{part}_{side}_tuned": tuned}
@@ -95,6 +99,7 @@ def cut_text(models: TwoModels, args) -> TextScores:
         return TextScores()
     dataset = (args.text_dataset, args.text_config, args.text_split, args.text_column)
     documents, source = read_documents(args.text_file or [], *dataset)
+    # Resolved in the arguments themselves, so that the artifact records which protocol was used.
     args.bos = bos_protocol(args.bos, models.tokenizer)
     sequences, rows = cut_documents(documents, models.tokenizer, args.window, args.stride, args.bos)
     if not sequences:
@@ -177,6 +182,7 @@ def windows(count: int, window: int, stride: int, bos: str) -> list[tuple[int, i
     Returns:
         (context, first, end) per window: tokens [first, end) are predicted from tokens [context, first) and each other.
     """
+    # Invariant: the spans [first, end) so far cover tokens [0, first) without gap or overlap.
     spans, first = [], 0
     while first < count:
         end = min(first + (stride if first else window), count)
@@ -191,6 +197,8 @@ def window_sequences(tokens: list[int], window: int, stride: int, bos: str, pref
     """The windows of one text as sequences to score. Without a prefix, the text's first token is not predicted."""
     sequences = []
     for context, first, end in windows(len(tokens), window, stride, bos):
+        # The prefix shifts every index of the window by one; a first token without context is not scored (start at
+        # least 1).
         has_prefix = bos == "per_window" or (bos == "once" and first == 0)
         ids = ([prefix] if has_prefix else []) + tokens[context:end]
         sequences.append(Sequence(ids, start=max(1, first - context + has_prefix)))
@@ -201,6 +209,7 @@ def cut_documents(documents: list[dict], tokenizer, window: int, stride: int, bo
     """Sequences of all documents, with one row each: document, window, predicted tokens, and their UTF-8 bytes."""
     sequences, rows = [], []
     for number, document in enumerate(documents):
+        # No special tokens: the windows add the prefix that the BOS protocol requires. Offsets are in characters.
         encoded = tokenizer(document["text"], add_special_tokens=False, return_offsets_mapping=True)
         tokens, offsets = encoded["input_ids"], [start for start, _ in encoded["offset_mapping"]]
         spans = windows(len(tokens), window, stride, bos)
@@ -209,7 +218,9 @@ def cut_documents(documents: list[dict], tokenizer, window: int, stride: int, bo
             # From the start of the window's first token to the start of the next window's, so that the bytes of all
             # windows add up to the text's, also where a token holds part of a character.
             last = offsets[end] if end < len(tokens) else len(document["text"])
+            # Leading characters without a token (stripped whitespace) belong to the first window.
             text = document["text"][offsets[first] if first else 0 : last]
+            # 0 for a document of a single token under --bos none: nothing to score.
             count = len(sequence.ids) - sequence.start
             if count:
                 sequences.append(sequence)
@@ -229,6 +240,7 @@ def perplexity_metrics(pairs: PairScores, text: TextScores, skip_kl: bool, seed:
             metrics |= section_metrics(f"{part}_{side}", pair_units(pairs.rows, part, side), seed)
             unit["pairs"] = "pairs"
     for side in SIDES if pairs.rows and not skip_kl else ():
+        # Shape (pairs, 2): KL summed over an answer's tokens (nats), and their number.
         kl = np.array([[row[f"kl_{side}"], row[f"tokens_response_{side}"]] for row in pairs.rows])
         metrics[f"kl_{side}"] = bootstrap(kl, seed, statistic=ratio_of_sums)
     if text.rows:
@@ -252,24 +264,29 @@ def section_metrics(name: str, units: np.ndarray, seed: int) -> dict:
         `evaluate`'s perplexity; nll_* is in nats per token; bits_per_byte_* is over the scored text. p_* is the
         two-sided p-value of Wilcoxon's signed-rank test on the units' mean nll.
     """
+    # Each of shape (n,). All statistics use the same seed, so base and tuned share their resamples.
     base, tuned, tokens, size = units.T
     metrics = {}
     for side, nll in (("base", base), ("tuned", tuned)):
         # Numerator and denominator of a unit are resampled together: a ratio of sums, not a mean of ratios.
         pair = np.stack([nll, tokens], 1)
+        # Nats to bits: log 2 nats are one bit.
         bits = np.stack([nll / math.log(2), size], 1)
         metrics[f"{name}_ppl_{side}"] = bootstrap(pair, seed, statistic=lambda x: math.exp(ratio_of_sums(x)))
         metrics[f"{name}_ppl_mean_{side}"] = bootstrap(np.exp(nll / tokens), seed)
         metrics[f"{name}_nll_{side}"] = bootstrap(pair, seed, statistic=ratio_of_sums)
         metrics[f"{name}_bits_per_byte_{side}"] = bootstrap(bits, seed, statistic=ratio_of_sums)
+    # exp of the difference in nats per token is the ratio of the two perplexities.
     change = np.stack([tuned - base, tokens], 1)
     metrics[f"{name}_nll_difference"] = bootstrap(change, seed, statistic=ratio_of_sums)
     metrics[f"{name}_ppl_ratio"] = bootstrap(change, seed, statistic=lambda x: math.exp(ratio_of_sums(x)))
+    # Columns 0, 1, 2: nll under base, nll under tuned, tokens.
     metrics[f"{name}_ppl_difference"] = bootstrap(
         units[:, :3],
         seed,
         statistic=lambda x: math.exp(ratio_of_sums(x[:, [1, 2]])) - math.exp(ratio_of_sums(x[:, [0, 2]])),
     )
+    # Per token, so that a long unit does not outrank others by its length alone.
     metrics[f"p_{name}_nll_difference"] = metric(signed_rank((tuned - base) / tokens), n=len(units))
     metrics[f"{name}_tokens"] = metric(int(tokens.sum()), n=len(units))
     metrics[f"{name}_bytes"] = metric(int(size.sum()), n=len(units))
@@ -278,6 +295,7 @@ def section_metrics(name: str, units: np.ndarray, seed: int) -> dict:
 
 def text_units(rows: list[dict]) -> tuple[np.ndarray, str]:
     """Units of the text rows, shape (n, 4), and their name: documents, or the windows of a single document."""
+    # Windows of one document depend on each other, so documents are resampled; a single document leaves only windows.
     keys = [row["document"] for row in rows]
     unit = "documents" if len(set(keys)) > 1 else "windows"
     if unit == "windows":
@@ -285,6 +303,7 @@ def text_units(rows: list[dict]) -> tuple[np.ndarray, str]:
     columns = np.array([[row["nll_base"], row["nll_tuned"], row["tokens"], row["bytes"]] for row in rows], float)
     _, unit_of_row = np.unique(keys, return_inverse=True)
     units = np.zeros((unit_of_row.max() + 1, 4))
+    # Not `units[unit_of_row] += columns`, which adds only one of the rows that share a unit.
     np.add.at(units, unit_of_row, columns)
     return units, unit
 

@@ -81,6 +81,7 @@ def _table(metrics: dict, title: str) -> str:
     lines = [("perplexity", "units / tokens", "base", "tuned", "tuned - base [95%]", "p")]
     for name in SECTIONS:
         if f"{name}_ppl_base" in metrics:
+            # The section's metrics without its name. A `p_` metric starts differently and is read by its full name.
             m = {k.removeprefix(f"{name}_"): v for k, v in metrics.items() if k.startswith(f"{name}_")}
             # A single unit has no spread, so there is nothing to test.
             p = f"{metrics[f'p_{name}_nll_difference']['value']:.2g}" if m["tokens"]["n"] > 1 else "-"
@@ -128,6 +129,7 @@ def _draw_perplexities(ax, metrics: dict) -> None:
         ppls = [metrics[f"{name}_ppl_{side}"] for name in names]
         value = np.array([m["value"] for m in ppls])
         ends = np.array([m["ci95"] or (m["value"], m["value"]) for m in ppls])
+        # A percentile interval may exclude the estimate itself; matplotlib rejects negative error lengths.
         error = np.clip([value - ends[:, 0], ends[:, 1] - value], 0, None)
         ax.bar(np.arange(len(names)) + shift, value, 0.32, yerr=error, color=colour, capsize=2, label=side)
     ax.set_xticks(range(len(names)), [SHORT_LABELS[name] for name in names], fontsize=7)
@@ -137,6 +139,7 @@ def _draw_perplexities(ax, metrics: dict) -> None:
 
 def _draw_histogram(ax, changes: dict) -> None:
     pooled = np.concatenate([change for change, _ in changes.values()])
+    # The small addition keeps the bins from having zero width if all changes are equal.
     edges = np.linspace(pooled.min(), pooled.max() + 1e-9, min(40, max(8, len(pooled) // 8)))
     for name, (change, _) in changes.items():
         label = f"{name}, {change.mean():+.4f}"

@@ -34,6 +34,7 @@ def win_rate_metrics(rows: list[dict], beta: float, skipped: dict, seed: int) ->
     """
     metrics = {WIN_RATE_NAMES.get(k, k): m for k, m in reward_metrics(rows, seed=seed).items()}
     # Shape (n, 2): chosen, rejected.
+    # A sum of log-ratios grows with the answer's length; their mean over tokens does not.
     normalised = np.array(
         [
             [beta * (row[side] - row[f"ref_{side}"]) / row[f"tokens_{side}"] for side in ("chosen", "rejected")]
@@ -70,6 +71,7 @@ def calibration_metrics(margin: np.ndarray, seed: int) -> dict:
     Args:
         margin: shape (n,), in beta × nats.
     """
+    # Expected calibration error (Guo et al. 2017), with bins of equal count instead of equal width.
     bins = calibration_bins(margin, seed)
     ece = sum(b["n"] * abs(b["accuracy"]["value"] - b["confidence"]) for b in bins) / max(1, len(margin))
     return {
@@ -83,12 +85,14 @@ def calibration_metrics(margin: np.ndarray, seed: int) -> dict:
 def best_scale(margin: np.ndarray) -> float:
     """The factor on the margins that minimises the log loss; below 1 the margins are overconfident."""
     # Every pair's outcome is "chosen won", so the scale is bounded: it diverges if every margin is positive.
+    # The scale is the inverse of the temperature in temperature scaling (Guo et al. 2017).
     fit = minimize_scalar(lambda scale: -log_expit(scale * margin).mean(), bounds=(0, 1e3), method="bounded")
     return float(fit.x)
 
 
 def calibration_bins(margin: np.ndarray, seed: int, most: int = 10, least: int = 10) -> list[dict]:
     """Up to `most` bins of equal count over the confidence sigmoid(|margin|), each of at least `least` pairs."""
+    # The probability of the answer that the reward prefers, from 0.5 to 1, and whether that answer is the chosen one.
     confidence, correct = expit(np.abs(margin)), pairwise_correct(margin, np.zeros(len(margin)))
     count = int(np.clip(len(margin) // least, 1, most))
     return [
@@ -97,6 +101,7 @@ def calibration_bins(margin: np.ndarray, seed: int, most: int = 10, least: int =
             "accuracy": bootstrap(correct[part], seed),
             "n": len(part),
         }
+        # Sorted by confidence and cut into equal counts; a stable sort keeps ties in row order.
         for part in np.array_split(np.argsort(confidence, kind="stable"), count)
         if len(part)
     ]
@@ -116,6 +121,7 @@ def length_correlations(rows: list[dict], seed: int) -> dict:
     )
 
     def pooled(x):
+        # Shape (2n, 2): (reward, length) of all chosen, then of all rejected answers.
         return rank_correlation(np.concatenate([x[:, :2], x[:, 2:]]))
 
     difference = np.stack([sides[:, 0] - sides[:, 2], sides[:, 1] - sides[:, 3]], 1)
@@ -133,6 +139,7 @@ def slices(rows: list[dict], seed: int) -> dict:
     """
     chosen, rejected = (np.array([row[f"tokens_{side}"] for row in rows]) for side in ("chosen", "rejected"))
     longer, mean_length = np.maximum(chosen, rejected), (chosen + rejected) / 2
+    # Where lengths match, a preference for length cannot explain the win rate.
     matched = np.abs(chosen - rejected) <= LENGTH_MATCHED * longer
     masks = {
         "by_length": _quantiles(mean_length, "tokens"),
@@ -149,6 +156,7 @@ def slices(rows: list[dict], seed: int) -> dict:
     scores = [(r["score_chosen"], r["score_rejected"]) for r in rows]
     scored = np.array([None not in pair for pair in scores])
     if scored.any():
+        # NaN for unscored pairs; `scored` excludes them from the quantiles.
         gap = np.array([np.nan if None in pair else pair[0] - pair[1] for pair in scores])
         masks["by_score_gap"] = _quantiles(gap, "score gap", scored, parts=3)
         if not scored.all():
@@ -162,11 +170,13 @@ def slices(rows: list[dict], seed: int) -> dict:
 def _quantiles(values, unit: str, among=None, parts: int = 4) -> dict:
     """`{label: mask}` of up to `parts` quantile groups of `values` where `among` is true."""
     among = np.ones(len(values), bool) if among is None else among
+    # Many equal values give equal quantiles: the groups are then fewer.
     edges = np.unique(np.quantile(values[among], np.linspace(0, 1, parts + 1)))
     if len(edges) == 1:
         return {f"{unit} {edges[0]:.4g}": among}
     groups = {}
     for i, (low, high) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
+        # Groups are half open, so that no row is in two; the last one includes the maximum.
         last = i == len(edges) - 2
         inside = among & (values >= low) & ((values <= high) if last else (values < high))
         groups[f"{unit} {low:.4g} to {'' if last else 'below '}{high:.4g}"] = inside
@@ -184,6 +194,7 @@ def _slice(rows: list[dict], mask, seed: int) -> dict:
         "win_rate_ties_half": bootstrap(correct, seed),
         "avg_margin": bootstrap(margin, seed),
         "base_ranking": bootstrap(base, seed),
+        # Paired: both figures are on the same pairs, so their common difficulty cancels.
         "win_rate_minus_base_ranking": bootstrap(np.stack([correct, base], 1), seed),
         "p_win_rate_is_base_ranking": mcnemar(correct, base),
     }

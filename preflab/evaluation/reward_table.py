@@ -36,5 +36,6 @@ def margin_row(margin: dict, p: dict) -> tuple:
 
 def minus_half(share: dict) -> dict:
     """The metric of a share as its distance from 50%."""
+    # A constant shift moves the interval and leaves the standard error as it is.
     interval = [x - 0.5 for x in share["ci95"]] if share["ci95"] else None
     return {**share, "value": share["value"] - 0.5, "ci95": interval}

@@ -44,6 +44,7 @@ def implicit_rewards(models: TwoModels, beta: float) -> PairRewards:
             "ref_chosen": chosen["base"],
             "ref_rejected": rejected["base"],
         }
+        # Even entries are chosen answers, odd ones rejected answers.
         for i, (chosen, rejected) in enumerate(zip(logps[::2], logps[1::2], strict=True))
     ]
     rows = reward_rows(scores, beta)
@@ -57,6 +58,7 @@ def reward_rows(scores: list[dict], beta: float) -> list[dict]:
     """Add rewards and margin, in beta × nats, to scored pairs (`ResumableDPOTrainer.score`)."""
     rows = []
     for s in scores:
+        # The partition term beta log Z(x) of eq. 5 depends on the prompt only and cancels in the margin.
         chosen, rejected = beta * (s["chosen"] - s["ref_chosen"]), beta * (s["rejected"] - s["ref_rejected"])
         rows.append({**s, "reward_chosen": chosen, "reward_rejected": rejected, "margin": chosen - rejected})
     return rows
@@ -75,6 +77,7 @@ def reward_metrics(rows: list[dict], surface=None, seed: int = 42) -> dict:
         are two-sided p-values: exact sign test against 50%, exact McNemar test of paired shares, else Wilcoxon's
         signed-rank test.
     """
+    # Each of shape (pairs,).
     columns = {key: np.array([row[key] for row in rows]) for key in rows[0]}
     zero = np.zeros(len(rows))
     # 1, 0.5 or 0 per pair: ranked correctly by reward, by the base's and by the tuned model's likelihood.
@@ -85,12 +88,14 @@ def reward_metrics(rows: list[dict], surface=None, seed: int = 42) -> dict:
     def mean(values):
         return bootstrap(values, seed)
 
+    # np.stack([a, b], 1) has shape (pairs, 2): the figure is mean(a - b), with pairs resampled together.
     metrics = {
         "reward_accuracy": mean(correct),
         "reward_accuracy_strict": mean(columns["margin"] > 0),
         "reward_margin": mean(columns["margin"]),
         "reward_chosen": mean(columns["reward_chosen"]),
         "reward_rejected": mean(columns["reward_rejected"]),
+        # At step 0 policy and reference are equal, so every pair is an exact tie.
         "exact_ties": metric(int((columns["margin"] == 0).sum()), n=len(rows)),
         "likelihood_ranking_base": mean(base),
         "likelihood_ranking_tuned": mean(tuned),
@@ -104,6 +109,7 @@ def reward_metrics(rows: list[dict], surface=None, seed: int = 42) -> dict:
     for side in ("chosen", "rejected"):
         metrics[f"logps_{side}_base"] = mean(columns[f"ref_{side}"])
         metrics[f"logps_{side}_tuned"] = mean(columns[side])
+        # Below 0 for chosen: likelihood displacement, the chosen answer itself became less likely.
         metrics[f"logps_{side}_difference"] = mean(np.stack([columns[side], columns[f"ref_{side}"]], 1))
         metrics[f"p_logps_{side}_difference"] = metric(signed_rank(columns[side] - columns[f"ref_{side}"]), n=len(rows))
     if surface is not None:

@@ -20,14 +20,18 @@ def bag_of_words_scores(train: list[tuple[str, str]], test: list[tuple[str, str]
         Shape (len(test),): above 0 if the classifier prefers chosen.
     """
     train = [train[i] for i in np.random.default_rng(seed).permutation(len(train))[:20000]]
+    # Words of one letter and single punctuation marks count too; scikit-learn's default pattern drops both.
     words = CountVectorizer(token_pattern=r"(?u)\b\w+\b|[^\w\s]", min_df=2 if len(train) > 20 else 1)
     words.fit([text for pair in train for text in pair])
 
     def features(pairs):
         chosen, rejected = zip(*pairs, strict=True)
+        # Log ratio of lengths in characters; + 1 allows an empty text.
         length = np.array([[np.log((len(c) + 1) / (len(r) + 1))] for c, r in pairs])
+        # CSR, because cross-validation selects rows.
         return hstack([words.transform(chosen) - words.transform(rejected), csr_matrix(length)]).tocsr()
 
+    # The vocabulary comes from train alone, so the baseline sees nothing of test.
     x = features(train)
     # Each pair once with label 1 and mirrored with label 0.
     x, y = vstack([x, -x]), np.repeat([1, 0], len(train))

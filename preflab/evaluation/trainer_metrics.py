@@ -17,6 +17,7 @@ from utils.errors import UserError
 TOLERANCE = 1e-3
 # TRL's names of its DPO metrics, and their value on one row of `rewards.reward_rows`.
 VALUE_OF_ROW = {
+    # Strict, as in TRL: a tie counts as wrong.
     "rewards/accuracies": lambda row: float(row["margin"] > 0),
     "rewards/margins": lambda row: row["margin"],
     "rewards/chosen": lambda row: row["reward_chosen"],
@@ -85,8 +86,10 @@ def read_logged_metrics(path: str, step: int | None = None) -> dict:
             raise UserError(f"--expected {path}: not a training log in JSON lines") from None
     else:
         content = read_json(path)
+        # trainer_state.json has a history; eval_results.json is a single entry.
         entries = content.get("log_history", [content]) if isinstance(content, dict) else []
     entries = [entry for entry in entries if isinstance(entry, dict)]
+    # This project's log marks evaluations by `split`, transformers' by the prefix of the keys.
     logged = [e for e in entries if e.get("split") == "eval" or any(key.startswith("eval_") for key in e)]
     logged = [{key.removeprefix("eval_"): value for key, value in entry.items()} for entry in logged]
     logged = [entry for entry in logged if set(VALUE_OF_ROW) & set(entry)]
@@ -96,6 +99,7 @@ def read_logged_metrics(path: str, step: int | None = None) -> dict:
         logged = [entry for entry in logged if entry.get("step") == step]
         if not logged:
             raise UserError(f"--expected {path}: no evaluation at step {step}, the step of the checkpoint")
+    # The last evaluation is the one nearest to the final weights, which are those in the run's folder.
     return logged[-1]
 
 
@@ -116,6 +120,7 @@ def in_order_batches(count: int, batch_size: int, processes: int) -> list[list[i
     """
     order, step = list(range(count)), batch_size * processes
     if processes > 1 and count % step:
+        # % count: a dataset smaller than the gap is repeated more than once.
         order += [i % count for i in range(step - count % step)]
     return [order[i : i + step] for i in range(0, len(order), step)]
 
@@ -125,6 +130,7 @@ def longest_first_batches(lengths: list[int], batch_size: int, processes: int) -
 
     Rows are dealt out to the processes one by one, the last row repeated to fill up, then sorted by length.
     """
+    # Rounded up: every process gets the same number of rows, as collective operations require.
     share = -(-len(lengths) // processes)
     rows_of_process = [
         sorted(
@@ -139,6 +145,7 @@ def longest_first_batches(lengths: list[int], batch_size: int, processes: int) -
 def mean_over_batches(rows: list[dict], batches: list[list[int]]) -> dict:
     """TRL's eval metrics as its trainer computes them: the mean over batches of the mean over each batch's rows."""
     return {
+        # Not the mean over rows: a short last batch has the weight of a full one.
         key: float(np.mean([np.mean([value(rows[i]) for i in batch]) for batch in batches]))
         for key, value in VALUE_OF_ROW.items()
     }
@@ -152,16 +159,20 @@ def compare(rows: list[dict], logged: TrainerEvaluation) -> dict:
         The tolerance is relative for log-probabilities above 1 nat and absolute otherwise.
     """
     expected, size, processes = logged.metrics, logged.batch_size, logged.processes
+    # `eval_longest_first` in the log marks an evaluation by ResumableDPOTrainer.score, whose batches are sorted by
+    # length. The length is that of preflab.models.logprobs.pair_batches.
     if expected.get("longest_first"):
         lengths = [row["tokens_prompt"] + max(row["tokens_chosen"], row["tokens_rejected"]) for row in rows]
         batches = longest_first_batches(lengths, size, processes)
     else:
         batches = in_order_batches(len(rows), size, processes)
     recomputed = mean_over_batches(rows, batches)
+    # One batch of all rows: the plain mean, which explains where the summary's figures differ from the trainer's.
     plain = mean_over_batches(rows, [list(range(len(rows)))])
     figures = {}
     for key in VALUE_OF_ROW:
         if key in expected:
+            # Summed log-probabilities are in the hundreds of nats, rewards and accuracies around 1.
             allowed = TOLERANCE * (max(1.0, abs(expected[key])) if key.startswith("logps") else 1.0)
             figures[key] = {
                 "trainer": expected[key],

@@ -27,6 +27,7 @@ BASE_ADAPTER = "base"
 
 def _quantized(args: ComparisonArguments, trained: dict) -> dict | None:
     """The run's quantisation of the base, as keyword arguments of `models.loading.quantization`, or None."""
+    # A --load_in_4bit that contradicts the run replaces its quantisation completely, 8 bits included.
     as_trained = args.load_in_4bit is None or args.load_in_4bit == bool(trained.get("load_in_4bit"))
     four = bool(trained.get("load_in_4bit")) if args.load_in_4bit is None else args.load_in_4bit
     eight = as_trained and bool(trained.get("load_in_8bit"))
@@ -61,6 +62,7 @@ class TwoModels:
         self.autocast = getattr(torch, compute) if compute and args.dtype is None else None
         self.dtype = args.dtype or own or ("float32" if trained else default_dtype())
         self.quantized = _quantized(args, trained)
+        # The adapter's folder first, where it has a tokenizer: it brings the chat template of the training.
         home = tokenizer_home(comparison.base, args.base_revision, comparison.adapter)
         self.tokenizer = load_tokenizer(*home, args.chat_template_path, trust_remote_code=args.trust_remote_code)
         if comparison.tuned:
@@ -72,6 +74,7 @@ class TwoModels:
         tuned = load_tokenizer(
             self.comparison.tuned, self.comparison.args.tuned_revision, self.comparison.args.chat_template_path
         )
+        # One tokenizer makes the ids for both models, so every id must mean the same token in both.
         if tuned.get_vocab() != self.tokenizer.get_vocab():
             raise UserError(
                 f"{self.comparison.tuned} and {self.comparison.base} have different vocabularies: compare models that"
@@ -82,9 +85,11 @@ class TwoModels:
         """Load the weights once, in eval mode, with log-probability head, fused LoRA and shared prompts attached."""
         if self._base is None:
             args, c = self.comparison.args, self.comparison
+            # Tuned first: with an adapter, the base is the same object.
             self._tuned = self.load_one(*c.weights("tuned"))
             self._base = self._tuned if c.adapter else self.load_one(*c.weights("base"))
             if c.base_adapter:
+                # A second adapter on the shared weights (an SFT adapter that DPO started from, for example).
                 self._base.load_adapter(c.base_adapter, adapter_name=BASE_ADAPTER)
                 self._base.eval()
             for model in (self._base, self._tuned):
@@ -110,10 +115,12 @@ class TwoModels:
             adapter,
             trust_remote_code=args.trust_remote_code,
         )
+        # bitsandbytes places a quantised model on its device while loading, and restricts moving it.
         return (model if config else model.to(self.device)).eval()
 
     def unload(self) -> None:
         """Free the models' memory, for example before a judge is loaded."""
+        # The patched forward methods form reference cycles, which only a collection frees.
         self._base = self._tuned = None
         gc.collect()
         if torch.cuda.is_available():
@@ -139,6 +146,7 @@ class TwoModels:
         # Not at the top: it takes seconds (peft, bitsandbytes), which a call with bad input should not cost.
         from trl.trainer.utils import use_adapter
 
+        # use_adapter(model, None) disables all adapters, which gives the plain base.
         own = BASE_ADAPTER if self.comparison.base_adapter else None
         with use_adapter(self._base, own) if self.comparison.adapter else nullcontext(), self.autocasting():
             yield self._base

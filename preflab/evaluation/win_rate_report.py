@@ -57,6 +57,7 @@ def verdict_of(metrics: dict) -> str:
     # With few pairs a bootstrap interval can shrink to a point, so the exact test must agree.
     if not (rate["ci95"][0] > 0.5 and metrics["p_win_rate_is_half"]["value"] < 0.05):
         return f"Inconclusive: {shown}, not significantly different from 50%."
+    # Above 50% is not enough: the base's likelihood may rank these pairs as well without any training.
     ahead = metrics["win_rate_minus_base_ranking"]
     base = f"the base model's own ranking ({cell(metrics['likelihood_ranking_base'], 100)}%)"
     if ahead["ci95"][0] > 0 and metrics["p_win_rate_is_base_ranking"]["value"] < 0.05:
@@ -73,6 +74,7 @@ def _table(m: dict, title: str) -> str:
         accuracy_row("win rate by reward, % (ties half)", m["win_rate_ties_half"], m["p_win_rate_is_half"]),
         (
             f"win rate, % ({m['exact_ties']['value']} exact ties lose)",
+            # Every margin of the base is 0, a tie, and ties lose in this row.
             "0.0 by def.",
             cell(m["win_rate"], 100),
             "as the trainer counts",
@@ -97,6 +99,7 @@ def _table(m: dict, title: str) -> str:
         ("reward of rejected, beta x nats", NO_REWARD, cell(m["avg_reward_rejected"], 1, 3), ""),
         (
             "log loss of sigmoid(margin)",
+            # log 2: at margin 0 the probability is one half.
             "0.693 by def.",
             cell(m["calibration_log_loss"], 1, 3),
             f"calibration error {m['calibration_ece']['value']:.3f}",
@@ -166,6 +169,7 @@ def _draw_accuracy_by_length(ax, rows: list[dict], margin: np.ndarray) -> None:
     groups = [group for group in np.array_split(order, min(8, max(1, len(rows) // 10))) if len(group)]
     for correct, colour, label in ((tuned, CHOSEN, "tuned, implicit reward"), (base, NEUTRAL, "base, likelihood")):
         y = [correct[group].mean() for group in groups]
+        # Half width of a 95% interval by the normal approximation; picture only.
         error = [1.96 * correct[group].std() / len(group) ** 0.5 for group in groups]
         x = [longer[group].mean() for group in groups]
         ax.errorbar(x, y, error, fmt="o-", ms=4, lw=1, color=colour, label=label)
