@@ -52,10 +52,12 @@ def check(args, comparison) -> None:
     """Set defaults of --window and --stride, and validate the arguments."""
     if args.skip_pairs and not (args.text_file or args.text_dataset):
         raise UserError("--skip_pairs leaves nothing to measure: give --text_file or --text_dataset")
+    # 0 must reach the checks below instead of being replaced by the default.
     args.window = args.window if args.window is not None else comparison.args.max_length
     args.stride = args.stride if args.stride is not None else args.window
     if args.window < 2:
         raise UserError(f"--window {args.window}: must be at least 2")
+    # A stride above the window would leave tokens unscored.
     if not 0 < args.stride <= args.window:
         raise UserError(f"--stride {args.stride}: must be above 0 and at most --window {args.window}")
 
@@ -79,6 +81,7 @@ def main():
     bias = {} if args.skip_pairs else length_bias(comparison, models.tokenizer, args.length_bias_splits or [])
     pairs = perplexity.PairScores() if args.skip_pairs else perplexity.score_pairs(models, args.skip_kl)
     text = perplexity.score_text(models, text)
+    # No collective operation follows: statistics and files are the work of rank 0.
     if not is_main_process():
         return
 

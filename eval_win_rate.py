@@ -74,6 +74,7 @@ def reward_mode(stage, models, args):
     logged = trainer_metrics.read_trainer_evaluation(args, comparison)
     bias = length_bias(comparison, models.tokenizer, args.length_bias_splits or [])
     pairs = implicit_rewards(models, args.beta)
+    # No collective operation follows: statistics and files are the work of rank 0.
     if not is_main_process():
         return
     metrics = reward_slices.win_rate_metrics(pairs.rows, args.beta, pairs.data.dropped, seed)
@@ -99,6 +100,7 @@ def reward_mode(stage, models, args):
         scoring=pairs.speed,
         data={**pairs.data.summary(), "truncation": pairs.truncation},
     )
+    # After publishing, so that the table that shows the difference is printed and saved.
     if expected and not expected["agrees"]:
         raise UserError(f"--expected {args.expected}: the trainer's metrics are not reproduced (see the table above)")
 
@@ -110,6 +112,7 @@ def battle_mode(stage, models, args):
     from preflab.judging.battles import answer_prompts, judge_battle, make_judges, rows_with_controls
 
     comparison, comparison_args = models.comparison, models.comparison.args
+    # Files and judges first, so that bad input fails before the weights are loaded.
     published = read_published(args.published) if args.published else None
     judges = make_judges(args, comparison_args)
     battle = answer_prompts(models, args)
@@ -118,6 +121,7 @@ def battle_mode(stage, models, args):
         return
     sections = battle_sections(judged, battle.answers, battle.pairs, battle.names, comparison_args.seed)
     title = f"{comparison.name}: {battle.title}, judge {judges[0].name}, both orders"
+    # Base and tuned come first and are in `models.describe()`.
     further = {model.name: model.identity for model in battle.answering[2:]}
     stage.publish(
         comparison.path("battle", ".json"),
@@ -136,10 +140,12 @@ def battle_mode(stage, models, args):
 
 def check(args, trained: dict):
     """Set the default of --beta, and validate the arguments. `trained`: the arguments of the training run."""
+    # 0 must reach the check below instead of being replaced by the default.
     args.beta = args.beta if args.beta is not None else trained.get("beta") or 0.1
     if not args.beta > 0:
         raise UserError(f"--beta {args.beta}: must be above 0")
     battle_only = [k for k in ("prompts", "models", "opponent_outputs", "published") if getattr(args, k) is not None]
+    # --judge has a default, so only another value shows that it was given.
     if not args.battle and (battle_only or args.judge != WinRateArguments.judge):
         raise UserError(f"--{(battle_only or ['judge'])[0]} is for battles only: add --battle")
     args.check()
@@ -153,6 +159,7 @@ def main():
 
     comparison = resolve(comparison_args)
     check(args, comparison.trained)
+    # After the checks, so that invalid arguments fail without waiting for the other processes.
     join_processes()
     models = TwoModels(comparison)
     stage.name = "battle" if args.battle else "win_rate"

@@ -53,8 +53,8 @@ def score_pairs(models: TwoModels, skip_kl: bool) -> PairScores:
         for side in SIDES:
             start = len(row["prompt_ids"])
             starts.append(start)
-            # Scored from token 1 on: one forward pass serves the whole text and, as its end, the response. KL only
-            # covers the response.
+            # Scored from token 1 on: one forward pass serves the complete text and, as its end, the response. KL
+            # only covers the response.
             sequences.append(Sequence(row["prompt_ids"] + row[f"{side}_ids"], 1, None if skip_kl else start))
 
     def sums(index, scores):

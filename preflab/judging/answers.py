@@ -85,6 +85,7 @@ def policy_model(args) -> AnsweringModel:
     tokenizer = load_tokenizer(*home, args.chat_template_path, trust_remote_code=args.trust_remote_code)
     identity = {
         **identify(name, tokenizer, revision),
+        # The key is part of existing caches' identities, so its name never changes.
         "asked_revision": revision,
         "adapter_sha256": adapter_sha256(adapter) if adapter else None,
         "dtype": dtype,
@@ -108,6 +109,7 @@ def named_model(spec: str, models: TwoModels) -> AnsweringModel:
     name, equals, path = spec.partition("=")
     if not (name and equals and path) or name in models.sides:
         raise UserError(f"--models {spec}: expected name=PATH, with a name other than {' and '.join(models.sides)}")
+    # Only local folders: a hub id is taken for a complete model.
     adapter = path if (Path(path) / "adapter_config.json").exists() else None
     base = (base_of(adapter) or models.comparison.base) if adapter else path
     tokenizer = load_tokenizer(*tokenizer_home(base, None, adapter), models.comparison.args.chat_template_path)
@@ -143,6 +145,7 @@ def answerable(answering: list[AnsweringModel], prompts: list[Prompt]) -> tuple[
         try:
             for chat in chats:
                 chat.prompt_text(prompt.messages)
+            # Accepted only after every model's template: all models must answer the same prompts.
             accepted.append(prompt)
         except TemplateRefused as error:
             refusal = f"{prompt.source}: {error}"
@@ -182,21 +185,27 @@ def answer_each(
     with ExitStack() as opened:
         generate_answers = None
         for number, settings in enumerate(settings_list, 1):
+            # Opening a cache synchronises the processes, so each of them does it for every setting, even if its share
+            # is empty.
             cache = _answer_cache(model, settings, args, engine)
             caches.append(cache)
+            # By key, so that equal prompts are answered once.
             todo = list({key: i for i, key in enumerate(keys) if key not in cache.finished}.values())
             # Sorted by length, so that every process gets the same amount of work.
             todo.sort(key=lambda i: (-len(prompts[i].text), i))
             own = cache.own_share(todo)
             if not own:
                 continue
+            # Loaded at the first missing answer, and used for all later settings.
             generate_answers = generate_answers or opened.enter_context(engine_of(model, engine))
             title = f"{model.name} answers"
             title += f" {number}/{len(settings_list)}" if len(settings_list) > 1 else ""
             with progress(len(own), title, "prompt") as bar:
                 for answer in generate_answers([prompts[i].messages for i in own], **settings, **batches):
+                    # `index` counts within this process's share; answers come batch by batch, not in order.
                     cache.add(keys[own[answer.pop("index")]], answer)
                     bar.update()
+    # After all settings: `gather` is a barrier, and one per setting would make fast processes wait each time.
     gathered = [cache.gather() for cache in caches]
     return [[answers[key] for key in keys] for answers in gathered]
 
@@ -208,6 +217,7 @@ def _answer_cache(model: AnsweringModel, settings: dict, args, engine: str) -> R
         # Greedy decoding does not depend on them.
         relevant |= {"top_p": None, "seed": None}
     if engine != "hf":
+        # Absent for hf, so that the identity of its caches does not change.
         relevant["engine"] = engine
     return ResultCache(args.eval_out, f"answers-{model.name}", {**model.identity, **relevant}, args.overwrite)
 
@@ -242,6 +252,7 @@ def engine_of(model: AnsweringModel, engine: str):
     """
     if engine == "vllm":
         revision = model.identity["asked_revision"]
+        # vLLM has no autocast: it computes in the dtype that autocast would use.
         dtype = model.identity["autocast"] or model.identity["dtype"]
         options = {"revision": revision, "trust_remote_code": model.remote_code}
         llm, lora = vllm_engine.load_engine(locate(model.base, revision), dtype, model.adapter, **options)

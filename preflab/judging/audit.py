@@ -38,6 +38,7 @@ def sample_pairs(pairs: list[Pair], count: int, seed: int) -> list[Pair]:
     """Up to `count` pairs, drawn at random, in their order. The first rows of a split may all be of one kind."""
     if len(pairs) <= count:
         return pairs
+    # Without replacement, and sorted to keep the dataset's order.
     return [pairs[i] for i in sorted(np.random.default_rng(seed).choice(len(pairs), count, replace=False))]
 
 
@@ -52,11 +53,13 @@ def audit_items(pairs: list[Pair]) -> list[Item]:
 
 def _first_slot(verdicts: list[Verdict]) -> np.ndarray:
     """Score of the first slot in both orders of each pair, shape (pairs, 2); NaN without a verdict."""
+    # Items 2k and 2k + 1 are pair k in both orders, so two columns.
     return np.array([np.nan if v.first is None else v.first for v in verdicts]).reshape(-1, 2)
 
 
 def _agreement(first: np.ndarray) -> np.ndarray:
     """Score of the better answer, mean of both orders, shape (pairs,). `first`: from `_first_slot`."""
+    # The better answer is in the first slot of the first order and in the second slot of the second.
     return (first[:, 0] + 1 - first[:, 1]) / 2
 
 
@@ -81,6 +84,7 @@ def audit(pairs: list[Pair], verdicts: list[Verdict], seed: int, ordered: bool =
             error); NaN if the judge gives no probabilities.
     """
     first = _first_slot(verdicts)
+    # A pair counts only with a verdict in both orders; otherwise position bias would not cancel.
     parsed, better = ~np.isnan(first).any(1), _agreement(first)
     # Shape (pairs, 2): chosen, rejected.
     lengths = np.array([[len(p.chosen), len(p.rejected)] for p in pairs], float)
@@ -98,6 +102,7 @@ def audit(pairs: list[Pair], verdicts: list[Verdict], seed: int, ordered: bool =
         for a, b in zip(verdicts[::2], verdicts[1::2], strict=True)
         if a.probability is not None and b.probability is not None
     ]
+    # calibration_bins takes margins: sigmoid(logit(p)) = p. Clipped, because the logit of 0 and 1 is infinite.
     margins = np.array([logit(np.clip(p, 1e-9, 1 - 1e-9)) for p in probabilities])
     bins = calibration_bins(margins, seed) if len(margins) else []
     error = sum(b["n"] * abs(b["accuracy"]["value"] - b["confidence"]) for b in bins) / max(1, len(margins))
@@ -107,8 +112,10 @@ def audit(pairs: list[Pair], verdicts: list[Verdict], seed: int, ordered: bool =
         "agreement_better_is_shorter": mean(better, difference < 0),
         "flip_rate": mean((first[:, 0] != 1 - first[:, 1]).astype(float), every),
         "prefers_first": mean(first.mean(1), every) if ordered else metric(float("nan"), n=0),
+        # Where the better answer is the longer one its score is the longer answer's; elsewhere the complement is.
         "prefers_longer": mean(np.where(difference > 0, better, 1 - better), np.abs(difference) > LONGER_BY),
         "prefers_lists": mean(np.where(lists[:, 0] > lists[:, 1], better, 1 - better), lists[:, 0] != lists[:, 1]),
+        # Per item, not per pair: each order is one question to the judge.
         "parsed_share": bootstrap(~np.isnan(first).ravel(), seed),
         "calibration_error": metric(error if len(margins) else float("nan"), n=len(margins)),
     }
@@ -125,6 +132,7 @@ def against_longer(judge: list[Verdict], longer: list[Verdict], seed: int) -> di
         {difference, p}; NaN without a pair that both judged.
     """
     both = np.stack([_agreement(_first_slot(verdicts)) for verdicts in (judge, longer)], 1)
+    # Paired: only pairs that both judges decided in both orders.
     both = both[~np.isnan(both).any(1)]
     if not len(both):
         return {"difference": metric(float("nan"), n=0), "p": metric(float("nan"), n=0)}
@@ -138,6 +146,7 @@ def passes(comparison: dict) -> bool:
         comparison: from `against_longer`.
     """
     ci = comparison["difference"]["ci95"]
+    # Both criteria, because with few pairs a bootstrap interval can shrink to a point.
     return bool(ci and ci[0] > 0 and comparison["p"]["value"] < 0.05)
 
 

@@ -34,9 +34,11 @@ def battle_sections(
     for a, b in pairs:
         pair_rows = {judge: [r for r in rows if (r["a"], r["b"]) == (a, b)] for judge, rows in judged.items()}
         judges = {judge: battle_metrics(rows, seed) for judge, rows in pair_rows.items()}
+        # Under the judge itself, which comes before its controls.
         categories = by_category(next(iter(pair_rows.values())), seed)
         matches.append({"a": a, "b": b, "judges": judges, "categories": categories})
     main_rows = next(iter(judged.values()))
+    # With an opponent, every pairing has it as `b`.
     opponent = pairs[0][1] if pairs[0][1] not in names else None
     metrics = main_metrics(matches, opponent)
     if opponent:
@@ -44,6 +46,7 @@ def battle_sections(
     lengths = {name: answer_metrics(model_answers, seed) for name, model_answers in answers.items()}
     decided = [row for row in main_rows if row["consistent"] is not None]
     everyone = list(dict.fromkeys([*names, *lengths]))
+    # With two models, the strength is only the win rate on the logit scale.
     strengths = bradley_terry(decided, everyone, seed) if len(everyone) > 2 and decided else None
     return {"metrics": metrics, "matches": matches, "answers": lengths, "bradley_terry": strengths}
 
@@ -78,6 +81,7 @@ def battle_metrics(rows: list[dict], seed: int) -> dict:
         "prompts": metric(len(rows)),
         "dropped": metric(len(rows) - len(decided), n=len(rows)),
         "unparsed_verdicts": metric(len(verdicts) - len(parsed), n=len(verdicts)),
+        # Both orders of a prompt have the label, hence // 2.
         "identical_answers": metric(sum(v["label"] == "identical" for v in verdicts) // 2, n=len(rows)),
     }
     if not decided:
@@ -97,6 +101,7 @@ def battle_metrics(rows: list[dict], seed: int) -> dict:
         "losses_average_of_orders": metric(sum(row["average"] < 0.5 for row in decided), n=len(y)),
         "ties_average_of_orders": metric(sum(row["average"] == 0.5 for row in decided), n=len(y)),
         "win_rate_average_of_orders": bootstrap([row["average"] for row in decided], seed),
+        # Shape (n, 2): votes for a, all votes. A ratio of sums, so that strong verdicts weigh more.
         "win_rate_votes": bootstrap(votes, seed, statistic=lambda x: x[:, 0].sum() / x[:, 1].sum()),
         "win_rate_style_controlled": style_controlled(styles, y, seed),
         "p_win_rate_is_half": metric(sign_test(y), n=len(y)),
@@ -104,11 +109,14 @@ def battle_metrics(rows: list[dict], seed: int) -> dict:
         "first_slot_wins": bootstrap(first_slot, seed),
         "tokens_a": bootstrap(tokens[0], seed),
         "tokens_b": bootstrap(tokens[1], seed),
+        # Shape (n, 2): mean(a - b), paired by prompt.
         "tokens_difference": bootstrap(np.stack(tokens, 1), seed),
     }
     probabilities = [row["probability"] for row in decided if row["probability"] is not None]
+    # All or none: over a part of the rows the figure would not be comparable with win_rate.
     if len(probabilities) == len(decided):
         metrics["win_rate_probability"] = bootstrap(probabilities, seed)
+    # A low mass means that the judge rarely answers with a label at all, so its verdicts are weak evidence.
     mass = [v["mass"] for v in parsed if v["mass"] is not None]
     if mass:
         metrics["verdict_mass_median"] = metric(float(np.median(mass)), n=len(mass))
@@ -145,6 +153,7 @@ def against_opponent(rows: list[dict], seed: int) -> dict:
     prompts = [k for k, v in scores["base"].items() if v is not None and scores["tuned"].get(k) is not None]
     if not prompts:
         return {}
+    # Shape (prompts, 2). Paired, because both scores depend on how well the opponent answered the prompt.
     pairs = np.array([[scores["tuned"][k], scores["base"][k]] for k in prompts])
     return {
         "win_rate_difference": bootstrap(pairs, seed),
@@ -175,6 +184,8 @@ def bradley_terry(rows: list[dict], names: list[str], seed: int) -> dict:
         # The likelihood depends on each pairing only through its mean score and its number of battles.
         battles = (~np.isnan(resampled)).sum(0)
         score = np.nansum(resampled, 0) / np.maximum(battles, 1)
+        # Only differences of strengths are identified, so the first one is fixed and its column left out. A pairing
+        # without battles in a resample has score 0 and weight 0.
         return np.concatenate([[0.0], fit_logistic(design[:, 1:], score, battles.astype(float))])
 
     return {
@@ -204,6 +215,7 @@ def style_controlled(differences: np.ndarray, y: np.ndarray, seed: int) -> dict:
         # Uncentred R^2 of the constant; its mean square is 1.
         if 1 - np.mean((x[:, 0] - x[:, 1:] @ fit) ** 2) > COLLINEAR_R2:
             return float("nan")
+        # Coefficient 0 belongs to the constant: the model's own effect, in logits, at a style difference of 0.
         return float(expit(fit_logistic(x, outcome)[0]))
 
     return bootstrap(np.column_stack([y, np.ones(len(y)), features]), seed, statistic=rate)
@@ -223,12 +235,14 @@ def fit_logistic(x: np.ndarray, y: np.ndarray, weights=None) -> np.ndarray:
     weights = np.ones(len(y)) if weights is None else weights
 
     def loss(beta):
+        # log_expit(-z) is log(1 - sigmoid(z)) without cancellation.
         z = x @ beta
         return -(weights * (y * log_expit(z) + (1 - y) * log_expit(-z))).sum() + RIDGE / 2 * beta @ beta
 
     beta = np.zeros(x.shape[1])
     for _ in range(100):
         p = expit(x @ beta)
+        # Gradient of the loss. The Hessian below is X' W X + RIDGE I with W = diag(weights * p * (1 - p)).
         gradient = x.T @ (weights * (p - y)) + RIDGE * beta
         if np.abs(gradient).max() <= 1e-8 * max(1, len(y)):
             break

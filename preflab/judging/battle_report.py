@@ -51,6 +51,7 @@ def verdict_of(sections: dict) -> str:
     result = f"tuned wins {estimate(rate, 100)}% against base (95% interval; ties half; sign test p={p:.2g})"
     if not (rate["ci95"] and rate["ci95"][0] > 0.5 and p < 0.05):
         return f"Inconclusive: {result}."
+    # A length-only judge that prefers tuned at least as strongly shows that length may explain the result.
     longer = m.get("longer_win_rate")
     if longer and longer["value"] >= rate["value"]:
         return f"The judge prefers tuned: {result}. The length-only judge `longer` gives {100 * longer['value']:.1f}%."
@@ -59,10 +60,12 @@ def verdict_of(sections: dict) -> str:
 
 def judge_caveats(sections: dict) -> str:
     """Sentences about a judge with strong position bias or many missing verdicts; empty for a good one."""
+    # The first pairing's first judge: the one of --judge.
     m = next(iter(sections["matches"][0]["judges"].values()))
     caveats = ""
     if "flip_rate" in m:
         flips = m["flip_rate"]
+        # A coin that ignores the answers flips on half of the prompts.
         if flips["value"] > UNRELIABLE_FLIP_RATE and flips["n"] >= FEWEST_FLIP_PROMPTS:
             caveats += (
                 f" This judge is unreliable: its verdict changes with the answer order on {flips['value']:.1%} of"
@@ -129,6 +132,7 @@ def _judge_lines(judges: dict[str, dict]) -> list[tuple]:
 def models_table(sections: dict, published: dict | None) -> str:
     """One row per model: answer length, truncation and, where they are defined, strength and score."""
     strengths = sections["bradley_terry"]
+    # Against one opponent, as published scores are measured, each model is `a` of exactly one pairing.
     scores = {m["a"]: next(iter(m["judges"].values())).get("win_rate_votes") for m in sections["matches"]}
     lines = [("model", "answers", "tokens per answer", "truncated, %", "Bradley-Terry, logits", "score by votes, %")]
     for name, m in sections["answers"].items():
@@ -171,6 +175,7 @@ def battle_figure(path: Path, sections: dict, title: str) -> None:
     win_rate_bars(axes[0], bars[:12])
     axes[0].set_title("Win rate, 95% interval")
 
+    # The last pairing has the last model as `a`: tuned, or the last of --models.
     last = sections["matches"][-1]
     bars = [(f"{name} (n={c['n']})", c["win_rate"], CHOSEN) for name, c in last["categories"].items()]
     win_rate_bars(axes[1], bars[:16])

@@ -52,6 +52,7 @@ class Battle:
 def make_judges(args, comparison_args) -> list[Judge]:
     """The judge of `--judge`, then its controls. Raises UserError for a judge that cannot be made."""
     options = args.judge_options(comparison_args)
+    # dict.fromkeys removes a control that is the judge itself, and keeps the order.
     return [make_judge(spec, args.judge_prompt, options) for spec in dict.fromkeys([args.judge, *CONTROLS])]
 
 
@@ -69,11 +70,13 @@ def answer_prompts(models: TwoModels, args) -> Battle:
         data["left_out"]["prompts refused by a chat template"] = refused
     if args.opponent_outputs:
         opponent, given, source = load_answers(args.opponent_outputs, prompts)
+        # Rows and metrics are keyed by name, and the file may name its model base or tuned.
         opponent = opponent if opponent not in names else f"{opponent} (given)"
         answered = [k for k, answer in enumerate(given) if answer is not None]
         if len(answered) < len(prompts):
             data["left_out"][f"prompts without an answer of {opponent}"] = len(prompts) - len(answered)
         prompts = [prompts[k] for k in answered]
+        # Counted with the tokenizer of base and tuned, so that lengths are comparable.
         answers[opponent] = given_answers([given[k] for k in answered], models.tokenizer)
     answers |= answer_prompts_with_all(models, answering, prompts, args.sampling(comparison.args.seed))
     return Battle(prompts, answering, answers, pairings(names, opponent), {**data, "opponent": source})
@@ -83,6 +86,7 @@ def pairings(names: list[str], opponent: str | None) -> list[tuple[str, str]]:
     """Which models meet, as (a, b): every two of `names`, the later against the earlier, or each against `opponent`."""
     if opponent:
         return [(name, opponent) for name in names]
+    # `a` is the later model, so that win rates read as tuned against base.
     return [(b, a) for a, b in combinations(names, 2)]
 
 
@@ -127,6 +131,7 @@ def both_orders(
 
 def judge_rows(judge: Judge, items: list[Item], rows: list[dict], eval_out: str, overwrite: bool) -> list[dict]:
     """The rows of `both_orders` with the judge's verdicts on their items, combined over both orders."""
+    # Verdicts 2k and 2k + 1 are the two orders of rows[k].
     verdicts = judge_all(judge, items, eval_out, overwrite)
     return [{**row, **combine_orders(*verdicts[2 * k : 2 * k + 2])} for k, row in enumerate(rows)]
 
@@ -151,6 +156,7 @@ def combine_orders(first: Verdict, second: Verdict) -> dict:
     has_probability = first.probability is not None and second.probability is not None
     return {
         **orders,
+        # A win counts only if it holds in both orders (Zheng et al. 2023, MT-bench, section 3.4).
         "consistent": score_1 if score_1 == score_2 else 0.5,
         "average": (score_1 + score_2) / 2,
         "probability": (first.probability + 1 - second.probability) / 2 if has_probability else None,
@@ -161,6 +167,7 @@ def combine_orders(first: Verdict, second: Verdict) -> dict:
 
 def rows_with_controls(judged: dict[str, list[dict]]) -> list[dict]:
     """The first judge's rows, each with the score that every control gave it."""
+    # Every judge has the same rows in the same order, so position k is the same battle.
     main, *controls = judged
     return [
         {**row, "controls": {name: judged[name][k]["consistent"] for name in controls}}

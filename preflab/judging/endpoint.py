@@ -28,6 +28,7 @@ class EndpointJudge:
             max_retries=options["attempts"],
             timeout=options["timeout"],
         )
+        # Shared by the threads without a lock: an approximate count is enough to stop early.
         self.failed_connections = 0
 
     def identity(self) -> dict:
@@ -39,6 +40,7 @@ class EndpointJudge:
             try:
                 for done in as_completed(futures):
                     yield futures[done], done.result()
+            # Also after Ctrl-C: requests that have not started are dropped instead of awaited.
             finally:
                 pool.shutdown(cancel_futures=True)
 
@@ -52,6 +54,7 @@ class EndpointJudge:
             try:
                 verdict = self._request(item)
                 self.failed_connections = 0
+            # A subclass of APIConnectionError, so it comes first. The client has already retried it.
             except openai.APITimeoutError:
                 return unparsed(f"no answer within {self.options['timeout']:g} s")
             except openai.APIConnectionError as error:
@@ -71,6 +74,7 @@ class EndpointJudge:
         by_logprob = self.prompt.verdict == "logprob"
         if by_logprob:
             # Temperature 1, so that the server does not rescale the log-probabilities.
+            # One token: the label is expected as the first token of the reply.
             settings = {"logprobs": True, "top_logprobs": TOP_LOGPROBS, "max_tokens": 1, "temperature": 1.0}
         else:
             settings = {"max_tokens": self.prompt.max_new_tokens, "temperature": 0.0}
@@ -89,4 +93,5 @@ class EndpointJudge:
             verdict = self.prompt.weigh({label: top[label] for label in self.prompt.labels if label in top})
             if verdict.first is not None:
                 return verdict
+        # content is None in refusals and tool calls.
         return self.prompt.parse((choice.message.content if choice.message else None) or "")

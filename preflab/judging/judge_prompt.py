@@ -129,6 +129,7 @@ class JudgePrompt:
         matches = list(re.finditer("|".join(patterns), text))
         if not matches:
             return unparsed(f"no verdict in {text[-80:]!r}")
+        # The last one: a judge that reasons first may mention other labels on the way.
         label = matches[-1][0]
         first, weight = self.labels[label]
         return Verdict(first, weight=weight, label=label)
@@ -139,14 +140,17 @@ class JudgePrompt:
         A label that is missing has probability 0; without any label there is no verdict. The verdict's probability is
         P(first) among the labels, a tie label counting half to each side.
         """
+        # Probabilities among all tokens of the vocabulary; they need not add up to 1.
         p = {label: math.exp(logprobs[label]) for label in self.labels if label in logprobs}
         mass = sum(p.values())
+        # 0 without any label or after underflow; `not >` is also true for NaN.
         if not mass > 0:
             return unparsed("none of the labels among the judge's tokens")
         # Several labels of one side count together.
         sides = {side: sum(p[k] for k in p if self.labels[k][0] == side) for side in (1.0, 0.5, 0.0)}
         best = [side for side in sides if sides[side] == max(sides.values())]
         probability = (sides[1.0] + sides[0.5] / 2) / mass
+        # Two sides are equally likely: a tie, which no single label decided.
         if len(best) > 1:
             return Verdict(0.5, probability, mass=mass)
         likeliest = max((k for k in p if self.labels[k][0] == best[0]), key=p.get)
@@ -155,6 +159,7 @@ class JudgePrompt:
     @property
     def identity(self) -> dict:
         """What a cached verdict depends on."""
+        # The contents and not the path: an edited file asks again, a moved one does not.
         return {"prompt_sha256": sha256_of(str(self.system), self.user, str(self.labels), self.verdict)}
 
 
@@ -171,6 +176,7 @@ def _read_labels(content, source: str) -> dict[str, tuple[float, int]]:
         if not _is_positive_int(weight):
             raise UserError(f"{source}: label {label!r}: weight must be an integer above 0, found {weight!r}")
         labels[label] = (float(meaning["first"]), weight)
+    # Otherwise one answer could never win.
     if not {0.0, 1.0} <= {first for first, _ in labels.values()}:
         raise UserError(f"{source}: labels must include one for each answer (first: 1 and first: 0)")
     return labels

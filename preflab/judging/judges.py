@@ -28,6 +28,7 @@ def make_judge(spec: str, prompt: str | JudgePrompt, options: dict, flag: str = 
     """
     kind, _, rest = spec.partition(":")
     if kind in ("hf", "vllm", "openai") and isinstance(prompt, str):
+        # Only for judges that read one, so that a missing file does not stop the others.
         prompt = JudgePrompt.read(prompt)
     if spec == "longer":
         return LongerJudge()
@@ -74,6 +75,8 @@ class RandomJudge:
 
     def judge(self, items: list[Item]) -> Iterator[tuple[int, Verdict]]:
         for i, item in enumerate(items):
+            # A hash of the item instead of one generator for all: the toss does not depend on order, sharding or
+            # resuming.
             toss = random.Random(sha256_of(str(self.seed), item.prompt.key, item.first, item.second))
             yield i, Verdict(float(toss.random() < 0.5))
 
@@ -88,6 +91,7 @@ def judge_all(judge: Judge, items: list[Item], eval_out: str, overwrite: bool = 
         UserError: the judge gave no verdict on any item.
     """
     identical = [item.first == item.second for item in items]
+    # No cache and no sharding: every process computes the same verdicts.
     if judge.instant:
         verdicts = dict(judge.judge(items))
         return [Verdict(0.5, label="identical") if identical[i] else verdicts[i] for i in range(len(items))]
@@ -97,11 +101,13 @@ def judge_all(judge: Judge, items: list[Item], eval_out: str, overwrite: bool = 
     todo = {keys[i]: i for i in range(len(items)) if not identical[i] and keys[i] not in cache.finished}
     own = cache.own_share(list(todo.values()))
     # Reasons of this call's unparsed verdicts: a file, since every process must know those of the others.
+    # Opened by every process, because opening synchronises them.
     failures = ResultCache(eval_out, "unparsed", {**judge.identity(), "items": keys}, overwrite=True)
     with progress(len(own), judge.name, "verdict") as bar:
         for k, verdict in judge.judge([items[i] for i in own]) if own else ():
             (failures if verdict.first is None else cache).add(keys[own[k]], verdict.__dict__)
             bar.update()
+    # On a key in both, the verdict (right operand) wins.
     rows = failures.gather() | cache.gather()
     tie = Verdict(0.5, 0.5, label="identical")
     verdicts = [tie if same else Verdict(**rows[key]) for same, key in zip(identical, keys, strict=True)]

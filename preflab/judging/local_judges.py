@@ -58,17 +58,20 @@ class LocalJudge:
         limit = self.context_length() - (1 if by_logprob else self.prompt.max_new_tokens)
         questions = []
         for i, item in enumerate(items):
+            # An answer that spells out an end-of-turn token must not end the judge's own prompt.
             messages = self.prompt.messages(item, lambda text: neutralise(text, self.tokenizer))
             try:
                 questions.append((i, messages, self.chat.prompt_text(messages)))
             except TemplateRefused as error:
                 yield i, unparsed(f"the judge's chat template refused: {error}")
+        # Tokenised once in a batch, for the length check and for scoring.
         ids = self.chat.ids([text for _, _, text in questions]) if questions else []
         fitting = []
         for (i, messages, text), row in zip(questions, ids, strict=True):
             if len(row) <= limit:
                 fitting.append((i, messages, text, row))
             else:
+                # Not truncated: a judge that sees half of an answer would give a misleading verdict.
                 yield i, unparsed(f"{len(row)} tokens exceed the judge's limit of {limit}")
         if not fitting:
             return
@@ -86,6 +89,7 @@ class LocalJudge:
 
     def _label_ids(self, text: str) -> dict[str, int]:
         """The single token of each label right after `text`, a rendered question. Raises UserError if it has more."""
+        # In context, because a tokenizer may merge a label with the text before it or add a space to it.
         plain, *labelled = self.chat.ids([text, *(text + label for label in self.prompt.labels)])
         label_ids = {}
         for label, ids in zip(self.prompt.labels, labelled, strict=True):
@@ -101,6 +105,7 @@ class LocalJudge:
 
     def _by_logprob(self, questions: list[tuple[int, str, list[int]]]) -> Iterator[tuple[int, Verdict]]:
         """Compare the labels' log-probabilities as the next token. Questions are (index, text, token ids)."""
+        # The first question represents all: each ends in the template's start of the assistant turn.
         labels = self._label_ids(questions[0][1])
         budget = (self.options["batch_tokens"], self.options["batch_size"])
         for batch in token_batches([len(ids) for _, _, ids in questions], *budget):
@@ -108,10 +113,12 @@ class LocalJudge:
             ids, mask = pad_right(rows, self.tokenizer.pad_token_id, self.model.device)
             # Only the last position's logits are needed: run the backbone, then the head on one hidden state per row.
             with torch.inference_mode(), captured_hidden(self.model) as hidden:
+                # Right padding needs no position ids: causal attention never looks at the padding.
                 self.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
             with torch.inference_mode():
                 # Shape (batch, width).
                 last = hidden[0][torch.arange(len(batch), device=ids.device), mask.sum(1) - 1]
+                # Normalised over the complete vocabulary, so that the labels' mass is known too. Shape (batch, labels).
                 logprobs = head_logits(self.model, last).log_softmax(-1)[:, list(labels.values())].tolist()
             for k, row in zip(batch, logprobs, strict=True):
                 yield questions[k][0], self.prompt.weigh(dict(zip(labels, row, strict=True)))
@@ -143,6 +150,7 @@ class VllmJudge(LocalJudge):
 
     def close(self) -> None:
         """Release the GPU's memory."""
+        # vLLM holds its GPU memory until its engine process ends.
         if self.model is not None:
             vllm_engine.close(self.model)
             self.model = None

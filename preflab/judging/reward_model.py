@@ -39,6 +39,7 @@ class RewardModel:
     def _check_head(self) -> bool:
         """Whether the model brings its own code. Raises UserError, before any work, if it has no single score."""
         try:
+            # Reading the config must not run the model's own code before --trust_remote_code allows it.
             config = AutoConfig.from_pretrained(locate(self.model_name), trust_remote_code=False)
         except LOAD_ERRORS as error:
             raise load_error(f"reward model {self.model_name}", error) from error
@@ -71,6 +72,7 @@ class RewardModel:
         limit = context_length(self.model)
         rows = {}
         for i, (prompt, answer) in enumerate(answers):
+            # Spelled-out special tokens stay text, as in generation.
             messages = [{**m, "content": neutralise(m["content"], self.tokenizer)} for m in prompt.messages]
             try:
                 (ids,) = self.chat.ids([self.chat.full_text(messages, neutralise(answer, self.tokenizer))])
@@ -92,6 +94,7 @@ class RewardModel:
             # transformers reads the score at the last token that is not the pad id, so choose a pad id that no text of
             # the batch ends in: with pad = eos it would read one token too early.
             last_tokens = {rows[i][-1] for i in batch_indices}
+            # One of n + 1 ids is not among n last tokens.
             pad = next(t for t in range(len(last_tokens) + 1) if t not in last_tokens)
             self.model.config.get_text_config().pad_token_id = self.model.config.pad_token_id = pad
             ids, mask = pad_right([rows[i] for i in batch_indices], pad, self.model.device)
@@ -105,6 +108,7 @@ class RewardModel:
 
     def judge(self, items: list[Item]) -> Iterator[tuple[int, Verdict]]:
         # Each distinct answer is scored once; a verdict is given as soon as both of its answers have a reward.
+        # Keyed by (prompt, answer text). items_of lists the items that wait for an answer's reward.
         answers, items_of, rewards = {}, {}, {}
         for i, item in enumerate(items):
             for answer in (item.first, item.second):
@@ -113,6 +117,7 @@ class RewardModel:
         keys = list(answers)
         for k, reward in self.score(list(answers.values())):
             rewards[keys[k]] = reward
+            # Each item once, also if both of its answers are the same text.
             for i in dict.fromkeys(items_of[keys[k]]):
                 pair = [rewards.get((items[i].prompt.key, text)) for text in (items[i].first, items[i].second)]
                 if None not in pair:
@@ -124,4 +129,5 @@ class RewardModel:
         if isinstance(a, str) or isinstance(b, str):
             return unparsed(a if isinstance(a, str) else b)
         # Clipped, because exp overflows beyond 709.
+        # Bradley-Terry: rewards are log-odds.
         return Verdict(0.5 + 0.5 * ((a > b) - (a < b)), 1 / (1 + math.exp(-max(-700.0, min(700.0, a - b)))))

@@ -11,6 +11,7 @@ FENCE = re.compile(
 )
 HEADER = re.compile(r"^#{1,6}\s", re.MULTILINE)
 LIST = re.compile(r"^\s*(\d+[.)]|[-*+])\s", re.MULTILINE)
+# Within one line, so that two unrelated pairs of asterisks do not make a bold run.
 BOLD = re.compile(r"\*\*[^*\n]+\*\*|__[^_\n]+__")
 
 
@@ -27,7 +28,9 @@ def style_differences(a: list[str], b: list[str], tokens_a: list[int], tokens_b:
     (d_a - d_b) / (d_a + d_b + 1).
     """
     length_a, length_b = np.array(tokens_a, float), np.array(tokens_b, float)
+    # At least 1, so that two empty answers have difference 0.
     features = [(length_a - length_b) / np.maximum(length_a + length_b, 1)]
+    # Each of shape (n, 3), also for n = 0.
     counts_a, counts_b = (np.array([markdown_counts(text) for text in side], float).reshape(-1, 3) for side in (a, b))
     for k in range(3):
         d_a, d_b = counts_a[:, k] / (length_a + 1), counts_b[:, k] / (length_b + 1)
