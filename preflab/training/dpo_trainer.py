@@ -20,10 +20,12 @@ from preflab.training.resumable import ResumableMixin
 from utils.artifacts import RowFile
 from utils.errors import UserError, is_main_process
 
+# Columns of SPPO's win probabilities: of the chosen and of the rejected answer.
 WINS = tuple(WIN_KEYS)
 # Losses whose value depends on which pairs share a micro-batch (sorted or running statistics, means over tokens);
 # their micro-batches are never rebatched.
 BATCH_DEPENDENT_LOSSES = {"aot", "aot_unpaired", "bco_pair", "sft"}
+# Keys of a scored pair, in the order in which `score` reads the forwards.
 SCORE_KEYS = ("row", "chosen", "rejected", "ref_chosen", "ref_rejected")
 # In nats. In 16 bits the batch's shape moves a log-probability by up to about 0.1 nats per answer.
 STEP0_TOLERANCE = {"float32": 1e-3, "16-bit": 0.5}
@@ -33,17 +35,24 @@ class ResumableDPOTrainer(ResumableMixin, DPOTrainer):
     """DPOTrainer on rows tokenised by `data.preferences`, with complete checkpoints, exact resume, per-pair scores."""
 
     def __init__(self, *args, row_log: RowFile, **kwargs):
+        # Before TRL's __init__, which already runs forwards under --precompute_ref_log_probs.
         fused_head.install()
         super().__init__(*args, **kwargs)
+        # TRL's collator keeps only the columns that it knows.
         if "sppo" in self.loss_types:
             self.data_collator = WinCollator(self.data_collator)
+        # Why pairs are computed padded, for the preflight; None where prompts are shared.
         self.padded_because = "--no_shared_prompt"
         if self.args.shared_prompt:
             self.padded_because = shared_prompt.unsupported_reason(self.model, self.aux_loss_enabled)
         if self.padded_because is None:
             for model in (self.model, self.ref_model):
                 if model is not None:
+                    # `attach` replaces a method of the transformers model itself, so accelerate's wrapper is taken off
+                    # first.
                     shared_prompt.attach(self.accelerator.unwrap_model(model))
+            # TRL passes every key that it does not know to the model, so the packed layout reaches the backbone through
+            # both of its forwards, policy and reference.
             self.data_collator = shared_prompt.PackingCollator(self.data_collator)
         self.set_up(row_log, self._displacement)
 
@@ -55,6 +64,7 @@ class ResumableDPOTrainer(ResumableMixin, DPOTrainer):
     @cached_property
     def longest(self) -> int:
         """Tokens of the longest training sequence."""
+        # Cached, because it reads every row and each optimizer step needs it where max_length is not set.
         return longest_sequence(self.train_dataset)
 
     def _displacement(self, row: dict) -> str | None:
@@ -64,6 +74,7 @@ class ResumableDPOTrainer(ResumableMixin, DPOTrainer):
         """
         # rewards/* are beta x (log pi - log pi_ref), so that dividing by beta gives the change in nats.
         changes = [row[f"rewards/{side}"] / self.args.beta for side in ("chosen", "rejected")]
+        # logps/* are negative, so the 1% is of the absolute value.
         fell = changes[0] < -0.01 * abs(row["logps/chosen"]) and changes[1] < 0
         return displacement_text(*changes) if fell else None
 
@@ -78,6 +89,7 @@ class ResumableDPOTrainer(ResumableMixin, DPOTrainer):
 
     def compute_ref_log_probs(self, model, inputs):
         """TRL's reference forward, without the win probabilities, which only the loss uses."""
+        # As the layout above, the win probabilities would be passed to the model's forward.
         return super().compute_ref_log_probs(model, {k: v for k, v in inputs.items() if k not in WINS})
 
     # ------------------------------------------------------------------------------------------------ micro-batches
@@ -97,6 +109,8 @@ class ResumableDPOTrainer(ResumableMixin, DPOTrainer):
     def training_step(self, model, inputs, num_items_in_batch=None):
         """transformers' training step; 0 for the empty batches that rebatching leaves."""
         if inputs["input_ids"].numel() == 0:
+            # Empty batches come first in a step (`shared_prompt.rebatch`), so the backward that synchronises gradients
+            # is never one of those skipped here.
             return torch.zeros((), device=self.args.device)
         return super().training_step(model, inputs, num_items_in_batch)
 
@@ -112,12 +126,15 @@ class ResumableDPOTrainer(ResumableMixin, DPOTrainer):
         # TRL logs the plain mean over micro-batches, so each metric of this one is repeated once per pair.
         for name, values in self._metrics["train"].items():
             values += values[counts_before.get(name, 0) :] * (pairs - 1)
+        # transformers divides each loss by the number of micro-batches of the step, empty ones included. With these
+        # weights the sum is the mean over the step's pairs, as with the configured micro-batches.
         return (result[0] * weight, *result[1:]) if return_outputs else result * weight
 
     # -------------------------------------------------------------------------------------------------------- losses
 
     def _compute_loss(self, model, inputs, return_outputs):
         """TRL's losses and metrics, plus the losses of preflab.training.losses from the same forward passes."""
+        # Removed from the inputs, since TRL passes keys that it does not know to the model.
         wins = [inputs.pop(name, None) for name in WINS]
         weighted = list(zip(self.loss_types, self.loss_weights, strict=True))
         own = [(loss, weight) for loss, weight in weighted if loss in losses.OWN_LOSSES]
@@ -128,6 +145,8 @@ class ResumableDPOTrainer(ResumableMixin, DPOTrainer):
         self.loss_types, self.loss_weights = [loss for loss, _ in trl_losses], [weight for _, weight in trl_losses]
         outputs = []
 
+        # TRL runs the reference through self.model or self.ref_model, so this sees the policy's forward only: its
+        # output after wrappers such as DDP, with the autograd graph that the further losses need.
         def policy(**kwargs):
             outputs.append(model(**kwargs))
             return outputs[-1]
@@ -136,9 +155,11 @@ class ResumableDPOTrainer(ResumableMixin, DPOTrainer):
             with self._captured_logps() as captured:
                 result = self._compute_trl_loss(policy, inputs, return_outputs)
         finally:
+            # Restored after an error too: the next micro-batch reads the complete lists again.
             self.loss_types, self.loss_weights = [loss for loss, _ in weighted], [weight for _, weight in weighted]
         # Both of shape (2 x pairs,): chosen, then rejected. `logps` carries the policy's gradient.
         logps = sum_logps(outputs[0])
+        # captured[0] is the policy's forward, captured[1] the reference's.
         reference = cached_reference(inputs) or captured[1].chunk(2)
         own_loss = sum(weight * self._own_loss(loss, logps, reference, inputs, wins).mean() for loss, weight in own)
         return (result[0] + own_loss, *result[1:]) if return_outputs else result + own_loss
@@ -152,17 +173,21 @@ class ResumableDPOTrainer(ResumableMixin, DPOTrainer):
             wins: [win_chosen, win_rejected], each of shape (pairs,), or None where the rows have none.
         """
         if loss == "simpo":
+            # Response tokens, shape (2 x pairs,). An empty response has log-probability 0, and the clamp keeps its mean
+            # at 0.
             lengths = inputs["completion_mask"].sum(1).clamp(min=1)
             chosen_mean, rejected_mean = (logps / lengths).chunk(2)
             self._log_simpo(self.beta * chosen_mean.detach(), self.beta * rejected_mean.detach())
             return losses.simpo(
                 chosen_mean, rejected_mean, self.beta, self.args.gamma_beta_ratio, self.label_smoothing
             )  # fmt: skip
+        # log pi - log pi_ref, chosen and rejected, each of shape (pairs,).
         ratios = (side - ref for side, ref in zip(logps.chunk(2), reference, strict=True))
         return losses.sppo(*ratios, *wins, self.beta)
 
     def _log_simpo(self, chosen, rejected):
         """Log SimPO's rewards (beta x mean log-probability) as simpo/*: rewards/* are log-ratios in every run."""
+        # TRL averages these lists and empties them at the next logged step.
         metrics = self._metrics["train" if self.model.training else "eval"]
         chosen, rejected = self.accelerator.gather(chosen), self.accelerator.gather(rejected)
         metrics["simpo/chosen"].append(chosen.mean().item())
@@ -171,6 +196,7 @@ class ResumableDPOTrainer(ResumableMixin, DPOTrainer):
 
     def _compute_trl_loss(self, model, inputs, return_outputs):
         """TRL's loss; a sharded model's first micro-batch is also checked for rewards of 0."""
+        # global_step is 0 during all micro-batches of the first step; step0_reward is set by the first of them.
         if not (self.is_sharded and self.model.training and self.state.global_step == 0 and self.step0_reward is None):
             return super()._compute_loss(model, inputs, return_outputs)
         # A sharded model exists only inside training, so its step-0 rewards are taken from the first micro-batch.
@@ -178,7 +204,9 @@ class ResumableDPOTrainer(ResumableMixin, DPOTrainer):
             result = super()._compute_loss(model, inputs, return_outputs)
         cached = cached_reference(inputs)
         reference = torch.cat(cached) if cached else captured[1]
+        # Both terms have shape (2 x pairs,), so the maximum covers chosen and rejected answers.
         reward = self.args.beta * (captured[0].detach() - reference).abs().max()
+        # The largest over all processes, so that either all of them raise or none does.
         self.step0_reward = self.accelerator.gather(reward).max().item()
         check_step0(self.step0_reward, self.args)
         return result
@@ -189,6 +217,7 @@ class ResumableDPOTrainer(ResumableMixin, DPOTrainer):
             # cache file, so all of them read one copy of the rows from disk.
             shared = Path(self.args.output_dir) / ".tokenized" / name
             if is_main_process():
+                # A copy from an interrupted call may hold other rows.
                 shutil.rmtree(shared, ignore_errors=True)
                 dataset.save_to_disk(str(shared))
             self.accelerator.wait_for_everyone()
@@ -210,6 +239,7 @@ class ResumableDPOTrainer(ResumableMixin, DPOTrainer):
             response log-probabilities in nats.
         """
         own_indices = self.share(list(range(len(dataset)) if indices is None else indices))
+        # model_wrapped is DeepSpeed's engine, through which sharded parameters are gathered.
         model = self.model_wrapped if self.is_deepspeed_enabled else self.model
         was_training = self.model.training
         self.model.eval()
@@ -217,9 +247,13 @@ class ResumableDPOTrainer(ResumableMixin, DPOTrainer):
         eval_batch = self.args.per_device_eval_batch_size
         with self._captured_logps() as captured:
             for batch_indices, batch in pair_batches(dataset, self.data_collator, eval_batch, own_indices):
+                # From here `captured` holds this batch only: the policy's forward, then the reference's unless it is
+                # cached.
                 captured.clear()
                 batch = self._prepare_inputs(batch)
                 with self.accelerator.autocast():
+                    # A batch's mean loss is repeated once per pair, so that the mean over the list is a mean over
+                    # pairs.
                     batch_losses += [self.compute_loss(model, batch).item()] * len(batch_indices)
                 cached = cached_reference(batch)
                 reference = torch.cat(cached) if cached else captured[1]
@@ -234,6 +268,7 @@ class ResumableDPOTrainer(ResumableMixin, DPOTrainer):
             # eval_longest_first tells readers of the log that these means come from batches sorted by length, unlike
             # those of the trainer's own evaluations (preflab.evaluation.reward_slices recomputes both).
             self.log({"eval_loss": sum(batch_losses) / len(batch_losses), "eval_longest_first": 1.0, **epoch})
+        # Metrics of a pass that was not logged must not enter the means of the next evaluation.
         self._metrics["eval"].clear()
         self.model.train(was_training)
         # `share` may have repeated the last row.
@@ -310,4 +345,5 @@ def step0_tolerance(config: DPORunConfig) -> float:
     """Tolerance of the step-0 reward margin: 1e-3 in float32, beta x 0.5 nats in 16 bits."""
     if config.precision == "fp32":
         return STEP0_TOLERANCE["float32"]
+    # A reward is beta x nats, so a tolerance in nats is multiplied by beta; it is never stricter than in float32.
     return max(STEP0_TOLERANCE["float32"], config.beta * STEP0_TOLERANCE["16-bit"])

@@ -20,6 +20,7 @@ def simpo(chosen_mean, rejected_mean, beta: float, gamma_beta_ratio: float, labe
     # beta (r_w - r_l) - gamma, with beta factored out as in the published code.
     margin = beta * (chosen_mean - rejected_mean - gamma_beta_ratio)
     # With probability label_smoothing the label is wrong and the pair counts the other way round.
+    # logsigmoid stays finite at large negative margins, where the log of a sigmoid underflows to -inf.
     return -(1 - label_smoothing) * logsigmoid(margin) - label_smoothing * logsigmoid(-margin)
 
 
@@ -37,6 +38,7 @@ def sppo(chosen_ratio, rejected_ratio, win_chosen, win_rejected, beta: float):
         The loss of each pair. Shape (pairs,).
     """
     # Each log-ratio is regressed onto its target (P - 1/2) / beta: positive for likely winners, negative for losers.
+    # At P = 1/2 the target is 0: the answer should stay as likely as under the reference.
     chosen = (chosen_ratio - (win_chosen - 0.5) / beta).square()
     rejected = (rejected_ratio - (win_rejected - 0.5) / beta).square()
     return (chosen + rejected) / 2

@@ -66,6 +66,7 @@ def use(trainer, eval_out: str, identity: dict) -> dict:
     """
     started = time.monotonic()
     cache = ResultCache(eval_out, "reference", {"kind": "summed response log-probabilities", **identity})
+    # The entries at opening, equal on every process, so that all processes divide the same missing pairs.
     known, counts = cache.finished, {"computed": 0, "read": 0}
     splits = {"train_dataset": trainer.train_dataset, "eval_dataset": trainer.eval_dataset}
     keys = {
@@ -74,12 +75,14 @@ def use(trainer, eval_out: str, identity: dict) -> dict:
         if dataset is not None
     }
     for name, split_keys in keys.items():
+        # The cache's identity does not include library versions and kernels, so some entries are computed again first.
         _check(trainer, splits[name], split_keys, known, cache.folder)
         # Pairs with equal token ids share a key and are computed once.
         missing = list({key: i for i, key in enumerate(split_keys) if key not in known}.values())
         counts["computed"] += len(missing)
         counts["read"] += len(split_keys) - len(missing)
         _compute(trainer, splits[name], split_keys, missing, cache)
+    # Each process has computed its own share only; this waits for all of them and reads their files.
     results = cache.gather()
     for name, split_keys in keys.items():
         dataset = splits[name]
@@ -87,12 +90,14 @@ def use(trainer, eval_out: str, identity: dict) -> dict:
             # The columns that TRL's own precomputation adds; it then skips the reference's forward.
             dataset = dataset.add_column(f"ref_{side}_logps", [results[key][side] for key in split_keys])
         setattr(trainer, name, dataset)
+    # TRL's flag, set last: from here its loss reads the two columns instead of running the reference.
     trainer.precompute_ref_logps = True
     return {**counts, "seconds": round(time.monotonic() - started, 1)}
 
 
 def _compute(trainer, dataset, keys: list[str], missing: list[int], cache: ResultCache) -> None:
     """Score the `missing` rows, shared out over the processes, and add them to the cache."""
+    # Tokens of the packed pair, its prompt counted once; the budget is in the same unit.
     lengths = [sum(len(dataset[i][part]) for part in PARTS) for i in missing]
     budget = CPU_TOKENS if trainer.accelerator.device.type == "cpu" else GPU_TOKENS
     batches = cache.own_share(token_batches(lengths, budget))
@@ -100,6 +105,7 @@ def _compute(trainer, dataset, keys: list[str], missing: list[int], cache: Resul
         for batch in batches:
             rows = [missing[k] for k in batch]
             for i, (chosen, rejected) in zip(rows, reference_logps(trainer, dataset, rows), strict=True):
+                # Saved after every batch, so that an interrupted command continues where it stopped.
                 cache.add(keys[i], {"chosen": chosen, "rejected": rejected})
             bar.update(len(rows))
 
@@ -107,8 +113,10 @@ def _compute(trainer, dataset, keys: list[str], missing: list[int], cache: Resul
 @torch.no_grad()
 def reference_logps(trainer, dataset, rows: list[int]) -> list[tuple[float, float]]:
     """(chosen, rejected) summed reference log-probabilities of `rows`, in nats, by TRL's own reference forward."""
+    # Without a reference model TRL's forward switches the policy's adapter off (or to its frozen copy).
     model = trainer.model if trainer.ref_model is None else trainer.ref_model
     was_training = model.training
+    # Without dropout, the forward draws no random number.
     model.eval()
     batch = trainer._prepare_inputs(trainer.data_collator([dataset[i] for i in rows]))
     sides = [side.float().tolist() for side in trainer.compute_ref_log_probs(model, batch)]
@@ -123,6 +131,7 @@ def _check(trainer, dataset, keys: list[str], known: dict, folder) -> None:
     sample = cached[:: max(1, len(cached) // CHECKED)][:CHECKED]
     if not sample:
         return
+    # In nats: sums of log-probabilities are compared here, without beta.
     tolerance = STEP0_TOLERANCE["float32" if trainer.args.precision == "fp32" else "16-bit"]
     for i, now in zip(sample, reference_logps(trainer, dataset, sample), strict=True):
         before = (known[keys[i]]["chosen"], known[keys[i]]["rejected"])

@@ -44,6 +44,7 @@ class ResumableMixin:
             # to zero, so the adapters are kept in float32.
             if param.requires_grad and param.dtype in (torch.bfloat16, torch.float16) and self.is_quantized:
                 param.data = param.data.float()
+        # transformers' callbacks print every log row; TrainingProgress and RowLog replace them.
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
         if not self.args.disable_tqdm:
@@ -92,8 +93,10 @@ class ResumableMixin:
         # The manifest is written last and renamed into place, so a folder without it is incomplete. Older checkpoints
         # are deleted only after that (transformers would do it before): a kill at any point leaves a complete one.
         folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        # Left by a call that was interrupted: its files would otherwise be listed in the new manifest.
         if is_main_process() and folder.exists():
             shutil.rmtree(folder)
+        # No rank writes before the old folder is deleted.
         self.accelerator.wait_for_everyone()
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
@@ -107,6 +110,7 @@ class ResumableMixin:
                 folder, step=self.state.global_step, num_tokens=self._total_train_tokens, seconds=self.seconds
             )
             rotate_checkpoints(str(folder.parent), limit, self.state.best_model_checkpoint, use_mtime=True)
+        # No rank continues, or exits after a stop, while rank 0 still writes.
         self.accelerator.wait_for_everyone()
 
     def _run_epoch(self, **kwargs):
@@ -131,6 +135,7 @@ class RowLog(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         # A killed run may have logged steps after its last checkpoint; they are trained and logged again.
+        # transformers has already restored global_step from the checkpoint (0 without one).
         self.rows.keep(lambda row: row["step"] <= state.global_step)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
@@ -139,11 +144,13 @@ class RowLog(TrainerCallback):
             return
         split = "eval" if any(k.startswith("eval_") for k in logs) else "train"
         loss = logs.get("loss", logs.get("eval_loss"))
+        # RunConfig sets logging_nan_inf_filter to false, so that NaN and infinite losses arrive here unchanged.
         if loss is not None and not math.isfinite(loss):
             raise UserError(
                 f"the {split} loss at step {state.global_step} is {loss}: lower --learning_rate, or train in float32"
                 " (--bf16 false --fp16 false); with --save_steps earlier checkpoints are kept"
             )
+        # eval_ is removed so that train and eval rows have the same keys.
         row = {"split": split, "step": state.global_step, **{k.removeprefix("eval_"): v for k, v in logs.items()}}
         self.rows.append(row)
         warning = self.warn(row) if self.warn and split == "eval" else None
@@ -161,6 +168,7 @@ class TrainingProgress(TrainerCallback):
     }  # fmt: skip
 
     def __init__(self):
+        # The evaluation's bar is inside the training's, so the two are opened and closed separately.
         self.bar, self.evaluation, self.step = None, None, 0
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -214,6 +222,8 @@ class GracefulStop(TrainerCallback):
 
     def _request(self, number, frame):
         if self.requested:
+            # A repeated SIGTERM, or the launcher's copy of the same Ctrl-C, changes nothing: the step is finished
+            # first.
             if number == signal.SIGINT and time.monotonic() - self.requested_at > self.SAME_KEYSTROKE_SECONDS:
                 raise KeyboardInterrupt
             return
@@ -228,4 +238,5 @@ class GracefulStop(TrainerCallback):
             flag = torch.tensor([int(requested)], device=self.accelerator.device)
             requested = bool(self.accelerator.reduce(flag, "sum").item())
         if requested:
+            # Also set where the signal did not arrive: every rank reads it after training to exit with the same code.
             self.requested = control.should_save = control.should_training_stop = True
