@@ -68,6 +68,7 @@ class DPORunConfig(RunConfig, DPOConfig):
 
     def token_budget(self, longest: int) -> int:
         """Maximum tokens per forward. `longest`: tokens of the longest sequence in the data."""
+        # Padded, each pair of a micro-batch takes two sequences of up to max_length tokens.
         return self.micro_batch_tokens or 2 * self.per_device_train_batch_size * (self.max_length or longest)
 
     def fit_memory(self, model, trained: int, longest: Callable[[], int], reference_beside: bool) -> str | None:
@@ -87,6 +88,7 @@ class DPORunConfig(RunConfig, DPOConfig):
             return
 
         def estimate(tokens: int) -> float:
+            # `needed` reads the budget from the config, so each candidate is set in a copy.
             args = copy(self)
             args.micro_batch_tokens = tokens
             return needed(model, args, trained, longest(), reference_beside).total(bool(self.gradient_checkpointing))
@@ -129,6 +131,7 @@ class DPORunConfig(RunConfig, DPOConfig):
 
     def _check_losses(self) -> None:
         """Refuse label smoothing and TRL's keys where the chosen losses do not use them."""
+        # At 0.5 `robust` divides by 1 - 2 x 0.5 = 0; above, every smoothed loss would prefer the rejected answer.
         if not 0 <= self.label_smoothing < 0.5:
             raise UserError(f"--label_smoothing {self.label_smoothing}: must be at least 0 and below 0.5")
         if set(self.loss_type) & set(OWN_LOSSES):
@@ -139,5 +142,6 @@ class DPORunConfig(RunConfig, DPOConfig):
                 raise UserError(
                     "--label_smoothing: has no effect on sppo, whose win probabilities express label noise; remove it"
                 )
+        # The loss has a term log(label_smoothing) (Ji et al. 2024, arXiv 2402.00856, eq. 16).
         if "exo_pair" in self.loss_type and self.label_smoothing == 0:
             raise UserError("--loss_type exo_pair needs --label_smoothing above 0 (its paper recommends 1e-3)")

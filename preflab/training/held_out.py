@@ -22,6 +22,7 @@ def evaluate_pairs(trainer, splits, config) -> tuple[list[dict], dict]:
     rows = reward_rows(scores, config.beta)
     for row, pair in zip(rows, splits.test.pairs, strict=True):
         row.update(where=pair.source, score_chosen=pair.score_chosen, score_rejected=pair.score_rejected)
+    # The baseline is fitted on the texts of the train pairs and scores those of the test pairs.
     texts = [[(pair.chosen, pair.rejected) for pair in split.pairs] for split in (splits.train, splits.test)]
     return rows, reward_metrics(rows, bag_of_words_scores(*texts, seed=config.seed), config.seed)
 
@@ -34,6 +35,7 @@ def score_base(training: TrainingRun, trainer, splits) -> list[float] | None:
     if not splits.test or trainer.is_sharded:
         return None
     start = training.start_adapter.describe() if training.start_adapter else None
+    # A merged adapter is named here too, beside the merged weights that model_identity describes.
     identity = {**training.model_identity(trainer), "start": start}
     return trainer.score_base(splits.test_ids, training.config.eval_out, identity)
 
@@ -78,6 +80,7 @@ def heldout_metrics(rows: list[dict], seed: int = 42) -> dict:
     Only the tuned model's metrics where the base was not scored.
     """
     tuned_only = rows[0]["nll_base"] is None
+    # section_metrics expects both models; without a base the tuned column stands in, and its metrics are removed below.
     keys = ("nll_tuned" if tuned_only else "nll_base", "nll_tuned", "tokens", "bytes")
     # Shape (conversations, 4).
     values = np.array([[row[key] for key in keys] for row in rows], float)

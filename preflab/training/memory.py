@@ -42,13 +42,17 @@ def needed(model, args, trained: int, longest: int, reference_beside: bool) -> M
         reference_beside: whether a second copy of the weights is loaded.
     """
     weights = sum(p.numel() * p.element_size() for p in model.parameters()) * (1 + reference_beside)
+    # Multimodal configs keep these sizes in a nested config; for others this is the config itself.
     config = model.config.get_text_config()
     row = args.sequences_a_row * longest
+    # Tokens of one optimizer step on this process.
     step = row * args.per_device_train_batch_size * args.gradient_accumulation_steps
     # A micro-batch holds at least one row and never more than one optimizer step.
     tokens = max(row, min(args.token_budget(longest), step))
+    # GPT-2's config, for example, has no intermediate_size; its feed-forward has 4 widths.
     feed_forward = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     values = tokens * config.num_hidden_layers * (16 * config.hidden_size + 6 * feed_forward)
+    # Bytes per activation value: 4 in float32, 2 in 16 bits.
     return Memory(weights + 12 * trained, values * (4 if args.precision == "fp32" else 2))
 
 
@@ -88,6 +92,7 @@ def free_bytes(model) -> float:
         free = min(psutil.virtual_memory().available, _container_limit())
         # The processes of one machine share its memory.
         free /= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    # `needed` counts the weights, which are already loaded, so their bytes count as free here.
     return free + sum(p.numel() * p.element_size() for p in model.parameters() if p.device.type == kind)
 
 
@@ -95,6 +100,7 @@ def _container_limit() -> float:
     """Bytes left below the memory limit of this container (cgroup v2), infinite where there is none."""
     group = Path("/sys/fs/cgroup")
     try:
+        # memory.max is the word "max" where there is no limit, which float() refuses.
         return float((group / "memory.max").read_text()) - float((group / "memory.current").read_text())
     except (OSError, ValueError):
         return float("inf")

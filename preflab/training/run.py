@@ -75,6 +75,7 @@ class TrainingRun:
         notes = fit_global_batch(config)
         published = read_published(config.published, list) if config.published else None
         suffix = "-".join(config.objectives)
+        # Before resolve_start_adapter, which replaces the model's name by that of the merged folder.
         config.run_name = run_name(config.run_name, model_args.model_name_or_path, suffix, data_args.limit)
         # A wrong model or adapter name fails here, before the data are read.
         locate(model_args.model_name_or_path, model_args.model_revision)
@@ -86,6 +87,7 @@ class TrainingRun:
         # Rank 0 claims the folders; its error is raised on every rank.
         folders = on_main_process(lambda: claim_run(*claim))
         checkpoint = None if folders.finished else checkpoint_to_resume(folders, config.resume)
+        # The trainer writes its checkpoints below output_dir; identity and claim above use the parent folder.
         config.output_dir = str(folders.weights)
         return cls(stage, data_args, config, model_args, folders, checkpoint, start_adapter, published, notes)
 
@@ -141,12 +143,17 @@ class TrainingRun:
         if start and start.merged:
             merge_start_adapter(start, model_args.dtype, model_args.attn_implementation, config.trust_remote_code)
         if splits.test_ids is None:
+            # transformers refuses an evaluation strategy without an evaluation dataset.
             config.eval_strategy = "no"
         keeps_reference = config.keeps_reference_model(model_args.use_peft)
         try:
             policy = load_for_training(config, model_args)
+            # The adapter does not exist yet; its parameters are few beside the base's and not counted here.
             trained = 0 if model_args.use_peft else sum(p.numel() for p in policy.parameters())
+            # Reads every row, so it is computed only if an estimate needs it, and once.
             longest = cache(lambda: trainer_type.longest_in(splits.train_ids))
+            # Decided before the trainer is made, since the constructor reads micro_batch_tokens and
+            # gradient_checkpointing.
             note = config.fit_memory(policy, trained, longest, keeps_reference)
             self.notes += [note] if note else []
             if self.continues_adapter:
@@ -154,11 +161,13 @@ class TrainingRun:
                 policy = load_adapter(policy, start.adapter, is_trainable=True)
             return trainer_type(
                 model=policy,
+                # SFTTrainer has no argument ref_model, so the key is passed only with a reference.
                 **({"ref_model": load_for_training(config, model_args)} if keeps_reference else {}),
                 args=config,
                 train_dataset=splits.train_ids,
                 eval_dataset=splits.test_ids,
                 processing_class=self.tokenizer,
+                # With a LoRA config TRL would add a second, new adapter to the loaded one.
                 peft_config=None if self.continues_adapter else get_peft_config(model_args),
                 row_log=self.row_log,
             )
@@ -207,11 +216,13 @@ class TrainingRun:
             trainer.continue_from(self.checkpoint)
         with trainer.stopper:
             trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
+        # A signal during the last step stops nothing: the run is complete then.
         if trainer.stopper.requested and trainer.state.global_step < trainer.state.max_steps:
             print_main(
                 f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}, saved in"
                 f" {self.folders.weights}; the same command (without --overwrite) continues from there"
             )
+            # 128 + 2, the shell's exit code for SIGINT.
             sys.exit(130)
         trainer.save_model(self.config.output_dir)
         if trainer.step0_reward is not None:
@@ -273,6 +284,7 @@ class TrainingRun:
             files[results / "heldout_rows.jsonl"] = rows
         print_main("")
         self.stage.write(results / "train.json", summary, files)
+        # After train.json, which the same command prints from then on.
         self.folders.finish()
         print_main(f"weights and tokenizer are in {self.folders.weights}/, all results in {results}/")
         print_main(f"training took {trainer.seconds:.0f} s, the command in total {self.stage.seconds:.0f} s")
@@ -294,10 +306,12 @@ def training_summary(trainer, flight: dict, unit: str, tokens: int, operations: 
     # `trainer.row_log` holds every step once, also those of calls before a resume.
     losses, plan = [row["loss"] for row in trainer.row_log.read() if row["split"] == "train"], flight["plan"]
     tenth = max(1, len(losses) // 10)
+    # matmul_rate measures one device; every process has its own.
     rate = matmul_rate(trainer.args.dtype_name, trainer.accelerator.device.type) * plan["batch"]["processes"]
     flops = model_flops(flight["parameters"]["total"], tokens, operations)
     return {
         "steps": trainer.state.global_step,
+        # The wall time of all calls of this run, those before a resume included; the rates below are over it.
         "seconds": round(trainer.seconds, 1),
         "num_tokens": trainer._total_train_tokens,
         f"{unit}_per_second": round(plan["rows_seen"] / trainer.seconds, 3),

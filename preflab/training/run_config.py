@@ -49,13 +49,16 @@ class RunConfig:
     )
     logging_steps: float = field(default=1, metadata={"help": "Optimizer steps between two log rows."})
     report_to: None | str | list[str] = field(default="none", metadata={"help": "tensorboard, trackio, wandb or none."})
+    # transformers' default (true) replaces a NaN loss by the mean of the earlier ones, which hides a diverged run.
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Replace NaN losses in the log."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept; the oldest are deleted."})
 
     def __post_init__(self):
+        # Read before super().__post_init__ copies one of the two names to the other.
         self.checkpointing_is_open = self.gradient_checkpointing is None and self.activation_checkpointing is None
         # transformers checks use_cpu before it allows bf16 on a CPU.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        # None would make it depend on transformers' log level, which the scripts set to ERROR.
         self.disable_tqdm = bool(self.disable_tqdm)
         if self.bf16 is None and not self.fp16:
             # TRL defaults to bf16 on every device; here CPU runs default to float32.
@@ -84,7 +87,9 @@ class RunConfig:
         estimate = needed(model, self, trained, longest(), reference_beside)
         reason = reason_for_checkpointing(estimate, free_bytes(model))
         if self.world_size > 1:
+            # The first process that is short of memory gives the reason for all.
             reason = next((r for r in gather_object([reason]) if r), None)
+        # transformers renames the first to the second; both are set, so that every reader finds the same value.
         self.gradient_checkpointing = self.activation_checkpointing = reason is not None
         return reason
 
@@ -115,6 +120,7 @@ def check_run_config(config: RunConfig, model) -> None:
         model: TRL's ModelConfig.
     """
     check_positive((config, POSITIVE), (model, ("lora_r", "lora_alpha")))
+    # transformers' default for max_steps is -1, no limit. `not > 0` also refuses NaN.
     if config.max_steps <= 0 and not config.num_train_epochs > 0:
         raise UserError(f"--num_train_epochs {config.num_train_epochs}: must be above 0 (or give --max_steps)")
     if model.model_name_or_path is None:
@@ -141,6 +147,7 @@ def fit_global_batch(config: RunConfig) -> list[str]:
     Raises:
         UserError: the global batch is not a multiple of the number of processes.
     """
+    # Invariant: per-device batch x accumulation x processes = global batch.
     world, global_batch = config.world_size, config.global_batch_size
     before = config.per_device_train_batch_size, config.gradient_accumulation_steps
     if global_batch is None:

@@ -51,6 +51,7 @@ class RunFolders:
             UserError: a resumed run was started on other data.
         """
         manifest = read_json(self.weights / "run.json")
+        # The first call records the hash; a resumed run must have the same.
         if manifest.setdefault("data_sha256", data_sha256) != data_sha256:
             raise UserError(f"{self.weights}: the data changed since this run began; choose another --run_name")
         write_json(self.weights / "run.json", manifest)
@@ -64,6 +65,7 @@ class RunFolders:
         for source in (s for summary in data.values() if summary for s in summary["sources"] if "files" in s):
             path = Path(source["name"])
             files = [path / name for name in source["files"]] if path.is_dir() else [path]
+            # Files that were moved or deleted cannot be compared, and the results remain valid without them.
             if all(f.is_file() for f in files) and sha256_of_files(files) != source["sha256"]:
                 raise UserError(
                     f"{self.weights} is finished, but {path} changed since it was trained on: choose another"
@@ -95,6 +97,7 @@ def claim_run(name: str, output_dir: str, eval_out: str, identity: dict, resume:
     check_writable(eval_out, "--eval_out")
     if overwrite and resume not in ("auto", "never"):
         raise UserError(f"--overwrite would delete the checkpoint of --resume {resume}: give only one of them")
+    # First of all, so that two processes cannot both find the folders free. It is held as long as `run` exists.
     run.lock = _lock(run.weights)
     manifest = run.weights / "run.json"
     # Checked before --overwrite deletes anything.
@@ -116,9 +119,12 @@ def claim_run(name: str, output_dir: str, eval_out: str, identity: dict, resume:
     elif _holds_files(run.results):
         # Results without weights, as after moving eval_out alone: only the same run may replace them.
         before = read_json(run.results / "train.json") if (run.results / "train.json").exists() else {}
+        # train.json has the adapter's hash in another section, and not the global batch, which is therefore not
+        # compared.
         adapter = {"adapter_sha256": (before.get("start") or {}).get("adapter_sha256")}
         _ensure_same_run(run.results, {**before.get("args", {}), **adapter, "batch": identity["batch"]}, identity)
         shutil.rmtree(run.results)
+    # From here the folders belong to this run, even if reading its data fails.
     write_json(manifest, {"args": identity, "finished": False})
     run.results.mkdir(parents=True, exist_ok=True)
     return run
@@ -126,6 +132,7 @@ def claim_run(name: str, output_dir: str, eval_out: str, identity: dict, resume:
 
 def _lock(weights: Path) -> FileLock:
     """Lock the run for this process; the lock file is beside the folder, so that --overwrite does not delete it."""
+    # timeout=0: fail at once instead of waiting for the other process.
     lock = FileLock(weights.parent / f".{weights.name}.lock", timeout=0)
     try:
         lock.acquire()
@@ -172,6 +179,7 @@ def checkpoints(folder: str | os.PathLike) -> list[Path]:
 
 def write_manifest(checkpoint: Path, **state) -> None:
     """Mark a checkpoint as complete: write the sizes of its files, with `state`, as its last file."""
+    # Sizes instead of hashes: they show a file that was cut off, without reading gigabytes at each save.
     files = {str(p.relative_to(checkpoint)): p.stat().st_size for p in sorted(checkpoint.rglob("*")) if p.is_file()}
     write_json(checkpoint / MANIFEST, {**state, "files": files})
 
@@ -197,10 +205,12 @@ def checkpoint_to_resume(run: RunFolders, resume: str) -> Path | None:
     if resume == "never":
         return None
     if resume != "auto":
+        # A complete checkpoint of another run would be trained on with this run's data and arguments.
         if Path(resume).resolve().parent != run.weights.resolve() or not is_complete(Path(resume)):
             available = ", ".join(map(str, checkpoints(run.weights))) or "none"
             raise UserError(f"--resume {resume}: not a complete checkpoint of this run; its checkpoints: {available}")
         return Path(resume)
+    # Newest first; a kill during a save leaves an incomplete one, so an older one may be the newest usable.
     for checkpoint in checkpoints(run.weights):
         if is_complete(checkpoint):
             return checkpoint

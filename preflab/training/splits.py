@@ -59,8 +59,10 @@ def load_pair_splits(args: DataArguments, config: DPORunConfig, tokenizer) -> Sp
     train, test, test_ids = preferences.load_pairs(train_sources, **filters), None, None
     if test_sources:
         test = preferences.load_pairs(test_sources, **filters)
+        # Overlapping prompts are removed from train, so that the test split is the same for every training set.
         train.pairs = without_overlap(train.pairs, test.pairs, args.train_test_overlap, train.dropped)
         test_ids, _ = preferences.tokenize(test, tokenizer, *lengths, desc="test")
+    # Only the train split's truncation is reported.
     train_ids, truncation = preferences.tokenize(train, tokenizer, *lengths, desc="train")
     if "sppo" in config.loss_type:
         check_win_probabilities(train, "train")
@@ -91,6 +93,7 @@ def load_conversation_splits(args: SFTArguments, config: SFTRunConfig, tokenizer
         test = conversations.load_conversations(test_sources, args.limit)
         overlap = args.train_test_overlap, train.dropped
         train.conversations = without_overlap(train.conversations, test.conversations, *overlap)
+    # --dataset_test_split none (a value, not None) asks for no test split at all.
     elif args.dataset_test_split is None:
         # A trial run holds out at most a quarter of its rows.
         count = min(args.test_rows, args.limit // 4) if args.limit else args.test_rows

@@ -20,6 +20,7 @@ def matmul_rate(dtype: str, device: str) -> float:
     width = 256
     while True:
         a = torch.randn(width, width, device=device).to(getattr(torch, dtype))
+        # The first product includes warm-up (threads, kernel selection), which the minimum leaves out.
         best = min(_seconds(a) for _ in range(4))
         if best >= SHORTEST_SECONDS or width >= LARGEST_WIDTH:
             # A product of two n x n matrices has n^3 multiplications and as many additions.
