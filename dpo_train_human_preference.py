@@ -37,6 +37,7 @@ from utils.stage import prepare, print_main
 def main():
     prepare(__doc__)
 
+    # Heavy imports only now: --help is answered before torch is imported.
     from preflab.data.preferences import DataArguments
     from preflab.training import dpo_report, reference_cache
     from preflab.training.curves import dpo_curves
@@ -50,14 +51,17 @@ def main():
     from preflab.training.throughput import DPO_OPERATIONS
 
     training = TrainingRun.open("train", __doc__, DataArguments, DPORunConfig)
+    # The same command, called again after the end, prints the results.
     if training.folders.finished:
         return training.print_results()
     splits = training.load_splits(load_pair_splits)
     trainer = training.build_trainer(ResumableDPOTrainer, splits)
     flight = training.preflight(trainer, splits, describe_pairs)
+    # Policy and reference are the same model before the first step, so every reward and margin must be 0.
     check_step0_margins(flight["step0"], training.config)
     if training.config.preflight_only:
         return print_main(f"\npreflight only: see {training.folders.results}/preflight.json")
+    # After the preflight, whose step-0 rewards are thus computed with the reference itself.
     reference = reference_cache.prepare(training, trainer)
     training.train(trainer, flight)
     rows, metrics = evaluate_pairs(trainer, splits, training.config)

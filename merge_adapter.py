@@ -34,6 +34,7 @@ class MergeArguments:
 def main():
     stage, args, merge_args = start("merge", __doc__, ComparisonArguments, MergeArguments)
 
+    # Heavy imports only now: --help is answered before torch is imported.
     from preflab.evaluation import merge_check
     from preflab.evaluation.comparison import resolve
     from preflab.evaluation.held_out import held_out_pairs
@@ -56,7 +57,9 @@ def main():
     # Score with the adapter, merge, and score what was written.
     model = models.load_one(base, args.base_revision, adapter, quantized=False)
     adapter_logps = merge_check.response_logps(model, models.tokenizer, ids, args.shared_prompt, "adapter")
+    # Written beside the final folder; the name is given after the comparison.
     write_merged(folder.staging, model, models.tokenizer, {"base": base, "adapter": models.identity("tuned")})
+    # Frees its memory before the merged model is loaded.
     del model
     model = models.load_one(str(folder.staging), quantized=False)
     merged_logps = merge_check.response_logps(model, models.tokenizer, ids, args.shared_prompt, "merged")

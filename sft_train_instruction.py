@@ -36,6 +36,7 @@ from utils.stage import prepare, print_main
 def main():
     prepare(__doc__)
 
+    # Heavy imports only now: --help is answered before torch is imported.
     from preflab.data.conversations import SFTArguments
     from preflab.models.start_adapter import keep_reference
     from preflab.training import sft_report
@@ -50,6 +51,7 @@ def main():
     from preflab.training.throughput import SFT_OPERATIONS
 
     training = TrainingRun.open("sft", __doc__, SFTArguments, SFTRunConfig)
+    # The same command, called again after the end, prints the results.
     if training.folders.finished:
         return training.print_results()
     splits = training.load_splits(load_conversation_splits)
@@ -57,7 +59,9 @@ def main():
     flight = training.preflight(trainer, splits, describe_conversations)
     if training.config.preflight_only:
         return print_main(f"\npreflight only: see {training.folders.results}/preflight.json")
+    # Before the first step, since no copy of the base is kept beside the model that is trained.
     base = score_base(training, trainer, splits)
+    # Unlike DPOTrainer, SFTTrainer keeps no copy of a start adapter that it trains further.
     keep_reference(training.start_adapter, training.config.output_dir)
     training.train(trainer, flight)
     rows, metrics = evaluate_conversations(trainer, splits, base, training.config.seed)

@@ -31,6 +31,7 @@ def pad_right(rows: list[list[int]], pad: int, device) -> tuple[torch.Tensor, to
     Returns:
         (input_ids, attention_mask), each of shape (len(rows), longest row).
     """
+    # The mask comes from the lengths, not from the ids: `pad` may be the end-of-text token, which rows also contain.
     ids = torch.full((len(rows), max(map(len, rows))), pad)
     mask = torch.zeros_like(ids)
     for k, row in enumerate(rows):

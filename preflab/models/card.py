@@ -23,6 +23,7 @@ SFT_COLUMNS = (
     ("Training Loss", "train_loss"), ("Epoch", "epoch"), ("Step", "step"), ("Validation Loss", "loss"),
     ("Token accuracy", "mean_token_accuracy"), ("Entropy", "entropy"),
 )  # fmt: skip
+# Decimal places of a column; 4 for all others.
 DIGITS = {"step": 0, "epoch": 2}
 
 HYPERPARAMETERS = (
@@ -116,6 +117,7 @@ def _hub_name(base: str) -> str:
 
 def _card_data(summary: dict, peft: bool) -> ModelCardData:
     """The card's Hub metadata, with the held-out metrics as its model index."""
+    # After a merge the model is a local folder; the Hub's base model is the one that was merged into.
     base, args = (summary["start"] or {}).get("base", summary["model"]["name"]), summary["args"]
     sources = [source for split in summary["data"].values() if split for source in split["sources"]]
     kind = ["dpo", "preference-tuning"] if summary["stage"] == "train" else ["sft", "instruction-tuning"]
@@ -141,6 +143,7 @@ def _eval_results(summary: dict) -> list[EvalResult]:
             task_type="text-generation",
             dataset_type=name,
             dataset_name=name,
+            # An entry of the model index has one split, so a mix of datasets has none.
             dataset_split=sources[0]["split"] if len(sources) == 1 else None,
             metric_type=key,
             metric_name=key,
@@ -165,6 +168,7 @@ def _metric_cells(name: str, metric: dict) -> list[str]:
 
 def _result_cells(rows: list[dict], columns: tuple) -> list[list[str]]:
     """The evaluations of train_log.jsonl as table rows, each with the latest training loss before it."""
+    # Train and eval rows are logged at different steps.
     train_loss = {row["step"]: row["loss"] for row in rows if row["split"] == "train" and "loss" in row}
     evaluations = []
     for row in (row for row in rows if row["split"] == "eval"):

@@ -50,6 +50,7 @@ def generate(
         eos_token_id=sorted(stops),
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
+        # Sampling is left to the logits processor below, so that each row has its own generator.
         do_sample=False,
     )
     was_training = model.training
@@ -57,6 +58,7 @@ def generate(
     try:
         for batch in token_batches([len(ids) + max_new_tokens for ids in prompt_ids], batch_tokens, batch_size):
             # Left padding, so that all answers start in the same column: shape (rows, longest prompt).
+            # Batches are sorted by length, so the first prompt is the longest.
             width = len(prompt_ids[batch[0]])
             ids = torch.full((len(batch), width), tokenizer.pad_token_id, device=model.device)
             mask = torch.zeros_like(ids)
@@ -72,7 +74,9 @@ def generate(
                     input_ids=ids, attention_mask=mask, generation_config=settings, logits_processor=sampling
                 )
             for i, answer in zip(batch, out[:, width:].tolist(), strict=True):
+                # Rows that end earlier are filled with pad tokens up to the longest answer.
                 stop = next((k for k, token in enumerate(answer) if token in stops), None)
+                # The end token is not counted as part of the answer.
                 tokens = answer if stop is None else answer[:stop]
                 yield {
                     "index": i,
@@ -90,6 +94,7 @@ def only_settings(settings, model):
 
     `generate` fills fields that `settings` leaves unset from the model's own config.
     """
+    # PEFT's generate copies its wrapper's config to the model, so both are replaced.
     holders = [m for m in (model, without_adapter_shell(model)) if hasattr(m, "generation_config")]
     originals = [m.generation_config for m in holders]
     for m in holders:
@@ -103,6 +108,7 @@ def only_settings(settings, model):
 
 def prompt_seed(seed: int, messages: list[dict]) -> int:
     """The seed of one prompt's sampled answer."""
+    # 15 hexadecimal digits are 60 bits, within the seed range of torch.Generator.
     return int(sha256_of(str(seed), json.dumps(messages))[:15], 16)
 
 
@@ -144,10 +150,12 @@ def seeded_sampling(seeds: list[int], temperature: float, top_p: float, device) 
                 sampled = self.nucleus(scores)
             else:
                 sampled = torch.stack([sample(row, g) for row, g in zip(scores, generators, strict=True)])
+            # With one finite score per row, greedy decoding picks the sampled token.
             return torch.full_like(scores, float("-inf")).scatter_(1, sampled[:, None], 0.0)
 
         def nucleus(self, scores):
             """One token per row, sampled from its nucleus: shape (rows,)."""
+            # Normalised over the complete vocabulary, so that probabilities of the top tokens are exact.
             log_z = scores.logsumexp(-1, keepdim=True)
             top_scores, top_ids = scores.topk(min(TOP_TOKENS, scores.shape[1]))  # (rows, TOP_TOKENS), descending
             p = (top_scores - log_z).exp()
@@ -156,6 +164,7 @@ def seeded_sampling(seeds: list[int], temperature: float, top_p: float, device) 
             tokens = []
             for row, generator in enumerate(generators):
                 if complete[row]:
+                    # mass - p is the probability of all more likely tokens.
                     k = sample_nucleus(top_scores[row], mass[row] - p[row], generator)
                     tokens.append(top_ids[row, k])
                 else:

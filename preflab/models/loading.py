@@ -54,6 +54,7 @@ def load_error(what: str, error: Exception) -> Exception:
     Args:
         what: the model or tokenizer, for the message.
     """
+    # These get their own message and advice in utils.errors.
     if explain(error):
         return error
     first = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -82,6 +83,7 @@ def builtin_folder() -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(str(folder) + ".lock")
         with lock:
+            # Checked again under the lock: another process may have written the folder meanwhile.
             if not (folder / "config.json").exists():
                 _dequantize(gguf, folder)
     except PermissionError as error:
@@ -93,14 +95,17 @@ def builtin_folder() -> Path:
 
 def _dequantize(gguf: Path, folder: Path) -> None:
     staging = folder.with_name(folder.name + ".part")
+    # Left by an interrupted call.
     shutil.rmtree(staging, ignore_errors=True)
     print(f"dequantizing SmolLM2-135M-Instruct into {folder} (once)", file=sys.stderr)
+    # transformers shows a progress bar while it dequantizes, on stderr.
     with open(os.devnull, "w") as silence, redirect_stderr(silence):
         model = AutoModelForCausalLM.from_pretrained(
             gguf.parent, gguf_file=gguf.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
         )
     model.save_pretrained(staging)
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(staging)
+    # Last, so that a folder with this name is always complete.
     os.replace(staging, folder)
 
 
@@ -116,6 +121,7 @@ def locate(name: str, revision: str | None = None) -> str:
             raise UserError(f"unknown builtin model {name}; available: {BUILTIN}")
         return str(builtin_folder())
     path = Path(name).expanduser()
+    # A name that looks like a path is reported as a missing folder instead of being looked up on the hub.
     if path.exists() or name.startswith((".", "/", "~")):
         if not path.is_dir():
             raise UserError(f"model {name}: no such folder; give a hub id, a model folder or {BUILTIN}")
@@ -152,6 +158,7 @@ def locate_adapter(name: str) -> str:
 
 def adapter_sha256(folder: str) -> str:
     """SHA-256 of the config and weights of a LoRA folder."""
+    # The folder may also contain a README and checkpoints, which do not affect the model.
     return sha256_of_files([p for p in Path(folder).iterdir() if p.name in ADAPTER_FILES])
 
 
@@ -181,6 +188,7 @@ def load_tokenizer(name: str, revision: str | None = None, chat_template_path: s
         tokenizer = AutoTokenizer.from_pretrained(location, revision=revision, **kwargs)
     except LOAD_ERRORS as error:
         raise load_error(f"tokenizer of {name}", error) from error
+    # Log-probabilities are computed on right-padded rows; generation pads on the left without the tokenizer.
     tokenizer.padding_side = "right"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -207,6 +215,7 @@ def quantization(load_in_4bit: bool, load_in_8bit: bool, quant_type: str, nested
     if not (load_in_4bit or load_in_8bit):
         return None
     if load_in_8bit:
+        # The keys bnb_4bit_* have no meaning in 8 bits.
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
         load_in_4bit=True,
@@ -265,6 +274,7 @@ def load_model(
     # Adapters and cards record this name, so it must be one that users can load, not a cache folder of this machine.
     model.name_or_path = model.config._name_or_path = name
     if adapter is not None:
+        # Before the move below, so that the adapter's weights are moved with the base's.
         model = load_adapter(model, adapter)
     if quantization_config is None and adapter is not None:
         model.to(device)
@@ -301,11 +311,14 @@ def load_adapter(model, adapter: str, is_trainable: bool = False):
     folder = Path(adapter)
     if not (folder / "adapter_config.json").exists():
         raise UserError(f"adapter {adapter}: has no adapter_config.json; give the folder that training wrote")
+    # For the error messages: most misfits are an adapter on the wrong base.
     trained_on = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
     try:
         with warnings.catch_warnings(record=True) as caught:
+            # utils.distributed silences peft's warnings, and Python shows a repeated warning once only.
             warnings.simplefilter("always")
             tuned = PeftModel.from_pretrained(model, adapter, is_trainable=is_trainable)
+    # torch raises RuntimeError for weights of another shape.
     except (RuntimeError, ValueError, KeyError) as error:
         raise UserError(f"adapter {adapter} (trained on {trained_on}) does not fit {model.name_or_path}") from error
     # peft only warns about layers without adapter weights; they would stay untrained.
@@ -328,6 +341,7 @@ def _version(name: str, revision: str | None) -> dict:
     if name.startswith("builtin:"):
         return {"weights_sha256": sha256_of_files([_builtin_gguf()])}
     if Path(name).is_dir():
+        # Top level only: a training folder also has checkpoints with weights below it.
         files = [*Path(name).glob("*.safetensors"), *Path(name).glob("*.bin")]
         return {"weights_sha256": sha256_of_files(files) if files else None}
     return {"revision": hub_revision(name, "model", revision)}
@@ -342,5 +356,6 @@ def describe(name: str, model, tokenizer, revision: str | None = None) -> dict:
         "architecture": type(base).__name__,
         "dtype": str(base.dtype).removeprefix("torch."),
         "quantized": quantized[0] if quantized else None,
+        # shared_prompt.register adds the prefix; artifacts name the attention that was configured.
         "attn_implementation": base.config._attn_implementation.removeprefix("packed_"),
     }

@@ -19,6 +19,7 @@ def attach_head(model) -> None:
     """Attach the fused head to `model` (to the base model under an adapter). A second call has no effect."""
     fused_head.install()
     base = without_adapter_shell(model)
+    # The mark keeps the forward from being wrapped twice.
     if not getattr(base, "_has_logp_head", False):
         add_fused_lm_head(base)
         base._has_logp_head = True
@@ -41,8 +42,10 @@ def token_logps(model, input_ids, attention_mask, completion_mask, **packed):
     Returns:
         Shape (batch, length - 1), float32, in nats: entry t belongs to token t + 1, and is 0 outside the response.
     """
+    # -100 marks positions that the head skips; their log-probability is returned as 0.
     labels = input_ids.masked_fill(completion_mask == 0, -100)
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels, **packed}
+    # No key-value cache is needed, since nothing is generated.
     out = model(**inputs, use_cache=False, fused_lm_head=True)
     return out.log_probs.float()
 
@@ -65,6 +68,7 @@ def captured_hidden(model):
         A list that receives one tensor per forward pass.
     """
     states = []
+    # The model without its output layer; last_hidden_state is what the output layer would receive.
     backbone = without_adapter_shell(model).base_model
     hook = backbone.register_forward_hook(lambda _m, _a, out: states.append(out.last_hidden_state))
     try:
@@ -81,6 +85,7 @@ def head_logits(model, hidden):
     """
     base = without_adapter_shell(model)
     head = base.get_output_embeddings()
+    # The hook replaces the dummy's input of the output layer, (1, 1, hidden), by one of shape (1, n, hidden).
     hook = head.register_forward_pre_hook(lambda _m, _a: (hidden[None].to(head.weight.dtype),))
     try:
         dummy = torch.zeros((1, 1), dtype=torch.long, device=hidden.device)
@@ -102,10 +107,12 @@ def kl_divergence(policy, reference, policy_hidden, reference_hidden, chunk: int
     """
     parts = []
     for p, r in zip(policy_hidden.split(chunk), reference_hidden.split(chunk), strict=True):
+        # Entered one after the other: both may be the same model, with its adapter switched on and off.
         with policy() as model:
             log_p = head_logits(model, p).log_softmax(-1)
         with reference() as model:
             log_r = head_logits(model, r).log_softmax(-1)
+        # log_p and log_r have shape (positions, vocab), at most `chunk` positions.
         parts.append((log_p.exp() * (log_p - log_r)).sum(-1))
     return torch.cat(parts)
 
@@ -122,6 +129,7 @@ def pair_batches(dataset, collator, batch_size: int, indices=None) -> Iterator[t
         (rows, batch): indices into `dataset`, and the collated tensors (chosen rows first, then rejected).
     """
     indices = list(range(len(dataset))) if indices is None else list(indices)
+    # An index may occur twice (ResumableMixin.share repeats the last one), but each row is read once.
     rows = {i: dataset[i] for i in set(indices)}
     length = {i: len(r["prompt_ids"]) + max(len(r["chosen_ids"]), len(r["rejected_ids"])) for i, r in rows.items()}
     indices.sort(key=lambda i: (-length[i], i))

@@ -23,9 +23,11 @@ def write_merged(folder: Path, model, tokenizer, about: dict) -> None:
     """
     shutil.rmtree(folder, ignore_errors=True)
     try:
+        # safe_merge: PEFT checks the merged weights for NaN and infinity and raises ValueError.
         merged = model.merge_and_unload(safe_merge=True)
     except ValueError as error:
         raise UserError(f"{folder}: {error} Merge in float32, or check the adapter's weights") from None
+    # The mark before the weights: the next call may then delete what an interrupted one has left.
     write_json(folder / MARK, about)
     merged.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -47,6 +49,7 @@ class MergedFolder:
         self.path, self.staging, self.old = path, Path(f"{path}.part"), Path(f"{path}.old")
         if path.exists() and not overwrite:
             raise UserError(f"{path} already exists: choose another folder with --merged_dir, or pass --overwrite")
+        # Checked before anything is computed, for all three names that this class writes or deletes.
         for folder in (path, self.staging, self.old):
             if folder.exists() and not (folder / MARK).exists():
                 raise UserError(
@@ -56,6 +59,7 @@ class MergedFolder:
     def publish(self) -> None:
         """Give the written model its name."""
         shutil.rmtree(self.old, ignore_errors=True)
+        # os.replace cannot replace a folder that is not empty, so the old one is moved away first.
         if self.path.exists():
             os.replace(self.path, self.old)
         os.replace(self.staging, self.path)

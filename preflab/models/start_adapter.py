@@ -85,11 +85,13 @@ def resolve_start_adapter(args, model_args) -> StartAdapter | None:
     revision = model_args.model_revision if model_args.model_revision != "main" else None
     start = StartAdapter(base, revision, locate_adapter(args.start_adapter), args.start_adapter_use)
     if start.use == "merge":
+        # Loaded for the hash of its chat template, which `identify` includes.
         tokenizer = load_tokenizer(*start.tokenizer)
         # The name depends on all that the merged weights depend on, so runs with the same start share the folder.
         parts = (str(identify(base, tokenizer, revision)), adapter_sha256(start.adapter), str(model_args.dtype))
         name = f"{Path(args.start_adapter).name}-merged-{sha256_of(*parts)[:8]}"
         start.merged = str(Path(args.output_dir) / name)
+        # "main" is ModelConfig's default and stands for no revision.
         model_args.model_name_or_path, model_args.model_revision = start.merged, "main"
     else:
         start.note = _use_adapter_settings(model_args, read_json(Path(start.adapter) / "adapter_config.json"))
@@ -122,6 +124,7 @@ def merge_start_adapter(
     folder, staging = Path(start.merged), Path(f"{start.merged}.part")
 
     def write() -> None:
+        # Two runs on this machine may start from the same adapter at the same time.
         with FileLock(f"{folder}.lock"):
             if not (folder / MARK).exists():
                 # Not quantised, even if the run quantises its base: the adapter is merged into full-precision weights.
@@ -141,6 +144,7 @@ def keep_reference(start: StartAdapter | None, folder: str) -> None:
     if start is None or start.use != "continue" or not is_main_process():
         return
     reference, staging = Path(folder) / FROZEN, Path(folder) / f"{FROZEN}.part"
+    # The copy gets its name by a rename, so `ref` is never a partial copy.
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     for name in ADAPTER_FILES:
@@ -160,6 +164,7 @@ def as_reference(policy, reference=None):
     if reference is not None:
         yield reference
     elif hasattr(policy, "peft_config"):
+        # None switches all adapters off, which gives the base model.
         with use_adapter(policy, adapter_name=FROZEN if FROZEN in policy.peft_config else None):
             yield policy
     else:

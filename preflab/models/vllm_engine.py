@@ -56,6 +56,7 @@ def compute_dtype(models) -> str:
 def lora_rank(adapter: str) -> int:
     """The smallest LoRA rank that vLLM supports and that is at least the adapter's."""
     rank = read_json(Path(adapter) / "adapter_config.json").get("r", 64)
+    # vLLM accepts these values of max_lora_rank only.
     return next((size for size in (8, 16, 32, 64, 128, 256, 320, 512) if size >= rank), rank)
 
 
@@ -68,6 +69,7 @@ def load_engine(model: str, dtype: str, adapter: str | None = None, **kwargs):
     from vllm.lora.request import LoRARequest
 
     engine = LLM(model=model, dtype=dtype, enable_lora=True, max_lora_rank=lora_rank(adapter), **kwargs)
+    # 1 is the adapter's number within the engine, which must be above 0.
     return engine, LoRARequest("tuned", 1, str(Path(adapter).resolve()))
 
 
@@ -95,8 +97,11 @@ def generate(engine, lora, tokenizer, prompts, max_new_tokens, temperature=0.0, 
                 max_tokens=max_new_tokens,
                 temperature=temperature,
                 top_p=top_p,
+                # As generation.generate, each prompt has its own seed, so an answer does not depend on the other
+                # prompts.
                 seed=prompt_seed(seed, prompts[i]) % 2**31,
                 stop_token_ids=stops,
+                # As generation.only_settings: no default of the model's generation config applies.
                 repetition_penalty=1.0,
             )
             for i in chunk
@@ -104,6 +109,7 @@ def generate(engine, lora, tokenizer, prompts, max_new_tokens, temperature=0.0, 
         outputs = engine.generate([{"prompt_token_ids": ids[i]} for i in chunk], settings, lora_request=lora)
         for i, output in zip(chunk, outputs, strict=True):
             answer = output.outputs[0]
+            # As in generation.generate, the end token is not counted.
             tokens = [token for token in answer.token_ids if token not in stops]
             yield {
                 "index": i,
@@ -125,6 +131,7 @@ def label_logprobs(engine, prompts: list[list[int]], labels: dict[str, int]):
     """
     from vllm import SamplingParams
 
+    # 20 is vLLM's default limit of logprobs per token (max_logprobs).
     settings = SamplingParams(max_tokens=1, temperature=1.0, logprobs=20)
     for start in range(0, len(prompts), CHUNK):
         for answer in engine.generate([{"prompt_token_ids": ids} for ids in prompts[start : start + CHUNK]], settings):

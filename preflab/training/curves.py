@@ -7,6 +7,7 @@ from utils.plots import CHOSEN, EVAL, NEUTRAL, REJECTED, figure, save
 def _smooth(values: list[float]) -> list[float]:
     """Running mean over a twentieth of the run, so that single steps do not hide the trend."""
     span = max(1, len(values) // 20)
+    # The window grows up to `span` at the start, so that the curve begins at the first step.
     return [sum(values[max(0, i - span + 1) : i + 1]) / (i + 1 - max(0, i - span + 1)) for i in range(len(values))]
 
 
@@ -35,9 +36,11 @@ def _rate_and_norm(ax, train: list[dict]) -> None:
     norm = ax.twinx()
     norm.plot(steps, [r.get("grad_norm") for r in train], color=EVAL, lw=0.9, label="gradient norm")
     norm.set_ylabel("gradient norm")
+    # The grid of the left axis is enough; two grids with different steps would overlap.
     norm.grid(False)
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.set(title="Learning rate and gradient norm", xlabel="optimizer step", ylabel="learning rate")
+    # Each axis has its own lines, and one legend shows both.
     lines = [*ax.get_lines(), *norm.get_lines()]
     ax.legend(lines, [line.get_label() for line in lines], fontsize=7, framealpha=0.6)
 
@@ -90,7 +93,9 @@ def dpo_curves(path, rows: list[dict], title: str, warning: str | None = None) -
     _curve(axes[0], rows, "loss", NEUTRAL, "loss")
     _finish(axes[0], "Loss", "loss per pair")
     _curve(axes[1], rows, "rewards/accuracies", NEUTRAL, "accuracy")
+    # 0.5 is chance.
     axes[1].axhline(0.5, color="grey", ls=":", lw=1)
+    # Accuracies of exactly 0 and 1 stay visible.
     axes[1].set_ylim(-0.02, 1.02)
     _finish(axes[1], "Reward accuracy (chosen above rejected)", "share of pairs")
     _curve(axes[2], rows, "rewards/margins", NEUTRAL, "margin")

@@ -36,6 +36,7 @@ def displacement(metrics: dict) -> str | None:
     """
     changes = [metrics[f"logps_{side}_difference"] for side in ("chosen", "rejected")]
     # Without an interval (one pair) the value itself counts.
+    # The upper end of each interval must be below 0.
     if any((change["ci95"] or [None, change["value"]])[1] >= 0 for change in changes):
         return None
     return displacement_text(*(change["value"] for change in changes))
@@ -63,6 +64,7 @@ def table_lines(metrics: dict) -> list[tuple]:
         p = metrics[f"p_logps_{side}_difference"]
         lines.append(comparison_row(f"log-prob of {side}, nats", base, tuned, change, p, digits=2))
     if "surface_classifier_accuracy" in metrics:
+        # In this line the left column is the bag-of-words classifier, not the base model.
         baseline, ahead = metrics["surface_classifier_accuracy"], metrics["reward_accuracy_minus_surface"]
         p = metrics["p_reward_accuracy_is_surface"]
         lines.append(comparison_row("bag of words, tuned reward, %", baseline, accuracy, ahead, p, 100))

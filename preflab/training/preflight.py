@@ -156,7 +156,9 @@ def pair_tokens(dataset) -> dict:
         "prompt_tokens_mean": float(prompt.mean()),
         "chosen_tokens_mean": float(chosen.mean()),
         "rejected_tokens_mean": float(rejected.mean()),
+        # A sequence is a prompt with one answer, so the longer answer counts.
         "longest_sequence": int((prompt + np.maximum(chosen, rejected)).max()),
+        # Padded, the prompt is computed with each answer; packed, once per pair.
         "tokens_per_epoch": int((2 * prompt + chosen + rejected).sum()),
         "tokens_stored_once": int((prompt + chosen + rejected).sum()),
         "margin_tokens_mean": float((chosen - rejected).mean()),
@@ -186,6 +188,7 @@ def step0_margins(trainer, pairs: int) -> tuple[dict, float | None]:
     if trainer.is_sharded:
         later = "will be checked on the first micro-batch: a sharded model exists only there"
         return {**step0, "checked": later}, None
+    # Every process scores equally many pairs (ResumableMixin.share), so the time per pair is per process.
     world = trainer.accelerator.num_processes
     count = min(pairs, TIMED_ROWS * world)
     started = time.monotonic()
@@ -276,6 +279,7 @@ def describe_conversations(trainer, splits, data_args, config) -> RowFacts:
 def conversation_tokens(dataset) -> dict:
     """Token lengths of a tokenised split of conversations, and how many tokens are trained on."""
     lengths = np.array([len(ids) for ids in dataset["input_ids"]])
+    # -100 marks tokens without a loss (the index that PyTorch's cross-entropy ignores).
     trained = np.array([sum(label != -100 for label in labels) for labels in dataset["labels"]])
     return {
         "conversations": len(dataset),
@@ -290,6 +294,7 @@ def decoded_conversation(dataset, tokenizer) -> list[dict]:
     """The first conversation decoded in pieces, each with whether it is trained on."""
     row, pieces = dataset[0], []
     for token, label in zip(row["input_ids"], row["labels"], strict=True):
+        # A new piece starts where the loss mask changes.
         if not pieces or pieces[-1]["trained_on"] != (label != -100):
             pieces.append({"trained_on": label != -100, "ids": []})
         pieces[-1]["ids"].append(token)
@@ -308,6 +313,7 @@ def step0_loss(trainer, dataset) -> tuple[dict | None, float | None]:
     world = trainer.accelerator.num_processes
     sample = range(min(len(dataset), TIMED_ROWS * world))
     started = time.monotonic()
+    # Sums over the labelled tokens of each conversation, in nats.
     nll = trainer.score(dataset, sample)
     seconds = (time.monotonic() - started) / -(-len(sample) // world)
     # The first token has no prediction.
@@ -349,6 +355,7 @@ def special_tokens(sequences, answers: dict, tokenizer) -> dict:
         UserError: a sequence starts with two BOS tokens.
     """
     bos = tokenizer.bos_token_id
+    # Number of BOS tokens before the first other token.
     leading = [next((i for i, t in enumerate(ids) if t != bos), len(ids)) for ids in sequences]
     if max(leading) > 1:
         raise UserError(f"a prompt starts with {max(leading)} BOS tokens: the chat template and the text both add one")
@@ -376,10 +383,12 @@ def plan_training(config, rows: int, tokens_per_epoch: dict[str, int], world_siz
     # The sampler pads the last batch, so every process gets equally many rows.
     per_device = -(-rows // world_size)
     micro_batches = -(-per_device // config.per_device_train_batch_size)
+    # The last step of an epoch may have fewer micro-batches than the accumulation; it counts as a step.
     steps_per_epoch = max(-(-micro_batches // config.gradient_accumulation_steps), 1)
     steps = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * steps_per_epoch)
     global_batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * world_size
     epochs, rest = divmod(steps, steps_per_epoch)
+    # A partial epoch sees at most all rows: the last batch of an epoch may be smaller than a global batch.
     seen = epochs * rows + min(rest * global_batch, rows)
     return {
         "steps": steps,

@@ -152,8 +152,7 @@ class TrainingRun:
             trained = 0 if model_args.use_peft else sum(p.numel() for p in policy.parameters())
             # Reads every row, so it is computed only if an estimate needs it, and once.
             longest = cache(lambda: trainer_type.longest_in(splits.train_ids))
-            # Decided before the trainer is made, since the constructor reads micro_batch_tokens and
-            # gradient_checkpointing.
+            # Decided before the trainer is made, since its constructor reads gradient_checkpointing.
             note = config.fit_memory(policy, trained, longest, keeps_reference)
             self.notes += [note] if note else []
             if self.continues_adapter:

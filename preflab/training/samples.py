@@ -29,6 +29,7 @@ def write_conversation_samples(training: TrainingRun, trainer, splits) -> None:
     if not splits.test:
         return
     chat = ChatRenderer(trainer.processing_class)
+    # Without the last turn, the answer, so that each ends with a user turn.
     prompts = [c.turns_for(chat)[:-1] for c in splits.test.conversations[: training.config.sample_prompts]]
     policy = trainer.accelerator.unwrap_model(trainer.model)
     # Switching off an adapter that was trained further would not give the model that training started from.
@@ -49,10 +50,12 @@ def answer_prompts(training: TrainingRun, trainer, prompts: list[list[dict]], ot
         return
     models = {**other_models, "tuned": nullcontext(trainer.accelerator.unwrap_model(trainer.model))}
     answers = {}
+    # In the precision of training.
     with trainer.accelerator.autocast():
         for name, context in models.items():
             with context as model:
                 generated = generate(model, trainer.processing_class, prompts, MAX_NEW_TOKENS)
+                # `generate` answers the longest prompts first.
                 answers[name] = sorted(generated, key=lambda answer: answer["index"])
     entries = [
         (

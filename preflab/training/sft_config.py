@@ -23,6 +23,7 @@ PACKING_STRATEGIES = ("bfd", "bfd_split")
 class SFTRunConfig(RunConfig, SFTConfig):
     """TRL's SFTConfig with this project's keys; every other key is TRL's or transformers' own."""
 
+    # TRL's default, None, packs the test split where the train split is packed.
     eval_packing: bool | None = field(
         default=False,
         metadata={"help": "Pack the test split in the trainer's evaluations; held-out metrics never pack."},
@@ -35,6 +36,7 @@ class SFTRunConfig(RunConfig, SFTConfig):
 
     def token_budget(self, longest: int) -> int:
         """Tokens per forward. `longest`: tokens of the longest sequence in the data."""
+        # A packed row is filled up to max_length; a padded one is as long as the longest conversation at most.
         width = self.max_length if self.packing else min(longest, self.max_length or longest)
         return self.per_device_train_batch_size * width
 

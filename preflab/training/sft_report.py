@@ -41,6 +41,7 @@ def verdict_of(metrics: dict) -> tuple[bool, str]:
     ratio, p = metrics["heldout_ppl_ratio"], metrics["p_heldout_nll_difference"]["value"]
     if ratio["ci95"] is None:
         return False, "Inconclusive: one held-out conversation is too few for an interval."
+    # The ratio of perplexities, tuned over base, as a change in percent.
     change, low, high = (100 * (x - 1) for x in (ratio["value"], *ratio["ci95"]))
     finding = (
         f"held-out perplexity changed by {change:+.1f}% (95% interval {low:+.1f} to {high:+.1f}, signed-rank p={p:.2g})"

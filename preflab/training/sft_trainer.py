@@ -44,6 +44,7 @@ class ResumableSFTTrainer(ResumableMixin, SFTTrainer):
         # Places in `indices`, so that the processes' results can be put together in order.
         places = self.share(list(range(len(indices))))
         own_rows = [dataset[indices[place]] for place in places]
+        # model_wrapped is DeepSpeed's engine, through which sharded parameters are gathered.
         model = self.model_wrapped if self.is_deepspeed_enabled else self.model
         was_training, device = self.model.training, self.accelerator.device
         world = self.accelerator.num_processes
@@ -52,6 +53,7 @@ class ResumableSFTTrainer(ResumableMixin, SFTTrainer):
         # One process batches rows of similar length. Several must run equally many forwards (they may be collective),
         # so they batch by count, in order.
         lengths = [len(row["input_ids"]) for row in own_rows] if world == 1 else [1] * len(own_rows)
+        # The token budget is larger than any batch, so only the number of rows limits it.
         for batch in token_batches(lengths, 10**9, self.args.per_device_eval_batch_size):
             # ids, mask and scored have shape (rows, length).
             ids, mask = pad_right([own_rows[k]["input_ids"] for k in batch], self.processing_class.pad_token_id, device)
@@ -60,12 +62,14 @@ class ResumableSFTTrainer(ResumableMixin, SFTTrainer):
             # Nothing precedes the first token, so it has no prediction.
             scored[:, 0] = 0
             with self.accelerator.autocast():
+                # Summed in float64: sums over thousands of tokens are compared between base and tuned model.
                 sums = token_logps(model, ids, mask, scored).double().sum(1)
             for k, total in zip(batch, sums.tolist(), strict=True):
                 nll[k] = -total
         self.model.train(was_training)
         by_place = dict(zip(places, nll, strict=True))
         if world > 1:
+            # `share` may have repeated the last place; both results are the same and one remains.
             by_place = dict(gather_object(list(by_place.items())))
         return [by_place[place] for place in range(len(indices))]
 
@@ -77,8 +81,10 @@ class ResumableSFTTrainer(ResumableMixin, SFTTrainer):
         """
         cache = ResultCache(eval_out, "sft-base", identity)
         keys = [cache_key(row["input_ids"], row["labels"]) for row in dataset]
+        # `finished` is equal on every process, so all of them score the same rows.
         missing = [i for i, key in enumerate(keys) if key not in cache.finished]
         for i, nll in zip(missing, self.score(dataset, missing) if missing else [], strict=True):
+            # `score` returns all rows on every process, so one of them saves them.
             if self.accelerator.is_main_process:
                 cache.add(keys[i], {"nll": nll})
         cached = cache.gather()

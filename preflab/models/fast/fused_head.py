@@ -17,6 +17,7 @@ import torch
 import trl.trainer.utils
 
 # Size of a tile of logits: token positions and vocabulary entries.
+# A tile has at most 2048 x 2048 float32 values, 16 MiB.
 TOKENS, VOCABULARY = 2048, 2048
 # Further results that TRL asks for, in the order in which TRL expects them.
 EXTRA = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
@@ -36,9 +37,12 @@ class TargetLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, temperature, softcap, scale, extra):
+        # An unused result then has the gradient None instead of zeros, which the backward skips.
         ctx.set_materialize_grads(False)
         kind = hidden.device.type
+        # The precision in which the model's own output layer would compute: autocast's, or that of its inputs.
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+        # Inputs are rounded to the layer's precision, as in the model's own head, and multiplied in float32.
         layer = _Layer(weight, bias, dtype, temperature, softcap, scale)
         # If only `hidden` needs a gradient, d log p / d hidden is accumulated now; a trained layer needs all logits
         # again in the backward.
@@ -50,6 +54,7 @@ class TargetLogps(torch.autograd.Function):
         ]
         columns = [None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True)]
         log_z, results = columns[0], tuple(columns[1:])
+        # With the slope, (tokens, width), the backward needs neither logits nor weights.
         ctx.save_for_backward(slope, *((hidden, weight, bias, targets, log_z) if slope is None else ()))
         ctx.settings, ctx.dtype = (dtype, temperature, softcap, scale), hidden.dtype
         # The first result is the log-probability, the only one with a gradient.
@@ -66,6 +71,7 @@ class TargetLogps(torch.autograd.Function):
             return ((grad * slope).to(ctx.dtype), *(None,) * 7)
         hidden, weight, bias, targets, log_z = saved
         layer = _Layer(weight, bias, *ctx.settings)
+        # Summed in float32 over the tiles, and rounded to the inputs' precision once, at the end.
         to_hidden = torch.zeros(hidden.shape, dtype=torch.float32)
         to_weight = torch.zeros(weight.shape, dtype=torch.float32)
         to_bias = torch.zeros(len(weight), dtype=torch.float32)
@@ -76,6 +82,7 @@ class TargetLogps(torch.autograd.Function):
                 # d log p(y) / d logit(v) = [v = y] - p(v), times the incoming gradient.
                 part = z.sub_(log_z[cut][:, None]).exp_().mul_(-grad[cut])
                 part[tokens, column] += grad[cut][tokens, 0]
+                # Chain rule through the logits' transform: the softcap's derivative, the scale and the temperature.
                 part = (part if curve is None else part.mul_(curve)).mul_(layer.scale / layer.temperature)
                 to_hidden[cut].addmm_(part, rows.float())
                 to_weight[start : start + len(rows)].addmm_(part.t(), inputs)
@@ -107,6 +114,7 @@ class _Layer:
         buffer = torch.empty(len(hidden), min(VOCABULARY, len(self.weight)))
         for start in range(0, len(self.weight), VOCABULARY):
             rows = self.weight[start : start + VOCABULARY].to(self.dtype)
+            # In float32 under autocast too, which does not apply to calls with out=.
             z = torch.mm(hidden, rows.float().t(), out=buffer[:, : len(rows)])
             if self.bias is not None:
                 z = z.add_(self.bias[start : start + VOCABULARY].to(self.dtype))
@@ -142,6 +150,7 @@ def _forward(layer: _Layer, hidden, targets, extra, slope):
     Returns:
         (log of the normaliser, log-probability of the target, *EXTRA), each (tokens,) or None if not requested.
     """
+    # Columns of shape (tokens, 1), so that they broadcast over a tile of shape (tokens, tile).
     n, vocabulary = len(hidden), len(layer.weight)
     highest, target, at_target = torch.full((n, 1), -math.inf), torch.empty(n, 1), torch.ones(n, 1)
     # Sums over v of e^z (without the target), e^z z and e^2z, all times e^-highest; and the sum of z.
@@ -153,14 +162,19 @@ def _forward(layer: _Layer, hidden, targets, extra, slope):
         before, highest = highest, torch.maximum(highest, z.amax(1, keepdim=True))
         target[tokens, 0] = z[tokens, column]
         if "is_top1" in extra:
+            # argmax takes the first of equal logits in this tile; earlier tiles must be lower, later ones may be equal
+            # (see the result below).
             first[tokens] = (z[tokens].argmax(1) == column) & (target[tokens, 0] > before[tokens, 0])
         if "mean_logits" in extra:
             total += z.sum(1, keepdim=True)
+        # Moves the sums from the previous maximum to the new one; exp(-inf) = 0 in the first tile, where they are 0.
         rescale = torch.exp(before - highest)
         e = torch.sub(z, highest, out=spare[:, : len(rows)]).exp_()  # (tokens, tile)
+        # These two sums include the target, so they come before its entry is set to 0.
         if "entropy" in extra:
             weighted.mul_(rescale).add_(torch.linalg.vecdot(e, z)[:, None])
         if "log_sum_sq_probs" in extra:
+            # e^2z is relative to twice the maximum, so its factor is squared.
             squares.mul_(rescale.square()).add_(torch.linalg.vecdot(e, e)[:, None])
         # The target is summed separately: W[y] - p(y) W[y] would cancel catastrophically for a likely target.
         e[tokens, column] = 0
@@ -183,6 +197,7 @@ def _forward(layer: _Layer, hidden, targets, extra, slope):
         (target - log_z)[:, 0],
         # H = log Z - E[z]
         (log_z - weighted / sums)[:, 0] if "entropy" in extra else None,
+        # log sum p^2 = log sum e^2z - 2 log sum e^z; the maximum cancels.
         (torch.log(squares) - 2 * torch.log(sums))[:, 0] if "log_sum_sq_probs" in extra else None,
         total[:, 0] / vocabulary if "mean_logits" in extra else None,
         first & (target >= highest)[:, 0] if "is_top1" in extra else None,
@@ -197,6 +212,7 @@ class _Head:
 
     def apply(self, hidden, weight, bias, targets, temperature, chunk_size, softcap=None, scale=1.0, outputs=EXTRA):
         """TRL's signature; `chunk_size` is not used on a CPU."""
+        # On a GPU this is TRL's Triton kernel.
         if hidden.device.type != "cpu":
             return self.trl_head.apply(
                 hidden, weight, bias, targets, temperature, chunk_size, softcap, scale, outputs
@@ -211,5 +227,6 @@ def install() -> None:
     prompt positions saves time and changes no other position's value.
     """
     if not isinstance(trl.trainer.utils._ChunkedLogProbFunction, _Head):
+        # In this module of TRL the function decides only whether positions with label -100 are skipped.
         trl.trainer.utils._use_triton = lambda device: device.type != "neuron"
         trl.trainer.utils._ChunkedLogProbFunction = _Head(trl.trainer.utils._ChunkedLogProbFunction)

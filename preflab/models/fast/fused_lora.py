@@ -27,8 +27,10 @@ class AddLora(torch.autograd.Function):
         # Scaling B costs out × r multiplications, scaling the result tokens × out.
         flat, a, b = x.reshape(-1, x.shape[-1]).to(dtype), A.to(dtype), (B * scaling).to(dtype)
         low = flat @ a.t()  # (tokens, r)
+        # Safe in place: y is the base layer's new output, and the backward of a linear layer does not read its output.
         y.view(-1, y.shape[-1]).addmm_(low, b.t())
         ctx.mark_dirty(y)
+        # `low` is small (r columns) and needed for the gradient of B.
         ctx.save_for_backward(x, A, B, low)
         ctx.scaling = scaling
         return y
@@ -53,6 +55,7 @@ def attach(model) -> None:
     from peft.tuners.lora import Linear
 
     for layer in model.modules():
+        # Exactly PEFT's class: a subclass may compute something else.
         if type(layer) is Linear and not hasattr(layer, "_adds_in_place"):
             layer.forward = functools.partial(_forward, layer, layer.forward)
             layer._adds_in_place = True
@@ -60,10 +63,12 @@ def attach(model) -> None:
 
 def _forward(layer, peft_forward, x, *args, **kwargs):
     """The layer's forward: in place for a single plain adapter, PEFT's otherwise."""
+    # An active adapter has no weights here if its target_modules leave this layer out.
     active = [name for name in layer.active_adapters if name in layer.lora_A]
     plain = (
         len(active) == 1
         and not (args or kwargs or layer.disable_adapters or layer.merged or layer.lora_variant)
+        # Without dropout the entry is an Identity, which has no p.
         and (not layer.training or getattr(layer.lora_dropout[active[0]], "p", 0.0) == 0.0)
         and not (layer.lora_A[active[0]].bias is not None or layer.lora_B[active[0]].bias is not None)
     )

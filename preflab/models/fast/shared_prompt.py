@@ -53,12 +53,15 @@ def pack(batch: dict, shared: list[int] | None = None) -> dict:
     sizes, length = batch["attention_mask"].sum(1).tolist(), batch["input_ids"].shape[1]
     pairs, device = len(sizes) // 2, batch["input_ids"].device
     if shared is None:
+        # From the chosen rows; the rejected ones have the same prompts.
         shared = (batch["attention_mask"].sum(1) - batch["completion_mask"].sum(1)).tolist()[:pairs]
     # Padding positions keep the value 0: they read the hidden state of column 0, which the masks then discard.
     ids, positions, lengths, unpack, start = [], [], [], torch.zeros(2 * pairs, length, dtype=torch.long), 0
     for k in range(pairs):
         prompt, chosen, rejected = shared[k], sizes[k] - shared[k], sizes[pairs + k] - shared[k]
+        # The prompt and the chosen answer from the chosen row, the rejected answer alone from the other one.
         ids += [batch["input_ids"][k, : prompt + chosen], batch["input_ids"][pairs + k, prompt : prompt + rejected]]
+        # The rejected answer's positions continue at the end of the prompt, as in the padded batch.
         positions += [torch.arange(prompt + chosen), torch.arange(prompt, prompt + rejected)]
         # Both rows of the pair read the same prompt.
         unpack[k, : prompt + chosen] = torch.arange(start, start + prompt + chosen)
@@ -70,6 +73,7 @@ def pack(batch: dict, shared: list[int] | None = None) -> dict:
     return {
         "packed_ids": torch.cat(ids)[None],
         "packed_positions": torch.cat(positions)[None].to(device),
+        # Tuples, since `_block_mask` caches by this value.
         "packed_lengths": tuple(lengths),
         "unpack": unpack.to(device),
     }
@@ -108,6 +112,7 @@ def rebatch(batches: list[dict], budget: int, collator, accelerator) -> list[dic
         tokens = all_tokens.max(0).values.cpu()
     cuts, filled = [0], 0
     for k, size in enumerate(tokens.tolist()):
+        # `filled` is the tokens since the last cut; a pair larger than the budget gets a micro-batch for itself.
         if filled and filled + size > budget:
             cuts.append(k)
             filled = 0
@@ -115,8 +120,10 @@ def rebatch(batches: list[dict], budget: int, collator, accelerator) -> list[dic
     configured = len(batches[0]["input_ids"]) // 2
     cuts.append(len(examples))
     parts = [examples[start:end] for start, end in zip(cuts, cuts[1:], strict=False)]
+    # A small --micro_batch_tokens can lead here; the number of micro-batches may not grow.
     if len(parts) > len(batches):
         return batches
+    # training_step recognises an empty micro-batch by its number of tokens.
     empty = {"input_ids": torch.empty((0, 0), dtype=torch.long)}
     new = [{**collator(part), "loss_weight": len(part) / configured} for part in parts]
     return [dict(empty) for _ in range(len(batches) - len(parts))] + new
@@ -128,6 +135,7 @@ def split(batch: dict) -> list[dict]:
     ids = batch["input_ids"].tolist()
     # 1-D tensors in the batch hold one value per pair.
     columns = {name: values.tolist() for name, values in batch.items() if getattr(values, "ndim", 0) == 1}
+    # Tokens of each row without padding, and of its answer: shape (2 × pairs,) each.
     sizes, answers = batch["attention_mask"].sum(1).tolist(), batch["completion_mask"].sum(1).tolist()
     for k in range(pairs):
         prompt = sizes[k] - answers[k]
@@ -172,6 +180,7 @@ def attach(model) -> None:
     backbone = without_adapter_shell(model).base_model
     if getattr(backbone, "_packs_pairs", False):
         return
+    # The layers read the name of their attention from this config at every call.
     register(backbone.config)
     original = backbone.forward
 
@@ -206,6 +215,7 @@ def register(config) -> None:
     configured = config._attn_implementation
     name = f"packed_{configured}"
     AttentionInterface.register(name, functools.partial(_attention, configured))
+    # Ordinary calls get the mask of the configured attention, which is looked up by the same name.
     if configured in ALL_MASK_ATTENTION_FUNCTIONS:
         AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[configured])
     config._attn_implementation = name
@@ -225,6 +235,7 @@ def _attention(configured, module, query, key, value, attention_mask, packed_len
     """
     if packed_lengths is None:
         return _attention_function(configured, module)(module, query, key, value, attention_mask, **kwargs)
+    # Query and key already have their rotary embeddings, from packed_positions.
     settings = {name: kwargs.get(name) for name in ("scaling", "softcap", "sliding_window")}
     if settings["scaling"] is None:
         settings["scaling"] = query.shape[-1] ** -0.5
@@ -265,6 +276,7 @@ def _causal(query, key, value, scaling, softcap, sliding_window, dropout):
     if queries == keys and not windowed and softcap is None:
         return scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True, scale=scaling)
     # Query i is at position keys - queries + i: distance (queries, keys) is how far back a key is.
+    # Prompt and answer are contiguous, so a distance between columns is a distance in position.
     positions = torch.arange(keys, device=query.device)
     distance = positions[keys - queries :, None] - positions
     allowed = distance >= 0
@@ -274,6 +286,7 @@ def _causal(query, key, value, scaling, softcap, sliding_window, dropout):
         return scaled_dot_product_attention(query, key, value, attn_mask=allowed, dropout_p=dropout, scale=scaling)
     # Gemma 2's softcap, which scaled_dot_product_attention does not have.
     scores = softcap * torch.tanh(query @ key.transpose(2, 3) * scaling / softcap)
+    # Softmax in float32, as in transformers' eager attention.
     weights = scores.masked_fill(~allowed, float("-inf")).softmax(-1, dtype=torch.float32).to(query.dtype)
     return torch.dropout(weights, dropout, dropout > 0) @ value
 
@@ -307,6 +320,7 @@ def _block_masks(config, packed_lengths, packed_ids) -> dict:
     """On a GPU, FlexAttention's block masks of a row, computed once for all layers: {sliding window or None: mask}."""
     if packed_ids.device.type != "cuda":
         return {}
+    # Gemma 2 and 3 have layers with a sliding window and layers without.
     windows = {None, getattr(config, "sliding_window", None)}
     return {"packed_masks": {w: _block_mask(packed_lengths, packed_ids.device, w) for w in windows}}
 
