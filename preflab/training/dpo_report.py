@@ -35,8 +35,7 @@ def displacement(metrics: dict) -> str | None:
     Likelihood displacement (Razin et al. 2024): the 95% intervals of both differences are below 0.
     """
     changes = [metrics[f"logps_{side}_difference"] for side in ("chosen", "rejected")]
-    # Without an interval (one pair) the value itself counts.
-    # The upper end of each interval must be below 0.
+    # The upper end of each interval must be below 0. Without an interval (one pair) the value itself counts.
     if any((change["ci95"] or [None, change["value"]])[1] >= 0 for change in changes):
         return None
     return displacement_text(*(change["value"] for change in changes))
