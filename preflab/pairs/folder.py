@@ -22,6 +22,7 @@ from utils.errors import UserError
 from utils.provenance import run_record
 
 STAGES = ("sample", "score", "pair")
+# Files that --overwrite deletes. A stage's files are the next stage's input.
 FILES_OF_STAGE = {
     "sample": ("samples.jsonl",),
     "score": ("scores.jsonl",),
@@ -75,11 +76,14 @@ class PairsFolder:
         """
         from accelerate import PartialState
 
+        # If the stage fails, the exception passes through `yield` and the manifest never names it as finished.
         started, entry = time.monotonic(), {}
         yield entry
         entry |= {"seconds": round(time.monotonic() - started, 1), "run": run_record(seed, 0.0)}
         self.manifest["stages"][stage] = entry
+        # Written after the stage's files, so an entry means that they are complete.
         write_json(self.path / "manifest.json", self.manifest)
+        # The next stage reads files that rank 0 wrote.
         PartialState().wait_for_everyone()
 
 
@@ -103,6 +107,7 @@ def open_folder(args, arguments: dict) -> PairsFolder:
 
 def _prepare(args, arguments: dict) -> Path:
     """Check the folder against this call's arguments, delete what --overwrite replaces, write the manifest."""
+    # Runs on rank 0 only, through on_main_process; an error there ends every process.
     check_writable(args.eval_out, "--eval_out")
     path = Path(args.eval_out) / with_limit_suffix(args.run_name, args.limit)
     manifest = path / "manifest.json"
@@ -116,6 +121,7 @@ def _prepare(args, arguments: dict) -> Path:
     if before["stages"]:
         _ensure_same_pairs(path, before["args"], arguments, first, args.overwrite)
     if args.overwrite:
+        # Later stages depend on this one, so their files and entries become invalid with it.
         for stage in STAGES[first:]:
             before["stages"].pop(stage, None)
             for name in FILES_OF_STAGE[stage]:
@@ -134,6 +140,7 @@ def _ensure_same_pairs(path: Path, before: dict, now: dict, first: int, overwrit
     """
     changed = changed_arguments(before, now, ARGUMENTS_NOT_IN_IDENTITY)
     if overwrite:
+        # A setting of an earlier stage cannot change here, because that stage's files are kept.
         changed = [key for key in changed if STAGES.index(STAGE_OF_ARGUMENT.get(key, "sample")) < first]
     if changed:
         remedy = "or run their stage again, too" if overwrite else "or --overwrite them"

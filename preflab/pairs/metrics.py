@@ -33,7 +33,9 @@ def sampling_metrics(samples: list[Sampled], seed: int = 42) -> dict:
 
     Intervals resample prompts, since the answers to one prompt are not independent.
     """
+    # Answers that the dataset holds (--answers given) have no token count and no finish reason.
     counted = [s for s in samples if s.answers and s.answers[0].get("tokens") is not None]
+    # Stripped, as in `candidates_of`: two answers that differ only in outer spacing are one candidate.
     distinct = [len({a["text"].strip() for a in s.answers}) for s in samples]
     empty = [np.mean([not a["text"].strip() for a in s.answers]) for s in samples]
     metrics = {
@@ -55,6 +57,7 @@ def pair_metrics(rows: list[dict], scored: list[tuple[Candidates, Scores]], seed
         rows: from `pair_of`.
         scored: the candidates and scores of every scored prompt.
     """
+    # 1: chosen is longer, 0: rejected is longer, 0.5: equal; lengths in characters.
     longer = [0.5 + 0.5 * np.sign(_length(r, "chosen") - _length(r, "rejected")) for r in rows]
     # Weighted by count: the mean over samples, not over distinct answers.
     sample_scores = [np.average(scores.scores, weights=candidates.counts) for candidates, scores in scored]
@@ -64,6 +67,7 @@ def pair_metrics(rows: list[dict], scored: list[tuple[Candidates, Scores]], seed
         "score_rejected": bootstrap([r["score_rejected"] for r in rows], seed),
         "win_chosen": bootstrap([r["win_chosen"] for r in rows], seed),
         "win_rejected": bootstrap([r["win_rejected"] for r in rows], seed),
+        # One pair per prompt, so that pairs are independent and can be the resampled unit.
         "chosen_longer": bootstrap(longer, seed),
         "p_chosen_longer_is_half": metric(sign_test(longer), n=len(rows)),
     }
@@ -95,12 +99,16 @@ def agreement(
     for name, other_scores in others.items():
         order, best, tau = [], [], []
         for row in rows:
+            # A scorer may have failed on a prompt, e.g. a judge without a verdict.
             if row["prompt_id"] not in other_scores:
                 continue
             candidates, main = scored[row["prompt_id"]]
             other = other_scores[row["prompt_id"]].scores
+            # The pair's texts identify its answers among the distinct candidates, whose order both scorers share.
             chosen, rejected = (candidates.answers.index(row[s][0]["content"]) for s in ("chosen", "rejected"))
+            # 1: same order, 0: reversed, 0.5: a tie of the other scorer.
             order.append(0.5 + 0.5 * np.sign(other[chosen] - other[rejected]))
+            # argmax takes the first of several best answers, for both scorers.
             best.append(float(int(np.argmax(other)) == chosen))
             correlation = kendalltau(main.scores, other).statistic
             # Undefined where one of the two scorers gives all answers the same score.

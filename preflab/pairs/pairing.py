@@ -78,6 +78,7 @@ class Pairs:
 
 def part_of(prompts: list, parts: int | None, part: int | None) -> list:
     """Every `parts`-th prompt, starting with the `part`-th (1 to `parts`): disjoint parts of nearly equal size."""
+    # Strided, not in blocks: data sets are often sorted by source, and every part should have the same mix.
     return prompts if parts is None else prompts[part - 1 :: parts]
 
 
@@ -87,6 +88,7 @@ def held_out_keys(prompts: list[Prompt], count: int) -> set[str]:
     Prompts that differ only in case and spacing stay together: training treats them as the same prompt.
     """
     folded_text = {prompt.key: folded(prompt.text) for prompt in prompts}
+    # The selection is over folded texts, so all spellings of a prompt are on the same side.
     chosen = select_by_hash(Counter(folded_text.values()), count)
     return {key for key, text in folded_text.items() if text in chosen}
 
@@ -95,12 +97,14 @@ def candidates_of(sampled: Sampled) -> Candidates | str:
     """The distinct, non-empty answers in the order of sampling, or the reason why they make no pair."""
     counts, first_index = {}, {}
     for k, answer in enumerate(sampled.answers):
+        # Counted by text: `counts` weighs the win probabilities, and each distinct answer is scored once.
         text = answer["text"].strip()
         if text:
             counts[text] = counts.get(text, 0) + 1
             first_index.setdefault(text, k)
     if len(counts) < 2:
         return "all_samples_empty" if not counts else "all_samples_identical"
+    # `first_index` maps each distinct answer to its first sample; equal texts are taken to have equal numbers.
     given = {kind: [values[k] for k in first_index.values()] for kind, values in (sampled.given or {}).items()}
     return Candidates(sampled.prompt, list(counts), list(counts.values()), given)
 
@@ -108,7 +112,9 @@ def candidates_of(sampled: Sampled) -> Candidates | str:
 def shuffled(candidates: Candidates, scores: Scores, seed: int) -> Scores:
     """A control: the same scores, assigned to the prompt's answers at random, so that they carry no preference."""
     order = list(range(len(scores.scores)))
+    # Seeded per prompt, so that the result does not depend on the number or order of the prompts.
     random.Random(sha256_of(str(seed), candidates.prompt.key)).shuffle(order)
+    # Scores and win probabilities move together, so that each pair of numbers stays consistent.
     return Scores([scores.scores[k] for k in order], [scores.wins[k] for k in order])
 
 
@@ -118,6 +124,7 @@ def pair_of(sampled: Sampled, candidates: Candidates, scores: Scores) -> dict | 
     Chosen and rejected carry their scores and their estimated win probabilities (`win_chosen`, `win_rejected`).
     """
     best, worst = int(np.argmax(scores.scores)), int(np.argmin(scores.scores))
+    # Equal best and worst means that all scores are equal: no preference, so no pair.
     if scores.scores[best] == scores.scores[worst]:
         return "all_scores_equal"
     # Reversed, so that of equal answers the first sample is described.
@@ -131,6 +138,7 @@ def pair_of(sampled: Sampled, candidates: Candidates, scores: Scores) -> dict | 
         "prompt_id": sampled.prompt.key,
         "chosen": [{"role": "assistant", "content": candidates.answers[best]}],
         "rejected": [{"role": "assistant", "content": candidates.answers[worst]}],
+        # The targets of SPPO's loss.
         "win_chosen": scores.wins[best],
         "win_rejected": scores.wins[worst],
         "score_chosen": scores.scores[best],

@@ -30,6 +30,7 @@ class PairRM(DebertaV2PreTrainedModel):
     def __init__(self, config):
         super().__init__(config)
         dropout, width = getattr(config, "drop_out", 0.0), config.hidden_size
+        # The names `pretrained_model` and `head_layer` are keys of the published state dict.
         self.pretrained_model = DebertaV2Model(config)
         self.head_layer = nn.Sequential(
             nn.Dropout(dropout),
@@ -49,8 +50,10 @@ class PairRM(DebertaV2PreTrainedModel):
         """
         hidden = self.pretrained_model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         # One marker per row, so each selection has shape (batch, width).
+        # torch.where lists them row by row, in the batch's order.
         source, *candidates = (hidden[torch.where(input_ids == i)] for i in (source_id, first_id, second_id))
         first, second = (self.head_layer(torch.cat([source, candidate], -1)) for candidate in candidates)
+        # Shape (batch, tasks) to (batch,): the mean over the tasks of the head, one in the published ranker.
         return (first - second).mean(-1)
 
 
@@ -59,10 +62,13 @@ class PairRanker:
 
     def __init__(self, name: str, options: dict):
         self.name, self.options, self.model = name, options, None
+        # Reads config.json only, so that an unknown model fails before the sampling; `load` reads the weights.
         locate(name)
         self.tokenizer = load_tokenizer(name)
         self.markers = {marker: self.tokenizer.convert_tokens_to_ids(marker) for marker in (SOURCE, FIRST, SECOND)}
         vocabulary = self.tokenizer.get_vocab()
+        # convert_tokens_to_ids gives an unknown marker the id of the unknown token, which would select arbitrary
+        # positions.
         missing = [marker for marker in self.markers if marker not in vocabulary]
         if missing:
             raise UserError(f"--scorer pair:{name}: its tokenizer has no {missing[0]}; give a ranker such as PairRM-hf")
@@ -78,6 +84,7 @@ class PairRanker:
                 self.model = PairRM.from_pretrained(locate(self.name), dtype=getattr(torch, self.options["dtype"]))
             except LOAD_ERRORS as error:
                 raise load_error(f"pairwise ranker {self.name}", error) from error
+            # eval() switches the dropout of encoder and head off.
             self.model.to(PartialState().device).eval()
 
     def ids(self, source: str, first: str, second: str) -> list[int]:
@@ -89,15 +96,18 @@ class PairRanker:
         def truncated(marker: str, text: str, limit: int) -> list[int]:
             # A marker spelled out in the text would be read as one.
             text = break_up(MARKERS, neutralise(text, self.tokenizer))
+            # Each part keeps its own [CLS] and [SEP], as in the published tokenize_pair.
             return self.tokenizer(marker + text, truncation=True, max_length=limit)["input_ids"]
 
         source_ids = truncated(SOURCE, source, SOURCE_TOKENS)
+        # Half of the unused tokens for each candidate, so that both are truncated at the same length.
         limit = CANDIDATE_TOKENS + (SOURCE_TOKENS - len(source_ids)) // 2
         return [*source_ids, *truncated(FIRST, first, limit), *truncated(SECOND, second, limit)]
 
     def logits(self, source: str, answers: list[str]) -> list[list[float]]:
         """logit(i, j) of every ordered pair of answers, 0 on the diagonal; shape (n, n)."""
         self.load()
+        # Both orders: the encoder reads the candidates together, so logit(i, j) is not exactly -logit(j, i).
         pairs = [(i, j) for i in range(len(answers)) for j in range(len(answers)) if i != j]
         rows = [self.ids(source, answers[i], answers[j]) for i, j in pairs]
         logits = [[0.0] * len(answers) for _ in answers]
@@ -105,6 +115,7 @@ class PairRanker:
         for batch in token_batches([len(row) for row in rows], *budget):
             ids, mask = pad_right([rows[k] for k in batch], self.tokenizer.pad_token_id, self.model.device)
             with torch.inference_mode():
+                # `markers` keeps the order source, first, second of forward's arguments.
                 values = self.model(ids, mask, *self.markers.values()).float().tolist()
             for k, value in zip(batch, values, strict=True):
                 i, j = pairs[k]

@@ -31,6 +31,7 @@ def verdict_of(sections: dict) -> str:
         f"{counts['train']} train and {counts['test']} test pairs from {counts['prompts']} prompts;"
         f" left out: {dropped}."
     )
+    # In the verdict itself, which the artifact keeps: shuffled pairs look like ordinary training data.
     if sections["shuffled"]:
         verdict += " SCORES WERE SHUFFLED among each prompt's answers: a control, not preference data."
     return verdict
@@ -42,6 +43,7 @@ def _pair_lines(sections: dict) -> list[tuple[str, str]]:
     lines = [("sampled answers and their pairs", "value")]
     lines.append(("prompts", f"{counts['prompts']}"))
     lines.append(("distinct answers per prompt", cell(sampling["distinct_answers"], 1, 2)))
+    # Missing for --answers given, where the dataset does not record them.
     if "tokens" in sampling:
         lines.append(("tokens per answer", cell(sampling["tokens"])))
         lines.append(("truncated, %", cell(sampling["truncated_share"], 100)))
@@ -75,12 +77,14 @@ def pairs_figure(path: Path, rows: list[dict], title: str) -> None:
     fig, axes = figure(1, 3, title)
     for side, colour in (("chosen", CHOSEN), ("rejected", REJECTED)):
         for ax, key in zip(axes, ("score", "win"), strict=False):
+            # Win probabilities share fixed bins of 0.05, so that the two sides can be compared.
             values = np.array([row[f"{key}_{side}"] for row in rows])
             bins = np.linspace(0, 1, 21) if key == "win" else 20
             ax.hist(values, bins=bins, color=colour, alpha=0.6, label=f"{side}, mean {values.mean():.2f}")
     length = np.array([len(row["chosen"][0]["content"]) - len(row["rejected"][0]["content"]) for row in rows])
     axes[2].hist(length, bins=20, color=NEUTRAL, label=f"chosen longer in {(length > 0).mean():.0%}")
     axes[2].axvline(0, color="grey", ls=":", lw=1)
+    # Log-odds from reward models, rankers and the controls; judges give win probabilities as scores.
     axes[0].set(title="Scores", xlabel="score (log-odds, or the scorer's own scale)", ylabel="pairs")
     axes[1].set(title="Win probabilities", xlabel="P(beats a sample of the policy)", ylabel="pairs")
     axes[2].set(title="Length difference", xlabel="chosen − rejected (characters)", ylabel="pairs")

@@ -77,6 +77,7 @@ class Scorer(Protocol):
 
 def sigmoid(x: float) -> float:
     """1 / (1 + e^-x) without overflow."""
+    # exp is only called with an argument of at most 0; exp(-x) overflows from x = -710.
     return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
 
 
@@ -88,6 +89,7 @@ def win_probabilities(scores: list[float], counts: list[int]) -> list[float]:
     Args:
         counts: how many samples gave each answer.
     """
+    # Bradley-Terry: scores are log-odds, so sigmoid(s_i - s_j) is P(i beats j). The diagonal is 1/2.
     matrix = [[sigmoid(a - b) for b in scores] for a in scores]
     return mean_wins(matrix, counts)
 
@@ -99,6 +101,7 @@ def mean_wins(matrix: list[list[float]], counts: list[int]) -> list[float]:
         matrix: P(i beats j), shape (n, n).
         counts: how many samples gave each answer, shape (n,).
     """
+    # Weighted by counts: the opponent is a random sample of the policy, not a random distinct answer.
     total = sum(counts)
     return [sum(c * p for c, p in zip(counts, row, strict=True)) / total for row in matrix]
 
@@ -113,6 +116,7 @@ def make_scorer(spec: str, options: dict) -> Scorer:
         UserError: an unknown kind, or a missing file, function or model.
     """
     kind, _, rest = spec.partition(":")
+    # Controls before the kinds with a model, because they have no part after the colon.
     if spec in ("longer", "shorter", "random"):
         return ControlScorer(spec, options["seed"])
     if spec == "columns":
@@ -143,6 +147,7 @@ class ControlScorer:
         self.name, self.seed = name, seed
 
     def identity(self) -> dict:
+        # Only `random` depends on the seed; the identity of the others must not change with it.
         return {"scorer": self.name, **({"seed": self.seed} if self.name == "random" else {})}
 
     def score(self, items: list[Candidates], eval_out: str, overwrite: bool) -> list[Scores | str]:
@@ -184,6 +189,7 @@ class FunctionScorer:
         self.name, self.path = f"{path}:{function}", Path(path)
         if not self.path.is_file():
             raise UserError(f"--scorer {self.name}: no such file")
+        # Loaded by path, not imported by name: the file may be outside sys.path.
         spec = importlib.util.spec_from_file_location(self.path.stem, self.path)
         module = importlib.util.module_from_spec(spec)
         # User code: any exception becomes a one-line error.
@@ -204,6 +210,8 @@ class FunctionScorer:
     def _log_odds(self, item: Candidates) -> list[float]:
         source = f"--scorer {self.name}: {item.prompt.source}"
         try:
+            # A copy of the answers, so that the function cannot reorder the candidates. float() accepts numpy and torch
+            # scalars.
             log_odds = [float(x) for x in self.call(item.prompt.text, list(item.answers))]
         except Exception as error:
             raise UserError(f"{source}: {type(error).__name__}: {error}") from error
@@ -229,6 +237,7 @@ class RewardScorer:
         requested = {cache_key(i.prompt.messages, a): (i.prompt, a) for i in items for a in i.answers}
 
         def compute(keys):
+            # The model yields results in the order of its batches (by length), so each comes with its index.
             for k, reward in self.model.score([requested[key] for key in keys]):
                 yield keys[k], {"error": reward} if isinstance(reward, str) else {"score": reward}
 
@@ -236,6 +245,7 @@ class RewardScorer:
         results = []
         for item in items:
             rows = [cached[cache_key(item.prompt.messages, answer)] for answer in item.answers]
+            # One failed answer leaves the prompt without scores: its rank among the others is unknown.
             errors = [row["error"] for row in rows if "error" in row]
             results.append(errors[0] if errors else _with_wins(item, [row["score"] for row in rows]))
         return results
@@ -252,12 +262,14 @@ class RankerScorer:
         return {"kind": "pairwise", **self.model.identity()}
 
     def score(self, items: list[Candidates], eval_out: str, overwrite: bool) -> list[Scores | str]:
+        # The key holds all answers of a prompt, because the result is their (n, n) matrix.
         requested = {cache_key(i.prompt.messages, i.answers): i for i in items}
 
         def compute(keys):
             for key in keys:
                 logits = self.model.logits(requested[key].prompt.text, requested[key].answers)
                 finite = all(math.isfinite(x) for row in logits for x in row)
+                # Logits are cached, not scores: the counts that weigh them may change with further samples.
                 yield key, {"logits": logits} if finite else {"error": NOT_FINITE}
 
         cached = _cached_results(self, list(requested), compute, eval_out, overwrite, "prompt")
@@ -278,6 +290,7 @@ def ranker_scores(logits: list[list[float]], counts: list[int]) -> list[float]:
         counts: how many samples gave each answer, shape (n,).
     """
     total, n = sum(counts), len(logits)
+    # Subtracting the reverse order cancels a preference for the first position.
     return [sum(counts[j] * (logits[i][j] - logits[j][i]) for j in range(n)) / total for i in range(n)]
 
 
@@ -292,6 +305,7 @@ class JudgeScorer:
         return {"kind": "judge", **self.judge.identity()}
 
     def score(self, items: list[Candidates], eval_out: str, overwrite: bool) -> list[Scores | str]:
+        # `positions` holds (item, i, j) of each question; n answers give n (n - 1) questions.
         questions, positions = [], []
         for k, item in enumerate(items):
             for i, first in enumerate(item.answers):
@@ -304,12 +318,17 @@ class JudgeScorer:
         beats = [[[0.5] * len(item.answers) for _ in item.answers] for item in items]
         errors = {}
         for (k, i, j), verdict in zip(positions, verdicts, strict=True):
+            # A probability where the judge gives one, else its decision as 1, 0 or 1/2.
             first_wins = verdict.first if verdict.probability is None else verdict.probability
             if first_wins is None:
+                # The first error is kept; a prompt with a missing verdict gets no scores, since its matrix would be
+                # incomplete.
                 errors.setdefault(k, f"no verdict: {verdict.error}")
                 continue
             beats[k][i][j] += (first_wins - 0.5) / 2
+            # Keeps beats[i][j] + beats[j][i] = 1.
             beats[k][j][i] -= (first_wins - 0.5) / 2
+        # Win probabilities are also the ranking scores: a judge has no other scale.
         wins = [mean_wins(matrix, item.counts) for matrix, item in zip(beats, items, strict=True)]
         return [errors[k] if k in errors else Scores(w, w) for k, w in enumerate(wins)]
 
@@ -324,9 +343,12 @@ def _cached_results(
         unit: what a key stands for, in the progress display.
     """
     cache = ResultCache(eval_out, "scores", scorer.identity(), overwrite)
+    # `finished` is equal on every process, so the shares are disjoint and together complete.
     own_keys = cache.own_share([key for key in keys if key not in cache.finished])
     with progress(len(own_keys), scorer.name, unit) as bar:
+        # Without own work, `compute` is not called, so that no weights are loaded.
         for key, result in compute(own_keys) if own_keys else ():
             cache.add(key, result)
             bar.update()
+    # Waits for all processes, so every process returns the same complete results.
     return cache.gather()

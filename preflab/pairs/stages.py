@@ -29,6 +29,7 @@ def make_scorers(args) -> list:
         "seed": args.seed,
         "trust_remote_code": args.trust_remote_code,
     }
+    # dict.fromkeys drops a repeated scorer and keeps the order: the first one ranks.
     return [make_scorer(spec, options) for spec in dict.fromkeys([args.scorer, *args.also_score])]
 
 
@@ -48,6 +49,7 @@ def sample(args, folder: PairsFolder) -> dict:
         "revision": args.dataset_revision,
     }
     samples, data, model = _given_answers(args, source) if args.answers == "given" else _own_answers(args, source)
+    # Rank 0 writes; every process has the same samples.
     write_rows(folder.path / "samples.jsonl", [sampled.row() for sampled in samples])
     return {"prompts": len(samples), "data": data, "model": model}
 
@@ -55,6 +57,7 @@ def sample(args, folder: PairsFolder) -> dict:
 def _given_answers(args, source: dict) -> tuple[list[Sampled], dict, None]:
     """(samples, what was read, None): the answers of the dataset's rows, for --answers given."""
     rows, data = load_candidates([source], _read_limit(args))
+    # First the part, then the limit, so that every part of a trial run has prompts.
     rows = part_of(rows, args.parts, args.part)[: args.limit]
     held_out = held_out_prompts(args, [prompt for prompt, _, _ in rows])
     samples = []
@@ -69,12 +72,14 @@ def _own_answers(args, source: dict) -> tuple[list[Sampled], dict, dict]:
     prompts, data = load_prompts([source], limit=_read_limit(args))
     prompts = part_of(prompts, args.parts, args.part)[: args.limit]
     model = policy_model(args)
+    # Before the split into train and test, so that --test_prompts counts prompts with answers.
     prompts, refused = answerable([model], prompts)
     if refused:
         data["left_out"]["template_refused"] = refused
     held_out = held_out_prompts(args, prompts)
     settings = {key: getattr(args, key) for key in ("max_new_tokens", "temperature", "top_p")}
     engine = choose_engine(args.engine)
+    # One list of answers per seed, in the prompts' order; the next loop regroups them by prompt.
     by_seed = answer_each(model, prompts, [{**settings, "seed": seed} for seed in args.sampling_seeds], args, engine)
     samples = []
     for k, prompt in enumerate(prompts):
@@ -109,6 +114,7 @@ def score(args, folder: PairsFolder, scorers: list) -> dict:
         The stage's manifest entry: number of prompts scored, the scorers' identities.
     """
     candidates = [candidates_of(sampled) for sampled in read_samples(folder)]
+    # The others are reasons (text), which `make_pairs` counts.
     items = [item for item in candidates if isinstance(item, Candidates)]
     if not items:
         raise UserError(
@@ -121,6 +127,7 @@ def score(args, folder: PairsFolder, scorers: list) -> dict:
         for name, of_items in results.items():
             result = of_items[k]
             row["scorers"][name] = {"error": result} if isinstance(result, str) else result.__dict__
+        # A failed prompt is kept with its error, so that the pairing stage can count it.
         rows.append(row)
     write_rows(folder.path / "scores.jsonl", rows)
     return {"scored": len(items), "scorers": {scorer.name: scorer.identity() for scorer in scorers}}
@@ -151,12 +158,14 @@ def make_pairs(args, folder: PairsFolder) -> Pairs:
             dropped[candidates] += 1
             continue
         row = score_rows.get(sampled.prompt.key)
+        # The scores are matched by position, so a changed order or text of the answers would assign them wrongly.
         if row is None or row["answers"] != candidates.answers:
             raise UserError(f"{folder.path}/scores.jsonl belongs to other samples: run --stage score again")
         if "error" in row["scorers"][main]:
             dropped["unscored"] += 1
             continue
         scores = Scores(**row["scorers"][main])
+        # Before `scored` is filled: the metrics of the control must describe the shuffled scores.
         if args.shuffle_scores is not None:
             scores = shuffled(candidates, scores, args.shuffle_scores)
         scored[sampled.prompt.key] = (candidates, scores)
@@ -167,6 +176,7 @@ def make_pairs(args, folder: PairsFolder) -> Pairs:
             pairs["test" if sampled.held_out else "train"].append(pair)
     if not pairs["train"]:
         raise UserError(f"{folder.path}: no train pair from {len(samples)} prompts; left out: {dict(dropped)}")
+    # Written after the check, so that a call without a train pair writes neither file.
     for split, split_rows in pairs.items():
         write_rows(folder.path / f"{split}.jsonl", split_rows)
     other_scorers = {
