@@ -30,6 +30,7 @@ class HarnessArguments(ComparisonArguments):
 
 def split_at_dashes(argv: list[str]) -> tuple[list[str], list[str]]:
     """The arguments before `--`, for this script, and those after it, for lm_eval."""
+    # The first `--` separates; a later one belongs to lm_eval.
     at = argv.index("--") if "--" in argv else len(argv)
     return argv[:at], argv[at + 1 :]
 
@@ -42,6 +43,7 @@ def check(args: HarnessArguments, extra: list[str]) -> None:
     """
     if args.suite and args.tasks:
         raise UserError("--suite and --tasks: give only one of the two")
+    # A text, unlike in the other evaluations, because lm_eval accepts `auto`.
     if args.batch_size != "auto" and not (args.batch_size.isdigit() and int(args.batch_size) > 0):
         raise UserError(f"--batch-size {args.batch_size}: must be a number above 0, or auto")
     for key in ("processes", "tensor_parallel"):
@@ -51,10 +53,12 @@ def check(args: HarnessArguments, extra: list[str]) -> None:
         raise UserError(f"--num-fewshot {args.num_fewshot}: must be at least 0")
     if args.output_json:
         raise UserError("--output-json: this stage writes a folder of files; choose it with --output-dir")
+    # An inherited flag of every comparison; ignored silently, it would report other figures than the user expects.
     if args.load_in_4bit:
         raise UserError("--load-in-4bit: lm-eval 0.4.13 cannot quantise a model under transformers 5; omit it")
     for argument in extra:
         ensure_not_reserved(argument)
+    # find_spec does not import vLLM, which takes seconds.
     if args.backend == "vllm" and find_spec("vllm") is None:
         raise UserError("--backend vllm: vLLM is not installed; install requirements/vllm.txt, or use --backend hf")
 
@@ -85,6 +89,7 @@ def make_paths_absolute(args: HarnessArguments, caller: Path) -> None:
 
     for key in ("output_dir", "checkpoints", "eval_out", "include_path", "chat_template_path"):
         value = getattr(args, key)
+        # Defaults are relative to the repository, values of the user to the caller's folder.
         if value not in (None, HarnessArguments.__dataclass_fields__[key].default):
             setattr(args, key, absolute(value))
     for key in ("adapter_path", "base_model", "tuned_model"):

@@ -66,6 +66,7 @@ def resolve_models(args, extra: list[str]) -> Comparison:
     --batch_size and --max_length keep the user's values: `resolve` expects a number for the first and fills the second
     from the run, but lm_eval gets --max_length only if the user set it.
     """
+    # Before `resolve`, which requires a tuned model.
     if not (args.run_name or args.adapter_path or args.tuned_model):
         args.run_name = latest_run(args.checkpoints)
     requested = args.batch_size, args.max_length
@@ -82,8 +83,10 @@ def arguments_of_models(models: TwoModels, suite: Suite, folder: Path) -> dict[s
         folder: where a tokenizer with another chat template is saved.
     """
     comparison, args = models.comparison, models.comparison.args
+    # Used by vLLM only: the GPUs that share the weights of one engine.
     gpus = args.tensor_parallel or max(torch.cuda.device_count(), 1)
     arguments = {side: model_arguments(models, side, args.backend, args.max_length, gpus) for side in models.sides}
+    # The base model's own template: only another one must be passed to lm_eval.
     own = load_tokenizer(comparison.base, args.base_revision, trust_remote_code=args.trust_remote_code)
     if suite.apply_chat_template and models.tokenizer.chat_template != own.chat_template:
         # The harness reads a chat template only from a tokenizer's folder.
@@ -100,7 +103,9 @@ def model_arguments(models, side: str, backend: str, max_length: int | None, ten
     """
     c, args = models.comparison, models.comparison.args
     name, revision, adapter = c.weights(side)
+    # The precision of matrix products in training: that of autocast if there was one, else that of the weights.
     compute = models.dtype if models.autocast is None else str(models.autocast).removeprefix("torch.")
+    # Absolute, since the calls run in the folder that run_lm_eval.sh was called in.
     adapter = str(Path(adapter).resolve()) if adapter else None
     # Weights in one precision under autocast in another exist only with transformers and without quantisation.
     autocast = backend == "hf" and not models.quantized
@@ -110,9 +115,11 @@ def model_arguments(models, side: str, backend: str, max_length: int | None, ten
     if args.trust_remote_code:
         arguments["trust_remote_code"] = True
     if backend == "vllm":
+        # vLLM's names of the same settings; its LoRA kernels need the largest rank in advance.
         length = {"max_model_len": max_length} if max_length else {}
         lora = {"lora_local_path": adapter, "max_lora_rank": lora_rank(adapter)} if adapter else {}
         return {**arguments, "tensor_parallel_size": tensor_parallel, **length, **lora}
+    # As in training: weights in models.dtype, matrix products under autocast in `compute`.
     if autocast and compute != models.dtype:
         arguments["mixed_precision_dtype"] = compute
     if args.attn_implementation:
@@ -132,10 +139,13 @@ def batch_size(requested: str, backend: str, arguments: dict, cached: Path) -> s
     Args:
         cached: a file with the detected number, so that a later call continues with the same.
     """
+    # vLLM batches continuously and detects its own limit, so `auto` is passed on.
     if requested != "auto" or backend == "vllm":
         return requested
     if not torch.cuda.is_available():
         return str(AUTO_ON_CPU)
+    # Another length, precision or model changes what fits. The responses' cache depends on the batch size, so a
+    # detection that came out differently would discard cached responses.
     key = dumps(arguments)
     if cached.exists() and (entry := read_json(cached))["arguments"] == key:
         return entry["batch_size"]
@@ -150,6 +160,7 @@ def _detect(arguments: dict) -> int:
     # Only the process that detects needs the harness's model class.
     from lm_eval.models.huggingface import HFLM
 
+    # Without requests, the trial uses sequences of the model's maximum length: the worst case of every task.
     return HFLM(**arguments, batch_size="auto")._detect_batch_size()
 
 
@@ -164,6 +175,7 @@ def call_options(suite: Suite, args, documents: int, extra: list[str]) -> dict:
     return {
         **{key: getattr(args, key) for key in ("backend", "batch_size", "limit", "seed", "num_fewshot")},
         **{key: getattr(suite, key) for key in ("apply_chat_template", "fewshot_as_multiturn", "include_path")},
+        # Data parallel: every rank needs at least one document.
         "processes": min(args.processes or max(gpus, 1), documents),
         "tasks_sha256": hash_of_local_tasks(suite),
         "device": "cuda" if gpus else "cpu",
@@ -182,7 +194,9 @@ def run_calls(
     """
     args, calls = models.comparison.args, {}
     cache = (Path(args.eval_out) / ".cache").resolve()
+    # Base is complete before tuned starts, so that only one model occupies the GPU.
     for side in models.sides:
+        # `identity` identifies the weights: an adapter trained again into the same folder gets its own cache.
         calls[side] = plan(suite, side, arguments[side], models.identity(side), options, folder, cache)
         if args.overwrite:
             delete_results(calls[side])
@@ -195,6 +209,7 @@ def delete_results(calls: list[Call]) -> None:
     """Delete the files and the cached responses of earlier calls (--overwrite)."""
     for call in calls:
         shutil.rmtree(call.folder, ignore_errors=True)
+        # The folder of this model's responses; lm_eval appends `_rank<k>.db` to the path for each process.
         cache = Path(call.command[call.command.index("--use_cache") + 1])
         shutil.rmtree(cache.parent, ignore_errors=True)
 
@@ -213,17 +228,25 @@ def plan(
     """
     o, groups = options, {}
     for entry in suite.tasks:
+        # None: the task's own number of shots. lm_eval's --num_fewshot applies to all tasks of a call, hence the
+        # groups.
         shots = o["num_fewshot"] if o["num_fewshot"] is not None else entry.get("num_fewshot")
         groups.setdefault(shots, []).append(entry["task"])
+    # `setting` is everything that a response depends on apart from the request; tasks and shots are part of the
+    # request.
     setting = {"arguments": arguments, "identity": identity, "versions": versions(), "extra": o["extra"]}
     setting |= {key: o[key] for key in ("backend", "batch_size", "processes", "device")}
+    # A changed chat template or tokenizer changes responses, but not the hash of the weights.
     setting["files"] = _model_files(arguments)
     responses = cache / f"lm_eval-{sha256_of(dumps(setting))[:16]}" / "responses"
     calls = []
     for shots, tasks in groups.items():
         command = _launcher(o) + _harness(o, arguments, tasks, shots)
+        # Any change of command, model or local task files leads to another folder, so `finished` is never true for
+        # other settings.
         call_hash = sha256_of(dumps([setting, command, o["tasks_sha256"]]))[:8]
         place = folder / f"{side}-{'own' if shots is None else shots}shot-{call_hash}"
+        # Not part of the hash: `place` contains it, and paths of outputs do not change figures.
         outputs = ["--log_samples", "--output_path", str(place / "results.json"), "--use_cache", str(responses)]
         calls.append(Call(side, tasks, shots, [*command, *outputs, *o["extra"]], place))
     return calls
@@ -280,17 +303,21 @@ def execute(call: Call, title: str, cwd: Path) -> None:
     code, output = _run(call.command, log, cwd)
     if code:
         lines = [line for line in output.replace("\r", "\n").splitlines() if line.strip()]
+        # The last line that names an error (Error or error): progress bars and clean-up messages may follow it.
         last = next((line for line in reversed(lines) if "rror" in line), lines[-1] if lines else "no output")
         fix = explain(RuntimeError(last), OUT_OF_MEMORY)
         raise UserError(f"{title}: {fix or last.strip()} (lm_eval exited with {code}; its log: {log})")
+    # An exit code of 0 does not prove that results were written.
     if not any(call.folder.glob("results_*.json")):
         raise UserError(f"{title}: lm_eval wrote no results (its log: {log})")
     record = {"command": shlex.join(_readable(call.command)), "tasks": call.tasks}
+    # Written last: `finished` requires it, so an interrupted call runs again and takes its responses from the cache.
     write_json(call.folder / "call.json", {**record, "seconds": round(time.monotonic() - started, 1)})
 
 
 def _run(command: list[str], log: Path, cwd: Path) -> tuple[int, str]:
     """Run a command of the harness with its output in `log`. Returns (exit code, the end of its stderr)."""
+    # The user's own environment variables take precedence.
     environment = {"LMEVAL_LOG_LEVEL": "WARNING", "TOKENIZERS_PARALLELISM": "false", **os.environ}
     with log.open("wb") as out:
         # A new session, so that Ctrl-C reaches the harness and its children once, through killpg below.
@@ -307,6 +334,7 @@ def _run(command: list[str], log: Path, cwd: Path) -> tuple[int, str]:
             output = _follow(process.stderr, out)
             return process.wait(), output
         except BaseException:
+            # The group, since accelerate launch starts a process per GPU. BaseException includes KeyboardInterrupt.
             os.killpg(process.pid, signal.SIGTERM)
             process.wait()
             raise
@@ -321,6 +349,7 @@ def _terminate_with_parent():
 
 def _readable(command: list[str]) -> list[str]:
     """The command as a user would type it."""
+    # command is [python, -m, module, arguments ...].
     return ["lm_eval", *command[3:]] if command[2] == "lm_eval" else ["accelerate", "launch", *command[3:]]
 
 
@@ -331,10 +360,13 @@ PROGRESS = re.compile(r"^(?P<name>(?:Running|Checking cached)[^|:]*):? *\d+%\|[^
 def _follow(stream, log) -> str:
     """Copy the harness's stderr to the log and show its progress bars. Returns the end of the output."""
     output, rest, show = b"", "", _progress_display()
+    # read1 returns what has arrived; read would wait for a full buffer and delay the progress.
     while chunk := stream.read1(65536):
         log.write(chunk)
         log.flush()
+        # Bounded, because hours of progress bars would fill memory; the error is at the end.
         output = (output + chunk)[-20000:]
+        # tqdm redraws with \r and no newline. `rest` keeps an incomplete line for the next chunk.
         *lines, rest = re.split(r"[\r\n]", rest + chunk.decode(errors="replace"))
         for line in filter(PROGRESS.match, lines):
             show(line)
@@ -349,6 +381,7 @@ def _progress_display():
 
     def show(line: str) -> None:
         name, done, total = PROGRESS.match(line).group("name", "done", "total")
+        # A completed bar is removed, since the harness may start another one under the same name.
         bar = bars.setdefault(name, LineProgress(int(total), name, "requests"))
         bar.total = int(total)
         bar.update(int(done) - bar.n)

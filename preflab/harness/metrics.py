@@ -19,6 +19,7 @@ from utils.stats import bootstrap, bootstrap_test, mcnemar
 # How the harness turns a mean over documents into its figure: unchanged, perplexity, bits per byte.
 AGGREGATIONS = {
     "mean": lambda r: r,
+    # r is the mean log-likelihood in nats per unit; exp overflows beyond 709.
     "perplexity": lambda r: math.exp(min(-r, 700)),
     "bits": lambda r: -r / math.log(2),
 }
@@ -106,6 +107,7 @@ def leading_bos(tokenizer, prompt: str) -> int:
     bos = tokenizer.bos_token
     if bos is None:
         return 0
+    # Two BOS tokens shift a model away from its training data; the report states the number.
     ids = tokenizer.encode(prompt, add_special_tokens=not prompt.startswith(bos))
     count = 0
     while count < len(ids) and ids[count] == tokenizer.bos_token_id:
@@ -124,9 +126,12 @@ def read_side(calls: list[Call]) -> ModelResults:
     """The newest results of every call of one model, and all its samples."""
     side = ModelResults()
     for call in calls:
+        # lm_eval puts the time into the name.
         path = max(call.folder.glob("results_*.json"), key=lambda p: p.stat().st_mtime)
         report = read_json(path)
+        # Groups have their aggregated figures in a section of their own.
         side.results |= {**report["results"], **report.get("groups", {})}
+        # Entries without subtasks are plain tasks.
         side.subtasks |= {k: v for k, v in report.get("group_subtasks", {}).items() if v}
         for name, key in (("versions", "versions"), ("shots", "n-shot"), ("higher", "higher_is_better")):
             getattr(side, name).update(report.get(key, {}))
@@ -134,6 +139,7 @@ def read_side(calls: list[Call]) -> ModelResults:
         side.headers.append(_header(report, call))
         side.templates.add(report.get("chat_template") is not None)
         side.seconds += call.seconds
+        # The samples of the same run have the same time in their names.
         stamp = path.stem.removeprefix("results_")
         for task in report["configs"]:
             side.samples[task] = _samples(call.folder / f"samples_{task}_{stamp}.jsonl", side, task)
@@ -157,6 +163,7 @@ def _samples(path: Path, side: ModelResults, task: str) -> dict[tuple, dict]:
     Also updates the side's `lengths` and `first_prompt`.
     """
     samples, lengths = {}, []
+    # Lengths only for generated text: likelihood tasks log one pair of numbers per option.
     generated = side.configs[task].get("output_type") == "generate_until"
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
@@ -166,10 +173,13 @@ def _samples(path: Path, side: ModelResults, task: str) -> dict[tuple, dict]:
         if not line.strip():
             continue
         row = json.loads(line)
+        # One response per request: one per answer option of a multiple-choice task, else one.
         answers = row["resps"]
+        # A task with several filters (strict-match, flexible-extract) logs each document once per filter.
         samples[row["filter"], row["doc_id"]] = {
             "document": row["doc_hash"],
             "prompt": row["prompt_hash"],
+            # The document's figures before aggregation, the data of the paired tests.
             "values": {name: row[name] for name in row["metrics"] if name in row},
             "options": len(answers),
             "answer": json.dumps(answers),
@@ -185,6 +195,7 @@ def _samples(path: Path, side: ModelResults, task: str) -> dict[tuple, dict]:
 
 def ensure_adapter_applied(base: ModelResults, tuned: ModelResults) -> None:
     """Raise UserError if both models gave the same answer to every request: the adapter was not applied."""
+    # Responses include log-likelihoods, which an applied adapter changes even where no choice changes.
     pairs = [(a[k], tuned.samples[task][k]) for task, a in base.samples.items() for k in a if k in tuned.samples[task]]
     identical = bool(pairs) and all(a["answer"] == b["answer"] for a, b in pairs)
     ensure_models_differ(identical, f"the same answer to all {len(pairs)} requests")
@@ -196,6 +207,7 @@ def ensure_adapter_applied(base: ModelResults, tuned: ModelResults) -> None:
 def leaves(side: ModelResults, name: str) -> list[str]:
     """The tasks of a group and its subgroups; for a task, the task itself."""
     children = side.subtasks.get(name, [])
+    # Groups of groups exist, e.g. mmlu, mmlu_stem and its subjects.
     return [leaf for child in children for leaf in leaves(side, child)] if children else [name]
 
 
@@ -207,21 +219,26 @@ def rows(base: ModelResults, tuned: ModelResults, suite: Suite, seed: int) -> li
         base and tuned are the harness's value and stderr; difference and p are paired over documents. `top` rows are
         those not already covered by a group's figure.
     """
+    # `table` is filled in display order: a group before its subtasks.
     table, children = [], {child for kids in base.subtasks.values() for child in kids}
 
     def visit(name: str, depth: int, top: bool):
         before = len(table)
         for key in sorted(base.results.get(name, {})):
             value = base.results[name][key]
+            # Keys are `metric,filter`; `alias` and other entries have no comma.
             measure, _, filtered = key.partition(",")
             if filtered and not measure.endswith("_stderr") and isinstance(value, (int, float)):
                 row = _row(base, tuned, name, measure, filtered, depth, seed)
                 table.append({**row, "top": top})
         for child in base.subtasks.get(name, []):
+            # Subtasks are `top` only where the group has no figure of its own, so that no document is tested in its
+            # group and again in its subtask.
             visit(child, depth + 1, top and len(table) == before)
 
     order = [entry["task"] for entry in suite.tasks]
     tops = [name for name in base.results if name not in children]
+    # The suite's order; tasks that a group or pattern added follow by name.
     for name in sorted(tops, key=lambda name: (order.index(name) if name in order else len(order), name)):
         visit(name, 0, True)
     return table
@@ -240,6 +257,7 @@ def _row(
         "filter": filtered,
         "shots": base.shots.get(name),
         "metric": measure,
+        # True, False, or None where the harness does not state it; then there is no verdict on the row.
         "higher": base.higher.get(name, {}).get(measure),
         **reported,
         **paired(base, tuned, leaves(base, name), measure, filtered, reported, seed),
@@ -249,6 +267,7 @@ def _row(
 def _reported(side: ModelResults, name: str, measure: str, filtered: str) -> dict:
     results = side.results.get(name, {})
     value, error = results.get(f"{measure},{filtered}"), results.get(f"{measure}_stderr,{filtered}")
+    # lm_eval writes "N/A" where it has no standard error.
     return metric(value, error if isinstance(error, (int, float)) else None)
 
 
@@ -264,6 +283,7 @@ def paired(
         reported: `{"base": metric, "tuned": metric}` as the harness reports the figure.
     """
     values, unpaired = _values(base, tuned, tasks, measure, filtered)
+    # The fallback: the harness's own figures with the error of independent samples, usually too large for paired data.
     point = reported["tuned"]["value"] - reported["base"]["value"]
     result = {
         "difference": metric(point, _independent(reported)),
@@ -272,6 +292,7 @@ def paired(
         "n": len(values),
         "note": None,
     }
+    # A paired test on the shared documents alone would describe another set than the reported figures.
     if unpaired:
         return {**result, "note": f"{unpaired} documents have other prompts or are missing in one model: unpaired"}
     if not len(values):
@@ -285,14 +306,17 @@ def paired(
     # Columns of values: tuned's sum, base's sum, weight.
     plain_mean = aggregation == "mean" and (values[:, 2] == 1).all()
     if plain_mean:
+        # Columns tuned and base: the mean of their difference.
         difference = bootstrap(values[:, :2], seed)
     else:
         figure = AGGREGATIONS[aggregation]
         difference = bootstrap(
             values,
             seed,
+            # Ratio of sums within each resample, as corpus-level perplexity and accuracy over instructions are defined.
             statistic=lambda v: figure(v[:, 0].sum() / v[:, 2].sum()) - figure(v[:, 1].sum() / v[:, 2].sum()),
         )
+    # Exact McNemar: only documents on which the models disagree carry information (McNemar 1947).
     if plain_mean and np.isin(values[:, :2], (0, 1)).all():
         p, test = mcnemar(values[:, 0], values[:, 1]), "McNemar"
     else:
@@ -309,6 +333,7 @@ def _values(
     values, unpaired = [], 0
     for task in tasks:
         base_samples, tuned_samples = base.samples.get(task, {}), tuned.samples.get(task, {})
+        # Documents are matched by id, and their hashes must be equal: the same document, rendered to the same prompt.
         keys = [key for key in base_samples if key[0] == filtered]
         unpaired += len({key for key in tuned_samples if key[0] == filtered} - set(keys))
         for key in keys:
@@ -317,6 +342,7 @@ def _values(
                 unpaired += 1
                 continue
             of_base, of_tuned = _number(a["values"].get(measure)), _number(b["values"].get(measure))
+            # The weights (words, instructions) describe the document, so they are equal for both models.
             if of_base and of_tuned and of_base[1] == of_tuned[1]:
                 values.append((of_tuned[0], of_base[0], of_base[1]))
             elif measure in a["values"]:
@@ -333,6 +359,7 @@ def _number(value) -> tuple[float, float] | None:
     """
     if isinstance(value, (bool, int, float)):
         return float(value), 1.0
+    # Before the pair of numbers: two booleans would match it too.
     if isinstance(value, list) and value and all(isinstance(v, bool) for v in value):
         return float(sum(value)), float(len(value))
     if isinstance(value, list) and len(value) == 2 and all(isinstance(v, (int, float)) for v in value):
@@ -343,6 +370,8 @@ def _number(value) -> tuple[float, float] | None:
 def aggregation_of(values: np.ndarray, reported: dict) -> str | None:
     """The name in `AGGREGATIONS` that reproduces both reported figures from the documents' mean; else None."""
     for name, figure in AGGREGATIONS.items():
+        # Only a figure that the samples reproduce may be tested with them: this replaces knowledge of every task's
+        # aggregation.
         computed = [figure(values[:, k].sum() / values[:, 2].sum()) for k in (0, 1)]
         if np.allclose(computed, [reported["tuned"]["value"], reported["base"]["value"]], rtol=1e-6, atol=1e-9):
             return name
@@ -352,6 +381,7 @@ def aggregation_of(values: np.ndarray, reported: dict) -> str | None:
 def _independent(reported: dict) -> float | None:
     """Standard error of the difference of two independent figures."""
     parts = [reported[side]["stderr"] for side in ("base", "tuned")]
+    # sqrt(a^2 + b^2): variances of independent estimates add up.
     return None if None in parts else math.hypot(*parts)
 
 
@@ -364,9 +394,11 @@ def _by_task(base, tuned, tasks, measure, filtered, reported, seed) -> dict | No
     ]
     if any(pair[side]["value"] is None for pair in each for side in pair):
         return None
+    # A group weighted by documents (MMLU) is reproduced from its pooled samples and does not reach this point.
     means = [np.mean([pair[side]["value"] for pair in each]) for side in ("base", "tuned")]
     if not np.allclose(means, [reported[side]["value"] for side in ("base", "tuned")], rtol=1e-6):
         return None
+    # Paired within each task; tasks have different documents, so their errors are independent.
     parts = [paired(base, tuned, [t], measure, filtered, pair, seed) for t, pair in zip(tasks, each, strict=True)]
     stderr = _plain_mean([part["difference"] for part in parts])["stderr"]
     return {
@@ -379,11 +411,13 @@ def _by_task(base, tuned, tasks, measure, filtered, reported, seed) -> dict | No
 
 def normal(value: float, stderr: float | None) -> dict:
     """`{difference, p}` of a figure whose error is normal."""
+    # No error or an error of 0: a p-value cannot be computed.
     if not stderr:
         return {"difference": metric(value, stderr), "p": None}
     half = 1.959964 * stderr  # the normal distribution's 97.5% quantile
     return {
         "difference": metric(value, stderr, (value - half, value + half)),
+        # Two-sided; sf is accurate in the tail, where 1 - cdf would be 0.
         "p": float(2 * norm.sf(abs(value) / stderr)),
     }
 
@@ -396,6 +430,7 @@ def suite_averages(suite: Suite, base: ModelResults, tuned: ModelResults, seed: 
 
     Values are None if a task is missing. The difference's error is propagated from the paired errors of its entries.
     """
+    # Each entry is computed once: several averages may contain it, and it needs bootstraps.
     entries = {json.dumps(e, sort_keys=True): e for a in suite.averages for e in a["of"] if not isinstance(e, str)}
     known = {key: _entry(entry, base, tuned, seed) for key, entry in entries.items()}
 
@@ -406,6 +441,7 @@ def suite_averages(suite: Suite, base: ModelResults, tuned: ModelResults, seed: 
 
         return of
 
+    # Three passes over the same entries: reported values (rounded), their errors, and exact values for the difference.
     sides = {side: averages(suite, part(side, "value")) for side in ("base", "tuned")}
     spread = {side: errors(suite, part(side, "value"), part(side, "stderr")) for side in ("base", "tuned")}
     exact = {side: averages(suite, part(side, "value"), rounded=False) for side in ("base", "tuned")}
@@ -422,6 +458,7 @@ def suite_averages(suite: Suite, base: ModelResults, tuned: ModelResults, seed: 
         if value is None or sides["tuned"][name] is None:
             result[name] = {**figures, "difference": metric(None), "p": None}
         else:
+            # Unrounded: the difference of two rounded averages could be off by a full rounding step.
             difference = exact["tuned"][name] - exact["base"][name]
             result[name] = {**figures, **normal(difference, difference_errors[name])}
     return result
@@ -433,6 +470,7 @@ def _entry(entry: dict, base: ModelResults, tuned: ModelResults, seed: int) -> d
     if entry.get("subtasks"):
         tasks = leaves(base, entry["task"])
         parts = [_entry({"task": task, "metric": measure, "filter": filtered}, base, tuned, seed) for task in tasks]
+        # The last condition: the group did not run, so `leaves` returned its name.
         if not parts or None in parts or tasks == [entry["task"]]:
             return None
         return {kind: _plain_mean([part[kind] for part in parts]) for kind in ("base", "tuned", "difference")}
@@ -446,6 +484,8 @@ def _entry(entry: dict, base: ModelResults, tuned: ModelResults, seed: int) -> d
 
 def _subset(entry: dict, base: ModelResults, tuned: ModelResults, seed: int) -> dict | None:
     """An entry with `choices`: the documents of a pooled task that have this number of answer options."""
+    # The pooled task has no reported figure for a subset, so it is computed from the samples. "options" counts the
+    # answer options of a document.
     subsets = [
         ModelResults(
             samples={

@@ -25,6 +25,7 @@ def render(results: SuiteResults) -> Report:
 
     Marks rows as `significant` and attaches published figures to them, see `verdict_of` and `attach_published`.
     """
+    # First, because both set keys of the rows that the tables below read.
     verdict, reasons = verdict_of(results.rows), attach_published(results)
     parts = [tables.render(results.title, table_lines(results))]
     if results.averages:
@@ -53,6 +54,7 @@ def markdown(results: SuiteResults) -> str:
 def is_mixed(results: SuiteResults) -> bool:
     """Whether calls differ in the use of a chat template."""
     base, tuned = (results.sides[side].templates for side in ("base", "tuned"))
+    # `templates` has one value if all calls of a side agree.
     return len(base) > 1 or len(tuned) > 1 or base != tuned
 
 
@@ -61,6 +63,7 @@ def verdict_of(rows: list[dict]) -> str:
 
     Sets `p_holm` and `significant` of those rows.
     """
+    # Subtasks repeat their group's documents and would inflate Holm's number of tests.
     tested = [row for row in rows if row["top"] and row["p"] is not None]
     if not tested:
         return "Inconclusive: no figure of these tasks could be tested."
@@ -68,6 +71,7 @@ def verdict_of(rows: list[dict]) -> str:
     for row, p in zip(tested, holm([row["p"] for row in tested]), strict=True):
         row["p_holm"], row["significant"] = p, p < 0.05
         if row["significant"] and row["higher"] is not None:
+            # For perplexities (higher is False), a negative difference is an improvement.
             up = (row["difference"]["value"] > 0) == row["higher"]
             (better if up else worse).append(f"{row['task']} {row['metric']} ({row['difference']['value']:+.4f})")
     tests = (
@@ -122,9 +126,11 @@ def published_average_lines(results: SuiteResults) -> list[tuple]:
     for reference in results.references:
         published = published_averages(results.suite, reference)
         if any(value is not None for value in published.values()):
+            # An average has no number of shots of its own, so --num-fewshot makes every published one another setting.
             other = differs(reference, None, None, results.settings) or results.settings["num_fewshot"] is not None
             cells = ["" if value is None else f"{value:.{digits[name]}f}" for name, value in published.items()]
             lines.append((reference["name"], *(f"({c})" if other and c else c for c in cells)))
+    # Without a line, no header, so that no empty table is printed.
     return [("model", *results.averages), *lines] if lines else []
 
 
@@ -133,6 +139,7 @@ def digits_of_averages(results: SuiteResults) -> dict[str, int]:
     digits: dict[str, int] = {}
     for average in results.suite.averages:
         inner = [digits[entry] for entry in average["of"] if isinstance(entry, str)]
+        # As leaderboards print them: percentages as 62.34, shares as 0.6234.
         digits[average["name"]] = max(inner) if inner else 2 if average.get("scale", 1) > 1 else 4
     return digits
 
@@ -147,6 +154,7 @@ def _published_cells(row: dict, published: dict) -> tuple[str, str]:
     stderr = "" if published["stderr"] is None else f" ± {published['stderr']:.4f}"
     shown = f"{published['value']:.4f}{stderr}"
     if published["other_setting"]:
+        # No difference for another setting: it would mix the models' quality with the settings' effect.
         return f"({shown})", ""
     return shown, f"{row['tuned']['value'] - published['value']:+.4f}"
 
@@ -157,6 +165,7 @@ def _published_cells(row: dict, published: dict) -> tuple[str, str]:
 def full_table(results: SuiteResults) -> str:
     """The harness's columns for base and tuned, the paired difference, and published figures, as Markdown."""
     on = f"template {'on' if results.settings['apply_chat_template'] else 'off'}"
+    # One column per reference, in order of first appearance.
     names = list(dict.fromkeys(name for row in results.rows for name in row.get("references", {})))
     head = ["Tasks", "Version", "Filter", "n-shot", "Metric", "", f"base ({on})", "Stderr", f"tuned ({on})", "Stderr"]
     lines = [[*head, "tuned - base", "Stderr", "p", *names]]
@@ -210,6 +219,8 @@ def differs(reference: dict, row: dict | None, shots: int | None, settings: dict
     Args:
         row: the published row, or None for the reference's averages. shots: of our figure.
     """
+    # Checked in this order: method, documents, shots, template, harness version, precision. The first difference is
+    # reported.
     if row is not None and row.get("how") == "generated":
         return "its answers were generated and parsed, not scored by likelihood"
     if settings["limit"] is not None:
@@ -218,6 +229,7 @@ def differs(reference: dict, row: dict | None, shots: int | None, settings: dict
         return (
             f"{'unknown' if row.get('shots') is None else row['shots']} shots" if shots is not None else "other shots"
         )
+    # A setting that is not published counts as different: the figures may not be compared.
     if reference.get("apply_chat_template") is None:
         return "its use of a chat template is not published"
     if reference["apply_chat_template"] != settings["apply_chat_template"]:
@@ -243,6 +255,7 @@ def attach_published(results: SuiteResults) -> dict[str, dict[str, list[str]]]:
             if published is None:
                 continue
             reason = differs(reference, published, row["shots"], results.settings)
+            # Leaderboards rename tasks and metrics; the artifact keeps their names for a check against the source.
             name, measure = published.get("published", row["task"]), published.get("published_metric", row["metric"])
             row.setdefault("references", {})[reference["name"]] = {
                 "value": on_harness_scale(reference, published, "value"),
@@ -276,6 +289,7 @@ def notes_of(results: SuiteResults, reasons: dict[str, dict[str, list[str]]]) ->
         reasons: from `attach_published`.
     """
     sides, settings = results.sides, results.settings
+    # From the calls that computed the results, also if this call only read them.
     seconds = {name: side.seconds for name, side in sides.items()}
     each = ", ".join(f"{name} {clock(spent)}" for name, spent in seconds.items())
     notes = [f"Elapsed time of the calls: {clock(sum(seconds.values()))} ({each})."]
@@ -313,6 +327,8 @@ def eq_bench(rows: list[dict]) -> list[str]:
     parts = []
     for side in ("base", "tuned"):
         score, parsed = (figures[key][side]["value"] for key in ("eqbench", "percent_parseable"))
+        # The harness's score averages over all answers with 0 for those that were not parsed; dividing by the parsed
+        # share (a percentage) leaves the mean of the parsed ones.
         own = f"{score / (parsed / 100):.2f}" if parsed >= 83.33 else "none, fewer than 83.33% were parsed"
         parts.append(f"{side} {own} ({parsed:.1f}% parsed)")
     return [f"EQ-Bench's own average, of the parsed answers: {'; '.join(parts)}."]
@@ -326,6 +342,7 @@ def clock(seconds: float) -> str:
 
 def is_share(metric: str) -> bool:
     """Whether a metric of the harness is a share of correct documents, from 0 to 1."""
+    # By name, since results do not state a metric's range.
     return metric.startswith(("acc", "exact_match")) or metric.endswith(("_acc", "_match")) or metric == "em"
 
 
@@ -352,6 +369,7 @@ def draw(path, results: SuiteResults) -> None:
         for k, r in enumerate(shown)
         for name, m in r.get("references", {}).items()
     ]
+    # At most six references get a marker; the table lists all.
     for marker, name in zip("x+1234", dict.fromkeys(name for _, name, _ in published), strict=False):
         points = [(value, place) for place, other, value in published if other == name]
         axes[0].plot(*zip(*points, strict=True), marker, color="grey", ms=6, alpha=0.6, label=f"published: {name}")
@@ -361,7 +379,9 @@ def draw(path, results: SuiteResults) -> None:
     axes[0].set(title="Base and tuned, 95% intervals", xlabel="score (%)")
     axes[0].legend(fontsize=7, ncols=4, loc="lower left", bbox_to_anchor=(0, 1.06), frameon=False)
     difference = 100 * np.array([r["difference"]["value"] for r in shown])
+    # An interval of length zero where there is none.
     ends = [r["difference"]["ci95"] or (r["difference"]["value"],) * 2 for r in shown]
+    # Shape (2, rows): distances below and above the point, since percentile intervals are not symmetric.
     error = np.clip(
         [difference - 100 * np.array([e[0] for e in ends]), 100 * np.array([e[1] for e in ends]) - difference], 0, None
     )
@@ -372,5 +392,6 @@ def draw(path, results: SuiteResults) -> None:
     axes[1].set_yticks(y, [])
     axes[1].set(title="Tuned - base (orange: significant after Holm)", xlabel="percentage points")
     for ax in axes:
+        # Reversed, so that the first task is at the top, as in the table.
         ax.set_ylim(len(shown) - 0.4, -0.6)
     save(fig, path)

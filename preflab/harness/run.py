@@ -38,12 +38,14 @@ USAGE = (
 
 def parse() -> tuple:
     """(Stage, HarnessArguments, arguments after `--`), checked."""
+    # Split before parsing: lm_eval's flags would be unknown keys here.
     argv, extra = split_at_dashes(sys.argv[1:])
     try:
         stage, args = start("lm_eval", __doc__, HarnessArguments, argv=argv)
     except UserError as error:
         raise UserError(f"{error} ({USAGE})") from None
     check(args, extra)
+    # Not the field's default, so that --suite and --tasks together can be refused.
     if not args.tasks:
         args.suite = args.suite or "quick"
     return stage, args, extra
@@ -60,13 +62,17 @@ def main():
 
     # Everything that can be wrong is checked before the first request.
     caller = Path(os.environ.get("INVOKED_FROM", "."))
+    # Before anything resolves a path: this process runs in the repository, the user may be elsewhere.
     make_paths_absolute(args, caller)
     suite, comparison = choose_suite(args), resolve_models(args, extra)
     models = TwoModels(comparison)
     folder = comparison.out / "lm_eval" / with_limit_suffix(suite.name, args.limit)
+    # Before a file is written: the folder may hold results of other models or settings.
     comparison.ensure_same_evaluation("lm_eval", [args], folder)
+    # It changes `suite.tasks`, so the calls below contain only tasks that can run.
     missing, documents = drop_missing(suite, args)
     arguments = arguments_of_models(models, suite, folder)
+    # Detected for tuned, which has the adapter in addition, and used for both models.
     args.batch_size = batch_size(args.batch_size, args.backend, arguments["tuned"], folder / "batch_size.json")
     options = call_options(suite, args, documents, extra)
 
@@ -91,6 +97,7 @@ def main():
         headers={name: side.headers for name, side in results.sides.items()},
         generated_characters={name: side.lengths for name, side in results.sides.items()},
         seconds={name: side.seconds for name, side in results.sides.items()},
+        # The published rows are attached to the rows of the results.
         references=[{k: v for k, v in reference.items() if k != "rows"} for reference in results.references],
     )
 

@@ -56,6 +56,7 @@ def load_suite(name: str) -> Suite:
         raise UserError(f"--suite {name}: no such suite; {hint}available: {', '.join(suites())}")
     content = read_yaml(path)
     try:
+        # An unknown key in the file is a TypeError here, so a misspelled key is an error and not ignored.
         suite = Suite(path.stem, **content)
         tasks = [entry["task"] for entry in suite.tasks]
     except (TypeError, KeyError) as error:
@@ -71,6 +72,7 @@ def load_suite(name: str) -> Suite:
         raise UserError(f"{path}: an average refers to an unknown average, task or metric ({error})") from None
     if suite.include_path:
         beside = path.parent / suite.include_path
+        # Shipped suites name a folder of the repository, a user's file one beside it.
         suite.include_path = str((ROOT / suite.include_path if path.parent == FOLDER else beside).resolve())
     return suite
 
@@ -82,6 +84,7 @@ def suite_of(tasks: list[str]) -> Suite:
         for kind, entries in load_suite(name).needs.items():
             known.setdefault(kind, {}).update(entries)
     listed = [{"task": task} for task in dict.fromkeys(tasks)]
+    # The name becomes a folder; 80 characters stay below the file systems' limit with suffixes.
     name = "-".join(Path(entry["task"]).stem for entry in listed)[:80]
     return Suite(name, ", ".join(tasks), "--tasks", listed, include_path=OWN_TASKS, needs=known)
 
@@ -104,6 +107,7 @@ def averages(suite: Suite, value, rounded: bool = True) -> dict[str, float | Non
     """
     result: dict[str, float | None] = {}
     for average in suite.averages:
+        # An average of averages refers to earlier ones, so the order in the file matters.
         parts = [
             result[entry] if isinstance(entry, str) else _normalised(entry, value(entry)) for entry in average["of"]
         ]
@@ -118,7 +122,9 @@ def averages(suite: Suite, value, rounded: bool = True) -> dict[str, float | Non
 def _normalised(entry: dict, x: float | None) -> float | None:
     if x is None or "baseline" not in entry:
         return x
+    # Written as 1/4 or 0.25 in YAML.
     b = float(Fraction(str(entry["baseline"])))
+    # Guessing counts as 0 and an error-free model as 1.
     return max(0.0, x - b) / (1 - b)
 
 
@@ -133,10 +139,13 @@ def errors(suite: Suite, value, stderr) -> dict[str, float | None]:
     """
     result: dict[str, float | None] = {}
     for average in suite.averages:
+        # `scale` is the derivative of the average with respect to an entry; 1 / (1 - b) below that of the
+        # normalisation.
         scale, squares, by_task, known = average.get("scale", 1) / len(average["of"]), 0.0, {}, True
         for entry in average["of"]:
             if isinstance(entry, str):
                 known &= result[entry] is not None
+                # Inner averages count as independent of each other.
                 squares += (scale * (result[entry] or 0)) ** 2
                 continue
             x, error = value(entry), stderr(entry)
@@ -147,6 +156,7 @@ def errors(suite: Suite, value, stderr) -> dict[str, float | None]:
             known &= "baseline" not in entry or x > b
             # Documents with different numbers of options are different documents, so they are independent.
             part = (entry["task"], entry.get("choices"))
+            # Errors within a task add linearly (correlation 1), between tasks in quadrature below.
             by_task[part] = by_task.get(part, 0.0) + scale / (1 - b) * error
         result[average["name"]] = sqrt(squares + sum(e * e for e in by_task.values())) if known else None
     return result
@@ -155,6 +165,7 @@ def errors(suite: Suite, value, stderr) -> dict[str, float | None]:
 def published_averages(suite: Suite, reference: dict) -> dict[str, float | None]:
     """The reference's published averages; if it has none, those computed from its rows at the suite's shots."""
     names = [average["name"] for average in suite.averages]
+    # Published averages take precedence, since they were computed from unrounded rows.
     if set(names) & set(reference["averages"]):
         return {name: reference["averages"].get(name) for name in names}
     shots = {entry["task"]: entry.get("num_fewshot") for entry in suite.tasks}
@@ -163,6 +174,7 @@ def published_averages(suite: Suite, reference: dict) -> dict[str, float | None]
         if entry.get("subtasks"):
             return None
         row = published_row(reference, entry, shots.get(entry["task"]))
+        # A row in another setting would make the computed average incomparable, so the average is omitted (None).
         if row is None or row.get("how") == "generated" or row.get("shots") != shots.get(entry["task"]):
             return None
         return on_harness_scale(reference, row, "value")
@@ -178,6 +190,7 @@ def published_row(reference: dict, entry: dict, shots: int | None) -> dict | Non
         for row in reference["rows"]
         if (row["task"], row["metric"], row.get("filter", "none"), row.get("choices")) == key
     ]
+    # Without a row at these shots, the first one: `differs` in the report then names the difference.
     return next((row for row in rows if row.get("shots") == shots), rows[0] if rows else None)
 
 

@@ -33,6 +33,7 @@ def choose_suite(args) -> Suite:
     if args.apply_chat_template not in (None, suite.apply_chat_template):
         # The suite's fewshot_as_multiturn belongs to its own choice of template: leave it to the harness.
         suite.apply_chat_template, suite.fewshot_as_multiturn = args.apply_chat_template, None
+    # Last, since names are looked up in the folder of --include-path too.
     expand(suite, suite.include_path)
     return suite
 
@@ -46,11 +47,13 @@ def expand(suite: Suite, include_path: str | None) -> None:
     manager, expanded = task_manager(include_path), {}
     for entry in suite.tasks:
         name = entry["task"]
+        # A task file is passed to lm_eval by its path and is not in its index.
         matches = [name] if name.endswith(".yaml") and Path(name).is_file() else manager.match_tasks([name])
         if not matches:
             close = difflib.get_close_matches(name, manager.all_tasks, n=5, cutoff=0.5)
             hint = f"similar: {', '.join(close)}" if close else "`lm_eval ls tasks` lists all"
             raise UserError(f"--tasks {name}: lm-evaluation-harness has no such task; {hint}")
+        # The first entry of a task keeps its number of shots where two patterns match it.
         expanded |= {task: {**entry, "task": task} for task in matches if task not in expanded}
     suite.tasks = list(expanded.values())
 
@@ -77,6 +80,7 @@ def drop_missing(suite: Suite, args) -> tuple[dict[str, str], int]:
     if len(reasons) == len(suite.tasks):
         raise UserError("no task can run: " + "; ".join(f"{task} {reason}" for task, reason in reasons.items()))
     suite.tasks = [entry for entry in suite.tasks if entry["task"] not in reasons]
+    # --limit reduces every task to that many documents.
     return reasons, min(smallest, args.limit or smallest)
 
 
@@ -96,17 +100,21 @@ def missing(suite: Suite, include_path: str | None, seed: int) -> tuple[dict[str
     reasons, owner, smallest, manager = {}, {}, None, task_manager(include_path)
     for entry in suite.tasks:
         task = entry["task"]
+        # Packages first: loading a task without them fails with a less helpful error.
         reason, loaded = _missing_extra(suite.needs, task), {}
         if reason is None:
+            # The global generators, which lm_eval seeds in the run with the same --seed before it loads tasks.
             random.seed(seed)
             np.random.seed(seed)
             reason, loaded = _load(manager, suite.needs, task)
         if reason:
             reasons[task] = reason
+        # A group loads as its leaf tasks; a leaf that two entries share would run under two numbers of shots.
         for leaf, leaf_task in loaded.items():
             if leaf in owner:
                 raise UserError(f"--tasks {task}: {leaf} is also in {owner[leaf]}; name it once")
             owner[leaf] = task
+            # The evaluation documents only, without those of the few-shot examples.
             documents = len(leaf_task.eval_docs)
             smallest = documents if smallest is None else min(smallest, documents)
     return reasons, smallest
@@ -140,6 +148,7 @@ def _load(manager: TaskManager, needs: dict, task: str) -> tuple[str | None, dic
     except Exception as error:
         # Any exception here would end the run hours later, so all of them become a reason.
         text = " ".join(str(error).split())[:200] or type(error).__name__
+        # The order matters where a message matches several of these causes.
         if "gated" in f"{type(error).__name__} {text}".lower():
             dataset = needs.get("gated", {}).get(task, text)
             return f"no access to gated data ({dataset}): accept its terms on the hub, then `hf auth login`", {}
@@ -155,6 +164,7 @@ def hash_of_local_tasks(suite: Suite) -> str:
     folders = [Path(suite.include_path)] if suite.include_path else []
     if str(ROOT) in str(suite.include_path):
         folders.append(ROOT / "data" / "lm_eval_quick")
+    # Data of the shipped tasks is part of the tasks: another file would give other figures under the same name.
     files = [
         path for folder in folders for path in folder.rglob("*") if path.suffix in (".yaml", ".py", ".jsonl", ".json")
     ]
@@ -165,6 +175,7 @@ def hash_of_local_tasks(suite: Suite) -> str:
 def quiet_harness():
     """Silence the harness's warnings; those that matter are notes of the report."""
     before = os.environ.get("LMEVAL_LOG_LEVEL")
+    # Both: lm_eval reads the variable when it configures its logger, which may happen inside the block.
     os.environ["LMEVAL_LOG_LEVEL"] = "ERROR"
     logger = logging.getLogger("lm_eval")
     level = logger.level
