@@ -20,11 +20,13 @@ def read_reference(name: str, limit: int | None = None) -> list[dict]:
     """
     rows, _ = read_rows(name, "eval")
     reference, source_of = [], {}
+    # In file order, unlike alpaca_eval's max_instances, which shuffles first.
     for source, row in rows[:limit]:
         for key in ("instruction", "output"):
             if not isinstance(row, dict) or not isinstance(row.get(key), str) or not row[key].strip():
                 raise UserError(f"{source}: no text under {key!r}; a reference row needs instruction and output")
         instruction = row["instruction"]
+        # Files are joined by instruction text, so it must identify a row.
         if instruction in source_of:
             raise UserError(f"{source}: duplicate instruction, first in {source_of[instruction]}; remove one of them")
         source_of[instruction] = source
@@ -52,6 +54,7 @@ def read_origin(path: Path) -> dict:
 
 def outputs_hash(rows: list[dict]) -> str:
     """Hash of instructions and answers, whatever their order."""
+    # Answers only: generator names and token counts do not change a judgement.
     return sha256_of(*sorted(dumps([row["instruction"], row["output"]]) for row in rows))
 
 
@@ -69,6 +72,7 @@ def write_outputs(folder: Path, name: str, generator: str, reference: list[dict]
         for row, answer in zip(reference, answers, strict=True)
     ]
     write_json(folder / f"model_outputs_{name}.json", rows)
+    # In a file of its own, because alpaca_eval's format has no place for it.
     write_json(folder / f"model_outputs_{name}.about.json", {**origin, "outputs_sha256": outputs_hash(rows)})
 
 
@@ -85,6 +89,7 @@ def read_outputs(folder: Path, name: str, reference: list[dict], expected: dict 
     """
     path = folder / f"model_outputs_{name}.json"
     origin = read_origin(path)
+    # The origin also records engine and seconds, which a later call need not repeat.
     changed = [k for k, v in (expected or {}).items() if origin and origin.get(k) != v]
     if changed:
         raise UserError(
@@ -109,6 +114,7 @@ def read_outputs(folder: Path, name: str, reference: list[dict], expected: dict 
             f"{path}: no output for {len(missing)} of the reference's {len(reference)} instructions (first:"
             f" {missing[0][:60]!r}); run --stage generate --overwrite, or name another set with --reference"
         )
+    # Further outputs in the file are ignored, so that a trial run with --limit can use a complete file.
     return [outputs[row["instruction"]] for row in reference]
 
 
@@ -124,6 +130,7 @@ def annotate(
         order: "package" shows the outputs in alpaca-eval's own random order, "both" averages over both orders.
     """
     orders = [_orders(judge, row["instruction"], order) for row in reference]
+    # Flat over rows and orders; `_annotation` below takes the verdicts from an iterator in the same order.
     items = [
         item
         for row, answer, row_orders in zip(reference, outputs, orders, strict=True)
@@ -138,6 +145,7 @@ def annotate(
 
 def _orders(judge, instruction: str, order: str) -> list[bool]:
     """The orders to judge: False shows the reference first, True the model's output."""
+    # The package's evaluators switch the outputs inside and switch the preference back.
     if getattr(judge, "orders_itself", False):
         return [False]
     return [False, True] if order == "both" else [is_switched(instruction)]
@@ -161,6 +169,7 @@ def _annotation(judge, row: dict, answer: dict, verdicts: list[tuple[bool, Verdi
         "generator_2": answer.get("generator", "model"),
         "finish_reason": answer.get("finish_reason"),
         "annotator": judge.name,
+        # With both orders, a row counts only if both have a verdict: one alone would bring back the position bias.
         "preference": None if None in preferences else sum(preferences) / len(preferences),
         "orders": [
             {"is_switched_outputs": switched, "preference": p, "mass": verdict.mass, "error": verdict.error}
@@ -179,6 +188,7 @@ def preference(verdict: Verdict, switched: bool, judge) -> float | None:
         return None
     weighted = verdict.probability is not None and not judge.name.startswith("rm:")
     first = verdict.probability if weighted else verdict.first
+    # `first` is the share of the answer shown first: the model's output if switched, else the reference.
     return 1 + first if switched else 2 - first
 
 
@@ -209,6 +219,7 @@ def ensure_same_judge(folder: Path, names: list[str], audit: dict | None) -> Non
                     f"{folder}/annotations_{name}.json: another {key.removesuffix('_sha256')} than in"
                     f" annotations_{names[0]}.json; run --stage judge again"
                 )
+        # Detects answers that were generated again after the judging.
         outputs = read_origin(folder / f"model_outputs_{side}.json").get("outputs_sha256")
         if outputs and origin.get("outputs_sha256") != outputs:
             raise UserError(
@@ -241,12 +252,14 @@ def read_annotations(path: Path) -> list[dict]:
         seen.add(row["instruction"])
         value = row.get("preference")
         value = 1.5 if value == 0 else value
+        # `value != value` is true for NaN only, which Python's JSON parser accepts.
         if value is None or value != value or value == -1:
             row["preference"] = None
         elif isinstance(value, bool) or not isinstance(value, (int, float)) or not 1 <= value <= 2:
             raise UserError(f"{path} row {k}: preference must be in [1, 2], found {value!r}")
         else:
             row["preference"] = float(value)
+        # The defaults of rows that another tool wrote without these columns.
         row.setdefault("annotator", "unknown")
         row.setdefault("generator_1", "reference")
         row.setdefault("generator_2", "model")
@@ -260,6 +273,7 @@ def samples(sides: dict[str, list[dict]], count: int = 20) -> str:
     """Markdown of instructions spread evenly over the set: reference, base, tuned, and the judge's preferences."""
     total = len(sides["base"])
     entries = []
+    # First and last row included; the set removes indices that rounding made equal.
     for k in sorted({round(i * (total - 1) / max(1, count - 1)) for i in range(min(count, total))}):
         base = sides["base"][k]
         answers = {f"Reference ({base['generator_1']})": base["output_1"]}
@@ -279,6 +293,7 @@ def llm_comparator(annotations: list[dict], file_name: str) -> dict:
             continue
         raters = [
             {
+                # Maps the preference range [1, 2] to [-1.5, 1.5]; above 0 the model (A) is better.
                 "score": 3 * (order["preference"] - 1.5),
                 # A is the model's answer. Where the package switched, it was shown first, which is A's place.
                 "is_flipped": not order["is_switched_outputs"],

@@ -35,10 +35,13 @@ def summarise(sides: dict, controls: dict, eval_out: str, seed: int, resamples: 
     metrics = {}
     for name, rows in {**sides, **controls}.items():
         metrics |= {f"{name}_{k}": m for k, m in package.rates(rows, seed).items()}
+    # Paired differences need a verdict on both sides; each side's own rates above use all of its verdicts.
     both = [k for k in range(len(sides["base"])) if None not in (_preference(sides, s, k) for s in sides)]
     # Shape (judged by both, 2): tuned, base. Preferences are percentages of a win after the factor 100.
     pairs = np.array([[_preference(sides, s, k) for s in ("tuned", "base")] for k in both], float).reshape(-1, 2)
     metrics["difference_win_rate"] = bootstrap(100 * pairs, seed)
+    # Wilcoxon's signed-rank test on rows: preferences of a probability judge are continuous, so a sign test would
+    # ignore their size.
     metrics["p_difference_win_rate"] = metric(signed_rank(pairs[:, 0] - pairs[:, 1]), n=len(pairs))
     judged = {side: [rows[k] for k in both] for side, rows in sides.items()}
     controlled, section, lc_name = _length_controlled(sides["base"], judged, eval_out, seed, resamples)
@@ -49,6 +52,7 @@ def summarise(sides: dict, controls: dict, eval_out: str, seed: int, resamples: 
         "lc_name": lc_name,
         "judge": judge,
         "leaderboards_judge": judge == LEADERBOARD_JUDGE,
+        # Without the last entry, "unknown": the package's default does not show where an instruction is from.
         "alpacaeval": any(row.get("dataset") in package.DATASETS[:-1] for row in sides["base"]),
     }
 
@@ -61,6 +65,7 @@ def _same_order(sides: dict) -> dict:
         raise UserError(
             f"base and tuned were judged on different instructions ({different} differ): run --stage judge again"
         )
+    # Instructions are unique (`read_annotations`), so the text determines the order.
     order = {text: i for i, text in enumerate(texts["base"])}
     return {name: sorted(rows, key=lambda row: order[row["instruction"]]) for name, rows in sides.items()}
 
@@ -80,6 +85,7 @@ def _length_controlled(base: list[dict], judged: dict, eval_out: str, seed: int,
     name = lc_name(reason)
     rows = len(judged["base"])
     section = {"variant": control.variant, "why_not_whole": reason, "resamples": resamples, "rows": rows}
+    # For both models or for neither: a rate of one alone has no difference to report.
     if any(map(package.one_sided, judged.values())):
         section["why_none"] = "one model won or lost every judgement, so the package's regression is undefined"
         return {}, section, name
@@ -91,6 +97,7 @@ def _length_controlled(base: list[dict], judged: dict, eval_out: str, seed: int,
     metrics, rates = {}, control.bootstrap(judged, seed, resamples)
     for side in judged:
         metrics[f"{side}_{name}"] = rates[side]
+        # The package's own error, that of the predictions over rows; the bootstrap's includes the fit.
         metrics[f"{side}_lc_standard_error"] = metric(control.fit(judged[side])[1], n=rows)
     metrics[f"difference_{name}"] = rates["tuned - base"]
     return metrics, section, name

@@ -43,6 +43,7 @@ PLACEHOLDER = re.compile(r"\{(instruction|output_1|output_2)\}")
 @contextmanager
 def quiet():
     """Silence the package: deprecation warnings, progress bars, root-level logging and its regression's C output."""
+    # redirect_stderr replaces Python's sys.stderr only; C code writes to file descriptor 2, which `stream` restores.
     level, stream = logging.getLogger().level, os.dup(2)
     with warnings.catch_warnings(), open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):
         warnings.simplefilter("ignore")
@@ -59,6 +60,7 @@ def quiet():
 def package_folder() -> Path:
     """The folder of the installed package."""
     with quiet():
+        # Imported late everywhere in this module: the import takes seconds and changes logging.
         import alpaca_eval
     return Path(alpaca_eval.__file__).parent
 
@@ -67,6 +69,7 @@ def clf_prompt() -> JudgePrompt:
     """The package's alpaca_eval_clf prompt: the judge answers with one token, `m` (first output better) or `M`."""
     path = package_folder() / "evaluators_configs/alpaca_eval_clf_gpt4_turbo/alpaca_eval_clf.txt"
     parts = {}
+    # The file is in ChatML: <|im_start|>role, newline, content, <|im_end|>.
     for turn in path.read_text(encoding="utf-8").split("<|im_start|>")[1:]:
         role, _, content = turn.partition("\n")
         parts[role.strip()] = content.replace("<|im_end|>", "").strip()
@@ -74,6 +77,7 @@ def clf_prompt() -> JudgePrompt:
     placeholders = {"{instruction}": "{prompt}", "{output_1}": "{answer_1}", "{output_2}": "{answer_2}"}
     for package_name, own_name in placeholders.items():
         user = user.replace(package_name, own_name)
+    # (outcome of the first answer, votes). The labels differ in case only, so they may not be compared in lower case.
     labels = {"m": (1.0, 1), "M": (0.0, 1)}
     return JudgePrompt("alpaca_eval_clf.txt", user, labels, "logprob", parts["system"], max_new_tokens=1)
 
@@ -83,6 +87,7 @@ def is_switched(instruction: str, seed: int = 0) -> bool:
     with quiet():
         from alpaca_eval.utils import random_seeded_choice
 
+    # The same seed text as in the package's RandomSwitchTwoColumnsProcessor, so that both give the same orders.
     return random_seeded_choice(f"is_switched_outputs{instruction}{seed}", choices=[False, True])
 
 
@@ -101,12 +106,15 @@ def rates(annotations: list[dict], seed: int) -> dict:
         from alpaca_eval.metrics import get_winrate
 
         parsed = [row["preference"] for row in annotations if row["preference"] is not None]
+        # From the package, so that reported values equal those of its leaderboard; intervals are added below.
         package_rates = get_winrate([{"preference": p} for p in parsed])
     preference = np.array(parsed)
+    # 1 where the model wins, 0 where the reference does, 0.5 for a draw.
     discrete = np.select([preference > 1.5, preference < 1.5], [1.0, 0.0], 0.5)
     n = len(parsed)
     lengths = [len(row["output_2"]) for row in annotations]
     metrics = {
+        # The value is the package's, the interval the bootstrap's; both are means of preference - 1.
         "win_rate": {**bootstrap(100 * (preference - 1), seed), "value": float(package_rates["win_rate"])},
         "discrete_win_rate": {
             **bootstrap(100 * discrete, seed),
@@ -120,6 +128,7 @@ def rates(annotations: list[dict], seed: int) -> dict:
     truncated = [row["finish_reason"] == "length" for row in annotations if row.get("finish_reason") is not None]
     if truncated:
         metrics["truncated_share"] = bootstrap(truncated, seed)
+    # Preferences are in terms of output_1 and output_2 already, so a consistent judge gives equal ones in both orders.
     orders = [[order["preference"] for order in row.get("orders", [])] for row in annotations]
     both = [pair for pair in orders if len(pair) == 2 and None not in pair]
     if both:
@@ -133,6 +142,7 @@ def rates(annotations: list[dict], seed: int) -> dict:
 
 def one_sided(annotations: list[dict]) -> bool:
     """Whether all judgements are full wins, or all are full losses."""
+    # 1.0: the reference won every time; 2.0: the model did.
     return {row["preference"] for row in annotations} in ({1.0}, {2.0})
 
 
@@ -165,13 +175,17 @@ class LengthControl:
 
             keys = ("preference", "output_1", "output_2", "generator_1", "generator_2")
             frame = pd.DataFrame([{k: row[k] for k in keys} for row in annotations])
+            # The index becomes the column `index`, by which the package looks up the difficulty of an instruction.
             frame.index = [self.positions[row["instruction"]] for row in annotations]
             # The package downloads its calibration file inside the fit; give it the local copy.
             download, glm_winrate.hf_hub_download = glm_winrate.hf_hub_download, lambda **_: str(self.calibration)
             try:
                 fitted = glm_winrate.get_length_controlled_winrate(
+                    # The folds of the cross-validation depend on the rows' order, the result must not. Stable, because
+                    # a resample repeats instructions.
                     frame.sort_index(kind="stable"),
                     glm_name=self.variant,
+                    # With "auto", the package writes the fitted weights into its own folder in site-packages.
                     save_weights_dir=None,
                     is_add_glm_preference_inplace=False,
                     is_warn_extreme_changes=False,
@@ -190,12 +204,15 @@ class LengthControl:
         fitted = {}
 
         def rate(name, rows):
+            # The resampled row numbers identify a fit. A fit takes up to a second, so it is not repeated for the
+            # difference.
             key = (name, rows.tobytes())
             if key not in fitted:
                 fitted[key] = self.fit([sides[name][int(i)] for i in rows.ravel()])[0]
             return fitted[key]
 
         first, *others = sides
+        # Row numbers are resampled, not preferences, so that both models keep the same instructions in each resample.
         index = np.arange(len(sides[first]))
         rates = {}
         for name in sides:
@@ -221,6 +238,7 @@ def length_control(annotations: list[dict], stub: Path) -> tuple[LengthControl, 
         # Rows that name another dataset need no download.
         if not any(row.get("dataset", "unknown") in DATASETS for row in annotations):
             raise UserError("the instructions are not AlpacaEval's")
+        # The order of the rows in this file defines the row numbers that the difficulties refer to.
         rows = json.loads(fetch(REPOSITORY, "alpaca_eval_gpt4_baseline.json", "dataset").read_text(encoding="utf-8"))
         positions = {row["instruction"]: i for i, row in enumerate(rows)}
         unknown = [text for text in instructions if text not in positions]
@@ -229,8 +247,10 @@ def length_control(annotations: list[dict], stub: Path) -> tuple[LengthControl, 
         reason = f"{len(unknown)} of {len(instructions)} instructions are not AlpacaEval's"
     except UserError as error:
         reason = str(error) if "AlpacaEval's" in str(error) else f"the calibration file is not available ({error})"
+    # The package reads the file for every variant. The minimal one uses no value of it, but needs a row per index.
     lines = [f"0.5,0.0,0.0,False,{i},none" for i in range(len(instructions))]
     head = "preference,std_delta_len,instruction_difficulty,not_gamed_baseline,index,model"
+    # One file per size, so that concurrent calls do not overwrite a file that another one reads.
     stub = stub.with_name(f"{stub.stem}-{len(instructions)}{stub.suffix}")
     write_text(stub, "\n".join([head, *lines]) + "\n")
     positions = {text: i for i, text in enumerate(dict.fromkeys(instructions))}
@@ -245,6 +265,7 @@ def published_rows(extra: dict | None = None) -> dict:
     """
     path = package_folder() / "leaderboards/data_AlpacaEval_2/weighted_alpaca_eval_gpt4_turbo_leaderboard.csv"
     with path.open(encoding="utf-8") as f:
+        # The first column, the model's name, has no heading.
         rows = {row[""]: row for row in csv.DictReader(f)}
     keys = ("win_rate", "length_controlled_winrate", "avg_length")
     shipped = {
@@ -275,6 +296,7 @@ class PackageEvaluator:
             with quiet():
                 from alpaca_eval.annotators import PairwiseAnnotator
 
+                # No cache of the package: this project caches verdicts by their full identity.
                 self.annotator = PairwiseAnnotator(
                     annotators_config=name, caching_path=None, is_avoid_reannotations=False, seed=seed
                 )
@@ -286,6 +308,7 @@ class PackageEvaluator:
     def identity(self) -> dict:
         """Hashes of its config files and of the endpoint variables: what a cached verdict depends on."""
         files = [p for p in (package_folder() / "evaluators_configs" / self.name).iterdir() if p.is_file()]
+        # Hashed, not stored: an endpoint's address may be confidential.
         endpoint = {k: os.environ.get(k) for k in ("OPENAI_BASE_URL", "OPENAI_API_BASE", "OPENAI_CLIENT_CONFIG_PATH")}
         return {
             "judge": f"alpaca_eval:{self.name}",
@@ -296,6 +319,7 @@ class PackageEvaluator:
 
     def judge(self, items):
         """Yield (index, Verdict) of each item, in chunks; after two failed calls the rest is left unparsed."""
+        # Consecutive failures: two in a row indicate a wrong key or endpoint rather than one bad answer.
         failures = 0
         for start in range(0, len(items), CHUNK):
             chunk = items[start : start + CHUNK]
@@ -311,9 +335,12 @@ class PackageEvaluator:
             if failures < 2:
                 try:
                     with quiet():
+                        # The package logs at the root logger.
                         logging.getLogger().setLevel(logging.ERROR)
                         annotated = self.annotator.annotate_pairs(rows)
                     preferences = {
+                        # Matched by content, since the package may drop or reorder rows. Texts are neutralised on both
+                        # sides.
                         (row["instruction"], row["output_1"], row["output_2"]): row.get("preference")
                         for row in annotated
                     }
@@ -328,6 +355,7 @@ class PackageEvaluator:
                 elif preference is None or not 1 <= preference <= 2:
                     yield start + k, unparsed(f"the package parsed no verdict ({preference})")
                 else:
+                    # preference 1 is output_1, the first answer; 2 - preference is its probability.
                     first = 0.5 + 0.5 * ((preference < 1.5) - (preference > 1.5))
                     yield start + k, Verdict(first, 2 - float(preference))
 

@@ -17,6 +17,7 @@ from utils.tables import render as render_table
 
 SIDES = ("base", "tuned")
 ALPACAEVAL_SIZE = 805
+# The axes of the second panel; a length-controlled rate may be missing.
 REQUIRED = ("win_rate", "avg_length")
 # Columns of the package's leaderboard files.
 COLUMNS = (
@@ -51,12 +52,14 @@ def render(results: dict, rows: dict, audit: dict | None, title: str) -> Report:
     m = results["metrics"]
     n, common = (m[k]["n"] for k in ("base_unparsed", "difference_win_rate"))
     blocks = [results_table(results, title)]
+    # Sample sizes differ between the table's columns, which the table alone does not show.
     if common < n:
         blocks.append(
             f"ONLY {common} OF {n} INSTRUCTIONS HAVE A VERDICT FOR BOTH MODELS: differences use these, each model's"
             " rates use its own; the same command requests the missing verdicts again."
         )
     blocks += _length_control_note(results)
+    # A part of AlpacaEval is easier or harder than all of it.
     if results["alpacaeval"] and n != ALPACAEVAL_SIZE:
         blocks.append(f"ONLY {n} OF ALPACAEVAL'S {ALPACAEVAL_SIZE} INSTRUCTIONS: not comparable with the leaderboard.")
     blocks.append(published_table(rows, results["leaderboards_judge"]))
@@ -85,6 +88,7 @@ def results_table(results: dict, title: str) -> str:
     lines += [
         ("discrete win rate, %", *_both_sides(m, "discrete_win_rate"), "", ""),
         ("answer length, characters", *(f"{m[f'{s}_avg_length']['value']}" for s in SIDES), "", ""),
+        # What a judge that looks at length alone, or at nothing, would report for the same answers.
         ("judged by `longer`, %", *(cell(m[f"{s}_longer_win_rate"]) for s in SIDES), "", ""),
         ("judged by `random`, %", *(cell(m[f"{s}_random_win_rate"]) for s in SIDES), "", ""),
         *_optional(m, "flip_rate", "verdict flips with order, %", 100),
@@ -139,12 +143,15 @@ def verdict_of(results: dict, audit: dict | None) -> str:
     controlled = m.get(f"difference_{results['lc_name']}")
     if controlled:
         shown += f", {difference(controlled)} length-controlled"
+    # The audit decides first: without a reliable judge, no difference supports a claim.
     if not audit:
         return f"Inconclusive: the judge was not audited (--audit_limit); {shown}."
     if not audit["passed"]:
         return f"Inconclusive: the judge failed its audit; {shown}."
+    # Interval and test must agree; they can differ near the threshold.
     if not (d["ci95"] and d["ci95"][0] > 0 and p["value"] < 0.05):
         return f"Inconclusive: {shown}."
+    # Also true for NaN: a rate that could not be fitted supports no claim.
     if controlled and controlled["value"] is not None and not controlled["value"] > 0:
         return f"Inconclusive: the judge prefers tuned to base, but not at equal length: {shown}."
     return f"The judge prefers tuned to base: {shown}."
@@ -154,6 +161,7 @@ def leaderboard(results: dict, rows: dict) -> str:
     """leaderboard.csv: base, tuned and the published rows in the package's columns, each with its judge and source."""
     m, name, out = results["metrics"], results["lc_name"], io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
+    # The minimal variant's rate has a column name of its own, so that no tool reads it as AlpacaEval 2's.
     columns = [name if c == "length_controlled_winrate" else c for c in COLUMNS]
     writer.writerow(["", *columns, "judged_by", "source"])
     for side in SIDES:
@@ -173,6 +181,7 @@ def render_file(annotations: list[dict], name: str, eval_out: str, seed: int, re
 
     Raises UserError where no row has a verdict, or where the file holds several models or judges.
     """
+    # Rates over several models or judges have no meaning.
     for key in ("generator_2", "annotator"):
         values = sorted({str(row[key]) for row in annotations})
         if len(values) > 1:
@@ -221,6 +230,7 @@ def draw(path, metrics: dict, published_rows: dict, title: str) -> None:
         rates = [metrics[f"{side}_{k}"] for k in bars]
         value = np.array([m["value"] for m in rates])
         ends = np.array([m["ci95"] or (m["value"], m["value"]) for m in rates])
+        # matplotlib rejects negative lengths; rounding can put the package's value outside the interval.
         error = np.clip([value - ends[:, 0], ends[:, 1] - value], 0, None)
         axes[0].bar(np.arange(len(bars)) + shift, value, 0.34, yerr=error, capsize=2, color=colour, label=side)
         length = metrics[f"{side}_avg_length"]["value"]

@@ -46,6 +46,7 @@ def generate(comparison, args, reference: list[dict], folder: Path) -> None:
     c, models = comparison.args, TwoModels(comparison)
     prompts = [Prompt([{"role": "user", "content": row["instruction"]}], row["source"]) for row in reference]
     answering = base_and_tuned(models)
+    # Refused instructions are an error here: AlpacaEval's rate is defined over all of its instructions.
     _, refused = answerable(answering, prompts)
     if refused:
         raise UserError(
@@ -57,15 +58,18 @@ def generate(comparison, args, reference: list[dict], folder: Path) -> None:
         started = time.monotonic()
         answers[model.name] = answer_all(model, prompts, sampling, c, engine)
         seconds[model.name] = round(time.monotonic() - started, 1)
+    # Before any file is written, so that no outputs of a wrongly loaded model remain.
     ensure_adapter_applied(answers)
     for model in answering:
         origin = {**model.identity, **sampling, "engine": engine, "seconds": seconds[model.name]}
         write_outputs(folder, model.name, comparison.names[model.name], reference, answers[model.name], origin)
+    # Frees the GPU for a local judge.
     models.unload()
 
 
 def load_judge(spec: str, options: dict):
     """The judge under AlpacaEval's own prompt, or, for a name without a colon, an evaluator that the package ships."""
+    # Names with a colon are this project's judges (hf:MODEL); reading the package's folder would cost an import.
     if ":" not in spec and spec in shipped_evaluators():
         return PackageEvaluator(spec)
     return make_judge(spec, clf_prompt(), options)
@@ -80,6 +84,7 @@ def judge_outputs(comparison, args, judge, reference: list[dict], folder: Path) 
     controls = [make_judge(name, "", args.judge_options(c)) for name in CONTROLS]
     files = {}
     for side in models.sides:
+        # The expected origin guards a separate --stage judge against outputs of another model or other sampling.
         outputs = read_outputs(folder, side, reference, {**models.identity(side), **args.sampling(c.seed)})
         for current in (judge, *controls):
             started = time.monotonic()
@@ -91,8 +96,10 @@ def judge_outputs(comparison, args, judge, reference: list[dict], folder: Path) 
                 "outputs_sha256": outputs_hash(outputs),
                 "seconds": round(time.monotonic() - started, 1),
             }
+            # Controls as `base_longer`, `tuned_random`, ...
             files[side if current is judge else f"{side}_{current.name}"] = (annotations, origin)
     judge_audit = audit_judges(comparison, args, [judge, *controls]) if args.audit_limit else None
+    # A vLLM judge holds the GPU's memory until it is closed.
     if hasattr(judge, "close"):
         judge.close()
     # Written together, so that an interrupted call leaves no mixture of two judges.
@@ -108,6 +115,7 @@ def audit_judges(comparison, args, judges: list) -> dict:
     sources = [{"name": args.audit_dataset, "split": args.audit_split}]
     if args.audit_dataset is None:
         sources, _ = held_out_sources(c, comparison.trained)
+    # Several pairs of a prompt are several labels; plain prompts become messages, as the judge prompts require.
     data = load_pairs(sources, keep_duplicate_prompts=True, plain_as_chat=True)
     if not data.pairs:
         raise UserError(
@@ -117,6 +125,7 @@ def audit_judges(comparison, args, judges: list) -> dict:
     pairs = sample_pairs(data.pairs, args.audit_limit, c.seed)
     items = audit_items(pairs)
     verdicts = {judge.name: judge_all(judge, items, c.eval_out, c.overwrite) for judge in judges}
+    # Whether the audit's two orders are meaningful: an evaluator that chooses the order itself has no position to test.
     ordered = {judge.name: not getattr(judge, "orders_itself", False) for judge in judges}
     audits = {name: audit(pairs, by_judge, c.seed, ordered[name]) for name, by_judge in verdicts.items()}
     first, labels = judges[0], whose_labels(sources)
@@ -144,6 +153,7 @@ def read_judged(folder: Path, with_audit: bool) -> tuple[dict, dict, dict | None
     annotations = {name: read_annotations(folder / f"annotations_{name}.json") for name in names}
     audit_file = folder / "judge_audit.json"
     judge_audit = read_json(audit_file) if audit_file.exists() and with_audit else None
+    # Before scoring: stages may have been run at different times with different judges.
     ensure_same_judge(folder, names, judge_audit)
     sides = {side: annotations.pop(side) for side in SIDES}
     return sides, annotations, judge_audit
