@@ -48,6 +48,7 @@ class HumanEvalArguments(GenerationArguments):
     models: list[str] | None = option("Further models, name=PATH each.")
     pairs_per_prompt: int = option("Pairings of models shown per prompt.", 1)
     repeat_share: float = option("Share of the pairs that is shown twice, sides swapped.", 0.05)
+    # Random by default: with a fixed seed, annotators who know this code could derive the sides.
     sides_seed: int | None = option("Seed of sides and order (default: random, and recorded in the key).")
     score: list[str] | None = option("Votes files to score, as the page exported them.")
     key: str | None = option("Key of the votes' study (default: the one below --eval_out).")
@@ -60,14 +61,18 @@ def check(args, c) -> None:
         raise UserError("--output_json: this script writes several files; set their folder with --output_dir")
     if args.pairs_per_prompt < 1:
         raise UserError(f"--pairs_per_prompt {args.pairs_per_prompt}: must be at least 1")
+    # A repeat follows its first showing by half a page, so only pairs of the first half can be repeated.
     if not 0 <= args.repeat_share <= 0.5:
         raise UserError(f"--repeat_share {args.repeat_share}: must be from 0 to 0.5")
     if args.key and not args.score:
         raise UserError("--key needs --score: give the votes files too")
+    # Run and limit are recorded in the key; flags could only contradict it.
     if args.score and (c.run_name or c.limit):
         raise UserError("--score finds the run by the votes' study: remove --run_name and --limit")
+    # An empty list would otherwise count as no --score, and the models would answer.
     if args.score == []:
         raise UserError("--score: give at least one votes file")
+    # `dpo` is tuned's column (COLUMN_OF), `prompt` that of the prompts.
     reserved = {"prompt", "dpo"} & {spec.split("=")[0] for spec in args.models or []}
     if reserved:
         raise UserError(f"--models {reserved.pop()}=...: the candidates' file uses this column name; choose another")
@@ -87,15 +92,18 @@ def main():
         join_processes()
         comparison = resolve(comparison_args)
         prompts, answers, about = dump.answer_prompts(stage, comparison, args)
+        # The other processes only helped to generate; drawing a salt and writing happen once.
         if is_main_process():
             title = f"{comparison.name}: {' and '.join(answers)}, {len(prompts)} prompts"
             key, paths = dump.write(comparison, args, prompts, answers, about, title)
+            # --score searches --eval_out and one level below; elsewhere the user has to name the key.
             key_is_found = paths["key"].parent.resolve().parent == Path(eval_out).resolve()
             key_flag = "" if key_is_found else f" --key {paths['key']}"
             print_main(report.render_page(key, about["metrics"], paths, title, key_flag))
         return
 
     exports = votes.read_votes(args.score)
+    # read_votes has checked that all files are of the same study.
     study_id = next(iter(exports.values()))["study"]
     folders = [eval_out, *([output_dir] if output_dir else [])]
     key_file = study.find_key(study_id, folders, args.key, args.score[0])
@@ -104,12 +112,14 @@ def main():
     rows = votes.unblind(exports, key, about)
     summary_file = out / f"{with_limit_suffix('human_eval', key['limit'])}.json"
     votes_files = votes.describe_files(exports)
+    # Before the metrics, so that a refused call writes nothing.
     votes.ensure_no_votes_lost(summary_file, votes_files, comparison_args.overwrite)
 
     sections = metrics.summarise(rows, key, candidates, about, comparison_args.seed)
     name = about["run"]["run_name"]
     annotators = "1 annotator" if len(exports) == 1 else f"{len(exports)} annotators"
     title = f"{name}: {annotators}, {len(candidates)} prompts, blind"
+    # Rendered here, because the call below removes `metrics` from the sections.
     rendered = report.render(sections, title)
     stage.publish(
         summary_file,

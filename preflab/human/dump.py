@@ -19,18 +19,21 @@ def answer_prompts(stage, comparison, args) -> tuple[list, dict[str, list[dict]]
     source = {"name": args.prompts, "split": args.prompts_split, "config": args.prompts_config}
     prompts, data = load_prompts([source], args.category_key, c.limit)
     answering = answering_models(models, args.models)
+    # A prompt needs an answer of every model, so one refusal removes it for all.
     prompts, refused = answerable(answering, prompts)
     if refused:
         data["left_out"]["prompts refused by a chat template"] = refused
     answers = answer_prompts_with_all(models, answering, prompts, args.sampling(c.seed))
     about = {
         "stage": "human_eval_dump",
+        # `answering` starts with base and tuned, which describe() covers.
         "model": {**models.describe(), "others": {model.name: model.identity for model in answering[2:]}},
         "sampling": args.sampling(c.seed),
         "metrics": {name: answer_metrics(by_model, c.seed) for name, by_model in answers.items()},
         "args": all_arguments(stage.arguments),
         "run": run_record(c.seed, stage.seconds, run_name=comparison.name, limit=c.limit),
         "data": data,
+        # The candidates' file has no place for these, because its columns are prompt and models.
         "prompts": [{"where": p.source, "uid": p.uid, "category": p.category} for p in prompts],
         "answers": {
             name: [{k: answer[k] for k in ("tokens", "finish_reason")} for answer in by_model]

@@ -24,11 +24,13 @@ def summarise(rows: list[dict], key: dict, candidates: list[dict], about: dict, 
     counted = counted_votes(rows)
     matches, units = [], []
     for a, b in pairings(key["models"], None):
+        # `unblind` orders a and b as `pairings` does, so each vote belongs to exactly one pairing.
         match_rows = [row for row in counted if (row["a"], row["b"]) == (a, b)]
         match_units = by_prompt(match_rows)
         if match_units:
             metrics = match_metrics(match_rows, match_units, candidates, about["answers"], seed)
             on_page = [item for item in key["items"] if {item["left"], item["right"]} == {a, b}]
+            # Repeats measure self-consistency and do not count as further pairs.
             pairs = sum(item["repeat_of"] is None for item in on_page)
             identical = sum((pair["a"], pair["b"]) == (a, b) for pair in key["identical"])
             metrics |= with_identical(metrics["win_rate"], pairs, identical)
@@ -38,6 +40,7 @@ def summarise(rows: list[dict], key: dict, candidates: list[dict], about: dict, 
     main = next((match["metrics"] for match in matches if (match["a"], match["b"]) == ("tuned", "base")), {})
     alphas = {k: agreements[k] for k in ("alpha_ordinal", "alpha_nominal") if k in agreements}
     return {
+        # annotator_metrics needs all votes: repeats, which `counted` leaves out, measure self-consistency.
         "metrics": {**main, **alphas, **annotator_metrics(rows, key, seed)},
         "matches": matches,
         "agreement": agreements,
@@ -70,6 +73,7 @@ def by_prompt(rows: list[dict]) -> list[dict]:
     """
     units = []
     for votes in _grouped([row for row in rows if row["outcome"] is not None]).values():
+        # Several annotators on one prompt are one observation: their votes share the prompt's difficulty.
         means = {"consistent": _mean(votes, "outcome"), "preference": _mean(votes, "preference")}
         units.append({**{k: votes[0][k] for k in ("prompt", "category", "a", "b")}, **means})
     return units
@@ -85,6 +89,7 @@ def with_identical(rate: dict, pairs: int, identical: int) -> dict:
         pairs: pairs on the page, without repeats.
         identical: pairs of identical answers.
     """
+    # A tie is 1/2, so adding ties shrinks the distance from 1/2 by this factor, for value, ends and error equally.
     weight = pairs / (pairs + identical)
     ends = None if rate["ci95"] is None else [0.5 + weight * (end - 0.5) for end in rate["ci95"]]
     stderr = None if rate["stderr"] is None else weight * rate["stderr"]
@@ -101,6 +106,7 @@ def match_metrics(rows: list[dict], units: list[dict], candidates: list[dict], a
     """
     judged = [row for row in rows if row["outcome"] is not None]
     votes = np.array([row["preference"] for row in judged])
+    # Shape (prompts,): the mean outcome of `a`, from 0 to 1. Votes have shape (votes,), in steps from -2 to 2.
     y = np.array([unit["consistent"] for unit in units])
     names = {side: units[0][side] for side in "ab"}
     texts = [[candidates[unit["prompt"]][COLUMN_OF.get(names[side], names[side])] for unit in units] for side in "ab"]
@@ -108,11 +114,13 @@ def match_metrics(rows: list[dict], units: list[dict], candidates: list[dict], a
     metrics = {
         "votes": metric(len(judged)),
         "prompts": metric(len(units)),
+        # Of prompts, by the mean of their votes; counts of votes follow below.
         "wins": metric(int((y > 0.5).sum()), n=len(y)),
         "ties": metric(int((y == 0.5).sum()), n=len(y)),
         "losses": metric(int((y < 0.5).sum()), n=len(y)),
         "win_rate": bootstrap(y, seed),
         "p_win_rate_is_half": metric(sign_test(y), n=len(y)),
+        # Features of `a` relative to `b`: length, headers, lists, bold.
         "win_rate_style_controlled": style_controlled(style_differences(*texts, *tokens), y, seed),
         "preference_steps": bootstrap([unit["preference"] for unit in units], seed),
         "votes_much_better": metric(int((votes == 2).sum()), n=len(votes)),
@@ -124,6 +132,7 @@ def match_metrics(rows: list[dict], units: list[dict], candidates: list[dict], a
         "both_bad_share": share(judged, "both_bad", seed),
     }
     for side in "ab":
+        # Over all rows, since an answer can be marked without a choice.
         metrics[f"acceptable_{side}"] = share(rows, f"{side}_acceptable", seed)
     return metrics | acceptable_difference(rows, seed)
 
@@ -131,6 +140,7 @@ def match_metrics(rows: list[dict], units: list[dict], candidates: list[dict], a
 def acceptable_difference(rows: list[dict], seed: int) -> dict:
     """Share of acceptable answers of `a` minus that of `b`, and its sign test, on votes that mark both answers."""
     marked = [row for row in rows if row["a_acceptable"] is not None and row["b_acceptable"] is not None]
+    # Shape (prompts, 2), paired: the difference is taken within each prompt.
     means = [[_mean(votes, f"{side}_acceptable") for side in "ab"] for votes in _grouped(marked).values()]
     if not means:
         return {}
@@ -156,6 +166,7 @@ def strengths(units: list[dict], models: list[str], seed: int) -> dict | None:
     Strengths of unconnected models are not identifiable (Ford 1957).
     """
     pairs, connected = {(unit["a"], unit["b"]) for unit in units}, {models[0]}
+    # Each pass adds the neighbours of connected models; a path has fewer steps than there are models.
     for _ in models:
         connected |= {name for pair in pairs if connected & set(pair) for name in pair}
     return bradley_terry(units, models, seed) if len(models) > 2 and connected == set(models) else None
@@ -176,8 +187,10 @@ def annotator_metrics(rows: list[dict], key: dict, seed: int) -> dict:
         self_consistency: share of repeated pairs where winner, tie or "both bad" stayed the same.
     """
     judged = [row for row in rows if row["outcome"] is not None]
+    # `a` won on the left or lost on the right: in both cases the left answer won. Ties say nothing about position.
     decided = [{**row, "left": (row["outcome"] == 1) == row["a_is_left"]} for row in judged if row["outcome"] != 0.5]
     annotators = len({row["annotator"] for row in rows})
+    # By display id; a repeat has an id of its own and names the first one in repeat_of.
     first_votes = {(row["annotator"], row["id"]): row for row in judged}
     repeated = [(first_votes.get((row["annotator"], row["repeat_of"])), row) for row in judged if row["repeat_of"]]
     repeats = [
@@ -186,11 +199,13 @@ def annotator_metrics(rows: list[dict], key: dict, seed: int) -> dict:
         if first
     ]
     return {
+        # n counts every pair on the page, repeats included, for every annotator.
         "judged": metric(len(judged), n=annotators * len(key["items"])),
         "skipped": metric(sum(row["skip"] is not None for row in rows), n=annotators * len(key["items"])),
         "left_wins": share(decided, "left", seed),
         "p_left_wins_is_half": metric(sign_test(_prompt_means(decided, "left")), n=len(_grouped(decided))),
         "a_on_the_left": share(judged, "a_is_left", seed),
+        # The median, because a pause in front of the open page would dominate the mean.
         "seconds_median": metric(float(np.median([row["seconds"] for row in judged])), n=len(judged)),
         "self_consistency": share(repeats, "same", seed),
     }
@@ -220,6 +235,7 @@ def agreement(rows: list[dict], seed: int) -> dict:
             ratings = table.setdefault((row["prompt"], row["a"], row["b"]), [np.nan] * len(annotators))
             ratings[annotators.index(row["annotator"])] = row["preference"]
     steps = np.array(list(table.values()), float).reshape(-1, len(annotators))
+    # Units with one rating carry no information about agreement (Krippendorff 2018) and would only dilute n.
     steps = steps[(~np.isnan(steps)).sum(1) >= 2]
     if not len(steps):
         return {}
@@ -232,6 +248,7 @@ def agreement(rows: list[dict], seed: int) -> dict:
                 {
                     "annotators": [annotators[i], annotators[j]],
                     "pairs": len(both),
+                    # The sign reduces five steps to loss, tie and win.
                     "kappa": _kappa(np.sign(both), "plain", seed),
                     "kappa_weighted": _kappa(both, "quadratic", seed),
                 }
@@ -253,6 +270,7 @@ def krippendorff_alpha(ratings: np.ndarray, distance: str, seed: int) -> dict:
     """
     if len(np.unique(ratings[~np.isnan(ratings)])) < 2:
         return metric(float("nan"), n=len(ratings))
+    # evalica expects one row per annotator, hence the transpose.
     return bootstrap(ratings, seed, statistic=lambda rows: alpha(DataFrame(rows.T), distance=distance).alpha)
 
 
@@ -266,20 +284,25 @@ def cohen_kappa(both: np.ndarray, weights: str = "plain") -> float:
         both: votes in integer steps, shape (n, 2).
         weights: plain or quadratic.
     """
+    # Levels are those that occur: steps that neither annotator used have probability 0 in both tables.
     levels, codes = np.unique(both, return_inverse=True)
     if len(levels) < 2:
         return 1.0
+    # reshape, because the shape of return_inverse differs between numpy versions.
     first, second = codes.reshape(both.shape).T
     k = len(levels)
     # Shape (k, k): joint frequencies of the two annotators' levels.
     observed = np.bincount(first * k + second, minlength=k * k).reshape(k, k) / len(both)
+    # Joint frequencies under independence, from the two annotators' own distributions.
     expected = np.outer(observed.sum(1), observed.sum(0))
     distance = levels[:, None] - levels[None, :]
     cost = distance**2 if weights == "quadratic" else (distance != 0)
+    # Kappa = 1 - observed / expected disagreement. The denominator is above 0, since two levels occur.
     return float(1 - (cost * observed).sum() / (cost * expected).sum())
 
 
 def _kappa(both: np.ndarray, weights: str, seed: int) -> dict:
+    # Without variation, agreement beyond chance is not defined; within a resample, `cohen_kappa` counts it as 1.
     if len(np.unique(both)) < 2:
         return metric(float("nan"), n=len(both))
     return bootstrap(both, seed, statistic=lambda rows: cohen_kappa(rows, weights))

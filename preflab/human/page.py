@@ -16,10 +16,12 @@ from markdown_it import MarkdownIt
 
 CHOICES = ("left_much", "left", "tie", "right", "right_much", "both_bad")
 SKIPS = ("unclear_prompt", "not_my_field", "cannot_read", "upsetting", "other")
+# Written into every export by human_eval.js; `votes` accepts no other.
 FORMAT = "preferencelab-votes-1"
 
 TEMPLATE = Path(__file__).parent / "static"
 EMPTY = "<p><em>(empty answer)</em></p>"
+# Tags that Markdown can produce; all others are removed by nh3, together with every attribute not named below.
 TAGS = "a blockquote br code del em h4 h5 h6 hr li ol p pre s strong table tbody td th thead tr ul"
 
 # Raw HTML is shown as text. No images: nothing may be fetched. No references: their lines would disappear.
@@ -34,6 +36,7 @@ _MARKDOWN = (
 def markdown(text: str) -> str:
     """Safe HTML of an answer's Markdown: no scripts, styles, images, relative links, ids or classes."""
     text = _well_formed(text)
+    # Also text of invisible characters only: annotators would take an empty box for an error of the page.
     if not any(c.isprintable() and not c.isspace() for c in text):
         return EMPTY
     tokens = _MARKDOWN.parse(text)
@@ -47,6 +50,7 @@ def markdown(text: str) -> str:
         elif token.type == "fence" and " " in token.info.strip():
             # More than a language name is text of the answer, which the renderer would drop.
             token.content = f"{token.info}\n{token.content}"
+    # The second barrier: answers are untrusted text, and a script could read the study or the votes.
     return nh3.clean(
         _MARKDOWN.renderer.render(tokens, _MARKDOWN.options, {}),
         tags=set(TAGS.split()),
@@ -54,6 +58,7 @@ def markdown(text: str) -> str:
         set_tag_attribute_values={"a": {"target": "_blank"}},
         link_rel="noopener noreferrer",
         url_schemes={"http", "https", "mailto"},
+        # Relative links would point to the annotator's own disk.
         url_relative="deny",
     )
 
@@ -88,13 +93,16 @@ def build_page(study: str, title: str, items: list[dict]) -> str:
         items: `{"id", "prompt", "left", "right"}` each, in display order; ids are opaque and unique, the other values
             are HTML from `conversation` and `markdown`.
     """
+    # Votes are stored by id, so a duplicate would overwrite one vote with another.
     ids = [item["id"] for item in items]
     if not items or len(set(ids)) < len(ids):
         raise ValueError("a page needs at least one item, and each item a unique id")
+    # Only these keys, so that nothing else can reach the annotators.
     shown = [{key: item[key] for key in ("id", "prompt", "left", "right")} for item in items]
     style, script = ((TEMPLATE / f"human_eval.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
     parts = {
         "title": html.escape(_well_formed(title)),
+        # Nothing may be fetched, and only this script and style run, identified by their hashes.
         "policy": f"default-src 'none'; script-src {_source(script)}; style-src {_source(style)}; img-src 'none'; "
         "base-uri 'none'; form-action 'none'",
         "style": style,
@@ -108,12 +116,14 @@ def build_page(study: str, title: str, items: list[dict]) -> str:
 
 def checksum(study: str, annotator: str, votes: list[dict]) -> str:
     """CRC-32 of an export's votes as 8 hex digits, equal to the page's: detects damage and manual edits."""
+    # The same text as JSON.stringify in the page: no spaces, characters beyond ASCII not escaped.
     text = json.dumps([study, annotator, votes], ensure_ascii=False, separators=(",", ":"))
     return f"{zlib.crc32(text.encode('utf-8', 'surrogatepass')):08x}"
 
 
 def _well_formed(text: str) -> str:
     """`text` with U+FFFD in place of lone surrogates, which UTF-8 cannot encode."""
+    # UTF-16 joins a valid pair of surrogates into its character; "replace" leaves U+FFFD for a lone one.
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
@@ -125,4 +135,5 @@ def _source(text: str) -> str:
 def _embedded(value) -> str:
     """JSON that is safe inside a script element: its strings cannot close the element or end a line."""
     text = json.dumps(value, ensure_ascii=False)
+    # `</script>` inside an answer would end the element; U+2028 and U+2029 end a line in older JavaScript.
     return re.sub("[<>&\u2028\u2029]", lambda match: f"\\u{ord(match[0]):04x}", text)

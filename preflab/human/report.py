@@ -55,20 +55,24 @@ def render(sections: dict, title: str) -> Report:
 
 def verdict_of(m: dict) -> str:
     """One sentence: whose answers people prefer, and what qualifies that."""
+    # There are votes, but only on other pairings.
     if "win_rate" not in m:
         return "Inconclusive: nobody judged tuned against base."
     rate, p = m["win_rate"], m["p_win_rate_is_half"]["value"]
     shown = (
         f"tuned wins {estimate(rate, 100)}% against base (95% interval over prompts; ties half; sign test p={p:.2g})"
     )
+    # Interval and test must agree; they can differ near the threshold. ci95 is None for a single prompt.
     if rate["ci95"] and p < 0.05 and rate["ci95"][0] > 0.5:
         verdict = f"People prefer tuned: {shown}."
     elif rate["ci95"] and p < 0.05 and rate["ci95"][1] < 0.5:
         verdict = f"People prefer base: {shown}."
     else:
         verdict = f"Inconclusive: {shown}."
+    # Sides are balanced, so a position bias costs power but does not favour a model.
     if m["p_left_wins_is_half"]["value"] < 0.05:
         verdict += f" Position bias: the left answer wins {estimate(m['left_wins'], 100)}%."
+    # Neither judged nor skipped: the page was not finished.
     missing = m["judged"]["n"] - m["judged"]["value"] - m["skipped"]["value"]
     if missing:
         verdict += f" {missing} of {m['judged']['n']} votes are missing."
@@ -119,6 +123,7 @@ def answers_table(sections: dict) -> str:
     notes = []
     for name, m in sections["answers"].items():
         acceptable_difference = ""
+        # The difference belongs to the pairing of tuned and base, shown in tuned's line.
         if name == "tuned" and "acceptable_difference" in main:
             acceptable_difference = difference(main["acceptable_difference"], scale=100)
             notes.append(f"acceptable, tuned - base: sign test p={main['p_acceptable_difference']['value']:.2g}")
@@ -165,11 +170,13 @@ def strongest(rows: list[dict], candidates: list[dict], title: str, count: int =
     """Markdown of the prompts with the strongest mean preference in each direction: texts, votes and comments."""
     votes: dict[tuple, list[dict]] = {}
     for row in rows:
+        # First votes only: a repeat would count one annotator twice.
         if row["preference"] is not None and row["repeat_of"] is None:
             votes.setdefault((row["a"], row["b"], row["prompt"]), []).append(row)
     means = {unit: sum(vote["preference"] for vote in by_unit) / len(by_unit) for unit, by_unit in votes.items()}
     entries = []
     for sign in (1, -1):
+        # Strongest first; ties in the order of models and prompts, so that the file is reproducible.
         units = sorted((u for u in means if sign * means[u] > 0), key=lambda u: (-sign * means[u], u))[:count]
         for a, b, prompt in units:
             winner = a if sign > 0 else b
@@ -215,6 +222,7 @@ def draw(path, sections: dict, title: str) -> None:
             empty_panel(ax, "no votes yet")
         return save(fig, path)
     rates = []
+    # The first ones fit the panel; the table and the artifact have all.
     for match in sections["matches"][:4]:
         rates.append((_name(match), match["metrics"]["win_rate"], CHOSEN))
         rates.append((f"{_name(match)}\nstyle held equal", match["metrics"]["win_rate_style_controlled"], EVAL))
@@ -226,6 +234,7 @@ def draw(path, sections: dict, title: str) -> None:
     matches = sections["matches"][:8]
     for y, match in enumerate(matches):
         total, left = match["metrics"]["votes"]["value"], 0.0
+        # Shares from left to right, from the best to the worst vote for `a`; they add up to 1.
         for step, (label, colour) in VOTES.items():
             width = match["metrics"][f"votes_{step}"]["value"] / max(total, 1)
             axes[1].barh(y, width, left=left, color=colour, height=0.6, label=label if y == 0 else None)

@@ -49,16 +49,19 @@ def plan(answers: dict[str, list[dict]], pairs_per_prompt: int, rng: random.Rand
     Returns:
         (pairs, identical), each of `{prompt, a, b}`: pairs to judge, and pairs whose two answers are the same text.
     """
+    # Every two models once, as (later, earlier).
     matches, count = pairings(list(answers), None), len(next(iter(answers.values())))
     if pairs_per_prompt > len(matches):
         raise UserError(
             f"--pairs_per_prompt {pairs_per_prompt}: {len(answers)} models make only {len(matches)} pairings"
         )
+    # A random permutation, so that the fixed cycle of pairings does not coincide with an order in the data.
     order = rng.sample(range(count), count)
     # Pairings are dealt out in turn over the shuffled prompts.
     planned = [(prompt, matches[(k * pairs_per_prompt + j) % len(matches)]) for k, prompt in enumerate(order)
                for j in range(pairs_per_prompt)]  # fmt: skip
     pairs, identical = [], []
+    # Back in the prompts' order; `lay_out` shuffles the pairs for the page.
     for prompt, (a, b) in sorted(planned):
         same = answers[a][prompt]["text"] == answers[b][prompt]["text"]
         (identical if same else pairs).append({"prompt": prompt, "a": a, "b": b})
@@ -79,20 +82,28 @@ def lay_out(pairs: list[dict], repeat_share: float, seed: int, salt: str = "") -
     for place, k in enumerate(order):
         pair = pairs[k]
         match = (pair["a"], pair["b"])
+        # The first pair of every two draws a side and leaves it in `pending`; the second takes the opposite and removes
+        # it.
         left_first = not pending.pop(match) if match in pending else pending.setdefault(match, rng.random() < 0.5)
         left, right = match if left_first else match[::-1]
         item = {"id": _opaque_id(seed, salt, k), "prompt": pair["prompt"]}
+        # (position, item): repeats get positions between these, so one sort at the end orders the page.
         items.append((place, {**item, "left": left, "right": right, "repeat_of": None}))
+    # Only pairs of the first half can be repeated half a page later.
     half = len(pairs) // 2
     for place in rng.sample(range(half), min(half, math.ceil(repeat_share * len(pairs)))):
         first = items[place][1]
+        # A number above those of the pairs, so that an id does not show that the pair is a repeat.
         repeat = {"id": _opaque_id(seed, salt, len(pairs) + place), "prompt": first["prompt"]}
         repeat |= {"left": first["right"], "right": first["left"], "repeat_of": first["id"]}
+        # + 0.5: behind the pair at the drawn position, never at the same sort key as a pair.
         repeats.append((rng.randrange(place + half, len(pairs)) + 0.5, repeat))
+    # Two repeats may draw the same position; their ids decide.
     return [item for _, item in sorted([*items, *repeats], key=lambda entry: (entry[0], entry[1]["id"]))]
 
 
 def _opaque_id(seed: int, salt: str, number: int) -> str:
+    # 12 hexadecimal digits, 48 bits: collisions are negligible for a page of some hundred pairs.
     return sha256_of(f"{seed} {number}", salt)[:12]
 
 
@@ -129,6 +140,8 @@ def write_study(paths: dict[str, Path], prompts, answers, title: str, about: dic
     rows = candidates(prompts, answers)
     content = dumps(rows) + "\n"
     existing = read_json(paths["key"]) if paths["key"].exists() else {}
+    # From an existing key, so that a second call makes the same page. The salt keeps the ids secret even if
+    # --sides_seed is known.
     salt, seed = existing.get("salt", secrets.token_hex(16)), settings["sides_seed"]
     if seed is None:
         seed = existing.get("sides_seed", secrets.randbits(62))
@@ -150,11 +163,13 @@ def write_study(paths: dict[str, Path], prompts, answers, title: str, about: dic
         "items": items,
         "identical": identical,
     }
+    # Before anything is written: votes on the earlier page can be unblinded with the earlier key only.
     if existing and existing != key and not overwrite:
         raise UserError(
             f"{paths['key']}: belongs to another study (other answers or settings), whose votes would be lost; choose"
             " another folder with --output_dir, or replace the study with --overwrite"
         )
+    # The key first: a page without its key could be sent out, and its votes could never be unblinded.
     write_json(paths["key"], key)
     write_text(paths["candidates"], content)
     write_json(paths["candidates"].with_suffix(".about.json"), about)
@@ -171,6 +186,7 @@ def find_key(study: str, folders: list[str], key_file: str | None, votes_file: s
         return Path(key_file)
     unreadable = []
     for folder in map(Path, folders):
+        # The folder itself and one level below it: eval_out/<run_name>/human_eval_key.json.
         for path in sorted([*folder.glob(f"{STEMS[2]}*.json"), *folder.glob(f"*/{STEMS[2]}*.json")]):
             try:
                 if _read_key(path)["study"] == study:
@@ -202,6 +218,7 @@ def read_study(path: Path) -> tuple[dict, list[dict], dict]:
     rows, about = read_json(file), read_json(file.with_suffix(".about.json"))
     if not {"prompts", "answers", "model", "run"} <= set(about):
         raise UserError(f"{file.with_suffix('.about.json')}: not written by human_eval.py; restore the file")
+    # Style features and the list of strongest preferences are computed from these texts.
     if sha256_of(file.read_text(encoding="utf-8")) != key["candidates_sha256"]:
         raise UserError(f"{file}: changed after its page was made, so the votes judge other texts; restore the file")
     return key, rows, about

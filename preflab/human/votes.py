@@ -10,6 +10,7 @@ from utils.provenance import sha256_of_files, shorten_paths
 
 # Preference of each choice, in steps for the left answer.
 STEPS = {"left_much": 2, "left": 1, "tie": 0, "both_bad": 0, "right": -1, "right_much": -2}
+# Exactly these fields, as human_eval.js writes them; ms: milliseconds in front of the pair.
 FIELDS = {
     "id": str, "choice": str | None, "left_acceptable": bool | None, "right_acceptable": bool | None,
     "skip": str | None, "comment": str, "ms": int,
@@ -26,6 +27,7 @@ def read_votes(paths: list[str]) -> dict[str, dict]:
     for path in paths:
         export = _read(path)
         _check_form(path, export)
+        # Names are typed by hand: "Ada  Li" and "ada li" are one person.
         name = " ".join(export["annotator"].split()).casefold()
         if name in annotators:
             raise UserError(
@@ -33,6 +35,7 @@ def read_votes(paths: list[str]) -> dict[str, dict]:
                 " annotator, the later export"
             )
         annotators[name] = path
+        # The first file decides on the study; for that file itself, the comparison is with itself.
         first = next(iter(exports.values()), export)
         if export["study"] != first["study"]:
             raise UserError(
@@ -57,6 +60,7 @@ def _check_form(path: str, export) -> None:
     if not isinstance(export, dict) or export.get("format") != FORMAT:
         raise UserError(f"{path}: not a votes file; give the file that the page's Export button saved")
     for key, kind in keys.items():
+        # bool is a subclass of int, and none of these keys is a flag.
         if not isinstance(export.get(key), kind) or isinstance(export.get(key), bool):
             raise UserError(f"{path}: {key!r} is missing or has the wrong type; export the votes again")
     if not export["annotator"].strip():
@@ -69,8 +73,10 @@ def _check_form(path: str, export) -> None:
             raise UserError(f"{path} vote {number}: unknown choice or skip reason; export the votes again")
         if vote["choice"] and vote["skip"]:
             raise UserError(f"{path} vote {number}: has both a choice and a skip reason; export the votes again")
+    # After the checks of form, because the checksum needs these keys.
     if checksum(export["study"], export["annotator"], export["votes"]) != export["checksum"]:
         raise UserError(f"{path}: edited after the export (the checksum differs); give the file that the page saved")
+    # An empty export would count as an annotator in every table.
     if not any(vote["choice"] for vote in export["votes"]):
         raise UserError(f"{path}: {export['annotator']} judged no pair; remove the file from --score")
 
@@ -91,6 +97,7 @@ def unblind(exports: dict[str, dict], key: dict, about: dict) -> list[dict]:
     rows = []
     for path, export in exports.items():
         seen = set()
+        # Before single votes: a page of another size explains unknown ids better than the first of them.
         if export["items"] != len(items):
             raise UserError(
                 f"{path}: from a page with {export['items']} pairs, but the key has {len(items)}; give the key of its"
@@ -114,7 +121,9 @@ def _row(vote: dict, item: dict, rank: dict, about: dict) -> dict:
     a_is_left = item["left"] == a
     preference = outcome = None
     if vote["choice"]:
+        # STEPS are for the left answer; the sign turns them to `a`.
         preference = STEPS[vote["choice"]] * (1 if a_is_left else -1)
+        # 1, 0.5 or 0: the strength of a preference does not count in win rates.
         outcome = 0.5 + 0.5 * ((preference > 0) - (preference < 0))
     sides = ("left", "right") if a_is_left else ("right", "left")
     return {
@@ -127,6 +136,7 @@ def _row(vote: dict, item: dict, rank: dict, about: dict) -> dict:
         "preference": preference,
         "outcome": outcome,
         "both_bad": vote["choice"] == "both_bad",
+        # `sides` is (side of a, side of b).
         **{f"{model}_acceptable": vote[f"{side}_acceptable"] for model, side in zip("ab", sides, strict=True)},
         "skip": vote["skip"],
         "comment": vote["comment"],
@@ -146,6 +156,7 @@ def describe_files(exports: dict[str, dict]) -> dict[str, dict]:
 def ensure_no_votes_lost(path: Path, files: dict[str, dict], overwrite: bool) -> None:
     """Raise UserError where the existing summary at `path` counts annotators that `files` does not."""
     existing = read_json(path).get("votes", {}) if path.exists() and not overwrite else {}
+    # By annotator, not by file name: a later export of the same person may have another name.
     given = {file["annotator"] for file in files.values()}
     missing = sorted({file["annotator"] for file in existing.values()} - given)
     if missing:
