@@ -46,6 +46,7 @@ class PairArguments(ModelArguments, DatasetArguments, OutputArguments):
         "Precision of the weights (default: bfloat16 on a GPU, float32 on a CPU).",
         choices=["float32", "bfloat16", "float16"],
     )
+    # The engines sample different answers for the same seed, so the choice is part of the answers' cache.
     engine: str = option(
         "Engine that generates: auto is vLLM if it is installed, else transformers.",
         "auto",
@@ -93,6 +94,7 @@ def check(args) -> None:
             raise UserError(f"--temperature {args.temperature}: must be above 0, or all samples are equal")
         if not 0 < args.top_p <= 1:
             raise UserError(f"--top_p {args.top_p}: must be in (0, 1]")
+        # Equal seeds give equal answers.
         if len(set(args.sampling_seeds)) < 2:
             raise UserError("--sampling_seeds: a pair needs two answers, so give at least two different seeds")
     if args.test_prompts < 0:
@@ -111,10 +113,13 @@ def apply_training_config(args) -> None:
         raise UserError(
             f"--training_config {path}: needs model_name_or_path, and dataset_name, the folder of the pairs"
         )
+    # The adapter that training continues from is the policy whose answers are compared.
     args.adapter_path = args.adapter_path or config.get("start_adapter")
+    # Flags of this call take precedence over the training's YAML.
     for key in ("model_name_or_path", "model_revision", "attn_implementation", "chat_template_path"):
         setattr(args, key, getattr(args, key) or config.get(key))
     folder = Path(config["dataset_name"])
+    # The training reads the pairs from this folder, so sampling writes them there.
     if args.run_name is None:
         args.run_name, args.eval_out = folder.name, str(folder.parent)
 
@@ -137,15 +142,19 @@ def main():
     from preflab.pairs.report import pairs_figure, render
     from utils.distributed import join_processes
 
+    # An unknown adapter fails here, before processes join and prompts are read.
     if args.adapter_path:
         locate_adapter(args.adapter_path)
+    # Final before open_folder, which records every argument in the manifest.
     args.run_name = args.run_name or default_run_name(args)
     args.batch_tokens = args.batch_tokens or default_batch_tokens()
     join_processes()
+    # Checked before any model is loaded: the folder may hold other pairs.
     folder = open_folder(args, all_arguments([args]))
     # Build the scorers first, so that a bad --scorer fails before sampling.
     scorers = stages.make_scorers(args) if args.stage in ("all", "score") else []
 
+    # Each stage reads the files of the one before it, also within one call, so that both ways give the same pairs.
     for name in STAGES if args.stage == "all" else (args.stage,):
         with folder.recording(name, args.seed) as entry:
             if name == "sample":
@@ -156,6 +165,7 @@ def main():
                 pairs = stages.make_pairs(args, folder)
                 sections = pair_sections(pairs, args.seed)
                 entry |= sections["counts"]
+    # These stages leave the report to the pairing stage.
     if args.stage in ("sample", "score"):
         return print_main(f"{args.stage}: done, see {folder.path}/manifest.json")
 

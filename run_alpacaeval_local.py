@@ -61,11 +61,13 @@ def check(args, c) -> None:
     """Raise UserError for contradictory or out-of-range arguments."""
     if c.output_json:
         raise UserError("--output_json: this script writes a folder of files; set the folder with --output_dir")
+    # A part of a judged file would not give the rates that its leaderboard row reports.
     if args.annotations and c.limit:
         raise UserError("--annotations with --limit: the complete file is scored; remove --limit")
     args.check()
     if args.audit_limit < 0:
         raise UserError(f"--audit_limit {args.audit_limit}: must be at least 0")
+    # A standard error needs two refits.
     if args.lc_resamples < 2:
         raise UserError(f"--lc_resamples {args.lc_resamples}: must be at least 2")
 
@@ -81,6 +83,7 @@ def main():
 
     processes = join_processes()
     eval_out, seed = comparison_args.eval_out, comparison_args.seed
+    # Scoring a file needs no model and writes no artifact.
     if args.annotations:
         if is_main_process():
             annotations = files.read_annotations(Path(args.annotations))
@@ -89,9 +92,11 @@ def main():
 
     # Everything that can be wrong is read before the first answer is generated.
     comparison = resolve(comparison_args)
+    # The suffix keeps a trial run's answers apart from those of the complete set.
     folder = comparison.out / with_limit_suffix("alpacaeval", comparison_args.limit)
     reference = files.read_reference(args.reference, comparison_args.limit)
     published = report.published(args.published)
+    # Made before the answers, so that an unknown judge fails at once.
     judge = None
     if args.stage in ("judge", "all"):
         judge = stages.load_judge(args.judge, args.judge_options(comparison_args))
@@ -102,12 +107,15 @@ def main():
     processes.wait_for_everyone()
     if judge:
         stages.judge_outputs(comparison, args, judge, reference, folder)
+    # Scoring only reads files, so one process does it.
     if args.stage not in ("score", "all") or not is_main_process():
         return
 
     scoring_started = time.monotonic()
+    # From the files, also after judging in this call: each stage alone gives the same figures.
     sides, controls, audit = stages.read_judged(folder, with_audit=args.audit_limit > 0)
     results = metrics.summarise(sides, controls, eval_out, seed, args.lc_resamples)
+    # What made the files, which may be an earlier call with other defaults.
     models, judges = stages.origins(folder)
     title = f"{comparison.name}: AlpacaEval, judged by {results['judge']}"
     stage.publish(
