@@ -60,7 +60,7 @@ def quiet():
 def package_folder() -> Path:
     """The folder of the installed package."""
     with quiet():
-        # Imported late everywhere in this module: the import takes seconds and changes logging.
+        # Imported late everywhere in this module: the import is slow and changes logging.
         import alpaca_eval
     return Path(alpaca_eval.__file__).parent
 
@@ -109,7 +109,6 @@ def rates(annotations: list[dict], seed: int) -> dict:
         # From the package, so that reported values equal those of its leaderboard; intervals are added below.
         package_rates = get_winrate([{"preference": p} for p in parsed])
     preference = np.array(parsed)
-    # 1 where the model wins, 0 where the reference does, 0.5 for a draw.
     discrete = np.select([preference > 1.5, preference < 1.5], [1.0, 0.0], 0.5)
     n = len(parsed)
     lengths = [len(row["output_2"]) for row in annotations]
@@ -142,7 +141,6 @@ def rates(annotations: list[dict], seed: int) -> dict:
 
 def one_sided(annotations: list[dict]) -> bool:
     """Whether all judgements are full wins, or all are full losses."""
-    # 1.0: the reference won every time; 2.0: the model did.
     return {row["preference"] for row in annotations} in ({1.0}, {2.0})
 
 
@@ -204,8 +202,7 @@ class LengthControl:
         fitted = {}
 
         def rate(name, rows):
-            # The resampled row numbers identify a fit. A fit takes up to a second, so it is not repeated for the
-            # difference.
+            # The resampled row numbers identify a fit; fits are slow, so the difference reuses those of its sides.
             key = (name, rows.tobytes())
             if key not in fitted:
                 fitted[key] = self.fit([sides[name][int(i)] for i in rows.ravel()])[0]
@@ -265,7 +262,6 @@ def published_rows(extra: dict | None = None) -> dict:
     """
     path = package_folder() / "leaderboards/data_AlpacaEval_2/weighted_alpaca_eval_gpt4_turbo_leaderboard.csv"
     with path.open(encoding="utf-8") as f:
-        # The first column, the model's name, has no heading.
         rows = {row[""]: row for row in csv.DictReader(f)}
     keys = ("win_rate", "length_controlled_winrate", "avg_length")
     shipped = {
@@ -335,7 +331,6 @@ class PackageEvaluator:
             if failures < 2:
                 try:
                     with quiet():
-                        # The package logs at the root logger.
                         logging.getLogger().setLevel(logging.ERROR)
                         annotated = self.annotator.annotate_pairs(rows)
                     preferences = {

@@ -125,7 +125,6 @@ def neutralise(text: str, tokenizer) -> str:
     special = {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special} | set(tokenizer.all_special_tokens)
     # Longest first, so that no token hides a longer one; single characters are ordinary text.
     patterns = [re.escape(token) for token in sorted(special, key=len, reverse=True) if len(token) > 1]
-    # An empty pattern would match at every position, so a tokenizer without special tokens leaves the text unchanged.
     return break_up(re.compile("|".join(patterns)), text) if patterns else text
 
 

@@ -58,7 +58,7 @@ def check(args: HarnessArguments, extra: list[str]) -> None:
         raise UserError("--load-in-4bit: lm-eval 0.4.13 cannot quantise a model under transformers 5; omit it")
     for argument in extra:
         ensure_not_reserved(argument)
-    # find_spec does not import vLLM, which takes seconds.
+    # find_spec does not import vLLM, which is slow.
     if args.backend == "vllm" and find_spec("vllm") is None:
         raise UserError("--backend vllm: vLLM is not installed; install requirements/vllm.txt, or use --backend hf")
 

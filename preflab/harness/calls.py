@@ -66,7 +66,6 @@ def resolve_models(args, extra: list[str]) -> Comparison:
     --batch_size and --max_length keep the user's values: `resolve` expects a number for the first and fills the second
     from the run, but lm_eval gets --max_length only if the user set it.
     """
-    # Before `resolve`, which requires a tuned model.
     if not (args.run_name or args.adapter_path or args.tuned_model):
         args.run_name = latest_run(args.checkpoints)
     requested = args.batch_size, args.max_length
@@ -349,7 +348,6 @@ def _terminate_with_parent():
 
 def _readable(command: list[str]) -> list[str]:
     """The command as a user would type it."""
-    # command is [python, -m, module, arguments ...].
     return ["lm_eval", *command[3:]] if command[2] == "lm_eval" else ["accelerate", "launch", *command[3:]]
 
 

@@ -107,7 +107,7 @@ def leading_bos(tokenizer, prompt: str) -> int:
     bos = tokenizer.bos_token
     if bos is None:
         return 0
-    # Two BOS tokens shift a model away from its training data; the report states the number.
+    # Two BOS tokens shift a model away from its training data; the artifact records their number.
     ids = tokenizer.encode(prompt, add_special_tokens=not prompt.startswith(bos))
     count = 0
     while count < len(ids) and ids[count] == tokenizer.bos_token_id:
@@ -126,7 +126,7 @@ def read_side(calls: list[Call]) -> ModelResults:
     """The newest results of every call of one model, and all its samples."""
     side = ModelResults()
     for call in calls:
-        # lm_eval puts the time into the name.
+        # A call that ran several times has several results_<time>.json; the newest counts.
         path = max(call.folder.glob("results_*.json"), key=lambda p: p.stat().st_mtime)
         report = read_json(path)
         # Groups have their aggregated figures in a section of their own.
@@ -219,7 +219,6 @@ def rows(base: ModelResults, tuned: ModelResults, suite: Suite, seed: int) -> li
         base and tuned are the harness's value and stderr; difference and p are paired over documents. `top` rows are
         those not already covered by a group's figure.
     """
-    # `table` is filled in display order: a group before its subtasks.
     table, children = [], {child for kids in base.subtasks.values() for child in kids}
 
     def visit(name: str, depth: int, top: bool):

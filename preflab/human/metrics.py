@@ -187,7 +187,7 @@ def annotator_metrics(rows: list[dict], key: dict, seed: int) -> dict:
         self_consistency: share of repeated pairs where winner, tie or "both bad" stayed the same.
     """
     judged = [row for row in rows if row["outcome"] is not None]
-    # `a` won on the left or lost on the right: in both cases the left answer won. Ties say nothing about position.
+    # `a` won on the left or lost on the right: in both cases the left answer won. Ties are left out.
     decided = [{**row, "left": (row["outcome"] == 1) == row["a_is_left"]} for row in judged if row["outcome"] != 0.5]
     annotators = len({row["annotator"] for row in rows})
     # By display id; a repeat has an id of its own and names the first one in repeat_of.

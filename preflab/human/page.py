@@ -97,7 +97,6 @@ def build_page(study: str, title: str, items: list[dict]) -> str:
     ids = [item["id"] for item in items]
     if not items or len(set(ids)) < len(ids):
         raise ValueError("a page needs at least one item, and each item a unique id")
-    # Only these keys, so that nothing else can reach the annotators.
     shown = [{key: item[key] for key in ("id", "prompt", "left", "right")} for item in items]
     style, script = ((TEMPLATE / f"human_eval.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
     parts = {

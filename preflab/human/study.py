@@ -49,7 +49,6 @@ def plan(answers: dict[str, list[dict]], pairs_per_prompt: int, rng: random.Rand
     Returns:
         (pairs, identical), each of `{prompt, a, b}`: pairs to judge, and pairs whose two answers are the same text.
     """
-    # Every two models once, as (later, earlier).
     matches, count = pairings(list(answers), None), len(next(iter(answers.values())))
     if pairs_per_prompt > len(matches):
         raise UserError(
@@ -61,7 +60,6 @@ def plan(answers: dict[str, list[dict]], pairs_per_prompt: int, rng: random.Rand
     planned = [(prompt, matches[(k * pairs_per_prompt + j) % len(matches)]) for k, prompt in enumerate(order)
                for j in range(pairs_per_prompt)]  # fmt: skip
     pairs, identical = [], []
-    # Back in the prompts' order; `lay_out` shuffles the pairs for the page.
     for prompt, (a, b) in sorted(planned):
         same = answers[a][prompt]["text"] == answers[b][prompt]["text"]
         (identical if same else pairs).append({"prompt": prompt, "a": a, "b": b})
@@ -93,7 +91,7 @@ def lay_out(pairs: list[dict], repeat_share: float, seed: int, salt: str = "") -
     half = len(pairs) // 2
     for place in rng.sample(range(half), min(half, math.ceil(repeat_share * len(pairs)))):
         first = items[place][1]
-        # A number above those of the pairs, so that an id does not show that the pair is a repeat.
+        # A number above those of the pairs, so that the id is new; as a hash, it does not show which pairs are repeats.
         repeat = {"id": _opaque_id(seed, salt, len(pairs) + place), "prompt": first["prompt"]}
         repeat |= {"left": first["right"], "right": first["left"], "repeat_of": first["id"]}
         # + 0.5: behind the pair at the drawn position, never at the same sort key as a pair.
@@ -103,7 +101,6 @@ def lay_out(pairs: list[dict], repeat_share: float, seed: int, salt: str = "") -
 
 
 def _opaque_id(seed: int, salt: str, number: int) -> str:
-    # 12 hexadecimal digits, 48 bits: collisions are negligible for a page of some hundred pairs.
     return sha256_of(f"{seed} {number}", salt)[:12]
 
 

@@ -35,7 +35,6 @@ def read_votes(paths: list[str]) -> dict[str, dict]:
                 " annotator, the later export"
             )
         annotators[name] = path
-        # The first file decides on the study; for that file itself, the comparison is with itself.
         first = next(iter(exports.values()), export)
         if export["study"] != first["study"]:
             raise UserError(
@@ -60,7 +59,6 @@ def _check_form(path: str, export) -> None:
     if not isinstance(export, dict) or export.get("format") != FORMAT:
         raise UserError(f"{path}: not a votes file; give the file that the page's Export button saved")
     for key, kind in keys.items():
-        # bool is a subclass of int, and none of these keys is a flag.
         if not isinstance(export.get(key), kind) or isinstance(export.get(key), bool):
             raise UserError(f"{path}: {key!r} is missing or has the wrong type; export the votes again")
     if not export["annotator"].strip():

@@ -115,7 +115,6 @@ class PairRanker:
         for batch in token_batches([len(row) for row in rows], *budget):
             ids, mask = pad_right([rows[k] for k in batch], self.tokenizer.pad_token_id, self.model.device)
             with torch.inference_mode():
-                # `markers` keeps the order source, first, second of forward's arguments.
                 values = self.model(ids, mask, *self.markers.values()).float().tolist()
             for k, value in zip(batch, values, strict=True):
                 i, j = pairs[k]
