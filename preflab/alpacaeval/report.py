@@ -102,6 +102,7 @@ def results_table(results: dict, title: str) -> str:
 
 def _length_control_note(results: dict) -> list[str]:
     section = results["length_control"]
+    # From the strongest restriction to the weakest; at most one note is printed.
     if "why_none" in section:
         return [f"No length-controlled win rate: {section['why_none']}."]
     if section["why_not_whole"]:

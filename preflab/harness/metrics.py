@@ -126,7 +126,7 @@ def read_side(calls: list[Call]) -> ModelResults:
     """The newest results of every call of one model, and all its samples."""
     side = ModelResults()
     for call in calls:
-        # A call that ran several times has several results_<time>.json; the newest counts.
+        # lm_eval puts the time into the name: results_<time>.json.
         path = max(call.folder.glob("results_*.json"), key=lambda p: p.stat().st_mtime)
         report = read_json(path)
         # Groups have their aggregated figures in a section of their own.

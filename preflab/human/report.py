@@ -48,6 +48,7 @@ def render(sections: dict, title: str) -> Report:
     blocks.append(annotators_table(sections))
     if sections["agreement"]:
         blocks.append(agreement_table(sections["agreement"]))
+    # A single category would repeat the pairing's own row.
     blocks += [categories_table(match) for match in sections["matches"] if len(match["categories"]) > 1]
     verdict = verdict_of(sections["metrics"])
     return Report("\n\n".join([*blocks, verdict]), verdict)
@@ -118,6 +119,7 @@ def _name(match: dict) -> str:
 
 def answers_table(sections: dict) -> str:
     """Acceptable answers where they were marked, lengths and strengths, one line per model."""
+    # strengths is None for two models or unconnected votes; the table then omits its last column.
     strengths, main = sections["bradley_terry"], sections["metrics"]
     lines = [("model", "acceptable, %", "tuned - base", "tokens per answer", "truncated, %", "Bradley-Terry, logits")]
     notes = []
@@ -158,6 +160,7 @@ def agreement_table(agreement: dict) -> str:
     nominal, ordinal = (estimate(agreement[f"alpha_{kind}"], 1, 2) for kind in ("nominal", "ordinal"))
     lines.append(("Krippendorff's alpha, all annotators", str(agreement["pairs"]["value"]), nominal, ordinal))
     for k in agreement["kappas"]:
+        # Same order of columns as alpha: without the size of a preference, then with it.
         label = f"Cohen's kappa, {k['annotators'][0]} and {k['annotators'][1]}"
         lines.append((label, str(k["pairs"]), estimate(k["kappa"], 1, 2), estimate(k["kappa_weighted"], 1, 2)))
     return render_table("agreement of annotators (alpha: nominal, ordinal; kappa: plain, quadratic)", lines)
@@ -226,6 +229,7 @@ def draw(path, sections: dict, title: str) -> None:
     for match in sections["matches"][:4]:
         rates.append((_name(match), match["metrics"]["win_rate"], CHOSEN))
         rates.append((f"{_name(match)}\nstyle held equal", match["metrics"]["win_rate_style_controlled"], EVAL))
+    # Annotators who judged no pair of tuned and base have no win rate.
     annotators = [(name, m["win_rate"], NEUTRAL) for name, m in sections["annotators"].items() if m["win_rate"]["n"]]
     win_rate_bars(axes[0], [*rates, *annotators[:10]])
     if len(annotators) > 10:

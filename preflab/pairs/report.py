@@ -53,6 +53,7 @@ def _pair_lines(sections: dict) -> list[tuple[str, str]]:
         lines.append((f"score of {side}", cell(pairs[f"score_{side}"], 1, 3)))
     for side in ("chosen", "rejected"):
         lines.append((f"win probability of {side}, %", cell(pairs[f"win_{side}"], 100)))
+    # A share far from 50% shows a scorer that rewards length.
     longer = f"{estimate(pairs['chosen_longer'], 100)} p={pairs['p_chosen_longer_is_half']['value']:.2g}"
     lines.append(("chosen is longer than rejected, %", longer))
     return lines
