@@ -66,7 +66,8 @@ def main():
     training.train(trainer, flight)
     rows, metrics = evaluate_pairs(trainer, splits, training.config)
     write_pair_samples(training, trainer, splits)
-    report = dpo_report.render(metrics, training.title(splits, "pairs"))
+    title = training.title(splits, "pairs")
+    report = dpo_report.render(metrics, title)
     speed = training_summary(trainer, flight, "pairs", flight["plan"]["tokens_stored_once"], DPO_OPERATIONS)
     training.publish(
         trainer,
@@ -75,6 +76,7 @@ def main():
         metrics,
         rows,
         report,
+        title=title,
         curves=dpo_curves,
         curves_name="dpo_training_curves.png",
         training={**speed, "reference": reference},

@@ -98,7 +98,8 @@ def main():
             key, paths = dump.write(comparison, args, prompts, answers, about, title)
             # --score searches --eval_out and one level below; elsewhere the user has to name the key.
             key_is_found = paths["key"].parent.resolve().parent == Path(eval_out).resolve()
-            key_flag = "" if key_is_found else f" --key {paths['key']}"
+            searched = "" if eval_out == ComparisonArguments.eval_out else f" --eval_out {eval_out}"
+            key_flag = searched if key_is_found else f" --key {paths['key']}"
             print_main(report.render_page(key, about["metrics"], paths, title, key_flag))
         return
 

@@ -7,8 +7,8 @@
 # Python is $PYTHON, else the active environment's, else that of .venv, which quickstart.sh creates.
 set -euo pipefail
 # Relative paths on the command line refer to the caller's folder, not to the repository.
-INVOKED_FROM="$PWD"
-export INVOKED_FROM
+INVOKED_FROM="$PWD" INVOKED_AS="run_lm_eval.sh"
+export INVOKED_FROM INVOKED_AS
 cd "$(dirname "${BASH_SOURCE[0]}")"
 # shellcheck source=utils/env.sh
 source utils/env.sh

@@ -18,4 +18,4 @@ echo "lint: ruff"
 "$python" -m ruff check .
 "$python" -m ruff format --check .
 echo "tests: pytest $*"
-"$python" -m pytest tests -n 2 --dist worksteal --durations=10 "${arguments[@]}"
+"$python" -m pytest tests -n 2 --dist worksteal --durations=10 ${arguments[@]+"${arguments[@]}"}

@@ -66,7 +66,8 @@ def main():
     training.train(trainer, flight)
     rows, metrics = evaluate_conversations(trainer, splits, base, training.config.seed)
     write_conversation_samples(training, trainer, splits)
-    report = sft_report.render(metrics, training.title(splits, "conversations"))
+    title = training.title(splits, "conversations")
+    report = sft_report.render(metrics, title)
     training.publish(
         trainer,
         splits,
@@ -74,6 +75,7 @@ def main():
         metrics,
         rows,
         report,
+        title=title,
         curves=sft_curves,
         curves_name="sft_training_curves.png",
         training=training_summary(trainer, flight, "rows", flight["plan"]["tokens_seen"], SFT_OPERATIONS),

@@ -101,7 +101,9 @@ def read_json(path: str | os.PathLike) -> dict:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error}); delete it and run the stage again") from None
+        raise UserError(
+            f"{path}: not valid JSON ({error}); fix it, or delete it and run the stage that writes it"
+        ) from None
 
 
 class RowFile:

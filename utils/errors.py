@@ -31,6 +31,10 @@ def run(main, out_of_memory: str = RESUME_HINT) -> None:
         # 128 + SIGINT, the shell's convention for an interrupted command.
         print("\ninterrupted: run the same command again (without --overwrite) to continue", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:
+        # The reader of the output (`| head`) is gone. Python would fail again when it flushes stdout at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)  # 128 + SIGPIPE
     except Exception as error:
         # Anything unexpected is a defect of the program, and its traceback is needed.
         message = explain(error, out_of_memory)

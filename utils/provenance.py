@@ -86,8 +86,9 @@ def shorten_paths(text) -> str:
 
 
 def command_line() -> list[str]:
-    """The command line with shortened paths."""
-    return [shorten_paths(a) for a in [Path(sys.argv[0]).name, *sys.argv[1:]]]
+    """The command line with shortened paths; of a shell script that wraps a module, that script's name."""
+    script = os.environ.get("INVOKED_AS") or Path(sys.argv[0]).name
+    return [shorten_paths(a) for a in [script, *sys.argv[1:]]]
 
 
 def run_record(seed: int, wall_seconds: float, **extra) -> dict:

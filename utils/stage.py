@@ -1,5 +1,6 @@
 """The start and the end of every stage: arguments and clock; report, artifacts and their envelope."""
 
+import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from utils.cli import parse, quick_help
 from utils.distributed import quiet_libraries
 from utils.errors import is_main_process
 from utils.provenance import run_record
-from utils.tables import paragraphs
+from utils.tables import WIDTH, at_width, paragraphs, terminal_width, wrap_sentences
 
 
 @dataclass
@@ -21,11 +22,31 @@ class Report:
         text: the printed tables and sentences.
         verdict: one sentence, the artifact's `claim`.
         warning: a defect that a reader must know before using the figures, or None.
+        printed: the text at the width of a narrow terminal; None where `text` fits.
     """
 
     text: str
     verdict: str
     warning: str | None = None
+    printed: str | None = None
+
+
+def fits_terminal(render: Callable[..., Report]) -> Callable[..., Report]:
+    """Decorate a function that makes a Report: lines of at most 100 characters, fewer on a narrower terminal.
+
+    Only `printed` follows the terminal: artifacts must not depend on where a command was typed.
+    """
+
+    @functools.wraps(render)
+    def rendered(*args, **kwargs) -> Report:
+        report = render(*args, **kwargs)
+        report.text = wrap_sentences(report.text)
+        if terminal_width() < WIDTH:
+            with at_width(terminal_width()):
+                report.printed = wrap_sentences(render(*args, **kwargs).text)
+        return report
+
+    return rendered
 
 
 @dataclass
@@ -55,19 +76,20 @@ class Stage:
             **sections,
         )
 
-    def write(self, path: Path, summary: dict, files: dict[Path, object]) -> None:
+    def write(self, path: Path, summary: dict, files: dict[Path, object], printed: str | None = None) -> None:
         """Write the files, then the summary, and print the report. Rank 0 only.
 
         The summary's presence marks the stage as complete, so all other files are written before it.
 
         Args:
             files: as `publish`.
+            printed: what is printed instead of the summary's text.
         """
         # A stage that is interrupted here has no summary, so it is not mistaken for a complete one.
         for place, content in files.items():
             write_file(place, content)
         write_json(path, summary)
-        print_main(summary["text"])
+        print_main(printed or summary["text"])
         print_main(f"\n{wrote([path, *files])}")
 
     def publish(
@@ -104,12 +126,13 @@ class Stage:
         if summary_rows is not None:
             sections = {"rows": summary_rows, **sections}
         summary = self.summary(model, metrics, report, run=run, seed=seed, **sections)
-        contents = dict(files or {})
+        # Rows first: a function in `files` may put a finished folder in its place, which declares the work complete.
+        contents: dict[Path, object] = {}
         if rows is not None:
             contents[path.with_name(f"{path.stem}_rows.jsonl")] = rows
         if figure is not None:
             contents[path.with_suffix(".png")] = figure
-        self.write(path, summary, contents)
+        self.write(path, summary, contents | (files or {}), report.printed)
         return summary
 
 

@@ -2,14 +2,29 @@
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 WIDTH = 100
 GAP = "  "
+# The width that tables are rendered at. Artifacts always have WIDTH, so that they do not depend on a terminal.
+_table_width: ContextVar[int] = ContextVar("table_width", default=WIDTH)
 
 
 def terminal_width() -> int:
     """Columns available to a table: the terminal's, at most 100; 100 if the output is not a terminal."""
     return min(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns) if os.isatty(1) else WIDTH
+
+
+@contextmanager
+def at_width(width: int) -> Iterator[None]:
+    """Render tables at `width` characters inside this context."""
+    token = _table_width.set(width)
+    try:
+        yield
+    finally:
+        _table_width.reset(token)
 
 
 def render(title: str, lines: list[tuple], width: int | None = None) -> str:
@@ -19,9 +34,9 @@ def render(title: str, lines: list[tuple], width: int | None = None) -> str:
 
     Args:
         lines: tuples of equal length, one text per column; a tuple of one text spans all columns.
-        width: default `terminal_width()`.
+        width: default 100, or that of `at_width`.
     """
-    width = width or terminal_width()
+    width = width or _table_width.get()
     columns = [line for line in lines if len(line) == len(lines[0])]
     limits = _column_widths(columns, width - len(GAP) * (len(lines[0]) - 1))
     rows = [_wrapped_row(line, limits) if len(line) == len(lines[0]) else _wrap(line[0], width) for line in lines]
@@ -77,9 +92,15 @@ def _wrap(text: str, width: int) -> list[str]:
 
 
 def paragraphs(*texts: str, width: int | None = None) -> str:
-    """Join texts by empty lines, each wrapped to `width` (default: `terminal_width()`) where it has longer lines."""
-    width = width or terminal_width()
+    """Join texts by empty lines, each wrapped to `width` (default: that of `render`) where it has longer lines."""
+    width = width or _table_width.get()
     return "\n\n".join("\n".join(part for line in text.split("\n") for part in _wrap(line, width)) for text in texts)
+
+
+def wrap_sentences(text: str) -> str:
+    """Wrap the long lines of a report that are not rows of a table."""
+    # Table rows have columns, which are GAP apart; render has made them fit already.
+    return "\n".join(line if GAP in line.strip() else paragraphs(line) for line in text.split("\n"))
 
 
 def _wrapped_row(line: tuple, widths: list[int]) -> list[str]:

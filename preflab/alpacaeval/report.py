@@ -11,7 +11,7 @@ from preflab.alpacaeval.metrics import MIN_LC_ROWS, lc_name
 from utils.artifacts import read_published
 from utils.errors import UserError
 from utils.plots import CHOSEN, NEUTRAL, figure, save
-from utils.stage import Report
+from utils.stage import Report, fits_terminal
 from utils.tables import cell, difference, estimate, interval
 from utils.tables import render as render_table
 
@@ -41,6 +41,7 @@ def published(path: str | None) -> dict:
     return package.published_rows(extra)
 
 
+@fits_terminal
 def render(results: dict, rows: dict, audit: dict | None, title: str) -> Report:
     """The table, its warnings, the published rows, the audit and the verdict.
 
@@ -140,17 +141,20 @@ def verdict_of(results: dict, audit: dict | None) -> str:
     """One sentence: whether the judge prefers tuned to base, as far as its audit allows."""
     m = results["metrics"]
     d, p = m["difference_win_rate"], m["p_difference_win_rate"]
-    shown = f"tuned - base is {difference(d, p)} points of win rate against the reference"
+    shown = f"tuned - base is {difference(d)} points of win rate against the reference (p={p['value']:.2g})"
     controlled = m.get(f"difference_{results['lc_name']}")
     if controlled:
         shown += f", {difference(controlled)} length-controlled"
     # The audit decides first: without a reliable judge, no difference supports a claim.
     if not audit:
-        return f"Inconclusive: the judge was not audited (--audit_limit); {shown}."
+        return f"No claim: the judge was not audited (--audit_limit); {shown}."
     if not audit["passed"]:
-        return f"Inconclusive: the judge failed its audit; {shown}."
+        return f"No claim: the judge failed its audit; {shown}."
     # Interval and test must agree; they can differ near the threshold.
-    if not (d["ci95"] and d["ci95"][0] > 0 and p["value"] < 0.05):
+    significant = d["ci95"] and p["value"] < 0.05
+    if significant and d["ci95"][1] < 0:
+        return f"The judge prefers base to tuned: {shown}."
+    if not (significant and d["ci95"][0] > 0):
         return f"Inconclusive: {shown}."
     # Also true for NaN: a rate that could not be fitted supports no claim.
     if controlled and controlled["value"] is not None and not controlled["value"] > 0:

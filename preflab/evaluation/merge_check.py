@@ -8,7 +8,7 @@ from preflab.models.fast import fused_lora, shared_prompt
 from preflab.models.logprobs import attach_head, pair_batches, token_logps
 from utils.artifacts import metric
 from utils.progress import progress
-from utils.stage import Report
+from utils.stage import Report, fits_terminal
 from utils.stats import bootstrap
 from utils.tables import cell
 from utils.tables import render as table
@@ -117,6 +117,7 @@ def verdict_of(metrics: dict, dtype: str) -> str:
     )
 
 
+@fits_terminal
 def render(metrics: dict, title: str, dtype: str) -> Report:
     """The table of both models' log-probabilities, with the verdict."""
     lines = [

@@ -6,7 +6,7 @@ from preflab.data.length_bias import sentence
 from preflab.evaluation.perplexity import SIDES
 from utils.errors import is_main_process
 from utils.plots import CHOSEN, NEUTRAL, REJECTED, figure, save
-from utils.stage import Report
+from utils.stage import Report, fits_terminal
 from utils.tables import cell, difference
 from utils.tables import render as render_table
 
@@ -32,6 +32,7 @@ COLOURS = {"chosen": CHOSEN, "rejected": REJECTED, "text": NEUTRAL}
 FEWEST_UNITS_FOR_A_TEST = 6
 
 
+@fits_terminal
 def render(metrics: dict, bias: dict, title: str, left_out: str | None) -> Report:
     """The printed table, KL divergence and length bias, with one sentence per section as the verdict.
 

@@ -14,12 +14,13 @@ from preflab.evaluation.reward_table import (
 )
 from utils.errors import is_main_process
 from utils.plots import CHOSEN, NEUTRAL, REJECTED, figure, save
-from utils.stage import Report
+from utils.stage import Report, fits_terminal
 from utils.stats import pairwise_correct
 from utils.tables import cell, difference, estimate
 from utils.tables import render as render_table
 
 
+@fits_terminal
 def render(
     metrics: dict,
     slices: dict,
@@ -52,10 +53,13 @@ def verdict_of(metrics: dict) -> str:
     """Whether the rewards rank held-out pairs better than chance, and better than the base model's likelihood does."""
     rate = metrics["win_rate_ties_half"]
     if rate["ci95"] is None:
-        return f"Inconclusive: {rate['n']} held-out pair is too few for an interval."
+        return f"No claim: {rate['n']} held-out pair is too few for an interval."
     shown = f"the reward win rate is {estimate(rate, 100)}% (95% interval; ties half)"
     # With few pairs a bootstrap interval can shrink to a point, so the exact test must agree.
-    if not (rate["ci95"][0] > 0.5 and metrics["p_win_rate_is_half"]["value"] < 0.05):
+    significant = metrics["p_win_rate_is_half"]["value"] < 0.05
+    if rate["ci95"][1] < 0.5 and significant:
+        return f"By its rewards, training hurt: {shown}, below 50%: the rewards prefer the rejected answers."
+    if not (rate["ci95"][0] > 0.5 and significant):
         return f"Inconclusive: {shown}, not significantly different from 50%."
     # Above 50% is not enough: the base's likelihood may rank these pairs as well without any training.
     ahead = metrics["win_rate_minus_base_ranking"]

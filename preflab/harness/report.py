@@ -8,7 +8,7 @@ from preflab.harness.metrics import SuiteResults
 from preflab.harness.suites import on_harness_scale, published_averages, published_row
 from utils import tables
 from utils.plots import CHOSEN, EVAL, NEUTRAL, empty_panel, figure, save
-from utils.stage import Report
+from utils.stage import Report, fits_terminal
 from utils.stats import holm
 from utils.tables import markdown_table, paragraphs
 
@@ -20,6 +20,7 @@ MIXED = "MIXED TABLE: some figures use a chat template and some do not, so they 
 ARROWS = {True: " ↑", False: " ↓", None: ""}
 
 
+@fits_terminal
 def render(results: SuiteResults) -> Report:
     """The printed report: tables of at most 100 columns, notes and the verdict.
 
@@ -66,7 +67,7 @@ def verdict_of(rows: list[dict]) -> str:
     # Subtasks repeat their group's documents and would inflate Holm's number of tests.
     tested = [row for row in rows if row["top"] and row["p"] is not None]
     if not tested:
-        return "Inconclusive: no figure of these tasks could be tested."
+        return "No claim: no figure of these tasks could be tested."
     better, worse = [], []
     for row, p in zip(tested, holm([row["p"] for row in tested]), strict=True):
         row["p_holm"], row["significant"] = p, p < 0.05
@@ -83,7 +84,7 @@ def verdict_of(rows: list[dict]) -> str:
     parts = [
         f"tuned is {word} on {', '.join(names)}" for word, names in (("better", better), ("worse", worse)) if names
     ]
-    return f"{'; '.join(parts).capitalize()}, by {tests}."
+    return f"{parts[0][0].upper()}{'; '.join(parts)[1:]}, by {tests}."
 
 
 # ------------------------------------------------------------------------------------------------------------- printed

@@ -5,7 +5,7 @@ from pathlib import Path
 from preflab.human.study import COLUMN_OF
 from preflab.judging.battle_report import categories_table
 from utils.plots import CHOSEN, EVAL, NEUTRAL, REJECTED, empty_panel, figure, save, win_rate_bars
-from utils.stage import Report, wrote
+from utils.stage import Report, fits_terminal, wrote
 from utils.tables import cell, difference, estimate, side_by_side
 from utils.tables import render as render_table
 
@@ -38,6 +38,7 @@ def render_page(key: dict, answers: dict, paths: dict[str, Path], title: str, ke
     )
 
 
+@fits_terminal
 def render(sections: dict, title: str) -> Report:
     """Tables of matches, votes, answers, annotators, agreement and categories, and the verdict.
 
@@ -58,7 +59,7 @@ def verdict_of(m: dict) -> str:
     """One sentence: whose answers people prefer, and what qualifies that."""
     # There are votes, but only on other pairings.
     if "win_rate" not in m:
-        return "Inconclusive: nobody judged tuned against base."
+        return "No claim: nobody judged tuned against base."
     rate, p = m["win_rate"], m["p_win_rate_is_half"]["value"]
     shown = (
         f"tuned wins {estimate(rate, 100)}% against base (95% interval over prompts; ties half; sign test p={p:.2g})"

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from utils.plots import CHOSEN, EVAL, NEUTRAL, empty_panel, figure, save, win_rate_bars
-from utils.stage import Report
+from utils.stage import Report, fits_terminal
 from utils.tables import cell, difference, estimate
 from utils.tables import render as render_table
 
@@ -13,6 +13,7 @@ UNRELIABLE_FLIP_RATE, FEWEST_FLIP_PROMPTS = 0.5, 20
 MANY_DROPPED = 0.1
 
 
+@fits_terminal
 def render(sections: dict, published: dict | None, title: str, data: dict) -> Report:
     """All tables, then the verdict.
 
@@ -39,16 +40,20 @@ def verdict_of(sections: dict) -> str:
     m = sections["metrics"]
     if "win_rate_difference" in m:
         d, p = m["win_rate_difference"], m["p_win_rate_difference"]
-        result = f"against the same opponent, tuned scores {difference(d, p, 100)} points relative to base"
+        result = f"against the same opponent, tuned - base is {difference(d, scale=100)} points (p={p['value']:.2g})"
         if d["ci95"] and d["ci95"][0] > 0 and p["value"] < 0.05:
             return f"The judge prefers tuned: {result}."
+        if d["ci95"] and d["ci95"][1] < 0 and p["value"] < 0.05:
+            return f"The judge prefers base: {result}."
         return f"Inconclusive: {result}."
     if has_opponent(sections):
-        return "Inconclusive: no prompt has verdicts for both models."
+        return "No claim: no prompt has verdicts for both models."
     if "win_rate" not in m:
-        return "Inconclusive: no prompt has verdicts in both orders."
+        return "No claim: no prompt has verdicts in both orders."
     rate, p = m["win_rate"], m["p_win_rate_is_half"]["value"]
     result = f"tuned wins {estimate(rate, 100)}% against base (95% interval; ties half; sign test p={p:.2g})"
+    if rate["ci95"] and rate["ci95"][1] < 0.5 and p < 0.05:
+        return f"The judge prefers base: {result}."
     if not (rate["ci95"] and rate["ci95"][0] > 0.5 and p < 0.05):
         return f"Inconclusive: {result}."
     # A length-only judge that prefers tuned at least as strongly shows that length may explain the result.

@@ -37,7 +37,7 @@ def model_card(summary: dict, rows: list[dict], folder: str, peft: bool) -> str:
     """The card of a training run.
 
     Args:
-        summary: the run's train.json or sft.json.
+        summary: the run's train.json.
         rows: the run's train_log.jsonl.
         folder: the folder of the weights.
         peft: whether that folder holds an adapter.

@@ -5,11 +5,12 @@ from pathlib import Path
 import numpy as np
 
 from utils.plots import CHOSEN, NEUTRAL, REJECTED, figure, save
-from utils.stage import Report
+from utils.stage import Report, fits_terminal
 from utils.tables import cell, estimate
 from utils.tables import render as render_table
 
 
+@fits_terminal
 def render(sections: dict, title: str) -> Report:
     """What was sampled, which pairs came of it, and how far the scorers agree.
 

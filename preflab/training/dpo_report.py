@@ -1,14 +1,15 @@
 """Printed table, verdict and warning of a preference-training run."""
 
 from preflab.evaluation.reward_table import accuracy_row, comparison_row, heading, margin_row, ranking_row
-from utils.stage import Report
+from utils.stage import Report, fits_terminal
 from utils.tables import render as render_table
 
 
+@fits_terminal
 def render(metrics: dict, title: str) -> Report:
     """The table with verdict and warning below it. `metrics`: from `reward_metrics`, empty without a test split."""
     if not metrics:
-        verdict = "Inconclusive: there is no test split."
+        verdict = "No claim: there is no test split."
         return Report(f"{title}\n\n{verdict}", verdict)
     (_, verdict), warning = verdict_of(metrics), displacement(metrics)
     parts = [render_table(title, table_lines(metrics)), verdict, *([f"warning: {warning}"] if warning else [])]
@@ -19,13 +20,17 @@ def verdict_of(metrics: dict) -> tuple[bool, str]:
     """Whether held-out reward accuracy is above 50% beyond chance, and the sentence about it."""
     accuracy = metrics["reward_accuracy"]
     if accuracy["ci95"] is None:
-        return False, f"Inconclusive: {accuracy['n']} held-out pair is too few for an interval."
+        return False, f"No claim: {accuracy['n']} held-out pair is too few for an interval."
     low, high = (100 * x for x in accuracy["ci95"])
     finding = f"held-out reward accuracy is {100 * accuracy['value']:.1f}% (95% interval {low:.1f} to {high:.1f})"
     # With very few pairs a bootstrap interval can shrink to a point, so the exact sign test must agree.
-    if low > 50 and metrics["p_reward_accuracy_is_half"]["value"] < 0.05:
+    significant = metrics["p_reward_accuracy_is_half"]["value"] < 0.05
+    if low > 50 and significant:
         return True, f"Training helped: {finding}, above 50%."
-    reason = "which is not above 50%" if low <= 50 else "but with so few pairs the sign test is not significant"
+    if high < 50 and significant:
+        return False, f"Training hurt: {finding}, below 50%: the rewards prefer the rejected answers."
+    covered = low <= 50 <= high
+    reason = "which is not significantly different from 50%" if covered else "but the sign test is not significant"
     return False, f"Inconclusive: {finding}, {reason}."
 
 

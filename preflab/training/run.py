@@ -245,6 +245,7 @@ class TrainingRun:
         rows: list[dict],
         report: Report,
         *,
+        title: str,
         curves: Callable[[Path, list[dict], str, str | None], None],
         curves_name: str,
         training: dict,
@@ -253,7 +254,8 @@ class TrainingRun:
         """Write rows, curves, model card and last train.json, which declares the run complete. Rank 0 only.
 
         Args:
-            curves: draws the rows of train_log.jsonl under the report's title and warning, and saves the picture.
+            title: the title of the curves.
+            curves: draws the rows of train_log.jsonl under `title` and the report's warning, and saves the picture.
             training: train.json's section on the training itself.
             flight_keys: sections of the preflight that train.json repeats.
         """
@@ -277,12 +279,11 @@ class TrainingRun:
         card = model_card(summary, log, str(self.folders.weights), self.model_args.use_peft)
         files = {self.folders.weights / "README.md": card}
         if any(row["split"] == "train" for row in log):
-            title = report.text.partition("\n")[0]
             files[results / curves_name] = lambda path: curves(path, log, title, report.warning)
         if rows:
             files[results / "heldout_rows.jsonl"] = rows
         print_main("")
-        self.stage.write(results / "train.json", summary, files)
+        self.stage.write(results / "train.json", summary, files, report.printed)
         # After train.json, which the same command prints from then on.
         self.folders.finish()
         print_main(f"weights and tokenizer are in {self.folders.weights}/, all results in {results}/")

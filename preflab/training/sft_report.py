@@ -1,16 +1,17 @@
 """Printed table and verdict of an SFT run: held-out perplexity of base and tuned model."""
 
-from utils.stage import Report
+from utils.stage import Report, fits_terminal
 from utils.tables import cell, difference
 from utils.tables import render as render_table
 
-SHARDED = "Inconclusive: a sharded model cannot be scored before training; use eval_perplexity.py to compare."
+SHARDED = "No claim: a sharded model cannot be scored before training; use eval_perplexity.py to compare."
 
 
+@fits_terminal
 def render(metrics: dict, title: str) -> Report:
     """The table with the verdict below it. `metrics`: from `heldout_metrics`, empty without a test split."""
     if not metrics:
-        verdict = "Inconclusive: there are no held-out conversations."
+        verdict = "No claim: there are no held-out conversations."
         return Report(f"{title}\n\n{verdict}", verdict)
     _, verdict = verdict_of(metrics)
     return Report(f"{render_table(title, table_lines(metrics))}\n\n{verdict}", verdict)
@@ -40,7 +41,7 @@ def verdict_of(metrics: dict) -> tuple[bool, str]:
         return False, SHARDED
     ratio, p = metrics["heldout_ppl_ratio"], metrics["p_heldout_nll_difference"]["value"]
     if ratio["ci95"] is None:
-        return False, "Inconclusive: one held-out conversation is too few for an interval."
+        return False, "No claim: one held-out conversation is too few for an interval."
     # The ratio of perplexities, tuned over base, as a change in percent.
     change, low, high = (100 * (x - 1) for x in (ratio["value"], *ratio["ci95"]))
     finding = (

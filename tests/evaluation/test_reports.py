@@ -35,7 +35,7 @@ def test_win_rate_report(win_rate):
     assert len(lines) >= 29 and max(map(len, lines)) <= WIDTH
     row = next(line for line in lines if line.startswith("win rate by reward"))
     assert "71.7 ± 4.2" in row and "+21.7 [+13.3, +30.0] p=2.3e-06" in row
-    assert report.text.endswith(report.verdict) and "NOT HELD OUT" not in report.verdict
+    assert report.text.replace("\n", " ").endswith(report.verdict) and "NOT HELD OUT" not in report.verdict
     report = win_rate_report.render(*sections, TITLE, "120 of 120 rows evaluated", True)
     assert report.verdict.startswith("NOT HELD OUT")
 
@@ -46,12 +46,18 @@ def test_win_rate_verdict_needs_interval_and_test(win_rate):
     assert win_rate_report.verdict_of(metrics).startswith("By its rewards, training helped")
     below = {"win_rate_minus_base_ranking": {**ahead, "ci95": [-0.1, 0.3]}}
     assert win_rate_report.verdict_of(metrics | below).startswith("Reward accuracy is above 50%, but not above")
-    for weak in (
-        {"win_rate_ties_half": {**rate, "ci95": [0.49, 0.8]}},
-        {"p_win_rate_is_half": metric(0.06)},
-        {"win_rate_ties_half": {**rate, "ci95": None, "n": 1}},
-    ):
+    for weak in ({"win_rate_ties_half": {**rate, "ci95": [0.49, 0.8]}}, {"p_win_rate_is_half": metric(0.06)}):
         assert win_rate_report.verdict_of(metrics | weak).startswith("Inconclusive")
+    one_pair = {"win_rate_ties_half": {**rate, "ci95": None, "n": 1}}
+    assert win_rate_report.verdict_of(metrics | one_pair).startswith("No claim")
+
+
+def test_win_rate_below_one_half_is_harmful(win_rate):
+    """The same pairs with the sides swapped: the interval is mirrored at 50%, the p-value stays."""
+    metrics = win_rate["metrics"]
+    rate = metrics["win_rate_ties_half"]
+    swapped = {**rate, "value": 1 - rate["value"], "ci95": [1 - x for x in reversed(rate["ci95"])]}
+    assert "training hurt" in win_rate_report.verdict_of(metrics | {"win_rate_ties_half": swapped})
 
 
 def test_perplexity_report(perplexity):
@@ -61,7 +67,7 @@ def test_perplexity_report(perplexity):
     assert len(lines) >= 19 and max(map(len, lines)) <= WIDTH
     row = next(line for line in lines if line.startswith("rejected answer"))
     assert "23.200 ± 2.141" in row and "+0.862 [+0.565, +1.244]" in row and row.endswith("1.8e-06")
-    assert "chosen 0.0212 ± 0.0010" in report.text and report.text.endswith(report.verdict)
+    assert "chosen 0.0212 ± 0.0010" in report.text and report.text.replace("\n", " ").endswith(report.verdict)
 
 
 def test_perplexity_verdict(perplexity):

@@ -16,6 +16,13 @@ def test_verdict_needs_an_interval_above_one_half():
     assert not verdict(1.0, 0.5, 2)[0] and verdict(1.0, 0.5, 2)[1].startswith("Inconclusive")
 
 
+def test_accuracy_below_one_half_is_harmful():
+    accuracy = {"value": 0.3, "stderr": 0.04, "ci95": [0.22, 0.38], "n": 120}
+    for p, sentence in ((1e-5, "Training hurt:"), (0.2, "Inconclusive:")):
+        metrics = {"reward_accuracy": accuracy, "p_reward_accuracy_is_half": {"value": p}}
+        assert verdict_of(metrics)[0] is False and verdict_of(metrics)[1].startswith(sentence)
+
+
 def test_displacement_needs_both_intervals_below_zero():
     def text(chosen, rejected):
         sides = {"chosen": chosen, "rejected": rejected}

@@ -1,12 +1,18 @@
 """The end of a stage: which files are written, in which order, and what is printed."""
 
 import json
+import shlex
+import subprocess
+import sys
 from dataclasses import dataclass
 
 import pytest
+from conftest import ROOT
 
+from utils import stage as stage_module
+from utils import tables
 from utils.artifacts import metric
-from utils.stage import Report, Stage, start, wrote
+from utils.stage import Report, Stage, fits_terminal, start, wrote
 
 
 @dataclass
@@ -76,3 +82,38 @@ def test_help_is_printed_before_parsing(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         start("toy", "the page", Arguments)
     assert stop.value.code == 0 and capsys.readouterr().out == "the page\n"
+
+
+@fits_terminal
+def render(cell: str) -> Report:
+    sentence = (
+        "A sentence of a report that is longer than one hundred characters, so that it breaks into two lines or more."
+    )
+    return Report("\n\n".join([tables.render("title", [("metric", "value"), (cell, "1.0 ± 0.1")]), sentence]), sentence)
+
+
+@pytest.mark.parametrize("columns", [60, 80, 200])
+def test_artifacts_ignore_the_terminal(columns, monkeypatch):
+    wide = render("a metric whose name is rather long").text
+    monkeypatch.setattr(stage_module, "terminal_width", lambda: min(100, columns))
+    report = render("a metric whose name is rather long")
+    assert report.text == wide and max(map(len, wide.splitlines())) <= 100
+    assert report.verdict in wide.replace("\n", " ")
+    if columns < 100:
+        assert max(map(len, report.printed.splitlines())) <= columns
+        words = [word for word in wide.split() if not word.startswith("--")]
+        assert set(words) <= set(report.printed.split())
+    else:
+        assert report.printed is None
+
+
+def test_table_rows_are_not_broken_as_sentences():
+    row = "a" * 60 + "  " + "b" * 60
+    assert tables.wrap_sentences(row) == row
+
+
+def test_a_closed_pipe_ends_quietly(tmp_path):
+    code = "from utils.errors import run\ndef main():\n    for _ in range(100000): print('line')\nrun(main)"
+    piped = f"{shlex.quote(sys.executable)} -c {shlex.quote(code)} | head -1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", piped], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "line\n" and done.stderr == "" and done.returncode == 141
