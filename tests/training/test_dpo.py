@@ -25,7 +25,7 @@ def test_run_writes_all_artifacts(train, tiny, prefs, tmp_path):
         *train_args(tiny, prefs, tmp_path, "--eval_strategy", "steps", "--eval_steps", 2, "--sample_prompts", 1)
     )
     assert code == 0, err
-    assert read_json(tmp_path / "out/r/train.json")["claim"] in out
+    assert read_json(tmp_path / "out/r/train.json")["claim"] in " ".join(out.split())
     folder, weights = tmp_path / "out" / "r", tmp_path / "ck" / "r"
     names = {p.name for p in folder.iterdir()}
     assert names == {

@@ -154,7 +154,7 @@ def test_run_writes_all_artifacts(sft, call, tiny, rows, tmp_path):
     summary = read_json(folder / "train.json")
     assert summary["stage"] == "sft" and summary["data"]["train"]["conversations"] == 24
     assert summary["data"]["test"]["conversations"] == 8 and summary["model"]["weights_sha256"]
-    assert summary["claim"] in out
+    assert summary["claim"] in " ".join(out.split())
     for figure in summary["metrics"].values():
         assert set(figure) == {"value", "stderr", "ci95", "n"} and figure["n"] == 8
     # The held-out rows give the summary's figures again.
