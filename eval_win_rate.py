@@ -21,7 +21,8 @@ Main arguments (YAML keys and flags are the same; dashes and underscores both wo
   data     --dataset_name ID|FILE|FOLDER --split test_prefs   --max_length 1024   --limit N
            default: the data that the tuned model's run held out, else UltraFeedback's test_prefs
   reward   --beta 0.1   --expected FILE (eval metrics that the trainer logged; must be reproduced within 1e-3)
-  battle   --judge hf:MODEL|openai:MODEL@URL|rm:MODEL|longer|random   --judge_prompt configs/judges/pairwise.yaml
+  battle   --judge hf:MODEL|vllm:MODEL|openai:MODEL@URL|rm:MODEL|longer|random
+           --judge_prompt configs/judges/pairwise.yaml
            --prompts ID|FILE --prompts_split test   --max_new_tokens 256 --temperature 0 --top_p 1
            --models name=FOLDER ...   --opponent_outputs FILE   --published FILE
   run      --batch_tokens N   --batch_size N   --seed 42   --output_dir DIR | --output_json FILE   --overwrite

@@ -4,7 +4,7 @@
     python merge_adapter.py --run_name gemma-2b-it-dpo --dtype bfloat16
     python merge_adapter.py --adapter_path FOLDER --base_model google/gemma-2b-it --dataset_name my_pairs.jsonl
 
-The adapter is merged into the base's full-precision weights, also if it was trained on a quantised base. The folder is
+The adapter is merged into the base's full-precision weights, even if it was trained on a quantised base. The folder is
 written, loaded again, and its log-probabilities of the held-out pairs are compared with the adapter's. It gets its name
 only if they differ by no more than rounding explains. Writes merge.json and merge_rows.jsonl to eval_out/<run_name>/,
 and a model card into the folder.

@@ -72,6 +72,14 @@ def check(args, c) -> None:
         raise UserError(f"--lc_resamples {args.lc_resamples}: must be at least 2")
 
 
+def score_file(args, eval_out: str, seed: int) -> None:
+    """Score one annotations.json: no model is needed and no artifact is written."""
+    from preflab.alpacaeval import files, report
+
+    annotations = files.read_annotations(Path(args.annotations))
+    print_main(report.render_file(annotations, args.annotations, eval_out, seed, args.lc_resamples))
+
+
 def main():
     stage, comparison_args, args = start("alpacaeval", __doc__, ComparisonArguments, AlpacaEvalArguments)
     check(args, comparison_args)
@@ -83,23 +91,17 @@ def main():
 
     processes = join_processes()
     eval_out, seed = comparison_args.eval_out, comparison_args.seed
-    # Scoring a file needs no model and writes no artifact.
     if args.annotations:
-        if is_main_process():
-            annotations = files.read_annotations(Path(args.annotations))
-            print_main(report.render_file(annotations, args.annotations, eval_out, seed, args.lc_resamples))
-        return
+        return score_file(args, eval_out, seed) if is_main_process() else None
 
     # Everything that can be wrong is read before the first answer is generated.
     comparison = resolve(comparison_args)
-    # The suffix keeps a trial run's answers apart from those of the complete set.
     folder = comparison.out / with_limit_suffix("alpacaeval", comparison_args.limit)
     reference = files.read_reference(args.reference, comparison_args.limit)
     published = report.published(args.published)
     # Made before the answers, so that an unknown judge fails at once.
-    judge = None
-    if args.stage in ("judge", "all"):
-        judge = stages.load_judge(args.judge, args.judge_options(comparison_args))
+    judging = args.stage in ("judge", "all")
+    judge = stages.load_judge(args.judge, args.judge_options(comparison_args)) if judging else None
 
     if args.stage in ("generate", "all"):
         stages.generate(comparison, args, reference, folder)

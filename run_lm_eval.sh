@@ -15,5 +15,6 @@ source utils/env.sh
 
 choose_python
 "$python" -c 'import lm_eval' 2>/dev/null ||
-    fail "$python has no lm-evaluation-harness: run bash quickstart.sh, or pip install -r requirements.txt"
+    fail "$python has no lm-evaluation-harness: set PYTHON=.venv/bin/python (bash quickstart.sh creates it), or pip install" \
+        "-r requirements.txt"
 exec "$python" -m preflab.harness.run "$@"

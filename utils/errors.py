@@ -31,6 +31,14 @@ def run(main, out_of_memory: str = RESUME_HINT) -> None:
         # 128 + SIGINT, the shell's convention for an interrupted command.
         print("\ninterrupted: run the same command again (without --overwrite) to continue", file=sys.stderr)
         sys.exit(130)
+    except ModuleNotFoundError as error:
+        # Also of the project's own modules, whose absence is a defect: that keeps its traceback.
+        if (error.name or "").split(".")[0] in ("", "utils", "preflab"):
+            raise
+        fail(
+            f"{sys.executable} has no package {error.name}: run `source .venv/bin/activate` (bash quickstart.sh creates"
+            " .venv), or pip install -r requirements.txt"
+        )
     except BrokenPipeError:
         # The reader of the output (`| head`) is gone. Python would fail again when it flushes stdout at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

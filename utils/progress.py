@@ -51,7 +51,7 @@ class LineProgress:
         seconds = self.printed_at - self.started
         # stderr, as tqdm: stdout holds the report only.
         print(
-            f"{self.desc}: {self.n}/{self.total} {self.unit}{share} after {seconds:.0f} s{self.details}",
+            f"{self.desc}: {self.n}/{self.total} {self.unit}s{share} after {seconds:.0f} s{self.details}",
             file=sys.stderr,
             flush=True,
         )

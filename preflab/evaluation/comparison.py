@@ -259,7 +259,9 @@ def held_out_sources(args: ComparisonArguments, trained: dict) -> tuple[list[dic
     known = {f.name for f in fields(DataArguments)}
     sources = DataArguments(**{k: v for k, v in trained.items() if k in known}).sources()[1]
     if not sources:
-        raise UserError("the run held no pairs out: give data that it was not trained on with --dataset_name, --split")
+        raise UserError(
+            "this run has no held-out pairs: give data that it was not trained on with --dataset_name, --split"
+        )
     # With another split, these are not the rows that the run held out, so its filters do not apply.
     return [{**source, **({"split": args.split} if args.split else {})} for source in sources], not args.split
 

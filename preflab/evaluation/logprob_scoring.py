@@ -80,7 +80,7 @@ def score_sequences(models: TwoModels, sequences: list[Sequence], summarise, kin
     # Tokens of missing sequences only; speed excludes loading the weights and what an earlier call scored.
     tokens, started = sum(len(sequences[i].ids) for i in missing), time.monotonic()
     scored = shown = 0
-    with progress(tokens, kind, "tok", scale=True) as bar:
+    with progress(tokens, kind, "token", scale=True) as bar:
         for batch in cache.own_share(batches):
             for i, scores in zip(batch, score_batch(models, [sequences[i] for i in batch]), strict=True):
                 # In nats. NaN and infinity carry over to the maximum, so one test covers every token of both models.

@@ -38,7 +38,7 @@ def test_log_gets_plain_lines(every_update, capsys):
     shown.on_evaluate(None, state, None)
     shown.on_train_end(None, state, None)
     err = capsys.readouterr().err
-    assert "training: 3/4 step (75%)" in err and "training: 4/4 step (100%)" in err
+    assert "training: 3/4 steps (75%)" in err and "training: 4/4 steps (100%)" in err
     assert "loss 0.693, accuracy 0.500" in err and "grad_norm" not in err and "\r" not in err
     assert "evaluating: 1/2 batch" in err
 
@@ -48,4 +48,4 @@ def test_run_writes_no_carriage_returns(disabled, every_update, train, tiny, pre
     evaluations = ("--eval_strategy", "steps", "--eval_steps", "1", "--max_steps", "2", "--disable_tqdm", disabled)
     code, out, err = train(*train_args(tiny, prefs, tmp_path), *evaluations)
     assert code == 0 and "\r" not in out + err, err
-    assert ("training: 2/2 step" in err) == (disabled == "false")
+    assert ("training: 2/2 steps" in err) == (disabled == "false")

@@ -18,7 +18,7 @@ def test_long_work_prints_plain_lines(capfd):
         bar.update(1)
         bar.update(3)
     err = capfd.readouterr().err
-    assert "\r" not in err and "scoring: 1/4 pair (25%)" in err and "scoring: 4/4 pair (100%)" in err
+    assert "\r" not in err and "scoring: 1/4 pairs (25%)" in err and "scoring: 4/4 pairs (100%)" in err
     assert "loss 0.693" in err
 
 
@@ -30,7 +30,7 @@ def test_last_line_is_printed_once(capfd):
         bar.update(1)
         bar.seconds = 60
         bar.update(1)
-    assert capfd.readouterr().err.splitlines()[-1].startswith("scoring: 2/2 pair (100%)")
+    assert capfd.readouterr().err.splitlines()[-1].startswith("scoring: 2/2 pairs (100%)")
 
 
 def test_other_ranks_show_nothing(monkeypatch, capfd):

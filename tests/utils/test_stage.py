@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, assert_one_line
 
 from utils import stage as stage_module
 from utils import tables
@@ -117,3 +117,10 @@ def test_a_closed_pipe_ends_quietly(tmp_path):
     piped = f"{shlex.quote(sys.executable)} -c {shlex.quote(code)} | head -1; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", piped], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "line\n" and done.stderr == "" and done.returncode == 141
+
+
+def test_missing_package_is_one_line(tmp_path):
+    code = "from utils.errors import run\ndef main():\n    import a_package_that_is_missing\nrun(main)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert_one_line(done.stderr, "a_package_that_is_missing", ".venv/bin/activate")
