@@ -359,6 +359,7 @@ def test_adapter_chat_template_is_used(call, trained, tiny, tmp_path):
         "{% if add_generation_prompt %}assistant says:\n{% endif %}"
     )
     same = ("--base_model", tiny, "--dataset_name", "data/quickstart_prefs", "--split", "test", "--limit", 1)
+    same = (*same, "--max_length", 1024, "--max_prompt_length", 512)  # the whole prompt, not the run's 64 tokens
     for folder in (trained / "ck/r", other):
         flags = ("--adapter_path", folder, *same, "--output_dir", tmp_path / folder.name, "--eval_out", tmp_path)
         code, _, err = call("eval_win_rate", *map(str, flags))
