@@ -417,7 +417,7 @@ def test_single_stages_equal_stage_all(call, trained, tiny, reference, tmp_path)
     assert values_of(at_once) == values_of(by_stage)
     preferences = [row["preference"] for row in read_json(folder / "annotations_base.json")]
     assert at_once["metrics"]["base_win_rate"]["value"] == pytest.approx(100 * np.mean(np.array(preferences) - 1))
-    assert at_once["audit"]["verdict"] in out and "GPT-4 Turbo" in out and "tuned - base" in out
+    assert at_once["audit"]["verdict"] in " ".join(out.split()) and "GPT-4 Turbo" in out and "tuned - base" in out
     assert "base_verdict_mass_median" in at_once["metrics"]
     assert max(map(len, out.split("wrote ")[0].splitlines()[:12])) <= 100, "the table fits 100 columns"
     table = list(csv.DictReader((folder / "leaderboard.csv").open()))
@@ -454,7 +454,7 @@ def test_no_claim_without_audit(call, trained, tiny, reference, tmp_path):
     args = alpaca_args(trained, tmp_path, reference, tiny, "--audit_limit", 0)
     code, out, err = call("run_alpacaeval_local", *args)
     assert code == 0, err
-    assert "Inconclusive: the judge was not audited" in out and "truncated answers, %" in out
+    assert "No claim: the judge was not audited" in out and "truncated answers, %" in out
 
 
 def test_markup_in_answers_is_plain_text_to_judge(call, trained, tiny, reference, tmp_path):

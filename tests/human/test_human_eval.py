@@ -321,7 +321,7 @@ def test_strengths_need_connected_models():
     vote = export(key, lambda i: prefers("tuned")(i) if "base" not in (i["left"], i["right"]) else None)
     sections = scored(key, candidates, about, vote)
     assert sections["bradley_terry"] is None and "win_rate" not in sections["metrics"]
-    assert "Inconclusive: nobody judged tuned against base" in render(sections, "t").text
+    assert "No claim: nobody judged tuned against base" in render(sections, "t").text
 
 
 def test_position_bias_is_reported():
