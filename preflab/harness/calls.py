@@ -380,7 +380,7 @@ def _progress_display():
     def show(line: str) -> None:
         name, done, total = PROGRESS.match(line).group("name", "done", "total")
         # A completed bar is removed, since the harness may start another one under the same name.
-        bar = bars.setdefault(name, LineProgress(int(total), name, "requests"))
+        bar = bars.setdefault(name, LineProgress(int(total), name, "request"))
         bar.total = int(total)
         bar.update(int(done) - bar.n)
         if done == total:
