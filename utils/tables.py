@@ -1,5 +1,6 @@
 """Printed tables: aligned text of at most 100 columns, Markdown, and metrics with errors and intervals."""
 
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -114,20 +115,63 @@ def _wrapped_row(line: tuple, widths: list[int]) -> list[str]:
     ]
 
 
+# Above this, digits behind the point say nothing, and a number would not fit its column.
+LARGE = 1e7
+
+
+def number(x: float | None, digits: int = 1, sign: str = "") -> str:
+    """Format a number with `digits` decimals: no negative zero, `1.23e+09` from 1e7 on, a dash for None and NaN.
+
+    Args:
+        sign: "+" shows the sign of positive numbers too.
+    """
+    # NaN is the only value that differs from itself; read back from an artifact, it is None.
+    if x is None or x != x:
+        return "-"
+    # `z` turns a zero that rounding made negative into a positive one.
+    return f"{x:{sign}z.{digits}f}" if abs(x) < LARGE else f"{x:{sign}.3g}"
+
+
+def p_value(p: float | None) -> str:
+    """Format a p-value with two significant digits, more where rounding would move it across 0.05; never as 0."""
+    if p is None or p != p:
+        return "-"
+    if p == 0:
+        # The exact value is below the smallest double.
+        return "<1e-300"
+    digits = 2
+    while p != 0.05 and (float(f"{p:.{digits}g}") < 0.05) != (p < 0.05) or float(f"{p:.{digits}g}") == 0.05 != p:
+        digits += 1
+    return f"{p:.{digits}g}"
+
+
+def p_equals(p: float | None) -> str:
+    """`p=0.031` for sentences; `p<1e-300` below the smallest double."""
+    text = p_value(p)
+    return f"p{text}" if text.startswith("<") else f"p={text}"
+
+
+def decimals(m: dict, scale: float = 1, digits: int = 1) -> int:
+    """`digits`, or as many as the metric's standard error needs to be seen: 0.00002 ± 0.00001, not 0.000 ± 0.000."""
+    error = abs(scale * (m["stderr"] or 0))
+    # Below 1e-8 an error is one of rounding.
+    return max(digits, math.ceil(-math.log10(error))) if 1e-8 < error < 0.5 * 10**-digits else digits
+
+
 def cell(m: dict, scale: float = 1, digits: int = 1) -> str:
     """Format a metric with its standard error, `71.7 ± 4.2`; a dash if it has no value."""
-    # NaN is the only value that differs from itself; read back from an artifact, it is None.
     if m["value"] is None or m["value"] != m["value"]:
         return "-"
-    error = "" if m["stderr"] is None else f" ± {scale * m['stderr']:.{digits}f}"
-    return f"{scale * m['value']:.{digits}f}{error}"
+    digits = decimals(m, scale, digits)
+    error = "" if m["stderr"] is None else f" ± {number(scale * m['stderr'], digits)}"
+    return f"{number(scale * m['value'], digits)}{error}"
 
 
 def interval(m: dict, scale: float = 1, digits: int = 1, sign: str = "") -> str:
     """Format a metric's 95% interval, ` [63.3, 80.0]`, or nothing if it has none. `sign` "+" shows signs."""
     if m["ci95"] is None:
         return ""
-    low, high = (f"{scale * x:{sign}.{digits}f}" for x in m["ci95"])
+    low, high = (number(scale * x, decimals(m, scale, digits), sign) for x in m["ci95"])
     return f" [{low}, {high}]"
 
 
@@ -135,13 +179,14 @@ def estimate(m: dict, scale: float = 1, digits: int = 1) -> str:
     """Format a metric with its 95% interval, `71.7 [63.3, 80.0]`; a dash if it has no value."""
     if m["value"] is None or m["value"] != m["value"]:
         return "-"
-    return f"{scale * m['value']:.{digits}f}{interval(m, scale, digits)}"
+    return f"{number(scale * m['value'], decimals(m, scale, digits))}{interval(m, scale, digits)}"
 
 
 def difference(m: dict, p: dict | None = None, scale: float = 1, digits: int = 1) -> str:
     """Format a signed metric with its 95% interval and its test's p-value, `+21.7 [+13.3, +30.0] p=2e-06`."""
-    shown = f"{scale * m['value']:+.{digits}f}{interval(m, scale, digits, '+')}"
-    return shown + (f" p={p['value']:.2g}" if p else "")
+    value = None if m["value"] is None else scale * m["value"]
+    shown = number(value, decimals(m, scale, digits), "+") + interval(m, scale, digits, "+")
+    return shown + (f" {p_equals(p['value'])}" if p else "")
 
 
 def markdown_table(lines: list[list[str]]) -> str:

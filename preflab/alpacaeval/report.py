@@ -12,7 +12,7 @@ from utils.artifacts import read_published
 from utils.errors import UserError
 from utils.plots import CHOSEN, NEUTRAL, figure, save
 from utils.stage import Report, fits_terminal
-from utils.tables import cell, difference, estimate, interval
+from utils.tables import cell, difference, estimate, interval, p_equals, p_value
 from utils.tables import render as render_table
 
 SIDES = ("base", "tuned")
@@ -80,7 +80,7 @@ def results_table(results: dict, title: str) -> str:
             "win rate, %",
             *_both_sides(m, "win_rate"),
             difference(m["difference_win_rate"]),
-            f"{m['p_difference_win_rate']['value']:.2g}",
+            p_value(m["p_difference_win_rate"]["value"]),
         ),
     ]
     if f"base_{name}" in m:
@@ -141,7 +141,7 @@ def verdict_of(results: dict, audit: dict | None) -> str:
     """One sentence: whether the judge prefers tuned to base, as far as its audit allows."""
     m = results["metrics"]
     d, p = m["difference_win_rate"], m["p_difference_win_rate"]
-    shown = f"tuned - base is {difference(d)} points of win rate against the reference (p={p['value']:.2g})"
+    shown = f"tuned - base is {difference(d)} points of win rate against the reference ({p_equals(p['value'])})"
     controlled = m.get(f"difference_{results['lc_name']}")
     if controlled:
         shown += f", {difference(controlled)} length-controlled"

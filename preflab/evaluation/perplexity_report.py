@@ -7,7 +7,7 @@ from preflab.evaluation.perplexity import SIDES
 from utils.errors import is_main_process
 from utils.plots import CHOSEN, NEUTRAL, REJECTED, figure, save
 from utils.stage import Report, fits_terminal
-from utils.tables import cell, difference
+from utils.tables import cell, difference, p_equals, p_value
 from utils.tables import render as render_table
 
 SECTIONS = {
@@ -73,7 +73,7 @@ def _change(metrics: dict, name: str, label: str) -> str:
     outside = low > 0 or high < 0
     # Interval and test must agree before the text claims a change.
     direction = ("rose" if low > 0 else "fell") if outside and p < 0.05 else "did not change significantly"
-    test = f"; signed-rank test p={p:.2g}" if outside and p >= 0.05 else ""
+    test = f"; signed-rank test {p_equals(p)}" if outside and p >= 0.05 else ""
     return f"{label.capitalize()}: perplexity {direction} ({change}, 95% interval {low:+.2f} to {high:+.2f}%{test})."
 
 
@@ -85,7 +85,7 @@ def _table(metrics: dict, title: str) -> str:
             # The section's metrics without its name. A `p_` metric starts differently and is read by its full name.
             m = {k.removeprefix(f"{name}_"): v for k, v in metrics.items() if k.startswith(f"{name}_")}
             # A single unit has no spread, so there is nothing to test.
-            p = f"{metrics[f'p_{name}_nll_difference']['value']:.2g}" if m["tokens"]["n"] > 1 else "-"
+            p = f"{p_value(metrics[f'p_{name}_nll_difference']['value'])}" if m["tokens"]["n"] > 1 else "-"
             sides = [cell(m[f"ppl_{side}"], 1, 3) for side in ("base", "tuned")]
             change = difference(m["ppl_difference"], None, 1, 3)
             label = SHORT_LABELS[name].replace("\n", " ")

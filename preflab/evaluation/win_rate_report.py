@@ -16,7 +16,7 @@ from utils.errors import is_main_process
 from utils.plots import CHOSEN, NEUTRAL, REJECTED, figure, save
 from utils.stage import Report, fits_terminal
 from utils.stats import pairwise_correct
-from utils.tables import cell, difference, estimate
+from utils.tables import cell, difference, estimate, p_equals, p_value
 from utils.tables import render as render_table
 
 
@@ -87,7 +87,7 @@ def _table(m: dict, title: str) -> str:
             "win rate per token, % (ties half)",
             COIN_FLIP,
             cell(m["win_rate_length_normalised_ties_half"], 100),
-            f"p={per_token_p:.2g}",
+            f"{p_equals(per_token_p)}",
         ),
         comparison_row(
             "base likelihood, tuned reward, %",
@@ -120,7 +120,7 @@ def _slices_table(slices: dict) -> str:
         for label, s in groups.items():
             ahead, p = difference(s["win_rate_minus_base_ranking"], None, 100), s["p_win_rate_is_base_ranking"]
             shares = cell(s["base_ranking"], 100), cell(s["win_rate_ties_half"], 100)
-            lines.append((label, str(s["n"]), *shares, ahead, f"{p:.2g}"))
+            lines.append((label, str(s["n"]), *shares, ahead, p_value(p)))
     return render_table("by length, longer side and score gap (ties half)", lines)
 
 

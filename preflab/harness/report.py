@@ -10,7 +10,7 @@ from utils import tables
 from utils.plots import CHOSEN, EVAL, NEUTRAL, empty_panel, figure, save
 from utils.stage import Report, fits_terminal
 from utils.stats import holm
-from utils.tables import markdown_table, paragraphs
+from utils.tables import markdown_table, number, p_equals, p_value, paragraphs
 
 PURPOSE = (
     "These tasks measure objective quality (knowledge, reasoning, truthfulness on fixed questions), not human"
@@ -101,7 +101,7 @@ def table_lines(results: SuiteResults) -> list[tuple]:
             task = row["task"]
             lines.append((f"{indent}{row['alias']}" + ("" if row["shots"] is None else f", {row['shots']}-shot"),))
         measure = row["metric"] if row["filter"] == "none" else f"{row['metric']}, {row['filter']}"
-        p = "-" if row["p"] is None else f"{row['p']:.2g}{'*' if row.get('significant') else ''}"
+        p = p_value(row["p"]) + ("*" if row.get("significant") else "")
         cells = (_cell(row["base"]), _cell(row["tuned"]), _cell(row["difference"], "+"))
         lines.append((f"{indent}  {measure}{ARROWS.get(row['higher'], '')}", *cells, p))
         for name, published in row.get("references", {}).items():
@@ -116,7 +116,7 @@ def average_lines(results: SuiteResults) -> list[tuple]:
     lines: list[tuple] = [("average", "base", "tuned", "tuned - base", "p")]
     for name, m in results.averages.items():
         cells = (_cell(m["base"], "", digits[name]), _cell(m["tuned"], "", digits[name]))
-        p = "-" if m["p"] is None else f"{m['p']:.2g}"
+        p = p_value(m["p"])
         lines.append((name, *cells, _cell(m["difference"], "+", digits[name]), p))
     return lines
 
@@ -174,7 +174,7 @@ def full_table(results: SuiteResults) -> str:
         name = f"{' ' * row['depth'] + '- ' if row['depth'] else ''}{row['alias']}"
         task_version = "" if row["version"] is None else str(row["version"])
         shots = "" if row["shots"] is None else str(row["shots"])
-        p = "-" if row["p"] is None else f"{row['p']:.2g}{'*' if row.get('significant') else ''}"
+        p = p_value(row["p"]) + ("*" if row.get("significant") else "")
         references = row.get("references", {})
         published = [_published_cells(row, references[name]) if name in references else ("", "") for name in names]
         lines.append(
@@ -197,7 +197,7 @@ def full_averages(results: SuiteResults) -> str:
     for side in ("base", "tuned"):
         lines.append([side, *(_cell(m[side], "", digits[name]) for name, m in results.averages.items())])
     differences = [
-        _cell(m["difference"], "+", digits[name]) + ("" if m["p"] is None else f" p={m['p']:.2g}")
+        _cell(m["difference"], "+", digits[name]) + ("" if m["p"] is None else f" {p_equals(m['p'])}")
         for name, m in results.averages.items()
     ]
     lines.append(["tuned - base", *differences])
@@ -208,7 +208,8 @@ def _value(m: dict, sign: str = "", digits: int = 4) -> tuple[str, str]:
     """(value, `± stderr`) with a dash for a missing value."""
     if m["value"] is None:
         return "-", ""
-    return f"{m['value']:{sign}.{digits}f}", "" if m["stderr"] is None else f"± {m['stderr']:.{digits}f}"
+    digits = tables.decimals(m, digits=digits)
+    return number(m["value"], digits, sign), "" if m["stderr"] is None else f"± {number(m['stderr'], digits)}"
 
 
 # --------------------------------------------------------------------------------------------------- published figures

@@ -6,7 +6,7 @@ from preflab.human.study import COLUMN_OF
 from preflab.judging.battle_report import categories_table
 from utils.plots import CHOSEN, EVAL, NEUTRAL, REJECTED, empty_panel, figure, save, win_rate_bars
 from utils.stage import Report, fits_terminal, wrote
-from utils.tables import cell, difference, estimate, side_by_side
+from utils.tables import cell, difference, estimate, p_equals, p_value, side_by_side
 from utils.tables import render as render_table
 
 
@@ -62,7 +62,8 @@ def verdict_of(m: dict) -> str:
         return "No claim: nobody judged tuned against base."
     rate, p = m["win_rate"], m["p_win_rate_is_half"]["value"]
     shown = (
-        f"tuned wins {estimate(rate, 100)}% against base (95% interval over prompts; ties half; sign test p={p:.2g})"
+        f"tuned wins {estimate(rate, 100)}% against base (95% interval over prompts; ties half;"
+        f" sign test {p_equals(p)})"
     )
     # Interval and test must agree; they can differ near the threshold. ci95 is None for a single prompt.
     if rate["ci95"] and p < 0.05 and rate["ci95"][0] > 0.5:
@@ -92,7 +93,7 @@ def matches_table(sections: dict, title: str) -> str:
                 _name(match),
                 str(m["prompts"]["value"]),
                 estimate(m["win_rate"], 100),
-                f"{m['p_win_rate_is_half']['value']:.2g}",
+                p_value(m["p_win_rate_is_half"]["value"]),
                 estimate(m["win_rate_style_controlled"], 100),
             )
         )
@@ -129,7 +130,7 @@ def answers_table(sections: dict) -> str:
         # The difference belongs to the pairing of tuned and base, shown in tuned's line.
         if name == "tuned" and "acceptable_difference" in main:
             acceptable_difference = difference(main["acceptable_difference"], scale=100)
-            notes.append(f"acceptable, tuned - base: sign test p={main['p_acceptable_difference']['value']:.2g}")
+            notes.append(f"acceptable, tuned - base: sign test {p_equals(main['p_acceptable_difference']['value'])}")
         truncated = cell(m["truncated_share"], 100) if "truncated_share" in m else "-"
         strength = estimate(strengths[name], 1, 2) if strengths else ""
         acceptable = estimate(m["acceptable"], 100)

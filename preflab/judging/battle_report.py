@@ -4,7 +4,7 @@ from pathlib import Path
 
 from utils.plots import CHOSEN, EVAL, NEUTRAL, empty_panel, figure, save, win_rate_bars
 from utils.stage import Report, fits_terminal
-from utils.tables import cell, difference, estimate
+from utils.tables import cell, difference, estimate, p_equals, p_value
 from utils.tables import render as render_table
 
 # A judge whose verdict changes with the order of the answers on more than half of at least 20 prompts is unreliable.
@@ -40,7 +40,9 @@ def verdict_of(sections: dict) -> str:
     m = sections["metrics"]
     if "win_rate_difference" in m:
         d, p = m["win_rate_difference"], m["p_win_rate_difference"]
-        result = f"against the same opponent, tuned - base is {difference(d, scale=100)} points (p={p['value']:.2g})"
+        result = (
+            f"against the same opponent, tuned - base is {difference(d, scale=100)} points ({p_equals(p['value'])})"
+        )
         if d["ci95"] and d["ci95"][0] > 0 and p["value"] < 0.05:
             return f"The judge prefers tuned: {result}."
         if d["ci95"] and d["ci95"][1] < 0 and p["value"] < 0.05:
@@ -51,7 +53,7 @@ def verdict_of(sections: dict) -> str:
     if "win_rate" not in m:
         return "No claim: no prompt has verdicts in both orders."
     rate, p = m["win_rate"], m["p_win_rate_is_half"]["value"]
-    result = f"tuned wins {estimate(rate, 100)}% against base (95% interval; ties half; sign test p={p:.2g})"
+    result = f"tuned wins {estimate(rate, 100)}% against base (95% interval; ties half; sign test {p_equals(p)})"
     if rate["ci95"] and rate["ci95"][1] < 0.5 and p < 0.05:
         return f"The judge prefers base: {result}."
     if not (rate["ci95"] and rate["ci95"][0] > 0.5 and p < 0.05):
@@ -116,7 +118,7 @@ def _judge_lines(judges: dict[str, dict]) -> list[tuple]:
 
     rows = {
         "win rate, %": lambda m: estimate(m["win_rate"], 100),
-        "p-value against 50% (sign test)": lambda m: f"{m['p_win_rate_is_half']['value']:.2g}",
+        "p-value against 50% (sign test)": lambda m: p_value(m["p_win_rate_is_half"]["value"]),
         "wins / ties / losses": lambda m: " / ".join(str(m[k]["value"]) for k in ("wins", "ties", "losses")),
         "win rate, mean of both orders, %": percent("win_rate_average_of_orders"),
         "win rate, by judge probability, %": percent("win_rate_probability"),
@@ -155,7 +157,7 @@ def categories_table(match: dict) -> str:
     """Win rate by category of prompts."""
     lines = [("category", "prompts", f"{match['a']} wins, %", "p")]
     for name, c in match["categories"].items():
-        lines.append((name, str(c["n"]), estimate(c["win_rate"], 100), f"{c['p_win_rate_is_half']:.2g}"))
+        lines.append((name, str(c["n"]), estimate(c["win_rate"], 100), p_value(c["p_win_rate_is_half"])))
     return render_table(f"{match['a']} vs {match['b']} by category (not corrected for multiple tests)", lines)
 
 

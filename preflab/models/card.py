@@ -7,6 +7,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from preflab.models.loading import BUILTIN_HUB_ID
 from utils.stage import Report
+from utils.tables import decimals, number, p_value
 
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 MERGED_TEMPLATE = Path(__file__).with_name("merged_card.md.jinja")
@@ -156,12 +157,12 @@ def _eval_results(summary: dict) -> list[EvalResult]:
 
 def _metric_cells(name: str, metric: dict) -> list[str]:
     """One metric as a row of the card's table."""
-    value, low_high = metric["value"], metric["ci95"]
+    value, low_high, digits = metric["value"], metric["ci95"], decimals(metric, digits=4)
     return [
         name,
-        "-" if value is None else f"{value:.4f}",
-        "-" if metric["stderr"] is None else f"{metric['stderr']:.4f}",
-        "-" if low_high is None else f"{low_high[0]:.4f} to {low_high[1]:.4f}",
+        p_value(value) if name.startswith("p_") else number(value, digits),
+        number(metric["stderr"], digits),
+        "-" if low_high is None else " to ".join(number(end, digits) for end in low_high),
         str(metric["n"]),
     ]
 

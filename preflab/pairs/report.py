@@ -6,7 +6,7 @@ import numpy as np
 
 from utils.plots import CHOSEN, NEUTRAL, REJECTED, figure, save
 from utils.stage import Report, fits_terminal
-from utils.tables import cell, estimate
+from utils.tables import cell, estimate, p_equals, p_value
 from utils.tables import render as render_table
 
 
@@ -55,7 +55,7 @@ def _pair_lines(sections: dict) -> list[tuple[str, str]]:
     for side in ("chosen", "rejected"):
         lines.append((f"win probability of {side}, %", cell(pairs[f"win_{side}"], 100)))
     # A share far from 50% shows a scorer that rewards length.
-    longer = f"{estimate(pairs['chosen_longer'], 100)} p={pairs['p_chosen_longer_is_half']['value']:.2g}"
+    longer = f"{estimate(pairs['chosen_longer'], 100)} {p_equals(pairs['p_chosen_longer_is_half']['value'])}"
     lines.append(("chosen is longer than rejected, %", longer))
     return lines
 
@@ -64,7 +64,7 @@ def _agreement_lines(sections: dict) -> list[tuple]:
     """Rows of the agreement table, one per further scorer."""
     lines = [("other scorers on the same answers", "pairs", "same order, %", "p", "same best, %", "Kendall's tau")]
     for name, m in sections["agreement"].items():
-        order, p = estimate(m["same_order"], 100), f"{m['p_same_order_is_half']['value']:.2g}"
+        order, p = estimate(m["same_order"], 100), p_value(m["p_same_order_is_half"]["value"])
         best, tau = cell(m["same_best"], 100), cell(m["rank_correlation"], 1, 2)
         lines.append((name, str(m["same_order"]["n"]), order, p, best, tau))
     return lines

@@ -1,7 +1,7 @@
 """Printed table and verdict of an SFT run: held-out perplexity of base and tuned model."""
 
 from utils.stage import Report, fits_terminal
-from utils.tables import cell, difference
+from utils.tables import cell, difference, p_equals
 from utils.tables import render as render_table
 
 SHARDED = "No claim: a sharded model cannot be scored before training; use eval_perplexity.py to compare."
@@ -45,7 +45,8 @@ def verdict_of(metrics: dict) -> tuple[bool, str]:
     # The ratio of perplexities, tuned over base, as a change in percent.
     change, low, high = (100 * (x - 1) for x in (ratio["value"], *ratio["ci95"]))
     finding = (
-        f"held-out perplexity changed by {change:+.1f}% (95% interval {low:+.1f} to {high:+.1f}, signed-rank p={p:.2g})"
+        f"held-out perplexity changed by {change:+.1f}% (95% interval {low:+.1f} to {high:+.1f}, signed-rank"
+        f" {p_equals(p)})"
     )
     if high < 0 and p < 0.05:
         return True, f"Training helped: {finding}."

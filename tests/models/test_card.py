@@ -57,7 +57,7 @@ def test_card_shows_every_figure():
     for line in (
         "org/base, trained on preference pairs with the sigmoid + sft loss (LoRA on a 4-bit base).",
         "| reward_accuracy | 0.7500 | 0.0400 | 0.6700 to 0.8300 | 8 |",
-        "| p_reward_accuracy_is_half | 0.0100 | - | - | 8 |",
+        "| p_reward_accuracy_is_half | 0.01 | - | - | 8 |",
         "| 0.7000 | 0.50 | 2 | 0.6500 | -1.0000 | - | - | - | - | - | - | - |",
         "- beta: 0.1",
         "- steps: 30 of 8 rows (2 per process × 4 accumulation × 1 processes), 1.0 epochs",

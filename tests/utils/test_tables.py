@@ -2,7 +2,7 @@
 
 import pytest
 
-from utils.tables import markdown_table, paragraphs, render
+from utils.tables import cell, difference, estimate, markdown_table, number, p_value, paragraphs, render
 
 WIDE = [
     ("on 120 held-out pairs", "base", "tuned", "tuned - base [95% interval]"),
@@ -50,3 +50,32 @@ def test_row_of_one_text_spans_the_columns():
 def test_paragraphs_wrap():
     text = paragraphs("one two three", "four", width=8)
     assert text == "one two\nthree\n\nfour"
+
+
+@pytest.mark.parametrize(
+    ("p", "text"),
+    [
+        (0.8, "0.8"), (1.0, "1"), (2.3456e-6, "2.3e-06"), (1e-320, "1e-320"), (0.0, "<1e-300"), (None, "-"),
+        # Two digits would show both as 0.05, one significant and the other not.
+        (0.0496, "0.0496"), (0.05, "0.05"), (0.0503, "0.0503"), (0.04999, "0.04999"), (float("nan"), "-"),
+    ],
+)  # fmt: skip
+def test_p_values_are_never_zero_and_keep_their_side_of_5_percent(p, text):
+    assert p_value(p) == text
+
+
+def test_numbers_have_no_negative_zero_and_fit_their_columns():
+    assert number(-0.0004, 3) == "0.000" and number(-0.0004, 3, "+") == "+0.000" and number(-2.5) == "-2.5"
+    assert number(1.23e9, 3) == "1.23e+09" and number(float("inf")) == "inf" and number(None) == "-"
+
+
+def metric_of(value, stderr, ci95=None):
+    return {"value": value, "stderr": stderr, "ci95": ci95, "n": 9}
+
+
+def test_small_figures_show_their_error():
+    tiny = metric_of(-2.3e-5, 1.2e-5, (-4e-5, 1e-6))
+    assert cell(tiny, 1, 3) == "-0.00002 ± 0.00001"
+    assert difference(tiny, {"value": 0.2}, 1, 3) == "-0.00002 [-0.00004, +0.00000] p=0.2"
+    assert cell(metric_of(0.0, 0.0), 1, 3) == "0.000 ± 0.000"
+    assert estimate(metric_of(0.717, 0.04, (0.63, 0.8)), 100) == "71.7 [63.0, 80.0]"
