@@ -18,7 +18,7 @@ The keys that matter (YAML keys and flags are the same; the command line wins; -
            --start_adapter FOLDER|ID --start_adapter_use merge|continue (with --use_peft)
   data     --dataset_name HUB_ID|FILE|FOLDER   --dataset_train_split train   --dataset_test_split test (or none)
            --test_dataset_name OTHER   --drop_ties   --min_score_margin X   --keep_duplicate_prompts
-           --train_test_overlap refuse|drop|keep   --prompt_format auto|chat   --limit N
+           --train_test_overlap refuse|drop|keep   --prompt_format auto|chat|text   --limit N
            several datasets: a `datasets:` list in the YAML, each {path, split, test_split, fraction}
   loss     --loss_type sigmoid ipo hinge robust sppo_hard apo_zero simpo sppo ...   --beta 0.1   --label_smoothing 0
            --gamma_beta_ratio 0.5 (simpo)

@@ -18,6 +18,7 @@ from preflab.alpacaeval.files import (
 )
 from preflab.alpacaeval.package import PackageEvaluator, clf_prompt, shipped_evaluators
 from preflab.data.preferences import load_pairs
+from preflab.data.prompt_format import AS_CHAT
 from preflab.data.prompts import Prompt
 from preflab.evaluation.comparison import held_out_sources
 from preflab.evaluation.two_models import TwoModels
@@ -116,7 +117,7 @@ def audit_judges(comparison, args, judges: list) -> dict:
     if args.audit_dataset is None:
         sources, _ = held_out_sources(c, comparison.trained)
     # Several pairs of a prompt are several labels; plain prompts become messages, as the judge prompts require.
-    data = load_pairs(sources, keep_duplicate_prompts=True, plain_as_chat=True)
+    data = load_pairs(sources, keep_duplicate_prompts=True, prompt_format=AS_CHAT)
     if not data.pairs:
         raise UserError(
             f"{sources[0]['name']}: no labelled pair is left for the audit (dropped: {dict(data.dropped)}); name other"

@@ -121,11 +121,17 @@ def neutralise(text: str, tokenizer) -> str:
 
     Otherwise a prompt or answer that spells `<|im_end|>` could end its turn and write another role's message.
     """
+    pattern = special_token_pattern(tokenizer)
+    return break_up(pattern, text) if pattern else text
+
+
+def special_token_pattern(tokenizer) -> re.Pattern | None:
+    """A pattern that matches the tokenizer's special tokens as text, None if it has none."""
     # Both sources: a model's turn markers may be added tokens that are not listed among its all_special_tokens.
     special = {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special} | set(tokenizer.all_special_tokens)
     # Longest first, so that no token hides a longer one; single characters are ordinary text.
     patterns = [re.escape(token) for token in sorted(special, key=len, reverse=True) if len(token) > 1]
-    return break_up(re.compile("|".join(patterns)), text) if patterns else text
+    return re.compile("|".join(patterns)) if patterns else None
 
 
 # Turn markers of Llama, Gemma, Mistral, Qwen and Phi, for endpoints whose tokenizer is unknown.

@@ -12,6 +12,7 @@ from datasets import Dataset
 
 from preflab.data.chat_template import ChatRenderer, TemplateRefused, shared_prefix
 from preflab.data.messages import check_messages, check_unicode, read_transcript, transcript
+from preflab.data.prompt_format import AS_TEXT, FORMATS, TURNS, WRAPPED, PromptFormat
 from preflab.data.sources import SourceArguments, folded, read_sources
 from utils.errors import UserError
 from utils.progress import progress
@@ -31,8 +32,8 @@ class DataArguments(SourceArguments):
     prompt_format: str = field(
         default="auto",
         metadata={
-            "help": "Plain-text prompts: auto keeps text, chat makes user messages.",
-            "choices": ["auto", "chat"],
+            "help": "Text prompts as user turns: auto (plain ones, if the model has a chat template), chat, text.",
+            "choices": list(FORMATS),
         },
     )
     chat_template_path: str | None = field(default=None, metadata={"help": "Jinja file that replaces the template."})
@@ -48,6 +49,7 @@ class Pair:
         score_chosen, score_rejected: the annotators' scores, if the data has them.
         win_chosen, win_rejected: estimated win probabilities (SPPO), if the data has them.
         source: file and row, for error messages and artifacts.
+        prompt_kind: TURNS, WRAPPED, or why a text prompt stays text (preflab.data.prompt_format).
     """
 
     chosen: str
@@ -59,6 +61,7 @@ class Pair:
     win_chosen: float | None = None
     win_rejected: float | None = None
     source: str = ""
+    prompt_kind: str = TURNS
 
     @property
     def prompt_text(self) -> str:
@@ -93,6 +96,7 @@ class PreferenceData:
             "rows": self.rows,
             "pairs": len(self.pairs),
             "dropped": dict(self.dropped),
+            "prompts": dict(Counter(pair.prompt_kind for pair in self.pairs)),
             "sources": self.sources,
             "text_sha256": sha256_of(
                 *[text for p in self.pairs for text in (p.prompt_text, p.chosen, p.rejected)],
@@ -109,13 +113,13 @@ WIN_KEYS = {"win_chosen": ("win_chosen", "chosen_probs_win"), "win_rejected": ("
 TRANSCRIPT = "\n\nHuman:"
 
 
-def to_pair(row: dict, source: str, plain_as_chat: bool = False) -> Pair | str:
+def to_pair(row: dict, source: str, prompt_format: PromptFormat = AS_TEXT) -> Pair | str:
     """Normalise one row of any supported format.
 
     Args:
         row: the parsed row.
         source: file and row, for error messages and `Pair.source`.
-        plain_as_chat: turn a plain-text prompt into a user message.
+        prompt_format: which text prompts become user turns.
 
     Returns:
         A Pair, or the name of the filter that drops the row.
@@ -154,12 +158,15 @@ def to_pair(row: dict, source: str, plain_as_chat: bool = False) -> Pair | str:
         elif isinstance(prompt, list):
             chosen, rejected = ([{"role": "assistant", "content": text}] for text in (chosen, rejected))
         else:
-            return _plain_pair(prompt, chosen, rejected, source, scores, plain_as_chat)
+            return _plain_pair(prompt, chosen, rejected, source, scores, prompt_format)
     return _chat_pair(prompt, chosen, rejected, source, scores)
 
 
-def _plain_pair(prompt: str | None, chosen: str, rejected: str, source: str, scores: dict, as_chat: bool) -> Pair | str:
+def _plain_pair(
+    prompt: str | None, chosen: str, rejected: str, source: str, scores: dict, prompt_format: PromptFormat
+) -> Pair | str:
     """A pair of plain texts; without a prompt, their common prefix is the prompt."""
+    cut_from_answers = ""
     # Without a prompt, equal texts have no point at which prompt and answer separate.
     if prompt is None:
         if chosen == rejected:
@@ -169,10 +176,14 @@ def _plain_pair(prompt: str | None, chosen: str, rejected: str, source: str, sco
         cut = min(shared_prefix(chosen, rejected), len(chosen) - 1, len(rejected) - 1)
         cut -= cut > 0 and chosen[cut - 1] == " "
         prompt, chosen, rejected = chosen[:cut], chosen[cut:], rejected[cut:]
-    chosen, rejected = _without_prompt(prompt, chosen, rejected)
-    if as_chat:
-        return Pair(chosen, rejected, messages=[{"role": "user", "content": prompt}], source=source, **scores)
-    return Pair(chosen, rejected, text=prompt, source=source, **scores)
+        cut_from_answers = "prompt"
+    # Both or neither: an answer may begin with the prompt's words by chance.
+    elif prompt and chosen.startswith(prompt) and rejected.startswith(prompt):
+        chosen, rejected = _without_prompt(prompt, chosen, rejected)
+        cut_from_answers = "repeated"
+    kind = prompt_format.kind(prompt, (chosen, rejected), cut_from_answers)
+    content = {"messages": [{"role": "user", "content": prompt}]} if kind == WRAPPED else {"text": prompt}
+    return Pair(chosen, rejected, **content, source=source, prompt_kind=kind, **scores)
 
 
 def _chat_pair(prompt: str | list | None, chosen: list, rejected: list, source: str, scores: dict) -> Pair | str:
@@ -239,7 +250,7 @@ def load_pairs(
     drop_ties: bool = False,
     min_score_margin: float | None = None,
     keep_duplicate_prompts: bool = False,
-    plain_as_chat: bool = False,
+    prompt_format: PromptFormat = AS_TEXT,
     limit: int | None = None,
 ) -> PreferenceData:
     """Read, normalise and filter the rows of one or several sources, in order.
@@ -249,7 +260,7 @@ def load_pairs(
         drop_ties: drop pairs with equal scores.
         min_score_margin: drop pairs whose chosen score is less than this above the rejected one.
         keep_duplicate_prompts: keep every pair of a prompt, not only the first.
-        plain_as_chat: turn plain-text prompts into user messages.
+        prompt_format: which text prompts become user turns.
         limit: number of pairs, spread evenly over the sources.
     """
     read = read_sources(sources)
@@ -261,7 +272,7 @@ def load_pairs(
         # A trial run takes the same number of pairs from every dataset of the mix (rounded up).
         if limit is not None and taken[index] >= -(-limit // len(read)):
             continue
-        pair = to_pair(row, source, plain_as_chat)
+        pair = to_pair(row, source, prompt_format)
         # The filters run before the search for duplicates, so a dropped pair does not hide a later usable one of its
         # prompt.
         reason = pair if isinstance(pair, str) else _drop_reason(pair, drop_ties, min_score_margin)

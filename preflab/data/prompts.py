@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from preflab.data.messages import check_messages, check_unicode, up_to_last
 from preflab.data.preferences import to_pair
+from preflab.data.prompt_format import AS_CHAT
 from preflab.data.rows import read_rows
 from utils.cache import cache_key
 from utils.errors import UserError
@@ -112,7 +113,7 @@ def _prompt_messages(row, source: str) -> list[dict] | str:
         raise UserError(f"{source}: expected an object with a prompt, not {type(row).__name__}")
     # Preference rows have several formats of their own, so they share the parser of the training data.
     if row.get("chosen") is not None and row.get("rejected") is not None:
-        pair = to_pair(row, source, plain_as_chat=True)
+        pair = to_pair(row, source, prompt_format=AS_CHAT)
         if isinstance(pair, str):
             return pair
         messages = pair.messages

@@ -61,7 +61,9 @@ class ComparisonArguments(ModelArguments, DatasetArguments, OutputArguments):
     load_in_4bit: bool | None = option("Quantise the base to nf4 (default: as trained).")
     dataset_name: str | None = option(f"Hub id, file or folder (default: the run's, else {ULTRAFEEDBACK}).")
     split: str | None = option("Split to evaluate on (default: the run's test split, else test_prefs or test).")
-    prompt_format: str | None = option("Plain-text pairs: auto or chat (default: the run's).", choices=["auto", "chat"])
+    prompt_format: str | None = option(
+        "Text prompts: auto, chat or text (default: the run's).", choices=["auto", "chat", "text"]
+    )
     max_length: int | None = option("Maximum sequence length in tokens (default: the run's, else 1024).")
     max_prompt_length: int | None = option(
         "Prompts of longer pairs are truncated to this (default: as trained, or half)."

@@ -188,7 +188,12 @@ def _run_arguments(folder: Path) -> dict:
     # Checkpoints are subfolders of the run's folder.
     for run_folder in (folder, folder.parent):
         if (run_folder / "run.json").exists():
-            arguments = read_json(run_folder / "run.json").get("args", {})
+            manifest = read_json(run_folder / "run.json")
+            arguments = manifest.get("args", {})
+            if "prompt_format" in arguments:
+                # Runs that did not record it are older than the wrapping of text prompts: their `auto` left them text.
+                before = "text" if arguments["prompt_format"] == "auto" else arguments["prompt_format"]
+                arguments["prompt_format"] = manifest.get("prompt_format", before)
             # Only SFT has loss_on.
             ignored = SourceArguments.__dataclass_fields__ if "loss_on" in arguments else ()
             return {key: value for key, value in arguments.items() if key not in ignored}

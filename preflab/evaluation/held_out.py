@@ -2,6 +2,7 @@
 
 from preflab.data.length_bias import split_bias
 from preflab.data.preferences import PreferenceData, load_pairs, tokenize
+from preflab.data.prompt_format import AS_CHAT, PromptFormat
 from preflab.evaluation.comparison import Comparison, held_out_sources
 from utils.errors import UserError, is_main_process
 
@@ -28,7 +29,7 @@ def held_out_pairs(comparison: Comparison, tokenizer) -> tuple[PreferenceData, o
         min_score_margin=trained.get("min_score_margin"),
         # Training drops duplicate prompts by default; other data keep them.
         keep_duplicate_prompts=bool(trained.get("keep_duplicate_prompts", True)),
-        plain_as_chat=args.prompt_format == "chat",
+        prompt_format=PromptFormat.of(args.prompt_format, tokenizer),
         limit=args.limit,
     )
     if not data.pairs:
@@ -72,7 +73,7 @@ def length_bias(comparison: Comparison, tokenizer, further_splits: list[str]) ->
         if name in biases:
             continue
         try:
-            data = load_pairs([source], keep_duplicate_prompts=True, plain_as_chat=True, limit=args.limit)
+            data = load_pairs([source], keep_duplicate_prompts=True, prompt_format=AS_CHAT, limit=args.limit)
         except UserError:
             # The train split may have been moved since the run.
             if source in requested:

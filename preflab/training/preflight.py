@@ -5,10 +5,12 @@
 
 import math
 import time
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
 
+from preflab.data import prompt_format
 from preflab.data.chat_template import ChatRenderer
 from preflab.evaluation.rewards import reward_rows
 from preflab.training.dpo_trainer import step0_tolerance
@@ -94,8 +96,7 @@ def report(flight: dict, facts: RowFacts) -> str:
     lines = [
         "preflight",
         *facts.lines,
-        f"  special   leading BOS {special['leading_bos_min']} to {special['leading_bos_max']}"
-        f" ({special['bos_token']}), end {' '.join(special['end_tokens'])}",
+        f"  special   {leading_bos(special)}; an answer ends with {' or '.join(special['end_tokens'])}",
         f"  model     {flight['parameters']['trainable']:,} of {flight['parameters']['total']:,} parameters trained,"
         f" {flight['precision']}, dropout {flight['dropout']}",
         f"  plan      {plan['steps']} steps ({plan['epochs']} epochs) of {plan['global_batch_size']} {facts.unit}"
@@ -216,6 +217,7 @@ def pair_lines(pair: dict, tokens: dict, special: dict, splits) -> list[str]:
         f"  prompt    {size['prompt']:>4} tokens, not scored | {excerpt(pair['prompt_not_scored'], end=True)}",
         f"  chosen    {size['chosen']:>4} tokens, scored     | {excerpt(pair['chosen_scored'])}",
         f"  rejected  {size['rejected']:>4} tokens, scored     | {excerpt(pair['rejected_scored'])}",
+        f"  prompts   {prompt_format.sentence(Counter(train['prompts']))}",
         f"  data      {train['rows']} rows, {train['pairs']} train pairs; dropped: {dropped_rows(train)}; {held_out}",
         f"  lengths   chosen {tokens['chosen_tokens_mean']:.0f}, rejected {tokens['rejected_tokens_mean']:.0f}"
         f" tokens on average; chosen longer in {tokens['chosen_longer_share']:.1%} of pairs",
@@ -371,6 +373,15 @@ def special_tokens(sequences, answers: dict, tokenizer) -> dict:
         "leading_bos_max": int(max(leading)),
         **{f"{name}_with_end_token": float(share) for name, share in ended.items()},
     }
+
+
+def leading_bos(special: dict) -> str:
+    """How the sequences of a run begin, in words. `special`: from `special_tokens`."""
+    if special["bos_token"] is None:
+        return "the tokenizer has no BOS token"
+    counts = special["leading_bos_min"], special["leading_bos_max"]
+    which = {(0, 0): "no sequence starts", (1, 1): "every sequence starts"}.get(counts, "some sequences start")
+    return f"{which} with the BOS token {special['bos_token']}"
 
 
 def plan_training(config, rows: int, tokens_per_epoch: dict[str, int], world_size: int) -> dict:

@@ -128,7 +128,7 @@ class TrainingRun:
             trust_remote_code=self.config.trust_remote_code,
         )
         splits = load(self.data_args, self.config, self.tokenizer)
-        self.folders.record_data_hash(splits.sha256)
+        self.folders.record_data_hash(splits.sha256, **splits.facts)
         return splits
 
     def build_trainer(self, trainer_type: type, splits: Splits):

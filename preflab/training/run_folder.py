@@ -44,8 +44,11 @@ class RunFolders:
         # Sent to the other ranks, which do not hold the lock.
         return {**self.__dict__, "lock": None}
 
-    def record_data_hash(self, data_sha256: str) -> None:
+    def record_data_hash(self, data_sha256: str, **facts) -> None:
         """Tie the run to its data. Call on every rank after loading the data.
+
+        Args:
+            facts: what evaluations of this run need to read the same rows in the same way.
 
         Raises:
             UserError: a resumed run was started on other data.
@@ -54,7 +57,7 @@ class RunFolders:
         # The first call records the hash; a resumed run must have the same.
         if manifest.setdefault("data_sha256", data_sha256) != data_sha256:
             raise UserError(f"{self.weights}: the data changed since this run began; choose another --run_name")
-        write_json(self.weights / "run.json", manifest)
+        write_json(self.weights / "run.json", {**manifest, **facts})
 
     def ensure_data_unchanged(self, data: dict) -> None:
         """Raise UserError if local files that this finished run read have changed since.

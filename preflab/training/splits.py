@@ -1,6 +1,6 @@
 """Both splits of a training run: read, filtered, checked for overlap, tokenised."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from datasets import Dataset
@@ -8,6 +8,7 @@ from datasets import Dataset
 from preflab.data import conversations, preferences
 from preflab.data.conversations import ConversationData, SFTArguments
 from preflab.data.preferences import DataArguments, PreferenceData
+from preflab.data.prompt_format import PromptFormat
 from preflab.data.sources import without_overlap
 from preflab.training.dpo_config import DPORunConfig
 from preflab.training.sft_config import SFTRunConfig
@@ -22,6 +23,7 @@ class Splits:
     Attributes:
         test, test_ids: None where there is no test split.
         truncation: how many sequences of the train split were truncated, and where.
+        facts: for run.json: what evaluations need to read the same rows in the same way.
     """
 
     train: PreferenceData | ConversationData
@@ -29,6 +31,7 @@ class Splits:
     test: PreferenceData | ConversationData | None
     test_ids: Dataset | None
     truncation: dict[str, int]
+    facts: dict = field(default_factory=dict)
 
     @cached_property
     def summary(self) -> dict:
@@ -47,11 +50,12 @@ def load_pair_splits(args: DataArguments, config: DPORunConfig, tokenizer) -> Sp
     Raises:
         UserError: unreadable rows, no rows left, prompts in both splits, or win probabilities that sppo needs.
     """
+    prompt_format = PromptFormat.of(args.prompt_format, tokenizer)
     filters = {
         "drop_ties": args.drop_ties,
         "min_score_margin": args.min_score_margin,
         "keep_duplicate_prompts": args.keep_duplicate_prompts,
-        "plain_as_chat": args.prompt_format == "chat",
+        "prompt_format": prompt_format,
         "limit": args.limit,
     }
     train_sources, test_sources = args.sources()
@@ -68,7 +72,7 @@ def load_pair_splits(args: DataArguments, config: DPORunConfig, tokenizer) -> Sp
         check_win_probabilities(train, "train")
         if test:
             check_win_probabilities(test, "test")
-    return Splits(train, train_ids, test, test_ids, truncation)
+    return Splits(train, train_ids, test, test_ids, truncation, {"prompt_format": prompt_format.choice})
 
 
 def check_win_probabilities(data: PreferenceData, split: str) -> None:

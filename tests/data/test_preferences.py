@@ -7,6 +7,7 @@ import pytest
 from conftest import make_pairs, write_jsonl
 
 from preflab.data.preferences import DataArguments, load_pairs, to_pair, tokenize, truncate
+from preflab.data.prompt_format import AS_CHAT
 from preflab.data.rows import read_rows
 from preflab.data.sources import without_overlap
 from utils.errors import UserError
@@ -47,7 +48,7 @@ def test_plain_text_formats():
     implicit = to_pair({"chosen": "The sky is blue.", "rejected": "The sky is green."}, "row 0")
     assert explicit.text == implicit.text == "The sky is"
     assert (implicit.chosen, implicit.rejected) == (" blue.", " green.") == (explicit.chosen, explicit.rejected)
-    as_chat = to_pair({"prompt": "Sky?", "chosen": "Blue.", "rejected": "Green."}, "row 0", plain_as_chat=True)
+    as_chat = to_pair({"prompt": "Sky?", "chosen": "Blue.", "rejected": "Green."}, "row 0", prompt_format=AS_CHAT)
     assert as_chat.messages == [{"role": "user", "content": "Sky?"}]
 
 
