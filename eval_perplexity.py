@@ -1,6 +1,6 @@
 """Perplexity of base and tuned on the same token ids: what did preference training change about the language model?
 
-    python eval_perplexity.py                                             # the quickstart run, CPU, 2 cores
+    python eval_perplexity.py                                             # the latest run in checkpoints/
     python eval_perplexity.py --run_name gemma-2b-it-dpo                  # any run in checkpoints/
     python eval_perplexity.py --base_model google/gemma-2b-it --adapter_path checkpoints/checkpoint-7000
     python eval_perplexity.py --text_file README.md --skip_pairs          # plain text
@@ -14,6 +14,7 @@ tokens. Writes perplexity.json, perplexity_rows.jsonl and perplexity.png to eval
 Main arguments (YAML keys and flags are the same; dashes and underscores both work; --help_all lists every argument):
 
   models   --run_name NAME | --base_model ID --adapter_path FOLDER | --base_model ID --tuned_model ID|FOLDER
+           --base_run NAME (a run in the base's place)   --list (all runs with state and figures)
            --dtype float32|bfloat16|float16   --load_in_4bit   --attn_implementation
   pairs    --dataset_name ID|FILE|FOLDER --split test_prefs   --max_length 1024   --limit N   --skip_pairs   --skip_kl
   text     --text_file FILE ...   --text_dataset ID|FILE --text_split test --text_column text --text_config NAME
@@ -26,6 +27,7 @@ Scores are cached as they are computed: after an interruption, the same command 
 from dataclasses import dataclass
 
 from preflab.evaluation.arguments import ComparisonArguments
+from preflab.evaluation.run_list import print_runs
 from utils.cli import option
 from utils.errors import UserError, is_main_process, run
 from utils.stage import start
@@ -63,7 +65,9 @@ def check(args, comparison) -> None:
 
 
 def main():
-    stage, comparison_args, args = start("perplexity", __doc__, ComparisonArguments, PerplexityArguments)
+    stage, comparison_args, args = start(
+        "perplexity", __doc__, ComparisonArguments, PerplexityArguments, listing=print_runs
+    )
     from preflab.evaluation import perplexity, perplexity_report
     from preflab.evaluation.comparison import resolve
     from preflab.evaluation.held_out import left_out, length_bias

@@ -1,6 +1,6 @@
 """Win rate on held-out preference pairs, and battles of base against tuned under a judge: did training help?
 
-    python eval_win_rate.py                                                  # the quickstart run, CPU, 2 cores
+    python eval_win_rate.py                                                  # the latest run in checkpoints/
     python eval_win_rate.py --run_name gemma-2b-it-dpo                       # any run in checkpoints/
     python eval_win_rate.py --base_model google/gemma-2b-it --adapter_path checkpoints/checkpoint-7000
     accelerate launch --config_file configs/accelerate/multi_gpu.yaml eval_win_rate.py --run_name gemma-2b-it-dpo
@@ -17,6 +17,7 @@ battle.json, battle_rows.jsonl and battle.png.
 Main arguments (YAML keys and flags are the same; dashes and underscores both work; --help_all lists every argument):
 
   models   --run_name NAME | --base_model ID --adapter_path FOLDER | --base_model ID --tuned_model ID|FOLDER
+           --base_run NAME (a run in the base's place)   --list (all runs with state and figures)
            --dtype float32|bfloat16|float16   --load_in_4bit   --attn_implementation   --base_adapter FOLDER|none
   data     --dataset_name ID|FILE|FOLDER --split test_prefs   --max_length 1024   --limit N
            default: the data that the tuned model's run held out, else UltraFeedback's test_prefs
@@ -33,6 +34,7 @@ Scores, answers and verdicts are cached as they are computed: after an interrupt
 from dataclasses import dataclass
 
 from preflab.evaluation.arguments import ComparisonArguments, JudgeArguments
+from preflab.evaluation.run_list import print_runs
 from utils.artifacts import read_published
 from utils.cli import option
 from utils.errors import UserError, is_main_process, run
@@ -153,7 +155,7 @@ def check(args, trained: dict):
 
 
 def main():
-    stage, comparison_args, args = start("win_rate", __doc__, ComparisonArguments, WinRateArguments)
+    stage, comparison_args, args = start("win_rate", __doc__, ComparisonArguments, WinRateArguments, listing=print_runs)
     from preflab.evaluation.comparison import resolve
     from preflab.evaluation.two_models import TwoModels
     from utils.distributed import join_processes

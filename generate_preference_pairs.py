@@ -20,13 +20,14 @@ dpo_train_human_preference.py), preference_pairs.json and preference_pairs.png; 
             --max_new_tokens 2048
   scoring   --scorer rm:MODEL|pair:MODEL|judge:hf:MODEL|judge:openai:MODEL@URL|FILE.py:FUNCTION|columns|longer|shorter
             |random   --also_score OTHER ...: report their agreement   --shuffle_scores SEED: a control
-  run       --stage all|sample|score|pair   --run_name NAME   --eval_out eval_out   --overwrite
+  run       --stage all|sample|score|pair   --run_name NAME   --eval_out eval_out   --overwrite   --list (all runs)
 """
 
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from preflab.evaluation.arguments import DatasetArguments, ModelArguments, OutputArguments
+from preflab.evaluation.run_list import print_runs
 from preflab.pairs.folder import STAGES, open_folder
 from utils.artifacts import all_arguments, read_yaml, with_limit_suffix
 from utils.cli import option, run_name
@@ -131,7 +132,7 @@ def default_run_name(args) -> str:
 
 
 def main():
-    stage, args = start("preference_pairs", __doc__, PairArguments, runs_bare=False)
+    stage, args = start("preference_pairs", __doc__, PairArguments, runs_bare=False, listing=print_runs)
     if args.training_config:
         apply_training_config(args)
     check(args)

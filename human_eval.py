@@ -1,6 +1,6 @@
 """Blind human evaluation: a page on which people compare the models' answers, and the scores of their votes.
 
-    python human_eval.py                                            # the quickstart run, 60 shipped prompts, CPU
+    python human_eval.py                                            # the latest run, 60 shipped prompts
     python human_eval.py --run_name gemma-2b-it-dpo --prompts my_prompts.jsonl
     python human_eval.py --models other=princeton-nlp/gemma-2-9b-it-SimPO     # more than two models
     python human_eval.py --score votes-*.json                       # the files that the annotators exported
@@ -16,6 +16,7 @@ human_eval_strongest.md beside the key.
 The main keys (YAML keys and flags are the same; dashes and underscores both work; --help_all lists every key):
 
   models    --run_name NAME | --base_model ID --adapter_path FOLDER | --base_model ID --tuned_model ID|FOLDER
+            --base_run NAME (a run in the base's place)   --list (all runs with state and figures)
             --models name=FOLDER ...   --pairs_per_prompt 1
   prompts   --prompts ID|FILE|hf://FILE --prompts_split test --category_key category   --limit N
   generate  --max_new_tokens 256   --temperature 0   --top_p 1   --seed 42
@@ -32,6 +33,7 @@ from functools import partial
 from pathlib import Path
 
 from preflab.evaluation.arguments import ComparisonArguments, GenerationArguments
+from preflab.evaluation.run_list import print_runs
 from utils.cli import option
 from utils.errors import UserError, is_main_process, run
 from utils.stage import print_main, start
@@ -79,7 +81,9 @@ def check(args, c) -> None:
 
 
 def main():
-    stage, comparison_args, args = start("human_eval", __doc__, ComparisonArguments, HumanEvalArguments)
+    stage, comparison_args, args = start(
+        "human_eval", __doc__, ComparisonArguments, HumanEvalArguments, listing=print_runs
+    )
     check(args, comparison_args)
 
     from preflab.evaluation.comparison import resolve

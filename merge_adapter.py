@@ -1,6 +1,6 @@
 """Merge a LoRA adapter into its base, write one plain model folder, and check that both are the same model.
 
-    python merge_adapter.py                                     # the quickstart run -> checkpoints/quickstart-merged
+    python merge_adapter.py                                     # the latest run -> checkpoints/<run_name>-merged
     python merge_adapter.py --run_name gemma-2b-it-dpo --dtype bfloat16
     python merge_adapter.py --adapter_path FOLDER --base_model google/gemma-2b-it --dataset_name my_pairs.jsonl
 
@@ -13,12 +13,14 @@ and a model card into the folder.
   --dtype float32|bfloat16|float16   precision of the merged weights (default: as trained)
   --limit N             compare on the first N held-out pairs
   --overwrite           replace an earlier merged folder
+  --list                all runs with state, size and figures
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 
 from preflab.evaluation.arguments import ComparisonArguments
+from preflab.evaluation.run_list import print_runs
 from utils.cli import option
 from utils.errors import UserError, run
 from utils.stage import start
@@ -32,7 +34,7 @@ class MergeArguments:
 
 
 def main():
-    stage, args, merge_args = start("merge", __doc__, ComparisonArguments, MergeArguments)
+    stage, args, merge_args = start("merge", __doc__, ComparisonArguments, MergeArguments, listing=print_runs)
 
     # Heavy imports only now: --help is answered before torch is imported.
     from preflab.evaluation import merge_check
@@ -45,6 +47,8 @@ def main():
     from utils.provenance import run_record
 
     # Models, target folder, and the pairs to compare on.
+    if args.base_run:
+        raise UserError("--base_run: only one run is merged; name it with --run_name")
     comparison = resolve(args)
     if comparison.adapter is None:
         raise UserError(f"{comparison.tuned} is a complete model, so there is no adapter to merge")

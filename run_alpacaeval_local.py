@@ -1,6 +1,6 @@
 """AlpacaEval on your own machine: both models answer, a local judge compares their answers with reference answers.
 
-    python run_alpacaeval_local.py                                     # the quickstart run, shipped prompts, CPU
+    python run_alpacaeval_local.py                                     # the latest run, shipped prompts
     python run_alpacaeval_local.py --config configs/alpacaeval.yaml    # AlpacaEval 2: 805 instructions
     python run_alpacaeval_local.py --config configs/alpacaeval/gemma-2-9b-it-SimPO.yaml   # as a published row
     accelerate launch --config_file configs/accelerate/multi_gpu.yaml \\
@@ -16,6 +16,7 @@ of a local judge are not comparable with it.
 The main keys (YAML keys and flags are the same; dashes and underscores both work; --help_all lists every key):
 
   models     --run_name NAME | --base_model ID --adapter_path FOLDER | --base_model ID --tuned_model ID|FOLDER
+             --base_run NAME (a run in the base's place)   --list (all runs with state and figures)
   data       --reference FILE|hf://FILE (instructions with reference answers)   --limit N
   generate   --max_new_tokens 256   --temperature 0   --top_p 1   --engine auto|hf|vllm
   judge      --judge hf:MODEL|rm:MODEL|vllm:MODEL|openai:MODEL@URL|longer|random|<an evaluator that alpaca-eval ships>
@@ -32,6 +33,7 @@ from functools import partial
 from pathlib import Path
 
 from preflab.evaluation.arguments import ComparisonArguments, JudgeArguments
+from preflab.evaluation.run_list import print_runs
 from utils.cli import option
 from utils.errors import UserError, is_main_process, run
 from utils.stage import print_main, start
@@ -81,7 +83,9 @@ def score_file(args, eval_out: str, seed: int) -> None:
 
 
 def main():
-    stage, comparison_args, args = start("alpacaeval", __doc__, ComparisonArguments, AlpacaEvalArguments)
+    stage, comparison_args, args = start(
+        "alpacaeval", __doc__, ComparisonArguments, AlpacaEvalArguments, listing=print_runs
+    )
     check(args, comparison_args)
 
     from preflab.alpacaeval import files, metrics, report, stages

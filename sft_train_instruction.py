@@ -25,16 +25,20 @@ The keys that matter (YAML keys and flags are the same; the command line wins; -
   steps    --per_device_train_batch_size 2  --gradient_accumulation_steps 4  or  --global_batch_size 8
            --num_train_epochs 1 | --max_steps N   --learning_rate 2e-4   --lr_scheduler_type linear  --warmup_steps N
   run      --run_name NAME   --output_dir checkpoints   --eval_out eval_out   --resume auto|PATH|never   --overwrite
+           --list (all runs with state and figures)
            --eval_strategy steps --eval_steps N   --save_steps N   --preflight_only   --report_to none|tensorboard|...
 """
 
+from functools import partial
+
+from preflab.evaluation.run_list import print_runs
 from preflab.training.memory import OUT_OF_MEMORY
 from utils.errors import run
 from utils.stage import prepare, print_main
 
 
 def main():
-    prepare(__doc__)
+    prepare(__doc__, listing=partial(print_runs, folder_flag="--output_dir"))
 
     # Heavy imports only now: --help is answered before torch is imported.
     from preflab.data.conversations import SFTArguments

@@ -1,6 +1,6 @@
 """How fast are scoring and generation, compared with plain loops over single rows?
 
-    python benchmarks/eval_throughput.py                                     # the quickstart run, 40 pairs
+    python benchmarks/eval_throughput.py                                     # the latest run, 40 pairs
     python benchmarks/eval_throughput.py --run_name NAME --pairs 200 [--dataset_name ID --split NAME ...]
 
 The plain loops are the simplest implementation. Scoring: for each answer one forward of base and one of tuned over

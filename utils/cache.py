@@ -16,6 +16,12 @@ from utils.provenance import sha256_of
 EMPTIED: set[Path] = set()
 
 
+def user_cache() -> Path:
+    """The folder of dequantized weights: $PREFERENCELAB_CACHE, or a folder in the user's cache."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("PREFERENCELAB_CACHE") or Path(base) / "preferencelab")
+
+
 class ResultCache:
     """Finished items below `<eval_out>/.cache/<kind>-<hash>/`: one JSON line per item, one file per process.
 

@@ -1,6 +1,7 @@
 """The start and the end of every stage: arguments and clock; report, artifacts and their envelope."""
 
 import functools
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -136,7 +137,14 @@ class Stage:
         return summary
 
 
-def start(name: str, page: str, *argument_types: type, runs_bare: bool = True, argv: list[str] | None = None) -> tuple:
+def start(
+    name: str,
+    page: str,
+    *argument_types: type,
+    runs_bare: bool = True,
+    argv: list[str] | None = None,
+    listing: Callable[[list[str]], None] | None = None,
+) -> tuple:
     """Start a stage: print --help if requested, silence the libraries, parse the command line.
 
     Args:
@@ -145,6 +153,7 @@ def start(name: str, page: str, *argument_types: type, runs_bare: bool = True, a
         argument_types: dataclasses whose fields are the flags.
         runs_bare: whether a call without arguments runs; otherwise it prints the help.
         argv: arguments to parse instead of the command line's.
+        listing: answers --list, from the command line's arguments.
 
     Returns:
         (Stage, one filled dataclass per type).
@@ -154,18 +163,21 @@ def start(name: str, page: str, *argument_types: type, runs_bare: bool = True, a
     """
     # Before the heavy imports: they take seconds that the stage's wall time includes.
     began = time.monotonic()
-    prepare(page, runs_bare)
+    prepare(page, runs_bare, listing)
     arguments = parse(argument_types, argv)
     return Stage(name, list(arguments), began), *arguments
 
 
-def prepare(page: str, runs_bare: bool = False) -> None:
-    """Answer --help with `page` and exit, else silence the libraries. The first part of `start`.
+def prepare(page: str, runs_bare: bool = False, listing: Callable[[list[str]], None] | None = None) -> None:
+    """Answer --help with `page` or --list with `listing` and exit, else silence the libraries. Part of `start`.
 
     Scripts whose argument dataclasses need a heavy import call it before that import.
     """
     # --help comes first: silencing the libraries imports them.
     quick_help(page, runs_bare)
+    if listing and "--list" in sys.argv[1:]:
+        listing(sys.argv[1:])
+        sys.exit(0)
     quiet_libraries()
 
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from utils.cli import option
 from utils.errors import UserError
 
-DEFAULT_RUN = "quickstart"
 ULTRAFEEDBACK = "HuggingFaceH4/ultrafeedback_binarized"
 
 
@@ -43,7 +42,7 @@ class OutputArguments:
 class ComparisonArguments(ModelArguments, DatasetArguments, OutputArguments):
     """Which two models, on which data. Defaults come from the run that trained the tuned model."""
 
-    run_name: str | None = option(f"A run in --checkpoints (default: {DEFAULT_RUN}, unless a model is given).")
+    run_name: str | None = option("A run in --checkpoints (default: the latest finished one; --list shows all).")
     checkpoints: str = option("Folder of the training runs.", "checkpoints")
     base_model: str | None = option("Hub id, folder or builtin model (default: the model that the run started from).")
     adapter_path: str | None = option("LoRA folder: the tuned model is the base with this adapter.")
@@ -51,6 +50,7 @@ class ComparisonArguments(ModelArguments, DatasetArguments, OutputArguments):
     base_adapter: str | None = option(
         "LoRA folder on the base model, or none (default: the frozen reference adapter of the run, if it has one)."
     )
+    base_run: str | None = option("Another run in --checkpoints that takes the base's place in the comparison.")
     base_revision: str | None = option("Hub revision of the base model.")
     tuned_revision: str | None = option("Hub revision of --tuned_model.")
     allow_other_base: bool = option("Accept an adapter that was trained on another base model.", False)

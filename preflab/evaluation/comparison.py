@@ -4,7 +4,7 @@ The base model is compared with a tuned one: a LoRA adapter on the base, or a fu
 and not loaded (see preflab.evaluation.two_models).
 """
 
-import os
+import difflib
 import re
 import sys
 from dataclasses import dataclass, fields
@@ -12,7 +12,8 @@ from pathlib import Path
 
 from preflab.data.preferences import DataArguments
 from preflab.data.sources import SourceArguments
-from preflab.evaluation.arguments import DEFAULT_RUN, ULTRAFEEDBACK, ComparisonArguments
+from preflab.evaluation.arguments import ULTRAFEEDBACK, ComparisonArguments
+from preflab.evaluation.runs import WEIGHTS, checkpoints, is_complete, latest_run
 from preflab.models.loading import default_batch_tokens, locate_adapter
 from preflab.models.start_adapter import FROZEN
 from utils.artifacts import (
@@ -95,7 +96,11 @@ class Comparison:
             return
         before, now = read_json(path).get("args", {}), all_arguments(arguments)
         # defaults=now: an argument that the older artifact does not have counts as unchanged.
-        changed = changed_arguments(before, now, ARGUMENTS_NOT_IN_IDENTITY, defaults=now)
+        ignored = set(ARGUMENTS_NOT_IN_IDENTITY)
+        # The frozen reference of the run itself has another path after the run was renamed, and the same weights.
+        if all(Path(args.get("base_adapter") or "").name == FROZEN for args in (before, now)):
+            ignored.add("base_adapter")
+        changed = changed_arguments(before, now, ignored, defaults=now)
         if changed:
             raise UserError(
                 f"{path} holds another evaluation ({describe_changes(before, now, changed)}): choose another folder"
@@ -130,6 +135,8 @@ def resolve(args: ComparisonArguments) -> Comparison:
     # A folder without adapter_config.json holds a fully tuned model.
     adapter = str(folder) if folder and (folder / "adapter_config.json").exists() else None
     tuned = None if adapter else str(folder) if folder else args.tuned_model
+    if args.base_run:
+        _put_run_in_place_of_base(args, adapter, folder)
     base = args.base_model or trained.get("model_name_or_path") or (base_of(adapter) if adapter else None)
     if base is None:
         raise UserError("--base_model is missing: the model that the tuned one is compared with")
@@ -139,6 +146,7 @@ def resolve(args: ComparisonArguments) -> Comparison:
             _ensure_same_base(lora, base)
     _set_defaults(args, trained)
     name = args.run_name or _name_of(folder or Path(args.tuned_model))
+    name += f"-vs-{args.base_run.replace('/', '-')}" if args.base_run else ""
     out = Path(args.output_dir) if args.output_dir else Path(args.eval_out) / name
     flag = "--output_json" if args.output_json else "--output_dir" if args.output_dir else "--eval_out"
     # Before the weights are loaded, so that hours of work do not end in a write error.
@@ -152,6 +160,8 @@ def _check(args: ComparisonArguments) -> None:
     """Raise UserError for contradicting flags and values out of range."""
     if args.adapter_path and args.tuned_model:
         raise UserError("--adapter_path and --tuned_model: give only one of them")
+    if args.base_run and (args.base_model or args.base_adapter):
+        raise UserError("--base_run names the base already: remove --base_model and --base_adapter")
     if args.output_json and args.output_dir:
         raise UserError("--output_json and --output_dir: give only one of them")
     for key in ("limit", "batch_size", "batch_tokens", "max_length", "max_prompt_length"):
@@ -170,14 +180,55 @@ def _tuned_folder(args) -> Path | None:
     if args.tuned_model:
         folder = Path(args.tuned_model).expanduser()
         return folder if folder.is_dir() else None
-    name = args.run_name or DEFAULT_RUN
-    folder = Path(args.checkpoints) / name
-    if not any((folder / f).exists() for f in ("adapter_config.json", "config.json")):
-        fix = "train it with `bash quickstart.sh`" if name == DEFAULT_RUN else "train it first"
-        trials = sorted(p.name for p in Path(args.checkpoints).glob(f"{name}_LIMIT*"))
-        fix = f"--run_name {trials[0]} is a trial run of it" if trials else fix
-        raise UserError(f"{folder} contains no trained model: {fix}, or give --base_model and --adapter_path")
-    return folder
+    if args.run_name is None:
+        args.run_name = latest_run(args.checkpoints)
+        if is_main_process():
+            print(f"run: {args.run_name} (latest; --run_name chooses)", file=sys.stderr)
+    return _run_folder(args.checkpoints, args.run_name)
+
+
+def _run_folder(runs: str, name: str) -> Path:
+    """The folder of the run `name`. Raises UserError, with what may be meant, if it has no trained model."""
+    folder = Path(runs) / name
+    if any((folder / f).exists() for f in WEIGHTS):
+        return folder
+    trained = [p.name for p in Path(runs).glob("*") if any((p / f).exists() for f in WEIGHTS)]
+    similar = difflib.get_close_matches(name, trained, n=1)
+    trials = sorted(n for n in trained if n.startswith(f"{name}_LIMIT"))
+    saved = next(filter(is_complete, checkpoints(folder)), None)
+    if trials:
+        fix = f"--run_name {trials[0]} is a trial run of it"
+    elif saved:
+        fix = f"its training is not finished; --adapter_path {saved} is its newest checkpoint"
+    elif similar:
+        fix = f"did you mean {similar[0]}?"
+    else:
+        fix = "train it first (the quickstart run: `bash quickstart.sh`)"
+    raise UserError(
+        f"{folder} contains no trained model: {fix}; --list shows all runs, --base_model and --adapter_path name others"
+    )
+
+
+def _put_run_in_place_of_base(args: ComparisonArguments, adapter: str | None, tuned: Path | None) -> None:
+    """Set the base model or its adapter to the run of --base_run.
+
+    Raises:
+        UserError: the run does not exist or is the tuned one, or one of the two is an adapter and the other a model.
+    """
+    other = _run_folder(args.checkpoints, args.base_run)
+    if tuned and other.resolve() == tuned.resolve():
+        raise UserError(f"--base_run {args.base_run} is the tuned run itself: choose another with --run_name")
+    lora = (other / "adapter_config.json").exists()
+    if lora and adapter:
+        args.base_adapter = str(other)
+    elif not lora and not adapter:
+        args.base_model = str(other)
+    else:
+        first = args.base_run if lora else args.run_name or adapter
+        raise UserError(
+            f"--base_run {args.base_run}: one run is a LoRA adapter and the other a complete model; merge the adapter"
+            f" with `python merge_adapter.py --run_name {first}`, then give both as --base_model and --tuned_model"
+        )
 
 
 def _run_arguments(folder: Path) -> dict:
@@ -326,12 +377,3 @@ def _set_defaults(args: ComparisonArguments, trained: dict) -> None:
 def is_checkpoint(folder: Path) -> bool:
     """Whether the folder has the name of a trainer's checkpoint."""
     return re.fullmatch(r"checkpoint-\d+", folder.name) is not None
-
-
-def latest_run(folder: str | os.PathLike) -> str:
-    """The name of the run in `folder` that finished last. Raises UserError if none is finished."""
-    manifests = [path for path in Path(folder).glob("*/run.json") if read_json(path).get("finished")]
-    if not manifests:
-        raise UserError(f"{folder}: contains no finished run; train one with `bash quickstart.sh`, or name a model")
-    # The mark `finished` is the last write to run.json, so the file's time is the end of training.
-    return max(manifests, key=lambda path: path.stat().st_mtime).parent.name

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from preflab.evaluation.comparison import Comparison, latest_run, resolve
+from preflab.evaluation.comparison import Comparison, resolve
 from preflab.evaluation.two_models import TwoModels
 from preflab.harness.suites import Suite
 from preflab.harness.tasks import hash_of_local_tasks
@@ -61,13 +61,11 @@ UNQUANTISED = (
 
 
 def resolve_models(args, extra: list[str]) -> Comparison:
-    """Resolve the two models (default: the latest run) and record the arguments after `--`.
+    """Resolve the two models and record the arguments after `--`.
 
     --batch_size and --max_length keep the user's values: `resolve` expects a number for the first and fills the second
     from the run, but lm_eval gets --max_length only if the user set it.
     """
-    if not (args.run_name or args.adapter_path or args.tuned_model):
-        args.run_name = latest_run(args.checkpoints)
     requested = args.batch_size, args.max_length
     args.batch_size, args.after_dashes = None, extra
     comparison = resolve(args)

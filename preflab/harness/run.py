@@ -10,6 +10,7 @@ command. Writes lm_eval.json, lm_eval.md (the full table) and lm_eval.png to eva
 together with the files of the harness.
 
   models   --run-name NAME | --base-model ID --adapter-path FOLDER | --base-model ID --tuned-model ID|FOLDER
+           --base-run NAME (a run in the base's place)   --list (all runs with state and figures)
            --dtype float32|bfloat16|float16   --attn-implementation
   tasks    --suite quick|seed|zeroshot|openllm_v1|openllm_v2|nous|eq_bench|FILE.yaml   --tasks a,b
            --num-fewshot N   --limit N   --apply-chat-template true|false   --skip-missing
@@ -25,6 +26,7 @@ import os
 import sys
 from pathlib import Path
 
+from preflab.evaluation.run_list import print_runs
 from preflab.harness.arguments import HarnessArguments, check, make_paths_absolute, split_at_dashes
 from utils.artifacts import with_limit_suffix
 from utils.errors import UserError, run
@@ -41,7 +43,7 @@ def parse() -> tuple:
     # Split before parsing: lm_eval's flags would be unknown keys here.
     argv, extra = split_at_dashes(sys.argv[1:])
     try:
-        stage, args = start("lm_eval", __doc__, HarnessArguments, argv=argv)
+        stage, args = start("lm_eval", __doc__, HarnessArguments, argv=argv, listing=print_runs)
     except UserError as error:
         raise UserError(f"{error} ({USAGE})") from None
     check(args, extra)

@@ -18,6 +18,7 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig
 
+from utils.cache import user_cache
 from utils.errors import UserError, explain
 from utils.hub import fetch
 from utils.provenance import hub_revision, sha256_of, sha256_of_files
@@ -40,12 +41,6 @@ def default_dtype() -> str:
 def default_batch_tokens() -> int:
     """Padded tokens per batch of an evaluation or of sampling: 16384 on a GPU, 2048 on a CPU."""
     return 16384 if torch.cuda.is_available() else 2048
-
-
-def cache_dir() -> Path:
-    """The folder of dequantized weights: $PREFERENCELAB_CACHE, or a folder in the user's cache."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("PREFERENCELAB_CACHE") or Path(base) / "preferencelab")
 
 
 def load_error(what: str, error: Exception) -> Exception:
@@ -76,7 +71,7 @@ def builtin_folder() -> Path:
     writes, the others wait, and the folder appears by a rename.
     """
     gguf = _builtin_gguf()
-    folder = cache_dir() / f"smollm2-135m-instruct-{sha256_of_files([gguf])[:12]}"
+    folder = user_cache() / f"smollm2-135m-instruct-{sha256_of_files([gguf])[:12]}"
     if (folder / "config.json").exists():
         return folder
     try:

@@ -35,6 +35,7 @@ ARGUMENTS_NOT_IN_IDENTITY = {
     "batch_tokens",
     "overwrite",
     "eval_out",
+    "run_name",
     "engine",
     "trust_remote_code",
 }

@@ -12,8 +12,9 @@ import torch
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length, rotate_checkpoints
 
+from preflab.evaluation.runs import MANIFEST
 from preflab.models.fast import fused_lora
-from preflab.training.run_folder import MANIFEST, write_manifest
+from preflab.training.run_folder import write_manifest
 from utils.artifacts import RowFile, read_json
 from utils.errors import UserError, is_main_process
 from utils.progress import progress

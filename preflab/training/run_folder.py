@@ -1,21 +1,23 @@
 """A run's two folders (weights and results), what identifies the run, and its checkpoints."""
 
 import dataclasses
-import os
 import shutil
 import sys
+import time
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from preflab.evaluation.runs import MANIFEST, TIME_FORMAT, checkpoints, is_complete, lock_path
 from utils.artifacts import all_arguments, changed_arguments, check_writable, describe_changes, read_json, write_json
 from utils.errors import UserError, is_main_process
 from utils.provenance import sha256_of_files
 
-MANIFEST = "checkpoint_manifest.json"
 # Arguments that do not affect the weights: they may differ between a run's first call and the one that resumes it. The
 # factors of the global batch may differ too; their product is part of the identity.
 ARGUMENTS_NOT_IN_IDENTITY = {
+    # The hash of the start adapter's weights is part of the identity, its path is not: the adapter may be moved.
+    "start_adapter",
     "output_dir", "eval_out", "run_name", "resume", "overwrite", "preflight_only", "sample_prompts", "report_to",
     "disable_tqdm", "dataloader_num_workers", "dataset_num_proc", "save_total_limit", "resume_from_checkpoint",
     "logging_dir", "local_rank", "accelerator_config", "parallelism_config", "deepspeed", "fsdp", "fsdp_config",
@@ -77,7 +79,8 @@ class RunFolders:
 
     def finish(self) -> None:
         """Record that the run is complete, so that the same command prints its results instead of training again."""
-        write_json(self.weights / "run.json", {**read_json(self.weights / "run.json"), "finished": True})
+        ended = {"finished": True, "finished_utc": time.strftime(TIME_FORMAT, time.gmtime())}
+        write_json(self.weights / "run.json", {**read_json(self.weights / "run.json"), **ended})
 
 
 def run_identity(parts: list, batch: int) -> dict:
@@ -134,9 +137,9 @@ def claim_run(name: str, output_dir: str, eval_out: str, identity: dict, resume:
 
 
 def _lock(weights: Path) -> FileLock:
-    """Lock the run for this process; the lock file is beside the folder, so that --overwrite does not delete it."""
+    """Lock the run for this process."""
     # timeout=0: fail at once instead of waiting for the other process.
-    lock = FileLock(weights.parent / f".{weights.name}.lock", timeout=0)
+    lock = FileLock(lock_path(weights), timeout=0)
     try:
         lock.acquire()
     except Timeout:
@@ -174,26 +177,11 @@ def _ensure_same_run(folder: Path, before: dict, identity: dict) -> None:
 # ------------------------------------------------------------------------------------------------------ checkpoints
 
 
-def checkpoints(folder: str | os.PathLike) -> list[Path]:
-    """The checkpoint folders of a run, newest step first, complete or not."""
-    folders = [p for p in Path(folder).glob("checkpoint-*") if p.name.rpartition("-")[2].isdigit()]
-    return sorted(folders, key=lambda p: -int(p.name.rpartition("-")[2]))
-
-
 def write_manifest(checkpoint: Path, **state) -> None:
     """Mark a checkpoint as complete: write the sizes of its files, with `state`, as its last file."""
     # Sizes instead of hashes: they show a file that was cut off, without reading gigabytes at each save.
     files = {str(p.relative_to(checkpoint)): p.stat().st_size for p in sorted(checkpoint.rglob("*")) if p.is_file()}
     write_json(checkpoint / MANIFEST, {**state, "files": files})
-
-
-def is_complete(checkpoint: Path) -> bool:
-    """Whether the checkpoint has its manifest and every file of it has its full size."""
-    try:
-        files = read_json(checkpoint / MANIFEST)["files"]
-    except (UserError, KeyError):
-        return False
-    return all((checkpoint / n).is_file() and (checkpoint / n).stat().st_size == size for n, size in files.items())
 
 
 def checkpoint_to_resume(run: RunFolders, resume: str) -> Path | None:

@@ -13,7 +13,7 @@ import yaml
 from conftest import ROOT, train_args
 from helpers import ACCELERATE, CPU
 
-from preflab.training.run_folder import checkpoints, is_complete
+from preflab.evaluation.runs import checkpoints, is_complete
 from utils.artifacts import RowFile, read_json
 
 

@@ -16,13 +16,11 @@ import pytest
 from conftest import ROOT, assert_one_line, train_args
 from processes import Script, run_script
 
-from preflab.evaluation.comparison import latest_run
+from preflab.evaluation.runs import checkpoints, is_complete
 from preflab.training.run_folder import (
     RunFolders,
     checkpoint_to_resume,
-    checkpoints,
     claim_run,
-    is_complete,
     write_manifest,
 )
 from utils.artifacts import RowFile, atomic_write, read_json, write_json
@@ -300,12 +298,3 @@ def test_nan_loss_stops_run(train, tiny, prefs, tmp_path):
     code, _, err = train(*run_args(tiny, prefs, tmp_path, "--learning_rate", "1e38"))
     assert code == 2
     assert_one_line(err, "loss at step", "--learning_rate")
-
-
-def test_latest_run_finished_last(tmp_path):
-    with pytest.raises(UserError, match=r"bash quickstart\.sh"):
-        latest_run(tmp_path)
-    for age, (name, finished) in enumerate([("newest", False), ("b", True), ("a", True)]):
-        write_json(tmp_path / name / "run.json", {"args": {}, "finished": finished})
-        os.utime(tmp_path / name / "run.json", (1000 - age, 1000 - age))
-    assert latest_run(tmp_path) == "b"
