@@ -314,7 +314,7 @@ def _drop_reason(pair: Pair, drop_ties: bool, min_score_margin: float | None) ->
 def truncate(prompt: list[int], chosen: list[int], rejected: list[int], max_length, max_prompt_length, bos_id):
     """Truncate a pair that is longer than `max_length`: first the prompt to `max_prompt_length`, then the answers.
 
-    The prompt keeps its BOS (its first id, if that is `bos_id`) and its end; the answers keep their start.
+    The prompt keeps exactly one BOS (its first id, if that is `bos_id`) and its end; the answers keep their start.
     `max_prompt_length < max_length`, so every answer keeps at least one token.
 
     Returns:
@@ -326,7 +326,9 @@ def truncate(prompt: list[int], chosen: list[int], rejected: list[int], max_leng
     if len(prompt) > max_prompt_length:
         keeps_bos = bos_id is not None and prompt[0] == bos_id and max_prompt_length > 1
         # The end of a prompt holds its question. Models such as Gemma need BOS at the first position.
-        prompt = prompt[:1] + prompt[-(max_prompt_length - 1) :] if keeps_bos else prompt[-max_prompt_length:]
+        end = prompt[-(max_prompt_length - keeps_bos) :]
+        # Where BOS opens every turn (SmolLM2's <|im_start|>), the end may begin with one already.
+        prompt = prompt[:1] + end if keeps_bos and end[0] != bos_id else end
     room = max_length - len(prompt)
     return prompt, chosen[:room], rejected[:room]
 
@@ -410,7 +412,7 @@ def _texts(pair: Pair, chat: ChatRenderer | None, tokenizer) -> list[str]:
         ]
     # As TRL does for plain text: the tokenizer adds BOS (so one in the text is removed) and the answer ends with EOS.
     text, eos = pair.text, tokenizer.eos_token or ""
-    if tokenizer.bos_token and text.startswith(tokenizer.bos_token):
+    while tokenizer.bos_token and text.startswith(tokenizer.bos_token):
         text = text[len(tokenizer.bos_token) :]
     ended = [answer if answer.endswith(eos) else answer + eos for answer in (pair.chosen, pair.rejected)]
     return [text, text + ended[0], text + ended[1]]

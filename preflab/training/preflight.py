@@ -354,13 +354,17 @@ def special_tokens(sequences, answers: dict, tokenizer) -> dict:
         answers: {name: token ids of each answer}.
 
     Raises:
-        UserError: a sequence starts with two BOS tokens.
+        UserError: most sequences start with two BOS tokens. A few, whose text spells it, are counted.
     """
     bos = tokenizer.bos_token_id
     # Number of BOS tokens before the first other token.
     leading = [next((i for i, t in enumerate(ids) if t != bos), len(ids)) for ids in sequences]
-    if max(leading) > 1:
-        raise UserError(f"a prompt starts with {max(leading)} BOS tokens: the chat template and the text both add one")
+    doubled = sum(count > 1 for count in leading)
+    if 2 * doubled > len(leading):
+        raise UserError(
+            f"{doubled} of {len(leading)} sequences start with {max(leading)} BOS tokens ({tokenizer.bos_token}): the"
+            " chat template writes it more than once; correct the template with --chat_template_path FILE"
+        )
     ends = {tokenizer.eos_token_id}
     if tokenizer.chat_template:
         ends |= ChatRenderer(tokenizer).end_ids()
@@ -371,6 +375,7 @@ def special_tokens(sequences, answers: dict, tokenizer) -> dict:
         "end_tokens": sorted(tokenizer.convert_ids_to_tokens(sorted(ends - {None}))),
         "leading_bos_min": int(min(leading)),
         "leading_bos_max": int(max(leading)),
+        "more_than_one_bos": doubled,
         **{f"{name}_with_end_token": float(share) for name, share in ended.items()},
     }
 
@@ -381,7 +386,8 @@ def leading_bos(special: dict) -> str:
         return "the tokenizer has no BOS token"
     counts = special["leading_bos_min"], special["leading_bos_max"]
     which = {(0, 0): "no sequence starts", (1, 1): "every sequence starts"}.get(counts, "some sequences start")
-    return f"{which} with the BOS token {special['bos_token']}"
+    twice = f" ({special['more_than_one_bos']} with more than one)" if special["more_than_one_bos"] else ""
+    return f"{which} with the BOS token {special['bos_token']}{twice}"
 
 
 def plan_training(config, rows: int, tokens_per_epoch: dict[str, int], world_size: int) -> dict:

@@ -356,3 +356,23 @@ def test_truncated_prompt_keeps_bos_and_end(gemma_like_tokenizer, tmp_path):
     assert len(row["prompt_ids"]) == 32 and row["prompt_ids"][-len(end) :] == end
     assert len(row["rejected_ids"]) == 32 and 0 < len(row["chosen_ids"]) < 32
     assert (counts["truncated_prompt"], counts["truncated_chosen"], counts["truncated_rejected"]) == (1, 0, 1)
+
+
+@pytest.mark.parametrize("max_prompt_length", range(1, 40))
+def test_cut_prompt_keeps_one_bos_where_bos_opens_each_turn(smol_tokenizer, max_prompt_length):
+    """SmolLM2's BOS is <|im_start|>: wherever the cut falls, also right before a turn, one BOS comes first."""
+    bos, turns = smol_tokenizer.bos_token_id, [{"role": "user", "content": "one two three"}, GOOD] * 3
+    prompt = smol_tokenizer.apply_chat_template([*turns, USER], add_generation_prompt=True)["input_ids"]
+    cut, *_ = truncate(prompt, [5] * 60, [6] * 60, 60, max_prompt_length, bos)
+    assert cut[-1] == prompt[-1] and len(cut) in (max_prompt_length - 1, max_prompt_length)
+    leading = next((i for i, token in enumerate(cut) if token != bos), len(cut))
+    assert leading == (1 if max_prompt_length > 1 else 0), cut
+
+
+@pytest.mark.parametrize("which", ["smol_tokenizer", "gemma_like_tokenizer"])
+def test_text_prompts_start_with_at_most_one_bos(which, request, tmp_path):
+    tokenizer = request.getfixturevalue(which)
+    row = {"prompt": tokenizer.bos_token * 2 + "The sky is", "chosen": " blue.", "rejected": " green."}
+    data = load_pairs([{"name": str(write_jsonl(tmp_path / "x.jsonl", [row])), "split": "train"}])
+    ids, _ = tokenize(data, tokenizer, None, None)
+    assert ids["prompt_ids"][0] == tokenizer("The sky is")["input_ids"]
