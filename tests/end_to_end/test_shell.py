@@ -31,29 +31,67 @@ def test_missing_or_old_interpreter(script, tmp_path):
     assert done.returncode == 2 and "Python 3.9.1" in done.stderr
 
 
-def prepared(tmp_path, *files):
+def stub_python(path, script: str):
+    """An interpreter that runs `python -c` as the real one, and `script` for everything else."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f'#!/bin/sh\n[ "$1" = -c ] && exec {sys.executable} "$@"\n{script}\n')
+    path.chmod(0o755)
+    return path
+
+
+def prepared(tmp_path, *files, **env):
     """Call prepare_environment on a copy of the requirement files, where pip is a stub that installs nothing."""
     (tmp_path / "requirements").mkdir(exist_ok=True)
     for name in ("requirements.txt", "requirements/tests.txt"):
         (tmp_path / name).write_text((ROOT / name).read_text())
-    return bash(f"source {ROOT}/utils/env.sh; prepare_environment {' '.join(files)}", tmp_path, PYTHON=sys.executable)
+    return bash(
+        f"source {ROOT}/utils/env.sh; prepare_environment {' '.join(files)}",
+        tmp_path,
+        **{"PYTHON": sys.executable, **env},
+    )
 
 
-def test_failed_install_names_its_log_and_is_repeated(tmp_path):
-    (tmp_path / ".venv/bin").mkdir(parents=True)
-    python = tmp_path / ".venv/bin/python"
-    python.write_text(f'#!/bin/sh\n[ "$1" = -c ] && exec {sys.executable} "$@"\necho no index; exit 1\n')
-    python.chmod(0o755)
+@pytest.mark.parametrize(
+    ("output", "words"),
+    [
+        ("WARNING: Retrying after NewConnectionError", ("index cannot be reached", "HTTPS_PROXY", "docs/install.md")),
+        ("ERROR: ... (from versions: none)", ("index cannot be reached", "PIP_INDEX_URL")),
+        ("OSError: [Errno 28] No space left on device", ("the disk is full", "3 GB")),
+        (
+            "(from versions: 1.0)\nERROR: No matching distribution found for torch==9.9",
+            ("no torch==9.9 for", "PYTHON="),
+        ),
+        ("something else", ("something else", "pip could not install")),
+    ],
+)
+def test_failed_install_names_its_cause_and_is_repeated(output, words, tmp_path):
+    stub_python(tmp_path / ".venv/bin/python", f'[ "$3" = --version ] && exit 0\nprintf "{output}\\n"; exit 1')
     done = prepared(tmp_path)
-    assert done.returncode == 2 and "no index" in done.stderr and ".venv/install.log" in done.stderr
+    assert done.returncode == 2 and all(word in done.stderr for word in (*words, ".venv/install.log")), done.stderr
+    assert done.stderr.count("error: ") == 1
     assert not (tmp_path / ".venv/requirements.stamp").exists()
 
 
+@pytest.mark.parametrize(
+    ("output", "words"),
+    [
+        ("The virtual environment was not created successfully because ensurepip is not available.", "python3-venv"),
+        ("Error: [Errno 28] No space left on device", "the disk is full"),
+        ("Error: [Errno 13] Permission denied: '.venv'", "is not writable"),
+    ],
+)
+def test_failed_venv_is_one_line_and_leaves_nothing(output, words, tmp_path):
+    """Debian's python3 without its venv package creates .venv with an interpreter that has no pip, then fails."""
+    half = 'mkdir -p .venv/bin; printf "#!/bin/sh\nexit 1\n" >.venv/bin/python; chmod +x .venv/bin/python'
+    python = stub_python(tmp_path / "python3", f'{half}; echo "{output}"; exit 1')
+    for _ in range(2):
+        done = prepared(tmp_path, PYTHON=str(python))
+        assert done.returncode == 2 and done.stderr.startswith("error: ") and words in done.stderr
+        assert len(done.stderr.splitlines()) == 1 and not (tmp_path / ".venv").exists()
+
+
 def test_prepared_environment_is_reused(tmp_path):
-    (tmp_path / ".venv/bin").mkdir(parents=True)
-    python = tmp_path / ".venv/bin/python"
-    python.write_text(f'#!/bin/sh\n[ "$1" = -c ] && exec {sys.executable} "$@"\nexit 0\n')
-    python.chmod(0o755)
+    stub_python(tmp_path / ".venv/bin/python", "exit 0")
     assert "installing requirements.txt requirements/tests.txt" in prepared(tmp_path, "requirements/tests.txt").stdout
     for files in (("requirements/tests.txt",), ()):
         assert prepared(tmp_path, *files).stdout == "environment: .venv is up to date\n"
