@@ -1,6 +1,7 @@
 """TRL's DPOTrainer as the engine, on this project's token ids: shared prompts, further losses, per-pair scores."""
 
 import shutil
+import time
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -97,7 +98,7 @@ class ResumableDPOTrainer(ResumableMixin, DPOTrainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The micro-batches of one optimizer step: the configured ones, or the same pairs rebatched by tokens."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if self.padded_because is not None or BATCH_DEPENDENT_LOSSES & set(self.loss_types):
+        if not self.rebatches:
             return batches, items
         # At the end of an epoch the last micro-batch may be short. Stock TRL then weights its pairs more, and these
         # batches stay as they are to give the same result.
@@ -129,6 +130,53 @@ class ResumableDPOTrainer(ResumableMixin, DPOTrainer):
         # transformers divides each loss by the number of micro-batches of the step, empty ones included. With these
         # weights the sum is the mean over the step's pairs, as with the configured micro-batches.
         return (result[0] * weight, *result[1:]) if return_outputs else result * weight
+
+    @property
+    def uncached_reference_because(self) -> str | None:
+        """Why the reference is computed in every step; None where it can be computed once, before training."""
+        if not self.args.reference_cache:
+            return "--no_reference_cache"
+        if self.args.precompute_ref_log_probs:
+            return "TRL precomputes it (--precompute_ref_log_probs)"
+        if self.is_sharded:
+            return "a sharded model exists only inside training"
+        if self.ld_alpha is not None:
+            return "ld_alpha discounts its log-probabilities"
+        return None
+
+    @property
+    def rebatches(self) -> bool:
+        """Whether the pairs of a step are divided into micro-batches by their tokens."""
+        return self.padded_because is None and not BATCH_DEPENDENT_LOSSES & set(self.loss_types)
+
+    def rows_per_forward(self, mean_tokens: int) -> int:
+        """Pairs that one forward of training computes, given the mean tokens of a pair."""
+        configured = self.args.per_device_train_batch_size
+        if not self.rebatches:
+            return configured
+        budget = self.args.token_budget(self.args.max_length or self.longest)
+        return max(1, min(configured * self.args.gradient_accumulation_steps, budget // mean_tokens))
+
+    def time_rows(self, rows: list[int]) -> tuple[float, float]:
+        """Seconds of a training step and of the reference's forward, on rows of the train split.
+
+        The step contains the reference's forward where it is not cached.
+        """
+        started = time.monotonic()
+        # The values are read on the host, so the kernels are finished.
+        reference = self.reference_logps(self.train_dataset, rows)
+        seconds = time.monotonic() - started
+        examples = [self.train_dataset[i] for i in rows]
+        if self.uncached_reference_because is not None:
+            return self._time_step(examples), seconds
+        # As during training, where both are columns of the rows.
+        for example, (chosen, rejected) in zip(examples, reference, strict=True):
+            example.update(ref_chosen_logps=chosen, ref_rejected_logps=rejected)
+        self.precompute_ref_logps = True
+        try:
+            return self._time_step(examples), seconds
+        finally:
+            self.precompute_ref_logps = False
 
     # -------------------------------------------------------------------------------------------------------- losses
 
@@ -274,6 +322,19 @@ class ResumableDPOTrainer(ResumableMixin, DPOTrainer):
         # `share` may have repeated the last row.
         unique = {row["row"]: row for row in rows}
         return [unique[i] for i in sorted(unique)]
+
+    @torch.no_grad()
+    def reference_logps(self, dataset, rows: list[int]) -> list[tuple[float, float]]:
+        """(chosen, rejected) summed reference log-probabilities of `rows`, in nats, by TRL's own reference forward."""
+        # Without a reference model TRL's forward switches the policy's adapter off (or to its frozen copy).
+        model = self.model if self.ref_model is None else self.ref_model
+        was_training = model.training
+        # Without dropout, the forward draws no random number.
+        model.eval()
+        batch = self._prepare_inputs(self.data_collator([dataset[i] for i in rows]))
+        sides = [side.float().tolist() for side in self.compute_ref_log_probs(model, batch)]
+        model.train(was_training)
+        return list(zip(*sides, strict=True))
 
     @contextmanager
     def _captured_logps(self):

@@ -4,7 +4,6 @@
 """
 
 import math
-import time
 from collections import Counter
 from dataclasses import dataclass
 
@@ -14,11 +13,12 @@ from preflab.data import prompt_format
 from preflab.data.chat_template import ChatRenderer
 from preflab.evaluation.rewards import reward_rows
 from preflab.training.dpo_trainer import step0_tolerance
+from preflab.training.estimate import Speed, Work, estimate_text, estimated_minutes, measure_speed
 from preflab.training.memory import needed
 from utils.errors import UserError
 
-# Rows per process that are scored before training, for the time estimate and the figures of step 0.
-TIMED_ROWS = 4
+# Rows per process that are scored before training, for the figures of step 0.
+CHECKED_ROWS = 4
 CHECKPOINTED = ", activations computed twice (gradient checkpointing)"
 
 
@@ -31,8 +31,8 @@ class RowFacts:
         tokens_per_epoch: {name of the plan's figure: tokens of one epoch}.
         rows: rows that the trainer iterates over (a packed row counts once).
         longest: tokens of the longest sequence.
-        forward_seconds: measured seconds of one row's forward on one process; None for a sharded model.
-        forwards: cost of one row's training step, in forwards (a backward counts as two).
+        speed: measured seconds per token; None for a sharded model.
+        work: what the run computes after the preflight.
         unit: what a step counts, in the plural.
         lines: printed lines about the rows.
         compute: printed description of how a batch is computed.
@@ -43,8 +43,8 @@ class RowFacts:
     tokens_per_epoch: dict[str, int]
     rows: int
     longest: int
-    forward_seconds: float | None
-    forwards: int
+    speed: Speed | None
+    work: Work
     unit: str
     lines: list[str]
     compute: str
@@ -82,7 +82,7 @@ def run_preflight(describe_rows, trainer, splits, args: list, notes: list[str]) 
         "plan": plan,
         "estimate": {
             "memory_gib": round(memory.total(config.gradient_checkpointing) / 2**30, 2),
-            **estimated_minutes(plan, facts, config.gradient_checkpointing),
+            **estimated_minutes(facts.work, facts.speed, plan, config, facts.rows),
         },
         "notes": notes,
     }
@@ -103,7 +103,7 @@ def report(flight: dict, facts: RowFacts) -> str:
         f" ({batch['per_device']} per process × {batch['accumulation']} accumulation × {batch['processes']}"
         f" processes), about {plan['tokens_seen']:,} tokens",
         f"  compute   {facts.compute}{CHECKPOINTED if flight['gradient_checkpointing'] else ''}",
-        f"  estimate  {estimate.get('minutes', '?')} minutes, {estimate['memory_gib']} GiB (rough)",
+        f"  estimate  {estimate_text(estimate)}",
         *facts.step0_lines,
         *(f"  note      {note}" for note in flight["notes"]),
     ]
@@ -119,9 +119,11 @@ def describe_pairs(trainer, splits, data_args, config) -> RowFacts:
     tokens = pair_tokens(dataset)
     answers = {side: dataset[f"{side}_ids"] for side in ("chosen", "rejected")}
     special = special_tokens(dataset["prompt_ids"], answers, tokenizer)
-    step0, seconds = step0_margins(trainer, len(dataset))
+    step0 = step0_margins(trainer, len(dataset))
     pair = decoded_pair(dataset, tokenizer)
-    cached, padded_because = config.precompute_ref_log_probs, trainer.padded_because
+    padded_because, cached = trainer.padded_because, trainer.uncached_reference_because is None
+    row_tokens = tokens_of_pairs(dataset, shared_prompt=padded_because is None)
+    test_tokens = sum(tokens_of_pairs(splits.test_ids, padded_because is None)) if splits.test else 0
     return RowFacts(
         sections={
             "first_pair": pair,
@@ -136,10 +138,14 @@ def describe_pairs(trainer, splits, data_args, config) -> RowFacts:
         },
         rows=len(dataset),
         longest=tokens["longest_sequence"],
-        # Policy and reference were timed together, unless TRL precomputed the reference.
-        forward_seconds=None if seconds is None else seconds / (2 - cached),
-        # Forward and backward of the policy, and the reference's forward.
-        forwards=3 + (not cached),
+        speed=measure_speed(trainer, row_tokens),
+        work=Work(
+            epoch_tokens=sum(row_tokens),
+            before_tokens={"reference": sum(row_tokens) + test_tokens} if cached else {},
+            # Where the reference is not cached, its forward comes on top of the policy's.
+            held_out_tokens=test_tokens * (2 - cached),
+            sampling_models=2 if splits.test and any(pair.messages for pair in splits.test.pairs) else 0,
+        ),
         unit="pairs",
         lines=pair_lines(pair, tokens, special, splits),
         compute="each prompt once, without padding" if padded_because is None else f"padded pairs: {padded_because}",
@@ -169,6 +175,14 @@ def pair_tokens(dataset) -> dict:
     }
 
 
+def tokens_of_pairs(dataset, shared_prompt: bool) -> list[int]:
+    """Tokens that a forward computes for each pair; a prompt that is not shared counts with each answer."""
+    prompt, chosen, rejected = (
+        np.array([len(ids) for ids in dataset[key]]) for key in ("prompt_ids", "chosen_ids", "rejected_ids")
+    )
+    return ((1 if shared_prompt else 2) * prompt + chosen + rejected).tolist()
+
+
 def decoded_pair(dataset, tokenizer) -> dict:
     """The first pair decoded, with its loss mask: which part is context and which is scored."""
     row = dataset[0]
@@ -180,28 +194,24 @@ def decoded_pair(dataset, tokenizer) -> dict:
     }
 
 
-def step0_margins(trainer, pairs: int) -> tuple[dict, float | None]:
-    """The largest |reward| and |margin| before the first step, over a few train pairs, and the seconds per pair.
+def step0_margins(trainer, pairs: int) -> dict:
+    """The largest |reward| and |margin| before the first step, over a few train pairs.
 
     A sharded model exists only inside training: there the trainer checks the first micro-batch.
     """
     step0 = {"largest_margin": None, "largest_reward": None, "pairs": 0, "tolerance": step0_tolerance(trainer.args)}
     if trainer.is_sharded:
         later = "will be checked on the first micro-batch: a sharded model exists only there"
-        return {**step0, "checked": later}, None
-    # Every process scores equally many pairs (ResumableMixin.share), so the time per pair is per process.
-    world = trainer.accelerator.num_processes
-    count = min(pairs, TIMED_ROWS * world)
-    started = time.monotonic()
+        return {**step0, "checked": later}
+    count = min(pairs, CHECKED_ROWS * trainer.accelerator.num_processes)
     rows = reward_rows(trainer.score(trainer.train_dataset, range(count)), trainer.args.beta)
-    seconds = (time.monotonic() - started) / -(-count // world)
     return {
         **step0,
         "largest_margin": max(abs(row["margin"]) for row in rows),
         "largest_reward": max(abs(row[f"reward_{side}"]) for row in rows for side in ("chosen", "rejected")),
         "pairs": count,
         "checked": "before training",
-    }, seconds
+    }
 
 
 def pair_lines(pair: dict, tokens: dict, special: dict, splits) -> list[str]:
@@ -247,7 +257,8 @@ def describe_conversations(trainer, splits, data_args, config) -> RowFacts:
     special = special_tokens(
         dataset["input_ids"], {"conversations": [ids[-3:] for ids in dataset["input_ids"]]}, tokenizer
     )
-    step0, seconds = step0_loss(trainer, dataset)
+    step0 = step0_loss(trainer, dataset)
+    test_tokens = sum(map(len, splits.test_ids["input_ids"])) if splits.test else 0
     pieces = decoded_conversation(dataset, tokenizer)
     packing = None
     if config.packing:
@@ -266,9 +277,13 @@ def describe_conversations(trainer, splits, data_args, config) -> RowFacts:
         },
         rows=rows,
         longest=tokens["longest_sequence"],
-        # A packed row holds several of the timed conversations.
-        forward_seconds=None if seconds is None else seconds * len(dataset) / rows,
-        forwards=3,
+        speed=measure_speed(trainer, [len(ids) for ids in trainer.train_dataset["input_ids"]]),
+        work=Work(
+            epoch_tokens=tokens["tokens_per_epoch"],
+            before_tokens={"base on held-out rows": test_tokens} if test_tokens else {},
+            held_out_tokens=test_tokens,
+            sampling_models=(1 + hasattr(trainer.model, "peft_config")) if splits.test else 0,
+        ),
         unit="packed rows" if packing else "conversations",
         lines=conversation_lines(pieces, tokens, special, splits, data_args.loss_on),
         compute=f"{packing['rows']} packed rows, {packing['filled']:.0%} filled" if packing else "padded rows",
@@ -305,22 +320,19 @@ def decoded_conversation(dataset, tokenizer) -> list[dict]:
     ]
 
 
-def step0_loss(trainer, dataset) -> tuple[dict | None, float | None]:
-    """The mean loss per trained token before the first step, over a few conversations, and the seconds for each.
+def step0_loss(trainer, dataset) -> dict | None:
+    """The mean loss per trained token before the first step, over a few conversations.
 
-    (None, None) for a sharded model, which exists only inside training.
+    None for a sharded model, which exists only inside training.
     """
     if trainer.is_sharded:
-        return None, None
-    world = trainer.accelerator.num_processes
-    sample = range(min(len(dataset), TIMED_ROWS * world))
-    started = time.monotonic()
+        return None
+    sample = range(min(len(dataset), CHECKED_ROWS * trainer.accelerator.num_processes))
     # Sums over the labelled tokens of each conversation, in nats.
     nll = trainer.score(dataset, sample)
-    seconds = (time.monotonic() - started) / -(-len(sample) // world)
     # The first token has no prediction.
     scored = sum(sum(label != -100 for label in dataset[i]["labels"][1:]) for i in sample)
-    return {"loss": sum(nll) / scored, "conversations": len(sample)}, seconds
+    return {"loss": sum(nll) / scored, "conversations": len(sample)}
 
 
 def conversation_lines(pieces: list[dict], tokens: dict, special: dict, splits, loss_on: str) -> list[str]:
@@ -420,15 +432,6 @@ def plan_training(config, rows: int, tokens_per_epoch: dict[str, int], world_siz
         "rows_seen": seen,
         **{name: round(seen * tokens / rows) for name, tokens in tokens_per_epoch.items()},
     }
-
-
-def estimated_minutes(plan: dict, facts: RowFacts, checkpointing: bool) -> dict:
-    """{"minutes": rough training time}; empty where no forward could be timed."""
-    if facts.forward_seconds is None:
-        return {}
-    rows_per_process = plan["rows_seen"] / plan["batch"]["processes"]
-    # Gradient checkpointing computes one more forward.
-    return {"minutes": round(rows_per_process * facts.forward_seconds * (facts.forwards + bool(checkpointing)) / 60, 1)}
 
 
 def count_parameters(model) -> dict:

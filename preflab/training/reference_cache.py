@@ -6,8 +6,6 @@ reference's weights and precision. Evaluations use the same kind of cache (utils
 
 import time
 
-import torch
-
 from preflab.models.batching import token_batches
 from preflab.training.dpo_trainer import STEP0_TOLERANCE
 from preflab.training.run import TrainingRun
@@ -23,26 +21,13 @@ CHECKED = 4
 CPU_TOKENS, GPU_TOKENS = 4096, 32768
 
 
-def unsupported_reason(trainer) -> str | None:
-    """Why the reference is computed in every step, None where it can be cached."""
-    if not trainer.args.reference_cache:
-        return "--no_reference_cache"
-    if trainer.args.precompute_ref_log_probs:
-        return "TRL precomputes it (--precompute_ref_log_probs)"
-    if trainer.is_sharded:
-        return "a sharded model exists only inside training"
-    if trainer.ld_alpha is not None:
-        return "ld_alpha discounts its log-probabilities"
-    return None
-
-
 def prepare(training: TrainingRun, trainer) -> dict:
     """Give the trainer cached reference log-probabilities, where that is possible. Call before training.
 
     Returns:
         `{computed, read, seconds}`, or `{in_every_step_because}` where the reference cannot be cached.
     """
-    reason = unsupported_reason(trainer)
+    reason = trainer.uncached_reference_because
     if reason is not None:
         return {"in_every_step_because": reason}
     counts = use(trainer, training.config.eval_out, training.model_identity(trainer))
@@ -104,24 +89,10 @@ def _compute(trainer, dataset, keys: list[str], missing: list[int], cache: Resul
     with progress(sum(map(len, batches)), "reference", "pair") as bar:
         for batch in batches:
             rows = [missing[k] for k in batch]
-            for i, (chosen, rejected) in zip(rows, reference_logps(trainer, dataset, rows), strict=True):
+            for i, (chosen, rejected) in zip(rows, trainer.reference_logps(dataset, rows), strict=True):
                 # Saved after every batch, so that an interrupted command continues where it stopped.
                 cache.add(keys[i], {"chosen": chosen, "rejected": rejected})
             bar.update(len(rows))
-
-
-@torch.no_grad()
-def reference_logps(trainer, dataset, rows: list[int]) -> list[tuple[float, float]]:
-    """(chosen, rejected) summed reference log-probabilities of `rows`, in nats, by TRL's own reference forward."""
-    # Without a reference model TRL's forward switches the policy's adapter off (or to its frozen copy).
-    model = trainer.model if trainer.ref_model is None else trainer.ref_model
-    was_training = model.training
-    # Without dropout, the forward draws no random number.
-    model.eval()
-    batch = trainer._prepare_inputs(trainer.data_collator([dataset[i] for i in rows]))
-    sides = [side.float().tolist() for side in trainer.compute_ref_log_probs(model, batch)]
-    model.train(was_training)
-    return list(zip(*sides, strict=True))
 
 
 def _check(trainer, dataset, keys: list[str], known: dict, folder) -> None:
@@ -133,7 +104,7 @@ def _check(trainer, dataset, keys: list[str], known: dict, folder) -> None:
         return
     # In nats: sums of log-probabilities are compared here, without beta.
     tolerance = STEP0_TOLERANCE["float32" if trainer.args.precision == "fp32" else "16-bit"]
-    for i, now in zip(sample, reference_logps(trainer, dataset, sample), strict=True):
+    for i, now in zip(sample, trainer.reference_logps(dataset, sample), strict=True):
         before = (known[keys[i]]["chosen"], known[keys[i]]["rejected"])
         difference = max(abs(a - b) for a, b in zip(before, now, strict=True))
         # Written so that NaN fails too.

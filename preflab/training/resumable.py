@@ -14,6 +14,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length, rotate
 
 from preflab.evaluation.runs import MANIFEST
 from preflab.models.fast import fused_lora
+from preflab.training.estimate import synchronize
 from preflab.training.run_folder import write_manifest
 from utils.artifacts import RowFile, read_json
 from utils.errors import UserError, is_main_process
@@ -73,6 +74,43 @@ class ResumableMixin:
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         count = -(-len(indices) // world)
         return [indices[min(k, len(indices) - 1)] for k in range(rank, count * world, world)]
+
+    def rows_per_forward(self, mean_tokens: int) -> int:
+        """Rows that one forward of training computes, given the mean tokens of a row."""
+        return self.args.per_device_train_batch_size
+
+    def time_rows(self, rows: list[int]) -> tuple[float, float]:
+        """Seconds of a training step (forward, backward) and of a forward alone, on rows of the train split."""
+        started = time.monotonic()
+        self.score(self.train_dataset, rows)
+        # `score` shares the rows out over the processes.
+        seconds = (time.monotonic() - started) * len(rows) / len(self.share(rows))
+        return self._time_step([self.train_dataset[i] for i in rows]), seconds
+
+    def _time_step(self, examples: list[dict]) -> float:
+        """Seconds of a forward and backward. Gradients, random state and TRL's counts are as before afterwards."""
+        was_training, tokens = self.model.training, self._total_train_tokens
+        self.model.train()
+        if self.args.gradient_checkpointing:
+            # transformers switches it on when training starts; without it these rows might not fit into memory.
+            self.model.gradient_checkpointing_enable(self.args.gradient_checkpointing_kwargs)
+        device = self.accelerator.device
+        # The CPU's random state is always restored.
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            inputs = self._prepare_inputs(self.data_collator(examples))
+            started = time.monotonic()
+            with self.accelerator.autocast():
+                loss = self.compute_loss(self.model, inputs)
+            loss.backward()
+            synchronize(device)
+            seconds = time.monotonic() - started
+        self.model.zero_grad(set_to_none=True)
+        if self.args.gradient_checkpointing:
+            self.model.gradient_checkpointing_disable()
+        self._metrics["train"].clear()
+        self._total_train_tokens = tokens
+        self.model.train(was_training)
+        return seconds
 
     def create_model_card(self, *args, **kwargs):
         """Do nothing: preflab.models.card writes the card once, at the end, with the results in it."""
@@ -173,10 +211,11 @@ class TrainingProgress(TrainerCallback):
         self.bar, self.evaluation, self.step = None, None, 0
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.bar, self.step = progress(state.max_steps, "training", "step"), 0
+        # After a resume the steps before it are finished, and took no time of this call.
+        self.step = state.global_step
+        self.bar = progress(state.max_steps, "training", "step", initial=self.step)
 
     def on_step_end(self, args, state, control, **kwargs):
-        # After a resume the first step counts the finished ones too.
         self.bar.update(state.global_step - self.step)
         self.step = state.global_step
 

@@ -14,6 +14,8 @@ POSITIVE = (
     "learning_rate", "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
     "global_batch_size", "max_length",
 )  # fmt: skip
+# Maximum tokens of an answer in samples.md.
+SAMPLE_TOKENS = 64
 
 
 @dataclass

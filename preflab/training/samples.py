@@ -6,11 +6,10 @@ from preflab.data.chat_template import ChatRenderer
 from preflab.models.generation import generate
 from preflab.models.start_adapter import as_reference
 from preflab.training.run import TrainingRun
+from preflab.training.run_config import SAMPLE_TOKENS
 from utils.artifacts import write_text
 from utils.errors import is_main_process
 from utils.tables import side_by_side
-
-MAX_NEW_TOKENS = 64
 
 
 def write_pair_samples(training: TrainingRun, trainer, splits) -> None:
@@ -54,7 +53,7 @@ def answer_prompts(training: TrainingRun, trainer, prompts: list[list[dict]], ot
     with trainer.accelerator.autocast():
         for name, context in models.items():
             with context as model:
-                generated = generate(model, trainer.processing_class, prompts, MAX_NEW_TOKENS)
+                generated = generate(model, trainer.processing_class, prompts, SAMPLE_TOKENS)
                 # `generate` answers the longest prompts first.
                 answers[name] = sorted(generated, key=lambda answer: answer["index"])
     entries = [
@@ -65,7 +64,7 @@ def answer_prompts(training: TrainingRun, trainer, prompts: list[list[dict]], ot
         )
         for i, messages in enumerate(prompts)
     ]
-    note = f"Held-out prompts, decoded greedily, at most {MAX_NEW_TOKENS} tokens per answer."
+    note = f"Held-out prompts, decoded greedily, at most {SAMPLE_TOKENS} tokens per answer."
     write_text(training.folders.results / "samples.md", side_by_side("Answers side by side", entries, note))
 
 

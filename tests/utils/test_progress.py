@@ -22,6 +22,14 @@ def test_long_work_prints_plain_lines(capfd):
     assert "loss 0.693" in err
 
 
+def test_time_left_is_that_of_the_remaining_units(capfd, monkeypatch):
+    """10 of 40 units were finished before; 10 more in 20 s leave 20, which take 40 s."""
+    clock = iter([100.0, 120.0, 120.0])
+    monkeypatch.setattr(utils.progress.time, "monotonic", lambda: next(clock))
+    LineProgress(40, "training", "step", seconds=5, initial=10).update(10)
+    assert capfd.readouterr().err == "training: 20/40 steps (50%) after 20 s, about 40 s left\n"
+
+
 def test_last_line_is_printed_once(capfd):
     with LineProgress(2, "scoring", "pair", seconds=0) as bar:
         bar.update(2)
