@@ -52,7 +52,6 @@ def main():
     from preflab.training.run import TrainingRun, training_summary
     from preflab.training.samples import write_pair_samples
     from preflab.training.splits import load_pair_splits
-    from preflab.training.throughput import DPO_OPERATIONS
 
     training = TrainingRun.open("train", __doc__, DataArguments, DPORunConfig)
     # The same command, called again after the end, prints the results.
@@ -72,7 +71,8 @@ def main():
     write_pair_samples(training, trainer, splits)
     title = training.title(splits, "pairs")
     report = dpo_report.render(metrics, title)
-    speed = training_summary(trainer, flight, "pairs", flight["plan"]["tokens_stored_once"], DPO_OPERATIONS)
+    tokens, reference_in_step = flight["plan"]["tokens_stored_once"], "in_every_step_because" in reference
+    speed = training_summary(trainer, flight, "pairs", tokens, reference_in_step)
     training.publish(
         trainer,
         splits,

@@ -52,7 +52,6 @@ def main():
     from preflab.training.sft_config import SFTRunConfig
     from preflab.training.sft_trainer import ResumableSFTTrainer
     from preflab.training.splits import load_conversation_splits
-    from preflab.training.throughput import SFT_OPERATIONS
 
     training = TrainingRun.open("sft", __doc__, SFTArguments, SFTRunConfig)
     # The same command, called again after the end, prints the results.
@@ -82,7 +81,7 @@ def main():
         title=title,
         curves=sft_curves,
         curves_name="sft_training_curves.png",
-        training=training_summary(trainer, flight, "rows", flight["plan"]["tokens_seen"], SFT_OPERATIONS),
+        training=training_summary(trainer, flight, "rows", flight["plan"]["tokens_seen"]),
         flight_keys=("packing",),
     )
 

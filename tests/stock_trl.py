@@ -75,6 +75,21 @@ def ours(folder, loss_type: str, tmp_path, rows, **extra) -> list[dict]:
     return history
 
 
+def trainer_of(tiny, tmp_path, rows=None, **settings):
+    """A trainer on tokenised rows (default: one pair), not started."""
+    from utils.artifacts import RowFile
+
+    rows = rows or [{"prompt_ids": [1, 2], "chosen_ids": [3], "rejected_ids": [4]}]
+    return ResumableDPOTrainer(
+        load_model(str(tiny)),
+        args=DPORunConfig(str(tmp_path), **{**SETTINGS, "label_smoothing": 0.0, **settings}),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=load_tokenizer(str(tiny)),
+        peft_config=lora(),
+        row_log=RowFile(tmp_path / "log.jsonl"),
+    )
+
+
 def assert_equal(own_steps: list[dict], stock_steps: list[dict]) -> None:
     for a, b in zip(own_steps, stock_steps, strict=True):
         for key in KEYS:

@@ -188,7 +188,8 @@ def _cells(rows: list[dict], columns: tuple) -> list[list[str]]:
 def _speed(training: dict) -> str:
     pairs = f"{training['pairs_per_second']} pairs and " if "pairs_per_second" in training else ""
     tokens = f"{pairs}{training['tokens_per_second']:.0f} tokens per second"
-    return f"{training['seconds']:.0f} s of training, {tokens} (MFU {training['mfu']:.1%})"
+    mfu = "not measured" if training["mfu"] is None else f"{training['mfu']:.1%}"
+    return f"{training['seconds']:.0f} s of training, {tokens} (MFU {mfu})"
 
 
 def _machine(hardware: dict) -> str:

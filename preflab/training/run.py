@@ -15,7 +15,13 @@ from preflab.training.preflight import run_preflight
 from preflab.training.run_config import RunConfig, check_run_config, fit_global_batch
 from preflab.training.run_folder import RunFolders, checkpoint_to_resume, claim_run, run_identity
 from preflab.training.splits import Splits
-from preflab.training.throughput import matmul_rate, model_flops, slower_than_float32
+from preflab.training.throughput import (
+    REFERENCE_OPERATIONS,
+    STEP_OPERATIONS,
+    model_flops,
+    model_flops_utilisation,
+    slower_than_float32,
+)
 from utils import stage as stages
 from utils.artifacts import RowFile, all_arguments, read_json, read_published, write_json
 from utils.cli import run_name
@@ -290,25 +296,25 @@ class TrainingRun:
         print_main(f"training took {trainer.seconds:.0f} s, the command in total {self.stage.seconds:.0f} s")
 
 
-def training_summary(trainer, flight: dict, unit: str, tokens: int, operations: float) -> dict:
+def training_summary(trainer, flight: dict, unit: str, tokens: int, reference_in_step: bool = False) -> dict:
     """Figures of the training itself, from train_log.jsonl: steps, tokens, speed, loss of its first and last tenth.
 
     Speed is over all processes and the entire training, evaluations and saves included; mfu is its share of the
-    measured rate of matrix products. {} on ranks other than 0.
+    measured rate of matrix products, None where that was not measured. {} on ranks other than 0.
 
     Args:
         unit: what a row is, in the plural.
         tokens: tokens that count as work, each row's stored once.
-        operations: floating-point operations per parameter and token (preflab.training.throughput).
+        reference_in_step: whether every step includes the reference's forward.
     """
     if not is_main_process():
         return {}
     # `trainer.row_log` holds every step once, also those of calls before a resume.
     losses, plan = [row["loss"] for row in trainer.row_log.read() if row["split"] == "train"], flight["plan"]
     tenth = max(1, len(losses) // 10)
-    # matmul_rate measures one device; every process has its own.
-    rate = matmul_rate(trainer.args.dtype_name, trainer.accelerator.device.type) * plan["batch"]["processes"]
+    operations = STEP_OPERATIONS + (REFERENCE_OPERATIONS if reference_in_step else 0)
     flops = model_flops(flight["parameters"]["total"], tokens, operations)
+    dtype, device = trainer.args.dtype_name, trainer.accelerator.device.type
     return {
         "steps": trainer.state.global_step,
         # The wall time of all calls of this run, those before a resume included; the rates below are over it.
@@ -316,7 +322,7 @@ def training_summary(trainer, flight: dict, unit: str, tokens: int, operations: 
         "num_tokens": trainer._total_train_tokens,
         f"{unit}_per_second": round(plan["rows_seen"] / trainer.seconds, 3),
         "tokens_per_second": round(tokens / trainer.seconds, 1),
-        "mfu": round(flops / trainer.seconds / rate, 4),
+        "mfu": model_flops_utilisation(flops, trainer.seconds, dtype, device, plan["batch"]["processes"]),
         "loss_first_tenth": sum(losses[:tenth]) / tenth if losses else None,
         "loss_last_tenth": sum(losses[-tenth:]) / tenth if losses else None,
     }

@@ -7,8 +7,11 @@ import torch
 # A timed product takes at least this long, and its matrices are at most this wide.
 SHORTEST_SECONDS = 0.05
 LARGEST_WIDTH = 8192
-# Floating-point operations per parameter and token (see `model_flops`).
-DPO_OPERATIONS, SFT_OPERATIONS = 6.0, 4.0
+# Floating-point operations per parameter and token (see `model_flops`): of a training step, and of a reference forward.
+STEP_OPERATIONS, REFERENCE_OPERATIONS = 4.0, 2.0
+DPO_OPERATIONS = STEP_OPERATIONS + REFERENCE_OPERATIONS
+# Shorter training is mostly warm-up, so that its share of the peak says nothing.
+SHORTEST_TRAINING_SECONDS = 60.0
 
 
 def matmul_rate(dtype: str, device: str) -> float:
@@ -48,11 +51,29 @@ def _seconds(a) -> float:
     return time.monotonic() - started
 
 
+def model_flops_utilisation(flops: float, seconds: float, dtype: str, device: str, processes: int) -> float | None:
+    """Model FLOPs utilisation: the share of the machine's measured matrix-product rate that training reached.
+
+    Args:
+        flops: floating-point operations of all processes.
+        seconds: wall time of training.
+        processes: each has its own device, whose rate is measured now.
+
+    Returns:
+        None where the training was too short to tell, or where other work slowed the measurement of the rate (the
+        share would be above 1).
+    """
+    if seconds < SHORTEST_TRAINING_SECONDS:
+        return None
+    share = flops / seconds / (matmul_rate(dtype, device) * processes)
+    return round(share, 4) if share <= 1 else None
+
+
 def model_flops(parameters: int, tokens: int, operations: float = DPO_OPERATIONS) -> float:
     """Floating-point operations that training needs for `tokens`, without attention.
 
-    Per parameter and token: 2 for the policy's forward, 2 for the gradients of its activations, and in preference
-    training 2 for the reference's forward (prompt, chosen and rejected counted once). The gradients of trained weights
-    are left out, so that the MFU of LoRA and of full fine-tuning are comparable.
+    Per parameter and token: 2 for the policy's forward, 2 for the gradients of its activations, and 2 for the
+    reference's forward where training includes it (prompt, chosen and rejected counted once). The gradients of trained
+    weights are left out, so that the MFU of LoRA and of full fine-tuning are comparable.
     """
     return operations * parameters * tokens

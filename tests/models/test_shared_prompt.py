@@ -321,7 +321,9 @@ def test_reference_cache_is_shared_and_verified(train, tiny, prefs, tmp_path):
     code, out, err = train(*train_args(tiny, prefs, tmp_path, *shared, "--run_name", "ipo", "--loss_type", "ipo"))
     assert code == 0 and re.search(r"reference\b.*\b0\b.*\b32\b", out), err
     summary = json.loads((tmp_path / "out" / "ipo" / "train.json").read_text())
-    assert summary["training"]["reference"]["read"] == 32 and summary["training"]["mfu"] > 0
+    assert summary["training"]["reference"]["read"] == 32
+    # This training takes a second or two, too short for a share of the peak.
+    assert summary["training"]["mfu"] is None
     # Other token ids or another precision need another reference.
     for flags in (("--max_length", "24"), ("--bf16", "true")):
         code, out, err = train(*train_args(tiny, prefs, tmp_path, *shared, "--run_name", flags[0][2:], *flags))

@@ -6,12 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import assert_one_line, make_pairs, train_args, write_jsonl
-from stock_trl import SETTINGS, assert_equal, lora, ours, stock
+from stock_trl import assert_equal, ours, stock, trainer_of
 
-from preflab.models.loading import load_model, load_tokenizer
 from preflab.training import losses
-from preflab.training.dpo_config import DPORunConfig
-from preflab.training.dpo_trainer import ResumableDPOTrainer
 
 # Log-probabilities of two chosen and three rejected tokens, reference sums -4 and -4.5: d_w = 1, d_l = -0.5,
 # means -3/2 and -5/3. Each entry: settings, loss, gradient of each chosen and of each rejected token, by hand.
@@ -56,22 +53,6 @@ def inputs() -> dict:
     wins = {"win_chosen": torch.tensor([0.8]), "win_rejected": torch.tensor([0.3])}
     ids = torch.ones(2, 6, dtype=torch.long)
     return {"input_ids": ids, "attention_mask": ids, "completion_mask": mask, **reference, **wins}
-
-
-def trainer_of(tiny, tmp_path, rows=None, **settings):
-    from datasets import Dataset
-
-    from utils.artifacts import RowFile
-
-    rows = rows or [{"prompt_ids": [1, 2], "chosen_ids": [3], "rejected_ids": [4]}]
-    return ResumableDPOTrainer(
-        load_model(str(tiny)),
-        args=DPORunConfig(str(tmp_path), **{**SETTINGS, "label_smoothing": 0.0, **settings}),
-        train_dataset=Dataset.from_list(rows),
-        processing_class=load_tokenizer(str(tiny)),
-        peft_config=lora(),
-        row_log=RowFile(tmp_path / "log.jsonl"),
-    )
 
 
 @pytest.mark.parametrize("loss_type", GOLDEN)
