@@ -74,8 +74,8 @@ def check(args, c) -> None:
     # An empty list would otherwise count as no --score, and the models would answer.
     if args.score == []:
         raise UserError("--score: give at least one votes file")
-    # `dpo` is tuned's column (COLUMN_OF), `prompt` that of the prompts.
-    reserved = {"prompt", "dpo"} & {spec.split("=")[0] for spec in args.models or []}
+    # `dpo` is tuned's column (COLUMN_OF); the others are not models.
+    reserved = {"prompt", "dpo", "truncated"} & {spec.split("=")[0] for spec in args.models or []}
     if reserved:
         raise UserError(f"--models {reserved.pop()}=...: the candidates' file uses this column name; choose another")
 

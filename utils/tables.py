@@ -197,6 +197,15 @@ def markdown_table(lines: list[list[str]]) -> str:
     return "\n".join([rows[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *rows[1:]])
 
 
+# What is shown beside an answer whose generation ended at the token limit.
+CUT_OFF_TEXT = "cut off at the token limit"
+
+
+def answer_label(name: str, cut_off: bool) -> str:
+    """The heading of an answer in a page of samples, marked where it was cut off at the token limit."""
+    return f"{name} ({CUT_OFF_TEXT})" if cut_off else name
+
+
 def quoted(text: str) -> str:
     """`text` as a Markdown quotation, so that an unclosed code fence ends with it."""
     return "".join(f"> {line}\n" for line in text.splitlines() or ["(empty)"])

@@ -10,7 +10,7 @@ from preflab.judging.judges import judge_all
 from utils.artifacts import dumps, read_json, write_json
 from utils.errors import UserError
 from utils.provenance import sha256_of
-from utils.tables import side_by_side
+from utils.tables import answer_label, side_by_side
 
 
 def read_reference(name: str, limit: int | None = None) -> list[dict]:
@@ -279,7 +279,7 @@ def samples(sides: dict[str, list[dict]], count: int = 20) -> str:
         answers = {f"Reference ({base['generator_1']})": base["output_1"]}
         for name, rows in sides.items():
             judged = "no verdict" if rows[k]["preference"] is None else f"preference {rows[k]['preference']:.2f}"
-            answers[f"{name} ({judged})"] = rows[k]["output_2"]
+            answers[answer_label(f"{name} ({judged})", rows[k].get("finish_reason") == "length")] = rows[k]["output_2"]
         entries.append((f"Instruction {k + 1}", base["instruction"], answers))
     note = "Preference: 1 where the judge prefers the reference, 2 where it prefers the model's answer."
     return side_by_side("Answers side by side", entries, note)

@@ -14,6 +14,9 @@ from pathlib import Path
 import nh3
 from markdown_it import MarkdownIt
 
+from preflab.human.latex import keep_latex
+from utils.tables import CUT_OFF_TEXT
+
 CHOICES = ("left_much", "left", "tie", "right", "right_much", "both_bad")
 SKIPS = ("unclear_prompt", "not_my_field", "cannot_read", "upsetting", "other")
 # Written into every export by human_eval.js; `votes` accepts no other.
@@ -21,12 +24,14 @@ FORMAT = "preferencelab-votes-1"
 
 TEMPLATE = Path(__file__).parent / "static"
 EMPTY = "<p><em>(empty answer)</em></p>"
+# Below an answer that reached the token limit. Answers cannot imitate it, since their own HTML has no classes.
+CUT_OFF = f'<p class="cut">[{CUT_OFF_TEXT}]</p>'
 # Tags that Markdown can produce; all others are removed by nh3, together with every attribute not named below.
 TAGS = "a blockquote br code del em h4 h5 h6 hr li ol p pre s strong table tbody td th thead tr ul"
 
 # Raw HTML is shown as text. No images: nothing may be fetched. No references: their lines would disappear.
 NESTING = 40
-_MARKDOWN = (
+_MARKDOWN = keep_latex(
     MarkdownIt("commonmark", {"html": False, "breaks": True, "maxNesting": NESTING})
     .enable(["table", "strikethrough"])
     .disable(["image", "reference"])
@@ -63,6 +68,11 @@ def markdown(text: str) -> str:
     )
 
 
+def answer(text: str, cut_off: bool) -> str:
+    """HTML of an answer to judge: its Markdown, with a mark where generation ended at the token limit."""
+    return markdown(text) + (CUT_OFF if cut_off else "")
+
+
 def conversation(messages: list[dict]) -> str:
     """HTML of a prompt, `{"role", "content"}` per turn: a single user turn alone, several turns under their roles.
 
@@ -91,7 +101,7 @@ def build_page(study: str, title: str, items: list[dict]) -> str:
     Args:
         study: id of the study in exports and in the browser's storage; each set of items needs its own.
         items: `{"id", "prompt", "left", "right"}` each, in display order; ids are opaque and unique, the other values
-            are HTML from `conversation` and `markdown`.
+            are HTML from `conversation` and `answer`.
     """
     # Votes are stored by id, so a duplicate would overwrite one vote with another.
     ids = [item["id"] for item in items]

@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from preflab.human.study import COLUMN_OF
+from preflab.human.study import COLUMN_OF, TRUNCATED
 from preflab.judging.battle_report import categories_table
 from utils.plots import CHOSEN, EVAL, NEUTRAL, REJECTED, empty_panel, figure, save, win_rate_bars
 from utils.stage import Report, fits_terminal, wrote
-from utils.tables import cell, difference, estimate, p_equals, p_value, side_by_side
+from utils.tables import answer_label, cell, difference, estimate, p_equals, p_value, side_by_side
 from utils.tables import render as render_table
 
 
@@ -186,7 +186,10 @@ def strongest(rows: list[dict], candidates: list[dict], title: str, count: int =
         for a, b, prompt in units:
             winner = a if sign > 0 else b
             heading = f"Prompt {prompt + 1}: {winner} preferred, {abs(means[a, b, prompt]):.1f} of 2 steps"
-            texts = {name: candidates[prompt][COLUMN_OF.get(name, name)] for name in (a, b)}
+            columns = {name: COLUMN_OF.get(name, name) for name in (a, b)}
+            # Files of earlier versions do not have the column.
+            cut_off = candidates[prompt].get(TRUNCATED, [])
+            texts = {answer_label(name, c in cut_off): candidates[prompt][c] for name, c in columns.items()}
             entries.append((heading, candidates[prompt]["prompt"], texts, _votes_list(votes[a, b, prompt])))
     note = "" if entries else "No answer was preferred to another."
     return side_by_side(f"{title}: the strongest preferences", entries, note)

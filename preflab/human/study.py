@@ -6,32 +6,52 @@ import secrets
 from pathlib import Path
 
 from preflab.data.prompts import Prompt
-from preflab.human.page import build_page, conversation, markdown
+from preflab.human.page import answer as answer_html
+from preflab.human.page import build_page, conversation
 from preflab.judging.battles import pairings
 from utils.artifacts import dumps, read_json, write_json, write_text
 from utils.errors import UserError
 from utils.provenance import sha256_of
-from utils.tables import side_by_side
+from utils.tables import answer_label, side_by_side
 
 # Column of each model in the candidates' file; other models are columns of their own name.
 COLUMN_OF = {"base": "base", "tuned": "dpo"}
+# Column of the candidates' file that lists the columns whose answer was cut off at the token limit.
+TRUNCATED = "truncated"
 STEMS = ("manual_eval_candidates", "human_eval", "human_eval_key")
 KEY_FIELDS = {"study", "models", "items", "identical", "candidates", "candidates_sha256", "limit"}
 
 
 def candidates(prompts: list[Prompt], answers: dict[str, list[dict]]) -> list[dict]:
-    """`{prompt, base, dpo, ...}` per prompt: the text that each model answered."""
+    """`{prompt, base, dpo, ..., truncated}` per prompt: each model's answer, and the columns of those cut off."""
     columns = {name: COLUMN_OF.get(name, name) for name in answers}
     return [
-        {"prompt": prompt.text, **{column: answers[name][k]["text"] for name, column in columns.items()}}
+        {
+            "prompt": prompt.text,
+            **{column: answers[name][k]["text"] for name, column in columns.items()},
+            TRUNCATED: [column for name, column in columns.items() if is_cut_off(answers[name][k])],
+        }
         for k, prompt in enumerate(prompts)
     ]
+
+
+def is_cut_off(answer: dict) -> bool:
+    """Whether generation of an answer ended at the token limit; False where it is not known."""
+    return answer.get("finish_reason") == "length"
 
 
 def candidates_markdown(title: str, rows: list[dict]) -> str:
     """The candidates side by side, under the models' names."""
     entries = [
-        (str(k), row["prompt"], {name: text for name, text in row.items() if name != "prompt"})
+        (
+            str(k),
+            row["prompt"],
+            {
+                answer_label(name, name in row[TRUNCATED]): text
+                for name, text in _without_marks(row).items()
+                if name != "prompt"
+            },
+        )
         for k, row in enumerate(rows, 1)
     ]
     return side_by_side(title, entries, "Not blind: each answer is shown under its model's name.")
@@ -106,11 +126,15 @@ def _opaque_id(seed: int, salt: str, number: int) -> str:
 
 def page(key: dict, prompts: list[Prompt], answers: dict[str, list[dict]]) -> str:
     """The study's HTML page: the key's ids in order with prompts and answers, and nothing else from the key."""
+
+    def shown(answer: dict) -> str:
+        return answer_html(answer["text"], is_cut_off(answer))
+
     items = [
         {
             "id": item["id"],
             "prompt": conversation(prompts[item["prompt"]].messages),
-            **{side: markdown(answers[item[side]][item["prompt"]]["text"]) for side in ("left", "right")},
+            **{side: shown(answers[item[side]][item["prompt"]]) for side in ("left", "right")},
         }
         for item in key["items"]
     ]
@@ -147,8 +171,8 @@ def write_study(paths: dict[str, Path], prompts, answers, title: str, about: dic
         raise UserError("all pairs of answers are identical texts, so there is nothing to judge; check the models")
     items = lay_out(pairs, settings["repeat_share"], seed, salt)
     key = {
-        # Texts, sides and salt identify a study.
-        "study": sha256_of(salt, content, dumps(items))[:16],
+        # Texts, sides and salt identify a study, as they did before the candidates' file had the column TRUNCATED.
+        "study": sha256_of(salt, dumps([_without_marks(row) for row in rows]) + "\n", dumps(items))[:16],
         "salt": salt,
         "sides_seed": seed,
         "repeat_share": settings["repeat_share"],
@@ -161,7 +185,7 @@ def write_study(paths: dict[str, Path], prompts, answers, title: str, about: dic
         "identical": identical,
     }
     # Before anything is written: votes on the earlier page can be unblinded with the earlier key only.
-    if existing and existing != key and not overwrite:
+    if existing and not _same_study(existing, key) and not overwrite:
         raise UserError(
             f"{paths['key']}: belongs to another study (other answers or settings), whose votes would be lost; choose"
             " another folder with --output_dir, or replace the study with --overwrite"
@@ -173,6 +197,15 @@ def write_study(paths: dict[str, Path], prompts, answers, title: str, about: dic
     write_text(paths["candidates"].with_suffix(".md"), candidates_markdown(title, rows))
     write_text(paths["page"], page(key, prompts, answers))
     return key
+
+
+def _without_marks(row: dict) -> dict:
+    return {name: text for name, text in row.items() if name != TRUNCATED}
+
+
+def _same_study(existing: dict, key: dict) -> bool:
+    """Whether votes on the existing key's page are votes on this one: the texts are part of `study`."""
+    return {**existing, "candidates_sha256": None} == {**key, "candidates_sha256": None}
 
 
 def find_key(study: str, folders: list[str], key_file: str | None, votes_file: str) -> Path:

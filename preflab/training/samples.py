@@ -9,7 +9,7 @@ from preflab.training.run import TrainingRun
 from preflab.training.run_config import SAMPLE_TOKENS
 from utils.artifacts import write_text
 from utils.errors import is_main_process
-from utils.tables import side_by_side
+from utils.tables import answer_label, side_by_side
 
 
 def write_pair_samples(training: TrainingRun, trainer, splits) -> None:
@@ -60,7 +60,10 @@ def answer_prompts(training: TrainingRun, trainer, prompts: list[list[dict]], ot
         (
             f"Prompt {i + 1}",
             "\n\n".join(_turn(message, len(messages) > 1) for message in messages),
-            {f"{name} ({by_prompt[i]['finish_reason']})": by_prompt[i]["text"] for name, by_prompt in answers.items()},
+            {
+                answer_label(name, by_prompt[i]["finish_reason"] == "length"): by_prompt[i]["text"]
+                for name, by_prompt in answers.items()
+            },
         )
         for i, messages in enumerate(prompts)
     ]

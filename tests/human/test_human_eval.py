@@ -3,18 +3,22 @@
 import json
 import math
 import random
+import re
 
 import numpy as np
 import pytest
 from conftest import assert_one_line, eval_args, write_jsonl
 from scipy.stats import binomtest
 
+from preflab.data.prompts import Prompt
 from preflab.human.metrics import agreement, cohen_kappa, krippendorff_alpha, summarise
 from preflab.human.page import FORMAT, checksum
 from preflab.human.report import render
-from preflab.human.study import lay_out, plan
+from preflab.human.study import candidates, candidates_markdown, lay_out, plan, write_study
 from preflab.human.votes import read_votes, unblind
+from utils.artifacts import dumps
 from utils.errors import UserError
+from utils.provenance import sha256_of
 from utils.stats import sign_test
 from utils.tables import quoted
 
@@ -478,7 +482,7 @@ def test_page_then_score(call, trained, prompts, tmp_path):
     assert code == 0, err
     folder = tmp_path / "r"
     candidates = json.loads((folder / "manual_eval_candidates.json").read_text())
-    assert len(candidates) == 8 and all(set(row) == {"prompt", "base", "dpo"} for row in candidates)
+    assert len(candidates) == 8 and all(set(row) == {"prompt", "base", "dpo", "truncated"} for row in candidates)
     about = json.loads((folder / "manual_eval_candidates.about.json").read_text())
     assert about["sampling"] == {"max_new_tokens": 12, "temperature": 0.0, "top_p": 1.0, "seed": 42}
     assert about["model"]["tuned"]["adapter_sha256"] and about["run"]["git_commit"]
@@ -582,3 +586,43 @@ def test_votes_with_byte_order_mark_are_read(tmp_path):
     path.write_text("{")
     with pytest.raises(UserError, match="v.json.*export"):
         read_votes([str(path)])
+
+
+# ---- answers cut off at the token limit
+
+
+def prompts_of(count):
+    return [Prompt([{"role": "user", "content": f"prompt {k}"}], f"row {k}") for k in range(count)]
+
+
+def test_answers_cut_off_are_marked_in_every_file(tmp_path):
+    answers = answers_of(("base", "tuned"), 4)
+    answers["tuned"][2]["finish_reason"] = "length"
+    answers["base"][1]["finish_reason"] = None
+    rows = candidates(prompts_of(4), answers)
+    assert [row["truncated"] for row in rows] == [[], [], ["dpo"], []]
+    assert candidates_markdown("t", rows).count("### dpo (cut off at the token limit)") == 1
+    paths = {kind: tmp_path / f"{kind}.{suffix}" for kind, suffix in
+             (("candidates", "json"), ("page", "html"), ("key", "json"))}  # fmt: skip
+    settings = {"pairs_per_prompt": 1, "repeat_share": 0.0, "limit": None, "sides_seed": 1}
+    key = write_study(paths, prompts_of(4), answers, "t", {}, settings, overwrite=False)
+    item = next(item for item in key["items"] if item["prompt"] == 2)
+    shown = json.loads(re.search(r'id="data">(.*?)</script>', paths["page"].read_text(), re.S)[1])["items"]
+    shown = next(entry for entry in shown if entry["id"] == item["id"])
+    marked = {side: '<p class="cut">' in shown[side] for side in ("left", "right")}
+    assert marked == {side: item[side] == "tuned" for side in ("left", "right")}
+
+
+def test_study_of_an_earlier_version_keeps_its_votes(tmp_path):
+    """The candidates' file of earlier versions has no column `truncated`; its study is the same."""
+    paths = {kind: tmp_path / f"{kind}.json" for kind in ("candidates", "page", "key")}
+    settings = {"pairs_per_prompt": 1, "repeat_share": 0.0, "limit": None, "sides_seed": 1}
+    call = (paths, prompts_of(4), answers_of(("base", "tuned"), 4), "t", {}, settings)
+    key = write_study(*call, overwrite=False)
+    content = json.loads(paths["candidates"].read_text())
+    earlier = dumps([{k: v for k, v in row.items() if k != "truncated"} for row in content]) + "\n"
+    assert key["study"] == sha256_of(key["salt"], earlier, dumps(key["items"]))[:16]
+    paths["key"].write_text(dumps({**key, "candidates_sha256": sha256_of(earlier)}))
+    assert write_study(*call, overwrite=False)["study"] == key["study"]
+    with pytest.raises(UserError, match="another study"):
+        write_study(*call[:5], {**settings, "repeat_share": 0.5}, overwrite=False)

@@ -13,7 +13,7 @@ import pytest
 
 from preflab.human import page as human_page
 from preflab.human.metrics import summarise
-from preflab.human.page import CHOICES, SKIPS, build_page, checksum, conversation, markdown
+from preflab.human.page import CHOICES, SKIPS, answer, build_page, checksum, conversation, markdown
 from preflab.human.study import lay_out
 from preflab.human.votes import read_votes, unblind
 
@@ -110,9 +110,45 @@ def test_no_text_of_an_answer_is_lost():
     assert markdown("a \ud800 b") == "<p>a \ufffd b</p>\n"
 
 
+@pytest.mark.parametrize(
+    "formula",
+    [
+        r"\(a*b*c\)", r"\(x_i_ + \{y\}\)", "$$a*b*c$$", "$a_1_*b*$", r"\[ a \\ b \]", r"a \\ b",
+        r"C:\\dir, 5\%, \{x\}",
+        "$$\na*b*\n\n- c\n= d\n$$", "\\[\n# x\n+ y \\\\\n    z\n\\]",
+        "\\begin{align*}\na &= b \\\\\n===\n\\end{align*}",
+        "Sum: $$\na \\\\ b*c*\n$$", r"\(", r"\]", "$$", "$$ a", r"\begin{x} y", "$", "a\\",
+    ],
+)  # fmt: skip
+def test_latex_is_shown_as_typed(formula):
+    # A formula of several lines that starts inside a line is a paragraph, in which Markdown still finds lists.
+    inside = ("See {} here",) if "\n" not in formula else ()
+    for around in ("{}", *inside, "> {}", "- {}", "1. first\n\n   {}"):
+        indent = {"> {}": "> ", "- {}": "  ", "1. first\n\n   {}": "   "}.get(around, "")
+        source = around.replace("{}", formula.replace("\n", f"\n{indent}"))
+        shown = re.sub(r"<[^>]+>", "", markdown(source)).replace("&amp;", "&").replace("&gt;", ">")
+        assert "".join(formula.split()) in "".join(shown.split()), (source, markdown(source))
+
+
+def test_markdown_beside_latex_is_rendered():
+    assert "<em>b</em>" in markdown(r"\(a\) *b* \(c\)") and markdown(r"\*a\*") == "<p>*a*</p>\n"
+    assert "<strong>big</strong>" in markdown("It costs $5, a **big** $10.") and "my_var" in markdown(r"my\_var")
+    assert markdown("$$\na\n$$\n\n**b**") == "<p>$$<br>\na<br>\n$$</p>\n<p><strong>b</strong></p>\n"
+    assert "&lt;b&gt;" in markdown("$$<b>$$") and "<b>" not in markdown("$$\n<b>\n$$")
+    assert markdown("`\\(a*b*\\)`") == "<p><code>\\(a*b*\\)</code></p>\n"
+
+
+def test_answer_cut_off_at_the_token_limit_is_marked():
+    mark = '<p class="cut">[cut off at the token limit]</p>'
+    assert answer("A list:\n- one", True).endswith(mark) and mark not in answer("A list:\n- one", False)
+    # An answer's own text cannot look like the mark.
+    assert '<p class="cut">' not in answer(mark, False)
+
+
 def test_degenerate_answers_render_fast():
     start = time.perf_counter()
-    for text in ("*a " * 5000, "[" * 5000, "`" * 5000, "<" * 5000, "> " * 5000, "a|" * 2500 + "\n" + "-|" * 2500):
+    for text in ("*a " * 5000, "[" * 5000, "`" * 5000, "<" * 5000, "> " * 5000, "a|" * 2500 + "\n" + "-|" * 2500,
+                 "$ " * 5000, "\\(" * 5000, "$$a\n" * 5000, "\\begin{a}\n" * 3000, "\\[\n" * 5000):  # fmt: skip
         assert markdown(text)
     assert time.perf_counter() - start < 5
 
@@ -275,7 +311,7 @@ def test_votes_by_keys(reader):
 def test_votes_by_clicks(reader):
     r = reader(3)
     page = r.start()
-    r.click("Right much")
+    r.click("B much")
     page.click("section:has(> #left) >> label:has-text('Yes')")
     page.click("section:has(> #right) >> label:has-text('No')")
     assert r.checked() == {"choice": "right_much", "left_acceptable": "true", "right_acceptable": "false"}
@@ -325,7 +361,7 @@ def test_shortcuts_do_not_interfere(reader):
     r.keys("Control+1", "Alt+2", "Meta+3", "Shift+Tab")
     assert r.checked() == {}
     # After a click, arrows move between pairs; by default they would move the radio and change the vote.
-    r.click("Left better")
+    r.click("A better")
     r.keys("ArrowRight")
     assert text(page, "h2:visible") == "Pair 2 of 3"
     r.keys("ArrowLeft")
@@ -687,9 +723,9 @@ def test_controls_have_accessible_names(reader):
     assert 'dialog "Why do you skip this pair?"' in tree
     r.keys("Escape")
     tree = page.locator("body").aria_snapshot()
-    for part in ("banner", "main", 'group "Which answer is better?"', 'group "Left answer Acceptable?"', "status"):
+    for part in ("banner", "main", 'group "Which answer is better?"', 'group "Answer A Acceptable?"', "status"):
         assert part in tree, tree
-    for name in ("Prompt", "Left answer", "Right answer"):
+    for name in ("Prompt", "Answer A", "Answer B"):
         assert f'heading "{name}" [level=3]' in tree
     assert page.eval_on_selector("#status", "e => e.textContent") == "Pair 1 of 2"
     r.keys("1")
@@ -766,7 +802,7 @@ def test_page_fits_a_phone(reader, width):
     assert right["y"] > left["y"] + left["height"]
     bar = page.locator(".vote").bounding_box()
     assert round(bar["y"] + bar["height"]) == 844 and bar["height"] < 130
-    r.click("Right much")
+    r.click("B much")
     page.tap("section:has(> #left) >> label:has-text('Yes')")
     page.evaluate("scrollTo(0, document.body.scrollHeight)")
     comment, bar = page.locator("#comment").bounding_box(), page.locator(".vote").bounding_box()
@@ -780,6 +816,25 @@ def test_page_fits_a_phone(reader, width):
     r.click("Next")
     fits()
     assert text(page, "#judged-count") == "1" and text(page, "#skipped-count") == "1"
+
+
+def test_labels_do_not_depend_on_the_layout(reader):
+    """Answers are side by side on a desktop and stacked on a phone, so no label says left or right."""
+    items = make_items(2)
+    items[0] |= {"left": answer("one", True), "right": answer("two", False)}
+    r = reader(items, viewport={"width": 390, "height": 844})
+    page = r.open()
+    shown = page.inner_text("body")
+    page.fill("#name", "Ada")
+    r.keys("Enter")
+    assert page.locator(".cut:visible").count() == 1 and "cut off at the token limit" in text(page, "#left")
+    r.keys("?")
+    shown += page.inner_text("body")
+    words = set(re.findall(r"\w+", shown.lower()))
+    assert not {"left", "right", "upper", "lower"} & words and {"a", "b", "much"} <= words
+    assert "cut off at the limit" in shown
+    r.keys("Escape", "5")
+    assert r.checked()["choice"] == "right_much"
 
 
 def test_focus_is_not_hidden_by_bar(reader):

@@ -320,6 +320,7 @@ addEventListener("beforeunload", (event) => {
 byId("warning").textContent =
   "This browser blocks storage. Your votes are kept only until this tab closes: export them before you leave.";
 byId("count").textContent = items.length === 1 ? "1 pair" : `${items.length} pairs`;
+byId("cut-note").hidden = !items.some(({ left, right }) => (left + right).includes('<p class="cut">'));
 byId("name").value = storage.read("annotator") ?? "";
 byId("shortcuts").checked = storage.read("shortcuts") ?? true;
 useShortcuts();
