@@ -1,5 +1,6 @@
 """Every script of the repository with the arguments of a small call, for the tests that run over all stages."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -35,6 +36,30 @@ STAGES = {
     "human_eval.py": lambda i, folder: eval_args(i.trained, folder / "out", "--prompts", i.prompts),
     "run_lm_eval.sh": lambda i, folder: ["--checkpoints", i.trained / "ck", "--eval-out", folder / "out"],
     "run_sppo_iteration.sh": lambda i, folder: [],
+}
+
+
+def _of(*names: str):
+    """The named classes, `module:class` each, imported when called."""
+    return lambda: tuple(getattr(importlib.import_module(m), c) for m, c in (name.split(":") for name in names))
+
+
+COMPARISON = "preflab.evaluation.arguments:ComparisonArguments"
+# The dataclasses of each script's flags.
+ARGUMENTS = {
+    "dpo_train_human_preference.py": _of(
+        "preflab.data.preferences:DataArguments", "preflab.training.dpo_config:DPORunConfig", "trl:ModelConfig"
+    ),
+    "sft_train_instruction.py": _of(
+        "preflab.data.conversations:SFTArguments", "preflab.training.sft_config:SFTRunConfig", "trl:ModelConfig"
+    ),
+    "generate_preference_pairs.py": _of("generate_preference_pairs:PairArguments"),
+    "merge_adapter.py": _of(COMPARISON, "merge_adapter:MergeArguments"),
+    "eval_win_rate.py": _of(COMPARISON, "eval_win_rate:WinRateArguments"),
+    "eval_perplexity.py": _of(COMPARISON, "eval_perplexity:PerplexityArguments"),
+    "run_alpacaeval_local.py": _of(COMPARISON, "run_alpacaeval_local:AlpacaEvalArguments"),
+    "human_eval.py": _of(COMPARISON, "human_eval:HumanEvalArguments"),
+    "run_lm_eval.sh": _of("preflab.harness.arguments:HarnessArguments"),
 }
 SCRIPTS = sorted({stage.split()[0] for stage in STAGES})
 

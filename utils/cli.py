@@ -1,25 +1,31 @@
 """Strict command lines on TRL's parser: YAML sets defaults, flags override them, an unknown key is an error."""
 
-import dataclasses
-import difflib
-import enum
+import re
 import sys
-import types
-import typing
 from dataclasses import field
 from pathlib import Path
 
 from utils.artifacts import with_limit_suffix
+from utils.config_file import check_config
 from utils.errors import UserError
+from utils.help_all import all_keys_page
+from utils.keys import FALSE_WORDS, TRUE_WORDS, Key, keys_of
+from utils.provenance import version_page
+from utils.suggestions import did_you_mean, meant_key
 
 
 def quick_help(page: str, runs_bare: bool = False) -> None:
-    """Print a script's docstring and exit if `--help` was given. Call before the heavy imports.
+    """Print a script's docstring or the versions and exit if --help or --version is given. Call before heavy imports.
 
     Args:
         runs_bare: whether the script runs without arguments; if not, a call without any prints the help too.
     """
-    if (len(sys.argv) == 1 and not runs_bare) or {"-h", "--help"} & set(sys.argv[1:]):
+    # Arguments after `--` belong to another program (run_lm_eval.sh).
+    argv = sys.argv[1 : sys.argv.index("--")] if "--" in sys.argv else sys.argv[1:]
+    if "--version" in argv:
+        print(version_page())
+        sys.exit(0)
+    if (len(sys.argv) == 1 and not runs_bare) or {"-h", "--help"} & set(argv):
         print(page.strip())
         sys.exit(0)
 
@@ -27,7 +33,8 @@ def quick_help(page: str, runs_bare: bool = False) -> None:
 def parse(dataclass_types: tuple, argv: list[str] | None = None) -> tuple:
     """Fill the dataclasses from `--config FILE.yaml` and the command line with TRL's parser.
 
-    A flag may be written with underscores or dashes (--max_length, --max-length).
+    A flag may be written with underscores or dashes (--max_length, --max-length). A switch is turned on by `--x` or
+    `--x true` and off by `--no_x` or `--x false`, whatever its default and the YAML file say.
 
     Raises:
         UserError: an unknown or duplicate key, a value of the wrong type, a missing file. Names key and file.
@@ -39,130 +46,142 @@ def parse(dataclass_types: tuple, argv: list[str] | None = None) -> tuple:
         def error(self, message):
             raise UserError(f"command line: {message}; see --help, or --help_all for all keys")
 
-    # TRL's parser recognises `--config FILE` in two parts only.
-    argv = [part for arg in (sys.argv[1:] if argv is None else argv) for part in _split_config(arg)]
-    if "--help_all" in argv:
-        StrictParser(dataclass_types, allow_abbrev=False).print_help()
+    argv, keys = list(sys.argv[1:] if argv is None else argv), keys_of(dataclass_types)
+    if {"--help_all", "--help-all"} & set(argv):
+        print(all_keys_page(keys, dataclass_types, _words_after_help_all(argv)))
         sys.exit(0)
-    # get_type_hints, because dataclasses of the libraries have their annotations as strings.
-    hints = {name: hint for d in dataclass_types for name, hint in typing.get_type_hints(d).items()}
-    fields = [f for d in dataclass_types for f in dataclasses.fields(d) if f.init]
-    keys = {f.name for f in fields}
-    choices = {f.name: f.metadata["choices"] for f in fields if "choices" in f.metadata}
-    if argv.count("--config") > 1:
-        raise UserError("command line: --config is given twice; give it once")
+    argv = normalised(argv, keys)
     if "--config" in argv:
-        at = argv.index("--config")
-        if at + 1 == len(argv):
-            raise UserError("command line: --config needs a file, e.g. --config configs/quickstart.yaml")
-        _check_yaml(argv[at + 1], keys, hints, choices)
-    for arg in argv:
-        name = arg.split("=")[0]
-        # argparse would report an unknown flag too, but without a suggestion. It adds `--no_x` for booleans that are
-        # true by default.
-        known = name.removeprefix("--").replace("-", "_")
-        if name.startswith("--") and name != "--config" and known not in keys and known.removeprefix("no_") not in keys:
-            raise UserError(f"command line: unknown flag {name}{_suggestion(known, keys, '--')}")
+        check_config(argv[argv.index("--config") + 1], keys)
+    # argparse's abbreviations would let a mistyped flag set another one (--max for --max_length).
+    parser = StrictParser(dataclass_types, allow_abbrev=False)
+    for action in parser._actions:
+        # HfArgumentParser reads a key that is text or a switch as a switch, so that it would refuse the text.
+        if action.dest in keys and {str, bool} <= set(keys[action.dest].members):
+            action.type = str
     try:
-        # argparse's abbreviations would let a mistyped flag set another one (--max for --max_length).
-        return StrictParser(dataclass_types, allow_abbrev=False).parse_args_and_config(argv)
+        return parser.parse_args_and_config(argv)
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(f"arguments: {error}") from error
 
 
-def _split_config(arg: str) -> list[str]:
-    return arg.split("=", 1) if arg.startswith("--config=") else [arg]
+def _words_after_help_all(argv: list[str]) -> list[str]:
+    """What --help_all is searched for: the words between it and the next flag."""
+    at = next(i for i, arg in enumerate(argv) if arg in ("--help_all", "--help-all"))
+    rest = argv[at + 1 :]
+    return rest[: next((i for i, arg in enumerate(rest) if arg.startswith("--")), len(rest))]
 
 
-def _suggestion(key: str, keys: set[str], dash: str = "") -> str:
-    """The end of an error about an unknown key: the most similar known one."""
-    matches = difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
-    return f"; did you mean {dash}{matches[0]}?" if matches else "; see --help_all"
+def normalised(argv: list[str], keys: dict[str, Key]) -> list[str]:
+    """The command line in the one form that argparse reads right: `--key=value`, switches with their value.
 
-
-def _check_yaml(path: str, keys: set[str], hints: dict, choices: dict) -> None:
-    """Raise UserError for what TRL's parser accepts in YAML: duplicate keys, values of a wrong type or choice."""
-    import yaml
-
-    # PyYAML keeps the last of two equal keys without a warning.
-    class UniqueKeys(yaml.SafeLoader):
-        pass
-
-    def mapping(loader, node, deep=False):
-        seen = set()
-        for key, _ in node.value:
-            if key.value in seen:
-                raise UserError(f"{path} line {key.start_mark.line + 1}: duplicate key {key.value!r}")
-            seen.add(key.value)
-        return yaml.SafeLoader.construct_mapping(loader, node, deep)
-
-    UniqueKeys.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
-    try:
-        with open(path, encoding="utf-8") as f:
-            # A subclass of SafeLoader: YAML tags cannot create Python objects.
-            config = yaml.load(f, UniqueKeys)
-    except OSError as error:
-        raise UserError(f"--config {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid YAML ({error})") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: expected `key: value` lines")
-    for key, value in config.items():
-        # TrlParser sets the entries of `env` as environment variables.
-        if key == "env":
+    Raises:
+        UserError: a flag that does not exist, a missing value, or a word that belongs to no flag. Names the word.
+    """
+    result, before, rest = [], None, list(argv)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--") or word == "--":
+            raise UserError(f"command line: {_stray(word, before, keys)}")
+        flag, equals, value = word.partition("=")
+        values = [value] if equals else []
+        if flag == "--config":
+            if flag in result:
+                raise UserError("command line: --config is given twice; give it once")
+            values = values or _take(rest, 1)
+            if values in ([], [""]):
+                raise UserError("command line: --config needs a file, e.g. --config configs/quickstart.yaml")
+            result, before = [*result, flag, *values], "--config"
             continue
-        if key not in keys:
-            raise UserError(f"{path}: unknown key {key!r}{_suggestion(str(key), keys)}")
-        if not _fits(value, hints[key]):
-            kind = typing.get_origin(hints[key]) and str(hints[key]) or getattr(hints[key], "__name__", hints[key])
-            raise UserError(f"{path}: key {key!r} must be {kind}, got {value!r}")
-        if key in choices and value is not None and value not in choices[key]:
-            raise UserError(f"{path}: key {key!r} must be one of {', '.join(choices[key])}, got {value!r}")
+        key, negated = _key_of(flag, keys)
+        if negated and (equals or (rest and rest[0].lower() in TRUE_WORDS + FALSE_WORDS)):
+            raise UserError(f"command line: {flag} takes no value; it is the short form of --{key.name} false")
+        if key.is_switch:
+            if not equals and not negated and rest and rest[0].lower() in TRUE_WORDS + FALSE_WORDS:
+                values = [rest.pop(0)]
+            result.append(f"--{key.name}={_switch_value(flag, values, negated)}")
+        elif key.is_list:
+            values = values or _take(rest, len(rest))
+            _check_values(flag, key, values)
+            # argparse takes the words of a list only without the equals sign.
+            result += [f"--{key.name}", *values]
+        elif not values and bool in key.members and (not rest or rest[0].startswith("--")):
+            result.append(f"--{key.name}=true")
+        else:
+            values = values or _take(rest, 1)
+            _check_values(flag, key, values)
+            # With the equals sign argparse does not mistake -1e-5 for a flag.
+            result.append(f"--{key.name}={values[0]}")
+        before = flag
+    return result
 
 
-def _fits(value, hint) -> bool:
-    """Whether a YAML value is valid for a key of this type. A number may be text: PyYAML reads 5e-7 as a string."""
-    origin = typing.get_origin(hint)
-    if origin in (typing.Union, types.UnionType):
-        members = typing.get_args(hint)
-        # bool is a subclass of int: `seed: true` must not count as a number.
-        if isinstance(value, bool) and bool not in members:
-            return False
-        return any(_fits(value, member) for member in members)
-    if hint in (None, type(None)):
-        return value is None
-    if value is None:
-        return False
-    if origin is list:
-        (item,) = typing.get_args(hint) or (typing.Any,)
-        # A scalar is accepted for a list, as a single value is on the command line.
-        return all(_fits(v, item) for v in value) if isinstance(value, list) else _fits(value, item)
-    if origin is dict or hint is dict:
-        return isinstance(value, dict)
-    if origin is typing.Literal:
-        return value in typing.get_args(hint)
-    if hint is typing.Any:
-        return True
-    if hint is bool:
-        return isinstance(value, bool)
-    if hint is int:
-        return not isinstance(value, bool) and (isinstance(value, int) or _is_number(value, int))
-    if hint is float:
-        return not isinstance(value, bool) and (isinstance(value, (int, float)) or _is_number(value, float))
-    if isinstance(hint, type) and issubclass(hint, enum.Enum):
-        return value in [member.value for member in hint]
-    if dataclasses.is_dataclass(hint):
-        return isinstance(value, dict)
-    return isinstance(value, str)
+def _take(rest: list[str], count: int) -> list[str]:
+    """Remove and return up to `count` words before the next flag."""
+    taken = []
+    while rest and len(taken) < count and not rest[0].startswith("--"):
+        taken.append(rest.pop(0))
+    return taken
 
 
-def _is_number(value, kind) -> bool:
-    try:
-        kind(value)
-    except (TypeError, ValueError):
-        return False
-    # int(1.5) succeeds, so a float for an integer key must be excluded here.
-    return isinstance(value, str)
+def _key_of(flag: str, keys: dict[str, Key]) -> tuple[Key, bool]:
+    """(the key that a flag names, whether the flag is its `--no_` form)."""
+    name = flag.removeprefix("--").replace("-", "_")
+    if name in keys:
+        return keys[name], False
+    positive = name.removeprefix("no_")
+    if positive in keys and positive != name:
+        if not keys[positive].is_switch:
+            raise UserError(f"command line: unknown flag {flag}: --{positive} is not a switch, it takes a value")
+        return keys[positive], True
+    meant = meant_key(name, keys)
+    hint = f"did you mean --{meant}?" if meant else "see --help_all, or --help_all WORD to search"
+    raise UserError(f"command line: unknown flag {flag}; {hint}")
+
+
+def _switch_value(flag: str, values: list[str], negated: bool) -> str:
+    if negated:
+        return "false"
+    value = values[0].lower() if values else "true"
+    if value not in TRUE_WORDS + FALSE_WORDS:
+        raise UserError(f"command line: {flag}={values[0]}: must be true or false")
+    return "true" if value in TRUE_WORDS else "false"
+
+
+def _check_values(flag: str, key: Key, values: list[str]) -> None:
+    """Raise UserError for a flag without a value, and for a value that is not one of its choices."""
+    if not values:
+        raise UserError(f"command line: {flag} needs a value ({key.type_name}); see --help_all {key.name}")
+    for value in values:
+        if key.choices and value not in key.choices:
+            hint = did_you_mean(value, key.choices)
+            raise UserError(f"command line: {flag} {value}: unknown; {hint}choose from {', '.join(key.choices)}")
+
+
+def _stray(word: str, before: str | None, keys: dict[str, Key]) -> str:
+    """Why a word that is neither a flag nor a flag's value is not understood, and what may have been meant."""
+    start = f"{word!r} is not understood"
+    # Copied from a formatted page, two hyphens are often one of these dashes; `-bf16` has one hyphen too few.
+    name = re.sub(r"^[-\u2010-\u2015\u2212]+", "", word).partition("=")[0]
+    if name != word.partition("=")[0] and not re.match(r"-[\d.]", word):
+        meant = meant_key(name, keys)
+        return f"{start}: a flag starts with two hyphens" + (f"; did you mean --{meant}?" if meant else "")
+    if word.endswith((".yaml", ".yml")) and before != "--config":
+        return f"{start}: did you mean --config {word}?"
+    if "=" in word and meant_key(name, keys):
+        return f"{start}: did you mean --{meant_key(name, keys)} {word.partition('=')[2]}?"
+    if before is None:
+        meant = meant_key(word, keys)
+        hint = f"did you mean --{meant}?" if meant else "see --help"
+        return f"{start}: it follows no flag; {hint}"
+    if before == "--config":
+        return f"{start}: --config takes one file"
+    key, negated = _key_of(before.partition("=")[0], keys)
+    if negated:
+        return f"{start}: it follows {before}, which takes no value"
+    if key.is_switch:
+        return f"{start}: it follows {before}, which takes true, false or nothing"
+    return f"{start}: it follows {before}, which takes one value (quote a value that contains spaces)"
 
 
 def run_name(requested: str | None, source: str, suffix: str, limit: int | None) -> str:
@@ -173,7 +192,7 @@ def run_name(requested: str | None, source: str, suffix: str, limit: int | None)
     """
     name = requested
     # The file's name is not in the parsed dataclasses, so it is read from the command line again.
-    argv = [part for arg in sys.argv for part in _split_config(arg)]
+    argv = [part for arg in sys.argv for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
     if not name and "--config" in argv:
         name = Path(argv[argv.index("--config") + 1]).stem
     name = name or f"{Path(source.split(':')[-1]).name}-{suffix}"

@@ -45,6 +45,19 @@ def versions() -> dict:
     return installed
 
 
+def project_version() -> str:
+    """The version of PreferenceLab, which CITATION.cff defines."""
+    return re.search(r"^version: *(\S+)", (ROOT / "CITATION.cff").read_text(), flags=re.M)[1]
+
+
+def version_page() -> str:
+    """What `--version` prints: PreferenceLab with its commit, then Python and the packages, none of them imported."""
+    commit = git_commit()
+    installed = {name: "not installed" for name in PACKAGES[:4]} | versions()
+    packages = ", ".join(f"{name} {installed[name]}" for name in ("python", *PACKAGES[:4]))
+    return f"PreferenceLab {project_version()}" + (f" (commit {commit})" if commit else "") + f"\n{packages}"
+
+
 def cpu_name() -> str:
     """The processor's model name from /proc/cpuinfo, else what Python's platform module reports."""
     try:

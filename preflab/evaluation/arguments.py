@@ -11,6 +11,18 @@ from utils.errors import UserError
 ULTRAFEEDBACK = "HuggingFaceH4/ultrafeedback_binarized"
 
 
+# Topics of `--help_all`: {topic: regular expression of names}; what none names is the script's own.
+TOPICS = {
+    "models": "(base|tuned)_(model|revision|adapter)|model_.*|adapter_path|allow_other_base|checkpoints|dtype"
+    "|load_in_4bit|attn_implementation|chat_template_path|trust_remote_code",
+    "data": "dataset_.*|split|prompt_format|max_(prompt_)?length|limit",
+    "answers": "max_new_tokens|temperature|top_p|engine|sampling_seeds",
+    "judge": "judge.*",
+    "batches": "batch_.*|shared_prompt",
+    "run": "run_name|output_.*|eval_out|overwrite|seed",
+}
+
+
 @dataclass
 class ModelArguments:
     """How a model is loaded and batched, in every stage that loads one."""
@@ -33,6 +45,8 @@ class DatasetArguments:
 @dataclass
 class OutputArguments:
     """Where results go."""
+
+    topics = TOPICS
 
     eval_out: str = option("Results go to <eval_out>/<run_name>/.", "eval_out")
     overwrite: bool = option("Recompute everything and replace existing results.", False)

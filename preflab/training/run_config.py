@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from accelerate.utils import gather_object
 
+from preflab.training.keys import TOPICS
 from preflab.training.memory import free_bytes, needed, reason_for_checkpointing
 from utils.errors import UserError
 
@@ -21,6 +22,9 @@ SAMPLE_TOKENS = 64
 @dataclass
 class RunConfig:
     """Keys of this project that every training stage has beside TRL's own. Put before TRL's config in the bases."""
+
+    # Of all dataclasses of a training stage, for --help_all.
+    topics = TOPICS
 
     output_dir: str = field(default="checkpoints", metadata={"help": "Weights go to <output_dir>/<run_name>/."})
     eval_out: str = field(default="eval_out", metadata={"help": "Results go to <eval_out>/<run_name>/."})
