@@ -6,6 +6,7 @@ from functools import cached_property
 
 import jinja2
 
+from preflab.data.messages import OPTIONS, THOUGHT_KEYS, WEIGHT
 from utils.errors import UserError
 
 
@@ -23,10 +24,12 @@ class ChatRenderer:
 
     Attributes:
         tokenizer: a transformers tokenizer with a chat template.
+        template: a template that replaces the tokenizer's own, or None.
         folds_system: whether the template has no system role.
     """
 
     tokenizer: object
+    template: str | None = None
     folds_system: bool = field(init=False)
 
     def __post_init__(self):
@@ -44,9 +47,14 @@ class ChatRenderer:
 
     def _text(self, messages: list[dict], generation_prompt: bool) -> str:
         try:
+            messages, arguments = _template_arguments(messages)
+            if self.template is not None:
+                arguments = {"chat_template": self.template, **arguments}
             # As text, not ids: one batched tokenizer call (`ids`) is faster, and a span of characters can be mapped to
             # tokens.
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt)
+            return self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=generation_prompt, **arguments
+            )
         # raise_exception in a template is a TemplateError; the others come from templates that index turns or keys that
         # this conversation does not have.
         except (jinja2.TemplateError, TypeError, KeyError, IndexError) as error:
@@ -56,24 +64,31 @@ class ChatRenderer:
         """`messages` with the system text in the first user turn, if the template has no system role."""
         if not (self.folds_system and messages and messages[0]["role"] == "system"):
             return messages
-        system, rest = messages[0]["content"], messages[1:]
+        first, rest = messages[0], messages[1:]
         if not rest or rest[0]["role"] != "user":
-            return [{"role": "user", "content": system}, *rest]
-        return [{"role": "user", "content": f"{system}\n\n{rest[0]['content']}"}, *rest[1:]]
+            return [{**first, "role": "user"}, *rest]
+        return [{**first, **rest[0], "content": f"{first['content']}\n\n{rest[0]['content']}"}, *rest[1:]]
 
     def prompt_text(self, messages: list[dict]) -> str:
         """Render a prompt up to where the assistant's answer starts. Raises TemplateRefused."""
         return self._text(self.fold(messages), True)
 
-    def full_text(self, messages: list[dict], response: str) -> str:
-        """Render a prompt and the assistant's `response` with its end-of-turn token. Raises TemplateRefused."""
-        return self._text([*self.fold(messages), {"role": "assistant", "content": response}], False)
+    def full_text(self, messages: list[dict], response: str, keys: dict | None = None) -> str:
+        """Render a prompt and the assistant's `response` with its end-of-turn token. Raises TemplateRefused.
 
-    def answers(self, turns: list[dict]) -> tuple[str, list[tuple[int, int]]]:
+        Args:
+            keys: further keys of the assistant's message (tool calls, thoughts).
+        """
+        return self._text([*self.fold(messages), {"role": "assistant", "content": response, **(keys or {})}], False)
+
+    def answers(self, turns: list[dict], trained: bool = True) -> tuple[str, list[tuple[int, int]]]:
         """Render a conversation and find the character span of each answer, including its end-of-turn token.
 
         An answer that the template renders differently once turns follow it (e.g. without its reasoning) is omitted,
         because its tokens in the full conversation are not those that the model generated.
+
+        Args:
+            trained: find the answers to train on, or those that the data exclude ("weight": 0).
 
         Returns:
             (text, spans): spans as (first character, end) in `text`.
@@ -84,7 +99,7 @@ class ChatRenderer:
         turns = self.fold(turns)
         full, spans = self._text(turns, False), []
         for i, turn in enumerate(turns):
-            if turn["role"] == "assistant":
+            if turn["role"] == "assistant" and (turn.get(WEIGHT) != 0) == trained:
                 # The prompt before the answer, and the conversation that ends with it.
                 opening, closed = self._text(turns[:i], True), self._text(turns[: i + 1], False)
                 # Some templates render the end of the prompt differently when an answer follows (an empty reasoning
@@ -114,6 +129,45 @@ class ChatRenderer:
         special = set(self.tokenizer.all_special_ids)
         # Only the first special token: some templates append EOS or the next turn's header after the end of the turn.
         return set([i for i in tail if i in special][:1] or [self.tokenizer.eos_token_id]) - {None}
+
+
+def training_template(tokenizer) -> str | None:
+    """TRL's training version of the tokenizer's chat template, which renders every turn as it was generated.
+
+    None where the template needs none, or is not one of those that TRL knows.
+    """
+    # Not at the top: it imports torch.
+    from trl.chat_template_utils import get_training_chat_template
+
+    try:
+        return get_training_chat_template(tokenizer)
+    # TRL raises ValueError for a template that it does not know, and the template's own errors in its probes.
+    except (ValueError, TypeError, KeyError, jinja2.TemplateError):
+        return None
+
+
+def thoughts_of(message: dict) -> list[str]:
+    """The thoughts of a message: inside <think> tags of its content, or under a key of their own."""
+    thoughts = [message[key] for key in THOUGHT_KEYS if isinstance(message.get(key), str)]
+    if "</think>" in message["content"]:
+        thoughts += re.findall(r"(?:<think>|^)(.*?)</think>", message["content"], re.DOTALL)
+    return [thought.strip() for thought in thoughts if thought.strip()]
+
+
+def strips_thoughts(message: dict, rendered: str) -> bool:
+    """Whether a thought of the message is missing from the rendered conversation."""
+    return any(thought not in rendered for thought in thoughts_of(message))
+
+
+def _template_arguments(messages: list[dict]) -> tuple[list[dict], dict]:
+    """The messages as templates expect them, and the template's arguments that the first message carries."""
+    if all(len(message) == 2 for message in messages):
+        return messages, {}
+    first = messages[0]
+    # As TRL: the row's own arguments come last.
+    arguments = {"tools": first.get("tools"), **first.get("chat_template_kwargs", {})}
+    hidden = {*OPTIONS, WEIGHT}
+    return [{k: v for k, v in message.items() if k not in hidden} for message in messages], arguments
 
 
 def neutralise(text: str, tokenizer) -> str:

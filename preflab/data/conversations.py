@@ -1,17 +1,14 @@
-"""SFT data: read rows of any common format as conversations, tokenize them, label the tokens to train on.
-
-Formats: Alpaca (instruction, input, output), chat (`messages`, or ShareGPT's `conversations`), prompt and completion,
-and preference rows, whose chosen answer is used.
-"""
+"""SFT data: the conversations of a split, read (preflab.data.conversation_rows), held out, tokenized and labelled."""
 
 from collections import Counter
 from dataclasses import dataclass, field
 
 from datasets import Dataset
 
-from preflab.data.chat_template import ChatRenderer, TemplateRefused
-from preflab.data.messages import check_messages, check_unicode, transcript, up_to_last
-from preflab.data.sources import SourceArguments, folded, read_sources, select_by_hash
+from preflab.data.chat_template import ChatRenderer, TemplateRefused, strips_thoughts, training_template
+from preflab.data.conversation_rows import Conversation, to_conversation
+from preflab.data.messages import WEIGHT, transcript
+from preflab.data.sources import SourceArguments, read_sources, select_by_hash
 from utils.errors import UserError
 from utils.progress import progress
 from utils.provenance import sha256_of
@@ -45,40 +42,6 @@ class SFTArguments(SourceArguments):
 
 
 @dataclass
-class Conversation:
-    """A conversation that ends with an answer.
-
-    Attributes:
-        messages: the turns; Alpaca's instruction is the user's.
-        source: file and row, for error messages and artifacts.
-        input: Alpaca's `input`, which its own template renders in a separate section.
-    """
-
-    messages: list[dict]
-    source: str
-    input: str = ""
-
-    @property
-    def turns(self) -> list[dict]:
-        """All turns, with Alpaca's input appended to the instruction."""
-        if not self.input:
-            return self.messages
-        return [{"role": "user", "content": f"{self.messages[0]['content']}\n\n{self.input}"}, *self.messages[1:]]
-
-    def turns_for(self, chat: ChatRenderer) -> list[dict]:
-        """All turns as the template expects them: Alpaca's own template takes the input as a separate key."""
-        if not (self.input and chat.reads_input):
-            return self.turns
-        return [{**self.messages[0], "input": self.input}, *self.messages[1:]]
-
-    @property
-    def prompt_key(self) -> str:
-        """The prompt's text without case and spacing: equal for prompts that count as duplicates."""
-        # Earlier answers are part of the prompt: dialogues that differ in one are different prompts.
-        return folded(transcript(self.turns[:-1]))
-
-
-@dataclass
 class ConversationData:
     """The conversations of one split.
 
@@ -87,95 +50,26 @@ class ConversationData:
         sources: what identifies the data, per source (`read_rows`).
         rows: number of rows read.
         dropped: number of rows dropped, by reason.
+        unused: number of rows by column that they hold and that is not used.
     """
 
     conversations: list[Conversation]
     sources: list[dict]
     rows: int
     dropped: Counter = field(default_factory=Counter)
+    unused: Counter = field(default_factory=Counter)
 
     def summary(self) -> dict:
         """Counts and provenance for an artifact."""
-        texts = [f"{m['role']}: {m['content']}" for c in self.conversations for m in c.turns]
+        texts = [transcript([m]) for c in self.conversations for m in c.turns]
         return {
             "rows": self.rows,
             "conversations": len(self.conversations),
             "dropped": dict(self.dropped),
+            "unused": dict(self.unused),
             "sources": self.sources,
             "text_sha256": sha256_of(*texts),
         }
-
-
-# ------------------------------------------------------------------------------------------------------ normalising
-
-
-def to_conversation(row, source: str) -> Conversation | str:
-    """Normalise one row of any supported format.
-
-    Returns:
-        A Conversation, or the reason to drop the row.
-
-    Raises:
-        UserError: the row fits no format; the message names row and key.
-    """
-    if not isinstance(row, dict):
-        raise UserError(f"{source}: expected an object with an instruction, not {type(row).__name__}")
-    # Chat rows first: UltraFeedback's preference rows hold their chosen dialogue under `messages` too. An empty list
-    # counts as missing.
-    for key in ("messages", "conversations"):
-        if row.get(key):
-            return _usable(check_messages(row[key], source, key), source)
-    if isinstance(row.get("instruction"), str) and row.get("output") is not None:
-        return _alpaca(row, source)
-    for key in ("completion", "response", "chosen"):
-        # Implicit-prompt preference data holds the complete dialogue under `chosen` and has no `prompt`.
-        if row.get(key) is not None and (row.get("prompt") is not None or key == "chosen"):
-            return _prompt_and_answer(row, key, source)
-    raise UserError(
-        f"{source}: no conversation found (keys: {', '.join(sorted(map(str, row)))}); a row has 'messages',"
-        " 'instruction' and 'output' (optionally 'input'), 'prompt' and 'completion', or 'prompt' and 'chosen'"
-    )
-
-
-def _alpaca(row: dict, source: str) -> Conversation | str:
-    context = row.get("input") or ""
-    for key, value in (("input", context), ("output", row["output"])):
-        if not isinstance(value, str):
-            raise UserError(f"{source}: key {key!r} must be text, not {type(value).__name__}")
-    turns = [{"role": "user", "content": row["instruction"]}, {"role": "assistant", "content": row["output"]}]
-    conversation = _usable(turns, source)
-    # `input` is kept apart from the instruction, because Alpaca's own template renders it in a section of its own.
-    if isinstance(conversation, Conversation):
-        conversation.input = context.strip()
-    return conversation
-
-
-def _prompt_and_answer(row: dict, key: str, source: str) -> Conversation | str:
-    """A row with `prompt` and an answer under `key`, each as text or as messages."""
-    prompt, answer = row.get("prompt"), row[key]
-    answer_turns = answer if isinstance(answer, list) else [{"role": "assistant", "content": answer}]
-    answer_turns = check_messages(answer_turns, source, key)
-    if isinstance(prompt, list):
-        prompt_turns = check_messages(prompt, source, "prompt")
-        repeated = answer_turns[: len(prompt_turns)] == prompt_turns
-    else:
-        # A message list with a user turn is the complete conversation; `prompt` only repeats its question.
-        repeated = isinstance(answer, list) and any(m["role"] == "user" for m in answer_turns)
-        prompt_turns = [] if prompt is None else [{"role": "user", "content": prompt}]
-        prompt_turns = [] if repeated else check_messages(prompt_turns, source, "prompt")
-    return _usable(answer_turns if repeated else [*prompt_turns, *answer_turns], source)
-
-
-def _usable(messages: list[dict], source: str) -> Conversation | str:
-    """The conversation up to its last answer, or the reason to drop it."""
-    # Turns after the last answer have no target to train on.
-    messages = up_to_last(messages, "assistant")
-    if not any(m["role"] == "user" and m["content"].strip() for m in messages):
-        return "empty_prompt"
-    if not messages[-1]["content"].strip():
-        return "empty_response"
-    check_unicode([m["content"] for m in messages], source)
-    return Conversation(messages, source)
 
 
 # ---------------------------------------------------------------------------------------------------------- reading
@@ -197,7 +91,7 @@ def load_conversations(sources: list[dict], limit: int | None = None) -> Convers
             # rows do not count.
             if limit is not None and taken >= -(-limit // len(read)):
                 break
-            conversation = to_conversation(row, source)
+            conversation = to_conversation(row, source, data.unused)
             if isinstance(conversation, str):
                 data.dropped[conversation] += 1
             else:
@@ -256,16 +150,22 @@ def tokenize(data: ConversationData, tokenizer, loss_on: str, max_length: int | 
     Raises:
         UserError: no conversation is left.
     """
-    chat = ChatRenderer(tokenizer)
+    # With a template that rewrites earlier answers (without their thoughts), only the last one could be trained on.
+    template = training_template(tokenizer) if loss_on == "responses" else None
+    chat = ChatRenderer(tokenizer, template)
     columns = {"input_ids": [], "labels": [], "bytes": []}
     counts, usable, refusal = Counter(), [], None
     bar = progress(len(data.conversations), f"tokenizing {desc}", leave=False)
     # Invariant: `usable` and every column have the same length and order.
     for start in range(0, len(data.conversations), BATCH):
-        batch, texts, spans = [], [], []
+        batch, texts, spans, excluded = [], [], [], []
         for conversation in data.conversations[start : start + BATCH]:
+            turns = conversation.turns_for(chat)
             try:
-                text, answer_spans = chat.answers(conversation.turns_for(chat))
+                text, answer_spans = chat.answers(turns)
+                # Found only where a weight excludes an answer: it costs two renderings per turn.
+                has_weights = any(WEIGHT in turn for turn in turns)
+                excluded.append(chat.answers(turns, trained=False)[1] if has_weights else [])
             except TemplateRefused as error:
                 refusal = refusal or f"{conversation.source}: {error}"
                 data.dropped["template_refused"] += 1
@@ -273,6 +173,7 @@ def tokenize(data: ConversationData, tokenizer, loss_on: str, max_length: int | 
             batch.append(conversation)
             texts.append(text)
             spans.append(answer_spans)
+            _count_answers(counts, turns, answer_spans, text)
         if batch:
             # The template has already written the special tokens, so the tokenizer must add none. Offsets are (first
             # character, end) per token; only fast tokenizers return them.
@@ -281,7 +182,7 @@ def tokenize(data: ConversationData, tokenizer, loss_on: str, max_length: int | 
                 # Truncated here, not by the tokenizer, so that the truncated conversations can be counted below.
                 ids, offsets = encoded["input_ids"][k][:max_length], encoded["offset_mapping"][k][:max_length]
                 parts = [slice(1, None)] if loss_on == "everything" else _answer_tokens(offsets, spans[k])
-                row = _row(ids, parts, loss_on, tokenizer)
+                row = _row(ids, parts, loss_on, tokenizer, _answer_tokens(offsets, excluded[k]))
                 counts["truncated"] += len(row["input_ids"]) < len(encoded["input_ids"][k])
                 # The first token is never predicted, so its label does not count.
                 if not any(label != IGNORED for label in row["labels"][1:]):
@@ -296,7 +197,17 @@ def tokenize(data: ConversationData, tokenizer, loss_on: str, max_length: int | 
         example = f"; the template rejected e.g. {refusal}" if refusal else ""
         raise UserError(f"0 {desc} conversations are left of {data.rows} rows; dropped: {dict(data.dropped)}{example}")
     data.conversations = usable
+    counts["training_template"] = int(template is not None)
     return Dataset.from_dict(columns), dict(counts)
+
+
+def _count_answers(counts: Counter, turns: list[dict], spans: list, text: str) -> None:
+    """Count a conversation's answers: all, those to train on, those excluded by a weight of 0, and lost thoughts."""
+    answers = [turn for turn in turns if turn["role"] == "assistant"]
+    counts["answers"] += len(answers)
+    counts["answers_trained"] += len(spans)
+    counts["answers_weight_0"] += sum(turn.get(WEIGHT) == 0 for turn in answers)
+    counts["answers_without_thoughts"] += sum(strips_thoughts(turn, text) for turn in answers)
 
 
 def _answer_tokens(offsets: list[tuple[int, int]], spans: list[tuple[int, int]]) -> list[slice]:
@@ -314,12 +225,19 @@ def _answer_tokens(offsets: list[tuple[int, int]], spans: list[tuple[int, int]])
     return [slice(tokens[0], tokens[-1] + 1) for tokens in inside if tokens]
 
 
-def _row(ids: list[int], parts: list[slice], loss_on: str, tokenizer) -> dict:
-    """input_ids, labels, and the number of bytes of the labelled text without special tokens."""
+def _row(ids: list[int], parts: list[slice], loss_on: str, tokenizer, excluded: list[slice]) -> dict:
+    """input_ids, labels, and the number of bytes of the labelled text without special tokens.
+
+    Args:
+        parts: the tokens to label.
+        excluded: tokens of answers that the data exclude, also under --loss_on everything.
+    """
     # "everything" also labels the first token; transformers' shift by one removes it from the loss.
     labels = list(ids) if loss_on == "everything" else [IGNORED] * len(ids)
     for part in parts:
         labels[part] = ids[part]
+    for part in excluded:
+        labels[part] = [IGNORED] * len(ids[part])
     # UTF-8 bytes, the denominator of bits per byte, which unlike loss per token is comparable across tokenizers.
     size = sum(len(tokenizer.decode(ids[part], skip_special_tokens=True).encode()) for part in parts)
     return {"input_ids": ids, "labels": labels, "bytes": size}

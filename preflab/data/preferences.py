@@ -1,19 +1,17 @@
-"""Preference data: read rows of any common format, filter them, tokenize them.
+"""Preference data: the pairs of a split, read (preflab.data.pair_rows), filtered and tokenized."""
 
-Formats: UltraFeedback-binarized (a prompt string next to message lists that repeat it), TRL's explicit and
-implicit prompts as messages or plain text, and Anthropic's `\\n\\nHuman: ... \\n\\nAssistant: ...` transcripts.
-"""
-
-import re
+import json
 from collections import Counter
 from dataclasses import dataclass, field
 
 from datasets import Dataset
 
-from preflab.data.chat_template import ChatRenderer, TemplateRefused, shared_prefix
-from preflab.data.messages import check_messages, check_unicode, read_transcript, transcript
-from preflab.data.prompt_format import AS_TEXT, FORMATS, TURNS, WRAPPED, PromptFormat
-from preflab.data.sources import SourceArguments, folded, read_sources
+from preflab.data.chat_template import ChatRenderer, TemplateRefused, shared_prefix, strips_thoughts
+from preflab.data.messages import check_unicode
+from preflab.data.pair_rows import Pair, to_pair
+from preflab.data.prompt_format import AS_TEXT, FORMATS, PromptFormat
+from preflab.data.row_fields import WIN_KEYS
+from preflab.data.sources import SourceArguments, read_sources
 from utils.errors import UserError
 from utils.progress import progress
 from utils.provenance import sha256_of
@@ -40,41 +38,6 @@ class DataArguments(SourceArguments):
 
 
 @dataclass
-class Pair:
-    """One preference pair as text.
-
-    Attributes:
-        chosen, rejected: the two answers.
-        messages, text: the prompt, as a conversation or as plain text; the other one is None.
-        score_chosen, score_rejected: the annotators' scores, if the data has them.
-        win_chosen, win_rejected: estimated win probabilities (SPPO), if the data has them.
-        source: file and row, for error messages and artifacts.
-        prompt_kind: TURNS, WRAPPED, or why a text prompt stays text (preflab.data.prompt_format).
-    """
-
-    chosen: str
-    rejected: str
-    messages: list[dict] | None = None
-    text: str | None = None
-    score_chosen: float | None = None
-    score_rejected: float | None = None
-    win_chosen: float | None = None
-    win_rejected: float | None = None
-    source: str = ""
-    prompt_kind: str = TURNS
-
-    @property
-    def prompt_text(self) -> str:
-        """The complete prompt as one text, roles included."""
-        return self.text if self.messages is None else transcript(self.messages)
-
-    @property
-    def prompt_key(self) -> str:
-        """The prompt's text without case and spacing: equal for prompts that count as duplicates."""
-        return folded(self.prompt_text)
-
-
-@dataclass
 class PreferenceData:
     """The pairs of one split.
 
@@ -83,12 +46,14 @@ class PreferenceData:
         sources: what identifies the data, per source (`read_rows`).
         rows: number of rows read.
         dropped: number of rows dropped, by filter.
+        unused: number of rows by column that they hold and that is not used.
     """
 
     pairs: list[Pair]
     sources: list[dict]
     rows: int
     dropped: Counter = field(default_factory=Counter)
+    unused: Counter = field(default_factory=Counter)
 
     def summary(self) -> dict:
         """Counts and provenance for an artifact."""
@@ -96,150 +61,16 @@ class PreferenceData:
             "rows": self.rows,
             "pairs": len(self.pairs),
             "dropped": dict(self.dropped),
+            "unused": dict(self.unused),
             "prompts": dict(Counter(pair.prompt_kind for pair in self.pairs)),
             "sources": self.sources,
             "text_sha256": sha256_of(
                 *[text for p in self.pairs for text in (p.prompt_text, p.chosen, p.rejected)],
                 # Win probabilities are targets of SPPO's loss; data without them keeps the hash of its texts alone.
                 *[str((p.win_chosen, p.win_rejected)) for p in self.pairs if p.win_chosen is not None],
+                *[json.dumps(p.keys, sort_keys=True) for p in self.pairs if any(p.keys)],
             ),
         }
-
-
-# ------------------------------------------------------------------------------------------------------ normalising
-
-# Estimated win probabilities of the two answers (SPPO): this project's names, and those of UCLA-AGI's data.
-WIN_KEYS = {"win_chosen": ("win_chosen", "chosen_probs_win"), "win_rejected": ("win_rejected", "chosen_probs_lose")}
-TRANSCRIPT = "\n\nHuman:"
-
-
-def to_pair(row: dict, source: str, prompt_format: PromptFormat = AS_TEXT) -> Pair | str:
-    """Normalise one row of any supported format.
-
-    Args:
-        row: the parsed row.
-        source: file and row, for error messages and `Pair.source`.
-        prompt_format: which text prompts become user turns.
-
-    Returns:
-        A Pair, or the name of the filter that drops the row.
-
-    Raises:
-        UserError: the row fits no format; the message names row and key.
-    """
-    if not isinstance(row, dict):
-        raise UserError(f"{source}: expected an object with 'chosen' and 'rejected', not {type(row).__name__}")
-    for key in ("chosen", "rejected"):
-        if row.get(key) is None:
-            raise UserError(
-                f"{source}: key {key!r} is missing (keys: {', '.join(sorted(map(str, row)))}); a preference row"
-                " has 'chosen' and 'rejected', as text or as message lists, and optionally 'prompt'"
-            )
-    chosen, rejected, prompt = row["chosen"], row["rejected"], row.get("prompt")
-    if type(chosen) is not type(rejected) or not isinstance(chosen, (str, list)):
-        raise UserError(f"{source}: 'chosen' and 'rejected' must both be text or both be message lists")
-    if prompt is not None and not isinstance(prompt, (str, list)):
-        raise UserError(f"{source}: key 'prompt' must be text or a message list, not {type(prompt).__name__}")
-    # Scores of another type are an error, since the filters use them. Only SPPO's loss requires win probabilities.
-    scores = {key: _number(row, key, source) for key in ("score_chosen", "score_rejected")} | _win_probabilities(row)
-
-    # Four formats of plain text, from the most to the least specific; the first three become message lists.
-    if isinstance(chosen, str):
-        # Anthropic's hh-rlhf: both transcripts repeat the dialogue, whose common turns `_chat_pair` makes the prompt.
-        if prompt is None and chosen.startswith(TRANSCRIPT) and rejected.startswith(TRANSCRIPT):
-            chosen, rejected = (
-                read_transcript(text, source, key) for text, key in ((chosen, "chosen"), (rejected, "rejected"))
-            )
-        elif isinstance(prompt, str) and prompt.startswith(TRANSCRIPT):
-            answers = _without_prompt(prompt, chosen, rejected)
-            # Without the open `Assistant:` turn: the chat template writes the start of the answer.
-            prompt = read_transcript(re.sub(r"\n\nAssistant:\s*$", "", prompt), source, "prompt")
-            chosen, rejected = ([{"role": "assistant", "content": text.strip()}] for text in answers)
-        elif isinstance(prompt, list):
-            chosen, rejected = ([{"role": "assistant", "content": text}] for text in (chosen, rejected))
-        else:
-            return _plain_pair(prompt, chosen, rejected, source, scores, prompt_format)
-    return _chat_pair(prompt, chosen, rejected, source, scores)
-
-
-def _plain_pair(
-    prompt: str | None, chosen: str, rejected: str, source: str, scores: dict, prompt_format: PromptFormat
-) -> Pair | str:
-    """A pair of plain texts; without a prompt, their common prefix is the prompt."""
-    cut_from_answers = ""
-    # Without a prompt, equal texts have no point at which prompt and answer separate.
-    if prompt is None:
-        if chosen == rejected:
-            return "identical_responses"
-        # As TRL's extract_prompt: the common prefix, less a space that belongs to the answer's first token.
-        # An answer keeps at least one character, also where one text is a prefix of the other.
-        cut = min(shared_prefix(chosen, rejected), len(chosen) - 1, len(rejected) - 1)
-        cut -= cut > 0 and chosen[cut - 1] == " "
-        prompt, chosen, rejected = chosen[:cut], chosen[cut:], rejected[cut:]
-        cut_from_answers = "prompt"
-    # Both or neither: an answer may begin with the prompt's words by chance.
-    elif prompt and chosen.startswith(prompt) and rejected.startswith(prompt):
-        chosen, rejected = _without_prompt(prompt, chosen, rejected)
-        cut_from_answers = "repeated"
-    kind = prompt_format.kind(prompt, (chosen, rejected), cut_from_answers)
-    content = {"messages": [{"role": "user", "content": prompt}]} if kind == WRAPPED else {"text": prompt}
-    return Pair(chosen, rejected, **content, source=source, prompt_kind=kind, **scores)
-
-
-def _chat_pair(prompt: str | list | None, chosen: list, rejected: list, source: str, scores: dict) -> Pair | str:
-    """A pair of message lists: the turns before the last one are the prompt and must be equal on both sides."""
-    chosen, rejected = check_messages(chosen, source, "chosen"), check_messages(rejected, source, "rejected")
-    if isinstance(prompt, list):
-        # Explicit prompt; some data sets repeat it at the start of both answers.
-        prompt = check_messages(prompt, source, "prompt")
-        n = len(prompt)
-        chosen = chosen[n:] if chosen[:n] == prompt else chosen
-        rejected = rejected[n:] if rejected[:n] == prompt else rejected
-    else:
-        # Implicit prompt: the common turns, but never the last turn of either side.
-        n = min(shared_prefix(chosen, rejected), len(chosen) - 1, len(rejected) - 1)
-        # Only the answers are message lists: the prompt string is the complete prompt.
-        if n <= 0 and isinstance(prompt, str):
-            prompt = [{"role": "user", "content": prompt}]
-        else:
-            # n is -1 where a side is an empty list; as a slice it would count from the end.
-            text, n = prompt, max(n, 0)
-            prompt, chosen, rejected = chosen[:n], chosen[n:], rejected[n:]
-            # Common turns without a user turn (a system message): the prompt string is the user's turn.
-            if isinstance(text, str) and not any(m["role"] == "user" for m in prompt):
-                prompt = [*prompt, {"role": "user", "content": text}]
-    if not prompt:
-        raise UserError(f"{source}: 'chosen' and 'rejected' have no common first message and there is no 'prompt'")
-    if not chosen or not rejected:
-        return "empty_response"
-    # Dialogues with different user turns do not compare two answers to the same prompt, as DPO assumes.
-    if len(chosen) > 1 or len(rejected) > 1:
-        return "diverges_before_last_turn"
-    if chosen[0]["role"] != "assistant" or rejected[0]["role"] != "assistant":
-        return "last_turn_not_assistant"
-    return Pair(chosen[0]["content"], rejected[0]["content"], messages=prompt, source=source, **scores)
-
-
-def _without_prompt(prompt: str, chosen: str, rejected: str) -> tuple[str, str]:
-    """Both answers without the prompt, if both repeat it."""
-    # Both or neither: an answer may begin with the prompt's words by chance.
-    if prompt and chosen.startswith(prompt) and rejected.startswith(prompt):
-        return chosen[len(prompt) :], rejected[len(prompt) :]
-    return chosen, rejected
-
-
-def _number(row: dict, key: str, source: str) -> float | None:
-    value = row.get(key)
-    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
-        raise UserError(f"{source}: key {key!r} must be a number, not {value!r}")
-    return None if value is None else float(value)
-
-
-def _win_probabilities(row: dict) -> dict:
-    """win_chosen and win_rejected of a row, None where missing or not a number; only SPPO's loss requires them."""
-    # Not an error: DPO and the evaluations read the same files and ignore these keys.
-    values = {name: next((row[k] for k in keys if row.get(k) is not None), None) for name, keys in WIN_KEYS.items()}
-    return {k: float(v) if isinstance(v, (int, float)) and not isinstance(v, bool) else None for k, v in values.items()}
 
 
 # -------------------------------------------------------------------------------------------------------- filtering
@@ -272,7 +103,7 @@ def load_pairs(
         # A trial run takes the same number of pairs from every dataset of the mix (rounded up).
         if limit is not None and taken[index] >= -(-limit // len(read)):
             continue
-        pair = to_pair(row, source, prompt_format)
+        pair = to_pair(row, source, prompt_format, data.unused)
         # The filters run before the search for duplicates, so a dropped pair does not hide a later usable one of its
         # prompt.
         reason = pair if isinstance(pair, str) else _drop_reason(pair, drop_ties, min_score_margin)
@@ -291,9 +122,10 @@ def load_pairs(
 def _drop_reason(pair: Pair, drop_ties: bool, min_score_margin: float | None) -> str | None:
     """The name of the filter that drops `pair`, or None."""
     check_unicode([pair.prompt_text, pair.chosen, pair.rejected], pair.source)
-    if not pair.chosen.strip() or not pair.rejected.strip():
+    # An answer that only calls a tool has no text.
+    if not (pair.chosen.strip() or pair.keys[0]) or not (pair.rejected.strip() or pair.keys[1]):
         return "empty_response"
-    if pair.chosen == pair.rejected:
+    if pair.chosen == pair.rejected and pair.keys[0] == pair.keys[1]:
         return "identical_responses"
     if drop_ties or min_score_margin is not None:
         if pair.score_chosen is None or pair.score_rejected is None:
@@ -378,12 +210,13 @@ def tokenize(data: PreferenceData, tokenizer, max_length: int | None, max_prompt
             # tokens.
             parts = (full_chosen[:answer], full_chosen[answer:], full_rejected[answer:])
             cut = truncate(*parts, max_length, max_prompt_length, tokenizer.bos_token_id)
+            thoughtless = _count_thoughts(counts, pair, texts[3 * i : 3 * i + 3])
             for name, before, after in zip(("prompt", "chosen", "rejected"), parts, cut, strict=True):
                 counts[f"truncated_{name}"] += len(after) < len(before)
             # Equal answers have a loss without gradient; an empty prompt leaves the first answer token without a
             # context.
             if not cut[0] or cut[1] == cut[2]:
-                data.dropped["empty_prompt" if not cut[0] else "identical_after_truncation"] += 1
+                data.dropped[_reason(parts, cut, thoughtless)] += 1
                 continue
             for name, value in zip(columns, (*cut, len(pairs)), strict=True):
                 columns[name].append(value)
@@ -392,6 +225,8 @@ def tokenize(data: PreferenceData, tokenizer, max_length: int | None, max_prompt
     bar.close()
     if not pairs:
         example = f"; the chat template rejected e.g. {refusal}" if refusal else ""
+        if data.dropped["identical_after_truncation"]:
+            example += f"; answers longer than --max_length {max_length} are cut to their equal beginnings: raise it"
         raise UserError(f"0 {desc} pairs are left of {data.rows} rows; dropped: {dict(data.dropped)}{example}")
     # After the loop, so that indices in the column `pair` refer to the pairs that are left.
     data.pairs = pairs
@@ -402,13 +237,44 @@ def tokenize(data: PreferenceData, tokenizer, max_length: int | None, max_prompt
     return Dataset.from_dict(columns), dict(counts)
 
 
+def _count_thoughts(counts: Counter, pair: Pair, texts: list[str]) -> bool:
+    """Count the thoughts that the template removes; whether it removes those of an answer.
+
+    Args:
+        texts: the rendered prompt, prompt with chosen answer, prompt with rejected answer.
+    """
+    if pair.messages is None:
+        return False
+    counts["prompts_without_thoughts"] += any(strips_thoughts(turn, texts[0]) for turn in pair.messages)
+    lost = []
+    for side, text, keys, rendered in zip(
+        ("chosen", "rejected"), (pair.chosen, pair.rejected), pair.keys, texts[1:], strict=True
+    ):
+        lost.append(strips_thoughts({"content": text, **keys}, rendered))
+        counts[f"{side}_without_thoughts"] += lost[-1]
+    return any(lost)
+
+
+def _reason(parts: tuple, cut: tuple, thoughtless: bool) -> str:
+    """Why a pair without a difference to learn is dropped.
+
+    Args:
+        parts, cut: token ids of (prompt, chosen, rejected), before and after truncation.
+    """
+    if not cut[0]:
+        return "empty_prompt"
+    if parts[1] != parts[2]:
+        return "identical_after_truncation"
+    return "identical_without_thoughts" if thoughtless else "identical_as_rendered"
+
+
 def _texts(pair: Pair, chat: ChatRenderer | None, tokenizer) -> list[str]:
     """The rendered prompt, prompt with chosen answer, prompt with rejected answer."""
     if pair.messages is not None:
         return [
             chat.prompt_text(pair.messages),
-            chat.full_text(pair.messages, pair.chosen),
-            chat.full_text(pair.messages, pair.rejected),
+            chat.full_text(pair.messages, pair.chosen, pair.keys[0]),
+            chat.full_text(pair.messages, pair.rejected, pair.keys[1]),
         ]
     # As TRL does for plain text: the tokenizer adds BOS (so one in the text is removed) and the answer ends with EOS.
     text, eos = pair.text, tokenizer.eos_token or ""

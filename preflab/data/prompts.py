@@ -6,15 +6,35 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from preflab.data.messages import check_messages, check_unicode, up_to_last
-from preflab.data.preferences import to_pair
+from preflab.data.messages import (
+    OPTIONS,
+    check_messages,
+    check_unicode,
+    from_json_text,
+    up_to_last,
+    with_options,
+)
+from preflab.data.pair_rows import to_pair
 from preflab.data.prompt_format import AS_CHAT
+from preflab.data.row_fields import (
+    Fields,
+    Parsed,
+    ensure_no_pictures,
+    join_system,
+    prompt_turns,
+    read_options,
+    read_prompt,
+)
 from preflab.data.rows import read_rows
+from preflab.data.schemas import PAIRS, schema_of
 from utils.cache import cache_key
 from utils.errors import UserError
 
 # Keys under which a row may hold its prompt.
-PROMPT_KEYS = ("messages", "prompt", "instruction", "question", "turns")
+PROMPT_KEYS = (
+    "messages", "prompt", "instruction", "question", "turns", "query", "conversations", "conversation", "context",
+    "trajectory", "input", "history", "post",
+)  # fmt: skip
 
 
 @dataclass
@@ -107,27 +127,37 @@ def _uid(row: dict) -> str | None:
     return None if uid is None else str(uid)
 
 
-def _prompt_messages(row, source: str) -> list[dict] | str:
+def _prompt_messages(row, source: str, unused: Counter | None = None) -> list[dict] | str:
     """The row's messages up to the last user turn, or the reason to leave the row out."""
     if not isinstance(row, dict):
         raise UserError(f"{source}: expected an object with a prompt, not {type(row).__name__}")
     # Preference rows have several formats of their own, so they share the parser of the training data.
-    if row.get("chosen") is not None and row.get("rejected") is not None:
-        pair = to_pair(row, source, prompt_format=AS_CHAT)
+    if schema_of(row, PAIRS) and row.get("chosen", "") is not None and row.get("rejected", "") is not None:
+        pair = to_pair(row, source, prompt_format=AS_CHAT, unused=unused)
         if isinstance(pair, str):
             return pair
         messages = pair.messages
     else:
+        fields = Fields(row, source)
         key = next((k for k in PROMPT_KEYS if row.get(k) is not None), None)
         if key is None:
             raise UserError(
-                f"{source}: no prompt (keys: {', '.join(map(str, row))}); a row has one of {', '.join(PROMPT_KEYS)}"
+                f"{source}: no prompt (keys: {', '.join(map(str, row))}); a row has one of {', '.join(PROMPT_KEYS)};"
+                " name another column with --columns prompt=NAME"
             )
+        ensure_no_pictures(fields)
+        parsed = Parsed(None, [], [], options=read_options(fields))
         # `messages` may end with an answer; it is cut off below.
-        messages = _read_prompt(row[key], source, key)
-        # Alpaca's `input` belongs to its instruction.
-        if isinstance(row.get("input"), str) and row["input"].strip() and isinstance(row[key], str):
-            messages = [{"role": "user", "content": f"{row[key]}\n\n{row['input']}"}]
+        value = from_json_text(fields.take(key))
+        if isinstance(value, str):
+            read_prompt(fields, parsed, (key,))
+            value = parsed.prompt
+        else:
+            read_prompt(fields, parsed, ())
+        messages = join_system(parsed.before, _read_prompt(value, source, key), source)
+        messages = with_options(messages, *(parsed.options.get(name) for name in OPTIONS))
+        if unused is not None:
+            fields.count_unused(unused)
     messages = up_to_last(messages, "user")
     if not messages or not messages[-1]["content"].strip():
         return "empty_prompt"
@@ -138,7 +168,7 @@ def _prompt_messages(row, source: str) -> list[dict] | str:
 def _read_prompt(value, source: str, key: str) -> list[dict]:
     """The messages of a prompt given as text, as messages, or as a list of user turns."""
     if isinstance(value, str):
-        return [{"role": "user", "content": value}]
+        return prompt_turns(value, source, key)
     turns = [t if isinstance(t, dict) else {"content": t} for t in value] if isinstance(value, list) else value
     messages = check_messages(turns, source, key, default_role="user")
     # MT-Bench's turns: the second question assumes an answer to the first, so only the first is a prompt here.

@@ -3,7 +3,7 @@
 import numpy as np
 from scipy.special import logit
 
-from preflab.data.preferences import Pair
+from preflab.data.pair_rows import Pair
 from preflab.data.prompts import Prompt
 from preflab.evaluation.reward_slices import calibration_bins
 from preflab.judging.judge_prompt import Item, Verdict

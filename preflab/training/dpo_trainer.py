@@ -11,7 +11,7 @@ from accelerate.utils import gather_object
 from datasets import load_from_disk
 from trl import DPOTrainer
 
-from preflab.data.preferences import WIN_KEYS
+from preflab.data.row_fields import WIN_KEYS
 from preflab.models.fast import fused_head, shared_prompt
 from preflab.models.logprobs import pair_batches, sum_logps
 from preflab.training import losses

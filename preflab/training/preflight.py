@@ -4,12 +4,11 @@
 """
 
 import math
-from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
 
-from preflab.data import prompt_format
+from preflab.data import reading_report
 from preflab.data.chat_template import ChatRenderer
 from preflab.evaluation.rewards import reward_rows
 from preflab.training.dpo_trainer import step0_tolerance
@@ -227,7 +226,7 @@ def pair_lines(pair: dict, tokens: dict, special: dict, splits) -> list[str]:
         f"  prompt    {size['prompt']:>4} tokens, not scored | {excerpt(pair['prompt_not_scored'], end=True)}",
         f"  chosen    {size['chosen']:>4} tokens, scored     | {excerpt(pair['chosen_scored'])}",
         f"  rejected  {size['rejected']:>4} tokens, scored     | {excerpt(pair['rejected_scored'])}",
-        f"  prompts   {prompt_format.sentence(Counter(train['prompts']))}",
+        *reading_report.pair_lines(train, splits.truncation),
         f"  data      {train['rows']} rows, {train['pairs']} train pairs; dropped: {dropped_rows(train)}; {held_out}",
         f"  lengths   chosen {tokens['chosen_tokens_mean']:.0f}, rejected {tokens['rejected_tokens_mean']:.0f}"
         f" tokens on average; chosen longer in {tokens['chosen_longer_share']:.1%} of pairs",
@@ -346,6 +345,7 @@ def conversation_lines(pieces: list[dict], tokens: dict, special: dict, splits, 
             f" {excerpt(p['text'], end=not p['trained_on'])}"
             for p in pieces[:4]
         ),
+        *reading_report.conversation_lines(train, splits.truncation, share),
         f"  data      {train['rows']} rows, {train['conversations']} train conversations; dropped:"
         f" {dropped_rows(train)}; {held_out}",
         f"  lengths   {tokens['tokens_mean']:.0f} tokens on average, {tokens['longest_sequence']} at most; {share:.1%}"

@@ -16,7 +16,7 @@ from helpers import alpaca_args
 from preflab.alpacaeval import package
 from preflab.alpacaeval.files import annotate, llm_comparator, read_annotations, read_outputs, read_reference, samples
 from preflab.data.chat_template import ChatRenderer
-from preflab.data.preferences import Pair
+from preflab.data.pair_rows import Pair
 from preflab.data.prompts import Prompt
 from preflab.evaluation.arguments import ComparisonArguments
 from preflab.judging.audit import against_longer, audit, audit_items, passes

@@ -4,15 +4,8 @@ import pytest
 from conftest import ROOT, write_jsonl
 
 from preflab.data.chat_template import ChatRenderer
-from preflab.data.conversations import (
-    Conversation,
-    ConversationData,
-    SFTArguments,
-    hold_out,
-    load_conversations,
-    to_conversation,
-    tokenize,
-)
+from preflab.data.conversation_rows import Conversation, to_conversation
+from preflab.data.conversations import ConversationData, SFTArguments, hold_out, load_conversations, tokenize
 from preflab.data.sources import without_overlap
 from utils.errors import UserError
 

@@ -29,11 +29,14 @@ def test_messages_have_role_and_content_only():
         (None, ("row 1", "'chosen'", "NoneType")),
         (["text"], ("row 1", "'chosen', message 0")),
         ([{"content": "no role"}], ("row 1", "'chosen', message 0", "'role'")),
-        ([{"role": "user", "content": "q"}, {"role": "tool", "content": "x"}], ("message 1", "'tool'", "assistant")),
+        (
+            [{"role": "user", "content": "q"}, {"role": "critic", "content": "x"}],
+            ("message 1", "'critic'", "assistant"),
+        ),
         ([{"role": None, "content": "x"}], ("message 0", "None")),
         ([{"role": ["user"], "content": "x"}], ("message 0", "['user']")),
         ([{"role": "user", "content": [{"text": "x"}]}], ("message 0", "content", "list")),
-        ([{"role": "user"}], ("message 0", "content", "NoneType")),
+        ([{"role": "user"}], ("message 0", "content", "null")),
     ],
 )
 def test_invalid_messages_name_row_key_and_message(turns, words):

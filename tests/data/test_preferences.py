@@ -6,7 +6,8 @@ import json
 import pytest
 from conftest import make_pairs, write_jsonl
 
-from preflab.data.preferences import DataArguments, load_pairs, to_pair, tokenize, truncate
+from preflab.data.pair_rows import to_pair
+from preflab.data.preferences import DataArguments, load_pairs, tokenize, truncate
 from preflab.data.prompt_format import AS_CHAT
 from preflab.data.rows import read_rows
 from preflab.data.sources import without_overlap

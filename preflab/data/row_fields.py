@@ -1,0 +1,254 @@
+"""The columns of one row, whatever its layout: the prompt with its system text and history, scores, template arguments.
+
+`Fields` remembers which columns were read, so that what is not used can be named.
+"""
+
+import json
+from collections import Counter
+from dataclasses import dataclass, field
+
+from preflab.data.messages import OPTIONS, check_messages, from_json_text, read_transcript, without_nulls
+from utils.errors import UserError
+
+# Columns that hold a prompt, in order of preference.
+PROMPTS = (
+    "prompt", "instruction", "question", "query", "conversations", "messages", "context", "trajectory", "input",
+    "history", "post",
+)  # fmt: skip
+# Text that belongs to the prompt beside its main column: joined behind it after an empty line.
+JOINED = ("input", "context")
+SYSTEM = ("system", "system_prompt")
+# Text columns beside two texts without a prompt that cannot be the prompt.
+METADATA = {
+    "id", "source", "origin", "dataset", "subset", "category", "type", "language", "lang", "model", "generator",
+    "license", "url", "split", "date", "timestamp", "hash", "label", "topic", "domain",
+}  # fmt: skip
+PICTURE_COLUMNS = ("image", "images", "video", "videos", "audio", "audios")
+TRANSCRIPT = "\n\nHuman:"
+# Estimated win probabilities of the two answers (SPPO): this project's names, and those of UCLA-AGI's data.
+WIN_KEYS = {"win_chosen": ("win_chosen", "chosen_probs_win"), "win_rejected": ("win_rejected", "chosen_probs_lose")}
+# Scores of the chosen and the rejected answer.
+SCORES = (
+    ("score_chosen", "score_rejected"),
+    ("chosen-rating", "rejected-rating"),
+    ("chosen_rating", "rejected_rating"),
+    ("rating_chosen", "rating_rejected"),
+    ("chosen_score", "rejected_score"),
+    ("chosen_avg_rating", "rejected_avg_rating"),
+)
+
+
+class Fields:
+    """The columns of one row, and which of them were read.
+
+    Attributes:
+        row: the row.
+        source: file and row, for error messages.
+        used: names of the columns that were read.
+    """
+
+    __slots__ = ("row", "source", "used")
+
+    def __init__(self, row: dict, source: str):
+        self.row, self.source, self.used = row, source, set()
+
+    def take(self, *names: str):
+        """The first value that is not null among these columns, None if there is none."""
+        for name in names:
+            value = self.row.get(name)
+            if value is not None:
+                self.used.add(name)
+                return value
+        return None
+
+    def required(self, name: str):
+        """The value of a column. Raises UserError where it is null."""
+        value = self.take(name)
+        if value is None:
+            raise UserError(f"{self.source}: key {name!r} is null; fix the row, or pass --on_bad_row skip")
+        return value
+
+    def count_unused(self, unused: Counter) -> None:
+        """Count the columns that hold something and were not read."""
+        for name, value in self.row.items():
+            if name not in self.used and value is not None and value != "" and value != []:
+                unused[name] += 1
+
+
+@dataclass(slots=True)
+class Parsed:
+    """A row as its schema reads it.
+
+    Attributes:
+        prompt: text or turns; None where the answers hold it.
+        before: turns in front of it (system, history).
+        answers: the chosen and the rejected one, or all of a list: text, turns, or one turn each.
+        numbers: a score per answer, of a ranked or scored list.
+        options: what the row gives its chat template: tools, chat_template_kwargs.
+        scores: score_chosen, score_rejected, win_chosen, win_rejected.
+    """
+
+    prompt: str | list | None
+    before: list[dict]
+    answers: list
+    numbers: list[float] | None = None
+    options: dict = field(default_factory=dict)
+    scores: dict = field(default_factory=dict)
+
+
+def truth(value) -> float:
+    """A flag or number, also as the text of a CSV file."""
+    return {"true": 1.0, "false": 0.0}.get(str(value).strip().lower()) if not is_number(value) else float(value)
+
+
+def is_number(value) -> bool:
+    try:
+        float(value)
+    except (TypeError, ValueError):
+        return False
+    return not isinstance(value, bool)
+
+
+def is_true(label) -> bool:
+    """A label of KTO data, also as the text of a CSV file."""
+    return str(label).strip().lower() in ("true", "1", "1.0")
+
+
+def number(value, key: str, source: str) -> float | None:
+    """A number, also as the text of a CSV file; None for null and for an empty cell. Raises UserError."""
+    if value is None or value == "":
+        return None
+    if not is_number(value):
+        raise UserError(f"{source}: key {key!r} must be a number, not {value!r}")
+    return float(value)
+
+
+def read_scores(fields: Fields) -> dict:
+    """score_chosen and score_rejected, win_chosen and win_rejected, each a number or None."""
+    row = fields.row
+    names = next((pair for pair in SCORES if pair[0] in row or pair[1] in row), SCORES[0])
+    # Scores of another type are an error, since the filters use them. Only SPPO's loss requires win probabilities.
+    scores = {
+        f"score_{side}": number(fields.take(name), name, fields.source)
+        for side, name in zip(("chosen", "rejected"), names, strict=True)
+    }
+    values = {name: fields.take(*keys) for name, keys in WIN_KEYS.items()}
+    # Not an error: DPO and the evaluations read the same files and ignore these keys.
+    return scores | {k: float(v) if is_number(v) else None for k, v in values.items()}
+
+
+def read_options(fields: Fields) -> dict:
+    """What the row gives its chat template beside the messages, as TRL passes it."""
+    options = {}
+    for name in OPTIONS:
+        value = fields.take(name)
+        if isinstance(value, str):
+            try:
+                value = json.loads(value) if value.strip() else None
+            except ValueError as error:
+                raise UserError(f"{fields.source}: key {name!r} is not valid JSON ({error})") from None
+        if value:
+            options[name] = without_nulls(value)
+    return options
+
+
+def ensure_no_pictures(fields: Fields) -> None:
+    """Raise UserError for a row with pictures, video or sound."""
+    for name in PICTURE_COLUMNS:
+        if fields.row.get(name):
+            raise UserError(f"{fields.source}: holds {name!r}; only text is supported")
+
+
+def is_metadata(name: str) -> bool:
+    name = name.lower()
+    return name in METADATA or name.endswith(("_id", "_model", "_source")) or name.startswith(("model_", "id_"))
+
+
+def read_prompt(fields: Fields, parsed: Parsed, names: tuple[str, ...]) -> None:
+    """Set `parsed.prompt` and `parsed.before` from the prompt columns, `system` and `history`.
+
+    Args:
+        names: columns that may hold the prompt, in order of preference.
+    """
+    row, source = fields.row, fields.source
+    # An empty text or list counts only where no other column holds more.
+    name = next((n for n in names if row.get(n)), next((n for n in names if row.get(n) is not None), None))
+    prompt = from_json_text(fields.take(name)) if name else None
+    if isinstance(prompt, dict):
+        prompt = _nested_prompt(prompt, parsed)
+    if isinstance(prompt, str):
+        joined = [row[k] for k in JOINED if k != name and isinstance(row.get(k), str) and row[k].strip()]
+        fields.used.update(k for k in JOINED if isinstance(row.get(k), str))
+        prompt = "\n\n".join([prompt, *joined])
+    elif isinstance(prompt, list) and name != "prompt":
+        prompt = _without_answer(prompt, parsed, name, source)
+    parsed.prompt = prompt
+    system = fields.take(*SYSTEM)
+    if isinstance(system, str) and system.strip():
+        parsed.before.append({"role": "system", "content": system})
+    elif system is not None and not isinstance(system, str):
+        raise UserError(f"{source}: key 'system' must be text, not {type(system).__name__}")
+    if name != "history" and row.get("history"):
+        parsed.before += read_history(fields.take("history"), source)
+
+
+def _nested_prompt(prompt: dict, parsed: Parsed) -> str | list:
+    """The prompt inside an object: OpenAI's `input`, WebGPT's `question`, the post of a summary."""
+    if isinstance(prompt.get("messages"), list):
+        parsed.options |= {"tools": without_nulls(prompt["tools"])} if prompt.get("tools") else {}
+        return prompt["messages"]
+    text = next((prompt[k] for k in ("full_text", "post", "article", "text") if prompt.get(k)), None)
+    return [prompt] if text is None else text
+
+
+def _without_answer(prompt: list, parsed: Parsed, name: str, source: str) -> list:
+    """A prompt under `messages` or `conversations` without the answer that it may end with."""
+    last = prompt[-1] if prompt and isinstance(prompt[-1], dict) else {}
+    if last.get("role", last.get("from")) not in ("assistant", "gpt"):
+        return prompt
+    text = last.get("content", last.get("value"))
+    if parsed.answers and text in (parsed.answers[0], _text_of(parsed.answers[0])):
+        return prompt[:-1]
+    raise UserError(f"{source}: key {name!r} ends with an answer that is not the chosen one; is it the prompt?")
+
+
+def _text_of(answer):
+    first = answer[0] if isinstance(answer, list) and len(answer) == 1 and isinstance(answer[0], dict) else {}
+    return first.get("content", first.get("value"))
+
+
+def read_history(history, source: str) -> list[dict]:
+    """Earlier turns: LlamaFactory's list of [question, answer], or messages."""
+    turns = []
+    if isinstance(history, list) and history and isinstance(history[0], dict):
+        return check_messages(history, source, "history")
+    for entry in history if isinstance(history, list) else [history]:
+        if not isinstance(entry, (list, tuple)) or len(entry) != 2 or not all(isinstance(t, str) for t in entry):
+            raise UserError(f"{source}: key 'history' must be a list of [question, answer], or of messages")
+        turns += [{"role": "user", "content": entry[0]}, {"role": "assistant", "content": entry[1]}]
+    return turns
+
+
+def join_system(before: list[dict], messages: list[dict], source: str) -> list[dict]:
+    """`messages` behind the earlier turns; a system turn that both have is taken once.
+
+    Raises:
+        UserError: the two system texts differ.
+    """
+    if before and before[0]["role"] == "system" and messages[0]["role"] == "system":
+        if before[0]["content"].strip() != messages[0]["content"].strip():
+            raise UserError(
+                f"{source}: the column 'system' and the dialogue's own system turn differ; pass --columns system=none"
+                " to keep the turn"
+            )
+        before = before[1:]
+    return [*before, *messages]
+
+
+def prompt_turns(prompt: str | list, source: str, key: str) -> list[dict]:
+    """A prompt's turns: a transcript is split, other text is one user turn."""
+    if isinstance(prompt, list):
+        return check_messages(prompt, source, key)
+    if prompt.startswith(TRANSCRIPT):
+        return read_transcript(prompt.rstrip().removesuffix("Assistant:").rstrip(), source, key)
+    return [{"role": "user", "content": prompt}]
