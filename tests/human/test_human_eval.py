@@ -546,7 +546,7 @@ def test_further_model_and_limit_in_file_names(call, trained, prompts, tiny, tmp
     key = json.loads((tmp_path / "r" / "human_eval_key_LIMIT6.json").read_text())
     assert key["models"] == ["base", "tuned", "other"]
     row = json.loads((tmp_path / "r" / "manual_eval_candidates_LIMIT6.json").read_text())[0]
-    assert list(row) == ["prompt", "base", "dpo", "other"]
+    assert list(row) == ["prompt", "base", "dpo", "other", "truncated"]
     votes = write(tmp_path / "v.json", export(key, lambda item: {"choice": "left"}))
     code, out, err = call("human_eval", "--score", votes, "--key", tmp_path / "r" / "human_eval_key_LIMIT6.json")
     assert code == 0, err
