@@ -11,6 +11,7 @@ from trl import ModelConfig, get_peft_config
 from preflab.models.card import model_card
 from preflab.models.loading import describe, load_adapter, load_for_training, load_tokenizer, locate, quantised_as
 from preflab.models.start_adapter import StartAdapter, merge_start_adapter, resolve_start_adapter
+from preflab.training.next_steps import next_commands
 from preflab.training.preflight import run_preflight
 from preflab.training.run_config import RunConfig, check_run_config, fit_global_batch
 from preflab.training.run_folder import RunFolders, checkpoint_to_resume, claim_run, run_identity
@@ -119,6 +120,7 @@ class TrainingRun:
             f"{self.folders.weights} is finished, nothing to train; from {self.folders.results}/train.json:\n\n"
             f"{results['text']}"
         )
+        self.print_next(held_out=bool(results["data"].get("test")))
 
     def load_splits(self, load: Callable[..., Splits]) -> Splits:
         """Load the tokenizer and both splits, and tie the run to its data.
@@ -294,6 +296,12 @@ class TrainingRun:
         self.folders.finish()
         print_main(f"weights and tokenizer are in {self.folders.weights}/, all results in {results}/")
         print_main(f"training took {trainer.seconds:.0f} s, the command in total {self.stage.seconds:.0f} s")
+        self.print_next(held_out=splits.test_ids is not None)
+
+    def print_next(self, held_out: bool) -> None:
+        """Print the commands that evaluate, compare or continue this run."""
+        kind = {"pairs": self.stage.name != "sft", "held_out": held_out, "lora": self.model_args.use_peft}
+        print_main(f"\n{next_commands(self.folders.weights, self.folders.results, **kind)}")
 
 
 def training_summary(trainer, flight: dict, unit: str, tokens: int, reference_in_step: bool = False) -> dict:

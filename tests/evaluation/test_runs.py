@@ -234,6 +234,7 @@ def test_renamed_run_evaluates_and_resumes(call, trained, tiny, prefs, tmp_path)
     flags = [*flags[: at - 1], *flags[at + 1 :]]
     code, out, err = call("dpo_train_human_preference", *flags)
     assert code == 0 and "is finished, nothing to train" in out, err
+    assert "python eval_win_rate.py --run_name renamed" in out
     # Interrupted after step 2: the weights and the log's end are removed, and training continues from the checkpoint.
     write_json(tmp_path / "ck/renamed/run.json", {**read_json(tmp_path / "ck/renamed/run.json"), "finished": False})
     shutil.rmtree(tmp_path / "ck/renamed/checkpoint-4")

@@ -1,0 +1,41 @@
+"""The commands that evaluate, compare and continue a finished run, printed at its end."""
+
+import shlex
+from pathlib import Path
+
+
+def next_commands(weights: Path, results: Path, *, pairs: bool, held_out: bool, lora: bool) -> str:
+    """The commands under the heading `next:`, each with what it is for.
+
+    Args:
+        weights, results: the run's folders.
+        pairs: whether the run was trained on preference pairs, not on conversations.
+        held_out: whether it held rows out.
+        lora: whether its weights are an adapter.
+    """
+    name = shlex.quote(weights.name)
+    # Folders that are not the evaluations' defaults must be named in every command.
+    folders = f" --checkpoints {shlex.quote(str(weights.parent))}" if str(weights.parent) != "checkpoints" else ""
+    folders += f" --eval_out {shlex.quote(str(results.parent))}" if str(results.parent) != "eval_out" else ""
+    run = f"--run_name {name}{folders}"
+    commands = []
+    if pairs and held_out:
+        commands += [
+            (f"python eval_win_rate.py {run}", "held-out pairs ranked by rewards"),
+            (f"python eval_win_rate.py --battle {run}", "a judge compares the answers of base and tuned"),
+            (f"python eval_perplexity.py {run}", "what changed in the model's language"),
+        ]
+    commands += [(f"python human_eval.py {run}", "a page on which people compare the answers, blind")]
+    commands += [(f"bash run_lm_eval.sh {run}", "knowledge and reasoning")]
+    if lora:
+        commands += [(f"python merge_adapter.py {run}", "one plain model folder")] if pairs and held_out else []
+        if not pairs:
+            adapter = shlex.quote(str(weights))
+            continued = f"--config FILE.yaml --start_adapter {adapter} --start_adapter_use continue"
+            commands += [(f"python dpo_train_human_preference.py {continued}", "preference training on top")]
+    commands += [(f"python eval_win_rate.py --list{folders}", "all runs with their figures")]
+    width = max(len(command) for command, _ in commands)
+    if width + max(len(purpose) for _, purpose in commands) + 6 <= 100:
+        return "\n".join(["next:", *(f"  {command.ljust(width)}  # {purpose}" for command, purpose in commands)])
+    # With long names, the purpose is above its command.
+    return "\n".join(["next:", *(f"  # {purpose}\n  {command}" for command, purpose in commands)])
