@@ -95,7 +95,7 @@ def write_rows(path: str | os.PathLike, rows: Iterable[dict]) -> None:
 def read_json(path: str | os.PathLike) -> dict:
     """Read a JSON file. Raises UserError, naming the file, if it is missing or damaged."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except OSError as error:
@@ -203,7 +203,7 @@ def read_yaml(path: str | os.PathLike, flag: str = "") -> dict:
     """
     source = f"{flag} {path}".lstrip()
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{source}: cannot be read ({error})") from None
     if not isinstance(content, dict):

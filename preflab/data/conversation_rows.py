@@ -9,6 +9,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from preflab.data.chat_template import ChatRenderer
+from preflab.data.files import BadRow
 from preflab.data.messages import (
     OPTIONS,
     check_messages,
@@ -88,6 +89,8 @@ def to_conversation(row, source: str, unused: Counter | None = None) -> Conversa
     Raises:
         UserError: the row fits no format; the message names row and key.
     """
+    if isinstance(row, BadRow):
+        raise UserError(row.problem)
     if not isinstance(row, dict):
         raise UserError(f"{source}: expected an object with an instruction, not {type(row).__name__}")
     fields, unused = Fields(row, source), Counter() if unused is None else unused

@@ -51,6 +51,7 @@ class ConversationData:
         rows: number of rows read.
         dropped: number of rows dropped, by reason.
         unused: number of rows by column that they hold and that is not used.
+        first_bad_row: why the first row was skipped (--on_bad_row skip), None if none was.
     """
 
     conversations: list[Conversation]
@@ -58,6 +59,7 @@ class ConversationData:
     rows: int
     dropped: Counter = field(default_factory=Counter)
     unused: Counter = field(default_factory=Counter)
+    first_bad_row: str | None = None
 
     def summary(self) -> dict:
         """Counts and provenance for an artifact."""
@@ -67,6 +69,7 @@ class ConversationData:
             "conversations": len(self.conversations),
             "dropped": dict(self.dropped),
             "unused": dict(self.unused),
+            **({"first_bad_row": self.first_bad_row} if self.first_bad_row else {}),
             "sources": self.sources,
             "text_sha256": sha256_of(*texts),
         }
@@ -84,19 +87,28 @@ def load_conversations(sources: list[dict], limit: int | None = None) -> Convers
     """
     read = read_sources(sources)
     data = ConversationData([], [about for _, about in read], sum(len(rows) for rows, _ in read))
-    for rows, _ in read:
+    for origin, (rows, _) in zip(sources, read, strict=True):
         taken = 0
         for source, row in rows:
             # Each source's share of the limit, rounded up, so that a trial run sees every data set of the mix. Dropped
             # rows do not count.
             if limit is not None and taken >= -(-limit // len(read)):
                 break
-            conversation = to_conversation(row, source, data.unused)
+            try:
+                conversation = to_conversation(row, source, data.unused)
+            except UserError as error:
+                if not origin.get("skip_bad"):
+                    raise
+                conversation, data.first_bad_row = "bad_row", data.first_bad_row or str(error)
             if isinstance(conversation, str):
                 data.dropped[conversation] += 1
             else:
                 data.conversations.append(conversation)
                 taken += 1
+    if not data.conversations and data.first_bad_row:
+        raise UserError(
+            f"{data.dropped['bad_row']} of {data.rows} rows cannot be read; the first: {data.first_bad_row}"
+        )
     return data
 
 

@@ -8,6 +8,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from preflab.data.chat_template import shared_prefix
+from preflab.data.files import BadRow
 from preflab.data.messages import OPTIONS, check_messages, extras, read_transcript, transcript, with_options
 from preflab.data.prompt_format import AS_CHAT, AS_TEXT, TURNS, WRAPPED, PromptFormat
 from preflab.data.row_fields import TRANSCRIPT, Fields, Parsed, join_system, prompt_turns
@@ -68,6 +69,8 @@ def to_pair(row: dict, source: str, prompt_format: PromptFormat = AS_TEXT, unuse
     Raises:
         UserError: the row fits no format; the message names row and key.
     """
+    if isinstance(row, BadRow):
+        raise UserError(row.problem)
     if not isinstance(row, dict):
         raise UserError(f"{source}: expected an object with 'chosen' and 'rejected', not {type(row).__name__}")
     fields = Fields(row, source)

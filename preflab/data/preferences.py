@@ -47,6 +47,7 @@ class PreferenceData:
         rows: number of rows read.
         dropped: number of rows dropped, by filter.
         unused: number of rows by column that they hold and that is not used.
+        first_bad_row: why the first row was skipped (--on_bad_row skip), None if none was.
     """
 
     pairs: list[Pair]
@@ -54,6 +55,7 @@ class PreferenceData:
     rows: int
     dropped: Counter = field(default_factory=Counter)
     unused: Counter = field(default_factory=Counter)
+    first_bad_row: str | None = None
 
     def summary(self) -> dict:
         """Counts and provenance for an artifact."""
@@ -62,6 +64,7 @@ class PreferenceData:
             "pairs": len(self.pairs),
             "dropped": dict(self.dropped),
             "unused": dict(self.unused),
+            **({"first_bad_row": self.first_bad_row} if self.first_bad_row else {}),
             "prompts": dict(Counter(pair.prompt_kind for pair in self.pairs)),
             "sources": self.sources,
             "text_sha256": sha256_of(
@@ -103,10 +106,15 @@ def load_pairs(
         # A trial run takes the same number of pairs from every dataset of the mix (rounded up).
         if limit is not None and taken[index] >= -(-limit // len(read)):
             continue
-        pair = to_pair(row, source, prompt_format, data.unused)
-        # The filters run before the search for duplicates, so a dropped pair does not hide a later usable one of its
-        # prompt.
-        reason = pair if isinstance(pair, str) else _drop_reason(pair, drop_ties, min_score_margin)
+        try:
+            pair = to_pair(row, source, prompt_format, data.unused)
+            # The filters run before the search for duplicates, so a dropped pair does not hide a later usable one of
+            # its prompt.
+            reason = pair if isinstance(pair, str) else _drop_reason(pair, drop_ties, min_score_margin)
+        except UserError as error:
+            if not sources[index].get("skip_bad"):
+                raise
+            reason, data.first_bad_row = "bad_row", data.first_bad_row or str(error)
         if reason is None and not keep_duplicate_prompts:
             reason = "duplicate_prompt" if pair.prompt_text in seen else None
             # Exact text, unlike `prompt_key`: only the comparison of train and test folds case and spacing.
@@ -116,6 +124,10 @@ def load_pairs(
             taken[index] += 1
         else:
             data.dropped[reason] += 1
+    if not data.pairs and data.first_bad_row:
+        raise UserError(
+            f"{data.dropped['bad_row']} of {data.rows} rows cannot be read; the first: {data.first_bad_row}"
+        )
     return data
 
 

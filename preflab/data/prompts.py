@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from preflab.data.files import BadRow
 from preflab.data.messages import (
     OPTIONS,
     check_messages,
@@ -27,6 +28,7 @@ from preflab.data.row_fields import (
 )
 from preflab.data.rows import read_rows
 from preflab.data.schemas import PAIRS, schema_of
+from preflab.data.sources import read_source
 from utils.cache import cache_key
 from utils.errors import UserError
 
@@ -71,7 +73,7 @@ def load_prompts(sources: list[dict], category_key: str = "category", limit: int
     """Read the prompts of preference pairs, or of rows with one of PROMPT_KEYS.
 
     Args:
-        sources: `{"name", "split"}` each, optionally "config" and "revision".
+        sources: as for `read_source`.
         category_key: the key that holds a row's category.
         limit: number of prompts.
 
@@ -100,10 +102,15 @@ def _distinct_prompts(
     Args:
         about: filled with what identifies each source.
     """
-    data = [read_rows(s["name"], s["split"], s.get("config"), s.get("revision")) for s in sources]
+    data = [read_source(source) for source in sources]
     about += [identity for _, identity in data]
-    for source, row in (row for rows, _ in data for row in rows):
-        messages = _prompt_messages(row, source)
+    for origin, source, row in ((s, *row) for s, (rows, _) in zip(sources, data, strict=True) for row in rows):
+        try:
+            messages = _prompt_messages(row, source)
+        except UserError:
+            if not origin.get("skip_bad"):
+                raise
+            messages = "bad_row"
         prompt = None if isinstance(messages, str) else Prompt(messages, source, _uid(row))
         if prompt is None:
             left_out[messages] += 1
@@ -129,6 +136,8 @@ def _uid(row: dict) -> str | None:
 
 def _prompt_messages(row, source: str, unused: Counter | None = None) -> list[dict] | str:
     """The row's messages up to the last user turn, or the reason to leave the row out."""
+    if isinstance(row, BadRow):
+        raise UserError(row.problem)
     if not isinstance(row, dict):
         raise UserError(f"{source}: expected an object with a prompt, not {type(row).__name__}")
     # Preference rows have several formats of their own, so they share the parser of the training data.

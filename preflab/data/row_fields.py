@@ -71,7 +71,8 @@ class Fields:
     def count_unused(self, unused: Counter) -> None:
         """Count the columns that hold something and were not read."""
         for name, value in self.row.items():
-            if name not in self.used and value is not None and value != "" and value != []:
+            # `NAME (none)` only records that --columns switches NAME off.
+            if name not in self.used and value is not None and value not in ("", []) and not name.endswith("(none)"):
                 unused[name] += 1
 
 

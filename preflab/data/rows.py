@@ -3,78 +3,28 @@
 Every row comes with its source, e.g. `prefs.jsonl line 7`, so that an error can name the row to fix.
 """
 
-import gzip
-import json
 import re
-import zlib
 from pathlib import Path
 
-import pyarrow.parquet
-from datasets import load_dataset
+from datasets import DatasetDict, load_dataset, load_from_disk
 from datasets.exceptions import DatasetNotFoundError
 from huggingface_hub import errors as hub
 from huggingface_hub import parse_hf_uri
 
+from preflab.data.files import read_file, suffix_of
 from utils.errors import UserError
 from utils.hub import fetch
 from utils.provenance import hub_revision, sha256_of_files
 
-# Matched in this order with endswith, so no suffix may be the end of another one.
-LOCAL_SUFFIXES = (".jsonl", ".json", ".parquet", ".jsonl.gz", ".json.gz")
 
-
-def _suffix(path: Path) -> str:
-    """The supported suffix of a file, "" if it has none."""
-    # Not Path.suffix, which is only .gz for prefs.jsonl.gz.
-    return next((s for s in LOCAL_SUFFIXES if path.name.endswith(s)), "")
-
-
-def _read_file(path: Path) -> list[tuple[str, dict]]:
-    """(source, row) of every row of a local file."""
-    suffix = _suffix(path)
-    if not suffix:
-        raise UserError(f"{path}: unsupported file type; use one of {', '.join(LOCAL_SUFFIXES)}")
-    if suffix == ".parquet":
-        try:
-            # Rows are numbered from 0, as indices of a data set; lines of a JSON lines file from 1, as in editors.
-            return [(f"{path} row {i}", row) for i, row in enumerate(pyarrow.parquet.read_table(path).to_pylist())]
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]})") from None
-    opener = gzip.open if suffix.endswith(".gz") else open
-    try:
-        with opener(path, "rt", encoding="utf-8") as f:
-            text = f.read()
-    # EOFError: a gzip file that was cut off, e.g. by an interrupted download. zlib.error: damage inside it.
-    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: damaged or not UTF-8 text ({error}); save it again as UTF-8") from None
-    if suffix.startswith(".jsonl"):
-        rows = []
-        # Not splitlines: a row's text may hold other line separators.
-        for number, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                try:
-                    rows.append((f"{path} line {number}", json.loads(line)))
-                except ValueError as error:
-                    raise UserError(f"{path} line {number}: invalid JSON ({error}); fix or remove this line") from None
-        return rows
-    try:
-        data = json.loads(text)
-    except ValueError as error:
-        # JSON lines fail here: the first row is a complete document, and more data follow it.
-        hint = "; if it holds JSON lines, name it .jsonl" if text.lstrip().startswith("{") else ""
-        raise UserError(f"{path}: invalid JSON ({error}){hint}") from None
-    if not isinstance(data, list):
-        raise UserError(f"{path}: expected a JSON list of rows, not {type(data).__name__}")
-    return [(f"{path} row {i}", row) for i, row in enumerate(data)]
-
-
-def _read_local(path: Path, split: str) -> tuple[list[tuple[str, dict]], dict]:
-    """Rows of a file, or of a folder's files `<split>.*` and `<split>-*`."""
+def _read_local(path: Path, split: str, config: str | None, keep_bad: bool) -> tuple[list[tuple[str, dict]], dict]:
+    """Rows of a file, of a folder's files of the split, or of a folder that `save_to_disk` wrote."""
     if path.is_dir():
-        # `train.jsonl`, and the shards `train-00000-of-00002.parquet` of a downloaded hub data set, in order.
-        files = [f for f in sorted(path.iterdir()) if _suffix(f) and re.split(r"[.\-]", f.name)[0] == split]
+        if any((path / name).exists() for name in ("dataset_dict.json", "state.json")):
+            return _read_saved(path, split)
+        files = _files_of_split(path, split, config)
         if not files:
-            names = sorted({re.split(r"[.\-]", f.name)[0] for f in path.iterdir() if _suffix(f)})
+            names = sorted({_split_of(f) for folder in (path, path / "data") for f in _data_files(folder)})
             raise UserError(
                 f"{path}: no file of split {split!r} (splits found: {', '.join(names) or 'none'}); set"
                 " --dataset_train_split and --dataset_test_split (none: no evaluation), or --split in an evaluation"
@@ -82,8 +32,60 @@ def _read_local(path: Path, split: str) -> tuple[list[tuple[str, dict]], dict]:
     else:
         files = [path]
     # The hash is over file names and contents, so that a moved folder is still the same data.
-    rows = [row for f in files for row in _read_file(f)]
-    return rows, {"name": str(path), "split": split, "files": [f.name for f in files], "sha256": sha256_of_files(files)}
+    rows = [row for f in files for row in read_file(f, keep_bad)]
+    return rows, {
+        "name": str(path),
+        "split": split,
+        "files": [str(f.relative_to(path)) if path.is_dir() else f.name for f in files],
+        "sha256": sha256_of_files(files),
+    }
+
+
+def _data_files(folder: Path) -> list[Path]:
+    return [f for f in sorted(folder.iterdir()) if f.is_file() and suffix_of(f)] if folder.is_dir() else []
+
+
+def _split_of(file: Path) -> str:
+    return re.split(r"[.\-]", file.name)[0]
+
+
+def _files_of_split(path: Path, split: str, config: str | None) -> list[Path]:
+    """The files of a split, in order, in the layouts of folders and of downloaded hub data sets.
+
+    `train.jsonl`, `train-00000-of-00002.parquet`, both also in `data/` or in the folder of a configuration, and a
+    folder per split (`train/0.parquet`).
+    """
+    folders = [path / config, path / "data" / config] if config else [path, path / "data"]
+    for folder in folders:
+        files = [f for f in _data_files(folder) if _split_of(f) == split]
+        if files:
+            return files
+    return next((files for folder in folders if (files := _data_files(folder / split))), [])
+
+
+def _read_saved(path: Path, split: str) -> tuple[list[tuple[str, dict]], dict]:
+    """Rows of a folder that `save_to_disk` of the `datasets` library wrote."""
+    try:
+        data = load_from_disk(str(path))
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path}: not a readable data set of save_to_disk ({str(error).splitlines()[0]})") from None
+    if isinstance(data, DatasetDict):
+        if split not in data:
+            raise UserError(
+                f"{path}: has no split {split!r} (splits: {', '.join(data)}); set --dataset_train_split and"
+                " --dataset_test_split (none: no evaluation), or --split in an evaluation"
+            )
+        data, folder = data[split], path / split
+    else:
+        folder = path
+    files = sorted(folder.glob("*.arrow"))
+    rows = [(f"{path} {split} row {i}", row) for i, row in enumerate(data)]
+    return rows, {
+        "name": str(path),
+        "split": split,
+        "files": [str(f.relative_to(path)) for f in files],
+        "sha256": sha256_of_files(files),
+    }
 
 
 def _read_hub(name: str, split: str, config: str | None, revision: str | None) -> tuple[list[tuple[str, dict]], dict]:
@@ -112,7 +114,7 @@ def _read_hub(name: str, split: str, config: str | None, revision: str | None) -
     return [(f"{name} {split} row {i}", row) for i, row in enumerate(dataset)], source
 
 
-def _read_hub_file(url: str) -> tuple[list[tuple[str, dict]], dict]:
+def _read_hub_file(url: str, keep_bad: bool) -> tuple[list[tuple[str, dict]], dict]:
     """Rows of one file of a hub dataset, `hf://datasets/OWNER/NAME[@REVISION]/PATH`."""
     try:
         # Unlike HfFileSystem.resolve_path, this needs no network.
@@ -123,19 +125,20 @@ def _read_hub_file(url: str) -> tuple[list[tuple[str, dict]], dict]:
         raise UserError(f"{url}: expected hf://datasets/OWNER/NAME/PATH or hf://datasets/OWNER/NAME@REVISION/PATH")
     path = fetch(uri.id, uri.path_in_repo, "dataset", uri.revision)
     # Errors name the URL that the user gave, not the file in the cache.
-    rows = [(source.replace(str(path), url), row) for source, row in _read_file(path)]
+    rows = [(source.replace(str(path), url), row) for source, row in read_file(path, keep_bad)]
     commit = hub_revision(uri.id, "dataset", uri.revision)
     return rows, {"name": url, "split": None, "revision": commit, "sha256": sha256_of_files([path])}
 
 
-def read_rows(name: str, split: str, config: str | None = None, revision: str | None = None):
+def read_rows(name: str, split: str, config: str | None = None, revision: str | None = None, keep_bad: bool = False):
     """Read all rows of a dataset.
 
     Args:
-        name: a local .jsonl, .json or .parquet file (.gz allowed), a folder with one file per split, a hub dataset, or
-            one hub file as `hf://datasets/OWNER/NAME/PATH`.
+        name: a local file of a type in LOCAL_SUFFIXES (preflab.data.files), a folder, a hub dataset, or one hub file as
+            `hf://datasets/OWNER/NAME/PATH`.
         split: the split of a folder or a hub dataset.
         config, revision: of a hub dataset.
+        keep_bad: give a BadRow for a line that is not JSON, instead of an error.
 
     Returns:
         (rows, about): rows as (source, dict), and what identifies them in an artifact.
@@ -145,11 +148,11 @@ def read_rows(name: str, split: str, config: str | None = None, revision: str | 
     """
     path = Path(name).expanduser()
     if name.startswith("hf://"):
-        rows, about = _read_hub_file(name)
+        rows, about = _read_hub_file(name, keep_bad)
     elif path.exists():
-        rows, about = _read_local(path, split)
+        rows, about = _read_local(path, split, config, keep_bad)
     # Such a name is not a hub id; asking the hub would give a misleading error.
-    elif _suffix(path) or name.startswith((".", "/", "~")):
+    elif suffix_of(path) or name.startswith((".", "/", "~")):
         raise UserError(f"dataset {name}: no such file or folder")
     else:
         rows, about = _read_hub(name, split, config, revision)

@@ -210,7 +210,8 @@ def _starts_with_answer(turns: list) -> bool:
 
 def _ensure_no_other_text(fields: Fields, parsed: Parsed) -> None:
     """Raise UserError where two texts have no prompt and another column holds text that may be it."""
-    if all(answer.startswith(TRANSCRIPT) for answer in parsed.answers):
+    # --columns prompt=none: the user says that both texts begin with the prompt.
+    if "prompt (none)" in fields.row or all(answer.startswith(TRANSCRIPT) for answer in parsed.answers):
         return
     if parsed.before:
         raise UserError(

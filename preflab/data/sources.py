@@ -4,6 +4,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from preflab.data.columns import parse_columns, rename_columns
 from preflab.data.rows import read_rows
 from utils.errors import UserError
 from utils.provenance import sha256_of
@@ -19,6 +20,7 @@ class DatasetSource:
     test_split: str | None = None
     revision: str | None = None
     fraction: float | None = None
+    columns: list[str] | None = None
 
 
 @dataclass
@@ -39,12 +41,20 @@ class SourceArguments:
             "choices": ["refuse", "drop", "keep"],
         },
     )
+    columns: list[str] | None = field(
+        default=None, metadata={"help": "Columns under other names: chosen=output_a rejected=output_b prompt=task."}
+    )
+    on_bad_row: str = field(
+        default="refuse",
+        metadata={"help": "Rows that cannot be read: fail, or skip and count them.", "choices": ["refuse", "skip"]},
+    )
     limit: int | None = field(default=None, metadata={"help": "Use only the first rows; adds _LIMIT<n> to every name."})
 
     def check(self) -> None:
         """Raise UserError for flags that select no data."""
         if self.limit is not None and not self.limit > 0:
             raise UserError(f"--limit {self.limit}: must be above 0")
+        parse_columns(self.columns)
         if not self.datasets and self.dataset_name is None:
             raise UserError("--dataset_name is missing: give a hub id, a local file or a folder (see --help)")
 
@@ -58,17 +68,24 @@ class SourceArguments:
             mix = [_dataset_source(entry) for entry in self.datasets]
             # TRL's DatasetConfig calls the configuration `name` and the data set `path`, after load_dataset's
             # parameters.
-            common = [{"name": d.path, "config": d.name, "revision": d.revision} for d in mix]
+            common = [
+                {"name": d.path, "config": d.name, "revision": d.revision, **self._reading(d.columns)} for d in mix
+            ]
             train = [{**c, "split": d.split, "fraction": d.fraction} for c, d in zip(common, mix, strict=True)]
             # The test parts are used completely: fractions weigh the training data only.
             test = [{**c, "split": d.test_split} for c, d in zip(common, mix, strict=True) if d.test_split]
         else:
-            dataset = {"name": self.dataset_name, "config": self.dataset_config, "revision": self.dataset_revision}
+            dataset = {
+                "name": self.dataset_name,
+                "config": self.dataset_config,
+                "revision": self.dataset_revision,
+                **self._reading(),
+            }
             train = [{**dataset, "split": self.dataset_train_split}]
             test = [{**dataset, "split": self.dataset_test_split}]
         # It replaces the test parts of a mix too.
         if self.test_dataset_name:
-            test = [{"name": self.test_dataset_name, "split": self.dataset_test_split or "test"}]
+            test = [{"name": self.test_dataset_name, "split": self.dataset_test_split or "test", **self._reading()}]
         # SFT's default is no split, so that --test_rows decides; a mix or a test data set names its own.
         unnamed = self.dataset_test_split is None and not (self.test_dataset_name or self.datasets)
         if unnamed or (self.dataset_test_split or "").lower() == "none":
@@ -84,6 +101,15 @@ class SourceArguments:
                 )
         return train, test
 
+    def _reading(self, columns: list[str] | None = None) -> dict:
+        """How the rows of a source are read. `columns`: of one entry of a mix."""
+        return reading(columns or self.columns, self.on_bad_row)
+
+
+def reading(columns: list[str] | None, on_bad_row: str | None) -> dict:
+    """The keys of a source that say how its rows are read, for `read_source`; none of them by default."""
+    return {**({"columns": columns} if columns else {}), **({"skip_bad": True} if on_bad_row == "skip" else {})}
+
 
 def _dataset_source(entry) -> DatasetSource:
     """One entry of a `datasets:` mix, validated."""
@@ -94,19 +120,30 @@ def _dataset_source(entry) -> DatasetSource:
         raise UserError(f"datasets: invalid entry {entry!r}: needs path; optional: {', '.join(list(keys)[1:])}")
     for key, value in entry.items():
         # YAML reads an unquoted `1e-1` as text and `yes` as a boolean; neither may pass for a number.
-        kind = (int, float) if key == "fraction" else str
+        kind, name = {"fraction": ((int, float), "number"), "columns": (list, "list")}.get(key, (str, "text"))
         if value is not None and (isinstance(value, bool) or not isinstance(value, kind)):
-            raise UserError(
-                f"datasets: {key} of {entry['path']!r} must be a {'number' if key == 'fraction' else 'text'}"
-            )
+            raise UserError(f"datasets: {key} of {entry['path']!r} must be a {name}")
     return DatasetSource(**entry)
+
+
+def read_source(source: dict) -> tuple[list[tuple[str, dict]], dict]:
+    """(rows, about) of one source, as from `read_rows`, with the column names of --columns.
+
+    Args:
+        source: `{"name", "split"}`, optionally "config", "revision", "columns" and "skip_bad" (lines that are not JSON
+            are given as BadRow).
+    """
+    keys = source["name"], source["split"], source.get("config"), source.get("revision")
+    rows, about = read_rows(*keys, keep_bad=source.get("skip_bad", False))
+    columns = source.get("columns")
+    return rename_columns(rows, columns, source["name"]), {**about, **({"columns": columns} if columns else {})}
 
 
 def read_sources(sources: list[dict]) -> list[tuple[list[tuple[str, dict]], dict]]:
     """Read several sources; with fractions, take each source's share of the mix.
 
     Args:
-        sources: each `{"name", "split"}`, optionally "config", "revision" and "fraction". Fractions are relative: the
+        sources: each as for `read_source`, optionally with a "fraction". Fractions are relative: the
             mix is as large as it can be without using a row twice, and takes the first rows of each source.
 
     Returns:
@@ -115,7 +152,7 @@ def read_sources(sources: list[dict]) -> list[tuple[list[tuple[str, dict]], dict
     Raises:
         UserError: fractions for some sources only, or not above 0.
     """
-    data = [read_rows(s["name"], s["split"], s.get("config"), s.get("revision")) for s in sources]
+    data = [read_source(source) for source in sources]
     fractions = [s.get("fraction") for s in sources]
     if all(f is None for f in fractions):
         return data

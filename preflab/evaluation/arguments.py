@@ -36,10 +36,14 @@ class ModelArguments:
 
 @dataclass
 class DatasetArguments:
-    """Which version of a hub dataset is read."""
+    """Which version of a hub dataset is read, and how its rows are."""
 
     dataset_config: str | None = option("Configuration of a hub dataset.")
     dataset_revision: str | None = option("Revision of a hub dataset.")
+    columns: list[str] | None = option("Columns under other names: chosen=output_a rejected=output_b prompt=task.")
+    on_bad_row: str | None = option(
+        "Rows that cannot be read: refuse (the default) or skip and count them.", choices=["refuse", "skip"]
+    )
 
 
 @dataclass

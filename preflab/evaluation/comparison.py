@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from preflab.data.preferences import DataArguments
-from preflab.data.sources import SourceArguments
+from preflab.data.sources import SourceArguments, reading
 from preflab.evaluation.arguments import ULTRAFEEDBACK, ComparisonArguments
 from preflab.evaluation.runs import WEIGHTS, checkpoints, is_complete, latest_run
 from preflab.models.loading import default_batch_tokens, locate_adapter
@@ -310,7 +310,7 @@ def held_out_sources(args: ComparisonArguments, trained: dict) -> tuple[list[dic
     """
     if args.dataset_name is not None:
         source = {"name": args.dataset_name, "config": args.dataset_config, "revision": args.dataset_revision}
-        return [{**source, "split": args.split}], False
+        return [{**source, "split": args.split, **reading(args.columns, args.on_bad_row)}], False
     # run.json holds the arguments of all dataclasses of the training script.
     known = {f.name for f in fields(DataArguments)}
     sources = DataArguments(**{k: v for k, v in trained.items() if k in known}).sources()[1]

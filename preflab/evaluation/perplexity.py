@@ -132,7 +132,7 @@ def read_documents(files: list[str], dataset: str | None, config, split: str, co
     documents, left_out = [], {}
     for name in files:
         try:
-            text = Path(name).read_text(encoding="utf-8")
+            text = Path(name).read_text(encoding="utf-8-sig")
         except FileNotFoundError:
             raise UserError(f"--text_file {name}: no such file") from None
         except (UnicodeDecodeError, IsADirectoryError) as error:

@@ -1,6 +1,7 @@
 """The answers of a study: every model answers the prompts, and the study's files are written."""
 
 from preflab.data.prompts import load_prompts
+from preflab.data.sources import reading
 from preflab.evaluation.two_models import TwoModels
 from preflab.human.study import STEMS, write_study
 from preflab.judging.answers import answer_prompts_with_all, answerable, answering_models
@@ -17,6 +18,7 @@ def answer_prompts(stage, comparison, args) -> tuple[list, dict[str, list[dict]]
     """
     c, models = comparison.args, TwoModels(comparison)
     source = {"name": args.prompts, "split": args.prompts_split, "config": args.prompts_config}
+    source |= reading(c.columns, c.on_bad_row)
     prompts, data = load_prompts([source], args.category_key, c.limit)
     answering = answering_models(models, args.models)
     # A prompt needs an answer of every model, so one refusal removes it for all.

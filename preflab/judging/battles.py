@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from itertools import combinations
 
 from preflab.data.prompts import Prompt, load_answers, load_prompts
+from preflab.data.sources import reading
 from preflab.evaluation.comparison import held_out_sources
 from preflab.evaluation.two_models import TwoModels
 from preflab.judging.answers import (
@@ -59,7 +60,14 @@ def make_judges(args, comparison_args) -> list[Judge]:
 def answer_prompts(models: TwoModels, args) -> Battle:
     """Read the prompts and let base, tuned and `--models` answer them; read the answers of `--opponent_outputs`."""
     comparison = models.comparison
-    sources = [{"name": args.prompts, "split": args.prompts_split, "config": args.prompts_config}]
+    sources = [
+        {
+            "name": args.prompts,
+            "split": args.prompts_split,
+            "config": args.prompts_config,
+            **reading(comparison.args.columns, comparison.args.on_bad_row),
+        }
+    ]
     if args.prompts is None:
         sources, _ = held_out_sources(comparison.args, comparison.trained)
     prompts, data = load_prompts(sources, args.category_key, comparison.args.limit)

@@ -5,6 +5,7 @@ stage before wrote, so they can run in separate calls.
 from collections import Counter
 
 from preflab.data.prompts import load_candidates, load_prompts
+from preflab.data.sources import reading
 from preflab.judging.answers import answer_each, answerable, policy_model
 from preflab.models.loading import default_dtype
 from preflab.models.vllm_engine import choose_engine
@@ -47,6 +48,7 @@ def sample(args, folder: PairsFolder) -> dict:
         "split": args.split.replace("{part}", str(args.part)),
         "config": args.dataset_config,
         "revision": args.dataset_revision,
+        **reading(args.columns, args.on_bad_row),
     }
     samples, data, model = _given_answers(args, source) if args.answers == "given" else _own_answers(args, source)
     # Rank 0 writes; every process has the same samples.

@@ -142,7 +142,7 @@ def test_all_file_types_give_the_same_rows(tmp_path):
         ("a.jsonl", '{"chosen": 1}\n{oops\n', ("a.jsonl line 2", "JSON")),
         ("a.json", '{"chosen": 1}', ("a.json", "list")),
         ("a.parquet", "nope", ("a.parquet", "parquet")),
-        ("a.csv", "x", ("a.csv", ".jsonl")),
+        ("a.txt", "x", ("a.txt", ".jsonl")),
         ("a.jsonl", "", ("a.jsonl",)),
     ],
 )
