@@ -1,33 +1,45 @@
-"""Train a language model on preference pairs with DPO or any loss of its family (TRL's DPOTrainer is the engine).
+"""Train a language model on preference pairs with DPO or a loss of its family (TRL's DPOTrainer).
 
-    python dpo_train_human_preference.py --config configs/quickstart.yaml                       # CPU, 2 cores
-    python dpo_train_human_preference.py --config configs/gemma-2b-it-dpo.yaml                  # one GPU
+    python dpo_train_human_preference.py --config configs/quickstart.yaml        # CPU, 2 cores
+    python dpo_train_human_preference.py --config configs/gemma-2b-it-dpo.yaml   # one GPU
     accelerate launch --config_file configs/accelerate/multi_gpu.yaml \\
-        dpo_train_human_preference.py --config configs/gemma-2b-it-dpo.yaml                     # eight GPUs
-    python dpo_train_human_preference.py --config configs/quickstart.yaml --limit 16 --max_steps 4   # a trial run
+        dpo_train_human_preference.py --config configs/gemma-2b-it-dpo.yaml      # eight GPUs
+    python dpo_train_human_preference.py --config configs/quickstart.yaml --limit 16 \\
+        --max_steps 4                                                            # a trial run
 
-Answers: does the policy learn to rank held-out answers as people did? Writes weights and a model card to
-checkpoints/<run_name>/, and preflight.json, train.json, train_log.jsonl, heldout_rows.jsonl, samples.md and
-dpo_training_curves.png to eval_out/<run_name>/.
+Answers: does the policy learn to rank held-out answers as people did? Writes weights and a model
+card to checkpoints/<run_name>/, and preflight.json, train.json, train_log.jsonl,
+heldout_rows.jsonl, samples.md and dpo_training_curves.png to eval_out/<run_name>/.
 
-The keys that matter (YAML keys and flags are the same; the command line wins; --help_all lists every key):
+The keys that matter (flags and YAML keys are the same, the command line wins; [x] is the default;
+--help_all lists every key, --help_all WORD those about WORD):
 
-  model    --model_name_or_path ID|FOLDER|builtin:smollm2-135m-instruct   --model_revision  --dtype float32|bfloat16
-           --use_peft --lora_r 16 --lora_alpha 32 --lora_target_modules q_proj v_proj ...   --load_in_4bit
-           --attn_implementation sdpa|eager|flash_attention_2   --bf16 | --fp16   --chat_template_path FILE
-           --start_adapter FOLDER|ID --start_adapter_use merge|continue (with --use_peft)
-  data     --dataset_name HUB_ID|FILE|FOLDER   --dataset_train_split train   --dataset_test_split test (or none)
-           --test_dataset_name OTHER   --drop_ties   --min_score_margin X   --keep_duplicate_prompts
-           --train_test_overlap refuse|drop|keep   --prompt_format auto|chat|text   --limit N
-           several datasets: a `datasets:` list in the YAML, each {path, split, test_split, fraction}
-  loss     --loss_type sigmoid ipo hinge robust sppo_hard apo_zero simpo sppo ...   --beta 0.1   --label_smoothing 0
-           --gamma_beta_ratio 0.5 (simpo)
-  length   --max_length 1024   --max_prompt_length 512 (used only in pairs longer than max_length)
-  steps    --per_device_train_batch_size 2  --gradient_accumulation_steps 4  or  --global_batch_size 8
-           --num_train_epochs 1 | --max_steps N   --learning_rate 1e-6   --lr_scheduler_type cosine  --warmup_steps N
-  run      --run_name NAME   --output_dir checkpoints   --eval_out eval_out   --resume auto|PATH|never   --overwrite
-           --list (all runs with state and figures)
-           --eval_strategy steps --eval_steps N   --save_steps N   --preflight_only   --report_to none|tensorboard|...
+  model    --model_name_or_path ID|FOLDER|builtin:smollm2-135m-instruct
+           --model_revision REV [main]   --dtype float32|bfloat16|float16|auto [float32]
+           --bf16 | --fp16 (default: bf16 on a GPU)
+           --attn_implementation sdpa|eager|flash_attention_2   --chat_template_path FILE
+           --use_peft   --lora_r N [16]   --lora_alpha N [32]   --lora_dropout X [0.05]
+           --lora_target_modules NAME ... | all-linear   --load_in_4bit   --start_adapter FOLDER|ID
+           --start_adapter_use merge|continue (with --use_peft)
+  data     --dataset_name HUB_ID|FILE|FOLDER   --test_dataset_name OTHER
+           --dataset_train_split NAME [train]   --dataset_test_split NAME|none [test]   --drop_ties
+           --min_score_margin X   --keep_duplicate_prompts
+           --train_test_overlap refuse|drop|keep [refuse]   --prompt_format auto|chat|text [auto]
+           --limit N
+           several datasets: a `datasets:` list in the YAML, each {path, split, test_split,
+           fraction}
+  loss     --loss_type NAME ... [sigmoid] (DPO's; also ipo hinge robust sppo_hard apo_zero simpo
+           sppo ...)   --beta X [0.1]   --label_smoothing X [0]   --gamma_beta_ratio X [0.5] (simpo)
+  length   --max_length N [1024]
+           --max_prompt_length N (half of max_length; used only in longer pairs)
+  steps    --per_device_train_batch_size N [8]   --gradient_accumulation_steps N [1]
+           --global_batch_size N (instead of the accumulation)   --num_train_epochs X [3]
+           --max_steps N   --learning_rate X [1e-6]   --lr_scheduler_type NAME [linear]
+           --warmup_steps N [0]
+  run      --run_name NAME   --output_dir DIR [checkpoints]   --eval_out DIR [eval_out]
+           --resume auto|PATH|never [auto]   --overwrite   --preflight_only   --list (all runs)
+           --eval_strategy no|steps|epoch [no]   --eval_steps N   --save_steps N [500]
+           --report_to NAME [none] (tensorboard, trackio, wandb)
 """
 
 from functools import partial

@@ -1,25 +1,34 @@
-"""Perplexity of base and tuned on the same token ids: what did preference training change about the language model?
+"""Perplexity of base and tuned on the same token ids: what happened to the model's language?
 
-    python eval_perplexity.py                                             # the latest run in checkpoints/
-    python eval_perplexity.py --run_name gemma-2b-it-dpo                  # any run in checkpoints/
-    python eval_perplexity.py --base_model google/gemma-2b-it --adapter_path checkpoints/checkpoint-7000
-    python eval_perplexity.py --text_file README.md --skip_pairs          # plain text
-    accelerate launch --config_file configs/accelerate/multi_gpu.yaml eval_perplexity.py --run_name gemma-2b-it-dpo
+    python eval_perplexity.py                                      # the latest run in checkpoints/
+    python eval_perplexity.py --run_name gemma-2b-it-dpo           # any run in checkpoints/
+    python eval_perplexity.py --base_model google/gemma-2b-it \\
+        --adapter_path checkpoints/checkpoint-7000
+    python eval_perplexity.py --text_file README.md --skip_pairs   # plain text
+    accelerate launch --config_file configs/accelerate/multi_gpu.yaml \\
+        eval_perplexity.py --run_name gemma-2b-it-dpo
 
-On held-out pairs: the chosen and rejected answers given the prompt, and prompt and answer as one text. On plain text:
-non-overlapping windows, or windows that move by --stride. Each is reported as exp of the mean over tokens and as the
-mean over sequences, with bits per byte, 95% intervals and a paired test; KL(tuned || base) is measured on the answers'
-tokens. Writes perplexity.json, perplexity_rows.jsonl and perplexity.png to eval_out/<run_name>/.
+On held-out pairs: the chosen and rejected answers given the prompt, and prompt and answer as one
+text. On plain text: non-overlapping windows, or windows that move by --stride. Each is reported as
+exp of the mean over tokens and as the mean over sequences, with bits per byte, 95% intervals and a
+paired test; KL(tuned || base) is measured on the answers' tokens. Writes perplexity.json,
+perplexity_rows.jsonl and perplexity.png to eval_out/<run_name>/.
 
-Main arguments (YAML keys and flags are the same; dashes and underscores both work; --help_all lists every argument):
+The keys that matter (flags and YAML keys are the same, the command line wins; [x] is the default;
+--help_all lists every key, --help_all WORD those about WORD):
 
-  models   --run_name NAME | --base_model ID --adapter_path FOLDER | --base_model ID --tuned_model ID|FOLDER
+  models   --run_name NAME | --base_model ID with --adapter_path FOLDER or --tuned_model ID
            --base_run NAME (a run in the base's place)   --list (all runs with state and figures)
-           --dtype float32|bfloat16|float16   --load_in_4bit   --attn_implementation
-  pairs    --dataset_name ID|FILE|FOLDER --split test_prefs   --max_length 1024   --limit N   --skip_pairs   --skip_kl
-  text     --text_file FILE ...   --text_dataset ID|FILE --text_split test --text_column text --text_config NAME
-           --window 1024 (input tokens) --stride 512 (default: the window)   --bos auto|once|per_window|none
-  run      --batch_tokens N   --batch_size N   --seed 42   --output_dir DIR | --output_json FILE   --overwrite
+           --dtype float32|bfloat16|float16 (default: as trained)   --load_in_4bit
+           --attn_implementation NAME
+  pairs    --dataset_name ID|FILE|FOLDER   --split NAME   --max_length N
+           --limit N (default of the first three: as trained)   --skip_pairs   --skip_kl
+  text     --text_file FILE ...   --text_dataset ID|FILE   --text_split NAME [test]
+           --text_column NAME [text]   --text_config NAME
+           --window N (input tokens; default: max_length)   --stride N (default: the window)
+           --bos auto|once|per_window|none [auto]
+  run      --batch_tokens N   --batch_size N   --seed N [42]   --output_dir DIR | --output_json FILE
+           --overwrite
 
 Scores are cached as they are computed: after an interruption, the same command continues.
 """

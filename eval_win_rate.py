@@ -1,34 +1,43 @@
-"""Win rate on held-out preference pairs, and battles of base against tuned under a judge: did training help?
+"""Win rate on held-out preference pairs, and battles of base against tuned: did training help?
 
-    python eval_win_rate.py                                                  # the latest run in checkpoints/
-    python eval_win_rate.py --run_name gemma-2b-it-dpo                       # any run in checkpoints/
-    python eval_win_rate.py --base_model google/gemma-2b-it --adapter_path checkpoints/checkpoint-7000
-    accelerate launch --config_file configs/accelerate/multi_gpu.yaml eval_win_rate.py --run_name gemma-2b-it-dpo
-    python eval_win_rate.py --battle --judge longer                          # compare answers instead of rewards
-    python eval_win_rate.py --config configs/battle_arena_hard.yaml          # Arena-Hard v0.1
+    python eval_win_rate.py                                         # the latest run in checkpoints/
+    python eval_win_rate.py --run_name gemma-2b-it-dpo                # any run in checkpoints/
+    python eval_win_rate.py --base_model google/gemma-2b-it \\
+        --adapter_path checkpoints/checkpoint-7000
+    accelerate launch --config_file configs/accelerate/multi_gpu.yaml \\
+        eval_win_rate.py --run_name gemma-2b-it-dpo
+    python eval_win_rate.py --battle --judge longer                   # answers, not rewards
+    python eval_win_rate.py --config configs/battle_arena_hard.yaml   # Arena-Hard v0.1
 
-Reward mode: the share of held-out pairs whose chosen answer has the higher implicit reward, beta × (log-prob under
-tuned - under base), compared with the base model's own ranking of the pairs. Writes win_rate.json, win_rate_rows.jsonl
-and win_rate.png to eval_out/<run_name>/.
+Reward mode: the share of held-out pairs whose chosen answer has the higher implicit reward, beta ×
+(log-prob under tuned - under base), compared with the base model's own ranking of the pairs. Writes
+win_rate.json, win_rate_rows.jsonl and win_rate.png to eval_out/<run_name>/.
 
-Battle mode (--battle): both models answer the same prompts, and a judge compares the answers in both orders. Writes
-battle.json, battle_rows.jsonl and battle.png.
+Battle mode (--battle): both models answer the same prompts, and a judge compares the answers in
+both orders. Writes battle.json, battle_rows.jsonl and battle.png.
 
-Main arguments (YAML keys and flags are the same; dashes and underscores both work; --help_all lists every argument):
+The keys that matter (flags and YAML keys are the same, the command line wins; [x] is the default;
+--help_all lists every key, --help_all WORD those about WORD):
 
-  models   --run_name NAME | --base_model ID --adapter_path FOLDER | --base_model ID --tuned_model ID|FOLDER
+  models   --run_name NAME | --base_model ID with --adapter_path FOLDER or --tuned_model ID
            --base_run NAME (a run in the base's place)   --list (all runs with state and figures)
-           --dtype float32|bfloat16|float16   --load_in_4bit   --attn_implementation   --base_adapter FOLDER|none
-  data     --dataset_name ID|FILE|FOLDER --split test_prefs   --max_length 1024   --limit N
-           default: the data that the tuned model's run held out, else UltraFeedback's test_prefs
-  reward   --beta 0.1   --expected FILE (eval metrics that the trainer logged; must be reproduced within 1e-3)
+           --dtype float32|bfloat16|float16 (default: as trained)   --load_in_4bit
+           --attn_implementation NAME   --base_adapter FOLDER|none
+  data     --dataset_name ID|FILE|FOLDER   --split NAME   --max_length N   --limit N
+           default: what the tuned model's run held out, else UltraFeedback's test_prefs, 1024
+           tokens
+  reward   --beta X (default: the run's, else 0.1)
+           --expected FILE (eval metrics that the trainer logged; must be reproduced within 1e-3)
   battle   --judge hf:MODEL|vllm:MODEL|openai:MODEL@URL|rm:MODEL|longer|random
-           --judge_prompt configs/judges/pairwise.yaml
-           --prompts ID|FILE --prompts_split test   --max_new_tokens 256 --temperature 0 --top_p 1
-           --models name=FOLDER ...   --opponent_outputs FILE   --published FILE
-  run      --batch_tokens N   --batch_size N   --seed 42   --output_dir DIR | --output_json FILE   --overwrite
+           [hf:builtin:smollm2-135m-instruct]   --judge_prompt FILE [configs/judges/pairwise.yaml]
+           --prompts ID|FILE   --prompts_split NAME [test]   --max_new_tokens N [256]
+           --temperature X [0]   --top_p X [1]   --models name=FOLDER ...   --opponent_outputs FILE
+           --published FILE
+  run      --batch_tokens N   --batch_size N   --seed N [42]   --output_dir DIR | --output_json FILE
+           --overwrite
 
-Scores, answers and verdicts are cached as they are computed: after an interruption, the same command continues.
+Scores, answers and verdicts are cached as they are computed: after an interruption, the same
+command continues.
 """
 
 from dataclasses import dataclass

@@ -1,26 +1,37 @@
-"""Make preference pairs from a model's own answers: sample several per prompt, score them, pair the best and the worst.
+"""Make preference pairs from a model's own answers: sample, score, pair the best with the worst.
 
     python generate_preference_pairs.py --config configs/pairs/quickstart-sppo.yaml \\
-        --training_config configs/quickstart-sppo-iter1.yaml --part 1                             # CPU, 2 cores
+        --training_config configs/quickstart-sppo-iter1.yaml --part 1   # CPU, 2 cores
     accelerate launch --config_file configs/accelerate/multi_gpu.yaml generate_preference_pairs.py \\
-        --config configs/pairs/gemma-2-9b-it-sppo.yaml --training_config configs/gemma-2-9b-it-sppo-iter1.yaml --part 1
-    python generate_preference_pairs.py --dataset_name prompts.jsonl --model_name_or_path ID --scorer rm:MODEL
+        --config configs/pairs/gemma-2-9b-it-sppo.yaml \\
+        --training_config configs/gemma-2-9b-it-sppo-iter1.yaml --part 1
+    python generate_preference_pairs.py --dataset_name prompts.jsonl --model_name_or_path ID \\
+        --scorer rm:MODEL
 
-Question: which of the model's own answers does a scorer prefer, by how much, and would another scorer agree? This is
-the data half of an SPPO iteration (run_sppo_iteration.sh runs both halves). Writes to eval_out/<run_name>/:
-samples.jsonl, scores.jsonl, the pairs as train.jsonl and test.jsonl (with win_chosen and win_rejected, ready for
-dpo_train_human_preference.py), preference_pairs.json and preference_pairs.png; manifest.json lists the finished stages.
+Question: which of the model's own answers does a scorer prefer, by how much, and would another
+scorer agree? This is the data half of an SPPO iteration (run_sppo_iteration.sh runs both halves).
+Writes to eval_out/<run_name>/: samples.jsonl, scores.jsonl, the pairs as train.jsonl and test.jsonl
+(with win_chosen and win_rejected, ready for dpo_train_human_preference.py), preference_pairs.json
+and preference_pairs.png; manifest.json lists the finished stages.
 
-  model     --model_name_or_path ID|FOLDER   --adapter_path FOLDER   --dtype   --engine auto|hf|vllm
-            --training_config YAML: use the model (and adapter) that this training starts from, and write to the folder
-            that its dataset_name names
-  prompts   --dataset_name ID|FILE   --split NAME ({part} in it is replaced by --part)   --parts 3 --part 1   --limit N
-            --test_prompts 100 (held out by a hash of the prompt)   --answers own|given (given: the dataset's answers)
-  sampling  --sampling_seeds 0 50 100 150 200 (one answer per seed)   --temperature 0.7  --top_p 0.9
-            --max_new_tokens 2048
-  scoring   --scorer rm:MODEL|pair:MODEL|judge:hf:MODEL|judge:openai:MODEL@URL|FILE.py:FUNCTION|columns|longer|shorter
-            |random   --also_score OTHER ...: report their agreement   --shuffle_scores SEED: a control
-  run       --stage all|sample|score|pair   --run_name NAME   --eval_out eval_out   --overwrite   --list (all runs)
+The keys that matter (flags and YAML keys are the same, the command line wins; [x] is the default;
+--help_all lists every key, --help_all WORD those about WORD):
+
+  model     --model_name_or_path ID|FOLDER   --adapter_path FOLDER
+            --dtype float32|bfloat16|float16   --engine auto|hf|vllm [auto]
+            --training_config YAML: use the model (and adapter) that this training starts from, and
+            write to the folder that its dataset_name names
+  prompts   --dataset_name ID|FILE   --split NAME [train] ({part} in it is replaced by --part)
+            --parts N   --part N   --limit N
+            --test_prompts N [100] (held out by a hash of the prompt)
+            --answers own|given [own] (given: the dataset's answers)
+  sampling  --sampling_seeds N ... [0 50 100 150 200] (one answer per seed)   --temperature X [0.7]
+            --top_p X [0.9]   --max_new_tokens N [2048]
+  scoring   --scorer NAME [pair:llm-blender/PairRM-hf]: rm:MODEL, pair:MODEL, judge:hf:MODEL,
+            judge:openai:MODEL@URL, FILE.py:FUNCTION, columns, longer, shorter or random
+            --also_score OTHER ...: report their agreement   --shuffle_scores SEED: a control
+  run       --stage all|sample|score|pair [all]   --run_name NAME   --eval_out DIR [eval_out]
+            --overwrite   --list (all runs)
 """
 
 from dataclasses import dataclass, field

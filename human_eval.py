@@ -1,31 +1,35 @@
-"""Blind human evaluation: a page on which people compare the models' answers, and the scores of their votes.
+"""Blind human evaluation: a page on which people compare answers, and the scores of their votes.
 
-    python human_eval.py                                            # the latest run, 60 shipped prompts
+    python human_eval.py                                       # the latest run, 60 shipped prompts
     python human_eval.py --run_name gemma-2b-it-dpo --prompts my_prompts.jsonl
-    python human_eval.py --models other=princeton-nlp/gemma-2-9b-it-SimPO     # more than two models
-    python human_eval.py --score votes-*.json                       # the files that the annotators exported
+    python human_eval.py --models other=princeton-nlp/gemma-2-9b-it-SimPO   # more than two models
+    python human_eval.py --score votes-*.json               # the files that the annotators exported
 
-Without --score, the models answer the prompts and an annotation page is made. Send only human_eval.html to the
-annotators: it opens in any browser, needs no server and no network, and does not contain which model gave which answer.
-Writes manual_eval_candidates.json (prompt, base, dpo) with .md and .about.json beside it, human_eval.html, and
-human_eval_key.json, which unblinds the votes; do not share it.
+Without --score, the models answer the prompts and an annotation page is made. Send only
+human_eval.html to the annotators: it opens in any browser, needs no server and no network, and does
+not contain which model gave which answer. Writes manual_eval_candidates.json (prompt, base, dpo)
+with .md and .about.json beside it, human_eval.html, and human_eval_key.json, which unblinds the
+votes; do not share it.
 
-With --score, the votes are unblinded with that key. Writes human_eval.json, human_eval_rows.jsonl, human_eval.png and
-human_eval_strongest.md beside the key.
+With --score, the votes are unblinded with that key. Writes human_eval.json, human_eval_rows.jsonl,
+human_eval.png and human_eval_strongest.md beside the key.
 
-The main keys (YAML keys and flags are the same; dashes and underscores both work; --help_all lists every key):
+The keys that matter (flags and YAML keys are the same, the command line wins; [x] is the default;
+--help_all lists every key, --help_all WORD those about WORD):
 
-  models    --run_name NAME | --base_model ID --adapter_path FOLDER | --base_model ID --tuned_model ID|FOLDER
+  models    --run_name NAME | --base_model ID with --adapter_path FOLDER or --tuned_model ID
             --base_run NAME (a run in the base's place)   --list (all runs with state and figures)
-            --models name=FOLDER ...   --pairs_per_prompt 1
-  prompts   --prompts ID|FILE|hf://FILE --prompts_split test --category_key category   --limit N
-  generate  --max_new_tokens 256   --temperature 0   --top_p 1   --seed 42
-  page      --repeat_share 0.05 (pairs shown twice, sides swapped)   --sides_seed N (default: random, and recorded)
+            --models name=FOLDER ...   --pairs_per_prompt N [1]
+  prompts   --prompts ID|FILE|hf://FILE [data/eval_prompts/reference.jsonl]
+            --prompts_split NAME [test]   --category_key NAME [category]   --limit N
+  generate  --max_new_tokens N [256]   --temperature X [0]   --top_p X [1]   --seed N [42]
+  page      --repeat_share X [0.05] (pairs shown twice, sides swapped)
+            --sides_seed N (default: random, and recorded)
   score     --score FILE ...   --key FILE (default: the key of the votes' study below --eval_out)
   run       --output_dir DIR   --overwrite
 
-Answers are cached: the same command continues after an interruption. A second call makes the same page again, so that
-existing votes stay valid.
+Answers are cached: the same command continues after an interruption. A second call makes the same
+page again, so that existing votes stay valid.
 """
 
 from dataclasses import dataclass

@@ -1,19 +1,23 @@
-"""Merge a LoRA adapter into its base, write one plain model folder, and check that both are the same model.
+"""Merge a LoRA adapter into its base, and check that the merged folder is the same model.
 
-    python merge_adapter.py                                     # the latest run -> checkpoints/<run_name>-merged
+    python merge_adapter.py   # the latest run -> checkpoints/<run_name>-merged
     python merge_adapter.py --run_name gemma-2b-it-dpo --dtype bfloat16
-    python merge_adapter.py --adapter_path FOLDER --base_model google/gemma-2b-it --dataset_name my_pairs.jsonl
+    python merge_adapter.py --adapter_path FOLDER --base_model google/gemma-2b-it \\
+        --dataset_name my_pairs.jsonl
 
-The adapter is merged into the base's full-precision weights, even if it was trained on a quantised base. The folder is
-written, loaded again, and its log-probabilities of the held-out pairs are compared with the adapter's. It gets its name
-only if they differ by no more than rounding explains. Writes merge.json and merge_rows.jsonl to eval_out/<run_name>/,
-and a model card into the folder.
+The adapter is merged into the base's full-precision weights, even if it was trained on a quantised
+base. The folder is written, loaded again, and its log-probabilities of the held-out pairs are
+compared with the adapter's. It gets its name only if they differ by no more than rounding explains.
+Writes merge.json and merge_rows.jsonl to eval_out/<run_name>/, and a model card into the folder.
 
+The keys that matter (flags and YAML keys are the same, the command line wins; [x] is the default;
+--help_all lists every key, --help_all WORD those about WORD):
+
+  --run_name NAME | --base_model ID --adapter_path FOLDER   --list (all runs with state and figures)
   --merged_dir FOLDER   folder of the merged model (default: <checkpoints>/<run_name>-merged)
   --dtype float32|bfloat16|float16   precision of the merged weights (default: as trained)
-  --limit N             compare on the first N held-out pairs
+  --limit N             compare on the first N held-out pairs (default: all)
   --overwrite           replace an earlier merged folder
-  --list                all runs with state, size and figures
 """
 
 from dataclasses import dataclass

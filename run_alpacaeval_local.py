@@ -1,30 +1,36 @@
-"""AlpacaEval on your own machine: both models answer, a local judge compares their answers with reference answers.
+"""AlpacaEval on your own machine: a local judge compares the answers of both models with a reference.
 
-    python run_alpacaeval_local.py                                     # the latest run, shipped prompts
-    python run_alpacaeval_local.py --config configs/alpacaeval.yaml    # AlpacaEval 2: 805 instructions
-    python run_alpacaeval_local.py --config configs/alpacaeval/gemma-2-9b-it-SimPO.yaml   # as a published row
+    python run_alpacaeval_local.py                                 # the latest run, shipped prompts
+    python run_alpacaeval_local.py --config configs/alpacaeval.yaml   # AlpacaEval 2
+    python run_alpacaeval_local.py --config configs/alpacaeval/gemma-2-9b-it-SimPO.yaml
     accelerate launch --config_file configs/accelerate/multi_gpu.yaml \\
         run_alpacaeval_local.py --config configs/alpacaeval.yaml --run_name gemma-2b-it-dpo
-    python run_alpacaeval_local.py --annotations annotations.json      # score existing judgements, without a model
+    python run_alpacaeval_local.py --annotations annotations.json     # score judgements, no model
 
-Reports how often the judge prefers base and tuned to the reference, raw and length-controlled, computed by the
-alpaca-eval package, and whether the judge is reliable enough for a claim. Writes model_outputs_*.json,
-annotations_*.json, judge_audit.json, alpacaeval.json, leaderboard.csv, alpacaeval.png, samples.md and
-llm_comparator.json to eval_out/<run_name>/alpacaeval/. AlpacaEval's leaderboard is judged by GPT-4 Turbo, so figures
-of a local judge are not comparable with it.
+Reports how often the judge prefers base and tuned to the reference, raw and length-controlled,
+computed by the alpaca-eval package, and whether the judge is reliable enough for a claim. Writes
+model_outputs_*.json, annotations_*.json, judge_audit.json, alpacaeval.json, leaderboard.csv,
+alpacaeval.png, samples.md and llm_comparator.json to eval_out/<run_name>/alpacaeval/. AlpacaEval's
+leaderboard is judged by GPT-4 Turbo, so figures of a local judge are not comparable with it.
 
-The main keys (YAML keys and flags are the same; dashes and underscores both work; --help_all lists every key):
+The keys that matter (flags and YAML keys are the same, the command line wins; [x] is the default;
+--help_all lists every key, --help_all WORD those about WORD):
 
-  models     --run_name NAME | --base_model ID --adapter_path FOLDER | --base_model ID --tuned_model ID|FOLDER
+  models     --run_name NAME | --base_model ID with --adapter_path FOLDER or --tuned_model ID
              --base_run NAME (a run in the base's place)   --list (all runs with state and figures)
-  data       --reference FILE|hf://FILE (instructions with reference answers)   --limit N
-  generate   --max_new_tokens 256   --temperature 0   --top_p 1   --engine auto|hf|vllm
-  judge      --judge hf:MODEL|rm:MODEL|vllm:MODEL|openai:MODEL@URL|longer|random|<an evaluator that alpaca-eval ships>
-             --order package|both
-  audit      --audit_dataset ID|FILE --audit_split test --audit_limit 200 (default: the run's held-out pairs)
-  run        --stage generate|judge|score|all   --lc_resamples 200   --seed 42   --output_dir DIR   --overwrite
+  data       --reference FILE|hf://FILE [data/eval_prompts/reference.jsonl] (instructions with
+             reference answers)   --limit N
+  generate   --max_new_tokens N [256]   --temperature X [0]   --top_p X [1]
+             --engine auto|hf|vllm [auto]
+  judge      --judge hf:MODEL|rm:MODEL|vllm:MODEL|openai:MODEL@URL|longer|random|<an evaluator of
+             alpaca-eval> [hf:builtin:smollm2-135m-instruct]   --order package|both [package]
+  audit      --audit_dataset ID|FILE (default: the run's held-out pairs)   --audit_split NAME [test]
+             --audit_limit N [200]
+  run        --stage generate|judge|score|all [all]   --lc_resamples N [200]   --seed N [42]
+             --output_dir DIR   --overwrite
 
-Answers and judgements are cached: the same command continues after an interruption and repeats failed judgements.
+Answers and judgements are cached: the same command continues after an interruption and repeats
+failed judgements.
 """
 
 import time

@@ -4,7 +4,7 @@
 #     bash run_lm_eval.sh                          # the quick suite on the latest run: offline, two minutes on 2 cores
 #     bash run_lm_eval.sh --suite openllm_v1 --base-model google/gemma-2b-it --adapter-path checkpoints/gemma-2b-it-dpo
 #
-# Python is $PYTHON, else the active environment's, else that of .venv, which quickstart.sh creates.
+# Python is $PYTHON, else the activated virtual environment's, else that of .venv, which quickstart.sh creates.
 set -euo pipefail
 # Relative paths on the command line refer to the caller's folder, not to the repository.
 INVOKED_FROM="$PWD" INVOKED_AS="run_lm_eval.sh"
@@ -14,7 +14,13 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 source utils/env.sh
 
 choose_python
-"$python" -c 'import lm_eval' 2>/dev/null ||
-    fail "$python has no lm-evaluation-harness: set PYTHON=.venv/bin/python (bash quickstart.sh creates it), or pip install" \
-        "-r requirements.txt"
+# Without an import, which takes seconds; --help and --version need no package.
+case "${1:-}" in
+    -h | --help | --version) ;;
+    *)
+        "$python" -c 'import importlib.util, sys; sys.exit(not importlib.util.find_spec("lm_eval"))' 2>/dev/null ||
+            fail "$python has no lm-evaluation-harness: set PYTHON=.venv/bin/python (bash quickstart.sh creates it)," \
+                "or pip install -r requirements.txt"
+        ;;
+esac
 exec "$python" -m preflab.harness.run "$@"

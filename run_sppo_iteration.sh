@@ -1,47 +1,55 @@
 #!/usr/bin/env bash
-# One SPPO iteration (Wu et al. 2024, arXiv 2405.00675): the model answers its part of the prompts several times, a
-# scorer ranks the answers, and the model is trained on the best and worst answer of each prompt with SPPO's loss. The
-# reference is the model at the start of the iteration.
+# One SPPO iteration (Wu et al. 2024, arXiv 2405.00675): the model answers its part of the prompts
+# several times, a scorer ranks the answers, and the model is trained on the best and worst answer of
+# each prompt with SPPO's loss. The reference is the model at the start of the iteration.
 #
 #     bash run_sppo_iteration.sh 1 --name quickstart-sppo          # CPU, minutes; then 2 and 3
-#     bash run_sppo_iteration.sh 1 --name gemma-2-9b-it-sppo --launch configs/accelerate/deepspeed_zero3.yaml   # 8 GPUs
+#     bash run_sppo_iteration.sh 1 --name gemma-2-9b-it-sppo \
+#         --launch configs/accelerate/deepspeed_zero3.yaml         # 8 GPUs
 #
-# Iteration T reads CONFIGS/pairs/NAME.yaml (prompts, sampling, scorer) and CONFIGS/NAME-iterT.yaml (training; it names
-# the model from iteration T-1). Both commands are printed before they run. Finished work is not repeated: after Ctrl-C
-# or a crash, run the same command again to continue. Flags:
+# Iteration T reads CONFIGS/pairs/NAME.yaml (prompts, sampling, scorer) and CONFIGS/NAME-iterT.yaml
+# (training; it names the model from iteration T-1). Both commands are printed before they run.
+# Finished work is not repeated: after Ctrl-C or a crash, run the same command again to continue.
+# Flags ([x] is the default):
 #
-#     --name NAME          the recipe
-#     --configs DIR        folder of its YAML files (default: configs)
-#     --launch YAML        train under accelerate launch with this config; the pairs are made by the same number of
-#                          processes under configs/accelerate/multi_gpu.yaml, or by one process if vLLM is installed
-#     --pairs "FLAGS"      further flags of generate_preference_pairs.py
-#     --train "FLAGS"      further flags of dpo_train_human_preference.py
+#     --name NAME            the recipe
+#     --configs DIR          folder of its YAML files [configs]
+#     --launch YAML          train under accelerate launch with this config; the pairs are made by the
+#                            same number of processes under configs/accelerate/multi_gpu.yaml, or by
+#                            one process if vLLM is installed
+#     --pairs "FLAGS"        further flags of generate_preference_pairs.py
+#     --train "FLAGS"        further flags of dpo_train_human_preference.py
 #
-# Uses the interpreter of $PYTHON, else of the active environment, else of .venv (created by quickstart.sh).
+# Uses the interpreter of $PYTHON, else of the activated virtual environment, else of .venv (created
+# by quickstart.sh).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 # shellcheck source=utils/env.sh
 source utils/env.sh
 
-iteration="${1:-}" name="" configs=configs launch="" pairs="" train=""
-if [ -z "$iteration" ] || [ "$iteration" = --help ] || [ "$iteration" = -h ]; then
-    sed -n '2,/^set -euo/{/^set -euo/!s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"
-    exit 0
-fi
+# A call without arguments prints the help too.
+[ $# -gt 0 ] || set -- --help
+answer_help_and_version run_sppo_iteration.sh "$@"
+
+iteration="$1" name="" configs=configs launch="" pairs="" train=""
 [[ "$iteration" =~ ^[1-9][0-9]*$ ]] ||
     fail "iteration $iteration: the first argument must be the iteration's number, from 1; see --help"
 shift
 while [ $# -gt 0 ]; do
-    [ $# -ge 2 ] || fail "$1 needs a value; see --help"
     case "$1" in
-        --name) name="$2" ;;
-        --configs) configs="$2" ;;
-        --launch) launch="$2" ;;
-        --pairs) pairs="$2" ;;
-        --train) train="$2" ;;
-        *) fail "unknown flag $1; see --help" ;;
+        --name | --configs | --launch | --pairs | --train)
+            [ $# -ge 2 ] || fail "$1 needs a value; see --help"
+            printf -v "${1#--}" %s "$2"
+            shift 2
+            ;;
+        --name=* | --configs=* | --launch=* | --pairs=* | --train=*)
+            flag="${1%%=*}"
+            printf -v "${flag#--}" %s "${1#*=}"
+            shift
+            ;;
+        --*) fail "unknown flag $1: the flags are --name, --configs, --launch, --pairs and --train; see --help" ;;
+        *) fail "'$1' is not understood: only the iteration has no flag; quote the values of --pairs and --train" ;;
     esac
-    shift 2
 done
 [ -n "$name" ] || fail "--name is missing: give quickstart-sppo, gemma-2-9b-it-sppo or your own recipe"
 training="$configs/$name-iter$iteration.yaml" sampling="$configs/pairs/$name.yaml"

@@ -1,12 +1,18 @@
 #!/usr/bin/env bash
-# The test suite, in its own .venv, on two processes. `--fast` leaves out the tests that run scripts (the inner loop of a
-# change), `--slow` adds those that are too long for every commit; other arguments go to pytest.
+# Lint and the test suite, in the repository's .venv, on two processes. Flags:
 #
-#     bash run_tests.sh      bash run_tests.sh --fast      bash run_tests.sh --slow      bash run_tests.sh -k preferences
+#     --fast      leave out the tests that run scripts (the inner loop of a change)
+#     --slow      add those that are too long for every commit
+#
+# Other arguments go to pytest; with a path, only its tests run:
+#
+#     bash run_tests.sh                              bash run_tests.sh tests/utils/test_cli.py
+#     bash run_tests.sh --fast                       bash run_tests.sh -k preferences
 set -euo pipefail
 cd "$(dirname "$0")"
 # shellcheck source=utils/env.sh
 source utils/env.sh
+answer_help_and_version run_tests.sh "$@"
 
 arguments=()
 for argument in "$@"; do
@@ -18,4 +24,5 @@ echo "lint: ruff"
 "$python" -m ruff check .
 "$python" -m ruff format --check .
 echo "tests: pytest $*"
-"$python" -m pytest tests -n 2 --dist worksteal --durations=10 ${arguments[@]+"${arguments[@]}"}
+# Without a path, pytest takes `testpaths` of pyproject.toml.
+"$python" -m pytest -n 2 --dist worksteal --durations=10 ${arguments[@]+"${arguments[@]}"}

@@ -1,32 +1,44 @@
-"""Train a language model to follow instructions: supervised fine-tuning on answers (TRL's SFTTrainer is the engine).
+"""Train a language model to follow instructions: supervised fine-tuning on answers (TRL's SFTTrainer).
 
-    python sft_train_instruction.py --config configs/quickstart-sft.yaml                         # CPU, 2 cores
-    python sft_train_instruction.py --config configs/llama3-8b-alpaca-sft.yaml                   # one GPU
+    python sft_train_instruction.py --config configs/quickstart-sft.yaml         # CPU, 2 cores
+    python sft_train_instruction.py --config configs/llama3-8b-alpaca-sft.yaml   # one GPU
     accelerate launch --config_file configs/accelerate/multi_gpu.yaml \\
-        sft_train_instruction.py --config configs/llama3-8b-alpaca-sft.yaml                      # eight GPUs
-    python sft_train_instruction.py --config configs/quickstart-sft.yaml --limit 16 --max_steps 4    # a trial run
+        sft_train_instruction.py --config configs/llama3-8b-alpaca-sft.yaml      # eight GPUs
+    python sft_train_instruction.py --config configs/quickstart-sft.yaml --limit 16 \\
+        --max_steps 4                                                            # a trial run
 
-Answers: does the model predict held-out answers better than it did? Writes weights and a model card to
-checkpoints/<run_name>/, and preflight.json, train.json, train_log.jsonl, heldout_rows.jsonl, samples.md and
-sft_training_curves.png to eval_out/<run_name>/.
+Answers: does the model predict held-out answers better than it did? Writes weights and a model card
+to checkpoints/<run_name>/, and preflight.json, train.json, train_log.jsonl, heldout_rows.jsonl,
+samples.md and sft_training_curves.png to eval_out/<run_name>/.
 
-The keys that matter (YAML keys and flags are the same; the command line wins; --help_all lists every key):
+The keys that matter (flags and YAML keys are the same, the command line wins; [x] is the default;
+--help_all lists every key, --help_all WORD those about WORD):
 
-  model    --model_name_or_path ID|FOLDER|builtin:smollm2-135m-instruct   --model_revision  --dtype float32|bfloat16
-           --use_peft --lora_r 16 --lora_alpha 16 --lora_target_modules q_proj v_proj ...   --load_in_4bit
-           --start_adapter FOLDER|ID --start_adapter_use merge|continue   --bf16 | --fp16   --attn_implementation
-  data     --dataset_name HUB_ID|FILE|FOLDER   --dataset_train_split train   --dataset_test_split test (or none)
-           --test_rows 200 (held out of the train split where no test split is named)   --limit N
+  model    --model_name_or_path ID|FOLDER|builtin:smollm2-135m-instruct
+           --model_revision REV [main]   --dtype float32|bfloat16|float16|auto [float32]
+           --bf16 | --fp16 (default: bf16 on a GPU)
+           --attn_implementation sdpa|eager|flash_attention_2   --use_peft   --lora_r N [16]
+           --lora_alpha N [32]   --lora_dropout X [0.05]
+           --lora_target_modules NAME ... | all-linear   --load_in_4bit   --start_adapter FOLDER|ID
+           --start_adapter_use merge|continue
+  data     --dataset_name HUB_ID|FILE|FOLDER   --test_dataset_name OTHER
+           --dataset_train_split NAME [train]   --dataset_test_split NAME|none
+           --test_rows N [200] (held out of the train split where no test split is named)
+           --limit N
            rows: messages; instruction, input, output; prompt and completion; prompt and chosen
-           several datasets: a `datasets:` list in the YAML, each {path, split, test_split, fraction}
-  text     --chat_template_path FILE (default: the model's own; configs/templates has alpaca.jinja and llama3.jinja for
-           base models)   --loss_on responses|everything
-  length   --max_length 1024   --packing   --packing_strategy bfd|bfd_split
-  steps    --per_device_train_batch_size 2  --gradient_accumulation_steps 4  or  --global_batch_size 8
-           --num_train_epochs 1 | --max_steps N   --learning_rate 2e-4   --lr_scheduler_type linear  --warmup_steps N
-  run      --run_name NAME   --output_dir checkpoints   --eval_out eval_out   --resume auto|PATH|never   --overwrite
-           --list (all runs with state and figures)
-           --eval_strategy steps --eval_steps N   --save_steps N   --preflight_only   --report_to none|tensorboard|...
+           several datasets: a `datasets:` list in the YAML, each {path, split, test_split,
+           fraction}
+  text     --chat_template_path FILE (default: the model's own; configs/templates has alpaca.jinja
+           and llama3.jinja for base models)   --loss_on responses|everything [responses]
+  length   --max_length N [1024]   --packing   --packing_strategy bfd|bfd_split [bfd]
+  steps    --per_device_train_batch_size N [8]   --gradient_accumulation_steps N [1]
+           --global_batch_size N (instead of the accumulation)   --num_train_epochs X [3]
+           --max_steps N   --learning_rate X [2e-5]   --lr_scheduler_type NAME [linear]
+           --warmup_steps N [0]
+  run      --run_name NAME   --output_dir DIR [checkpoints]   --eval_out DIR [eval_out]
+           --resume auto|PATH|never [auto]   --overwrite   --preflight_only   --list (all runs)
+           --eval_strategy no|steps|epoch [no]   --eval_steps N   --save_steps N [500]
+           --report_to NAME [none] (tensorboard, trackio, wandb)
 """
 
 from functools import partial

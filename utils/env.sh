@@ -1,4 +1,4 @@
-# Sourced by the shell scripts. Two ways to get the interpreter, $python:
+# Sourced by the shell scripts. `answer_help_and_version` comes first. Two ways to get the interpreter, $python:
 #   prepare_environment   installs the pinned requirements into .venv, once (quickstart.sh, run_tests.sh)
 #   choose_python         uses an environment that exists (run_lm_eval.sh, run_sppo_iteration.sh)
 # PYTHON= chooses the interpreter in both.
@@ -76,14 +76,36 @@ newer_python() { # Prints which other interpreter of this machine is new enough.
     done
 }
 
-choose_python() { # $PYTHON, else the active environment's, else that of .venv
+choose_python() { # $PYTHON, else the activated virtual environment's, else that of .venv, else python3
     if [ -n "${PYTHON:-}" ]; then
         python="$PYTHON"
-    elif [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] && [ -x .venv/bin/python ]; then
+    elif [ -z "${VIRTUAL_ENV:-}" ] && [ -x .venv/bin/python ]; then
         python=.venv/bin/python
+        # conda activates its base environment in every shell, so an active one is not a choice.
+        [ -z "${CONDA_PREFIX:-}" ] ||
+            echo "python: .venv/bin/python, not conda's $CONDA_PREFIX (PYTHON=python3 uses that)" >&2
     else
         python=python3
     fi
+}
+
+answer_help_and_version() { # arguments: the script, then its arguments; those after -- belong to another program
+    local script="$1" argument
+    shift
+    for argument in "$@"; do
+        case "$argument" in
+            --) return ;;
+            -h | --help)
+                # The comment at the head of the script.
+                sed -n '2,/^set -euo/{/^# shellcheck/d;/^set -euo/!s/^# \{0,1\}//p}' "$script"
+                exit 0
+                ;;
+            --version)
+                choose_python
+                exec "$python" -c 'from utils.provenance import version_page; print(version_page())'
+                ;;
+        esac
+    done
 }
 
 fail() {

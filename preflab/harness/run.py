@@ -1,24 +1,31 @@
 """run_lm_eval.sh: lm-evaluation-harness on base and tuned, one table of both with paired tests.
 
-    bash run_lm_eval.sh                                                  # the `quick` suite on the latest run, offline
+    bash run_lm_eval.sh   # the `quick` suite on the latest run, offline
     bash run_lm_eval.sh --run-name gemma-2b-it-dpo --suite seed
-    bash run_lm_eval.sh --base-model google/gemma-2b-it --adapter-path checkpoints/checkpoint-7000 --suite openllm_v1
-    bash run_lm_eval.sh --tasks arc_easy,winogrande --num-fewshot 5 --limit 100 -- --gen_kwargs temperature=0
+    bash run_lm_eval.sh --base-model google/gemma-2b-it \\
+        --adapter-path checkpoints/checkpoint-7000 --suite openllm_v1
+    bash run_lm_eval.sh --tasks arc_easy,winogrande --num-fewshot 5 --limit 100 \\
+        -- --gen_kwargs temperature=0
 
-Every call uses lm_eval's own command line. The command is printed, and the reported figures equal those of that
-command. Writes lm_eval.json, lm_eval.md (the full table) and lm_eval.png to eval_out/<run_name>/lm_eval/<suite>/,
-together with the files of the harness.
+Every call uses lm_eval's own command line. The command is printed, and the reported figures equal
+those of that command. Writes lm_eval.json, lm_eval.md (the full table) and lm_eval.png to
+eval_out/<run_name>/lm_eval/<suite>/, together with the files of the harness.
 
-  models   --run-name NAME | --base-model ID --adapter-path FOLDER | --base-model ID --tuned-model ID|FOLDER
+The keys that matter (flags and YAML keys are the same, the command line wins; [x] is the default;
+--help_all lists every key, --help_all WORD those about WORD):
+
+  models   --run-name NAME | --base-model ID with --adapter-path FOLDER or --tuned-model ID
            --base-run NAME (a run in the base's place)   --list (all runs with state and figures)
-           --dtype float32|bfloat16|float16   --attn-implementation
-  tasks    --suite quick|seed|zeroshot|openllm_v1|openllm_v2|nous|eq_bench|FILE.yaml   --tasks a,b
-           --num-fewshot N   --limit N   --apply-chat-template true|false   --skip-missing
-  run      --backend hf|vllm   --batch-size N|auto   --processes N (GPUs, data parallel)   --tensor-parallel N (vLLM)
-           --max-length N   --seed 1234   --output-dir DIR   --overwrite
+           --dtype float32|bfloat16|float16 (default: as trained)   --attn-implementation NAME
+  tasks    --suite quick|seed|zeroshot|openllm_v1|openllm_v2|nous|eq_bench|FILE.yaml (default:
+           quick)   --tasks a,b   --num-fewshot N   --limit N or a share below 1 (per task)
+           --apply-chat-template (--no-apply-chat-template)   --skip-missing
+  run      --backend hf|vllm [hf]   --batch-size N|auto [auto]   --processes N (GPUs, data parallel)
+           --tensor-parallel N (vLLM)   --max-length N   --seed N [1234]   --output-dir DIR
+           --overwrite
   harness  -- ARGUMENTS (passed to lm_eval unchanged)
 
-Flags may be written with dashes or underscores; --help_all lists all. Finished calls are not run again, and an
+Flags may be written with dashes or underscores. Finished calls are not run again, and an
 interrupted call continues from its cached responses.
 """
 

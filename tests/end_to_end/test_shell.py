@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, assert_one_line
 
 SCRIPTS = ["quickstart.sh", "run_tests.sh"]
 
@@ -105,7 +105,7 @@ def test_prepared_environment_is_reused(tmp_path):
     [
         ({"PYTHON": "/opt/python"}, "/opt/python"),
         ({"VIRTUAL_ENV": "/opt/env"}, "python3"),
-        ({"CONDA_PREFIX": "/opt/env"}, "python3"),
+        ({"CONDA_PREFIX": "/opt/conda"}, ".venv/bin/python"),
         ({}, ".venv/bin/python"),
     ],
 )
@@ -114,4 +114,50 @@ def test_choose_python(tmp_path, env, python):
     (tmp_path / ".venv/bin/python").write_text("#!/bin/sh\n")
     (tmp_path / ".venv/bin/python").chmod(0o755)
     env = {"PYTHON": "", "VIRTUAL_ENV": "", "CONDA_PREFIX": "", **env}
-    assert bash(f'source {ROOT}/utils/env.sh; choose_python; echo "$python"', tmp_path, **env).stdout == f"{python}\n"
+    done = bash(f'source {ROOT}/utils/env.sh; choose_python; echo "$python"', tmp_path, **env)
+    assert done.stdout == f"{python}\n"
+    # The one choice that could surprise is reported.
+    assert ("/opt/conda" in done.stderr) == ("CONDA_PREFIX" in env and env["CONDA_PREFIX"] == "/opt/conda"), done.stderr
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A folder with run_tests.sh, and stubs of its requirements and its Python that prints its arguments."""
+    for name in ("run_tests.sh", "utils/env.sh", "requirements.txt", "requirements/tests.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    python = tmp_path / ".venv/bin/python"
+    python.write_text(f'#!/bin/sh\n[ "$1" = -c ] && exec {sys.executable} "$@"\necho "ran: $*"\n')
+    python.chmod(0o755)
+    return tmp_path
+
+
+def test_run_tests_arguments(checkout):
+    def pytest_call(arguments: str) -> str:
+        done = bash(f"bash run_tests.sh {arguments}", checkout, PYTHON=sys.executable)
+        assert done.returncode == 0, done.stderr
+        return next(line for line in done.stdout.splitlines() if line.startswith("ran: -m pytest"))
+
+    # Without a path pytest runs `testpaths`; with one, nothing else may be named.
+    assert pytest_call("tests/utils/test_cli.py -x").endswith("--durations=10 tests/utils/test_cli.py -x")
+    assert pytest_call("").endswith("--durations=10") and pytest_call("--fast").endswith("-m not e2e")
+    assert 'testpaths = ["tests"]' in (ROOT / "pyproject.toml").read_text()
+    done = bash("bash run_tests.sh --help", checkout, PYTHON="no-such-python")
+    assert done.returncode == 0 and "--fast" in done.stdout and "ran:" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("1 --name", ("--name", "needs a value")),
+        ("1 --nome=x", ("--nome=x", "--name, --configs")),
+        ("1 extra", ("'extra'", "quote")),
+        ("1 --name=quickstart-sppo --launch=nowhere.yaml", ("nowhere.yaml",)),
+        ("1 --name=quickstart-sppo --configs=/nowhere", ("/nowhere/quickstart-sppo-iter1.yaml",)),
+    ],
+)
+def test_sppo_arguments(arguments, words):
+    done = bash(f"bash run_sppo_iteration.sh {arguments}", PYTHON="true")
+    assert done.returncode == 2
+    assert_one_line(done.stderr, *words)
