@@ -34,10 +34,23 @@ def fetch(repo: str, file: str, kind: str, revision: str | None = None, instead:
         ) from None
     except hub.LocalEntryNotFoundError:
         raise UserError(
-            f"{subject} is not in the local cache and the hub cannot be reached: check the network, or give {instead}"
+            f"{subject} is not in the local cache, and {why_unreachable()}, or give {instead}"
         ) from None
     # LocalEntryNotFoundError (no network, not cached) is a subclass of EntryNotFoundError.
     except hub.EntryNotFoundError:
         raise UserError(f"{subject} on the hub has no {file}: check the name") from None
     except (OSError, hub.HfHubHTTPError) as error:
-        raise UserError(f"{subject}: the hub cannot be reached ({str(error).splitlines()[0]})") from None
+        raise UserError(f"{subject}: {why_unreachable(error)}") from None
+
+
+def why_unreachable(error: Exception | None = None) -> str:
+    """Why the hub gave no answer, and the fix: the end of an error line. `error`: its text is added."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return (
+            f"HF_HUB_OFFLINE is set: unset it, or copy the files into the cache {constants.HF_HUB_CACHE}"
+            " (docs/install.md)"
+        )
+    detail = f" ({str(error).splitlines()[0]})" if str(error or "") else ""
+    return f"the hub {constants.ENDPOINT} cannot be reached{detail}: check the network, HTTPS_PROXY and HF_ENDPOINT"

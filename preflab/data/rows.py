@@ -13,7 +13,7 @@ from huggingface_hub import parse_hf_uri
 
 from preflab.data.files import read_file, suffix_of
 from utils.errors import UserError
-from utils.hub import fetch
+from utils.hub import fetch, why_unreachable
 from utils.provenance import hub_revision, sha256_of_files
 
 
@@ -97,7 +97,7 @@ def _read_hub(name: str, split: str, config: str | None, revision: str | None) -
         fix = "run `hf auth login` after accepting its licence" if "gated" in str(error) else "check the spelling"
         raise UserError(f"dataset {name}: not found on the hub, and no such local file or folder; {fix}") from None
     except (hub.LocalEntryNotFoundError, hub.HfHubHTTPError, ConnectionError, hub.OfflineModeIsEnabled) as error:
-        raise UserError(f"dataset {name}: the hub cannot be reached ({str(error).splitlines()[0]})") from None
+        raise UserError(f"dataset {name} is not in the local cache, and {why_unreachable(error)}") from None
     # `datasets` reports unknown configurations and splits as ValueError and lists the valid ones.
     except ValueError as error:
         raise UserError(

@@ -57,9 +57,10 @@ def test_unknown_dataset(hub, tmp_path, tiny):
 @pytest.mark.parametrize("offline", [pytest.param("0", marks=pytest.mark.slow), "1"])
 def test_no_network_for_the_model(tmp_path, prefs, offline):
     err = run_against("http://127.0.0.1:9", tmp_path, "org/model", prefs, HF_HUB_OFFLINE=offline)
-    assert_one_line(err, "org/model")
+    fix = ("HF_HUB_OFFLINE is set", str(tmp_path / "hf"), "docs/install.md") if offline == "1" else ("HTTPS_PROXY",)
+    assert_one_line(err, "org/model", *fix)
 
 
 def test_no_network_for_the_data(tmp_path, tiny):
     err = run_against("http://127.0.0.1:9", tmp_path, tiny, "org/data", HF_HUB_OFFLINE="1")
-    assert_one_line(err, "org/data")
+    assert_one_line(err, "org/data", "HF_HUB_OFFLINE is set", "docs/install.md")
