@@ -148,8 +148,8 @@ class RowFile:
             write_rows(self.path, [row for row in self.read() if wanted(row)])
 
 
-def with_limit_suffix(stem: str, limit: int | None) -> str:
-    """Mark the name of a run on only `limit` rows, so that a trial run cannot be mistaken for a full one."""
+def with_limit_suffix(stem: str, limit: float | None) -> str:
+    """Mark the name of a run on only `limit` rows (below 1: their share), so that it is not mistaken for a full one."""
     return stem if limit is None else f"{stem}_LIMIT{limit}"
 
 

@@ -17,6 +17,7 @@ class HarnessArguments(ComparisonArguments):
     seed: int = option("Seed of the harness (few-shot examples, order) and of the resampling.", 1234)
     suite: str | None = option("A suite of configs/lm_eval, or a YAML file in that format (default: quick).")
     tasks: str | None = option("Names of harness tasks, separated by commas, instead of a suite.")
+    limit: float | None = option("Documents per task, or below 1 a share of them; adds LIMIT to the folder's name.")
     num_fewshot: int | None = option("Shots of every task (default: the suite's, else the task's).")
     apply_chat_template: bool | None = option("Apply the model's chat template to prompts (default: the suite's).")
     backend: str = option("Inference backend: hf or vllm.", "hf", choices=["hf", "vllm"])
@@ -36,13 +37,20 @@ def split_at_dashes(argv: list[str]) -> tuple[list[str], list[str]]:
 
 
 def check(args: HarnessArguments, extra: list[str]) -> None:
-    """Raise UserError for arguments that cannot be run.
+    """Raise UserError for arguments that cannot be run; bring --tasks and --limit into one form.
 
     Args:
         extra: arguments after `--`.
     """
     if args.suite and args.tasks:
         raise UserError("--suite and --tasks: give only one of the two")
+    if args.tasks is not None:
+        names = [name.strip() for name in args.tasks.split(",") if name.strip()]
+        if not names:
+            raise UserError(f"--tasks {args.tasks!r}: names no task; give names separated by commas")
+        args.tasks = ",".join(names)
+    if args.limit is not None:
+        args.limit = _documents(args.limit)
     # A text, unlike in the other evaluations, because lm_eval accepts `auto`.
     if args.batch_size != "auto" and not (args.batch_size.isdigit() and int(args.batch_size) > 0):
         raise UserError(f"--batch-size {args.batch_size}: must be a number above 0, or auto")
@@ -61,6 +69,16 @@ def check(args: HarnessArguments, extra: list[str]) -> None:
     # find_spec does not import vLLM, which is slow.
     if args.backend == "vllm" and find_spec("vllm") is None:
         raise UserError("--backend vllm: vLLM is not installed; install requirements/vllm.txt, or use --backend hf")
+
+
+def _documents(limit: float) -> int | float:
+    """--limit as lm_eval reads it: a number of documents per task, or below 1 their share."""
+    # `not limit > 0` also refuses NaN.
+    if not limit > 0 or limit == float("inf"):
+        raise UserError(f"--limit {limit:g}: must be a number of documents above 0, or a share below 1")
+    if limit > 1 and limit != int(limit):
+        raise UserError(f"--limit {limit:g}: above 1 it counts documents, so it must be an integer")
+    return int(limit) if limit >= 1 else limit
 
 
 # Flags of `lm_eval run` that run_lm_eval.sh sets, with their short forms.

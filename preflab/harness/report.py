@@ -296,7 +296,9 @@ def notes_of(results: SuiteResults, reasons: dict[str, dict[str, list[str]]]) ->
     each = ", ".join(f"{name} {clock(spent)}" for name, spent in seconds.items())
     notes = [f"Elapsed time of the calls: {clock(sum(seconds.values()))} ({each})."]
     if settings["limit"] is not None:
-        notes.append(f"ONLY {settings['limit']} DOCUMENTS PER TASK: not comparable with any leaderboard.")
+        share = settings["limit"] < 1
+        amount = f"{settings['limit']:.4g} OF THE DOCUMENTS OF EACH" if share else f"{settings['limit']} DOCUMENTS PER"
+        notes.append(f"ONLY {amount} TASK: not comparable with any leaderboard.")
     if settings["num_fewshot"] is not None:
         notes.append(f"--num-fewshot {settings['num_fewshot']} replaces the suite's numbers of shots.")
     if settings["unquantised"]:

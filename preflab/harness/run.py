@@ -35,6 +35,7 @@ from pathlib import Path
 
 from preflab.evaluation.run_list import print_runs
 from preflab.harness.arguments import HarnessArguments, check, make_paths_absolute, split_at_dashes
+from preflab.harness.suites import load_suite
 from utils.artifacts import with_limit_suffix
 from utils.errors import UserError, run
 from utils.provenance import shorten_paths
@@ -62,6 +63,12 @@ def parse() -> tuple:
 
 def main():
     stage, args, extra = parse()
+    # Before anything resolves a path: this process runs in the repository, the user may be elsewhere.
+    caller = Path(os.environ.get("INVOKED_FROM", "."))
+    make_paths_absolute(args, caller)
+    # A wrong name fails here, before the imports below, which take seconds.
+    if args.suite:
+        load_suite(args.suite)
 
     from preflab.evaluation.two_models import TwoModels
     from preflab.harness import report
@@ -69,11 +76,9 @@ def main():
     from preflab.harness.metrics import compare, leading_bos, metrics, settings_of
     from preflab.harness.tasks import choose_suite, drop_missing
 
-    # Everything that can be wrong is checked before the first request.
-    caller = Path(os.environ.get("INVOKED_FROM", "."))
-    # Before anything resolves a path: this process runs in the repository, the user may be elsewhere.
-    make_paths_absolute(args, caller)
-    suite, comparison = choose_suite(args), resolve_models(args, extra)
+    # Everything that can be wrong is checked before the first request: names of tasks first, then the models.
+    suite = choose_suite(args)
+    comparison = resolve_models(args, extra)
     models = TwoModels(comparison)
     folder = comparison.out / "lm_eval" / with_limit_suffix(suite.name, args.limit)
     # Before a file is written: the folder may hold results of other models or settings.

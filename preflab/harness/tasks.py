@@ -4,6 +4,7 @@ import difflib
 import importlib.util
 import io
 import logging
+import math
 import os
 import random
 import sys
@@ -80,8 +81,9 @@ def drop_missing(suite: Suite, args) -> tuple[dict[str, str], int]:
     if len(reasons) == len(suite.tasks):
         raise UserError("no task can run: " + "; ".join(f"{task} {reason}" for task, reason in reasons.items()))
     suite.tasks = [entry for entry in suite.tasks if entry["task"] not in reasons]
-    # --limit reduces every task to that many documents.
-    return reasons, min(smallest, args.limit or smallest)
+    # --limit reduces every task to that many documents, or to that share of its documents, rounded up by lm_eval.
+    limit = args.limit if args.limit is None or args.limit >= 1 else math.ceil(smallest * args.limit)
+    return reasons, min(smallest, limit or smallest)
 
 
 def missing(suite: Suite, include_path: str | None, seed: int) -> tuple[dict[str, str], int | None]:

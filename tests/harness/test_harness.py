@@ -729,6 +729,35 @@ def test_bad_options(overrides, extra, words):
         check(HarnessArguments(**overrides), extra)
 
 
+@pytest.mark.parametrize(
+    ("flags", "tasks", "limit"),
+    [
+        ({"tasks": "a, b,,c ,"}, "a,b,c", None),
+        ({"limit": 12.0}, None, 12),
+        ({"limit": 1.0}, None, 1),
+        ({"limit": 0.1}, None, 0.1),
+    ],
+)
+def test_tasks_and_limit_in_one_form(flags, tasks, limit):
+    args = HarnessArguments(**flags)
+    check(args, [])
+    assert args.tasks == tasks and args.limit == limit and type(args.limit) is type(limit)
+
+
+def test_a_share_of_the_documents_is_counted_as_lm_eval_does(monkeypatch):
+    from lm_eval.evaluator_utils import get_sample_size
+
+    from preflab.harness import tasks
+
+    suite = SimpleNamespace(tasks=[{"task": "a"}], include_path=None)
+    monkeypatch.setattr(tasks, "missing", lambda *_: ({}, 45))
+    for limit in (0.1, 0.5, 12, 99, None):
+        _, documents = tasks.drop_missing(suite, HarnessArguments(limit=limit))
+        expected = get_sample_size(SimpleNamespace(eval_docs=range(45)), limit)
+        assert documents == min(45, expected if expected is not None else 45)
+    assert "ONLY 0.1 OF THE DOCUMENTS OF EACH TASK" in texts(made(settings={"limit": 0.1}.items()))[0]
+
+
 def test_split_at_dashes():
     assert split_at_dashes(["--suite", "x", "--", "--gen_kwargs", "a=1"]) == (["--suite", "x"], ["--gen_kwargs", "a=1"])
     assert split_at_dashes(["--suite", "x"]) == (["--suite", "x"], [])

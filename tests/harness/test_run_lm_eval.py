@@ -28,7 +28,9 @@ def shell(*args, cwd=ROOT, env=None) -> subprocess.CompletedProcess:
 
 
 def arguments_for(trained, out, *extra):
-    return ("--checkpoints", trained / "ck", "--eval-out", out, "--tasks", TASKS, "--limit", "12", *extra)
+    # Spaces and a comma at the end, as people type lists.
+    tasks = TASKS.replace(",", ", ") + ","
+    return ("--checkpoints", trained / "ck", "--eval-out", out, "--tasks", tasks, "--limit", "12", *extra)
 
 
 @pytest.fixture(scope="module")
