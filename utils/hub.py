@@ -33,9 +33,7 @@ def fetch(repo: str, file: str, kind: str, revision: str | None = None, instead:
             f" for a private {kind}, run `hf auth login` first"
         ) from None
     except hub.LocalEntryNotFoundError:
-        raise UserError(
-            f"{subject} is not in the local cache, and {why_unreachable()}, or give {instead}"
-        ) from None
+        raise UserError(f"{subject} is not in the local cache, and {why_unreachable()}, or give {instead}") from None
     # LocalEntryNotFoundError (no network, not cached) is a subclass of EntryNotFoundError.
     except hub.EntryNotFoundError:
         raise UserError(f"{subject} on the hub has no {file}: check the name") from None
