@@ -105,7 +105,7 @@ class ChatRenderer:
                 # Some templates render the end of the prompt differently when an answer follows (an empty reasoning
                 # block), so the answer starts where the two texts diverge, which may be before the end of `opening`.
                 start = shared_prefix(opening, full)
-                if i + 1 == len(turns) or (start == len(opening) and full.startswith(closed)):
+                if full.startswith(closed):
                     spans.append((start, len(closed)))
         return full, spans
 
