@@ -35,6 +35,7 @@ class MergeArguments:
     """Arguments of this script."""
 
     merged_dir: str | None = option("Folder of the merged model (default: <checkpoints>/<run_name>-merged).")
+    base_hub_id: str | None = option("Hub id of a base model that is a local folder, for the model card.")
 
 
 def main():
@@ -47,6 +48,7 @@ def main():
     from preflab.evaluation.two_models import TwoModels
     from preflab.models.card import merged_card
     from preflab.models.merging import MergedFolder, write_merged
+    from preflab.models.public_names import public_name
     from utils.artifacts import write_text
     from utils.provenance import run_record
 
@@ -74,14 +76,18 @@ def main():
 
     # Compare.
     metrics = merge_check.metrics_of(adapter_logps, merged_logps, ids, dtype, args.seed)
-    report = merge_check.render(metrics, f"{comparison.name}: {adapter} merged into {base}, {dtype}", dtype)
+    # The report becomes part of the card, which names no paths of this machine.
+    names = public_name(base, merge_args.base_hub_id), public_name(adapter)
+    title = f"{comparison.name}: {names[1].shown} merged into {names[0].shown}, {dtype}"
+    report = merge_check.render(metrics, title, dtype)
     if not merge_check.is_same_model(metrics):
         folder.discard()
         raise UserError(f"{report.verdict} It was deleted; merge with --dtype float32, or check the adapter's weights")
 
     # The card first, then the folder's name, and the summary last.
     quantised, run_info = bool(models.quantized), run_record(args.seed, stage.seconds)
-    card = merged_card(str(folder.path), comparison.name, base, adapter, dtype, quantised, report, run_info)
+    text = all(pair.messages is None for pair in data.pairs)
+    card = merged_card(str(folder.path), comparison.name, *names, dtype, quantised, report, run_info, text)
     write_text(folder.staging / "README.md", card)
     stage.publish(
         comparison.path("merge", ".json"),

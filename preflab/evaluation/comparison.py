@@ -14,7 +14,7 @@ from preflab.data.preferences import DataArguments
 from preflab.data.sources import SourceArguments, reading
 from preflab.evaluation.arguments import ULTRAFEEDBACK, ComparisonArguments
 from preflab.evaluation.runs import WEIGHTS, checkpoints, is_complete, latest_run
-from preflab.models.loading import default_batch_tokens, locate_adapter
+from preflab.models.loading import default_batch_tokens, hub_name, locate_adapter
 from preflab.models.start_adapter import FROZEN
 from utils.artifacts import (
     all_arguments,
@@ -285,8 +285,13 @@ def _name_of(folder: Path) -> str:
 
 
 def base_of(adapter: str) -> str | None:
-    """The base model that a LoRA folder's config names."""
-    return read_json(Path(adapter) / "adapter_config.json").get("base_model_name_or_path")
+    """The base model of a LoRA folder: exactly as its run recorded it, else as its config names it.
+
+    The config of an adapter on the builtin model names the original on the hub, which plain PEFT can load.
+    """
+    named = read_json(Path(adapter) / "adapter_config.json").get("base_model_name_or_path")
+    recorded = _run_arguments(Path(adapter)).get("model_name_or_path")
+    return recorded if recorded and hub_name(recorded) == named else named
 
 
 def ensure_models_differ(identical: bool, results: str) -> None:
@@ -336,7 +341,8 @@ def was_trained_on(args: ComparisonArguments, trained: dict) -> bool:
 def _ensure_same_base(adapter: str, base: str) -> None:
     """Raise UserError if the adapter's config names another base: shapes may fit, but all results would be wrong."""
     trained_on = base_of(adapter)
-    if not trained_on:
+    # Without its run.json, an adapter on the builtin model has only the original's name.
+    if not trained_on or (trained_on == hub_name(base) and not _run_arguments(Path(adapter))):
         return
     folders = Path(trained_on).expanduser(), Path(base).expanduser()
     if all(folder.is_dir() for folder in folders):

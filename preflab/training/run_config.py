@@ -53,6 +53,9 @@ class RunConfig:
     published: str | None = field(
         default=None, metadata={"help": "YAML of published results, shown in the model card beside the run's own."}
     )
+    base_hub_id: str | None = field(
+        default=None, metadata={"help": "Hub id of a base model that is a local folder, for the model card."}
+    )
     logging_steps: float = field(default=1, metadata={"help": "Optimizer steps between two log rows."})
     report_to: None | str | list[str] = field(default="none", metadata={"help": "tensorboard, trackio, wandb or none."})
     # transformers' default (true) replaces a NaN loss by the mean of the earlier ones, which hides a diverged run.

@@ -23,7 +23,7 @@ ARGUMENTS_NOT_IN_IDENTITY = {
     "logging_dir", "local_rank", "accelerator_config", "parallelism_config", "deepspeed", "fsdp", "fsdp_config",
     "global_batch_size", "per_device_train_batch_size", "gradient_accumulation_steps", "per_device_eval_batch_size",
     "gradient_checkpointing", "gradient_checkpointing_kwargs", "activation_checkpointing", "use_cpu",
-    "shared_prompt", "micro_batch_tokens", "reference_cache", "published",
+    "shared_prompt", "micro_batch_tokens", "reference_cache", "published", "base_hub_id",
     "save_strategy", "save_steps", "eval_strategy", "eval_steps", "logging_strategy", "logging_steps",
 }  # fmt: skip
 # Keys that earlier versions did not record, with the value that their runs used.

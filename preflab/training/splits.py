@@ -39,6 +39,11 @@ class Splits:
         return {"train": self.train.summary(), "test": self.test.summary() if self.test else None}
 
     @property
+    def is_text(self) -> bool:
+        """Whether the model is trained on plain text only, without a chat template."""
+        return isinstance(self.train, PreferenceData) and all(pair.messages is None for pair in self.train.pairs)
+
+    @property
     def sha256(self) -> str:
         """One hash of all texts of both splits."""
         return sha256_of(*(split["text_sha256"] if split else "" for split in self.summary.values()))

@@ -55,7 +55,8 @@ def test_continued_adapter_is_its_own_reference(train, call, trained, tiny, pref
     assert torch.allclose(logits(frozen), logits(start_model(trained, tiny)), atol=1e-6)
     summary = read_json(tmp_path / "out/r/train.json")
     assert summary["start"]["use"] == "continue" and summary["start"]["adapter_sha256"]
-    assert str(trained / "ck/r") in (folder / "README.md").read_text()
+    card = (folder / "README.md").read_text()
+    assert "The adapter local folder r was trained further." in card and str(trained) not in card
 
     # An evaluation compares it with that reference, and reproduces the run's own scores.
     code, out, err = call("eval_win_rate", *eval_args(tmp_path, tmp_path / "eval"))
@@ -87,7 +88,9 @@ def test_merged_start_is_the_base_and_reference(train, call, trained, tiny, pref
     assert adapter["r"] == 2 and adapter["base_model_name_or_path"] == merged
     assert not (tmp_path / "ck/r/ref").exists()
     card = (tmp_path / "ck/r/README.md").read_text()
-    assert f"base_model: {tiny}" in card and str(trained / "ck/r") in card
+    # A local base has no hub id, and the card names no paths of this machine.
+    assert "base_model:" not in card and str(trained) not in card
+    assert f"That base is local folder {tiny.name} with the adapter local folder r merged into it." in card
 
     # Another run with the same start reuses the merged folder.
     code, _, err = train(*train_args(tiny, prefs, tmp_path, *flags, "--run_name", "again", "--beta", "0.2"))
