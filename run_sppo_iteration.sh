@@ -52,6 +52,7 @@ while [ $# -gt 0 ]; do
     esac
 done
 [ -n "$name" ] || fail "--name is missing: give quickstart-sppo, gemma-2-9b-it-sppo or your own recipe"
+[[ "$name" =~ ^[A-Za-z0-9_][A-Za-z0-9_.\ -]*$ ]] || fail "--name ${name@Q}: only letters, digits, - _ and dots; it is part of file names"
 training="$configs/$name-iter$iteration.yaml" sampling="$configs/pairs/$name.yaml"
 for flag in $pairs; do
     case "$flag" in

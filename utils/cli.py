@@ -10,6 +10,7 @@ from utils.config_file import check_config
 from utils.errors import UserError
 from utils.help_all import all_keys_page
 from utils.keys import FALSE_WORDS, TRUE_WORDS, Key, keys_of
+from utils.markdown import visible
 from utils.provenance import version_page
 from utils.suggestions import did_you_mean, meant_key
 
@@ -60,9 +61,14 @@ def parse(dataclass_types: tuple, argv: list[str] | None = None) -> tuple:
         if action.dest in keys and {str, bool} <= set(keys[action.dest].members):
             action.type = str
     try:
-        return parser.parse_args_and_config(argv)
+        parsed = parser.parse_args_and_config(argv)
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(f"arguments: {error}") from error
+    for part in parsed:
+        # Every stage with a run name, before it does anything.
+        if getattr(part, "run_name", None) is not None:
+            check_name(part.run_name)
+    return parsed
 
 
 def _words_after_help_all(argv: list[str]) -> list[str]:
@@ -184,6 +190,30 @@ def _stray(word: str, before: str | None, keys: dict[str, Key]) -> str:
     return f"{start}: it follows {before}, which takes one value (quote a value that contains spaces)"
 
 
+# Characters that a name may not have: they separate paths on some system, or mean something to a shell or in a card.
+NOT_IN_NAMES = set('/\\<>:"|?*`')
+# In bytes. File systems allow 255, and files and folders are named after a run with suffixes.
+LONGEST_NAME = 150
+
+
+def check_name(name: str, flag: str = "--run_name") -> None:
+    """Raise UserError if `name` cannot be the name of a folder, a title and a heading in a model card at once."""
+    shown = visible(name) if len(name) <= 60 else f"{visible(name[:60])}…"
+    if not name.strip():
+        problem = "must not be empty"
+    elif len(name.encode("utf-8", "surrogatepass")) > LONGEST_NAME:
+        problem = f"has {len(name)} characters; at most {LONGEST_NAME} bytes fit into file names"
+    elif name[0] in ".-~ " or name[-1] in ". ":
+        problem = "must not start with a dot, dash, tilde or space, or end with a dot or space"
+    elif not name.isprintable():
+        problem = "must not contain line breaks or other control characters"
+    elif NOT_IN_NAMES & set(name):
+        problem = f"must not contain {''.join(sorted(NOT_IN_NAMES & set(name)))}"
+    else:
+        return
+    raise UserError(f"{flag} {shown}: {problem}; it names a folder, so letters, digits, - and _ are safe")
+
+
 def run_name(requested: str | None, source: str, suffix: str, limit: int | None) -> str:
     """The run's name: --run_name, else the config file's stem, else `source` and `suffix`; marked under --limit.
 
@@ -196,8 +226,7 @@ def run_name(requested: str | None, source: str, suffix: str, limit: int | None)
     if not name and "--config" in argv:
         name = Path(argv[argv.index("--config") + 1]).stem
     name = name or f"{Path(source.split(':')[-1]).name}-{suffix}"
-    if "/" in name or name.startswith("."):
-        raise UserError(f"--run_name {name}: must not contain / or start with a dot")
+    check_name(name)
     return with_limit_suffix(name, limit)
 
 

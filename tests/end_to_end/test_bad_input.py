@@ -163,3 +163,12 @@ def test_bad_input(stage, flags, words, call, inputs, tmp_path):
     assert code == 2, out + err
     assert_one_line(err, *words)
     assert not list(tmp_path.rglob("lm_eval")), "lm_eval was not started"
+
+
+@pytest.mark.parametrize("stage", sorted({stage.split()[0] for stage in STAGES}))
+def test_bad_run_names_are_refused_at_the_start(stage, call):
+    flags = ("1", "--name") if stage == "run_sppo_iteration.sh" else ("--run_name",)
+    for name in ("a\nb", "<b>x</b>"):
+        code, out, err = run_stage(call, stage, *flags, name)
+        assert (code, out) == (2, ""), err
+        assert_one_line(err, flags[-1])

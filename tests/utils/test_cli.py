@@ -1,6 +1,7 @@
 """Command lines: strict YAML, strict flags, a fast help page."""
 
 import re
+import sys
 from dataclasses import dataclass, field
 from importlib.metadata import version
 
@@ -9,7 +10,7 @@ import yaml
 from conftest import ROOT, assert_one_line, command
 from stages import ARGUMENTS
 
-from utils.cli import normalised, option, parse
+from utils.cli import check_name, normalised, option, parse, run_name
 from utils.errors import UserError
 from utils.keys import keys_of
 
@@ -269,3 +270,36 @@ def test_imports_have_no_side_effects():
     done = command("-c", code)
     assert done.returncode == 0 and done.stdout == ""
     assert "error" not in done.stderr.lower(), done.stderr
+
+
+# ---- names of runs
+
+
+@dataclass
+class Named:
+    run_name: str | None = option("A name.")
+
+
+BAD_NAMES = ["a\nb", "\x1b[31mred", "<img src=x>", "x" * 300, "é" * 100, "../x", "/tmp/x", "a/b", "a\\b", "-x",
+             "--flag", ".x", "~", "", "  ", "a.", "a\u202eb", "a\ud800", "`x`", "a|b", "a\x00b",
+             'a"b', "a:b"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_NAMES)
+def test_bad_names_are_refused(name, monkeypatch):
+    with pytest.raises(UserError, match="--run_name") as refused:
+        check_name(name)
+    assert len(str(refused.value)) < 250 and str(refused.value).isprintable()
+    with pytest.raises(UserError, match="--run_name"):
+        parse((Named,), [f"--run_name={name}"])
+    monkeypatch.setattr(sys, "argv", ["script.py"])
+    with pytest.raises(UserError):
+        run_name(name or None, name, "", None)
+
+
+@pytest.mark.parametrize(
+    "name", ["gemma-2b-it-dpo", "run_1.2", "x" * 150, "mine (2)", "größe", "実験", "a=1,b=2", "a+b@c"]
+)
+def test_good_names_are_accepted(name, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["script.py"])
+    assert run_name(name, "", "", None) == name and parse((Named,), ["--run_name", name])[0].run_name == name
