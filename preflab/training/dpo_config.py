@@ -11,12 +11,18 @@ from preflab.training.losses import OWN_LOSSES
 from preflab.training.memory import card_bytes, gpu_micro_batch_tokens, needed
 from preflab.training.run_config import RunConfig, check_positive
 from utils.errors import UserError
+from utils.suggestions import did_you_mean
 
 TRL_LOSSES = (
     "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
     "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
 )  # fmt: skip
 LOSS_TYPES = (*TRL_LOSSES, *OWN_LOSSES)
+# Names of methods, and the loss that each of them is.
+METHODS = {
+    "dpo": "sigmoid", "cdpo": "sigmoid", "rdpo": "robust", "robust_dpo": "robust", "slic": "hinge", "rso": "hinge",
+    "exo": "exo_pair", "nca": "nca_pair", "bco": "bco_pair", "apo": "apo_zero", "nll": "sft",
+}  # fmt: skip
 F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 # Keys of TRL's own losses, each with the value that has no effect.
 KEYS_OF_TRL_LOSSES = (("ld_alpha", None), ("use_weighting", False), ("f_divergence_type", "reverse_kl"))
@@ -103,13 +109,16 @@ class DPORunConfig(RunConfig, DPOConfig):
         """Raise UserError for values that do not fit together; fill in the default of `max_prompt_length`."""
         unknown = [loss for loss in self.loss_type if loss not in LOSS_TYPES]
         if unknown:
-            raise UserError(f"--loss_type {unknown[0]}: unknown; choose from {', '.join(LOSS_TYPES)}")
+            method = METHODS.get(unknown[0].lower())
+            hint = f"did you mean {method} ({unknown[0].upper()})? " if method else did_you_mean(unknown[0], LOSS_TYPES)
+            raise UserError(f"--loss_type {unknown[0]}: unknown; {hint}choose from {', '.join(LOSS_TYPES)}")
         check_positive((self, ("beta", "micro_batch_tokens")))
         self._check_lengths()
         self._check_losses()
         if self.f_divergence_type not in F_DIVERGENCES:
             raise UserError(
-                f"--f_divergence_type {self.f_divergence_type}: unknown; choose from {', '.join(F_DIVERGENCES)}"
+                f"--f_divergence_type {self.f_divergence_type}: unknown;"
+                f" {did_you_mean(self.f_divergence_type, F_DIVERGENCES)}choose from {', '.join(F_DIVERGENCES)}"
             )
         if self.sync_ref_model:
             raise UserError("--sync_ref_model: not supported: all metrics assume a fixed reference model")

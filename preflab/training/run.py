@@ -11,6 +11,7 @@ from trl import ModelConfig, get_peft_config
 from preflab.models.card import model_card
 from preflab.models.loading import describe, load_adapter, load_for_training, load_tokenizer, locate, quantised_as
 from preflab.models.start_adapter import StartAdapter, merge_start_adapter, resolve_start_adapter
+from preflab.training.lora_targets import check_targets
 from preflab.training.next_steps import next_commands
 from preflab.training.preflight import run_preflight
 from preflab.training.run_config import RunConfig, check_run_config, fit_global_batch
@@ -156,6 +157,8 @@ class TrainingRun:
         keeps_reference = config.keeps_reference_model(model_args.use_peft)
         try:
             policy = load_for_training(config, model_args)
+            if model_args.use_peft and not self.continues_adapter:
+                check_targets(policy, model_args)
             # The adapter does not exist yet; its parameters are few beside the base's and not counted here.
             trained = 0 if model_args.use_peft else sum(p.numel() for p in policy.parameters())
             # Reads every row, so it is computed only if an estimate needs it, and once.

@@ -5,11 +5,18 @@ from dataclasses import dataclass, field
 
 import torch
 from accelerate.utils import gather_object
+from trl import ModelConfig
 
 from preflab.training.keys import TOPICS
+from preflab.training.lora_targets import as_names
 from preflab.training.memory import free_bytes, needed, reason_for_checkpointing
 from utils.errors import UserError
 
+# Keys of ModelConfig that only LoRA reads.
+KEYS_OF_LORA = (
+    "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_parameters", "lora_modules_to_save",
+    "use_rslora", "use_dora",
+)  # fmt: skip
 # Arguments that must be above 0 where they are given.
 POSITIVE = (
     "learning_rate", "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
@@ -123,7 +130,7 @@ def check_positive(*holders_and_keys: tuple[object, tuple[str, ...]]) -> None:
 
 
 def check_run_config(config: RunConfig, model) -> None:
-    """Raise UserError for keys that do not fit together in any training stage.
+    """Raise UserError for keys that do not fit together in any training stage; bring LoRA's targets into one form.
 
     Args:
         model: TRL's ModelConfig.
@@ -136,6 +143,12 @@ def check_run_config(config: RunConfig, model) -> None:
         raise UserError("--model_name_or_path is missing: a hub id, a folder, or builtin:smollm2-135m-instruct")
     if (model.load_in_4bit or model.load_in_8bit) and not model.use_peft:
         raise UserError("--load_in_4bit and --load_in_8bit need --use_peft: quantised weights cannot be trained")
+    model.lora_target_modules = as_names(model.lora_target_modules)
+    for key in () if model.use_peft else KEYS_OF_LORA:
+        if getattr(model, key) != ModelConfig.__dataclass_fields__[key].default:
+            raise UserError(
+                f"--{key}: has no effect without --use_peft, since all weights are trained; add or remove it"
+            )
     if config.resume_from_checkpoint:
         raise UserError("--resume_from_checkpoint: not supported; use --resume auto|PATH|never")
     if (config.start_adapter is None) != (config.start_adapter_use is None):
