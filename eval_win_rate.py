@@ -121,7 +121,7 @@ def battle_mode(stage, models, args):
     """Battles under a judge: answer, judge in both orders, compute, publish."""
     from preflab.judging.battle_metrics import battle_sections
     from preflab.judging.battle_report import battle_figure, render
-    from preflab.judging.battles import answer_prompts, judge_battle, make_judges, rows_with_controls
+    from preflab.judging.battles import answer_prompts, judge_battle, judge_notes, make_judges, rows_with_controls
 
     comparison, comparison_args = models.comparison, models.comparison.args
     # Files and judges first, so that bad input fails before the weights are loaded.
@@ -131,6 +131,7 @@ def battle_mode(stage, models, args):
     judged = judge_battle(battle, judges, comparison_args.eval_out, comparison_args.overwrite)
     if not is_main_process():
         return
+    battle.data["judge_notes"] = judge_notes(judged[judges[0].name])
     sections = battle_sections(judged, battle.answers, battle.pairs, battle.names, comparison_args.seed)
     title = f"{comparison.name}: {battle.title}, judge {judges[0].name}, both orders"
     # Base and tuned come first and are in `models.describe()`.

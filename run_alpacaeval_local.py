@@ -24,6 +24,7 @@ The keys that matter (flags and YAML keys are the same, the command line wins; [
              --engine auto|hf|vllm [auto]
   judge      --judge hf:MODEL|rm:MODEL|vllm:MODEL|openai:MODEL@URL|longer|random|<an evaluator of
              alpaca-eval> [hf:builtin:smollm2-135m-instruct]   --order package|both [package]
+             --judge_prompt FILE (configs/judges/alpacaeval_text.yaml for judges that write or think)
   audit      --audit_dataset ID|FILE (default: the run's held-out pairs)   --audit_split NAME [test]
              --audit_limit N [200]
   run        --stage generate|judge|score|all [all]   --lc_resamples N [200]   --seed N [42]
@@ -55,6 +56,7 @@ class AlpacaEvalArguments(JudgeArguments):
     reference: str = option("Instructions with reference answers.", "data/eval_prompts/reference.jsonl")
     annotations: str | None = option("Score this annotations.json only.")
     engine: str = option("Engine that generates answers: auto, hf or vllm.", "auto", choices=["auto", "hf", "vllm"])
+    judge_prompt: str | None = option("YAML of the judge's prompt (default: alpaca-eval's own, alpaca_eval_clf).")
     order: str = option(
         "Order of the two outputs: alpaca-eval's random order, or both orders.", "package", choices=["package", "both"]
     )
@@ -111,7 +113,7 @@ def main():
     published = report.published(args.published)
     # Made before the answers, so that an unknown judge fails at once.
     judging = args.stage in ("judge", "all")
-    judge = stages.load_judge(args.judge, args.judge_options(comparison_args)) if judging else None
+    judge = stages.load_judge(args, comparison_args) if judging else None
 
     if args.stage in ("generate", "all"):
         stages.generate(comparison, args, reference, folder)

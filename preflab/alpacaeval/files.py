@@ -172,7 +172,13 @@ def _annotation(judge, row: dict, answer: dict, verdicts: list[tuple[bool, Verdi
         # With both orders, a row counts only if both have a verdict: one alone would bring back the position bias.
         "preference": None if None in preferences else sum(preferences) / len(preferences),
         "orders": [
-            {"is_switched_outputs": switched, "preference": p, "mass": verdict.mass, "error": verdict.error}
+            {
+                "is_switched_outputs": switched,
+                "preference": p,
+                "mass": verdict.mass,
+                "error": verdict.error,
+                **({"note": verdict.note} if verdict.note else {}),
+            }
             for (switched, verdict), p in zip(verdicts, preferences, strict=True)
         ],
     }

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from preflab.alpacaeval import package
+from preflab.judging.judges import notes_of
 from utils.artifacts import metric
 from utils.errors import UserError
 from utils.stats import bootstrap, signed_rank
@@ -25,8 +26,8 @@ def summarise(sides: dict, controls: dict, eval_out: str, seed: int, resamples: 
 
     Returns:
         metrics (names start with base_, tuned_ or difference_), length_control (the artifact's section), lc_name (the
-        name of the length-controlled rate), judge, leaderboards_judge and alpacaeval (whether judge and instructions
-        are those of the leaderboard).
+        name of the length-controlled rate), judge, judge_notes (what it gave up), leaderboards_judge and alpacaeval
+        (whether judge and instructions are those of the leaderboard).
 
     Raises:
         UserError: base and tuned were judged on different instructions.
@@ -51,6 +52,7 @@ def summarise(sides: dict, controls: dict, eval_out: str, seed: int, resamples: 
         "length_control": section,
         "lc_name": lc_name,
         "judge": judge,
+        "judge_notes": notes_of([order for rows in sides.values() for row in rows for order in row.get("orders", [])]),
         "leaderboards_judge": judge == LEADERBOARD_JUDGE,
         # Without the last entry, "unknown": the package's default does not show where an instruction is from.
         "alpacaeval": any(row.get("dataset") in package.DATASETS[:-1] for row in sides["base"]),

@@ -79,7 +79,7 @@ def clf_prompt() -> JudgePrompt:
         user = user.replace(package_name, own_name)
     # (outcome of the first answer, votes). The labels differ in case only, so they may not be compared in lower case.
     labels = {"m": (1.0, 1), "M": (0.0, 1)}
-    return JudgePrompt("alpaca_eval_clf.txt", user, labels, "logprob", parts["system"], max_new_tokens=1)
+    return JudgePrompt("alpaca_eval_clf.txt", user, labels, "logprob", parts["system"], 1, label_only=True)
 
 
 def is_switched(instruction: str, seed: int = 0) -> bool:

@@ -59,6 +59,8 @@ def render(results: dict, rows: dict, audit: dict | None, title: str) -> Report:
             f"ONLY {common} OF {n} INSTRUCTIONS HAVE A VERDICT FOR BOTH MODELS: differences use these, each model's"
             " rates use its own; the same command requests the missing verdicts again."
         )
+    if results["judge_notes"]:
+        blocks.append(f"JUDGE: {'; '.join(results['judge_notes'])}.")
     blocks += _length_control_note(results)
     # A part of AlpacaEval is easier or harder than all of it.
     if results["alpacaeval"] and n != ALPACAEVAL_SIZE:

@@ -68,12 +68,14 @@ def generate(comparison, args, reference: list[dict], folder: Path) -> None:
     models.unload()
 
 
-def load_judge(spec: str, options: dict):
-    """The judge under AlpacaEval's own prompt, or, for a name without a colon, an evaluator that the package ships."""
+def load_judge(args, comparison_args):
+    """The judge under AlpacaEval's own prompt or --judge_prompt, or a named evaluator that the package ships."""
     # Names with a colon are this project's judges (hf:MODEL); reading the package's folder would cost an import.
-    if ":" not in spec and spec in shipped_evaluators():
-        return PackageEvaluator(spec)
-    return make_judge(spec, clf_prompt(), options)
+    if ":" not in args.judge and args.judge in shipped_evaluators():
+        if args.judge_prompt:
+            raise UserError(f"--judge_prompt: the evaluator {args.judge} of alpaca-eval has its own prompt")
+        return PackageEvaluator(args.judge)
+    return make_judge(args.judge, args.judge_prompt or clf_prompt(), args.judge_options(comparison_args))
 
 
 def judge_outputs(comparison, args, judge, reference: list[dict], folder: Path) -> None:

@@ -135,6 +135,10 @@ class JudgeArguments(GenerationArguments):
     judge_attempts: int = option("Retries when an endpoint fails or its answer cannot be parsed.", 4)
     judge_timeout: float = option("Timeout per request to an endpoint, in seconds.", 120.0)
     judge_concurrency: int = option("Concurrent requests to an endpoint.", 8)
+    judge_max_new_tokens: int | None = option(
+        "Maximum tokens of the judge's reply, thoughts included (default: the judge prompt's). With a prompt that"
+        " compares label probabilities, the judge may think, and its reply is read."
+    )
 
     def check(self) -> None:
         """Raise UserError for values outside their range."""
@@ -144,6 +148,8 @@ class JudgeArguments(GenerationArguments):
                 raise UserError(f"--{key} {getattr(self, key)}: must be above 0")
         if self.judge_attempts < 0:
             raise UserError(f"--judge_attempts {self.judge_attempts}: must be at least 0")
+        if self.judge_max_new_tokens is not None and self.judge_max_new_tokens < 1:
+            raise UserError(f"--judge_max_new_tokens {self.judge_max_new_tokens}: must be above 0")
 
     def judge_options(self, comparison: ComparisonArguments) -> dict:
         """The options of `preflab.judging.judges.make_judge`."""
@@ -158,5 +164,5 @@ class JudgeArguments(GenerationArguments):
             "attn_implementation": comparison.attn_implementation,
             "seed": comparison.seed,
             "trust_remote_code": comparison.trust_remote_code,
-            **{key: getattr(self, f"judge_{key}") for key in ("attempts", "timeout", "concurrency")},
+            **{key: getattr(self, f"judge_{key}") for key in ("attempts", "timeout", "concurrency", "max_new_tokens")},
         }

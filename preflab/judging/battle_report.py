@@ -26,6 +26,8 @@ def render(sections: dict, published: dict | None, title: str, data: dict) -> Re
     blocks += [categories_table(match) for match in sections["matches"] if len(match["categories"]) > 1]
     if data["left_out"]:
         blocks.append("LEFT OUT: " + ", ".join(f"{reason} {n}" for reason, n in data["left_out"].items()))
+    if data.get("judge_notes"):
+        blocks.append(f"JUDGE: {'; '.join(data['judge_notes'])}.")
     if published:
         blocks.append(
             f"published: {published['source']}; {published['setting']}. It used another judge, so the scores are not"

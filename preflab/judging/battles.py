@@ -15,7 +15,7 @@ from preflab.judging.answers import (
     given_answers,
 )
 from preflab.judging.judge_prompt import Item, Judge, Verdict
-from preflab.judging.judges import judge_all, make_judge
+from preflab.judging.judges import judge_all, make_judge, notes_of
 
 CONTROLS = ("longer", "random")
 
@@ -171,6 +171,11 @@ def combine_orders(first: Verdict, second: Verdict) -> dict:
         "flipped": score_1 != score_2,
         "votes": [score_1 * first.weight + score_2 * second.weight, first.weight + second.weight],
     }
+
+
+def judge_notes(rows: list[dict]) -> list[str]:
+    """What the judge gave up for its verdicts on these rows (`notes_of`)."""
+    return notes_of([verdict for row in rows for verdict in row["orders"]])
 
 
 def rows_with_controls(judged: dict[str, list[dict]]) -> list[dict]:

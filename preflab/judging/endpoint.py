@@ -1,38 +1,38 @@
 """Judges behind an OpenAI-compatible HTTP endpoint."""
 
-import os
+import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 
 import openai
 
 from preflab.data.chat_template import CONTROL_TOKENS, break_up
-from preflab.judging.judge_prompt import Item, JudgePrompt, Verdict, unparsed
+from preflab.judging.chat_server import ChatServer
+from preflab.judging.judge_prompt import PARSER, Item, JudgePrompt, Verdict, unparsed
+from preflab.judging.replies import starts_with_thought
 
 # Failed connections in a row after which the endpoint counts as down and is not asked again.
 FAILURES_UNTIL_DOWN = 3
 TOP_LOGPROBS = 5
+# Room for the thoughts of a judge that gives no usable log-probability of a label as its first token.
+ROOM_FOR_THOUGHTS = 4096
+FROM_TEXT = "the verdict was read from the reply's text"
 
 
 class EndpointJudge:
-    """A model behind a server with OpenAI's chat completions. The client retries timeouts, 429 and 5xx with backoff."""
+    """A model behind a server with OpenAI's chat completions."""
 
     instant = False
 
     def __init__(self, model: str, url: str, prompt: JudgePrompt, options: dict):
-        self.name, self.model, self.prompt, self.options = f"openai:{model}@{url}", model, prompt, options
-        self.client = openai.OpenAI(
-            base_url=url,
-            # The client insists on a key; servers without authentication ignore it.
-            api_key=os.environ.get("OPENAI_API_KEY", "none"),
-            max_retries=options["attempts"],
-            timeout=options["timeout"],
-        )
+        self.name, self.prompt, self.options = f"openai:{model}@{url}", prompt, options
+        self.server = ChatServer(model, url, options["attempts"], options["timeout"])
         # Shared by the threads without a lock: an approximate count is enough to stop early.
-        self.failed_connections = 0
+        self.failed_connections, self.reads_text = 0, prompt.verdict == "text"
 
     def identity(self) -> dict:
-        return {"judge": self.name, **self.prompt.identity, "max_new_tokens": self.prompt.max_new_tokens}
+        parsed = {"max_new_tokens": self.prompt.max_new_tokens, "parser": PARSER}
+        return {"judge": self.name, **self.prompt.identity, **parsed}
 
     def judge(self, items: list[Item]) -> Iterator[tuple[int, Verdict]]:
         with ThreadPoolExecutor(self.options["concurrency"]) as pool:
@@ -46,7 +46,7 @@ class EndpointJudge:
 
     def _verdict(self, item: Item) -> Verdict:
         """The verdict on one item. Errors become unparsed verdicts, so that one bad reply does not stop a battle."""
-        verdict = unparsed("not asked")
+        verdict = unparsed("not requested")
         # The client retries errors; this loop asks again after a reply that cannot be parsed.
         for _ in range(1 + self.options["attempts"]):
             if self.failed_connections >= FAILURES_UNTIL_DOWN:
@@ -70,28 +70,63 @@ class EndpointJudge:
         return verdict
 
     def _request(self, item: Item) -> Verdict:
-        """One request. Without usable log-probabilities the reply's text is parsed."""
-        by_logprob = self.prompt.verdict == "logprob"
-        if by_logprob:
+        """One verdict: from the labels' log-probabilities, or from the text of a judge that gives none or thinks."""
+        # The server's tokenizer is unknown: break up the control tokens of all common families.
+        messages = self.prompt.messages(item, lambda text: break_up(CONTROL_TOKENS, text))
+        if not (self.reads_text or {"logprobs", "top_logprobs"} & set(self.server.given_up)):
             # Temperature 1, so that the server does not rescale the log-probabilities.
             # One token: the label is expected as the first token of the reply.
             settings = {"logprobs": True, "top_logprobs": TOP_LOGPROBS, "max_tokens": 1, "temperature": 1.0}
-        else:
-            settings = {"max_tokens": self.prompt.max_new_tokens, "temperature": 0.0}
-        # The server's tokenizer is unknown: break up the control tokens of all common families.
-        messages = self.prompt.messages(item, lambda text: break_up(CONTROL_TOKENS, text))
-        reply = self.client.chat.completions.create(model=self.model, messages=messages, **settings)
-        if not getattr(reply, "choices", None):
-            return unparsed("the endpoint's reply has no choices")
-        choice = reply.choices[0]
-        content = getattr(choice.logprobs, "content", None) if by_logprob and choice.logprobs else None
-        if content:
-            top = {}
-            for token in content[0].top_logprobs or []:
-                # " A" and "A" are the same label; the likelier one comes first.
-                top.setdefault(token.token.strip(), token.logprob)
-            verdict = self.prompt.weigh({label: top[label] for label in self.prompt.labels if label in top})
-            if verdict.first is not None:
+            verdict = self._from_logprobs(first_choice(self.server.reply(messages, settings)))
+            # The next attempt reads a text; without one left, it is made here.
+            if verdict.first is not None or not self.reads_text or self.options["attempts"]:
                 return verdict
-        # content is None in refusals and tool calls.
-        return self.prompt.parse((choice.message.content if choice.message else None) or "")
+        return self._from_text(messages)
+
+    def _from_logprobs(self, choice) -> Verdict:
+        """The verdict of a reply of one token; sets `reads_text` where only a longer reply can have one."""
+        text = text_of(choice)
+        tokens = (getattr(choice.logprobs, "content", None) if choice.logprobs else None) or []
+        # A thought, shown or hidden by the server: the label comes after it.
+        if starts_with_thought(text) or (tokens and starts_with_thought(tokens[0].token)):
+            self.reads_text = True
+            return unparsed("the judge thinks before its verdict")
+        top = {}
+        for token in (tokens[0].top_logprobs or []) if tokens else []:
+            # " A" and "A" are spellings of one label: their probabilities add up. Case is part of a label (m and M).
+            label = token.token.strip()
+            top[label] = top.get(label, 0.0) + math.exp(token.logprob)
+        verdict = self.prompt.weigh({label: math.log(p) for label, p in top.items() if p > 0})
+        if verdict.first is None:
+            # Its limit of one token is ours: a token that is a label was not cut off.
+            verdict = self.prompt.parse(text)
+            verdict.note = FROM_TEXT
+            # No log-probabilities, or nothing but a hidden thought.
+            self.reads_text |= verdict.first is None and not (tokens and text.strip())
+        verdict.note = joined(verdict.note, self.server.note)
+        return verdict
+
+    def _from_text(self, messages: list[dict]) -> Verdict:
+        by_text = self.prompt.verdict == "text"
+        room = self.prompt.max_new_tokens if by_text else ROOM_FOR_THOUGHTS
+        choice = first_choice(self.server.reply(messages, {"max_tokens": room, "temperature": 0.0}))
+        verdict = self.prompt.parse(text_of(choice), choice.finish_reason)
+        verdict.note = joined(None if by_text else FROM_TEXT, self.server.note)
+        return verdict
+
+
+def first_choice(reply):
+    """The first choice of a reply. Raises IndexError if it has none."""
+    if not getattr(reply, "choices", None):
+        raise IndexError("no choices")
+    return reply.choices[0]
+
+
+def text_of(choice) -> str:
+    """The text of a choice; content is None in refusals, tool calls and replies that were cut off in a thought."""
+    return (choice.message.content if choice.message else None) or ""
+
+
+def joined(*notes: str | None) -> str | None:
+    """Notes as one text, None if there is none."""
+    return "; ".join(note for note in notes if note) or None

@@ -3,14 +3,17 @@
 import math
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from preflab.data.prompts import Prompt
+from preflab.judging.replies import read_label
 from utils.artifacts import read_yaml
 from utils.errors import UserError
 from utils.provenance import sha256_of
 
+# Version of the rules of `preflab.judging.replies`, part of the identity of cached verdicts.
+PARSER = 2
 PLACEHOLDERS = ("prompt", "answer_1", "answer_2")
 
 
@@ -34,6 +37,7 @@ class Verdict:
         mass: total probability of the labels among all tokens.
         label: the label of the prompt file that decided.
         error: why there is no verdict.
+        note: what was given up to get it, such as parameters that the endpoint refuses.
     """
 
     first: float | None
@@ -42,6 +46,7 @@ class Verdict:
     mass: float | None = None
     label: str | None = None
     error: str | None = None
+    note: str | None = None
 
 
 def unparsed(reason: str) -> Verdict:
@@ -77,7 +82,8 @@ class JudgePrompt:
         labels: {label: (score of the first answer, weight)}.
         verdict: "logprob" to compare the labels' probabilities as the next token, "text" to parse the judge's text.
         system: text of the system turn, or None.
-        max_new_tokens: length limit of the judge's text.
+        max_new_tokens: length limit of the judge's text, thoughts included.
+        label_only: the prompt requests nothing but a label, so a text counts only if it is one.
     """
 
     path: str
@@ -86,6 +92,7 @@ class JudgePrompt:
     verdict: str
     system: str | None = None
     max_new_tokens: int = 1024
+    label_only: bool = False
 
     @classmethod
     def read(cls, path: str) -> "JudgePrompt":
@@ -104,7 +111,17 @@ class JudgePrompt:
         missing = [p for p in PLACEHOLDERS if f"{{{p}}}" not in content["user"]]
         if missing:
             raise UserError(f"{source}: user has no {{{missing[0]}}}")
-        return cls(path, **{**content, "labels": _read_labels(content["labels"], source)})
+        labels = _read_labels(content["labels"], source)
+        return cls(path, **{**content, "labels": labels, "label_only": content["verdict"] == "logprob"})
+
+    def with_room(self, max_new_tokens: int | None) -> "JudgePrompt":
+        """This prompt with another length limit of the judge's text; None leaves it as it is.
+
+        A prompt that compares label probabilities becomes one that reads the label from the text, after the thoughts.
+        """
+        if max_new_tokens is None:
+            return self
+        return replace(self, verdict="text", max_new_tokens=max_new_tokens)
 
     def messages(self, item: Item, clean: Callable[[str], str]) -> list[dict]:
         """The conversation that asks for a verdict on an item.
@@ -118,19 +135,11 @@ class JudgePrompt:
         system = [{"role": "system", "content": self.system}] if self.system else []
         return [*system, {"role": "user", "content": user}]
 
-    def parse(self, text: str) -> Verdict:
-        """The verdict of the last label in `text`."""
-        patterns = []
-        # Longest first, so that A+ is not read as A.
-        for label in sorted(self.labels, key=len, reverse=True):
-            # Labels that start or end in a letter or digit must be separate words: the A of "Answer" is not a label.
-            before, after = (r"(?<!\w)" * label[0].isalnum(), r"(?!\w)" * label[-1].isalnum())
-            patterns.append(before + re.escape(label) + after)
-        matches = list(re.finditer("|".join(patterns), text))
-        if not matches:
-            return unparsed(f"no verdict in {text[-80:]!r}")
-        # The last one: a judge that reasons first may mention other labels on the way.
-        label = matches[-1][0]
+    def parse(self, text: str, finish_reason: str | None = None) -> Verdict:
+        """The verdict of a reply (`preflab.judging.replies.read_label`); one that was cut off has none."""
+        label, problem = read_label(text, self.labels, self.label_only, finish_reason == "length")
+        if label is None:
+            return unparsed(problem)
         first, weight = self.labels[label]
         return Verdict(first, weight=weight, label=label)
 
@@ -160,7 +169,9 @@ class JudgePrompt:
     def identity(self) -> dict:
         """What a cached verdict depends on."""
         # The contents and not the path: an edited file asks again, a moved one does not.
-        return {"prompt_sha256": sha256_of(str(self.system), self.user, str(self.labels), self.verdict)}
+        identity = {"prompt_sha256": sha256_of(str(self.system), self.user, str(self.labels), self.verdict)}
+        # Verdicts that earlier rules read from a text are not reused.
+        return identity if self.verdict == "logprob" else {**identity, "parser": PARSER, "only": self.label_only}
 
 
 def _read_labels(content, source: str) -> dict[str, tuple[float, int]]:

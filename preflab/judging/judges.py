@@ -1,6 +1,7 @@
 """Make the judge of a --judge specification, the controls, and cached judging of many items."""
 
 import random
+from collections import Counter
 from collections.abc import Iterator
 
 from preflab.judging.endpoint import EndpointJudge
@@ -20,7 +21,8 @@ def make_judge(spec: str, prompt: str | JudgePrompt, options: dict, flag: str = 
 
     Args:
         prompt: a judge prompt, or the path of one.
-        options: dtype, batch_tokens, batch_size, attn_implementation, seed, attempts, timeout, concurrency.
+        options: dtype, batch_tokens, batch_size, attn_implementation, seed, attempts, timeout, concurrency, and
+            max_new_tokens in place of the prompt's.
         flag: what precedes `spec` on the command line, for error messages.
 
     Raises:
@@ -30,6 +32,8 @@ def make_judge(spec: str, prompt: str | JudgePrompt, options: dict, flag: str = 
     if kind in ("hf", "vllm", "openai") and isinstance(prompt, str):
         # Only for judges that read one, so that a missing file does not stop the others.
         prompt = JudgePrompt.read(prompt)
+    if kind in ("hf", "vllm", "openai"):
+        prompt = prompt.with_room(options.get("max_new_tokens"))
     if spec == "longer":
         return LongerJudge()
     if spec == "random":
@@ -115,3 +119,13 @@ def judge_all(judge: Judge, items: list[Item], eval_out: str, overwrite: bool = 
     if judged and all(verdict.first is None for verdict in judged):
         raise UserError(f"judge {judge.name} gave no verdict on {len(judged)} questions; the first: {judged[0].error}")
     return verdicts
+
+
+def notes_of(verdicts: list[dict]) -> list[str]:
+    """What was given up to get verdicts, with the number of verdicts, for reports.
+
+    Args:
+        verdicts: verdicts as in artifacts, whose `note` says what was given up.
+    """
+    counts = Counter(verdict["note"] for verdict in verdicts if verdict.get("note"))
+    return [f"{note} ({count} of {len(verdicts)} verdicts)" for note, count in counts.most_common()]

@@ -1,5 +1,6 @@
 """Judges that are causal language models on this machine, with transformers or vLLM."""
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -7,9 +8,10 @@ from accelerate import PartialState
 
 from preflab.data.chat_template import ChatRenderer, TemplateRefused, neutralise
 from preflab.judging.judge_prompt import Item, JudgePrompt, Verdict, unparsed
+from preflab.judging.replies import opening_of_thought
 from preflab.models import vllm_engine
 from preflab.models.batching import pad_right, token_batches
-from preflab.models.generation import generate
+from preflab.models.generation import generate, not_a_number
 from preflab.models.loading import identify, load_model, load_tokenizer, locate
 from preflab.models.logprobs import captured_hidden, head_logits
 from utils.errors import UserError
@@ -78,14 +80,20 @@ class LocalJudge:
         if by_logprob:
             yield from self._by_logprob([(i, text, row) for i, _, text, row in fitting])
         else:
-            yield from self._by_text([(i, messages) for i, messages, _, _ in fitting])
+            yield from self._by_text([(i, messages, text) for i, messages, text, _ in fitting])
 
-    def _by_text(self, questions: list[tuple[int, list[dict]]]) -> Iterator[tuple[int, Verdict]]:
-        """Let the judge write, and parse what it wrote. Questions are (index, messages)."""
+    def _by_text(self, questions: list[tuple[int, list[dict], str]]) -> Iterator[tuple[int, Verdict]]:
+        """Let the judge write, and parse what it wrote. Questions are (index, messages, rendered text)."""
+        for answer in self._replies([messages for _, messages, _ in questions]):
+            i, _, text = questions[answer["index"]]
+            # A thought that the chat template opens belongs to the reply.
+            yield i, self.prompt.parse(opening_of_thought(text) + answer["text"], answer.get("finish_reason"))
+
+    def _replies(self, conversations: list[list[dict]]) -> Iterator[dict]:
         settings = {key: self.options[key] for key in ("batch_tokens", "batch_size")}
-        settings["max_new_tokens"] = self.prompt.max_new_tokens
-        for answer in generate(self.model, self.tokenizer, [messages for _, messages in questions], **settings):
-            yield questions[answer["index"]][0], self.prompt.parse(answer["text"])
+        return generate(
+            self.model, self.tokenizer, conversations, max_new_tokens=self.prompt.max_new_tokens, **settings
+        )
 
     def _label_ids(self, text: str) -> dict[str, int]:
         """The single token of each label right after `text`, a rendered question. Raises UserError if it has more."""
@@ -120,6 +128,8 @@ class LocalJudge:
                 last = hidden[0][torch.arange(len(batch), device=ids.device), mask.sum(1) - 1]
                 # Normalised over the complete vocabulary, so that the labels' mass is known too. Shape (batch, labels).
                 logprobs = head_logits(self.model, last).log_softmax(-1)[:, list(labels.values())].tolist()
+            if any(math.isnan(value) for row in logprobs for value in row):
+                raise UserError(not_a_number(self.name))
             for k, row in zip(batch, logprobs, strict=True):
                 yield questions[k][0], self.prompt.weigh(dict(zip(labels, row, strict=True)))
 
@@ -137,10 +147,8 @@ class VllmJudge(LocalJudge):
     def context_length(self) -> int:
         return self.model.llm_engine.model_config.max_model_len
 
-    def _by_text(self, questions: list[tuple[int, list[dict]]]) -> Iterator[tuple[int, Verdict]]:
-        prompts = [messages for _, messages in questions]
-        for answer in vllm_engine.generate(self.model, None, self.tokenizer, prompts, self.prompt.max_new_tokens):
-            yield questions[answer["index"]][0], self.prompt.parse(answer["text"])
+    def _replies(self, conversations: list[list[dict]]) -> Iterator[dict]:
+        return vllm_engine.generate(self.model, None, self.tokenizer, conversations, self.prompt.max_new_tokens)
 
     def _by_logprob(self, questions: list[tuple[int, str, list[int]]]) -> Iterator[tuple[int, Verdict]]:
         labels = self._label_ids(questions[0][1])

@@ -10,6 +10,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from preflab.data.chat_template import ChatRenderer, neutralise
 from preflab.models.batching import token_batches
 from preflab.models.logprobs import without_adapter_shell
+from utils.errors import UserError
 from utils.provenance import sha256_of
 
 
@@ -34,6 +35,9 @@ def generate(
         temperature: 0 decodes greedily; above 0 samples.
         batch_tokens: maximum of prompt and answer tokens per batch, padding included.
         batch_size: maximum of prompts per batch.
+
+    Raises:
+        UserError: the model's outputs are NaN.
 
     Yields:
         `{"index", "text", "tokens", "finish_reason"}` per prompt, batch by batch (`index` into `prompts`);
@@ -65,7 +69,9 @@ def generate(
             for row, i in enumerate(batch):
                 ids[row, width - len(prompt_ids[i]) :] = torch.tensor(prompt_ids[i])
                 mask[row, width - len(prompt_ids[i]) :] = 1
-            sampling = LogitsProcessorList()
+            # First, so that it sees the model's own scores.
+            checked = NotANumber()
+            sampling = LogitsProcessorList([checked])
             if temperature:
                 seeds = [prompt_seed(seed, prompts[i]) for i in batch]
                 sampling.append(seeded_sampling(seeds, temperature, top_p, model.device))
@@ -73,6 +79,7 @@ def generate(
                 out = model.generate(
                     input_ids=ids, attention_mask=mask, generation_config=settings, logits_processor=sampling
                 )
+            checked.ensure_none(getattr(model.config, "_name_or_path", "") or "the model")
             for i, answer in zip(batch, out[:, width:].tolist(), strict=True):
                 # Rows that end earlier are filled with pad tokens up to the longest answer.
                 stop = next((k for k, token in enumerate(answer) if token in stops), None)
@@ -104,6 +111,31 @@ def only_settings(settings, model):
     finally:
         for m, config in zip(holders, originals, strict=True):
             m.generation_config = config
+
+
+def not_a_number(name: str) -> str:
+    """The message for a model whose outputs are NaN."""
+    return (
+        f"{name}: the model's outputs are not numbers (NaN), so its weights are damaged or overflow in this precision;"
+        " try --dtype float32 or bfloat16, or another checkpoint"
+    )
+
+
+class NotANumber(LogitsProcessor):
+    """Remembers whether any score was NaN, on the device: a check per step would wait for the GPU."""
+
+    def __init__(self):
+        self.seen = None
+
+    def __call__(self, input_ids, scores):
+        seen = scores.isnan().any()
+        self.seen = seen if self.seen is None else self.seen | seen
+        return scores
+
+    def ensure_none(self, name: str) -> None:
+        """Raise UserError if a score was NaN: argmax and sampling would still give tokens."""
+        if self.seen is not None and bool(self.seen):
+            raise UserError(not_a_number(name))
 
 
 def prompt_seed(seed: int, messages: list[dict]) -> int:

@@ -14,6 +14,7 @@ import torch
 import yaml
 from conftest import ROOT
 
+from preflab.alpacaeval.package import clf_prompt
 from preflab.data.chat_template import ChatRenderer, neutralise
 from preflab.data.prompts import Prompt
 from preflab.judging.judge_prompt import Item, JudgePrompt, Verdict, unparsed
@@ -90,17 +91,60 @@ def test_special_tokens_in_answers_become_text(kind, path, request):
 @pytest.mark.parametrize(
     "text, first, weight",
     [
-        ("I think [[A>B]] at first, yet [[B>>A]]", 0, 3),
-        ("[[B>>A]] or rather [[A>B]].", 1, 1),
         ("so: [[A>>B]]", 1, 3),
         ("[[B>A]]", 0, 1),
-        ("[[A>B]] [[A=B]]", 0.5, 1),
-        ("[[A=B]][[A>>B]] and that is that", 1, 3),
+        ("[[B>A]], I repeat: [[B>A]]", 0, 1),
+        ("At first [[A>B]].\n\n## Verdict\n[[B>>A]]", 0, 3),
+        ("[[A>B]] or [[B>A]]?\nMy final verdict is tie: [[A=B]]", 0.5, 1),
+        ("**Verdict:** not [[A>B]], [[A>>B]]", 1, 3),
+        ("Verdict: [[A>B]]\nFinal verdict: [[B>A]]", 0, 1),
+        ("Verdict: [[A>B]], and that verdict is final", 1, 1),
+        # Several labels without a heading before the last: which one is meant is unknown.
+        ("I think [[A>B]] at first, yet [[B>>A]]", None, 1),
+        ("[[A>B]] [[A=B]]", None, 1),
+        ("My own answer: left. [[A>B]]? No: [[B>>A]]", None, 1),
+        # A thought is no verdict, closed or not, whatever marks it.
+        ("<think>[[A>B]]</think>", None, 1),
+        ("<think>First [[A>B]]", None, 1),
+        ("<think>[[A>B]] or [[B>A]]</think>\n[[B>A]]", 0, 1),
+        ("[[A>B]] it seems</think>[[B>A]]", 0, 1),
+        ("<THINKING>\n[[A>B]]\n</THINKING>none", None, 1),
+        ("[THINK][[A>B]][/THINK][[A=B]]", 0.5, 1),
+        ("◁think▷[[A>B]]◁/think▷[[B>>A]]", 0, 3),
+        ("<|channel|>analysis<|message|>[[A>B]]<|end|><|start|>assistant<|channel|>final<|message|>[[B>A]]", 0, 1),
+        ("analysisWe compare [[A>B]] with [[B>A]].assistantfinal[[B>A]]", 0, 1),
+        ("analysisWe compare [[A>B]]", None, 1),
+        ("Analysis: A is clearer. [[A>B]]", 1, 1),
     ],
-)
-def test_last_label_counts(text, first, weight):
-    verdict = JudgePrompt.read(FIVE_STEP).parse(text)
-    assert (verdict.first, verdict.weight, verdict.error) == (first, weight, None)
+)  # fmt: skip
+def test_label_of_a_text(text, first, weight):
+    verdict = JudgePrompt.read(FIVE_STEP).parse(text, "stop")
+    assert (verdict.first, verdict.weight) == (first, weight) and (verdict.error is None) == (first is not None)
+
+
+def test_reply_that_was_cut_off_is_unparsed():
+    verdict = JudgePrompt.read(FIVE_STEP).parse("Verdict: [[A>B]]", "length")
+    assert verdict.first is None and "cut off" in verdict.error
+
+
+@pytest.mark.parametrize("text, first", [
+    ("m", 1), ("M", 0), (" m\n", 1), ("**M**", 0), ('"m".', 1), ("`M`", 0), ("<think>m or M?</think>\n\nM", 0),
+    ("I'm sorry, but I can't judge this.", None), ("m M", None), ("The best is m", None), ("Verdict: M", None),
+    ("<think>m</think>", None), ("", None), ("mm", None), ("model m", None),
+])  # fmt: skip
+def test_only_a_label_counts_where_only_a_label_is_requested(text, first):
+    """ "I'm sorry" is not a vote for m: AlpacaEval's own prompt, whose labels differ in case only."""
+    assert clf_prompt().parse(text).first == first
+    assert clf_prompt().with_room(2048).parse(text, "stop").first == first
+
+
+def test_alpacaeval_text_prompt_has_the_package_labels_and_wording():
+    written, own = JudgePrompt.read(str(ROOT / "configs" / "judges" / "alpacaeval_text.yaml")), clf_prompt()
+    assert written.labels == own.labels and " ".join(written.system.split()) == own.system
+    shared = own.user[: own.user.index("Answer by providing")]
+    assert " ".join(written.user.split()).startswith(" ".join(shared.split()))
+    assert written.parse("m is short, M is right.\n\nVerdict: M", "stop").first == 0
+    assert written.parse("I'm sure. M has 3 m of rope", "stop").first is None
 
 
 @pytest.mark.parametrize("text", ["", "[[C]]", "A>B", "[[A >> B]]", "[[a>b]]", "[A>B]"])
@@ -112,13 +156,15 @@ def test_text_without_label_is_unparsed(text):
 def test_longer_label_wins_over_its_prefix(tmp_path):
     labels = {"A": {"first": 1}, "A+": {"first": 1, "weight": 3}, "B": {"first": 0}}
     prompt = JudgePrompt.read(prompt_file(tmp_path, labels=labels))
-    assert prompt.parse("B, no, A+").weight == 3 and prompt.parse("A").weight == 1
+    assert prompt.parse("A+").weight == 3 and prompt.parse("A").weight == 1
 
 
 @pytest.mark.parametrize(
     "text, first",
     [
         ("Answer B", 0),
+        ("Answer A is better than B", None),
+        ("Answer A is longer than B. Decision: B", 0),
         ("B. Answer", 0),
         ("My verdict is A.", 1),
         ("**A**", 1),
@@ -336,6 +382,47 @@ def test_text_verdicts_match_their_questions(tiny, tmp_path, monkeypatch):
     assert [v.first for v in judged(judge, items)] == [1, None, None, 0]
 
 
+@pytest.mark.parametrize("reply, first", [
+    (("so <think>B</think> A", "stop"), 1), (("<think>A</think>", "stop"), None), (("A", "length"), None),
+    (("It is A, not B", "stop"), None),
+])  # fmt: skip
+@pytest.mark.parametrize("kind", ["hf", "vllm"])
+def test_local_and_vllm_judges_parse_as_endpoints(tiny, tmp_path, monkeypatch, kind, reply, first):
+    def scripted(*args, **_):
+        yield {"index": 0, "text": reply[0], "tokens": 1, "finish_reason": reply[1]}
+
+    monkeypatch.setattr("preflab.judging.local_judges.generate", scripted)
+    monkeypatch.setattr("preflab.models.vllm_engine.generate", scripted)
+    judge = make_judge(f"{kind}:{tiny}", prompt_file(tmp_path, max_new_tokens=4), OPTIONS)
+    monkeypatch.setattr(judge, "load", lambda: setattr(judge, "model", judge.model))
+    monkeypatch.setattr(judge, "context_length", lambda: 2048)
+    (verdict,) = judged(judge, [item_of()])
+    assert verdict.first == first
+
+
+def test_thought_that_the_template_opens(tiny, tmp_path, monkeypatch):
+    """DeepSeek R1's template ends in an opened thought, so that a reply that never closes it is a thought."""
+    replies = iter(["A is better, I think", "A?</think>B"])
+    monkeypatch.setattr(
+        "preflab.judging.local_judges.generate",
+        lambda *_, **__: iter([{"index": 0, "text": next(replies), "tokens": 1, "finish_reason": "stop"}]),
+    )
+    judge = make_judge(f"hf:{tiny}", prompt_file(tmp_path), {**OPTIONS})
+    judge.tokenizer.chat_template += "{% if add_generation_prompt %}<think>\n{% endif %}"
+    judge.chat = ChatRenderer(judge.tokenizer)
+    monkeypatch.setattr(judge, "context_length", lambda: 20000)
+    assert [judged(judge, [item_of()])[0].first for _ in range(2)] == [None, 0]
+
+
+@pytest.mark.parametrize("verdict", ["logprob", "text"])
+def test_judge_whose_outputs_are_nan_stops(tiny, tmp_path, verdict):
+    judge = make_judge(f"hf:{tiny}", prompt_file(tmp_path, verdict=verdict, max_new_tokens=4), OPTIONS)
+    judge.load()
+    judge.model.get_output_embeddings().weight.data[5] = math.nan
+    with pytest.raises(UserError, match="NaN"):
+        judged(judge, [item_of()])
+
+
 def test_local_judge_without_labels_fails(tiny, tmp_path):
     judge = make_judge(f"hf:{tiny}", prompt_file(tmp_path, labels={"[[1]]": {"first": 1}, "[[2]]": {"first": 0}},
                                                  max_new_tokens=3), OPTIONS)  # fmt: skip
@@ -465,9 +552,12 @@ def endpoint(monkeypatch):
                 request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 requests.append({**request, "path": self.path})
                 reply = answer(request["messages"][-1]["content"], len(requests))
+                # A function answers the complete request; (status, message) is an error of the server's.
+                reply = reply(request) if callable(reply) else reply
+                reply, message = reply if isinstance(reply, tuple) else (reply, "try later")
                 status = reply if isinstance(reply, int) else 200
                 body = reply if isinstance(reply, bytes) else json.dumps(
-                    {"error": {"message": "try later"}} if status != 200 else completion(reply)
+                    {"error": {"message": message}} if status != 200 else completion(reply)
                 ).encode()  # fmt: skip
                 self.send_response(status)
                 self.send_header("retry-after-ms", "1")
@@ -513,18 +603,20 @@ def test_endpoint_log_probabilities(endpoint):
         ({"C": -0.1, "A": -5.0}, 1, 1.0),
         ({"A": -1.0, "B": -1.0}, 0.5, 0.5),
         ("B", 0, None),
-        ("The verdict: A", 1, None),
+        ("The verdict: A", None, None),
         ({"B.": -0.1, "x": -4.0}, 0, None),
+        # Spellings of one label are summed: B has 0.4 + 0.1, A has 0.45.
+        ({"A": math.log(0.45), "B": math.log(0.4), " B": math.log(0.1)}, 0, 0.45 / 0.95),
     ],
     ids=str,
 )
 def test_endpoint_missing_labels_and_text_replies(endpoint, reply, first, probability):
     (verdict,) = judged(make_judge(endpoint(lambda *_: reply)[0], PAIRWISE, OPTIONS), [item_of()])
-    assert (verdict.first, verdict.probability) == (first, probability)
+    assert (verdict.first, verdict.probability) == (first, probability and pytest.approx(probability))
 
 
 def test_endpoint_text_verdict_has_weight(endpoint):
-    spec, requests = endpoint(lambda *_: "My own answer: left. [[A>B]]? No: [[B>>A]]")
+    spec, requests = endpoint(lambda *_: "My own answer: left. [[A>B]]?\nVerdict: [[B>>A]]")
     (verdict,) = judged(make_judge(spec, FIVE_STEP, OPTIONS), [item_of()])
     assert (verdict.first, verdict.weight) == (0, 3)
     assert requests[0]["max_tokens"] == 2048 and requests[0]["temperature"] == 0 and not requests[0].get("logprobs")
@@ -625,6 +717,79 @@ def test_second_call_asks_unparsed_questions_only(endpoint, tmp_path):
     second = judge_all(make_judge(spec, PAIRWISE, OPTIONS), items, str(tmp_path))
     assert [v.first for v in second] == [0, 0] and len(requests) == 4
     assert "riddle" in requests[3]["messages"][-1]["content"]
+
+
+REFUSALS = {
+    "max_tokens": "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens'",
+    "logprobs": "You are not allowed to request logprobs from this model",
+    "top_logprobs": "Extra inputs are not permitted: body.top_logprobs",
+    "temperature": "Unsupported value: 'temperature' does not support 0.0 with this model.",
+    "system": "System role not supported",
+}
+
+
+@pytest.mark.parametrize("names, status", [
+    (["max_tokens"], 400), (["logprobs"], 400), (["top_logprobs"], 422), (["temperature"], 400),
+    (["system"], 500), (["max_tokens", "logprobs", "temperature", "system"], 400),
+], ids=str)  # fmt: skip
+def test_refused_parameters_are_left_out_once(endpoint, names, status):
+    """The replies of OpenAI's reasoning models, SGLang, and Gemma's chat template behind a server."""
+
+    def serve(request):
+        present = {**request, **({"system": 1} if request["messages"][0]["role"] == "system" else {})}
+        refused = [name for name in names if name in present]
+        if refused:
+            return status, REFUSALS[refused[0]]
+        return {"A": -0.1, "B": -2.4} if request.get("top_logprobs") else "A"
+
+    spec, requests = endpoint(lambda *_: serve)
+    judge = make_judge(spec, PAIRWISE, {**OPTIONS, "attempts": 0})
+    verdicts = judged(judge, [item_of("q1"), item_of("q2")])
+    assert [v.first for v in verdicts] == [1, 1]
+    for verdict in verdicts:
+        assert all(name in verdict.note for name in names if name != "top_logprobs")
+    last = requests[-1]
+    assert not set(names) & set(last)
+    if "max_tokens" in names:
+        assert last["max_completion_tokens"] >= 1
+    if "system" in names:
+        assert [m["role"] for m in last["messages"]] == ["user"] and "assistants" in last["messages"][0]["content"]
+    # Only the first question met the refusals.
+    assert sum("q2" in r["messages"][-1]["content"] for r in requests) == 1
+    assert sum("q1" in r["messages"][-1]["content"] for r in requests) <= 2 + len(names)
+
+
+def test_error_that_names_a_parameter_for_another_reason(endpoint):
+    """A prompt that is too long: the message names max_tokens, and the next question is sent with it."""
+    message = "This model's maximum context length is 9 tokens; reduce the messages or max_tokens"
+    spec, requests = endpoint(lambda question, _: (400, message) if "long" in question else {"A": -0.1})
+    verdicts = judged(make_judge(spec, PAIRWISE, {**OPTIONS, "attempts": 0}), [item_of("long"), item_of("q")])
+    assert verdicts[0].first is None and "maximum context length" in verdicts[0].error
+    assert verdicts[1].first == 1 and verdicts[1].note is None and requests[-1]["max_tokens"] == 1
+
+
+@pytest.mark.parametrize("first", ["<think>", "", {"<think>": -0.001, "A": -9.0}], ids=str)
+def test_judge_that_thinks_gets_room(endpoint, first):
+    def serve(request):
+        return first if request["max_tokens"] == 1 else "<think>\nA is longer.\n</think>\n\n**B**"
+
+    spec, requests = endpoint(lambda *_: serve)
+    verdicts = judged(make_judge(spec, PAIRWISE, OPTIONS), [item_of("q1"), item_of("q2")])
+    assert [v.first for v in verdicts] == [0, 0] and "text" in verdicts[0].note
+    assert [r["max_tokens"] for r in requests] == [1, 4096, 4096]
+
+
+@pytest.mark.parametrize("text", ["<think>[[A>B]]? or [[B>A]]", "Verdict: [[A>B]]", None])
+def test_reply_that_the_server_cut_off(endpoint, text):
+    reply = raw({"finish_reason": "length", "message": {"role": "assistant", "content": text}})
+    (verdict,) = judged(make_judge(endpoint(lambda *_: reply)[0], FIVE_STEP, OPTIONS), [item_of()])
+    assert verdict.first is None and "cut off" in verdict.error
+
+
+def test_judge_max_new_tokens_lets_a_judge_think(endpoint):
+    spec, requests = endpoint(lambda *_: "<think>A?</think>B")
+    (verdict,) = judged(make_judge(spec, PAIRWISE, {**OPTIONS, "max_new_tokens": 777}), [item_of()])
+    assert verdict.first == 0 and requests[0]["max_tokens"] == 777 and "logprobs" not in requests[0]
 
 
 def closed_port() -> int:
