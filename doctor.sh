@@ -1,15 +1,18 @@
 #!/usr/bin/env bash
-# Check this machine before a long run: every line is ok, or says what to do. Exit code 1 if something must be fixed.
+# Check this machine before a long run: every line is ok, or says what to do. Exit code 1 if something
+# must be fixed.
 #
-#     bash doctor.sh                                      # Python, packages, GPU, memory, disk, hub
-#     bash doctor.sh --config configs/gemma-2b-it-dpo.yaml    # and what this recipe needs: hub access, checkpoints, cache
-#     bash doctor.sh --clean                              # list caches and locks of ended processes, with sizes
-#     bash doctor.sh --clean --yes                        # and delete them
+#     bash doctor.sh                                    # Python, packages, GPU, memory, disk, hub
+#     bash doctor.sh --config configs/gemma-2b-it-dpo.yaml     # and what this recipe needs
+#     bash doctor.sh --clean                            # list caches and locks of ended processes
+#     bash doctor.sh --clean --yes                      # and delete them
 #
-#   --checkpoints FOLDER, --eval_out FOLDER   where runs and results are (default: checkpoints, eval_out)
-#   --offline                                 leave out the hub
+#   --checkpoints FOLDER [checkpoints]   where runs are
+#   --eval_out FOLDER [eval_out]         where results are
+#   --offline                            leave out the hub
 #
-# Nothing is installed and no weights are downloaded. Python is $PYTHON, else the active environment's, else that of .venv.
+# Nothing is installed and no weights are downloaded. Python is $PYTHON, else the activated virtual
+# environment's, else that of .venv.
 set -euo pipefail
 INVOKED_FROM="$PWD"
 export INVOKED_FROM
@@ -17,11 +20,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 # shellcheck source=utils/env.sh
 source utils/env.sh
 
-case " $* " in *" --help "* | *" -h "*)
-    sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p;}' doctor.sh
-    exit 0
-    ;;
-esac
+answer_help_and_version doctor.sh "$@"
 choose_python
 command -v "$python" >/dev/null || fail "no interpreter '$python': install Python 3.11 or later, or set PYTHON="
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||

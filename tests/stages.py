@@ -61,12 +61,13 @@ ARGUMENTS = {
     "human_eval.py": _of(COMPARISON, "human_eval:HumanEvalArguments"),
     "run_lm_eval.sh": _of("preflab.harness.arguments:HarnessArguments"),
 }
+NO_STAGES = {"quickstart.sh", "run_tests.sh", "doctor.sh"}
 SCRIPTS = sorted({stage.split()[0] for stage in STAGES})
 
 
 def assert_covers_all_scripts(table, without: dict[str, str] | None = None) -> None:
     """Each script has an entry in a test's table, or a reason in `without` for having none."""
-    scripts = {p.name for pattern in ("*.py", "*.sh") for p in ROOT.glob(pattern)} - {"quickstart.sh", "run_tests.sh"}
+    scripts = {p.name for pattern in ("*.py", "*.sh") for p in ROOT.glob(pattern)} - NO_STAGES
     assert scripts == set(SCRIPTS), "tests/stages.py: STAGES has every script"
     covered = {stage.split()[0] for stage in table}
     assert covered | set(without or ()) == scripts and not covered & set(without or ())

@@ -25,7 +25,11 @@ PAGES = {
     "run_lm_eval.sh": ("bash run_lm_eval.sh", "--skip-missing"),
     "run_sppo_iteration.sh": ("bash run_sppo_iteration.sh", "--launch YAML"),
 }
-SHELL_PAGES = {"quickstart.sh": ("bash quickstart.sh", "--overwrite"), "run_tests.sh": ("bash run_tests.sh", "--fast")}
+SHELL_PAGES = {
+    "quickstart.sh": ("bash quickstart.sh", "--overwrite"),
+    "run_tests.sh": ("bash run_tests.sh", "--fast"),
+    "doctor.sh": ("bash doctor.sh", "--clean"),
+}
 # Flags that are answered before the keys are read.
 BEFORE_PARSING = {"list", "help_all", "config"}
 

@@ -15,7 +15,9 @@ def bash(command: str, cwd=ROOT, **env) -> subprocess.CompletedProcess:
     return subprocess.run(["bash", "-c", command], cwd=cwd, capture_output=True, text=True, env=env)
 
 
-@pytest.mark.parametrize("script", [*SCRIPTS, "run_sppo_iteration.sh", "run_lm_eval.sh", "utils/env.sh", ".ci/run"])
+@pytest.mark.parametrize(
+    "script", [*SCRIPTS, "run_sppo_iteration.sh", "run_lm_eval.sh", "doctor.sh", "utils/env.sh", ".ci/run"]
+)
 def test_scripts_parse(script):
     assert bash(f"bash -n {script}").returncode == 0
 
