@@ -25,7 +25,7 @@ The keys that matter (flags and YAML keys are the same, the command line wins; [
            --dataset_train_split NAME [train]   --dataset_test_split NAME|none [test]   --drop_ties
            --min_score_margin X   --keep_duplicate_prompts
            --train_test_overlap refuse|drop|keep [refuse]   --prompt_format auto|chat|text [auto]
-           --limit N
+           --columns NAME=COLUMN ...   --on_bad_row refuse|skip [refuse]   --limit N
            several datasets: a `datasets:` list in the YAML, each {path, split, test_split,
            fraction}
   loss     --loss_type NAME ... [sigmoid] (DPO's; also ipo hinge robust sppo_hard apo_zero simpo

@@ -7,6 +7,8 @@
         --training_config configs/gemma-2-9b-it-sppo-iter1.yaml --part 1
     python generate_preference_pairs.py --dataset_name prompts.jsonl --model_name_or_path ID \\
         --scorer rm:MODEL
+    python generate_preference_pairs.py --dataset_name ranked.jsonl --answers given \\
+        --scorer columns                                                # ranked or scored lists
 
 Question: which of the model's own answers does a scorer prefer, by how much, and would another
 scorer agree? This is the data half of an SPPO iteration (run_sppo_iteration.sh runs both halves).
@@ -30,6 +32,7 @@ The keys that matter (flags and YAML keys are the same, the command line wins; [
   scoring   --scorer NAME [pair:llm-blender/PairRM-hf]: rm:MODEL, pair:MODEL, judge:hf:MODEL,
             judge:openai:MODEL@URL, FILE.py:FUNCTION, columns, longer, shorter or random
             --also_score OTHER ...: report their agreement   --shuffle_scores SEED: a control
+            --pairs best_worst|all [best_worst]   --min_score_margin X
   run       --stage all|sample|score|pair [all]   --run_name NAME   --eval_out DIR [eval_out]
             --overwrite   --list (all runs)
 """
@@ -85,6 +88,10 @@ class PairArguments(ModelArguments, DatasetArguments, OutputArguments):
         choices=["float32", "bfloat16", "float16"],
     )
     judge_prompt: str = option("YAML file with the prompt of judge:... scorers.", "configs/judges/pairwise.yaml")
+    pairs: str = option(
+        "best_worst: one pair per prompt; all: every two answers.", "best_worst", choices=["best_worst", "all"]
+    )
+    min_score_margin: float | None = option("Leave out pairs with a smaller difference of scores.")
     shuffle_scores: int | None = option("Control: shuffle the scores among each prompt's answers, with this seed.")
     stage: str = option("all, or one of sample, score and pair.", "all", choices=["all", *STAGES])
     limit: int | None = option("Use only the first prompts; marks the folder's name.")
@@ -193,7 +200,11 @@ def main():
         **{key: sections[key] for key in ("counts", "agreement", "shuffled")},
         data=folder.about("sample").get("data"),
     )
-    print_main(f"pairs for dpo_train_human_preference.py: {folder.path}/train.jsonl and test.jsonl")
+    several = "; train with --keep_duplicate_prompts, or only each prompt's first pair is used"
+    print_main(
+        f"pairs for dpo_train_human_preference.py: {folder.path}/train.jsonl and test.jsonl"
+        + (several if args.pairs == "all" else "")
+    )
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ The keys that matter (flags and YAML keys are the same, the command line wins; [
   data     --dataset_name HUB_ID|FILE|FOLDER   --test_dataset_name OTHER
            --dataset_train_split NAME [train]   --dataset_test_split NAME|none
            --test_rows N [200] (held out of the train split where no test split is named)
-           --limit N
+           --columns NAME=COLUMN ...   --on_bad_row refuse|skip [refuse]   --limit N
            rows: messages; instruction, input, output; prompt and completion; prompt and chosen
            several datasets: a `datasets:` list in the YAML, each {path, split, test_split,
            fraction}

@@ -1,9 +1,7 @@
-"""Prompts, given answers to them, and candidate answers, in the formats that the field uses."""
+"""Prompts, and given answers to them, in the formats that the field uses."""
 
-import json
-import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from preflab.data.files import BadRow
@@ -85,22 +83,27 @@ def load_prompts(sources: list[dict], category_key: str = "category", limit: int
     """
     prompts: dict[str, Prompt] = {}
     left_out, about = Counter(), []
-    for prompt, row in _distinct_prompts(sources, prompts, left_out, about):
+    for prompt, row in distinct_prompts(sources, prompts, left_out, about):
         prompt.category = None if row.get(category_key) is None else str(row[category_key])
         prompts[prompt.key] = prompt
         # The limit counts distinct, usable prompts. Rows behind it are not validated.
         if limit is not None and len(prompts) >= limit:
             break
-    return list(prompts.values()), _summary(prompts, left_out, about, sources)
+    return list(prompts.values()), prompts_summary(prompts, left_out, about, sources)
 
 
-def _distinct_prompts(
-    sources: list[dict], known: dict, left_out: Counter, about: list[dict]
+def distinct_prompts(
+    sources: list[dict],
+    known: dict,
+    left_out: Counter,
+    about: list[dict],
+    add: Callable[[dict, str, object], bool] | None = None,
 ) -> Iterator[tuple[Prompt, dict]]:
     """(prompt, row) of every row whose prompt is not in `known`; counts the others in `left_out`.
 
     Args:
         about: filled with what identifies each source.
+        add: called with a row of a known prompt, its source and the prompt's entry; whether it uses the row.
     """
     data = [read_source(source) for source in sources]
     about += [identity for _, identity in data]
@@ -115,13 +118,14 @@ def _distinct_prompts(
         if prompt is None:
             left_out[messages] += 1
         elif prompt.key in known:
-            left_out["duplicate_prompt"] += 1
+            if add is None or not add(row, source, known[prompt.key]):
+                left_out["duplicate_prompt"] += 1
         else:
             # The caller adds the prompt to `known` before it asks for the next row; otherwise duplicates would pass.
             yield prompt, row
 
 
-def _summary(prompts: dict, left_out: Counter, about: list[dict], sources: list[dict]) -> dict:
+def prompts_summary(prompts: dict, left_out: Counter, about: list[dict], sources: list[dict]) -> dict:
     """Counts and provenance for an artifact. Raises UserError if there is no prompt."""
     if not prompts:
         raise UserError(f"{sources[0]['name']}: no prompt is left; left out: {dict(left_out)}")
@@ -246,82 +250,3 @@ def _answer(row: dict):
     except (TypeError, KeyError, IndexError):
         pass
     return None
-
-
-# Keys for several answers to one prompt and for a number per answer, as princeton-nlp and UCLA-AGI name them.
-CANDIDATE_KEYS = ("all_generated_responses", "responses", "answers", "completions")
-NUMBER_KEYS = {
-    "scores": ("all_rm_scores", "rm_scores", "scores"),
-    "wins": ("win_probabilities", "win_probability"),
-}
-
-
-def load_candidates(sources: list[dict], limit: int | None = None) -> tuple[list[tuple[Prompt, list[str], dict]], dict]:
-    """Read rows that hold several answers to a prompt, optionally with a score or win probability per answer.
-
-    Args:
-        sources: as for `load_prompts`.
-        limit: number of prompts.
-
-    Returns:
-        (candidates, summary): per row (prompt, answers, {"scores" or "wins": numbers} or {}); duplicate prompts are
-        read once.
-
-    Raises:
-        UserError: a row without answers, or whose numbers do not match them; the message names row and key.
-    """
-    candidates: dict[str, tuple] = {}
-    left_out, about = Counter(), []
-    for prompt, row in _distinct_prompts(sources, candidates, left_out, about):
-        answers = _candidate_answers(row, prompt.source)
-        candidates[prompt.key] = (prompt, answers, _candidate_numbers(row, len(answers), prompt.source))
-        if limit is not None and len(candidates) >= limit:
-            break
-    return list(candidates.values()), _summary(candidates, left_out, about, sources)
-
-
-def _candidate_answers(row: dict, source: str) -> list[str]:
-    """The answers of a row: a list under one of CANDIDATE_KEYS, or conversations generate_0, generate_1, ..."""
-    key = next((k for k in CANDIDATE_KEYS if row.get(k) is not None), None)
-    if key is not None:
-        answers = _as_list(row[key])
-    else:
-        # UCLA-AGI's SPPO data: each column is a conversation that ends with one sampled answer.
-        conversations = [row.get(f"generate_{k}") for k in range(100)]
-        last_turns = [list(turns)[-1:] for turns in conversations if isinstance(turns, (list, tuple))]
-        # None marks a conversation without text, which the check below reports.
-        answers = [t[0].get("content") if t and isinstance(t[0], dict) else None for t in last_turns]
-    if not answers or not all(isinstance(answer, str) for answer in answers):
-        raise UserError(
-            f"{source}: no answers; a row holds a list of texts under one of {', '.join(CANDIDATE_KEYS)}, or"
-            " conversations generate_0, generate_1, ..."
-        )
-    return answers
-
-
-def _candidate_numbers(row: dict, count: int, source: str) -> dict:
-    """{"scores" or "wins": one number per answer}, or {} if the row has neither."""
-    # Scores before wins: scores rank the answers, and the win probabilities follow from them.
-    for kind, keys in NUMBER_KEYS.items():
-        key = next((k for k in keys if row.get(k) is not None), None)
-        if key is not None:
-            numbers = _as_list(row[key])
-            if len(numbers) != count or not all(_is_finite(x) for x in numbers):
-                raise UserError(f"{source}: key {key!r} must hold one finite number for each of the {count} answers")
-            return {kind: numbers}
-    return {}
-
-
-def _is_finite(value) -> bool:
-    # NaN cannot be ranked: argmax would return it as the best answer.
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _as_list(value) -> list:
-    """A list, or the JSON text of one; [] for anything else."""
-    try:
-        # Some data sets on the hub store lists as JSON text.
-        value = json.loads(value) if isinstance(value, str) else value
-    except ValueError:
-        return []
-    return list(value) if isinstance(value, (list, tuple)) else []

@@ -129,8 +129,8 @@ SCORED = (
 )  # fmt: skip
 
 GIVEN = (
-    "generate_preference_pairs.py --answers given --scorer columns --dataset_name NAME makes the pairs (best against"
-    " worst, or all with --given_pairs all)"
+    "`python generate_preference_pairs.py --answers given --scorer columns --dataset_name NAME` makes the pairs (best"
+    " against worst; --pairs all: every two answers)"
 )
 
 

@@ -47,6 +47,8 @@ STAGE_OF_ARGUMENT = {
     "judge_prompt": "score",
     "seed": "score",
     "shuffle_scores": "pair",
+    "pairs": "pair",
+    "min_score_margin": "pair",
 }
 
 
@@ -139,7 +141,8 @@ def _ensure_same_pairs(path: Path, before: dict, now: dict, first: int, overwrit
         first: index of the first stage that this call runs. With --overwrite, arguments of that stage and later ones
             may change; those of earlier stages may not, since their files are this call's input.
     """
-    changed = changed_arguments(before, now, ARGUMENTS_NOT_IN_IDENTITY)
+    # Folders of earlier versions do not name how pairs are chosen.
+    changed = changed_arguments(before, now, ARGUMENTS_NOT_IN_IDENTITY, defaults={"pairs": "best_worst"})
     if overwrite:
         # A setting of an earlier stage cannot change here, because that stage's files are kept.
         changed = [key for key in changed if STAGES.index(STAGE_OF_ARGUMENT.get(key, "sample")) < first]

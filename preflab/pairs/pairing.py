@@ -127,6 +127,35 @@ def pair_of(sampled: Sampled, candidates: Candidates, scores: Scores) -> dict | 
     # Equal best and worst means that all scores are equal: no preference, so no pair.
     if scores.scores[best] == scores.scores[worst]:
         return "all_scores_equal"
+    return _row(sampled, candidates, scores, best, worst)
+
+
+def pairs_of(
+    sampled: Sampled, candidates: Candidates, scores: Scores, every: bool = False, min_margin: float = 0.0
+) -> list[dict] | str:
+    """The pairs of a prompt as preference rows, or the reason why there is none.
+
+    Args:
+        every: every two answers whose scores differ, the largest difference first; otherwise best against worst.
+        min_margin: pairs with a smaller difference of scores are left out.
+    """
+    best_worst = pair_of(sampled, candidates, scores)
+    if isinstance(best_worst, str):
+        return best_worst
+    rows = [best_worst]
+    if every:
+        values = scores.scores
+        order = sorted(range(len(values)), key=lambda k: -values[k])
+        twos = [(a, b) for i, a in enumerate(order) for b in order[i + 1 :] if values[a] > values[b]]
+        # Training drops the later pairs of a prompt unless --keep_duplicate_prompts is given.
+        twos.sort(key=lambda two: values[two[1]] - values[two[0]])
+        rows = [_row(sampled, candidates, scores, a, b) for a, b in twos]
+    wide = [row for row in rows if row["score_chosen"] - row["score_rejected"] >= min_margin]
+    return wide or "score_margin_below_threshold"
+
+
+def _row(sampled: Sampled, candidates: Candidates, scores: Scores, best: int, worst: int) -> dict:
+    """The preference row of two answers."""
     # Reversed, so that of equal answers the first sample is described.
     answer_of = {answer["text"].strip(): answer for answer in reversed(sampled.answers)}
 

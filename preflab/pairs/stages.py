@@ -4,13 +4,14 @@ stage before wrote, so they can run in separate calls.
 
 from collections import Counter
 
-from preflab.data.prompts import load_candidates, load_prompts
+from preflab.data.candidates import load_candidates
+from preflab.data.prompts import load_prompts
 from preflab.data.sources import reading
 from preflab.judging.answers import answer_each, answerable, policy_model
 from preflab.models.loading import default_dtype
 from preflab.models.vllm_engine import choose_engine
 from preflab.pairs.folder import PairsFolder
-from preflab.pairs.pairing import Pairs, Sampled, candidates_of, held_out_keys, pair_of, part_of, shuffled
+from preflab.pairs.pairing import Pairs, Sampled, candidates_of, held_out_keys, pairs_of, part_of, shuffled
 from preflab.pairs.scorers import Candidates, Scores, make_scorer
 from utils.artifacts import write_rows
 from utils.errors import UserError
@@ -171,11 +172,11 @@ def make_pairs(args, folder: PairsFolder) -> Pairs:
         if args.shuffle_scores is not None:
             scores = shuffled(candidates, scores, args.shuffle_scores)
         scored[sampled.prompt.key] = (candidates, scores)
-        pair = pair_of(sampled, candidates, scores)
-        if isinstance(pair, str):
-            dropped[pair] += 1
+        rows_of_prompt = pairs_of(sampled, candidates, scores, args.pairs == "all", args.min_score_margin or 0.0)
+        if isinstance(rows_of_prompt, str):
+            dropped[rows_of_prompt] += 1
         else:
-            pairs["test" if sampled.held_out else "train"].append(pair)
+            pairs["test" if sampled.held_out else "train"] += rows_of_prompt
     if not pairs["train"]:
         raise UserError(f"{folder.path}: no train pair from {len(samples)} prompts; left out: {dict(dropped)}")
     # Written after the check, so that a call without a train pair writes neither file.

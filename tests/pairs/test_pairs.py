@@ -14,8 +14,9 @@ from helpers import pair_args
 from safetensors.torch import load_file, save_file
 from scipy.stats import chisquare
 
+from preflab.data.candidates import load_candidates
 from preflab.data.chat_template import ChatRenderer
-from preflab.data.prompts import Prompt, load_candidates
+from preflab.data.prompts import Prompt
 from preflab.judging.judge_prompt import Verdict, unparsed
 from preflab.models.loading import load_tokenizer
 from preflab.pairs.metrics import agreement
@@ -601,6 +602,63 @@ def test_given_answers_with_scores(pairs, tiny, tmp_path):
     assert row["win_chosen"] == pytest.approx(win_probabilities([2.0, 1.0, -1.0], [1, 1, 1])[0])
     code, out, err = pairs(*given, "--run_name", "s", "--shuffle_scores", "1")
     assert code == 0 and "SHUFFLED" in out, err
+
+
+def answers_of(count):
+    """Three answers to each of `count` questions, with rank and score: worst, best, middle."""
+    return [(f"Q{k}", [("bad", 3, 1.0), ("good", 1, 5.0), ("fair", 2, 4.5)]) for k in range(count)]
+
+
+RANKED = {
+    "Nectar": lambda count: [
+        {"prompt": f"\n\nHuman: {q}\n\nAssistant: ", "answers": [{"answer": a, "rank": r} for a, r, _ in answers]}
+        for q, answers in answers_of(count)
+    ],
+    "UltraFeedback": lambda count: [
+        {"instruction": q, "completions": [{"response": a, "overall_score": s} for a, _, s in answers]}
+        for q, answers in answers_of(count)
+    ],
+    "HelpSteer 2": lambda count: [
+        {"prompt": q, "response": a, "helpfulness": s} for q, answers in answers_of(count) for a, _, s in answers
+    ],
+    "KTO": lambda count: [
+        {"prompt": [{"role": "user", "content": q}], "completion": a, "label": r == 1}
+        for q, answers in answers_of(count)
+        for a, r, _ in answers
+    ],
+    "generations and ratings": lambda count: [
+        {"input": q, "generations": [a for a, _, _ in answers], "ratings": [s for _, _, s in answers]}
+        for q, answers in answers_of(count)
+    ],
+}
+
+
+@pytest.mark.parametrize("name", RANKED)
+def test_ranked_and_scored_lists_are_read(name, tmp_path):
+    source = {"name": str(write_jsonl(tmp_path / "x.jsonl", RANKED[name](3))), "split": "train"}
+    candidates, summary = load_candidates([source])
+    assert [prompt.messages for prompt, _, _ in candidates] == [
+        [{"role": "user", "content": f"Q{k}"}] for k in range(3)
+    ]
+    for _, answers, numbers in candidates:
+        ranking = sorted(answers, key=lambda a: -numbers["scores"][answers.index(a)])
+        assert ranking[0] == "good" and len(answers) == 3 and (name == "KTO" or ranking[-1] == "bad")
+    assert not summary["left_out"] and len(load_candidates([source], limit=2)[0]) == 2
+    assert len(load_candidates([source], limit=2)[0][1][1]) == 3
+
+
+def test_all_pairs_above_a_margin_of_a_ranked_list(pairs, tmp_path):
+    data = write_jsonl(tmp_path / "x.jsonl", RANKED["UltraFeedback"](4))
+    given = ("--dataset_name", data, "--answers", "given", "--scorer", "columns", "--test_prompts", "1")
+    code, out, err = pairs(*given, "--eval_out", tmp_path, "--run_name", "a", "--pairs", "all")
+    assert code == 0 and "--keep_duplicate_prompts" in out, err
+    rows = rows_of(tmp_path / "a/train.jsonl")
+    made = [(row["chosen"][0]["content"], row["rejected"][0]["content"]) for row in rows]
+    assert made == [("good", "bad"), ("fair", "bad"), ("good", "fair")] * 3
+    code, out, err = pairs(
+        *given, "--eval_out", tmp_path, "--run_name", "m", "--pairs", "all", "--min_score_margin", "1"
+    )
+    assert code == 0 and len(rows_of(tmp_path / "m/train.jsonl")) == 6, err
 
 
 def test_foreign_folder_is_left_alone(pairs, tiny, prompts, tmp_path):
