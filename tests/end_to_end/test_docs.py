@@ -29,7 +29,7 @@ EXAMPLE = ROOT / "docs" / "example_run"
 
 # Names in commands that stand for a reader's own files.
 PLACEHOLDERS = {"my_pairs.jsonl", "my.txt", "annotations.json", "votes-ann.json", "votes-bob.json", "votes-*.json"}
-PLACEHOLDERS |= {"my_prompts.jsonl", "prompts.jsonl"}
+PLACEHOLDERS |= {"my_prompts.jsonl", "prompts.jsonl", "ranked.jsonl"}
 # Programs whose arguments are not checked.
 OTHER_PROGRAMS = {"git", "cd", "source", "pip", "for", "done"}
 OUTPUT_FLAGS = {"--output-json", "--png", "--json"}
