@@ -321,7 +321,8 @@ def held_out_sources(args: ComparisonArguments, trained: dict) -> tuple[list[dic
     sources = DataArguments(**{k: v for k, v in trained.items() if k in known}).sources()[1]
     if not sources:
         raise UserError(
-            "this run has no held-out pairs: give data that it was not trained on with --dataset_name, --split"
+            f"run {args.run_name or args.adapter_path or args.tuned_model} has no held-out pairs: give data that it was"
+            " not trained on with --dataset_name and --split, or choose another run (--list shows all)"
         )
     # With another split, these are not the rows that the run held out, so its filters do not apply.
     return [{**source, **({"split": args.split} if args.split else {})} for source in sources], not args.split

@@ -11,6 +11,7 @@ import json
 import re
 import runpy
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ from conftest import ROOT, eval_args
 
 import utils.cli
 import utils.stage
+from preflab.evaluation.run_list import list_of_runs
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGES += [ROOT / name / "README.md" for name in ("data", "eval_out", "benchmarks")]
@@ -31,7 +33,7 @@ EXAMPLE = ROOT / "docs" / "example_run"
 PLACEHOLDERS = {"my_pairs.jsonl", "my.txt", "annotations.json", "votes-ann.json", "votes-bob.json", "votes-*.json"}
 PLACEHOLDERS |= {"my_prompts.jsonl", "prompts.jsonl", "ranked.jsonl"}
 # Programs whose arguments are not checked.
-OTHER_PROGRAMS = {"git", "cd", "source", "pip", "for", "done"}
+OTHER_PROGRAMS = {"git", "cd", "source", "pip", "for", "done", "export", "mv", "rm", "rsync", "hf"}
 OUTPUT_FLAGS = {"--output-json", "--png", "--json"}
 
 
@@ -106,7 +108,8 @@ def parse_python(script: str, arguments: list[str], monkeypatch) -> None:
         monkeypatch.setattr(module, "parse", stop_after(parse))
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop_after(argparse.ArgumentParser.parse_args))
     monkeypatch.chdir(ROOT)
-    with pytest.raises(Parsed):
+    # --list is answered before the parser, which takes seconds to import.
+    with pytest.raises(SystemExit if "--list" in arguments else Parsed):
         main = runpy.run_path(str(ROOT / script))["main"]
         main()
 
@@ -331,6 +334,16 @@ def test_perplexity_metrics_follow_from_the_rows():
             assert metrics[f"{name}_ppl_{side}"]["value"] == pytest.approx(np.exp(nll.sum() / tokens))
 
 
+def test_listed_figures_match_the_example_run(tmp_path):
+    """The excerpt of --list in docs/runs.md shows the figures of this run under the name quickstart."""
+    (tmp_path / "out/quickstart").mkdir(parents=True)
+    shutil.copy(EXAMPLE / "train.json", tmp_path / "out/quickstart/train.json")
+    lines = [line for line in list_of_runs(tmp_path / "ck", tmp_path / "out").splitlines() if "train.json" in line]
+    assert len(lines) == 2
+    for line in lines:
+        assert_row("docs/runs.md", line)
+
+
 def test_battle_metrics_follow_from_the_rows():
     metrics, rows = example("battle")["metrics"], example_rows("battle_rows")
     assert metrics["win_rate"]["value"] == pytest.approx(rows["consistent"].astype(float).mean())
@@ -359,7 +372,7 @@ def test_lm_eval_table_matches_the_example_run():
 # A figure that marks the excerpts of a report -> the report as the current code prints it from the example run.
 EXCERPTS = {
     "-122.66 ± 5.45": lambda: dpo_text(example("train")),
-    "71.7 [63.3, 80.0]": lambda: win_rate_text(example("win_rate")),
+    "is 71.7 [63.3, 80.0]": lambda: win_rate_text(example("win_rate")),
     "19.295 ± 1.855": lambda: perplexity_text(example("perplexity")),
     "50.0 [50.0, 50.0]  30.4": lambda: battle_text(example("battle")),
 }
