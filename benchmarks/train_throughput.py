@@ -99,8 +99,9 @@ def one_way(args) -> dict:
 
     from benchmarks.operation_times import time_by_kind
     from preflab.data.preferences import load_pairs, tokenize
+    from preflab.models.checks import largest_and_longest
     from preflab.training.dpo_config import DPORunConfig
-    from preflab.training.dpo_trainer import ResumableDPOTrainer, longest_sequence
+    from preflab.training.dpo_trainer import ResumableDPOTrainer
     from utils.artifacts import RowFile
     from utils.provenance import peak_memory_gib
 
@@ -151,7 +152,8 @@ def one_way(args) -> dict:
     else:
         log = RowFile(Path(folder) / "log.jsonl")
         config = DPORunConfig(**settings, micro_batch_tokens=args.micro_batch_tokens)
-        config.choose_micro_batch_tokens(model, 0 if peft else backbone, lambda: longest_sequence(ids), peft is None)
+        longest = largest_and_longest(ids, ResumableDPOTrainer.SEQUENCES)[1]
+        config.choose_micro_batch_tokens(model, 0 if peft else backbone, lambda: longest, peft is None)
         trainer = ResumableDPOTrainer(model, args=config, row_log=log, **common)
     clock = Clock()
     trainer.add_callback(clock)

@@ -13,6 +13,7 @@ import torch
 from preflab.evaluation.comparison import ensure_models_differ
 from preflab.evaluation.two_models import TwoModels
 from preflab.models.batching import pad_right, token_batches
+from preflab.models.checks import check_ids, check_length, fit_pad_token, has_position_table
 from preflab.models.fast.shared_prompt import pack
 from preflab.models.logprobs import captured_hidden, kl_divergence, token_logps
 from utils.cache import ResultCache
@@ -73,6 +74,7 @@ def score_sequences(models: TwoModels, sequences: list[Sequence], summarise, kin
     missing = [i for i in range(len(sequences)) if str(i) not in cache.finished]
     if missing:
         models.load()
+        _check_readable(models, sequences)
     # Pair neighbours before dropping cached ones, so that a rerun computes in the same pairs.
     units = units_of([s.ids for s in sequences], models.shares_prompts)
     # A unit with one missing member is computed completely, its cached member included.
@@ -112,6 +114,17 @@ def score_sequences(models: TwoModels, sequences: list[Sequence], summarise, kin
         row.pop("sum")
     speed = {"tokens": tokens, "seconds": round(seconds, 2), "rows_kept_before": len(sequences) - len(missing)}
     return rows, {**speed, **results.get("spread", {})}
+
+
+def _check_readable(models: TwoModels, sequences: list[Sequence]) -> None:
+    """Raise UserError, before the first forward, for token ids or lengths that one of the models cannot read."""
+    for side in models.sides:
+        with models.side(side) as model:
+            fit_pad_token(model, models.tokenizer)
+            check_ids(model, models.tokenizer, max(max(s.ids) for s in sequences))
+            # A last token that is only predicted needs no position, except in a table of learned positions.
+            longest = max(len(s.ids) for s in sequences) - (not has_position_table(model))
+            check_length(model, longest, "--max_length {} (for plain text: --window {})")
 
 
 def _batch_spread(models: TwoModels, sequences: list[Sequence], scored: list[int], cache: ResultCache):

@@ -11,15 +11,11 @@ from preflab.judging.judge_prompt import Item, JudgePrompt, Verdict, unparsed
 from preflab.judging.replies import opening_of_thought
 from preflab.models import vllm_engine
 from preflab.models.batching import pad_right, token_batches
+from preflab.models.checks import UNLIMITED, context_length
 from preflab.models.generation import generate, not_a_number
 from preflab.models.loading import identify, load_model, load_tokenizer, locate
 from preflab.models.logprobs import captured_hidden, head_logits
 from utils.errors import UserError
-
-
-def context_length(model) -> int:
-    """Maximum input length of a transformers model in tokens, from its config; unlimited if it has none."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9
 
 
 class LocalJudge:
@@ -51,7 +47,7 @@ class LocalJudge:
 
     def context_length(self) -> int:
         """Maximum input length in tokens."""
-        return context_length(self.model)
+        return context_length(self.model) or UNLIMITED
 
     def judge(self, items: list[Item]) -> Iterator[tuple[int, Verdict]]:
         self.load()

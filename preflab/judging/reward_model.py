@@ -10,8 +10,8 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 from preflab.data.chat_template import ChatRenderer, TemplateRefused, neutralise
 from preflab.data.prompts import Prompt
 from preflab.judging.judge_prompt import Item, Verdict, unparsed
-from preflab.judging.local_judges import context_length
 from preflab.models.batching import pad_right, token_batches
+from preflab.models.checks import UNLIMITED, context_length
 from preflab.models.loading import LOAD_ERRORS, identify, load_error, load_tokenizer, locate
 from utils.errors import UserError
 
@@ -69,7 +69,7 @@ class RewardModel:
         The reward is read at the last real token of the rendered conversation.
         """
         self.load()
-        limit = context_length(self.model)
+        limit = context_length(self.model) or UNLIMITED
         rows = {}
         for i, (prompt, answer) in enumerate(answers):
             # Spelled-out special tokens stay text, as in generation.

@@ -9,6 +9,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from preflab.data.chat_template import ChatRenderer, neutralise
 from preflab.models.batching import token_batches
+from preflab.models.checks import answer_room, check_ids, fit_pad_token
 from preflab.models.logprobs import without_adapter_shell
 from utils.errors import UserError
 from utils.provenance import sha256_of
@@ -41,16 +42,22 @@ def generate(
 
     Yields:
         `{"index", "text", "tokens", "finish_reason"}` per prompt, batch by batch (`index` into `prompts`);
-        `finish_reason` is "stop" after an end-of-turn token, "length" if truncated at `max_new_tokens`.
+        `finish_reason` is "stop" after an end-of-turn token, "length" if truncated at `max_new_tokens` or at the
+        model's longest context.
+
+    Raises:
+        UserError: a prompt fills the model's longest context, or has a token id without an embedding.
     """
     chat = ChatRenderer(tokenizer)
     prompt_ids = chat.ids([chat.prompt_text(as_plain_text(messages, tokenizer)) for messages in prompts])
+    fit_pad_token(model, tokenizer)
+    check_ids(model, tokenizer, max((max(ids) for ids in prompt_ids), default=0))
+    room = answer_room(model, prompt_ids, max_new_tokens)
     # Some instruct models name only the end of the text in their generation config, not the template's end of turn.
     stops = {tokenizer.eos_token_id, *chat.end_ids()}
     eos = model.generation_config.eos_token_id
     stops |= set(eos if isinstance(eos, list) else [eos]) - {None}
     settings = GenerationConfig(
-        max_new_tokens=max_new_tokens,
         eos_token_id=sorted(stops),
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
@@ -60,7 +67,8 @@ def generate(
     was_training = model.training
     model.eval()
     try:
-        for batch in token_batches([len(ids) + max_new_tokens for ids in prompt_ids], batch_tokens, batch_size):
+        for batch in batches_with_room(prompt_ids, room, max_new_tokens, batch_tokens, batch_size):
+            settings.max_new_tokens = room[batch[0]]
             # Left padding, so that all answers start in the same column: shape (rows, longest prompt).
             # Batches are sorted by length, so the first prompt is the longest.
             width = len(prompt_ids[batch[0]])
@@ -93,6 +101,16 @@ def generate(
                 }
     finally:
         model.train(was_training)
+
+
+def batches_with_room(
+    prompt_ids: list[list[int]], room: list[int], max_new_tokens: int, batch_tokens: int, batch_size: int | None
+) -> list[list[int]]:
+    """`token_batches` of the prompts with room for complete answers; each of the others is batched alone."""
+    # With a shared batch, a short answer limit of one prompt would cut the others' answers.
+    full = [i for i, tokens in enumerate(room) if tokens == max_new_tokens]
+    batches = token_batches([len(prompt_ids[i]) + max_new_tokens for i in full], batch_tokens, batch_size)
+    return [[i] for i, tokens in enumerate(room) if tokens < max_new_tokens] + [[full[k] for k in b] for b in batches]
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig
 
+from preflab.models.checks import fit_vocabulary
 from utils.cache import user_cache
 from utils.errors import UserError, explain
 from utils.hub import fetch
@@ -315,6 +316,7 @@ def load_adapter(model, adapter: str, is_trainable: bool = False):
         raise UserError(f"adapter {adapter}: has no adapter_config.json; give the folder that training wrote")
     # For the error messages: most misfits are an adapter on the wrong base.
     trained_on = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
+    fit_vocabulary(model, adapter)
     try:
         with warnings.catch_warnings(record=True) as caught:
             # utils.distributed silences peft's warnings, and Python shows a repeated warning once only.

@@ -12,6 +12,7 @@ from datasets import load_from_disk
 from trl import DPOTrainer
 
 from preflab.data.row_fields import WIN_KEYS
+from preflab.models.checks import largest_and_longest
 from preflab.models.fast import fused_head, shared_prompt
 from preflab.models.logprobs import pair_batches, sum_logps
 from preflab.training import losses
@@ -35,6 +36,9 @@ STEP0_TOLERANCE = {"float32": 1e-3, "16-bit": 0.5}
 class ResumableDPOTrainer(ResumableMixin, DPOTrainer):
     """DPOTrainer on rows tokenised by `data.preferences`, with complete checkpoints, exact resume, per-pair scores."""
 
+    # Columns of the token ids of a row's sequences.
+    SEQUENCES = (("prompt_ids", "chosen_ids"), ("prompt_ids", "rejected_ids"))
+
     def __init__(self, *args, row_log: RowFile, **kwargs):
         # Before TRL's __init__, which already runs forwards under --precompute_ref_log_probs.
         fused_head.install()
@@ -57,16 +61,11 @@ class ResumableDPOTrainer(ResumableMixin, DPOTrainer):
             self.data_collator = shared_prompt.PackingCollator(self.data_collator)
         self.set_up(row_log, self._displacement)
 
-    @staticmethod
-    def longest_in(dataset) -> int:
-        """Tokens of the longest sequence of a tokenised split."""
-        return longest_sequence(dataset)
-
     @cached_property
     def longest(self) -> int:
         """Tokens of the longest training sequence."""
         # Cached, because it reads every row and each optimizer step needs it where max_length is not set.
-        return longest_sequence(self.train_dataset)
+        return largest_and_longest(self.train_dataset, self.SEQUENCES)[1]
 
     def _displacement(self, row: dict) -> str | None:
         """A warning where the means of an evaluation show likelihood displacement.
@@ -354,12 +353,6 @@ class ResumableDPOTrainer(ResumableMixin, DPOTrainer):
         finally:
             for hook in hooks:
                 hook.remove()
-
-
-def longest_sequence(dataset) -> int:
-    """Tokens of the longest prompt with its longer answer."""
-    columns = (dataset[f"{part}_ids"] for part in ("prompt", "chosen", "rejected"))
-    return max(len(p) + max(len(c), len(r)) for p, c, r in zip(*columns, strict=True))
 
 
 def cached_reference(batch: dict) -> list:

@@ -3,12 +3,12 @@
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 from trl import ModelConfig, get_peft_config
 
 from preflab.models.card import model_card
+from preflab.models.checks import check_ids, check_length, fit_pad_token, largest_and_longest
 from preflab.models.loading import describe, load_adapter, load_for_training, load_tokenizer, locate, quantised_as
 from preflab.models.start_adapter import StartAdapter, merge_start_adapter, resolve_start_adapter
 from preflab.training.lora_targets import check_targets
@@ -161,14 +161,15 @@ class TrainingRun:
                 check_targets(policy, model_args)
             # The adapter does not exist yet; its parameters are few beside the base's and not counted here.
             trained = 0 if model_args.use_peft else sum(p.numel() for p in policy.parameters())
-            # Reads every row, so it is computed only if an estimate needs it, and once.
-            longest = cache(lambda: trainer_type.longest_in(splits.train_ids))
+            # Tokens of the longest training sequence.
+            longest = largest_and_longest(splits.train_ids, trainer_type.SEQUENCES)[1]
             # Decided before the trainer is made, since its constructor reads gradient_checkpointing.
-            note = config.fit_memory(policy, trained, longest, keeps_reference)
+            note = config.fit_memory(policy, trained, lambda: longest, keeps_reference)
             self.notes += [note] if note else []
             if self.continues_adapter:
                 # The loaded adapter becomes the policy; TRL freezes a copy of it as the reference.
                 policy = load_adapter(policy, start.adapter, is_trainable=True)
+            self._check_model_reads(policy, splits, trainer_type.SEQUENCES)
             return trainer_type(
                 model=policy,
                 # SFTTrainer has no argument ref_model, so the key is passed only with a reference.
@@ -183,6 +184,17 @@ class TrainingRun:
             )
         except (ValueError, NotImplementedError) as error:
             raise UserError(f"{model_args.model_name_or_path}: {str(error).splitlines()[0]}") from error
+
+    def _check_model_reads(self, policy, splits: Splits, sequences: tuple[tuple[str, ...], ...]) -> None:
+        """Raise UserError, before the first forward, for token ids or lengths that the model cannot read."""
+        fit_pad_token(policy, self.tokenizer)
+        for name, ids in (("train", splits.train_ids), ("test", splits.test_ids)):
+            if ids is not None:
+                largest, longest = largest_and_longest(ids, sequences)
+                check_ids(policy, self.tokenizer, largest)
+                check_length(policy, longest, "--max_length {}", f"the longest sequence of the {name} split")
+        if getattr(self.config, "packing", False):
+            check_length(policy, self.config.max_length, "--max_length {}", "a packed row")
 
     def preflight(self, trainer, splits: Splits, describe_rows) -> dict:
         """Check everything that can be known before the first step; write preflight.json and print it.

@@ -15,6 +15,9 @@ from utils.cache import ResultCache, cache_key
 class ResumableSFTTrainer(ResumableMixin, SFTTrainer):
     """SFTTrainer on rows that preflab.data.conversations tokenised (input_ids, labels)."""
 
+    # Columns of the token ids of a row's sequence.
+    SEQUENCES = (("input_ids",),)
+
     def __init__(self, *args, row_log: RowFile, **kwargs):
         fused_head.install()
         # The tokenizer already has its template; TRL would read the file again, or take its path for a model id.
@@ -23,11 +26,6 @@ class ResumableSFTTrainer(ResumableMixin, SFTTrainer):
         super().__init__(*args, **kwargs)
         config.chat_template_path = template
         self.set_up(row_log)
-
-    @staticmethod
-    def longest_in(dataset) -> int:
-        """Tokens of the longest row of a tokenised split."""
-        return max(map(len, dataset["input_ids"]))
 
     @torch.no_grad()
     def score(self, dataset, indices=None) -> list[float]:
