@@ -158,9 +158,8 @@ def save_tiny(folder: Path, tokenizer, kind: str = "Llama", **extra) -> Path:
 
     torch.manual_seed(0)
     size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = getattr(transformers, f"{kind}Config")(
-        vocab_size=len(tokenizer), num_key_value_heads=2, head_dim=8, max_position_embeddings=2048, **{**size, **extra}
-    )
+    size |= {"num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 2048}
+    config = getattr(transformers, f"{kind}Config")(vocab_size=len(tokenizer), **{**size, **extra})
     for key in ("bos", "eos", "pad"):
         setattr(config, f"{key}_token_id", getattr(tokenizer, f"{key}_token_id"))
     getattr(transformers, f"{kind}ForCausalLM")(config).save_pretrained(folder)

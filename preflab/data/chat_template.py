@@ -7,6 +7,7 @@ from functools import cached_property
 import jinja2
 
 from preflab.data.messages import OPTIONS, THOUGHT_KEYS, WEIGHT
+from preflab.data.template_date import template_date, with_fixed_date
 from utils.errors import UserError
 
 
@@ -24,7 +25,8 @@ class ChatRenderer:
 
     Attributes:
         tokenizer: a transformers tokenizer with a chat template.
-        template: a template that replaces the tokenizer's own, or None.
+        template: a template that replaces the tokenizer's own, or None. A template that prints today's date is
+            replaced by one with a fixed date (preflab.data.template_date).
         folds_system: whether the template has no system role.
     """
 
@@ -38,6 +40,9 @@ class ChatRenderer:
                 f"{self.tokenizer.name_or_path} has no chat template, which conversations need: use an instruct model"
                 " or pass --chat_template_path FILE"
             )
+        used = self.template if self.template is not None else self.tokenizer.chat_template
+        if template_date(used):
+            self.template = with_fixed_date(used)
         # Templates without a system role either raise or silently drop the text.
         probe = [{"role": "system", "content": "SYSTEM-PROBE"}, {"role": "user", "content": "x"}]
         try:

@@ -14,7 +14,7 @@ ULTRAFEEDBACK = "HuggingFaceH4/ultrafeedback_binarized"
 # Topics of `--help_all`: {topic: regular expression of names}; what none names is the script's own.
 TOPICS = {
     "models": "(base|tuned)_(model|revision|adapter)|model_.*|adapter_path|allow_other_base|checkpoints|dtype"
-    "|load_in_4bit|attn_implementation|chat_template_path|trust_remote_code",
+    "|load_in_4bit|attn_implementation|chat_template_path|template_date|trust_remote_code",
     "data": "dataset_.*|split|prompt_format|max_(prompt_)?length|limit",
     "answers": "max_new_tokens|temperature|top_p|engine|sampling_seeds",
     "judge": "judge.*",
@@ -29,6 +29,9 @@ class ModelArguments:
 
     attn_implementation: str | None = option("sdpa, eager or flash_attention_2.")
     chat_template_path: str | None = option("Jinja file that replaces the chat template.")
+    template_date: str | None = option(
+        "Date that a chat template prints, as YYYY-MM-DD (default: the run's, else today's)."
+    )
     trust_remote_code: bool = option("Run model code from the hub.", False)
     batch_size: int | None = option("Maximum sequences per batch (default: limited by --batch_tokens only).")
     batch_tokens: int | None = option("Padded tokens per batch (default: 16384 on a GPU, 2048 on a CPU).")

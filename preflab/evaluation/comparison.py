@@ -12,6 +12,7 @@ from pathlib import Path
 
 from preflab.data.preferences import DataArguments
 from preflab.data.sources import SourceArguments, reading
+from preflab.data.template_date import choose_template_date
 from preflab.evaluation.arguments import ULTRAFEEDBACK, ComparisonArguments
 from preflab.evaluation.runs import WEIGHTS, checkpoints, is_complete, latest_run
 from preflab.models.loading import default_batch_tokens, hub_name, locate_adapter
@@ -245,6 +246,7 @@ def _run_arguments(folder: Path) -> dict:
                 # Runs that did not record it are older than the wrapping of text prompts: their `auto` left them text.
                 before = "text" if arguments["prompt_format"] == "auto" else arguments["prompt_format"]
                 arguments["prompt_format"] = manifest.get("prompt_format", before)
+            arguments["template_date"] = manifest.get("template_date")
             # Only SFT has loss_on.
             ignored = SourceArguments.__dataclass_fields__ if "loss_on" in arguments else ()
             return {key: value for key, value in arguments.items() if key not in ignored}
@@ -366,6 +368,8 @@ def _set_defaults(args: ComparisonArguments, trained: dict) -> None:
         args.split = args.split or ("test_prefs" if args.dataset_name == ULTRAFEEDBACK else "test")
     args.prompt_format = args.prompt_format or trained.get("prompt_format") or "auto"
     args.chat_template_path = args.chat_template_path or trained.get("chat_template_path")
+    # The argument stays as given: the artifact's section `model` has the date, where a template prints one.
+    choose_template_date(args.template_date or trained.get("template_date"))
     args.attn_implementation = args.attn_implementation or trained.get("attn_implementation")
     # The run's prompt length belongs to the run's total length; with another total, half of that.
     if args.max_length in (None, trained.get("max_length")):

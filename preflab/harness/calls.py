@@ -11,12 +11,14 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
+from copy import copy
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 
+from preflab.data.template_date import template_date, with_fixed_date
 from preflab.evaluation.comparison import Comparison, resolve
 from preflab.evaluation.two_models import TwoModels
 from preflab.harness.suites import Suite
@@ -85,9 +87,12 @@ def arguments_of_models(models: TwoModels, suite: Suite, folder: Path) -> dict[s
     arguments = {side: model_arguments(models, side, args.backend, args.max_length, gpus) for side in models.sides}
     # The base model's own template: only another one must be passed to lm_eval.
     own = load_tokenizer(comparison.base, args.base_revision, trust_remote_code=args.trust_remote_code)
-    if suite.apply_chat_template and models.tokenizer.chat_template != own.chat_template:
-        # The harness reads a chat template only from a tokenizer's folder.
-        models.tokenizer.save_pretrained(folder / "tokenizer")
+    template = models.tokenizer.chat_template
+    if suite.apply_chat_template and (template != own.chat_template or template_date(template)):
+        # The harness reads a chat template only from a tokenizer's folder, and would print the day of each call.
+        tokenizer = copy(models.tokenizer)
+        tokenizer.chat_template = with_fixed_date(template) if template else template
+        tokenizer.save_pretrained(folder / "tokenizer")
         place = str((folder / "tokenizer").resolve())
         arguments = {side: {**values, "tokenizer": place} for side, values in arguments.items()}
     return arguments

@@ -18,6 +18,7 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig
 
+from preflab.data.template_date import template_date
 from preflab.models.checks import fit_vocabulary
 from utils.cache import user_cache
 from utils.errors import UserError, explain
@@ -334,9 +335,19 @@ def load_adapter(model, adapter: str, is_trainable: bool = False):
 
 
 def identify(name: str, tokenizer, revision: str | None = None) -> dict:
-    """The identity of a model's files: name, hub revision or weight hash, and hash of the chat template."""
+    """The identity of a model's files: name, hub revision or weight hash, and hash of the chat template.
+
+    With the date that the template prints, if it prints one.
+    """
     template = sha256_of(tokenizer.chat_template) if tokenizer.chat_template else None
-    return {"name": name, **_version(name, revision), "chat_template_sha256": template}
+    day = template_date(tokenizer.chat_template)
+    return {
+        "name": name,
+        **_version(name, revision),
+        "chat_template_sha256": template,
+        # Absent without a date, so that existing caches keep their identity.
+        **({"template_date": day} if day else {}),
+    }
 
 
 @cache

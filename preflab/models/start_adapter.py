@@ -88,7 +88,8 @@ def resolve_start_adapter(args, model_args) -> StartAdapter | None:
         # Loaded for the hash of its chat template, which `identify` includes.
         tokenizer = load_tokenizer(*start.tokenizer)
         # The name depends on all that the merged weights depend on, so runs with the same start share the folder.
-        parts = (str(identify(base, tokenizer, revision)), adapter_sha256(start.adapter), str(model_args.dtype))
+        model = {k: v for k, v in identify(base, tokenizer, revision).items() if k != "template_date"}
+        parts = (str(model), adapter_sha256(start.adapter), str(model_args.dtype))
         name = f"{Path(args.start_adapter).name}-merged-{sha256_of(*parts)[:8]}"
         start.merged = str(Path(args.output_dir) / name)
         # "main" is ModelConfig's default and stands for no revision.

@@ -6,8 +6,10 @@ Torch is imported inside functions: the script reads STAGES before it answers --
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 
+from preflab.data.template_date import choose_template_date
 from utils.artifacts import (
     RowFile,
     changed_arguments,
@@ -54,7 +56,7 @@ STAGE_OF_ARGUMENT = {
 
 @dataclass
 class PairsFolder:
-    """`<eval_out>/<run_name>/` with its manifest, `{args, stages: {stage: counts, seconds, run}}`."""
+    """`<eval_out>/<run_name>/` with its manifest, `{args, template_date, stages: {stage: counts, ...}}`."""
 
     path: Path
     manifest: dict
@@ -103,6 +105,7 @@ def open_folder(args, arguments: dict) -> PairsFolder:
 
     path = on_main_process(lambda: _prepare(args, arguments))
     folder = PairsFolder(path, read_json(path / "manifest.json"))
+    choose_template_date(folder.manifest["template_date"])
     # No process may record a stage before all have read the manifest.
     PartialState().wait_for_everyone()
     return folder
@@ -130,7 +133,9 @@ def _prepare(args, arguments: dict) -> Path:
             for name in FILES_OF_STAGE[stage]:
                 (path / name).unlink(missing_ok=True)
     # Written before the first answer, so that an interrupted call can be recognised.
-    write_json(manifest, {"args": arguments, "stages": before["stages"]})
+    # Answers of one call may be sampled over several days, from the same prompts.
+    day = args.template_date or before.get("template_date") or date.today().isoformat()
+    write_json(manifest, {"args": arguments, "stages": before["stages"], "template_date": day})
     return path
 
 

@@ -4,7 +4,8 @@
 TOPICS = {
     "run": "run_name|output_dir|eval_out|resume.*|overwrite|preflight_only|seed|data_seed|limit|published"
     "|sample_prompts|full_determinism",
-    "model": "model_.*|base_hub_id|dtype|attn_implementation|trust_remote_code|chat_template_path|pad_token|eos_token"
+    "model": "model_.*|base_hub_id|dtype|attn_implementation|trust_remote_code|chat_template_path|template_date"
+    "|pad_token|eos_token"
     "|use_cache|router_aux_loss_coef|disable_dropout",
     "LoRA and quantisation": "use_peft|lora_.*|start_adapter.*|use_(rslora|dora)|load_in_.bit|(use_)?bnb_.*",
     "data": "dataset.*|test_.*|train_test_overlap|drop_ties|min_score_margin|keep_duplicate_prompts|prompt_format"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from trl import ModelConfig, get_peft_config
 
+from preflab.data.template_date import choose_template_date, template_date
 from preflab.models.card import model_card
 from preflab.models.checks import check_ids, check_length, fit_pad_token, largest_and_longest
 from preflab.models.loading import describe, load_adapter, load_for_training, load_tokenizer, locate, quantised_as
@@ -136,8 +137,12 @@ class TrainingRun:
             all_arguments([self.data_args, self.config])["chat_template_path"],
             trust_remote_code=self.config.trust_remote_code,
         )
+        # Fixed before the first row is rendered, and stored, so that resume and evaluations render the same prompts.
+        choose_template_date(on_main_process(lambda: self.folders.template_date(self.config.template_date)))
         splits = load(self.data_args, self.config, self.tokenizer)
-        self.folders.record_data_hash(splits.sha256, **splits.facts)
+        day = template_date(self.tokenizer.chat_template)
+        self.folders.record_data_hash(splits.sha256, **splits.facts, **({"template_date": day} if day else {}))
+        self.notes += [f"the chat template prints a date: {day} in this run and in its evaluations"] if day else []
         return splits
 
     def build_trainer(self, trainer_type: type, splits: Splits):

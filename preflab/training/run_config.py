@@ -56,6 +56,10 @@ class RunConfig:
         default=None,
         metadata={"help": "Recompute activations instead of storing them (default: only if memory requires it)."},
     )
+    template_date: str | None = field(
+        default=None,
+        metadata={"help": "Date that a chat template prints, as YYYY-MM-DD (default: the day the run began)."},
+    )
     sample_prompts: int = field(default=4, metadata={"help": "Test prompts answered by base and tuned at the end."})
     published: str | None = field(
         default=None, metadata={"help": "YAML of published results, shown in the model card beside the run's own."}

@@ -4,6 +4,7 @@ import dataclasses
 import shutil
 import sys
 import time
+from datetime import date
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -27,7 +28,7 @@ ARGUMENTS_NOT_IN_IDENTITY = {
     "save_strategy", "save_steps", "eval_strategy", "eval_steps", "logging_strategy", "logging_steps",
 }  # fmt: skip
 # Keys that earlier versions did not record, with the value that their runs used.
-DEFAULTS_OF_OLD_RUNS = {"on_bad_row": "refuse", "gamma_beta_ratio": 0.5}
+DEFAULTS_OF_OLD_RUNS = {"on_bad_row": "refuse", "gamma_beta_ratio": 0.5, "template_date": None}
 # A results folder has at least one of these.
 RESULTS = ("train.json", "train_log.jsonl", "preflight.json")
 
@@ -60,6 +61,11 @@ class RunFolders:
         if manifest.setdefault("data_sha256", data_sha256) != data_sha256:
             raise UserError(f"{self.weights}: the data changed since this run began; choose another --run_name")
         write_json(self.weights / "run.json", {**manifest, **facts})
+
+    def template_date(self, requested: str | None) -> str:
+        """The date that chat templates print in this run: the recorded one, else `requested`, else today's."""
+        recorded = read_json(self.weights / "run.json").get("template_date")
+        return recorded or requested or date.today().isoformat()
 
     def ensure_data_unchanged(self, data: dict) -> None:
         """Raise UserError if local files that this finished run read have changed since.
