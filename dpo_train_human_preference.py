@@ -77,7 +77,7 @@ def main():
     if training.config.preflight_only:
         return print_main(f"\npreflight only: see {training.folders.results}/preflight.json")
     # After the preflight, whose step-0 rewards are thus computed with the reference itself.
-    reference = reference_cache.prepare(training, trainer)
+    reference = reference_cache.prepare(training, trainer, flight["plan"])
     training.train(trainer, flight)
     rows, metrics = evaluate_pairs(trainer, splits, training.config)
     write_pair_samples(training, trainer, splits)

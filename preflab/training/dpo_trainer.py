@@ -24,6 +24,8 @@ from utils.errors import UserError, is_main_process
 
 # Columns of SPPO's win probabilities: of the chosen and of the rejected answer.
 WINS = tuple(WIN_KEYS)
+# TRL's columns of a precomputed reference.
+REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
 # Losses whose value depends on which pairs share a micro-batch (sorted or running statistics, means over tokens);
 # their micro-batches are never rebatched.
 BATCH_DEPENDENT_LOSSES = {"aot", "aot_unpaired", "bco_pair", "sft"}
@@ -38,6 +40,9 @@ class ResumableDPOTrainer(ResumableMixin, DPOTrainer):
 
     # Columns of the token ids of a row's sequences.
     SEQUENCES = (("prompt_ids", "chosen_ids"), ("prompt_ids", "rejected_ids"))
+
+    # The cached reference (preflab.training.reference_cache); None where it is computed in every step.
+    reference = None
 
     def __init__(self, *args, row_log: RowFile, **kwargs):
         # Before TRL's __init__, which already runs forwards under --precompute_ref_log_probs.
@@ -97,6 +102,11 @@ class ResumableDPOTrainer(ResumableMixin, DPOTrainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The micro-batches of one optimizer step: the configured ones, or the same pairs rebatched by tokens."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        for batch in batches:
+            cached = cached_reference(batch)
+            if cached and torch.cat(cached).isnan().any():
+                # A pair that the plan of training did not foresee: its reference is computed now.
+                batch.update(zip(REFERENCE, self.reference_of_batch(batch), strict=True))
         if not self.rebatches:
             return batches, items
         # At the end of an epoch the last micro-batch may be short. Stock TRL then weights its pairs more, and these
@@ -105,6 +115,19 @@ class ResumableDPOTrainer(ResumableMixin, DPOTrainer):
             return batches, items
         budget = self.args.token_budget(self.args.max_length or self.longest)
         return shared_prompt.rebatch(batches, budget, self.data_collator, self.accelerator), items
+
+    def evaluate(self, *args, **kwargs):
+        """TRL's evaluation; the reference of the test pairs is computed before the first one."""
+        self.complete_reference()
+        return super().evaluate(*args, **kwargs)
+
+    def complete_reference(self) -> None:
+        """Give the test pairs their reference log-probabilities, where those of the train pairs are cached."""
+        if self.reference is not None and self.eval_dataset is not None:
+            seconds = self.reference.add_missing("eval_dataset")
+            if self.started is not None and self.ended is None:
+                # Not part of the time of training, whose evaluation needs it.
+                self.started += seconds
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """transformers' training step; 0 for the empty batches that rebatching leaves."""
@@ -325,15 +348,20 @@ class ResumableDPOTrainer(ResumableMixin, DPOTrainer):
     @torch.no_grad()
     def reference_logps(self, dataset, rows: list[int]) -> list[tuple[float, float]]:
         """(chosen, rejected) summed reference log-probabilities of `rows`, in nats, by TRL's own reference forward."""
+        batch = self._prepare_inputs(self.data_collator([dataset[i] for i in rows]))
+        return list(zip(*(side.tolist() for side in self.reference_of_batch(batch)), strict=True))
+
+    @torch.no_grad()
+    def reference_of_batch(self, batch: dict) -> list:
+        """[chosen, rejected] summed reference log-probabilities of a collated batch, float32, shape (pairs,) each."""
         # Without a reference model TRL's forward switches the policy's adapter off (or to its frozen copy).
         model = self.model if self.ref_model is None else self.ref_model
         was_training = model.training
         # Without dropout, the forward draws no random number.
         model.eval()
-        batch = self._prepare_inputs(self.data_collator([dataset[i] for i in rows]))
-        sides = [side.float().tolist() for side in self.compute_ref_log_probs(model, batch)]
+        sides = [side.float() for side in self.compute_ref_log_probs(model, batch)]
         model.train(was_training)
-        return list(zip(*sides, strict=True))
+        return sides
 
     @contextmanager
     def _captured_logps(self):
@@ -360,7 +388,7 @@ def cached_reference(batch: dict) -> list:
 
     The keys are those of TRL's precomputed reference.
     """
-    return [batch[name] for name in ("ref_chosen_logps", "ref_rejected_logps") if name in batch]
+    return [batch[name] for name in REFERENCE if name in batch]
 
 
 class WinCollator:

@@ -38,13 +38,13 @@ class Work:
 
     Attributes:
         epoch_tokens: tokens of one epoch of training.
-        before_tokens: {name of a phase before training: tokens of its forwards}.
+        once_tokens: {name of a phase that happens once, beside training: tokens of its forwards}.
         held_out_tokens: tokens of the forwards of one evaluation on the test split.
         sampling_models: models that answer the sample prompts after training.
     """
 
     epoch_tokens: int
-    before_tokens: dict[str, int]
+    once_tokens: dict[str, int]
     held_out_tokens: int
     sampling_models: int
 
@@ -122,7 +122,7 @@ def estimated_minutes(work: Work, speed: Speed | None, plan: dict, config, rows:
     if speed is None:
         return {}
     processes = plan["batch"]["processes"]
-    phases = {name: tokens * speed.forward / processes for name, tokens in work.before_tokens.items()}
+    phases = {name: tokens * speed.forward / processes for name, tokens in work.once_tokens.items()}
     phases["training"] = work.epoch_tokens * plan["rows_seen"] / rows * speed.step / processes
     # One evaluation at the end, and those during training.
     evaluations = 1 + evaluations_during_training(config, plan["steps"], plan["epochs"])

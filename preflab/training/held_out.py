@@ -18,6 +18,7 @@ def evaluate_pairs(trainer, splits, config) -> tuple[list[dict], dict]:
         return [], {}
     # The last step's evaluation may already be in the log.
     logged = [row["step"] for row in trainer.row_log.read() if row["split"] == "eval"]
+    trainer.complete_reference()
     scores = trainer.score(trainer.eval_dataset, log=trainer.state.global_step not in logged)
     rows = reward_rows(scores, config.beta)
     for row, pair in zip(rows, splits.test.pairs, strict=True):

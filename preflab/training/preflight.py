@@ -14,6 +14,7 @@ from preflab.evaluation.rewards import reward_rows
 from preflab.training.dpo_trainer import step0_tolerance
 from preflab.training.estimate import Speed, Work, estimate_text, estimated_minutes, measure_speed
 from preflab.training.memory import needed
+from preflab.training.order import reached_rows
 from utils.errors import UserError
 
 # Rows per process that are scored before training, for the figures of step 0.
@@ -140,7 +141,7 @@ def describe_pairs(trainer, splits, data_args, config) -> RowFacts:
         speed=measure_speed(trainer, row_tokens),
         work=Work(
             epoch_tokens=sum(row_tokens),
-            before_tokens={"reference": sum(row_tokens) + test_tokens} if cached else {},
+            once_tokens=reference_tokens(trainer, row_tokens, test_tokens) if cached else {},
             # Where the reference is not cached, its forward comes on top of the policy's.
             held_out_tokens=test_tokens * (2 - cached),
             sampling_models=2 if splits.test and any(pair.messages for pair in splits.test.pairs) else 0,
@@ -150,6 +151,13 @@ def describe_pairs(trainer, splits, data_args, config) -> RowFacts:
         compute="each prompt once, without padding" if padded_because is None else f"padded pairs: {padded_because}",
         step0_lines=[step0_line(step0)],
     )
+
+
+def reference_tokens(trainer, row_tokens: list[int], test_tokens: int) -> dict[str, int]:
+    """Tokens of the reference's forwards: of the train pairs that the steps reach, and of the test pairs."""
+    plan = plan_training(trainer.args, len(row_tokens), {}, trainer.accelerator.num_processes)
+    rows = reached_rows(trainer, plan)
+    return {"reference": sum(row_tokens[i] for i in rows), "reference of test pairs": test_tokens}
 
 
 def pair_tokens(dataset) -> dict:
@@ -279,7 +287,7 @@ def describe_conversations(trainer, splits, data_args, config) -> RowFacts:
         speed=measure_speed(trainer, [len(ids) for ids in trainer.train_dataset["input_ids"]]),
         work=Work(
             epoch_tokens=tokens["tokens_per_epoch"],
-            before_tokens={"base on held-out rows": test_tokens} if test_tokens else {},
+            once_tokens={"base on held-out rows": test_tokens} if test_tokens else {},
             held_out_tokens=test_tokens,
             sampling_models=(1 + hasattr(trainer.model, "peft_config")) if splits.test else 0,
         ),

@@ -1,14 +1,18 @@
 """The frozen reference's log-probabilities, computed once and cached: runs with other losses or betas share them.
 
-A pair's entry is keyed by its token ids, which depend on tokenizer, template and truncation; the folder by the
-reference's weights and precision. Evaluations use the same kind of cache (utils.cache).
+Only pairs that the run reaches are computed: before training the train pairs of its steps, in their order; the test
+pairs before the first evaluation. A pair's entry is keyed by its token ids, which depend on tokenizer, template and
+truncation; the folder by the reference's weights and precision. Evaluations use the same kind of cache (utils.cache).
 """
 
 import time
 
 from preflab.models.batching import token_batches
-from preflab.training.dpo_trainer import STEP0_TOLERANCE
+from preflab.training.dpo_trainer import REFERENCE, STEP0_TOLERANCE
+from preflab.training.order import reached_rows
 from preflab.training.run import TrainingRun
+from preflab.training.run_folder import MANIFEST
+from utils.artifacts import read_json
 from utils.cache import ResultCache, cache_key
 from utils.errors import UserError
 from utils.progress import progress
@@ -19,97 +23,132 @@ PARTS = ("prompt_ids", "chosen_ids", "rejected_ids")
 CHECKED = 4
 # Tokens per forward.
 CPU_TOKENS, GPU_TOKENS = 4096, 32768
+# Pairs between two lookups, so that the rows of large batches are sorted by length among those of a few steps only.
+CHUNK = 1024
+# The reference of a pair that the run does not reach.
+UNKNOWN = float("nan")
 
 
-def prepare(training: TrainingRun, trainer) -> dict:
+def prepare(training: TrainingRun, trainer, plan: dict) -> dict:
     """Give the trainer cached reference log-probabilities, where that is possible. Call before training.
 
+    Args:
+        plan: the plan of training (`preflab.training.preflight.plan_training`).
+
     Returns:
-        `{computed, read, seconds}`, or `{in_every_step_because}` where the reference cannot be cached.
+        `{computed, read, seconds}`, which grow when the test pairs are added, or `{in_every_step_because}` where the
+        reference cannot be cached.
     """
     reason = trainer.uncached_reference_because
     if reason is not None:
         return {"in_every_step_because": reason}
-    counts = use(trainer, training.config.eval_out, training.model_identity(trainer))
-    print_main(f"reference: {counts['computed']} pairs computed, {counts['read']} read, {counts['seconds']} s")
+    finished = read_json(training.checkpoint / MANIFEST)["step"] if training.checkpoint else 0
+    reference = ReferenceCache(trainer, training.config.eval_out, training.model_identity(trainer))
+    rows = reached_rows(trainer, plan, finished)
+    reference.add("train_dataset", rows)
+    trainer.reference = reference
+    counts = reference.counts
+    later = ", test pairs at the first evaluation" if trainer.eval_dataset is not None else ""
+    print_main(
+        f"reference: {counts['computed']} pairs computed, {counts['read']} read, {counts['seconds']} s"
+        f" ({len(rows)} of {len(trainer.train_dataset)} train pairs are reached{later})"
+    )
     return counts
 
 
-def use(trainer, eval_out: str, identity: dict) -> dict:
-    """Give every train and test pair its reference log-probabilities. Call after the preflight, before training.
+class ReferenceCache:
+    """The reference's log-probabilities of a trainer's rows: read from the disk where they are, else computed.
 
-    No random number is drawn here, so the order of training and its dropout are the same as without the cache.
+    No random number is drawn, so the order of training and its dropout are the same as without it.
 
-    Args:
-        identity: what identifies the reference: weights, precision, quantisation, start adapter.
-
-    Returns:
-        `{computed, read, seconds}`.
-
-    Raises:
-        UserError: cached figures do not match this reference.
+    Attributes:
+        counts: `{computed, read, seconds}` so far.
     """
-    started = time.monotonic()
-    cache = ResultCache(eval_out, "reference", {"kind": "summed response log-probabilities", **identity})
-    # The entries at opening, equal on every process, so that all processes divide the same missing pairs.
-    known, counts = cache.finished, {"computed": 0, "read": 0}
-    splits = {"train_dataset": trainer.train_dataset, "eval_dataset": trainer.eval_dataset}
-    keys = {
-        name: [cache_key(*(row[part] for part in PARTS)) for row in dataset]
-        for name, dataset in splits.items()
-        if dataset is not None
-    }
-    for name, split_keys in keys.items():
+
+    def __init__(self, trainer, eval_out: str, identity: dict):
+        """Open the cache.
+
+        Args:
+            identity: what identifies the reference: weights, precision, quantisation, start adapter.
+        """
+        self.trainer, self.counts = trainer, {"computed": 0, "read": 0, "seconds": 0.0}
+        self.cache = ResultCache(eval_out, "reference", {"kind": "summed response log-probabilities", **identity})
+        # Equal on every process, so that all of them divide the same missing pairs.
+        self.known = self.cache.finished
+
+    def add(self, name: str, rows: list[int] | None = None) -> None:
+        """Give rows of a dataset their reference log-probabilities. Collective: every process calls it.
+
+        Args:
+            name: the trainer's attribute, train_dataset or eval_dataset.
+            rows: the rows (default: all), in the order in which they are computed; the others get NaN.
+
+        Raises:
+            UserError: cached figures do not match this reference.
+        """
+        started, dataset = time.monotonic(), getattr(self.trainer, name)
+        rows = list(range(len(dataset))) if rows is None else rows
+        keys = {i: cache_key(*(row[part] for part in PARTS)) for i, row in zip(rows, dataset.select(rows), strict=True)}
         # The cache's identity does not include library versions and kernels, so some entries are computed again first.
-        _check(trainer, splits[name], split_keys, known, cache.folder)
-        # Pairs with equal token ids share a key and are computed once.
-        missing = list({key: i for i, key in enumerate(split_keys) if key not in known}.values())
-        counts["computed"] += len(missing)
-        counts["read"] += len(split_keys) - len(missing)
-        _compute(trainer, splits[name], split_keys, missing, cache)
-    # Each process has computed its own share only; this waits for all of them and reads their files.
-    results = cache.gather()
-    for name, split_keys in keys.items():
-        dataset = splits[name]
-        for side in ("chosen", "rejected"):
+        self._check(dataset, keys)
+        # Pairs with equal token ids share a key and are computed once, where they are reached first.
+        missing = list({key: i for i, key in reversed(keys.items()) if key not in self.known}.values())[::-1]
+        self._compute(dataset, keys, missing)
+        # Each process has computed its own share only; this waits for all of them and reads their files.
+        self.known = self.cache.gather()
+        for side, column in zip(("chosen", "rejected"), REFERENCE, strict=True):
+            values = [UNKNOWN] * len(dataset)
+            for i, key in keys.items():
+                values[i] = self.known[key][side]
             # The columns that TRL's own precomputation adds; it then skips the reference's forward.
-            dataset = dataset.add_column(f"ref_{side}_logps", [results[key][side] for key in split_keys])
-        setattr(trainer, name, dataset)
-    # TRL's flag, set last: from here its loss reads the two columns instead of running the reference.
-    trainer.precompute_ref_logps = True
-    return {**counts, "seconds": round(time.monotonic() - started, 1)}
+            dataset = dataset.add_column(column, values)
+        setattr(self.trainer, name, dataset)
+        # TRL's flag: from here its loss reads the two columns instead of running the reference.
+        self.trainer.precompute_ref_logps = True
+        self.counts["computed"] += len(missing)
+        self.counts["read"] += len(rows) - len(missing)
+        self.counts["seconds"] = round(self.counts["seconds"] + time.monotonic() - started, 1)
 
+    def add_missing(self, name: str) -> float:
+        """`add` of a complete split that has no reference yet; the seconds it took."""
+        started = time.monotonic()
+        if REFERENCE[0] not in getattr(self.trainer, name).column_names:
+            self.add(name)
+        return time.monotonic() - started
 
-def _compute(trainer, dataset, keys: list[str], missing: list[int], cache: ResultCache) -> None:
-    """Score the `missing` rows, shared out over the processes, and add them to the cache."""
-    # Tokens of the packed pair, its prompt counted once; the budget is in the same unit.
-    lengths = [sum(len(dataset[i][part]) for part in PARTS) for i in missing]
-    budget = CPU_TOKENS if trainer.accelerator.device.type == "cpu" else GPU_TOKENS
-    batches = cache.own_share(token_batches(lengths, budget))
-    with progress(sum(map(len, batches)), "reference", "pair") as bar:
-        for batch in batches:
-            rows = [missing[k] for k in batch]
-            for i, (chosen, rejected) in zip(rows, trainer.reference_logps(dataset, rows), strict=True):
-                # Saved after every batch, so that an interrupted command continues where it stopped.
-                cache.add(keys[i], {"chosen": chosen, "rejected": rejected})
-            bar.update(len(rows))
+    def _compute(self, dataset, keys: dict[int, str], missing: list[int]) -> None:
+        """Score the `missing` rows, shared out over the processes, and add them to the cache."""
+        trainer, cache = self.trainer, self.cache
+        budget = CPU_TOKENS if trainer.accelerator.device.type == "cpu" else GPU_TOKENS
+        with progress(-(-len(missing) // cache.state.num_processes), "reference", "pair") as bar:
+            # Chunk by chunk, so that an interrupted pass has the pairs of the first steps.
+            for start in range(0, len(missing), CHUNK):
+                chunk = missing[start : start + CHUNK]
+                # Tokens of the packed pair, its prompt counted once; the budget is in the same unit.
+                lengths = [sum(len(row[part]) for part in PARTS) for row in dataset.select(chunk)]
+                for batch in cache.own_share(token_batches(lengths, budget)):
+                    rows = [chunk[k] for k in batch]
+                    for i, (chosen, rejected) in zip(rows, trainer.reference_logps(dataset, rows), strict=True):
+                        # Saved after every batch, so that an interrupted command continues where it stopped.
+                        cache.add(keys[i], {"chosen": chosen, "rejected": rejected})
+                    bar.update(len(rows))
 
-
-def _check(trainer, dataset, keys: list[str], known: dict, folder) -> None:
-    """Raise UserError where cached figures differ from what the reference gives now, on a few pairs."""
-    cached = [i for i, key in enumerate(keys) if key in known]
-    # Spread over the split.
-    sample = cached[:: max(1, len(cached) // CHECKED)][:CHECKED]
-    if not sample:
-        return
-    # In nats: sums of log-probabilities are compared here, without beta.
-    tolerance = STEP0_TOLERANCE["float32" if trainer.args.precision == "fp32" else "16-bit"]
-    for i, now in zip(sample, trainer.reference_logps(dataset, sample), strict=True):
-        before = (known[keys[i]]["chosen"], known[keys[i]]["rejected"])
-        difference = max(abs(a - b) for a, b in zip(before, now, strict=True))
-        # Written so that NaN fails too.
-        if not difference <= tolerance:
-            raise UserError(
-                f"{folder}: the cached reference log-probabilities do not match this model ({before[0]:.3f} cached,"
-                f" {now[0]:.3f} now); delete the folder, or train with --no_reference_cache"
-            )
+    def _check(self, dataset, keys: dict[int, str]) -> None:
+        """Raise UserError where cached figures differ from what the reference gives now, on a few pairs."""
+        cached = [i for i, key in keys.items() if key in self.known]
+        # Spread over the rows.
+        sample = cached[:: max(1, len(cached) // CHECKED)][:CHECKED]
+        if not sample:
+            return
+        # In nats: sums of log-probabilities are compared here, without beta.
+        tolerance = STEP0_TOLERANCE["float32" if self.trainer.args.precision == "fp32" else "16-bit"]
+        for i, now in zip(sample, self.trainer.reference_logps(dataset, sample), strict=True):
+            before = (self.known[keys[i]]["chosen"], self.known[keys[i]]["rejected"])
+            difference = max(abs(a - b) for a, b in zip(before, now, strict=True))
+            # Written so that NaN fails too.
+            if not difference <= tolerance:
+                raise UserError(
+                    f"{self.cache.folder}: the cached reference log-probabilities do not match this model"
+                    f" ({before[0]:.3f} cached, {now[0]:.3f} now); delete the folder, or train with"
+                    " --no_reference_cache"
+                )

@@ -290,7 +290,7 @@ def test_training_equals_padded_training(train, tiny, prefs, tmp_path):
         code, out, err = train(*train_args(tiny, prefs, tmp_path / name, *flags))
         assert code == 0, err
         assert ("each prompt once" in out) == (name != "padded")
-        assert (re.search(r"reference\b.*\b32\b.*\b0\b", out) is not None) == (name == "cached")
+        assert (re.search(r"reference\b.*\b16\b.*\b0\b", out) is not None) == (name == "cached")
         result[name] = losses(tmp_path / name)
     for name in ways:
         assert result[name] == pytest.approx(result["padded"], abs=1e-4), name
@@ -317,17 +317,17 @@ def test_qlora_checkpointing_and_full_fine_tuning(flags, train, tiny, prefs, tmp
 def test_reference_cache_is_shared_and_verified(train, tiny, prefs, tmp_path):
     shared = ("--eval_out", tmp_path / "out")
     code, out, err = train(*train_args(tiny, prefs, tmp_path, *shared))
-    assert code == 0 and re.search(r"reference\b.*\b32\b.*\b0\b", out), err
+    assert code == 0 and re.search(r"reference\b.*\b16\b.*\b0\b", out), err
     code, out, err = train(*train_args(tiny, prefs, tmp_path, *shared, "--run_name", "ipo", "--loss_type", "ipo"))
-    assert code == 0 and re.search(r"reference\b.*\b0\b.*\b32\b", out), err
+    assert code == 0 and re.search(r"reference\b.*\b0\b.*\b16\b", out), err
     summary = json.loads((tmp_path / "out" / "ipo" / "train.json").read_text())
-    assert summary["training"]["reference"]["read"] == 32
+    assert summary["training"]["reference"]["read"] == 24
     # This training takes a second or two, too short for a share of the peak.
     assert summary["training"]["mfu"] is None
     # Other token ids or another precision need another reference.
     for flags in (("--max_length", "24"), ("--bf16", "true")):
         code, out, err = train(*train_args(tiny, prefs, tmp_path, *shared, "--run_name", flags[0][2:], *flags))
-        assert code == 0 and re.search(r"reference\b.*\b32\b.*\b0\b", out), err
+        assert code == 0 and re.search(r"reference\b.*\b16\b.*\b0\b", out), err
     for path in (tmp_path / "out" / ".cache").glob("reference-*/rows-0.jsonl"):
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         path.write_text("".join(json.dumps({**row, "chosen": row["chosen"] - 3}) + "\n" for row in rows))
