@@ -76,7 +76,7 @@ def test_run_keeps_its_date(train, call, tiny, prefs, tmp_path, today):
     result = read_json(tmp_path / "out/r/win_rate.json")
     assert result["model"]["tuned"]["template_date"] == "2024-01-05"
     trained = read_json(tmp_path / "out/r/train.json")["metrics"]
-    for name in ("logps_chosen_tuned", "reward_margin"):
+    for name in ("logps_chosen_tuned", "logps_rejected_base"):
         assert result["metrics"][name]["value"] == pytest.approx(trained[name]["value"], abs=1e-4)
 
     # The adapter without its run: the day of the call, stored in the artifact, and the flag.

@@ -95,15 +95,11 @@ def test_resume_needs_only_the_rest(train, tiny, prefs, tmp_path, nothing_in_the
     assert losses(tmp_path) == pytest.approx(losses(tmp_path, "at_once"), abs=1e-6)
 
 
-@pytest.mark.parametrize("strategy", ["sequential", "group_by_length"])
-def test_other_orders(strategy, train, tiny, prefs, tmp_path, nothing_in_the_step):
-    """Rows in their own order are foreseen; of an order that is not, every pair is computed."""
-    args = train_args(tiny, prefs, tmp_path, "--max_steps", 1, "--train_sampling_strategy", strategy)
+def test_rows_in_their_own_order(train, tiny, prefs, tmp_path, nothing_in_the_step):
+    args = train_args(tiny, prefs, tmp_path, "--max_steps", 1, "--train_sampling_strategy", "sequential")
     code, out, err = train(*args)
-    if strategy == "group_by_length" and code:
-        pytest.skip("the trainer does not take this strategy")
-    assert code == 0, err
-    assert counts(tmp_path) == ((12, 0) if strategy == "sequential" else (32, 0))
+    assert code == 0 and "4 of 24 train pairs are reached" in out, err
+    assert counts(tmp_path) == (12, 0)
 
 
 def test_an_unforeseen_pair_is_computed_in_the_step(train, tiny, prefs, tmp_path, monkeypatch):
