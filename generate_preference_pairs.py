@@ -19,7 +19,7 @@ and preference_pairs.png; manifest.json lists the finished stages.
 The keys that matter (flags and YAML keys are the same, the command line wins; [x] is the default;
 --help_all lists every key, --help_all WORD those about WORD):
 
-  model     --model_name_or_path ID|FOLDER   --adapter_path FOLDER
+  model     --model_name_or_path ID|FOLDER   --adapter_path FOLDER (alone: on the base of its run)
             --dtype float32|bfloat16|float16   --engine auto|hf|vllm [auto]
             --training_config YAML: use the model (and adapter) that this training starts from, and
             write to the folder that its dataset_name names
@@ -108,7 +108,10 @@ def check(args) -> None:
         raise UserError("--dataset_name is missing: give the prompts as a hub id, a local file or a folder")
     if args.answers == "own":
         if args.model_name_or_path is None:
-            raise UserError("--model_name_or_path is missing: give the model that answers, or --training_config")
+            raise UserError(
+                "--model_name_or_path is missing: give the model that answers, --adapter_path checkpoints/NAME for a"
+                " run's (--list shows all), or --training_config"
+            )
         if not args.temperature > 0:
             raise UserError(f"--temperature {args.temperature}: must be above 0, or all samples are equal")
         if not 0 < args.top_p <= 1:
@@ -143,6 +146,15 @@ def apply_training_config(args) -> None:
         args.run_name, args.eval_out = folder.name, str(folder.parent)
 
 
+def take_base_of_adapter(args) -> None:
+    """Take the model from the run, or the config, of --adapter_path."""
+    # Not at the top: it imports torch.
+    from preflab.evaluation.comparison import base_of
+    from preflab.models.loading import locate_adapter
+
+    args.model_name_or_path = base_of(locate_adapter(args.adapter_path))
+
+
 def default_run_name(args) -> str:
     """The name of the config or of the model (else the dataset), with the part if there is one."""
     name = run_name(None, args.model_name_or_path or args.dataset_name, "pairs", None)
@@ -153,6 +165,8 @@ def main():
     stage, args = start("preference_pairs", __doc__, PairArguments, runs_bare=False, listing=print_runs)
     if args.training_config:
         apply_training_config(args)
+    if args.adapter_path and args.model_name_or_path is None:
+        take_base_of_adapter(args)
     check(args)
 
     from preflab.models.loading import default_batch_tokens, locate_adapter

@@ -17,7 +17,7 @@ The keys that matter (flags and YAML keys are the same, the command line wins; [
 --help_all lists every key, --help_all WORD those about WORD):
 
   models     --run_name NAME | --base_model ID with --adapter_path FOLDER or --tuned_model ID
-             --base_run NAME (a run in the base's place)   --list (all runs with state and figures)
+             --base_run NAME (a run in the base's place)   --list (all runs, with figures)
   data       --reference FILE|hf://FILE [data/eval_prompts/reference.jsonl] (instructions with
              reference answers)   --limit N
   generate   --max_new_tokens N [256]   --temperature X [0]   --top_p X [1]

@@ -577,6 +577,13 @@ def test_separate_stages_equal_stage_all(pairs, tiny, prompts, tmp_path):
         assert (tmp_path / "apart/p" / name).read_text() == (tmp_path / "all/p" / name).read_text(), name
 
 
+def test_adapter_alone_answers_on_its_base(pairs, trained, tiny, prompts, tmp_path):
+    args = pair_args(tiny, prompts, tmp_path, "--adapter_path", trained / "ck/r", "--stage", "sample", "--limit", 4)
+    code, _, err = pairs(*args[2:])
+    assert args[0] == "--model_name_or_path" and code == 0, err
+    assert json.loads((tmp_path / "p_LIMIT4/manifest.json").read_text())["args"]["model_name_or_path"] == str(tiny)
+
+
 def test_given_answers_with_scores(pairs, tiny, tmp_path):
     rows = [
         {"prompt": f"Q{k}", "all_generated_responses": ["good", "fair", "bad"], "all_rm_scores": [2.0, 1.0, -1.0]}
