@@ -24,7 +24,7 @@ The keys that matter (flags and YAML keys are the same, the command line wins; [
              --engine auto|hf|vllm [auto]
   judge      --judge hf:MODEL|rm:MODEL|vllm:MODEL|openai:MODEL@URL|longer|random|<an evaluator of
              alpaca-eval> [hf:builtin:smollm2-135m-instruct]   --order package|both [package]
-             --judge_prompt FILE (configs/judges/alpacaeval_text.yaml for judges that write or think)
+             --judge_prompt FILE (configs/judges/alpacaeval_text.yaml: for judges that write)
   audit      --audit_dataset ID|FILE (default: the run's held-out pairs)   --audit_split NAME [test]
              --audit_limit N [200]
   run        --stage generate|judge|score|all [all]   --lc_resamples N [200]   --seed N [42]
