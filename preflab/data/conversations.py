@@ -2,21 +2,20 @@
 
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import partial
 
-from datasets import Dataset
+import pyarrow as pa
 
 from preflab.data.chat_template import ChatRenderer, TemplateRefused, strips_thoughts, training_template
 from preflab.data.conversation_rows import Conversation, to_conversation
 from preflab.data.messages import WEIGHT, transcript
 from preflab.data.sources import SourceArguments, read_sources, select_by_hash
+from preflab.data.tokenised_rows import IDS, Outcome, identity_of, tokenise
 from utils.errors import UserError
-from utils.progress import progress
 from utils.provenance import sha256_of
 
 # The label of tokens without a loss, as in PyTorch's cross entropy.
 IGNORED = -100
-# Conversations per call of the tokenizer.
-BATCH = 256
 
 
 @dataclass
@@ -165,52 +164,62 @@ def tokenize(data: ConversationData, tokenizer, loss_on: str, max_length: int | 
     # With a template that rewrites earlier answers (without their thoughts), only the last one could be trained on.
     template = training_template(tokenizer) if loss_on == "responses" else None
     chat = ChatRenderer(tokenizer, template)
-    columns = {"input_ids": [], "labels": [], "bytes": []}
-    counts, usable, refusal = Counter(), [], None
-    bar = progress(len(data.conversations), f"tokenizing {desc}", leave=False)
-    # Invariant: `usable` and every column have the same length and order.
-    for start in range(0, len(data.conversations), BATCH):
-        batch, texts, spans, excluded = [], [], [], []
-        for conversation in data.conversations[start : start + BATCH]:
-            turns = conversation.turns_for(chat)
-            try:
-                text, answer_spans = chat.answers(turns)
-                # Found only where a weight excludes an answer: it costs two renderings per turn.
-                has_weights = any(WEIGHT in turn for turn in turns)
-                excluded.append(chat.answers(turns, trained=False)[1] if has_weights else [])
-            except TemplateRefused as error:
-                refusal = refusal or f"{conversation.source}: {error}"
-                data.dropped["template_refused"] += 1
-                continue
-            batch.append(conversation)
-            texts.append(text)
-            spans.append(answer_spans)
-            _count_answers(counts, turns, answer_spans, text)
-        if batch:
-            # The template has already written the special tokens, so the tokenizer must add none. Offsets are (first
-            # character, end) per token; only fast tokenizers return them.
-            encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
-            for k, conversation in enumerate(batch):
-                # Truncated here, not by the tokenizer, so that the truncated conversations can be counted below.
-                ids, offsets = encoded["input_ids"][k][:max_length], encoded["offset_mapping"][k][:max_length]
-                parts = [slice(1, None)] if loss_on == "everything" else _answer_tokens(offsets, spans[k])
-                row = _row(ids, parts, loss_on, tokenizer, _answer_tokens(offsets, excluded[k]))
-                counts["truncated"] += len(row["input_ids"]) < len(encoded["input_ids"][k])
-                # The first token is never predicted, so its label does not count.
-                if not any(label != IGNORED for label in row["labels"][1:]):
-                    data.dropped["nothing_left_to_train_on"] += 1
-                    continue
-                for name, values in columns.items():
-                    values.append(row[name])
-                usable.append(conversation)
-        bar.update(min(BATCH, len(data.conversations) - start))
-    bar.close()
-    if not usable:
-        example = f"; the template rejected e.g. {refusal}" if refusal else ""
+    dataset, outcome = tokenise(
+        data.conversations,
+        partial(_tokenise_batch, chat=chat, loss_on=loss_on, max_length=max_length),
+        pa.schema([("input_ids", IDS), ("labels", IDS), ("bytes", pa.int64())]),
+        [*identity_of(tokenizer, template or tokenizer.chat_template), loss_on, str(max_length)],
+        f"tokenizing {desc}",
+    )
+    data.dropped.update(outcome.dropped)
+    if not outcome.usable:
+        example = f"; the template rejected e.g. {outcome.refusal}" if outcome.refusal else ""
         raise UserError(f"0 {desc} conversations are left of {data.rows} rows; dropped: {dict(data.dropped)}{example}")
-    data.conversations = usable
-    counts["training_template"] = int(template is not None)
-    return Dataset.from_dict(columns), dict(counts)
+    # Invariant: row k of the dataset belongs to `data.conversations[k]`.
+    data.conversations = [data.conversations[i] for i in outcome.usable]
+    return dataset, {**outcome.counts, "training_template": int(template is not None)}
+
+
+def _tokenise_batch(
+    conversations: list[Conversation], chat: ChatRenderer, loss_on: str, max_length: int | None
+) -> tuple[dict, Outcome]:
+    """The columns of ids, labels and bytes of some conversations, and which of them are left."""
+    columns, outcome, tokenizer = {"input_ids": [], "labels": [], "bytes": []}, Outcome(), chat.tokenizer
+    positions, texts, spans, excluded = [], [], [], []
+    for position, conversation in enumerate(conversations):
+        turns = conversation.turns_for(chat)
+        try:
+            text, answer_spans = chat.answers(turns)
+            # Found only where a weight excludes an answer: it costs two renderings per turn.
+            has_weights = any(WEIGHT in turn for turn in turns)
+            excluded.append(chat.answers(turns, trained=False)[1] if has_weights else [])
+        except TemplateRefused as error:
+            outcome.refusal = outcome.refusal or f"{conversation.source}: {error}"
+            outcome.dropped["template_refused"] += 1
+            continue
+        positions.append(position)
+        texts.append(text)
+        spans.append(answer_spans)
+        _count_answers(outcome.counts, turns, answer_spans, text)
+    if not texts:
+        return columns, outcome
+    # The template has already written the special tokens, so the tokenizer must add none. Offsets are (first character,
+    # end) per token; only fast tokenizers return them.
+    encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
+    for k, position in enumerate(positions):
+        # Truncated here, not by the tokenizer, so that the truncated conversations can be counted below.
+        ids, offsets = encoded["input_ids"][k][:max_length], encoded["offset_mapping"][k][:max_length]
+        parts = [slice(1, None)] if loss_on == "everything" else _answer_tokens(offsets, spans[k])
+        row = _row(ids, parts, loss_on, tokenizer, _answer_tokens(offsets, excluded[k]))
+        outcome.counts["truncated"] += len(row["input_ids"]) < len(encoded["input_ids"][k])
+        # The first token is never predicted, so its label does not count.
+        if not any(label != IGNORED for label in row["labels"][1:]):
+            outcome.dropped["nothing_left_to_train_on"] += 1
+            continue
+        for name, values in columns.items():
+            values.append(row[name])
+        outcome.usable.append(position)
+    return columns, outcome
 
 
 def _count_answers(counts: Counter, turns: list[dict], spans: list, text: str) -> None:

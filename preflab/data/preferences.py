@@ -3,8 +3,9 @@
 import json
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import partial
 
-from datasets import Dataset
+import pyarrow as pa
 
 from preflab.data.chat_template import ChatRenderer, TemplateRefused, shared_prefix, strips_thoughts
 from preflab.data.messages import check_unicode
@@ -12,12 +13,11 @@ from preflab.data.pair_rows import Pair, to_pair
 from preflab.data.prompt_format import AS_TEXT, FORMATS, PromptFormat
 from preflab.data.row_fields import WIN_KEYS
 from preflab.data.sources import SourceArguments, read_sources
+from preflab.data.tokenised_rows import IDS, Outcome, identity_of, tokenise
 from utils.errors import UserError
-from utils.progress import progress
 from utils.provenance import sha256_of
 
-# Pairs per call of the tokenizer.
-BATCH = 256
+PARTS = ("prompt", "chosen", "rejected")
 
 
 @dataclass
@@ -196,57 +196,62 @@ def tokenize(data: PreferenceData, tokenizer, max_length: int | None, max_prompt
     """
     # Base models without a chat template can still train on plain text.
     chat = ChatRenderer(tokenizer) if any(p.messages is not None for p in data.pairs) else None
-    columns = {"prompt_ids": [], "chosen_ids": [], "rejected_ids": [], "pair": []}
-    counts = Counter()
-    pairs, refusal = [], None
-    bar = progress(len(data.pairs), f"tokenizing {desc}", "pair", leave=False)
-    # Invariant: row k of every column belongs to `pairs[k]`.
-    for start in range(0, len(data.pairs), BATCH):
-        batch, texts = [], []
-        for pair in data.pairs[start : start + BATCH]:
-            try:
-                # First the texts, then the pair: a refusal leaves both lists as they were, with three texts per pair.
-                texts += _texts(pair, chat, tokenizer)
-                batch.append(pair)
-            except TemplateRefused as error:
-                refusal = refusal or f"{pair.source}: {error}"
-                data.dropped["template_refused"] += 1
-        ids = _ids(batch, texts, chat, tokenizer)
-        for i, pair in enumerate(batch):
-            # Ids of the prompt, of prompt and chosen answer, of prompt and rejected answer.
-            prompt, full_chosen, full_rejected = ids[3 * i : 3 * i + 3]
-            # Tokens at the boundary may merge with the answer, so the prompt's own ids cannot be assumed to match.
-            answer = min(shared_prefix(prompt, full_chosen), shared_prefix(prompt, full_rejected))
-            counts["prompt_end_rendered_differently"] += answer < len(prompt)
-            # The prompt's ids are those of the conversations, so that prompt and answer together are exactly their
-            # tokens.
-            parts = (full_chosen[:answer], full_chosen[answer:], full_rejected[answer:])
-            cut = truncate(*parts, max_length, max_prompt_length, tokenizer.bos_token_id)
-            thoughtless = _count_thoughts(counts, pair, texts[3 * i : 3 * i + 3])
-            for name, before, after in zip(("prompt", "chosen", "rejected"), parts, cut, strict=True):
-                counts[f"truncated_{name}"] += len(after) < len(before)
-            # Equal answers have a loss without gradient; an empty prompt leaves the first answer token without a
-            # context.
-            if not cut[0] or cut[1] == cut[2]:
-                data.dropped[_reason(parts, cut, thoughtless)] += 1
-                continue
-            for name, value in zip(columns, (*cut, len(pairs)), strict=True):
-                columns[name].append(value)
-            pairs.append(pair)
-        bar.update(min(BATCH, len(data.pairs) - start))
-    bar.close()
-    if not pairs:
-        example = f"; the chat template rejected e.g. {refusal}" if refusal else ""
+    ids, outcome = tokenise(
+        data.pairs,
+        partial(_tokenise_batch, chat=chat, tokenizer=tokenizer, lengths=(max_length, max_prompt_length)),
+        pa.schema([(f"{part}_ids", IDS) for part in PARTS]),
+        [*identity_of(tokenizer, tokenizer.chat_template), f"{max_length} {max_prompt_length}"],
+        f"tokenizing {desc}",
+    )
+    data.dropped.update(outcome.dropped)
+    if not outcome.usable:
+        example = f"; the chat template rejected e.g. {outcome.refusal}" if outcome.refusal else ""
         if data.dropped["identical_after_truncation"]:
             example += f"; answers longer than --max_length {max_length} are cut to their equal beginnings: raise it"
         raise UserError(f"0 {desc} pairs are left of {data.rows} rows; dropped: {dict(data.dropped)}{example}")
-    # After the loop, so that indices in the column `pair` refer to the pairs that are left.
-    data.pairs = pairs
+    # Invariant: row k of the ids belongs to `data.pairs[k]`.
+    data.pairs = [data.pairs[i] for i in outcome.usable]
+    ids = ids.add_column("pair", list(range(len(ids))))
     for name in WIN_KEYS:
         # A column needs a value in every row. Training with --loss_type sppo reports the first row without one.
-        if all(getattr(pair, name) is not None for pair in pairs):
-            columns[name] = [getattr(pair, name) for pair in pairs]
-    return Dataset.from_dict(columns), dict(counts)
+        if all(getattr(pair, name) is not None for pair in data.pairs):
+            ids = ids.add_column(name, [getattr(pair, name) for pair in data.pairs])
+    return ids, dict(outcome.counts)
+
+
+def _tokenise_batch(pairs: list[Pair], chat: ChatRenderer | None, tokenizer, lengths: tuple) -> tuple[dict, Outcome]:
+    """The columns of token ids of some pairs, and which of them are left."""
+    columns, outcome = {f"{part}_ids": [] for part in PARTS}, Outcome()
+    positions, texts = [], []
+    for position, pair in enumerate(pairs):
+        try:
+            # First the texts, then the pair: a refusal leaves both lists as they were, with three texts per pair.
+            texts += _texts(pair, chat, tokenizer)
+            positions.append(position)
+        except TemplateRefused as error:
+            outcome.refusal = outcome.refusal or f"{pair.source}: {error}"
+            outcome.dropped["template_refused"] += 1
+    ids = _ids([pairs[i] for i in positions], texts, chat, tokenizer)
+    for k, position in enumerate(positions):
+        # Ids of the prompt, of prompt and chosen answer, of prompt and rejected answer.
+        prompt, full_chosen, full_rejected = ids[3 * k : 3 * k + 3]
+        # Tokens at the boundary may merge with the answer, so the prompt's own ids cannot be assumed to match.
+        answer = min(shared_prefix(prompt, full_chosen), shared_prefix(prompt, full_rejected))
+        outcome.counts["prompt_end_rendered_differently"] += answer < len(prompt)
+        # The prompt's ids are those of the conversations, so that prompt and answer together are exactly their tokens.
+        parts = (full_chosen[:answer], full_chosen[answer:], full_rejected[answer:])
+        cut = truncate(*parts, *lengths, tokenizer.bos_token_id)
+        thoughtless = _count_thoughts(outcome.counts, pairs[position], texts[3 * k : 3 * k + 3])
+        for name, before, after in zip(PARTS, parts, cut, strict=True):
+            outcome.counts[f"truncated_{name}"] += len(after) < len(before)
+        # Equal answers have a loss without gradient; an empty prompt leaves the first answer token without a context.
+        if not cut[0] or cut[1] == cut[2]:
+            outcome.dropped[_reason(parts, cut, thoughtless)] += 1
+            continue
+        for column, value in zip(columns.values(), cut, strict=True):
+            column.append(value)
+        outcome.usable.append(position)
+    return columns, outcome
 
 
 def _count_thoughts(counts: Counter, pair: Pair, texts: list[str]) -> bool:

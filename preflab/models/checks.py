@@ -18,6 +18,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers import AutoTokenizer
 
+from preflab.data.tokenised_rows import largest_id, lengths
 from utils.errors import UserError, is_main_process
 
 # Config keys of the longest context, in the order of preference (GPT-2 and MPT have names of their own).
@@ -196,9 +197,7 @@ def largest_and_longest(dataset, parts: tuple[tuple[str, ...], ...]) -> tuple[in
         parts: columns that form a sequence together, e.g. ("prompt_ids", "chosen_ids"); one entry per sequence of a
             row.
     """
-    import pyarrow.compute as pc
-
-    columns = {name: dataset.with_format("arrow")[:][name] for name in {name for part in parts for name in part}}
-    largest = max(pc.max(pc.list_flatten(column)).as_py() or 0 for column in columns.values())
-    lengths = {name: pc.list_value_length(column).to_numpy() for name, column in columns.items()}
-    return largest, max(int(sum(lengths[name] for name in part).max()) for part in parts)
+    names = {name for part in parts for name in part}
+    largest = max(largest_id(dataset, name) for name in names)
+    sizes = {name: lengths(dataset, name) for name in names}
+    return largest, max(int(sum(sizes[name] for name in part).max()) for part in parts)

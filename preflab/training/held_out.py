@@ -38,7 +38,9 @@ def score_base(training: TrainingRun, trainer, splits) -> list[float] | None:
     start = training.start_adapter.describe() if training.start_adapter else None
     # A merged adapter is named here too, beside the merged weights that model_identity describes.
     identity = {**training.model_identity(trainer), "start": start}
-    return trainer.score_base(splits.test_ids, training.config.eval_out, identity)
+    nll = trainer.score_base(splits.test_ids, training.config.eval_out, identity)
+    training.end_phase("base on held-out rows")
+    return nll
 
 
 def evaluate_conversations(trainer, splits, base: list[float] | None, seed: int) -> tuple[list[dict], dict]:

@@ -10,6 +10,7 @@ import numpy as np
 
 from preflab.data import reading_report
 from preflab.data.chat_template import ChatRenderer
+from preflab.data.tokenised_rows import count_other_than, ends_of, lengths
 from preflab.evaluation.rewards import reward_rows
 from preflab.training.dpo_trainer import step0_tolerance
 from preflab.training.estimate import Speed, Work, estimate_text, estimated_minutes, measure_speed
@@ -19,6 +20,9 @@ from utils.errors import UserError
 
 # Rows per process that are scored before training, for the figures of step 0.
 CHECKED_ROWS = 4
+# Ids that are searched: for BOS tokens at the start of a sequence, for the end of a turn at its end (some templates put
+# a newline after it).
+FIRST_IDS, LAST_IDS = 8, 3
 CHECKPOINTED = ", activations computed twice (gradient checkpointing)"
 
 
@@ -117,8 +121,8 @@ def describe_pairs(trainer, splits, data_args, config) -> RowFacts:
     """Facts about preference pairs: the first one decoded, lengths, special tokens, margins before the first step."""
     dataset, tokenizer = splits.train_ids, trainer.processing_class
     tokens = pair_tokens(dataset)
-    answers = {side: dataset[f"{side}_ids"] for side in ("chosen", "rejected")}
-    special = special_tokens(dataset["prompt_ids"], answers, tokenizer)
+    answers = {side: ends_of(dataset, f"{side}_ids", last=LAST_IDS) for side in ("chosen", "rejected")}
+    special = special_tokens(ends_of(dataset, "prompt_ids", first=FIRST_IDS), answers, tokenizer)
     step0 = step0_margins(trainer, len(dataset))
     pair = decoded_pair(dataset, tokenizer)
     padded_because, cached = trainer.padded_because, trainer.uncached_reference_because is None
@@ -162,9 +166,7 @@ def reference_tokens(trainer, row_tokens: list[int], test_tokens: int) -> dict[s
 
 def pair_tokens(dataset) -> dict:
     """Token lengths of a tokenised split of pairs: totals, means, margins of chosen over rejected."""
-    prompt, chosen, rejected = (
-        np.array([len(ids) for ids in dataset[key]]) for key in ("prompt_ids", "chosen_ids", "rejected_ids")
-    )
+    prompt, chosen, rejected = (lengths(dataset, key) for key in ("prompt_ids", "chosen_ids", "rejected_ids"))
     return {
         "pairs": len(dataset),
         "prompt_tokens_mean": float(prompt.mean()),
@@ -184,9 +186,7 @@ def pair_tokens(dataset) -> dict:
 
 def tokens_of_pairs(dataset, shared_prompt: bool) -> list[int]:
     """Tokens that a forward computes for each pair; a prompt that is not shared counts with each answer."""
-    prompt, chosen, rejected = (
-        np.array([len(ids) for ids in dataset[key]]) for key in ("prompt_ids", "chosen_ids", "rejected_ids")
-    )
+    prompt, chosen, rejected = (lengths(dataset, key) for key in ("prompt_ids", "chosen_ids", "rejected_ids"))
     return ((1 if shared_prompt else 2) * prompt + chosen + rejected).tolist()
 
 
@@ -261,11 +261,10 @@ def describe_conversations(trainer, splits, data_args, config) -> RowFacts:
     """Facts about SFT conversations: the first one decoded, lengths, packing, and the loss before the first step."""
     dataset, tokenizer = splits.train_ids, trainer.processing_class
     tokens, rows = conversation_tokens(dataset), len(trainer.train_dataset)
-    special = special_tokens(
-        dataset["input_ids"], {"conversations": [ids[-3:] for ids in dataset["input_ids"]]}, tokenizer
-    )
+    answers = {"conversations": ends_of(dataset, "input_ids", last=LAST_IDS)}
+    special = special_tokens(ends_of(dataset, "input_ids", first=FIRST_IDS), answers, tokenizer)
     step0 = step0_loss(trainer, dataset)
-    test_tokens = sum(map(len, splits.test_ids["input_ids"])) if splits.test else 0
+    test_tokens = int(lengths(splits.test_ids, "input_ids").sum()) if splits.test else 0
     pieces = decoded_conversation(dataset, tokenizer)
     packing = None
     if config.packing:
@@ -284,7 +283,7 @@ def describe_conversations(trainer, splits, data_args, config) -> RowFacts:
         },
         rows=rows,
         longest=tokens["longest_sequence"],
-        speed=measure_speed(trainer, [len(ids) for ids in trainer.train_dataset["input_ids"]]),
+        speed=measure_speed(trainer, lengths(trainer.train_dataset, "input_ids").tolist()),
         work=Work(
             epoch_tokens=tokens["tokens_per_epoch"],
             once_tokens={"base on held-out rows": test_tokens} if test_tokens else {},
@@ -302,15 +301,14 @@ def describe_conversations(trainer, splits, data_args, config) -> RowFacts:
 
 def conversation_tokens(dataset) -> dict:
     """Token lengths of a tokenised split of conversations, and how many tokens are trained on."""
-    lengths = np.array([len(ids) for ids in dataset["input_ids"]])
-    # -100 marks tokens without a loss (the index that PyTorch's cross-entropy ignores).
-    trained = np.array([sum(label != -100 for label in labels) for labels in dataset["labels"]])
+    tokens = lengths(dataset, "input_ids")
     return {
         "conversations": len(dataset),
-        "tokens_mean": float(lengths.mean()),
-        "longest_sequence": int(lengths.max()),
-        "tokens_per_epoch": int(lengths.sum()),
-        "trained_tokens_per_epoch": int(trained.sum()),
+        "tokens_mean": float(tokens.mean()),
+        "longest_sequence": int(tokens.max()),
+        "tokens_per_epoch": int(tokens.sum()),
+        # -100 marks tokens without a loss (the index that PyTorch's cross-entropy ignores).
+        "trained_tokens_per_epoch": count_other_than(dataset, "labels", -100),
     }
 
 
@@ -370,8 +368,8 @@ def special_tokens(sequences, answers: dict, tokenizer) -> dict:
     """Leading BOS tokens per sequence, and the share of answers that end with an end-of-turn or EOS token.
 
     Args:
-        sequences: token ids from the start of each sequence.
-        answers: {name: token ids of each answer}.
+        sequences: the first token ids of each sequence.
+        answers: {name: the last token ids of each answer}.
 
     Raises:
         UserError: most sequences start with two BOS tokens. A few, whose text spells it, are counted.
@@ -388,8 +386,7 @@ def special_tokens(sequences, answers: dict, tokenizer) -> dict:
     ends = {tokenizer.eos_token_id}
     if tokenizer.chat_template:
         ends |= ChatRenderer(tokenizer).end_ids()
-    # Some templates put a newline after the end-of-turn token, so the last three tokens are searched.
-    ended = {name: np.mean([any(t in ends for t in ids[-3:]) for ids in rows]) for name, rows in answers.items()}
+    ended = {name: np.mean([any(t in ends for t in ids[-LAST_IDS:]) for ids in rows]) for name, rows in answers.items()}
     return {
         "bos_token": tokenizer.bos_token,
         "end_tokens": sorted(tokenizer.convert_ids_to_tokens(sorted(ends - {None}))),

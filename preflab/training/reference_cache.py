@@ -48,6 +48,7 @@ def prepare(training: TrainingRun, trainer, plan: dict) -> dict:
     reference.add("train_dataset", rows)
     trainer.reference = reference
     counts = reference.counts
+    training.end_phase("reference")
     later = ", test pairs at the first evaluation" if trainer.eval_dataset is not None else ""
     print_main(
         f"reference: {counts['computed']} pairs computed, {counts['read']} read, {counts['seconds']} s"

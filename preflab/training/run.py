@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from trl import ModelConfig, get_peft_config
@@ -48,6 +48,7 @@ class TrainingRun:
         published: published results for the model card, or None.
         notes: sentences that the preflight shows.
         tokenizer: None until `load_splits`.
+        phases: {name of a phase before the first step: its seconds}, in order.
     """
 
     stage: Stage
@@ -60,6 +61,7 @@ class TrainingRun:
     published: dict | None
     notes: list[str]
     tokenizer: object = None
+    phases: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def open(cls, name: str, page: str, data_type: type, config_type: type) -> "TrainingRun":
@@ -98,7 +100,13 @@ class TrainingRun:
         checkpoint = None if folders.finished else checkpoint_to_resume(folders, config.resume)
         # The trainer writes its checkpoints below output_dir; identity and claim above use the parent folder.
         config.output_dir = str(folders.weights)
-        return cls(stage, data_args, config, model_args, folders, checkpoint, start_adapter, published, notes)
+        run = cls(stage, data_args, config, model_args, folders, checkpoint, start_adapter, published, notes)
+        run.end_phase("start")
+        return run
+
+    def end_phase(self, name: str) -> None:
+        """Record the time since the last phase, or since the script started, under `name`."""
+        self.phases[name] = round(self.stage.seconds - sum(self.phases.values()), 1)
 
     @property
     def row_log(self) -> RowFile:
@@ -143,6 +151,7 @@ class TrainingRun:
         day = template_date(self.tokenizer.chat_template)
         self.folders.record_data_hash(splits.sha256, **splits.facts, **({"template_date": day} if day else {}))
         self.notes += [f"the chat template prints a date: {day} in this run and in its evaluations"] if day else []
+        self.end_phase("rows")
         return splits
 
     def build_trainer(self, trainer_type: type, splits: Splits):
@@ -207,6 +216,7 @@ class TrainingRun:
         Args:
             describe_rows: `describe_pairs` or `describe_conversations` of preflab.training.preflight.
         """
+        self.end_phase("model")
         if self.start_adapter:
             self.notes.append(self.start_adapter.summary())
         if self.config.use_cpu and self.config.precision != "fp32":
@@ -215,6 +225,7 @@ class TrainingRun:
         flight, text = run_preflight(describe_rows, trainer, splits, self.stage.arguments, self.notes)
         write_json(self.folders.results / "preflight.json", flight)
         print_main(text)
+        self.end_phase("preflight")
         return flight
 
     def describe_model(self, trainer) -> dict:
@@ -238,6 +249,7 @@ class TrainingRun:
         Args:
             flight: the preflight; gets the step-0 figures of a sharded model, which exist only now.
         """
+        print_main(f"before training: {', '.join(f'{name} {seconds:.0f} s' for name, seconds in self.phases.items())}")
         if self.checkpoint:
             print_main(f"resuming from {self.checkpoint}")
             trainer.continue_from(self.checkpoint)
@@ -296,7 +308,7 @@ class TrainingRun:
             report,
             run={"run_name": self.config.run_name, "limit": self.data_args.limit},
             seed=self.config.seed,
-            training=training,
+            training={**training, "seconds_before": self.phases},
             **{key: flight[key] for key in ("plan", "dropout", "precision", "parameters", *flight_keys)},
             start=self.start_adapter.describe() if self.start_adapter else None,
             published=self.published,
