@@ -80,7 +80,7 @@ def command(args, data: Path, folder: Path, name: str) -> list[str]:
     flags = {
         "model_name_or_path": args.model, "dataset_name": data, "dataset_test_split": "none", "run_name": name,
         "max_length": args.max_length, "max_steps": 10, "per_device_train_batch_size": 2, "sample_prompts": 0,
-        "gradient_accumulation_steps": 4, "output_dir": folder / "checkpoints", "eval_out": folder / "eval_out",
+        "gradient_accumulation_steps": 2, "output_dir": folder / "checkpoints", "eval_out": folder / "eval_out",
     }  # fmt: skip
     script = ROOT / "dpo_train_human_preference.py"
     return [sys.executable, str(script), "--use_peft", *(str(x) for k, v in flags.items() for x in (f"--{k}", v))]
