@@ -272,6 +272,13 @@ def test_run_against_another_run(call, trained, tmp_path):
     assert by_name["model"]["base"]["name"].endswith("ck/old")
     code, _, err = call("eval_perplexity", *folders, "--base_run", "old", "--skip_kl")
     assert code == 0 and (tmp_path / "out/new-vs-old/perplexity.json").exists(), err
+    short = ("--base_run", "old", "--limit", 3, "--max_new_tokens", 4)
+    for script, extra, file in (
+        ("eval_win_rate", ("--battle", "--judge", "longer"), "battle_LIMIT3.json"),
+        ("human_eval", (), "human_eval_key_LIMIT3.json"),
+    ):
+        code, _, err = call(script, *folders, *short, *extra)
+        assert code == 0 and (tmp_path / "out/new-vs-old" / file).exists(), err
 
 
 @pytest.mark.parametrize(
