@@ -149,7 +149,11 @@ def draw(path, curves: dict, title: str) -> None:
         error = np.abs(np.array([m["ci95"] for m in estimates]).T - mean)
         name = "ranked by the scorer" if label == "scored" else "scores shuffled"
         ax.errorbar(range(len(mean)), mean, error, color=colour, lw=2, marker="o", capsize=3, label=name)
-    ax.set(xlabel="iteration (0: the initial model)", ylabel="letters per word, held-out answers")
+    ax.set(
+        title="Trait of the answers, 95% intervals",
+        xlabel="iteration (0: the initial model)",
+        ylabel="letters per word, held-out answers",
+    )
     ax.set_xticks(range(len(mean)))
     ax.legend(frameon=False)
     save(fig, path)

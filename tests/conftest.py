@@ -53,6 +53,18 @@ def cpu_seconds() -> float:
     return processes.forked_cpu_seconds + sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def checked_pictures():
+    """Check the layout of every picture that the project draws in a test's process (tests/pictures.py)."""
+    import pictures
+
+    from utils import plots
+
+    plots.before_close.append(pictures.check)
+    yield
+    plots.before_close.remove(pictures.check)
+
+
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_protocol(item):
     item.stash[STARTED] = cpu_seconds()

@@ -1,5 +1,10 @@
-"""Bootstrap intervals and paired tests on per-row figures. Rows are the resampled unit."""
+"""Intervals and paired tests on per-row figures. Rows are the resampled unit.
 
+Every interval is a 95% interval. `share` is for rates (accuracies, win rates, agreement) and their paired differences,
+`bootstrap` for all other figures. tests/utils/test_stats.py measures their coverage.
+"""
+
+import math
 import warnings
 
 import numpy as np
@@ -8,18 +13,97 @@ from utils.artifacts import metric
 
 # Efron & Tibshirani (1993) advise 1000 or more for percentile intervals.
 RESAMPLES = 2000
+# The normal distribution's 97.5% quantile.
+Z95 = 1.959963984540054
+# BCa's jackknife computes the statistic once per row on all other rows; with more rows than this, percentile and BCa
+# intervals hardly differ.
+MOST_ROWS_FOR_BCA = 1000
 
 
-def bootstrap(values, seed: int = 42, resamples: int = RESAMPLES, statistic=None) -> dict:
-    """Mean of `values` with its bootstrap standard error and 95% percentile interval (Efron & Tibshirani 1993).
+# ------------------------------------------------------------------------------------------------------------- shares
+
+
+def share(outcomes, seed: int = 42, scale: float = 1) -> dict:
+    """Mean of outcomes in [0, 1] (ties: 0.5), or of the paired difference of two such columns, with its interval.
+
+    For outcomes 0, 0.5 and 1, the interval inverts Tango's score test (1998) of the difference between wins and losses;
+    without ties this is Wilson's interval (1927). It never has zero width and never leaves the range. Other outcomes
+    (probabilities, means over votes) have the interval of `bootstrap`, cut to the range.
 
     Args:
-        values: one figure per row, shape (n,), or two paired columns a and b, shape (n, 2), whose mean(a - b) is taken.
-        statistic: replaces the mean; a function from resampled rows, shape (n, columns), to a number.
+        outcomes: shape (n,) in [0, 1], or two columns a and b, shape (n, 2), for the mean of a - b.
+        scale: 100 for percent.
 
     Returns:
         A metric: `{value, stderr, ci95, n}`; stderr and ci95 are None for fewer than two rows.
     """
+    rows = np.asarray(outcomes, dtype=np.float64)
+    paired, n = rows.ndim == 2, len(rows)
+    # Differences are from -1 to 1 already; an outcome's distance from a tie is doubled, so that both are alike.
+    steps = rows[:, 0] - rows[:, 1] if paired else 2 * rows - 1
+    value = scale * float((steps if paired else rows).mean()) if n else float("nan")
+    if n < 2:
+        return metric(value, None, None, n)
+    stderr = float(steps.std(ddof=1)) / math.sqrt(n)
+    if np.ptp(steps) > 1e-12 and not np.isin(steps, (-1, -0.5, 0, 0.5, 1)).all():
+        low, high = (min(max(x, -1.0), 1.0) for x in bootstrap(steps, seed)["ci95"])
+    else:
+        # Half a step counts as half a row: its variance is overstated, and the interval is wider than needed.
+        low, high = score_interval(steps[steps > 0].sum(), -steps[steps < 0].sum(), n)
+    # If all rows are equal their own spread is 0; the interval's is not.
+    stderr = stderr or (high - low) / 2 / Z95
+    if not paired:
+        # Back from steps, -1 to 1, to outcomes, 0 to 1.
+        stderr, low, high = stderr / 2, (1 + low) / 2, (1 + high) / 2
+    return metric(value, scale * stderr, (float(scale * low), float(scale * high)), n)
+
+
+def score_interval(wins: float, losses: float, n: int, z: float = Z95) -> tuple[float, float]:
+    """Tango's score interval (1998) of (wins - losses) / n for n rows, of which n - wins - losses are ties.
+
+    Args:
+        z: the normal quantile of the level; 1.645 for a 90% interval.
+    """
+    from scipy.optimize import brentq
+
+    estimate = (wins - losses) / n
+
+    def excess(d: float, side: int) -> float:
+        """The score statistic of the hypothesis that the difference is d, minus side * z; times its standard error."""
+        # Maximum-likelihood share of losses under the hypothesis: 2n q^2 + b q - losses d (1 - d) = 0.
+        b = (2 * n - wins + losses) * d - wins - losses
+        q = (math.sqrt(max(0.0, b * b + 8 * n * losses * d * (1 - d))) - b) / (4 * n)
+        return (wins - losses - n * d) - side * z * math.sqrt(max(0.0, n * (2 * q + d * (1 - d))))
+
+    # At the estimate itself, and at 1 and -1, the standard error can be 0, which is a root but not the interval's end.
+    gap = 1e-9
+    low = -1.0 if estimate <= gap - 1 else brentq(excess, gap / 2 - 1, estimate - gap, args=(1,))
+    high = 1.0 if estimate >= 1 - gap else brentq(excess, estimate + gap, 1 - gap / 2, args=(-1,))
+    return float(low), float(high)
+
+
+# -------------------------------------------------------------------------------------------------- means, statistics
+
+
+def bootstrap(values, seed: int = 42, resamples: int = RESAMPLES, statistic=None, bca: bool = True) -> dict:
+    """Mean of `values` with its standard error and 95% interval.
+
+    The interval of a mean is the smallest that holds both Student's and the bootstrap-t interval (Efron & Tibshirani
+    1993, section 12.5): the first covers with heavy tails, the second with skewed rows. The interval of a statistic is
+    BCa (section 14.3), or the percentile interval where BCa is undefined or too slow; its error is the bootstrap's.
+
+    Args:
+        values: one figure per row, shape (n,), or two paired columns a and b, shape (n, 2), whose mean(a - b) is taken.
+        statistic: replaces the mean; a function from resampled rows, shape (n, columns), to a number.
+        bca: False for a statistic that is too slow for one more call per row.
+
+    Returns:
+        A metric: `{value, stderr, ci95, n}`; stderr and ci95 are None for fewer than two rows.
+    """
+    if statistic is None:
+        rows = np.asarray(values, dtype=np.float64)
+        # Paired columns become one column of differences: for a mean this equals resampling the pairs.
+        return _mean(rows[:, 0] - rows[:, 1] if rows.ndim == 2 else rows, seed, resamples)
     value, result, n = _resampled(values, seed, resamples, statistic)
     if result is None:
         return metric(value, None, None, n)
@@ -28,7 +112,42 @@ def bootstrap(values, seed: int = 42, resamples: int = RESAMPLES, statistic=None
     interval = result.confidence_interval
     if not np.isfinite([interval.low, interval.high]).all():
         return metric(value, None, None, n)
+    if bca and n <= MOST_ROWS_FOR_BCA:
+        better = _resampled(values, seed, 0, statistic, "BCa", result)[1].confidence_interval
+        interval = better if np.isfinite([better.low, better.high]).all() else interval
     return metric(value, float(result.standard_error), (float(interval.low), float(interval.high)), n)
+
+
+def _mean(x: np.ndarray, seed: int, resamples: int) -> dict:
+    """Mean of the rows x, shape (n,), with the interval that `bootstrap` describes."""
+    from scipy.stats import t
+
+    n = len(x)
+    value = float(x.mean()) if n else float("nan")
+    if n < 2:
+        return metric(value, None, None, n)
+    stderr = float(x.std(ddof=1)) / math.sqrt(n)
+    # Rows that are equal up to rounding have no spread: their deviation would be the error of the mean.
+    if not np.isfinite(stderr) or np.ptp(x) <= 1e-12 * np.abs(x).max():
+        return metric(value, stderr, (value, value), n)
+    half = float(t.ppf(0.975, n - 1)) * stderr
+    low, high = value - half, value + half
+    # How many standard errors, each resample with its own, the mean of a resample is from the mean of all rows.
+    rng, distances = np.random.default_rng(seed), []
+    for start in range(0, resamples, 256):
+        # In batches, which bounds the memory.
+        drawn = x[rng.integers(0, n, (min(256, resamples - start), n))]
+        spread = drawn.std(1)
+        # A resample of equal rows has no standard error.
+        varied = spread > 1e-9 * x.std()
+        distances.append((drawn.mean(1)[varied] - value) / spread[varied])
+    distances = np.concatenate(distances)
+    # Where many resamples have no standard error (few distinct rows), the quantiles mean nothing.
+    if len(distances) >= 0.975 * resamples:
+        far_left, far_right = np.quantile(distances, (0.025, 0.975)) * x.std()
+        # A distribution with its long tail on the left has the true mean on the right: the ends change sides.
+        low, high = min(low, value - float(far_right)), max(high, value - float(far_left))
+    return metric(value, stderr, (low, high), n)
 
 
 def bootstrap_test(values, seed: int = 42, resamples: int = RESAMPLES, statistic=None) -> float:
@@ -45,14 +164,18 @@ def bootstrap_test(values, seed: int = 42, resamples: int = RESAMPLES, statistic
     return float((1 + far.sum()) / (1 + far.size))
 
 
-def _resampled(values, seed: int, resamples: int, statistic):
-    """(figure, scipy's bootstrap result or None for fewer than two rows, number of rows)."""
+def _resampled(values, seed: int, resamples: int, statistic, method: str = "percentile", earlier=None):
+    """(figure, scipy's bootstrap result or None for fewer than two rows, number of rows).
+
+    Args:
+        method: percentile or BCa.
+        earlier: a result whose resamples are used instead of new ones, with `resamples` 0.
+    """
     from scipy.stats import bootstrap as scipy_bootstrap
 
     values = np.asarray(values, dtype=np.float64)
     n = len(values)
     if statistic is None:
-        # Paired columns become one column of differences: for a mean this equals resampling the pairs.
         values = values[:, 0] - values[:, 1] if values.ndim == 2 else values
         columns, function, vectorized = (values,), np.mean, True
     else:
@@ -70,13 +193,27 @@ def _resampled(values, seed: int, resamples: int, statistic):
         # If all resamples are equal, scipy warns and the interval has zero width (or is NaN); callers handle both.
         warnings.simplefilter("ignore")
         # A fresh generator per call: metrics over the same rows use the same resamples, and a rerun prints the same
-        # intervals. scipy's default method, BCa, adds a jackknife over all rows and is undefined if all resamples
-        # agree; the percentile method is not. `batch` bounds the memory to 256 resamples at a time.
+        # intervals. `batch` bounds the memory to 256 resamples at a time.
         result = scipy_bootstrap(
-            columns, function, n_resamples=resamples, method="percentile", paired=True, vectorized=vectorized,
-            rng=np.random.default_rng(seed), batch=256,
+            columns, function, n_resamples=resamples, method=method, paired=True, vectorized=vectorized,
+            rng=np.random.default_rng(seed), batch=256, bootstrap_result=earlier,
         )  # fmt: skip
     return value, result, n
+
+
+# -------------------------------------------------------------------------------------------------------------- tests
+
+
+def direction(m: dict, p: float, null: float = 0.0) -> int:
+    """What a verdict may claim: 1 for above `null`, -1 for below, 0 for inconclusive.
+
+    The 95% interval of the metric must exclude `null`, and the test must have p < 0.05: they can differ near the
+    threshold, and intervals of few rows are approximate.
+    """
+    if m["ci95"] is None or not p < 0.05:
+        return 0
+    low, high = m["ci95"]
+    return 1 if low > null else -1 if high < null else 0
 
 
 def holm(p_values: list[float]) -> list[float]:

@@ -151,6 +151,16 @@ def p_equals(p: float | None) -> str:
     return f"p{text}" if text.startswith("<") else f"p={text}"
 
 
+def undecided(m: dict, p: float, null: float, name: str) -> str:
+    """Why `utils.stats.direction` is 0: the value `null`, named `name`, is allowed by interval and test, or by one."""
+    covered = m["ci95"] is None or m["ci95"][0] <= null <= m["ci95"][1]
+    if covered and not p < 0.05:
+        return f"not significantly different from {name} ({p_equals(p)})"
+    if covered:
+        return f"but the interval contains {name} ({p_equals(p)})"
+    return f"but the test is not significant ({p_equals(p)})"
+
+
 def decimals(m: dict, scale: float = 1, digits: int = 1) -> int:
     """`digits`, or as many as the metric's standard error needs to be seen: 0.00002 ± 0.00001, not 0.000 ± 0.000."""
     error = abs(scale * (m["stderr"] or 0))

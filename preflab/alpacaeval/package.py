@@ -21,7 +21,7 @@ from utils.artifacts import metric, write_text
 from utils.errors import UserError
 from utils.hub import fetch
 from utils.provenance import sha256_of, sha256_of_files
-from utils.stats import bootstrap
+from utils.stats import bootstrap, share
 
 REPOSITORY = "tatsu-lab/alpaca_eval"
 # The `dataset` column of AlpacaEval's 805 instructions; "unknown" is the package's default for rows without one.
@@ -114,9 +114,9 @@ def rates(annotations: list[dict], seed: int) -> dict:
     lengths = [len(row["output_2"]) for row in annotations]
     metrics = {
         # The value is the package's, the interval the bootstrap's; both are means of preference - 1.
-        "win_rate": {**bootstrap(100 * (preference - 1), seed), "value": float(package_rates["win_rate"])},
+        "win_rate": {**share(preference - 1, seed, 100), "value": float(package_rates["win_rate"])},
         "discrete_win_rate": {
-            **bootstrap(100 * discrete, seed),
+            **share(discrete, seed, 100),
             "value": float(package_rates["discrete_win_rate"]),
         },
         "standard_error": metric(float(package_rates["standard_error"]), n=n),
@@ -126,12 +126,12 @@ def rates(annotations: list[dict], seed: int) -> dict:
     }
     truncated = [row["finish_reason"] == "length" for row in annotations if row.get("finish_reason") is not None]
     if truncated:
-        metrics["truncated_share"] = bootstrap(truncated, seed)
+        metrics["truncated_share"] = share(truncated, seed)
     # Preferences are in terms of output_1 and output_2 already, so a consistent judge gives equal ones in both orders.
     orders = [[order["preference"] for order in row.get("orders", [])] for row in annotations]
     both = [pair for pair in orders if len(pair) == 2 and None not in pair]
     if both:
-        metrics["flip_rate"] = bootstrap([(a > 1.5) != (b > 1.5) or (a < 1.5) != (b < 1.5) for a, b in both], seed)
+        metrics["flip_rate"] = share([(a > 1.5) != (b > 1.5) or (a < 1.5) != (b < 1.5) for a, b in both], seed)
     mass = [order["mass"] for row in annotations for order in row.get("orders", []) if order.get("mass") is not None]
     if mass:
         metrics["verdict_mass_median"] = metric(float(np.median(mass)), n=len(mass))
@@ -213,10 +213,10 @@ class LengthControl:
         index = np.arange(len(sides[first]))
         rates = {}
         for name in sides:
-            rates[name] = bootstrap(index, seed, resamples, lambda rows, name=name: rate(name, rows))
+            rates[name] = bootstrap(index, seed, resamples, lambda rows, name=name: rate(name, rows), bca=False)
         for name in others:
             rates[f"{name} - {first}"] = bootstrap(
-                index, seed, resamples, lambda rows, name=name: rate(name, rows) - rate(first, rows)
+                index, seed, resamples, lambda rows, name=name: rate(name, rows) - rate(first, rows), bca=False
             )
         return rates
 

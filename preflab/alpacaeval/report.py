@@ -4,14 +4,13 @@ import csv
 import io
 from pathlib import Path
 
-import numpy as np
-
 from preflab.alpacaeval import package
 from preflab.alpacaeval.metrics import MIN_LC_ROWS, lc_name
 from utils.artifacts import read_published
 from utils.errors import UserError
-from utils.plots import CHOSEN, NEUTRAL, figure, save
+from utils.plots import CHOSEN, NEUTRAL, figure, interval_lengths, rate_bars, save, shorten
 from utils.stage import Report, fits_terminal
+from utils.stats import direction
 from utils.tables import cell, difference, estimate, interval, p_equals, p_value
 from utils.tables import render as render_table
 
@@ -152,16 +151,14 @@ def verdict_of(results: dict, audit: dict | None) -> str:
         return f"No claim: the judge was not audited (--audit_limit); {shown}."
     if not audit["passed"]:
         return f"No claim: the judge failed its audit; {shown}."
-    # Interval and test must agree; they can differ near the threshold.
-    significant = d["ci95"] and p["value"] < 0.05
-    if significant and d["ci95"][1] < 0:
-        return f"The judge prefers base to tuned: {shown}."
-    if not (significant and d["ci95"][0] > 0):
+    preferred = direction(d, p["value"])
+    if not preferred:
         return f"Inconclusive: {shown}."
+    result = f"the judge prefers {'tuned to base' if preferred > 0 else 'base to tuned'}"
     # Also true for NaN: a rate that could not be fitted supports no claim.
-    if controlled and controlled["value"] is not None and not controlled["value"] > 0:
-        return f"Inconclusive: the judge prefers tuned to base, but not at equal length: {shown}."
-    return f"The judge prefers tuned to base: {shown}."
+    if controlled and controlled["value"] is not None and not preferred * controlled["value"] > 0:
+        return f"Inconclusive: {result}, but not at equal length: {shown}."
+    return f"T{result[1:]}: {shown}."
 
 
 def leaderboard(results: dict, rows: dict) -> str:
@@ -222,35 +219,39 @@ def render_file(annotations: list[dict], name: str, eval_out: str, seed: int, re
 
 BARS = {
     "win_rate": "win rate",
-    "length_controlled_winrate": "length-\ncontrolled",
-    "length_controlled_minimal_winrate": "length-contr.\n(minimal)",
-    "longer_win_rate": "`longer`\nas judge",
-    "random_win_rate": "`random`\nas judge",
+    "length_controlled_winrate": "length-controlled",
+    "length_controlled_minimal_winrate": "length-controlled\n(minimal)",
+    "longer_win_rate": "`longer` as judge",
+    "random_win_rate": "`random` as judge",
 }
 
 
 def draw(path, metrics: dict, published_rows: dict, title: str) -> None:
     """Two panels: win rates of base and tuned with intervals and controls, and win rate against answer length."""
     fig, axes = figure(1, 2, title)
-    bars = {k: label for k, label in BARS.items() if f"base_{k}" in metrics}
-    for side, shift, colour in (("base", -0.18, NEUTRAL), ("tuned", 0.18, CHOSEN)):
-        rates = [metrics[f"{side}_{k}"] for k in bars]
-        value = np.array([m["value"] for m in rates])
-        ends = np.array([m["ci95"] or (m["value"], m["value"]) for m in rates])
-        # matplotlib rejects negative lengths; rounding can put the package's value outside the interval.
-        error = np.clip([value - ends[:, 0], ends[:, 1] - value], 0, None)
-        axes[0].bar(np.arange(len(bars)) + shift, value, 0.34, yerr=error, capsize=2, color=colour, label=side)
-        length = metrics[f"{side}_avg_length"]["value"]
-        axes[1].errorbar(length, value[0], error[:, :1], fmt="o", color=colour, label=side)
-    axes[0].set_xticks(range(len(bars)), bars.values(), fontsize=7)
-    axes[0].axhline(50, color="grey", ls=":", lw=1)
-    axes[0].set(title="Against the reference, 95% intervals", ylabel="win rate (%)", ylim=(0, 100))
-    for name, row in published_rows.items():
-        point = (row["avg_length"], row["win_rate"])
-        axes[1].plot(*point, "x", color="grey", ms=5)
-        axes[1].annotate(name, point, fontsize=6, color="grey", xytext=(3, 3), textcoords="offset points")
-    axes[1].set(title="Against length (grey: published, GPT-4 Turbo judged)", xlabel="mean answer length (characters)")
-    axes[1].set(ylabel="win rate (%)", ylim=(0, 100))
-    for ax in axes:
-        ax.legend(fontsize=7)
+    bars = []
+    for key, label in BARS.items():
+        for side, colour in (("base", NEUTRAL), ("tuned", CHOSEN)):
+            if f"{side}_{key}" in metrics:
+                bars.append((f"{side}, {label}", as_share(metrics[f"{side}_{key}"]), colour))
+    rate_bars(axes[0], bars, "win rate (%)")
+    axes[0].set_title("Against the reference, 95% intervals")
+    # Markers with names above the panel: beside its point, a name would cover other points.
+    for marker, (name, row) in zip("x+1234^v<>sD*phXPd", published_rows.items(), strict=False):
+        axes[1].plot(row["avg_length"], row["win_rate"], marker, color="grey", ms=5, label=shorten(name, 22))
+    for side, colour in (("base", NEUTRAL), ("tuned", CHOSEN)):
+        rate, length = metrics[f"{side}_win_rate"], metrics[f"{side}_avg_length"]["value"]
+        error = interval_lengths([rate])
+        axes[1].errorbar(length, rate["value"], error, fmt="o", color=colour, capsize=2, label=f"{side}, this judge")
+    axes[1].set_title("Against length (grey: published, GPT-4 Turbo judged)")
+    axes[1].set(xlabel="mean answer length (characters)", ylabel="win rate (%)", ylim=(-2, 102))
+    axes[1].legend()
     save(fig, path)
+
+
+def as_share(m: dict) -> dict:
+    """A metric in percent, as the package has them, as a share from 0 to 1."""
+    if m["value"] is None:
+        return m
+    # The package rounds some of its rates, so the value may be just outside its interval.
+    return {**m, "value": m["value"] / 100, "ci95": m["ci95"] and [end / 100 for end in m["ci95"]]}

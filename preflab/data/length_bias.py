@@ -3,7 +3,7 @@
 import numpy as np
 
 from utils.artifacts import metric
-from utils.stats import bootstrap, sign_test
+from utils.stats import bootstrap, share, sign_test
 
 
 def words(text: str) -> int:
@@ -32,9 +32,9 @@ def length_bias(lengths: list[tuple[int, int]], seed: int = 42) -> dict:
         "difference": bootstrap(x, seed),
         # A ratio of means, not a mean of ratios: one very short rejected answer would dominate the latter.
         "relative_difference": bootstrap(x, seed, statistic=lambda r: r[:, 0].mean() / r[:, 1].mean() - 1),
-        "share_chosen_longer": bootstrap(longer == 1, seed),
-        "share_rejected_longer": bootstrap(longer == 0, seed),
-        "share_equal": bootstrap(longer == 0.5, seed),
+        "share_chosen_longer": share(longer == 1, seed),
+        "share_rejected_longer": share(longer == 0, seed),
+        "share_equal": share(longer == 0.5, seed),
         "p_chosen_longer_is_half": metric(sign_test(longer), n=len(x)),
     }
 

@@ -9,7 +9,7 @@ from preflab.models.logprobs import attach_head, pair_batches, token_logps
 from utils.artifacts import metric
 from utils.progress import progress
 from utils.stage import Report, fits_terminal
-from utils.stats import bootstrap
+from utils.stats import bootstrap, share
 from utils.tables import cell
 from utils.tables import render as table
 
@@ -84,7 +84,7 @@ def metrics_of(adapter: np.ndarray, merged: np.ndarray, ids, dtype: str, seed: i
         "mean_difference": bootstrap((merged - adapter).mean(1), seed),
         "logps_adapter": bootstrap(adapter.mean(1), seed),
         "logps_merged": bootstrap(merged.mean(1), seed),
-        "same_preference": bootstrap(same_preference),
+        "same_preference": share(same_preference, seed),
     }
 
 

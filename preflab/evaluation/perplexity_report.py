@@ -5,8 +5,9 @@ import numpy as np
 from preflab.data.length_bias import sentence
 from preflab.evaluation.perplexity import SIDES
 from utils.errors import is_main_process
-from utils.plots import CHOSEN, NEUTRAL, REJECTED, figure, save
+from utils.plots import CHOSEN, NEUTRAL, REJECTED, count_axis, figure, interval_lengths, save
 from utils.stage import Report, fits_terminal
+from utils.stats import direction
 from utils.tables import cell, difference, p_equals, p_value
 from utils.tables import render as render_table
 
@@ -27,6 +28,9 @@ SHORT_LABELS = {
 }
 
 COLOURS = {"chosen": CHOSEN, "rejected": REJECTED, "text": NEUTRAL}
+
+# Perplexities that differ by more than this factor are drawn on a logarithmic axis.
+LOGARITHMIC_FROM = 20
 
 # With five units even equal signs everywhere give the signed-rank test a p-value of 0.0625.
 FEWEST_UNITS_FOR_A_TEST = 6
@@ -70,11 +74,10 @@ def _change(metrics: dict, name: str, label: str) -> str:
     if ratio["n"] < FEWEST_UNITS_FOR_A_TEST:
         return f"{label.capitalize()}: perplexity {change}, {ratio['n']} units, too few for a test."
     low, high = (100 * (x - 1) for x in ratio["ci95"])
-    outside = low > 0 or high < 0
-    # Interval and test must agree before the text claims a change.
-    direction = ("rose" if low > 0 else "fell") if outside and p < 0.05 else "did not change significantly"
-    test = f"; signed-rank test {p_equals(p)}" if outside and p >= 0.05 else ""
-    return f"{label.capitalize()}: perplexity {direction} ({change}, 95% interval {low:+.2f} to {high:+.2f}%{test})."
+    outcome = {1: "rose", -1: "fell", 0: "did not change significantly"}[direction(ratio, p, 1)]
+    # Where interval and test differ, the reader sees both.
+    test = f"; signed-rank test {p_equals(p)}" if (p < 0.05) != (low > 0 or high < 0) else ""
+    return f"{label.capitalize()}: perplexity {outcome} ({change}, 95% interval {low:+.2f} to {high:+.2f}%{test})."
 
 
 def _table(metrics: dict, title: str) -> str:
@@ -119,32 +122,40 @@ def draw(path, metrics: dict, rows: list[dict], text_rows: list[dict], title: st
     for name, (change, tokens) in changes.items():
         axes[2].scatter(tokens, change, s=6, alpha=0.5, color=COLOURS[name], label=name)
     axes[2].axhline(0, color="grey", ls=":", lw=1)
+    count_axis(axes[2].xaxis)
     axes[2].set(title="Change by length", xlabel="scored tokens per row", ylabel="tuned - base (nats per token)")
-    axes[2].legend(fontsize=7)
+    axes[2].legend()
     save(fig, path)
 
 
 def _draw_perplexities(ax, metrics: dict) -> None:
     names = [name for name in SHORT_LABELS if f"{name}_ppl_base" in metrics]
+    largest, smallest = 0.0, float("inf")
     for side, colour, shift in (("base", NEUTRAL, -0.17), ("tuned", CHOSEN, 0.17)):
         ppls = [metrics[f"{name}_ppl_{side}"] for name in names]
-        value = np.array([m["value"] for m in ppls])
-        ends = np.array([m["ci95"] or (m["value"], m["value"]) for m in ppls])
-        # A percentile interval may exclude the estimate itself; matplotlib rejects negative error lengths.
-        error = np.clip([value - ends[:, 0], ends[:, 1] - value], 0, None)
-        ax.bar(np.arange(len(names)) + shift, value, 0.32, yerr=error, color=colour, capsize=2, label=side)
+        value = np.array([m["value"] for m in ppls], float)
+        at = np.arange(len(names)) + shift
+        # Dots, not bars: on a logarithmic axis the length of a bar means nothing.
+        ax.errorbar(at, value, interval_lengths(ppls), fmt="o", ms=4, lw=1.2, color=colour, capsize=2, label=side)
+        largest, smallest = max(largest, value.max()), min(smallest, value.min())
     ax.set_xticks(range(len(names)), [SHORT_LABELS[name] for name in names], fontsize=7)
-    ax.set(title="Perplexity, 95% intervals", ylabel="exp(nats per token)")
-    ax.legend(fontsize=7)
+    ax.set(title="Perplexity, 95% intervals", ylabel="exp(nats per token)", xlim=(-0.5, len(names) - 0.5))
+    if largest > LOGARITHMIC_FROM * smallest:
+        ax.set_yscale("log")
+    else:
+        ax.set_ylim(0)
+    ax.legend()
 
 
 def _draw_histogram(ax, changes: dict) -> None:
     pooled = np.concatenate([change for change, _ in changes.values()])
-    # The small addition keeps the bins from having zero width if all changes are equal.
-    edges = np.linspace(pooled.min(), pooled.max() + 1e-9, min(40, max(8, len(pooled) // 8)))
+    # If all changes are equal, the bins get the width of a visible change.
+    low, high = (pooled.min(), pooled.max()) if np.ptp(pooled) > 1e-6 else (pooled.mean() - 0.01, pooled.mean() + 0.01)
+    edges = np.linspace(low, high, min(40, max(8, len(pooled) // 8)))
     for name, (change, _) in changes.items():
-        label = f"{name}, {change.mean():+.4f}"
+        label = f"{name} {change.mean():+.2g}"
         ax.hist(change, bins=edges, histtype="step", lw=1.5, color=COLOURS[name], label=label)
     ax.axvline(0, color="grey", ls=":", lw=1)
     ax.set(title="Change by row", xlabel="tuned - base (nats per token)", ylabel="rows")
-    ax.legend(fontsize=7, title="mean over rows", title_fontsize=7)
+    count_axis(ax.yaxis)
+    ax.legend(title="legend: means")

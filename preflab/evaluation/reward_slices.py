@@ -6,7 +6,7 @@ from scipy.special import expit, log_expit
 
 from preflab.evaluation.rewards import reward_metrics
 from utils.artifacts import metric
-from utils.stats import bootstrap, mcnemar, pairwise_correct, rank_correlation, sign_test
+from utils.stats import bootstrap, mcnemar, pairwise_correct, rank_correlation, share, sign_test
 
 # This artifact's names of the metrics that training reports under the trainer's names.
 WIN_RATE_NAMES = {
@@ -43,8 +43,8 @@ def win_rate_metrics(rows: list[dict], beta: float, skipped: dict, seed: int) ->
     )
     correct = pairwise_correct(*normalised.T)
     return metrics | {
-        "win_rate_length_normalised": bootstrap(normalised[:, 0] > normalised[:, 1], seed),
-        "win_rate_length_normalised_ties_half": bootstrap(correct, seed),
+        "win_rate_length_normalised": share(normalised[:, 0] > normalised[:, 1], seed),
+        "win_rate_length_normalised_ties_half": share(correct, seed),
         "avg_margin_length_normalised": bootstrap(normalised, seed),
         "p_win_rate_length_normalised_is_half": metric(sign_test(correct), n=len(rows)),
         "evaluated_examples": metric(len(rows), n=len(rows)),
@@ -66,20 +66,56 @@ def calibration_metrics(margin: np.ndarray, seed: int) -> dict:
     """Calibration of sigmoid(margin), the probability that chosen is preferred under Bradley-Terry, DPO's model.
 
     log_loss is mean -log sigmoid(margin), the DPO loss on the data (log 2 = 0.693 at margin 0). brier is the mean of
-    (1 - sigmoid(margin))^2. ece is the mean of |accuracy - confidence| over `calibration_bins`, weighted by count.
+    (1 - sigmoid(margin))^2. ece is `calibration_error`, ece_if_calibrated what sampling alone gives to it.
 
     Args:
         margin: shape (n,), in beta × nats.
     """
-    # Expected calibration error (Guo et al. 2017), with bins of equal count instead of equal width.
-    bins = calibration_bins(margin, seed)
-    ece = sum(b["n"] * abs(b["accuracy"]["value"] - b["confidence"]) for b in bins) / max(1, len(margin))
     return {
         "calibration_log_loss": bootstrap(-log_expit(margin), seed),
         "calibration_brier": bootstrap((1 - expit(margin)) ** 2, seed),
-        "calibration_ece": metric(ece, n=len(margin)),
+        "calibration_ece": calibration_error(margin),
+        "calibration_ece_if_calibrated": calibration_error_if_calibrated(margin, seed),
         "calibration_scale": metric(best_scale(margin), n=len(margin)),
     }
+
+
+def calibration_error(margin: np.ndarray) -> dict:
+    """Expected calibration error (Guo et al. 2017) over bins of equal count; NaN without margins.
+
+    The mean of |accuracy - confidence| over the bins of `bins_of`, weighted by count.
+    """
+    confidence, correct = expit(np.abs(margin)), pairwise_correct(margin, np.zeros(len(margin)))
+    return metric(_ece(confidence, correct[None])[0] if len(margin) else float("nan"), n=len(margin))
+
+
+def calibration_error_if_calibrated(margin: np.ndarray, seed: int) -> dict:
+    """The calibration error of these confidences if they were exactly right: its mean, deviation and 95% range.
+
+    Outcomes are drawn with probability sigmoid(|margin|). Few pairs per bin alone give an error above 0.
+    """
+    if not len(margin):
+        return metric(float("nan"), n=0)
+    confidence = expit(np.abs(margin))
+    # Fewer draws of many pairs, which bounds the memory: their error varies less.
+    draws = int(np.clip(2_000_000 // len(margin), 200, 2000))
+    outcomes = np.random.default_rng(seed).random((draws, len(margin))) < confidence
+    errors = _ece(confidence, outcomes)
+    low, high = np.quantile(errors, (0.025, 0.975))
+    return metric(float(errors.mean()), float(errors.std(ddof=1)), (float(low), float(high)), len(margin))
+
+
+def _ece(confidence: np.ndarray, correct: np.ndarray) -> np.ndarray:
+    """Calibration errors, shape (draws,), of confidences (n,) for outcomes of shape (draws, n)."""
+    distances = [len(part) * abs(correct[:, part].mean(1) - confidence[part].mean()) for part in bins_of(confidence)]
+    return np.sum(distances, 0) / len(confidence)
+
+
+def bins_of(confidence: np.ndarray, most: int = 10, least: int = 10) -> list[np.ndarray]:
+    """Up to `most` bins of equal count over the confidence, each of at least `least` rows: their indices."""
+    count = int(np.clip(len(confidence) // least, 1, most))
+    # Sorted by confidence and cut into equal counts; a stable sort keeps ties in row order.
+    return [part for part in np.array_split(np.argsort(confidence, kind="stable"), count) if len(part)]
 
 
 def best_scale(margin: np.ndarray) -> float:
@@ -90,20 +126,17 @@ def best_scale(margin: np.ndarray) -> float:
     return float(fit.x)
 
 
-def calibration_bins(margin: np.ndarray, seed: int, most: int = 10, least: int = 10) -> list[dict]:
-    """Up to `most` bins of equal count over the confidence sigmoid(|margin|), each of at least `least` pairs."""
+def calibration_bins(margin: np.ndarray, seed: int) -> list[dict]:
+    """Confidence sigmoid(|margin|) and accuracy in the bins of `bins_of`."""
     # The probability of the answer that the reward prefers, from 0.5 to 1, and whether that answer is the chosen one.
     confidence, correct = expit(np.abs(margin)), pairwise_correct(margin, np.zeros(len(margin)))
-    count = int(np.clip(len(margin) // least, 1, most))
     return [
         {
             "confidence": float(confidence[part].mean()),
-            "accuracy": bootstrap(correct[part], seed),
+            "accuracy": share(correct[part], seed),
             "n": len(part),
         }
-        # Sorted by confidence and cut into equal counts; a stable sort keeps ties in row order.
-        for part in np.array_split(np.argsort(confidence, kind="stable"), count)
-        if len(part)
+        for part in bins_of(confidence)
     ]
 
 
@@ -190,11 +223,11 @@ def _slice(rows: list[dict], mask, seed: int) -> dict:
     base = pairwise_correct([r["ref_chosen"] for r in part], [r["ref_rejected"] for r in part])
     return {
         "n": len(part),
-        "win_rate": bootstrap(margin > 0, seed),
-        "win_rate_ties_half": bootstrap(correct, seed),
+        "win_rate": share(margin > 0, seed),
+        "win_rate_ties_half": share(correct, seed),
         "avg_margin": bootstrap(margin, seed),
-        "base_ranking": bootstrap(base, seed),
+        "base_ranking": share(base, seed),
         # Paired: both figures are on the same pairs, so their common difficulty cancels.
-        "win_rate_minus_base_ranking": bootstrap(np.stack([correct, base], 1), seed),
+        "win_rate_minus_base_ranking": share(np.stack([correct, base], 1), seed),
         "p_win_rate_is_base_ranking": mcnemar(correct, base),
     }

@@ -9,7 +9,7 @@ from preflab.evaluation.held_out import held_out_pairs
 from preflab.evaluation.logprob_scoring import Sequence, score_sequences
 from preflab.evaluation.two_models import TwoModels
 from utils.artifacts import metric
-from utils.stats import bootstrap, mcnemar, pairwise_correct, sign_test, signed_rank
+from utils.stats import bootstrap, mcnemar, pairwise_correct, share, sign_test, signed_rank
 
 
 @dataclass
@@ -88,19 +88,22 @@ def reward_metrics(rows: list[dict], surface=None, seed: int = 42) -> dict:
     def mean(values):
         return bootstrap(values, seed)
 
+    def rate(values):
+        return share(values, seed)
+
     # np.stack([a, b], 1) has shape (pairs, 2): the figure is mean(a - b), with pairs resampled together.
     metrics = {
-        "reward_accuracy": mean(correct),
-        "reward_accuracy_strict": mean(columns["margin"] > 0),
+        "reward_accuracy": rate(correct),
+        "reward_accuracy_strict": rate(columns["margin"] > 0),
         "reward_margin": mean(columns["margin"]),
         "reward_chosen": mean(columns["reward_chosen"]),
         "reward_rejected": mean(columns["reward_rejected"]),
         # At step 0 policy and reference are equal, so every pair is an exact tie.
         "exact_ties": metric(int((columns["margin"] == 0).sum()), n=len(rows)),
-        "likelihood_ranking_base": mean(base),
-        "likelihood_ranking_tuned": mean(tuned),
-        "likelihood_ranking_difference": mean(np.stack([tuned, base], 1)),
-        "reward_accuracy_minus_base_ranking": mean(np.stack([correct, base], 1)),
+        "likelihood_ranking_base": rate(base),
+        "likelihood_ranking_tuned": rate(tuned),
+        "likelihood_ranking_difference": rate(np.stack([tuned, base], 1)),
+        "reward_accuracy_minus_base_ranking": rate(np.stack([correct, base], 1)),
         "p_reward_accuracy_is_half": metric(sign_test(correct), n=len(rows)),
         "p_likelihood_ranking_difference": metric(mcnemar(tuned, base), n=len(rows)),
         "p_reward_accuracy_is_base_ranking": metric(mcnemar(correct, base), n=len(rows)),
@@ -114,7 +117,7 @@ def reward_metrics(rows: list[dict], surface=None, seed: int = 42) -> dict:
         metrics[f"p_logps_{side}_difference"] = metric(signed_rank(columns[side] - columns[f"ref_{side}"]), n=len(rows))
     if surface is not None:
         surface_correct = pairwise_correct(surface, zero)
-        metrics["surface_classifier_accuracy"] = mean(surface_correct)
-        metrics["reward_accuracy_minus_surface"] = mean(np.stack([correct, surface_correct], 1))
+        metrics["surface_classifier_accuracy"] = rate(surface_correct)
+        metrics["reward_accuracy_minus_surface"] = rate(np.stack([correct, surface_correct], 1))
         metrics["p_reward_accuracy_is_surface"] = metric(mcnemar(correct, surface_correct), n=len(rows))
     return metrics

@@ -13,10 +13,10 @@ from preflab.evaluation.reward_table import (
     ranking_row,
 )
 from utils.errors import is_main_process
-from utils.plots import CHOSEN, NEUTRAL, REJECTED, figure, save
+from utils.plots import CHOSEN, NEUTRAL, REJECTED, count_axis, figure, interval_lengths, save
 from utils.stage import Report, fits_terminal
-from utils.stats import pairwise_correct
-from utils.tables import cell, difference, estimate, p_equals, p_value
+from utils.stats import direction, pairwise_correct, share
+from utils.tables import cell, difference, estimate, p_equals, p_value, undecided
 from utils.tables import render as render_table
 
 
@@ -55,18 +55,21 @@ def verdict_of(metrics: dict) -> str:
     if rate["ci95"] is None:
         return f"No claim: {rate['n']} held-out pair is too few for an interval."
     shown = f"the reward win rate is {estimate(rate, 100)}% (95% interval; ties half)"
-    # With few pairs a bootstrap interval can shrink to a point, so the exact test must agree.
-    significant = metrics["p_win_rate_is_half"]["value"] < 0.05
-    if rate["ci95"][1] < 0.5 and significant:
+    p = metrics["p_win_rate_is_half"]["value"]
+    above = direction(rate, p, 0.5)
+    if above < 0:
         return f"By its rewards, training hurt: {shown}, below 50%: the rewards prefer the rejected answers."
-    if not (rate["ci95"][0] > 0.5 and significant):
-        return f"Inconclusive: {shown}, not significantly different from 50%."
+    if not above:
+        return f"Inconclusive: {shown}, {undecided(rate, p, 0.5, '50%')}."
     # Above 50% is not enough: the base's likelihood may rank these pairs as well without any training.
-    ahead = metrics["win_rate_minus_base_ranking"]
+    ahead, p = metrics["win_rate_minus_base_ranking"], metrics["p_win_rate_is_base_ranking"]["value"]
     base = f"the base model's own ranking ({cell(metrics['likelihood_ranking_base'], 100)}%)"
-    if ahead["ci95"][0] > 0 and metrics["p_win_rate_is_base_ranking"]["value"] < 0.05:
+    better = direction(ahead, p)
+    if better > 0:
         return f"By its rewards, training helped: {shown}, above 50% and above {base}. --battle compares answers."
-    return f"Reward accuracy is above 50%, but not above {base}: {shown}."
+    if better < 0:
+        return f"By its rewards, training hurt: {shown}, above 50% but below {base}."
+    return f"Inconclusive: {shown}, above 50%; against {base}: {undecided(ahead, p, 0, 'no difference')}."
 
 
 def _table(m: dict, title: str) -> str:
@@ -106,11 +109,19 @@ def _table(m: dict, title: str) -> str:
             # log 2: at margin 0 the probability is one half.
             "0.693 by def.",
             cell(m["calibration_log_loss"], 1, 3),
-            f"calibration error {m['calibration_ece']['value']:.3f}",
+            "",
         ),
-        ("correlation of margin and length", "", correlation, correlation_interval),
+        *_calibration_line(m),
+        ("rank correlation, margin/length", "", correlation, correlation_interval),
     ]
     return render_table(title, lines)
+
+
+def _calibration_line(m: dict) -> list[tuple]:
+    """The calibration error, beside the one that sampling alone gives to calibrated margins; older files lack that."""
+    expected = m.get("calibration_ece_if_calibrated")
+    beside = f"{cell(expected, 1, 3)} if calibrated" if expected else ""
+    return [("calibration error", "", cell(m["calibration_ece"], 1, 3), beside)]
 
 
 def _slices_table(slices: dict) -> str:
@@ -149,7 +160,7 @@ def draw(path, rows: list[dict], bins: list[dict], title: str) -> None:
     _draw_accuracy_by_length(axes[1], rows, margin)
     _draw_calibration(axes[2], bins)
     for ax in axes:
-        ax.legend(fontsize=7, framealpha=0.6)
+        ax.legend()
     save(fig, path)
 
 
@@ -160,8 +171,9 @@ def _draw_margins(ax, margin: np.ndarray) -> None:
     for part, colour, label in ((margin > 0, CHOSEN, "chosen higher"), (margin <= 0, REJECTED, "chosen not higher")):
         ax.hist(margin[part], bins=edges, color=colour, alpha=0.8, label=f"{label} ({part.mean():.0%})")
     ax.axvline(0, color="grey", ls=":", lw=1)
-    ax.axvline(margin.mean(), color=NEUTRAL, lw=1.5, label=f"mean {margin.mean():+.3f}")
+    ax.axvline(margin.mean(), color=NEUTRAL, lw=1.5, label=f"mean {margin.mean():+.2g}")
     ax.set(title="Reward margins", xlabel="margin (beta × nats)", ylabel="pairs")
+    count_axis(ax.yaxis)
 
 
 def _draw_accuracy_by_length(ax, rows: list[dict], margin: np.ndarray) -> None:
@@ -172,21 +184,21 @@ def _draw_accuracy_by_length(ax, rows: list[dict], margin: np.ndarray) -> None:
     order = np.argsort(longer, kind="stable")
     groups = [group for group in np.array_split(order, min(8, max(1, len(rows) // 10))) if len(group)]
     for correct, colour, label in ((tuned, CHOSEN, "tuned, implicit reward"), (base, NEUTRAL, "base, likelihood")):
-        y = [correct[group].mean() for group in groups]
-        # Half width of a 95% interval by the normal approximation; picture only.
-        error = [1.96 * correct[group].std() / len(group) ** 0.5 for group in groups]
-        x = [longer[group].mean() for group in groups]
-        ax.errorbar(x, y, error, fmt="o-", ms=4, lw=1, color=colour, label=label)
-    ax.axhline(0.5, color="grey", ls=":", lw=1)
+        shares, x = [share(correct[group]) for group in groups], [longer[group].mean() for group in groups]
+        y = [100 * m["value"] for m in shares]
+        ax.errorbar(x, y, interval_lengths(shares, 100), fmt="o-", ms=4, lw=1, color=colour, label=label)
+    ax.axhline(50, color="grey", ls=":", lw=1)
     ax.axvline(0, color="grey", ls=":", lw=1)
-    labels = {"xlabel": "chosen - rejected (tokens)", "ylabel": "share correct"}
-    ax.set(title="Accuracy by length difference", ylim=(-0.02, 1.02), **labels)
+    labels = {"xlabel": "chosen - rejected (tokens)", "ylabel": "correct (%), 95% interval"}
+    ax.set(title="Accuracy by length difference", ylim=(-2, 102), **labels)
 
 
 def _draw_calibration(ax, bins: list[dict]) -> None:
-    x, y = [b["confidence"] for b in bins], [b["accuracy"]["value"] for b in bins]
-    low, high = ([abs((b["accuracy"]["ci95"] or [v, v])[i] - v) for b, v in zip(bins, y, strict=True)] for i in (0, 1))
-    ax.plot([0.5, 1], [0.5, 1], color="grey", ls=":", lw=1, label="calibrated")
-    ax.errorbar(x, y, [low, high], fmt="o-", ms=4, lw=1, color=CHOSEN, label="tuned, 95% interval")
-    labels = {"xlabel": "confidence, sigmoid(|margin|)", "ylabel": "share correct"}
-    ax.set(title="Calibration", ylim=(-0.02, 1.02), **labels)
+    shares = [b["accuracy"] for b in bins]
+    x, y = [100 * b["confidence"] for b in bins], [100 * m["value"] for m in shares]
+    # The line spans what is shown: margins near 0 have confidences near 50%.
+    ends = (min([50, *x]), max([51, *x]))
+    ax.plot(ends, ends, color="grey", ls=":", lw=1, label="calibrated")
+    ax.errorbar(x, y, interval_lengths(shares, 100), fmt="o-", ms=4, lw=1, color=CHOSEN, label="tuned, 95% interval")
+    labels = {"xlabel": "confidence, sigmoid(|margin|) (%)", "ylabel": "correct (%)"}
+    ax.set(title="Calibration", ylim=(-2, 102), **labels)

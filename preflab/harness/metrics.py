@@ -14,7 +14,7 @@ from preflab.harness.suites import Suite, averages, errors, load_reference
 from utils.artifacts import metric, read_json
 from utils.errors import UserError
 from utils.provenance import shorten_paths
-from utils.stats import bootstrap, bootstrap_test, mcnemar
+from utils.stats import bootstrap, bootstrap_test, mcnemar, share
 
 # How the harness turns a mean over documents into its figure: unchanged, perplexity, bits per byte.
 AGGREGATIONS = {
@@ -304,9 +304,10 @@ def paired(
         }
     # Columns of values: tuned's sum, base's sum, weight.
     plain_mean = aggregation == "mean" and (values[:, 2] == 1).all()
+    right_or_wrong = plain_mean and np.isin(values[:, :2], (0, 1)).all()
     if plain_mean:
         # Columns tuned and base: the mean of their difference.
-        difference = bootstrap(values[:, :2], seed)
+        difference = (share if right_or_wrong else bootstrap)(values[:, :2], seed)
     else:
         figure = AGGREGATIONS[aggregation]
         difference = bootstrap(
@@ -316,7 +317,7 @@ def paired(
             statistic=lambda v: figure(v[:, 0].sum() / v[:, 2].sum()) - figure(v[:, 1].sum() / v[:, 2].sum()),
         )
     # Exact McNemar: only documents on which the models disagree carry information (McNemar 1947).
-    if plain_mean and np.isin(values[:, :2], (0, 1)).all():
+    if right_or_wrong:
         p, test = mcnemar(values[:, 0], values[:, 1]), "McNemar"
     else:
         # Test the means: the aggregation is monotonic, so the figures are equal exactly when the means are.
@@ -498,10 +499,11 @@ def _subset(entry: dict, base: ModelResults, tuned: ModelResults, seed: int) -> 
     values, unpaired = _values(*subsets, [entry["task"]], entry["metric"], entry.get("filter", "none"))
     if unpaired or not len(values):
         return None
+    interval_of = share if np.isin(values[:, :2], (0, 1)).all() else bootstrap
     return {
-        "base": bootstrap(values[:, 1], seed),
-        "tuned": bootstrap(values[:, 0], seed),
-        "difference": bootstrap(values[:, :2], seed),
+        "base": interval_of(values[:, 1], seed),
+        "tuned": interval_of(values[:, 0], seed),
+        "difference": interval_of(values[:, :2], seed),
     }
 
 

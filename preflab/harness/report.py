@@ -7,9 +7,9 @@ import numpy as np
 from preflab.harness.metrics import SuiteResults
 from preflab.harness.suites import on_harness_scale, published_averages, published_row
 from utils import tables
-from utils.plots import CHOSEN, EVAL, NEUTRAL, empty_panel, figure, save
+from utils.plots import CHOSEN, EVAL, NEUTRAL, empty_panel, figure, interval_lengths, save, shorten
 from utils.stage import Report, fits_terminal
-from utils.stats import holm
+from utils.stats import holm, score_interval
 from utils.tables import markdown_table, number, p_equals, p_value, paragraphs
 
 PURPOSE = (
@@ -350,6 +350,15 @@ def is_share(metric: str) -> bool:
     return metric.startswith(("acc", "exact_match")) or metric.endswith(("_acc", "_match")) or metric == "em"
 
 
+def with_interval(m: dict, n: int) -> dict:
+    """A share as the harness reports it, with Wilson's interval for its `n` documents, or 1.96 errors within 0 to 1."""
+    if n > 1:
+        low, high = score_interval(n * m["value"], n * (1 - m["value"]), n)
+        return {**m, "ci95": [(1 + low) / 2, (1 + high) / 2]}
+    error = 1.96 * (m["stderr"] or 0)
+    return {**m, "ci95": [max(0.0, m["value"] - error), min(1.0, m["value"] + error)]}
+
+
 def draw(path, results: SuiteResults) -> None:
     """Two panels with a line per task and metric: base and tuned with published figures, and their differences.
 
@@ -358,15 +367,16 @@ def draw(path, results: SuiteResults) -> None:
     shown = [r for r in results.rows if r["top"] and is_share(r["metric"])]
     fig, axes = figure(1, 2, results.title)
     if not shown:
-        for ax in axes:
+        for ax, name in zip(axes, ("Base and tuned", "Tuned - base"), strict=True):
+            ax.set_title(name)
             empty_panel(ax, "none of these figures is a share: see lm_eval.md")
         return save(fig, path)
-    fig.set_size_inches(9.5, max(2.6, 1.2 + 0.32 * len(shown)))
+    fig.set_size_inches(9.5, max(2.6, 1.6 + 0.32 * len(shown)))
     y = np.arange(len(shown))
     for side, colour, shift in (("base", NEUTRAL, -0.14), ("tuned", CHOSEN, 0.14)):
-        value = 100 * np.array([r[side]["value"] for r in shown])
-        # 1.96 standard errors, in percentage points.
-        error = 196 * np.array([r[side]["stderr"] or 0 for r in shown])
+        rates = [with_interval(r[side], r["n"]) for r in shown]
+        value = 100 * np.array([m["value"] for m in rates])
+        error = interval_lengths(rates, 100)
         axes[0].errorbar(value, y + shift, xerr=error, fmt="o", ms=4, lw=1.2, color=colour, label=side)
     published = [
         (y[k], f"{name}{', other setting' if m['other_setting'] else ''}", 100 * m["value"])
@@ -376,19 +386,19 @@ def draw(path, results: SuiteResults) -> None:
     # At most six references get a marker; the table lists all.
     for marker, name in zip("x+1234", dict.fromkeys(name for _, name, _ in published), strict=False):
         points = [(value, place) for place, other, value in published if other == name]
-        axes[0].plot(*zip(*points, strict=True), marker, color="grey", ms=6, alpha=0.6, label=f"published: {name}")
+        label = f"published: {shorten(name)}"
+        axes[0].plot(*zip(*points, strict=True), marker, color="grey", ms=6, alpha=0.6, label=label)
     filters = [f" ({r['filter']})" if r["filter"] != "none" else "" for r in shown]
-    names = [f"{r['task']}\n{r['metric']}{f}, {r['shots']}-shot" for r, f in zip(shown, filters, strict=True)]
+    names = [
+        f"{shorten(r['task'])}\n{shorten(r['metric'] + f)}, {r['shots']}-shot"
+        for r, f in zip(shown, filters, strict=True)
+    ]
     axes[0].set_yticks(y, names, fontsize=7)
     axes[0].set(title="Base and tuned, 95% intervals", xlabel="score (%)")
-    axes[0].legend(fontsize=7, ncols=4, loc="lower left", bbox_to_anchor=(0, 1.06), frameon=False)
+    axes[0].legend()
     difference = 100 * np.array([r["difference"]["value"] for r in shown])
-    # An interval of length zero where there is none.
-    ends = [r["difference"]["ci95"] or (r["difference"]["value"],) * 2 for r in shown]
-    # Shape (2, rows): distances below and above the point, since percentile intervals are not symmetric.
-    error = np.clip(
-        [difference - 100 * np.array([e[0] for e in ends]), 100 * np.array([e[1] for e in ends]) - difference], 0, None
-    )
+    # Shape (2, rows): distances below and above the point, since the intervals are not symmetric.
+    error = interval_lengths([r["difference"] for r in shown], 100)
     colours = [EVAL if r.get("significant") else NEUTRAL for r in shown]
     for k, colour in enumerate(colours):
         axes[1].errorbar(difference[k], y[k], xerr=error[:, k : k + 1], fmt="o", ms=4, lw=1.2, color=colour)

@@ -11,7 +11,7 @@ from preflab.judging.battle_metrics import answer_metrics, bradley_terry, by_cat
 from preflab.judging.battles import pairings
 from preflab.judging.style import style_differences
 from utils.artifacts import metric
-from utils.stats import bootstrap, sign_test
+from utils.stats import bootstrap, share, sign_test
 
 
 def summarise(rows: list[dict], key: dict, candidates: list[dict], about: dict, seed: int) -> dict:
@@ -118,7 +118,7 @@ def match_metrics(rows: list[dict], units: list[dict], candidates: list[dict], a
         "wins": metric(int((y > 0.5).sum()), n=len(y)),
         "ties": metric(int((y == 0.5).sum()), n=len(y)),
         "losses": metric(int((y < 0.5).sum()), n=len(y)),
-        "win_rate": bootstrap(y, seed),
+        "win_rate": share(y, seed),
         "p_win_rate_is_half": metric(sign_test(y), n=len(y)),
         # Features of `a` relative to `b`: length, headers, lists, bold.
         "win_rate_style_controlled": style_controlled(style_differences(*texts, *tokens), y, seed),
@@ -129,11 +129,11 @@ def match_metrics(rows: list[dict], units: list[dict], candidates: list[dict], a
         "votes_both_bad": metric(sum(row["both_bad"] for row in judged), n=len(votes)),
         "votes_worse": metric(int((votes == -1).sum()), n=len(votes)),
         "votes_much_worse": metric(int((votes == -2).sum()), n=len(votes)),
-        "both_bad_share": share(judged, "both_bad", seed),
+        "both_bad_share": marked_share(judged, "both_bad", seed),
     }
     for side in "ab":
         # Over all rows, since an answer can be marked without a choice.
-        metrics[f"acceptable_{side}"] = share(rows, f"{side}_acceptable", seed)
+        metrics[f"acceptable_{side}"] = marked_share(rows, f"{side}_acceptable", seed)
     return metrics | acceptable_difference(rows, seed)
 
 
@@ -148,7 +148,7 @@ def acceptable_difference(rows: list[dict], seed: int) -> dict:
     # Rounded before the sign is taken: equal means of thirds may differ in the last bit, and must tie.
     sides = 0.5 + 0.5 * np.sign(np.round(pairs[:, 0] - pairs[:, 1], 9))
     return {
-        "acceptable_difference": bootstrap(pairs, seed),
+        "acceptable_difference": share(pairs, seed),
         "p_acceptable_difference": metric(sign_test(sides), n=len(pairs)),
     }
 
@@ -157,7 +157,7 @@ def acceptable(rows: list[dict], model: str, seed: int) -> dict:
     """Share of a model's answers that were marked acceptable, over all its pairings; prompts have equal weight."""
     marks = [{"prompt": row["prompt"], "mark": row[f"{side}_acceptable"]} for row in rows for side in "ab"
              if row[side] == model]  # fmt: skip
-    return share(marks, "mark", seed)
+    return marked_share(marks, "mark", seed)
 
 
 def strengths(units: list[dict], models: list[str], seed: int) -> dict | None:
@@ -172,10 +172,10 @@ def strengths(units: list[dict], models: list[str], seed: int) -> dict | None:
     return bradley_terry(units, models, seed) if len(models) > 2 and connected == set(models) else None
 
 
-def share(rows: list[dict], name: str, seed: int) -> dict:
+def marked_share(rows: list[dict], name: str, seed: int) -> dict:
     """Share of votes whose `name` is true, of those where it is marked; prompts have equal weight."""
     means = _prompt_means([row for row in rows if row[name] is not None], name)
-    return bootstrap(means, seed) if means else metric(None)
+    return share(means, seed) if means else metric(None)
 
 
 def annotator_metrics(rows: list[dict], key: dict, seed: int) -> dict:
@@ -202,12 +202,12 @@ def annotator_metrics(rows: list[dict], key: dict, seed: int) -> dict:
         # n counts every pair on the page, repeats included, for every annotator.
         "judged": metric(len(judged), n=annotators * len(key["items"])),
         "skipped": metric(sum(row["skip"] is not None for row in rows), n=annotators * len(key["items"])),
-        "left_wins": share(decided, "left", seed),
+        "left_wins": marked_share(decided, "left", seed),
         "p_left_wins_is_half": metric(sign_test(_prompt_means(decided, "left")), n=len(_grouped(decided))),
-        "a_on_the_left": share(judged, "a_is_left", seed),
+        "a_on_the_left": marked_share(judged, "a_is_left", seed),
         # The median, because a pause in front of the open page would dominate the mean.
         "seconds_median": metric(float(np.median([row["seconds"] for row in judged])), n=len(judged)),
-        "self_consistency": share(repeats, "same", seed),
+        "self_consistency": marked_share(repeats, "same", seed),
     }
 
 
@@ -215,7 +215,7 @@ def one_annotator(rows: list[dict], key: dict, seed: int) -> dict:
     """`annotator_metrics`, and the win rate of tuned against base by this annotator's votes alone."""
     main = [row for row in counted_votes(rows) if (row["a"], row["b"]) == ("tuned", "base")]
     judged = [row for row in main if row["outcome"] is not None]
-    return {**annotator_metrics(rows, key, seed), "win_rate": bootstrap(_prompt_means(judged, "outcome"), seed)}
+    return {**annotator_metrics(rows, key, seed), "win_rate": share(_prompt_means(judged, "outcome"), seed)}
 
 
 # --------------------------------------------------------------------------------------------------------- agreement

@@ -4,8 +4,9 @@ from pathlib import Path
 
 from preflab.human.study import COLUMN_OF, TRUNCATED
 from preflab.judging.battle_report import categories_table
-from utils.plots import CHOSEN, EVAL, NEUTRAL, REJECTED, empty_panel, figure, save, win_rate_bars
+from utils.plots import CHOSEN, EVAL, NEUTRAL, REJECTED, empty_panel, figure, name_bars, rate_bars, save
 from utils.stage import Report, fits_terminal, wrote
+from utils.stats import direction
 from utils.tables import answer_label, cell, difference, estimate, p_equals, p_value, side_by_side
 from utils.tables import render as render_table
 
@@ -65,13 +66,8 @@ def verdict_of(m: dict) -> str:
         f"tuned wins {estimate(rate, 100)}% against base (95% interval over prompts; ties half;"
         f" sign test {p_equals(p)})"
     )
-    # Interval and test must agree; they can differ near the threshold. ci95 is None for a single prompt.
-    if rate["ci95"] and p < 0.05 and rate["ci95"][0] > 0.5:
-        verdict = f"People prefer tuned: {shown}."
-    elif rate["ci95"] and p < 0.05 and rate["ci95"][1] < 0.5:
-        verdict = f"People prefer base: {shown}."
-    else:
-        verdict = f"Inconclusive: {shown}."
+    outcomes = {1: "People prefer tuned", -1: "People prefer base", 0: "Inconclusive"}
+    verdict = f"{outcomes[direction(rate, p, 0.5)]}: {shown}."
     # Sides are balanced, so a position bias costs power but does not favour a model.
     if m["p_left_wins_is_half"]["value"] < 0.05:
         verdict += f" Position bias: the left answer wins {estimate(m['left_wins'], 100)}%."
@@ -224,8 +220,9 @@ def draw(path, sections: dict, title: str) -> None:
     """
     fig, axes = figure(1, 3, title)
     axes[0].set_title("Win rate, 95% intervals")
-    axes[1].set(title="Votes for the model named first", xlabel="share of votes", xlim=(0, 1))
+    axes[1].set(title="Votes for the model named first", xlabel="share of votes (%)", xlim=(0, 100))
     if not sections["matches"]:
+        axes[2].set_title("Win rate by category")
         for ax in axes:
             empty_panel(ax, "no votes yet")
         return save(fig, path)
@@ -236,25 +233,24 @@ def draw(path, sections: dict, title: str) -> None:
         rates.append((f"{_name(match)}\nstyle held equal", match["metrics"]["win_rate_style_controlled"], EVAL))
     # Annotators who judged no pair of tuned and base have no win rate.
     annotators = [(name, m["win_rate"], NEUTRAL) for name, m in sections["annotators"].items() if m["win_rate"]["n"]]
-    win_rate_bars(axes[0], [*rates, *annotators[:10]])
+    rate_bars(axes[0], [*rates, *annotators[:10]])
     if len(annotators) > 10:
         axes[0].set_title(f"Win rate, 95% intervals (10 of {len(annotators)} annotators)")
 
     matches = sections["matches"][:8]
     for y, match in enumerate(matches):
         total, left = match["metrics"]["votes"]["value"], 0.0
-        # Shares from left to right, from the best to the worst vote for `a`; they add up to 1.
+        # Shares from left to right, from the best to the worst vote for `a`; they add up to 100%.
         for step, (label, colour) in VOTES.items():
-            width = match["metrics"][f"votes_{step}"]["value"] / max(total, 1)
+            width = 100 * match["metrics"][f"votes_{step}"]["value"] / max(total, 1)
             axes[1].barh(y, width, left=left, color=colour, height=0.6, label=label if y == 0 else None)
             left += width
-    axes[1].set_yticks(range(len(matches)), [f"{m['a']}\nagainst {m['b']}" for m in matches], fontsize=7)
-    axes[1].set_ylim(len(matches) - 0.4, -1.1)
-    axes[1].legend(fontsize=7, ncols=3, loc="upper center", framealpha=0.9)
+    name_bars(axes[1], [f"{m['a']}\nagainst {m['b']}" for m in matches])
+    axes[1].legend()
 
     main = next((m for m in sections["matches"] if (m["a"], m["b"]) == ("tuned", "base")), sections["matches"][0])
     categories = [(f"{name} ({c['n']})", c["win_rate"], CHOSEN) for name, c in main["categories"].items()]
-    win_rate_bars(axes[2], categories[:16])
+    rate_bars(axes[2], categories[:16])
     axes[2].set_title(f"{_name(main)}, by category")
     if not categories:
         empty_panel(axes[2], "the prompts have no categories")

@@ -5,11 +5,11 @@ from scipy.special import logit
 
 from preflab.data.pair_rows import Pair
 from preflab.data.prompts import Prompt
-from preflab.evaluation.reward_slices import calibration_bins
+from preflab.evaluation.reward_slices import calibration_error, calibration_error_if_calibrated
 from preflab.judging.judge_prompt import Item, Verdict
 from preflab.judging.style import markdown_counts
 from utils.artifacts import metric
-from utils.stats import bootstrap, signed_rank
+from utils.stats import direction, share, signed_rank
 from utils.tables import cell, estimate
 from utils.tables import render as render_table
 
@@ -82,6 +82,7 @@ def audit(pairs: list[Pair], verdicts: list[Verdict], seed: int, ordered: bool =
         parsed_share: share of items with a verdict.
         calibration_error: mean distance between the judge's probability and its agreement (expected calibration
             error); NaN if the judge gives no probabilities.
+        calibration_error_if_calibrated: what sampling alone gives to calibrated probabilities on as many pairs.
     """
     first = _first_slot(verdicts)
     # A pair counts only with a verdict in both orders; otherwise position bias would not cancel.
@@ -93,7 +94,7 @@ def audit(pairs: list[Pair], verdicts: list[Verdict], seed: int, ordered: bool =
 
     def mean(values, selected):
         values = values[selected & parsed]
-        return bootstrap(values, seed) if len(values) else metric(float("nan"), n=0)
+        return share(values, seed) if len(values) else metric(float("nan"), n=0)
 
     every = np.ones(len(pairs), bool)
     # P(chosen is better), mean of both orders.
@@ -102,10 +103,8 @@ def audit(pairs: list[Pair], verdicts: list[Verdict], seed: int, ordered: bool =
         for a, b in zip(verdicts[::2], verdicts[1::2], strict=True)
         if a.probability is not None and b.probability is not None
     ]
-    # calibration_bins takes margins: sigmoid(logit(p)) = p. Clipped, because the logit of 0 and 1 is infinite.
+    # calibration_error takes margins: sigmoid(logit(p)) = p. Clipped, because the logit of 0 and 1 is infinite.
     margins = np.array([logit(np.clip(p, 1e-9, 1 - 1e-9)) for p in probabilities])
-    bins = calibration_bins(margins, seed) if len(margins) else []
-    error = sum(b["n"] * abs(b["accuracy"]["value"] - b["confidence"]) for b in bins) / max(1, len(margins))
     return {
         "agreement": mean(better, every),
         "agreement_length_matched": mean(better, np.abs(difference) <= LENGTH_MATCHED * lengths.max(1)),
@@ -116,8 +115,9 @@ def audit(pairs: list[Pair], verdicts: list[Verdict], seed: int, ordered: bool =
         "prefers_longer": mean(np.where(difference > 0, better, 1 - better), np.abs(difference) > LONGER_BY),
         "prefers_lists": mean(np.where(lists[:, 0] > lists[:, 1], better, 1 - better), lists[:, 0] != lists[:, 1]),
         # Per item, not per pair: each order is one question to the judge.
-        "parsed_share": bootstrap(~np.isnan(first).ravel(), seed),
-        "calibration_error": metric(error if len(margins) else float("nan"), n=len(margins)),
+        "parsed_share": share(~np.isnan(first).ravel(), seed),
+        "calibration_error": calibration_error(margins),
+        "calibration_error_if_calibrated": calibration_error_if_calibrated(margins, seed),
     }
 
 
@@ -136,7 +136,7 @@ def against_longer(judge: list[Verdict], longer: list[Verdict], seed: int) -> di
     both = both[~np.isnan(both).any(1)]
     if not len(both):
         return {"difference": metric(float("nan"), n=0), "p": metric(float("nan"), n=0)}
-    return {"difference": bootstrap(both, seed), "p": metric(signed_rank(both[:, 0] - both[:, 1]), n=len(both))}
+    return {"difference": share(both, seed), "p": metric(signed_rank(both[:, 0] - both[:, 1]), n=len(both))}
 
 
 def passes(comparison: dict) -> bool:
@@ -145,9 +145,7 @@ def passes(comparison: dict) -> bool:
     Args:
         comparison: from `against_longer`.
     """
-    ci = comparison["difference"]["ci95"]
-    # Both criteria, because with few pairs a bootstrap interval can shrink to a point.
-    return bool(ci and ci[0] > 0 and comparison["p"]["value"] < 0.05)
+    return direction(comparison["difference"], comparison["p"]["value"]) > 0
 
 
 def verdict_of(name: str, metrics: dict, comparison: dict) -> str:
@@ -182,6 +180,7 @@ def audit_table(audits: dict[str, dict], labels: str) -> str:
         "prefers_lists": "more list items wins, %",
         "parsed_share": "parsed verdicts, %",
         "calibration_error": "calibration error, %",
+        "calibration_error_if_calibrated": "... of a calibrated judge, %",
     }
     # The judge's name can be long: it is in the title, and its column is headed `judge`.
     judge, *controls = audits
@@ -189,5 +188,7 @@ def audit_table(audits: dict[str, dict], labels: str) -> str:
     lines.append(("labelled pairs", *(str(metrics["agreement"]["n"]) for metrics in audits.values())))
     for key, label in rows.items():
         text_of = estimate if key == "agreement" else cell
-        lines.append((label, *(text_of(metrics[key], 100) for metrics in audits.values())))
+        # Audits of earlier versions lack the last row.
+        if all(key in metrics for metrics in audits.values()):
+            lines.append((label, *(text_of(metrics[key], 100) for metrics in audits.values())))
     return render_table(f"judge audit of {judge}: {labels}", lines)

@@ -5,7 +5,7 @@ from scipy.special import expit, log_expit
 
 from preflab.judging.style import scaled, style_differences
 from utils.artifacts import metric
-from utils.stats import bootstrap, sign_test, signed_rank
+from utils.stats import bootstrap, ratio_of_sums, share, sign_test, signed_rank
 
 # 1 / variance of the prior on each logit: a normal prior of standard deviation 10.
 RIDGE = 1e-2
@@ -96,17 +96,16 @@ def battle_metrics(rows: list[dict], seed: int) -> dict:
         "wins": metric(int((y == 1).sum()), n=len(y)),
         "losses": metric(int((y == 0).sum()), n=len(y)),
         "ties": metric(int((y == 0.5).sum()), n=len(y)),
-        "win_rate": bootstrap(y, seed),
+        "win_rate": share(y, seed),
         "wins_average_of_orders": metric(sum(row["average"] > 0.5 for row in decided), n=len(y)),
         "losses_average_of_orders": metric(sum(row["average"] < 0.5 for row in decided), n=len(y)),
         "ties_average_of_orders": metric(sum(row["average"] == 0.5 for row in decided), n=len(y)),
-        "win_rate_average_of_orders": bootstrap([row["average"] for row in decided], seed),
-        # Shape (n, 2): votes for a, all votes. A ratio of sums, so that strong verdicts weigh more.
-        "win_rate_votes": bootstrap(votes, seed, statistic=lambda x: x[:, 0].sum() / x[:, 1].sum()),
+        "win_rate_average_of_orders": share([row["average"] for row in decided], seed),
+        "win_rate_votes": win_rate_votes(votes, seed),
         "win_rate_style_controlled": style_controlled(styles, y, seed),
         "p_win_rate_is_half": metric(sign_test(y), n=len(y)),
-        "flip_rate": bootstrap([row["flipped"] for row in decided], seed),
-        "first_slot_wins": bootstrap(first_slot, seed),
+        "flip_rate": share([row["flipped"] for row in decided], seed),
+        "first_slot_wins": share(first_slot, seed),
         "tokens_a": bootstrap(tokens[0], seed),
         "tokens_b": bootstrap(tokens[1], seed),
         # Shape (n, 2): mean(a - b), paired by prompt.
@@ -115,7 +114,7 @@ def battle_metrics(rows: list[dict], seed: int) -> dict:
     probabilities = [row["probability"] for row in decided if row["probability"] is not None]
     # All or none: over a part of the rows the figure would not be comparable with win_rate.
     if len(probabilities) == len(decided):
-        metrics["win_rate_probability"] = bootstrap(probabilities, seed)
+        metrics["win_rate_probability"] = share(probabilities, seed)
     # A low mass means that the judge rarely answers with a label at all, so its verdicts are weak evidence.
     mass = [v["mass"] for v in parsed if v["mass"] is not None]
     if mass:
@@ -124,13 +123,21 @@ def battle_metrics(rows: list[dict], seed: int) -> dict:
     return metrics
 
 
+def win_rate_votes(votes: np.ndarray, seed: int) -> dict:
+    """Votes for `a` over all votes: a ratio of sums, so that strong verdicts weigh more. `votes` has shape (n, 2)."""
+    rate = bootstrap(votes, seed, statistic=ratio_of_sums)
+    of_rows = votes[:, 0] / votes[:, 1]
+    # Where all rows agree, every resample does, but the interval of a share is never a point.
+    return rate if np.ptp(of_rows) else share(of_rows, seed)
+
+
 def by_category(rows: list[dict], seed: int) -> dict:
     """Win rate of `a` in each category of prompts: `{category: {n, win_rate, p_win_rate_is_half}}`."""
     decided = [row for row in rows if row["consistent"] is not None]
     categories = {}
     for category in sorted({row["category"] for row in decided if row["category"] is not None}):
         y = [row["consistent"] for row in decided if row["category"] == category]
-        categories[category] = {"n": len(y), "win_rate": bootstrap(y, seed), "p_win_rate_is_half": sign_test(y)}
+        categories[category] = {"n": len(y), "win_rate": share(y, seed), "p_win_rate_is_half": sign_test(y)}
     return categories
 
 
@@ -140,7 +147,7 @@ def answer_metrics(answers: list[dict | None], seed: int) -> dict:
     metrics = {"answers": metric(len(answers)), "tokens": bootstrap([a["tokens"] for a in answers], seed)}
     truncated = [a["finish_reason"] == "length" for a in answers if a["finish_reason"] is not None]
     if truncated:
-        metrics["truncated_share"] = bootstrap(truncated, seed)
+        metrics["truncated_share"] = share(truncated, seed)
     return metrics
 
 
@@ -156,7 +163,7 @@ def against_opponent(rows: list[dict], seed: int) -> dict:
     # Shape (prompts, 2). Paired, because both scores depend on how well the opponent answered the prompt.
     pairs = np.array([[scores["tuned"][k], scores["base"][k]] for k in prompts])
     return {
-        "win_rate_difference": bootstrap(pairs, seed),
+        "win_rate_difference": share(pairs, seed),
         "p_win_rate_difference": metric(signed_rank(pairs[:, 0] - pairs[:, 1]), n=len(prompts)),
     }
 
@@ -218,7 +225,11 @@ def style_controlled(differences: np.ndarray, y: np.ndarray, seed: int) -> dict:
         # Coefficient 0 belongs to the constant: the model's own effect, in logits, at a style difference of 0.
         return float(expit(fit_logistic(x, outcome)[0]))
 
-    return bootstrap(np.column_stack([y, np.ones(len(y)), features]), seed, statistic=rate)
+    controlled = bootstrap(np.column_stack([y, np.ones(len(y)), features]), seed, statistic=rate)
+    if controlled["ci95"] and np.ptp(controlled["ci95"]) < 1e-9:
+        # All outcomes are equal, and so is every resample; the interval of a share is never a point.
+        return {**share(y, seed), "value": controlled["value"]}
+    return controlled
 
 
 def fit_logistic(x: np.ndarray, y: np.ndarray, weights=None) -> np.ndarray:

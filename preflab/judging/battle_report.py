@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
-from utils.plots import CHOSEN, EVAL, NEUTRAL, empty_panel, figure, save, win_rate_bars
+from utils.plots import CHOSEN, EVAL, NEUTRAL, empty_panel, figure, name_bars, rate_bars, save, shorten
 from utils.stage import Report, fits_terminal
-from utils.tables import cell, difference, estimate, p_equals, p_value
+from utils.stats import direction
+from utils.tables import cell, difference, estimate, p_equals, p_value, undecided
 from utils.tables import render as render_table
 
 # A judge whose verdict changes with the order of the answers on more than half of at least 20 prompts is unreliable.
@@ -42,23 +43,21 @@ def verdict_of(sections: dict) -> str:
     m = sections["metrics"]
     if "win_rate_difference" in m:
         d, p = m["win_rate_difference"], m["p_win_rate_difference"]
-        result = (
-            f"against the same opponent, tuned - base is {difference(d, scale=100)} points ({p_equals(p['value'])})"
-        )
-        if d["ci95"] and d["ci95"][0] > 0 and p["value"] < 0.05:
-            return f"The judge prefers tuned: {result}."
-        if d["ci95"] and d["ci95"][1] < 0 and p["value"] < 0.05:
-            return f"The judge prefers base: {result}."
-        return f"Inconclusive: {result}."
+        result = f"against the same opponent, tuned - base is {difference(d, scale=100)} points"
+        preferred = direction(d, p["value"])
+        if preferred:
+            return f"The judge prefers {'tuned' if preferred > 0 else 'base'}: {result}."
+        return f"Inconclusive: {result}, {undecided(d, p['value'], 0, 'no difference')}."
     if has_opponent(sections):
         return "No claim: no prompt has verdicts for both models."
     if "win_rate" not in m:
         return "No claim: no prompt has verdicts in both orders."
     rate, p = m["win_rate"], m["p_win_rate_is_half"]["value"]
     result = f"tuned wins {estimate(rate, 100)}% against base (95% interval; ties half; sign test {p_equals(p)})"
-    if rate["ci95"] and rate["ci95"][1] < 0.5 and p < 0.05:
+    preferred = direction(rate, p, 0.5)
+    if preferred < 0:
         return f"The judge prefers base: {result}."
-    if not (rate["ci95"] and rate["ci95"][0] > 0.5 and p < 0.05):
+    if not preferred:
         return f"Inconclusive: {result}."
     # A length-only judge that prefers tuned at least as strongly shows that length may explain the result.
     longer = m.get("longer_win_rate")
@@ -178,17 +177,20 @@ def battle_figure(path: Path, sections: dict, title: str) -> None:
             if "win_rate" not in m:
                 continue
             # Judges of one kind share a long prefix, so the end of the name is shown.
-            bars.append((f"{pairing}\n{judge.split(':')[-1][-28:]}", m["win_rate"], CHOSEN if k == 0 else NEUTRAL))
+            bars.append((f"{pairing}\n{judge.split(':')[-1]}", m["win_rate"], CHOSEN if k == 0 else NEUTRAL))
             if k == 0:
                 bars.append((f"{pairing}\nstyle-controlled", m["win_rate_style_controlled"], EVAL))
-    win_rate_bars(axes[0], bars[:12])
-    axes[0].set_title("Win rate, 95% interval")
+    rate_bars(axes[0], bars[:12])
+    axes[0].set_title("Win rate, 95% intervals" + (f" (12 of {len(bars)})" if len(bars) > 12 else ""))
+    if not bars:
+        empty_panel(axes[0], "no prompt has verdicts in both orders")
 
     # The last pairing has the last model as `a`: tuned, or the last of --models.
     last = sections["matches"][-1]
     bars = [(f"{name} (n={c['n']})", c["win_rate"], CHOSEN) for name, c in last["categories"].items()]
-    win_rate_bars(axes[1], bars[:16])
-    axes[1].set_title(f"{last['a']} vs {last['b']}, by category")
+    rate_bars(axes[1], bars[:16])
+    first = f" (16 of {len(bars)})" if len(bars) > 16 else ""
+    axes[1].set_title(f"{shorten(last['a'])} vs {shorten(last['b'])}, by category{first}")
     if not bars:
         empty_panel(axes[1], "the prompts have no categories")
 
@@ -196,7 +198,6 @@ def battle_figure(path: Path, sections: dict, title: str) -> None:
     truncated = [m.get("truncated_share", {}).get("value") for m in answers.values()]
     labels = [n if t is None else f"{n}\n{t:.0%} truncated" for n, t in zip(answers, truncated, strict=True)]
     axes[2].barh(range(len(answers)), [m["tokens"]["value"] for m in answers.values()], color=NEUTRAL, height=0.6)
-    axes[2].set_yticks(range(len(answers)), labels, fontsize=7)
-    axes[2].invert_yaxis()
+    name_bars(axes[2], labels)
     axes[2].set(title="Answer length", xlabel="mean tokens per answer")
     save(fig, path)

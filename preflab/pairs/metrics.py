@@ -7,7 +7,7 @@ from preflab.pairs.pairing import Pairs, Sampled
 from preflab.pairs.scorers import Candidates, Scores
 from utils.artifacts import metric
 from utils.errors import UserError
-from utils.stats import bootstrap, sign_test
+from utils.stats import bootstrap, share, sign_test
 
 
 def pair_sections(pairs: Pairs, seed: int) -> dict:
@@ -41,12 +41,12 @@ def sampling_metrics(samples: list[Sampled], seed: int = 42) -> dict:
     metrics = {
         "samples": metric(sum(len(s.answers) for s in samples), n=len(samples)),
         "distinct_answers": bootstrap(distinct, seed),
-        "empty_share": bootstrap(empty, seed),
+        "empty_share": share(empty, seed),
     }
     if counted:
         metrics["tokens"] = bootstrap([np.mean([a["tokens"] for a in s.answers]) for s in counted], seed)
         truncated = [np.mean([a["finish_reason"] == "length" for a in s.answers]) for s in counted]
-        metrics["truncated_share"] = bootstrap(truncated, seed)
+        metrics["truncated_share"] = share(truncated, seed)
     return metrics
 
 
@@ -65,10 +65,10 @@ def pair_metrics(rows: list[dict], scored: list[tuple[Candidates, Scores]], seed
         "score_mean": bootstrap(sample_scores, seed),
         "score_chosen": bootstrap([r["score_chosen"] for r in rows], seed),
         "score_rejected": bootstrap([r["score_rejected"] for r in rows], seed),
-        "win_chosen": bootstrap([r["win_chosen"] for r in rows], seed),
-        "win_rejected": bootstrap([r["win_rejected"] for r in rows], seed),
+        "win_chosen": share([r["win_chosen"] for r in rows], seed),
+        "win_rejected": share([r["win_rejected"] for r in rows], seed),
         # One pair per prompt, so that pairs are independent and can be the resampled unit.
-        "chosen_longer": bootstrap(longer, seed),
+        "chosen_longer": share(longer, seed),
         "p_chosen_longer_is_half": metric(sign_test(longer), n=len(rows)),
     }
 
@@ -117,9 +117,9 @@ def agreement(
         if not order:
             raise UserError(f"--also_score {name}: returned no score for any pair")
         metrics[name] = {
-            "same_order": bootstrap(order, seed),
+            "same_order": share(order, seed),
             "p_same_order_is_half": metric(sign_test(order), n=len(order)),
-            "same_best": bootstrap(best, seed),
+            "same_best": share(best, seed),
             "rank_correlation": bootstrap(tau, seed) if tau else metric(float("nan"), n=0),
         }
     return metrics

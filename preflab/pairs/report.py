@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.plots import CHOSEN, NEUTRAL, REJECTED, figure, save
+from utils.plots import CHOSEN, NEUTRAL, REJECTED, count_axis, figure, save
 from utils.stage import Report, fits_terminal
 from utils.tables import cell, estimate, p_equals, p_value
 from utils.tables import render as render_table
@@ -77,12 +77,12 @@ def pairs_figure(path: Path, rows: list[dict], title: str) -> None:
         rows: from `preflab.pairs.pairing.pair_of`.
     """
     fig, axes = figure(1, 3, title)
-    for side, colour in (("chosen", CHOSEN), ("rejected", REJECTED)):
-        for ax, key in zip(axes, ("score", "win"), strict=False):
-            # Win probabilities share fixed bins of 0.05, so that the two sides can be compared.
-            values = np.array([row[f"{key}_{side}"] for row in rows])
-            bins = np.linspace(0, 1, 21) if key == "win" else 20
-            ax.hist(values, bins=bins, color=colour, alpha=0.6, label=f"{side}, mean {values.mean():.2f}")
+    for ax, key in zip(axes, ("score", "win"), strict=False):
+        values = {side: np.array([row[f"{key}_{side}"] for row in rows]) for side in ("chosen", "rejected")}
+        # Both sides have the same bins, so that they can be compared; those of win probabilities are fixed.
+        bins = np.linspace(0, 1, 21) if key == "win" else np.histogram_bin_edges(np.concatenate([*values.values()]), 20)
+        for (side, of_side), colour in zip(values.items(), (CHOSEN, REJECTED), strict=True):
+            ax.hist(of_side, bins=bins, color=colour, alpha=0.6, label=f"{side}, mean {of_side.mean():.2g}")
     length = np.array([len(row["chosen"][0]["content"]) - len(row["rejected"][0]["content"]) for row in rows])
     axes[2].hist(length, bins=20, color=NEUTRAL, label=f"chosen longer in {(length > 0).mean():.0%}")
     axes[2].axvline(0, color="grey", ls=":", lw=1)
@@ -91,5 +91,6 @@ def pairs_figure(path: Path, rows: list[dict], title: str) -> None:
     axes[1].set(title="Win probabilities", xlabel="P(beats a sample of the policy)", ylabel="pairs")
     axes[2].set(title="Length difference", xlabel="chosen − rejected (characters)", ylabel="pairs")
     for ax in axes:
-        ax.legend(fontsize=7, framealpha=0.6)
+        count_axis(ax.yaxis)
+        ax.legend()
     save(fig, path)

@@ -48,9 +48,8 @@ def _rate_and_norm(ax, train: list[dict]) -> None:
 def _save(fig, path, warning: str | None) -> None:
     """Save the picture, with the warning, if any, below the panels."""
     if warning:
-        # The layout engine keeps the panels above the strip that the sentence needs.
-        fig.text(0.5, 0.005, f"Warning: {warning}", ha="center", color=REJECTED, fontsize=9)
-        fig.set_layout_engine("constrained", rect=(0, 0.03, 1, 0.97))
+        # The layout engine keeps the panels above the figure's label.
+        fig.supxlabel(f"Warning: {warning}", color=REJECTED, fontsize=9)
     save(fig, path)
 
 

@@ -2,6 +2,8 @@
 
 from preflab.evaluation.reward_table import accuracy_row, comparison_row, heading, margin_row, ranking_row
 from utils.stage import Report, fits_terminal
+from utils.stats import direction
+from utils.tables import cell, difference, undecided
 from utils.tables import render as render_table
 
 
@@ -23,15 +25,13 @@ def verdict_of(metrics: dict) -> tuple[bool, str]:
         return False, f"No claim: {accuracy['n']} held-out pair is too few for an interval."
     low, high = (100 * x for x in accuracy["ci95"])
     finding = f"held-out reward accuracy is {100 * accuracy['value']:.1f}% (95% interval {low:.1f} to {high:.1f})"
-    # With very few pairs a bootstrap interval can shrink to a point, so the exact sign test must agree.
-    significant = metrics["p_reward_accuracy_is_half"]["value"] < 0.05
-    if low > 50 and significant:
+    p = metrics["p_reward_accuracy_is_half"]["value"]
+    above = direction(accuracy, p, 0.5)
+    if above > 0:
         return True, f"Training helped: {finding}, above 50%."
-    if high < 50 and significant:
+    if above < 0:
         return False, f"Training hurt: {finding}, below 50%: the rewards prefer the rejected answers."
-    covered = low <= 50 <= high
-    reason = "which is not significantly different from 50%" if covered else "but the sign test is not significant"
-    return False, f"Inconclusive: {finding}, {reason}."
+    return False, f"Inconclusive: {finding}, {undecided(accuracy, p, 0.5, '50%')}."
 
 
 def displacement(metrics: dict) -> str | None:
@@ -68,8 +68,8 @@ def table_lines(metrics: dict) -> list[tuple]:
         p = metrics[f"p_logps_{side}_difference"]
         lines.append(comparison_row(f"log-prob of {side}, nats", base, tuned, change, p, digits=2))
     if "surface_classifier_accuracy" in metrics:
-        # In this line the left column is the bag-of-words classifier, not the base model.
+        # A line across the columns: the classifier is neither base nor tuned.
         baseline, ahead = metrics["surface_classifier_accuracy"], metrics["reward_accuracy_minus_surface"]
-        p = metrics["p_reward_accuracy_is_surface"]
-        lines.append(comparison_row("bag of words, tuned reward, %", baseline, accuracy, ahead, p, 100))
+        behind = difference(ahead, metrics["p_reward_accuracy_is_surface"], 100)
+        lines.append((f"bag-of-words baseline {cell(baseline, 100)}%; tuned reward - baseline {behind}",))
     return lines

@@ -1,7 +1,8 @@
 """Printed table and verdict of an SFT run: held-out perplexity of base and tuned model."""
 
 from utils.stage import Report, fits_terminal
-from utils.tables import cell, difference, p_equals
+from utils.stats import direction
+from utils.tables import cell, difference, p_equals, undecided
 from utils.tables import render as render_table
 
 SHARDED = "No claim: a sharded model cannot be scored before training; use eval_perplexity.py to compare."
@@ -44,12 +45,9 @@ def verdict_of(metrics: dict) -> tuple[bool, str]:
         return False, "No claim: one held-out conversation is too few for an interval."
     # The ratio of perplexities, tuned over base, as a change in percent.
     change, low, high = (100 * (x - 1) for x in (ratio["value"], *ratio["ci95"]))
-    finding = (
-        f"held-out perplexity changed by {change:+.1f}% (95% interval {low:+.1f} to {high:+.1f}, signed-rank"
-        f" {p_equals(p)})"
-    )
-    if high < 0 and p < 0.05:
-        return True, f"Training helped: {finding}."
-    if low > 0 and p < 0.05:
-        return False, f"Training hurt: {finding}."
-    return False, f"Inconclusive: {finding}, not significantly different from no change."
+    finding = f"held-out perplexity changed by {change:+.1f}% (95% interval {low:+.1f} to {high:+.1f}"
+    rose = direction(ratio, p, 1)
+    if rose:
+        verdict = "hurt" if rose > 0 else "helped"
+        return rose < 0, f"Training {verdict}: {finding}, signed-rank {p_equals(p)})."
+    return False, f"Inconclusive: {finding}), {undecided(ratio, p, 1, 'no change')}."

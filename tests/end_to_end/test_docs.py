@@ -7,7 +7,6 @@ need a GPU, the hub, or minutes: they are parsed only.
 
 import argparse
 import importlib
-import json
 import re
 import runpy
 import shlex
@@ -16,10 +15,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import example_run
 import numpy as np
 import pytest
 import yaml
 from conftest import ROOT, eval_args
+from scipy.stats import binomtest
 
 import utils.cli
 import utils.stage
@@ -27,7 +28,6 @@ from preflab.evaluation.run_list import list_of_runs
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGES += [ROOT / name / "README.md" for name in ("data", "eval_out", "benchmarks")]
-EXAMPLE = ROOT / "docs" / "example_run"
 
 # Names in commands that stand for a reader's own files.
 PLACEHOLDERS = {"my_pairs.jsonl", "my.txt", "annotations.json", "votes-ann.json", "votes-bob.json", "votes-*.json"}
@@ -266,16 +266,95 @@ def test_every_recipe_is_in_the_readme():
     assert [r for r in recipes if not r.startswith("quickstart") and re.sub(r"-2$", "-1", r) not in text] == []
 
 
-# ------------------------------------------------------------------------------------------- figures and table headings
+# ------------------------------------------------------------------------------------------- figures and their sources
 
 
-def example(name: str) -> dict:
-    return json.loads((EXAMPLE / f"{name}.json").read_text())
+TABLE = re.compile(r"^\|[^\n]*\|\n\|[-| :]+\|\n(?:\|[^\n]*\n)+", re.M)
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
+SOURCE = re.compile(r"<!-- source: (.+) -->\s*\Z")
+# What a table may name as its source: a file that the tests below recompute, a measurement with its commit and command,
+# published figures, data files whose rows are counted below, or definitions (settings, layouts), which are no results.
+KINDS = (
+    r"example_run/(train|win_rate|perplexity|battle|lm_eval_quick|sppo_trait)\.json",
+    r"measured(, since| at) [0-9a-f]{7}: (python|bash) \S+.*",
+    r"published: .+",
+    r"the list of example_run",
+    r"the tables of docs/performance\.md",
+    r"the files of data(/lm_eval_quick)?",
+    r"definitions",
+)
 
 
-def example_rows(name: str) -> dict[str, np.ndarray]:
-    rows = [json.loads(line) for line in (EXAMPLE / f"{name}.jsonl").read_text().splitlines()]
-    return {key: np.array([row.get(key) for row in rows], dtype=object) for key in rows[0]}
+def tables_with_numbers(page: Path) -> list[tuple[str, str | None]]:
+    """(table, its source or None) of every Markdown table and every unnamed fenced block that has numbers."""
+    text = page.read_text()
+    fences = [match for match in FENCE.finditer(text) if not match[1]]
+    without_fences = FENCE.sub(lambda match: "." * len(match[0]), text)
+    found = []
+    for match in [*fences, *TABLE.finditer(without_fences)]:
+        # Names of files and models in code or links are no figures.
+        words = re.sub(r"`[^`]*`|\]\([^)]*\)", "", match[0].removeprefix("```").removesuffix("```"))
+        numbers = re.findall(r"(?<![\w.-])[+-]?\d[\d,]*(?:\.\d+)?", words)
+        if len(numbers) > 1:
+            source = SOURCE.search(text[: match.start()])
+            found.append((match[0], source and source[1]))
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_every_table_names_its_source(page):
+    for table, source in tables_with_numbers(page):
+        head = table.splitlines()[:2]
+        assert source, f"{page.name}: no `<!-- source: ... -->` before the table {head}"
+        assert any(re.fullmatch(kind, source) for kind in KINDS), f"{page.name}: unknown source {source!r} of {head}"
+        script = re.search(r"(?:python|bash) (\S+\.(?:py|sh))", source)
+        assert not script or (ROOT / script[1]).is_file(), f"{page.name}: {source}"
+
+
+def test_table_without_a_source_is_found(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("| a | b |\n| --- | --- |\n| 1.5 | 2 |\n\n<!-- source: definitions -->\n\n```\n1.0 2.0\n```\n")
+    assert sorted(str(source) for _, source in tables_with_numbers(page)) == ["None", "definitions"]
+
+
+@pytest.mark.parametrize("name", example_run.SUMMARIES)
+def test_summary_follows_from_its_rows(name):
+    """`python tests/example_run.py` rewrites the committed summaries after a change of the statistics."""
+    committed = example_run.summary(name)
+    for section, value in example_run.recomputed(name).items():
+        assert example_run.same(committed[section], value), f"{name}.json, {section}"
+
+
+def test_figures_of_the_example_run_by_hand():
+    """A few figures, computed from the rows without the project's code."""
+    margin = np.array([row["margin"] for row in example_run.rows("heldout_rows")])
+    metrics = example_run.summary("train")["metrics"]
+    assert len(margin) == 120 and metrics["reward_margin"]["value"] == pytest.approx(margin.mean())
+    assert metrics["reward_accuracy"]["value"] == pytest.approx(np.mean((margin > 0) + 0.5 * (margin == 0)))
+    wilson = binomtest(int((margin > 0).sum()), 120).proportion_ci(method="wilson")
+    assert metrics["reward_accuracy"]["ci95"] == pytest.approx([wilson.low, wilson.high])
+    metrics, rows = example_run.summary("perplexity")["metrics"], example_run.rows("perplexity_rows")
+    for name in ("response_chosen", "response_rejected", "whole_chosen", "whole_rejected", "text"):
+        end = "" if name == "text" else f"_{name}"
+        of = [row for row in rows if row["set"] == ("text" if name == "text" else "pairs")]
+        tokens = sum(row[f"tokens{end}"] for row in of)
+        assert metrics[f"{name}_tokens"]["value"] == tokens
+        for side in ("base", "tuned"):
+            nll = np.array([row[f"nll{end}_{side}"] for row in of])
+            assert metrics[f"{name}_ppl_{side}"]["value"] == pytest.approx(np.exp(nll.sum() / tokens))
+    metrics, rows = example_run.summary("battle")["metrics"], example_run.rows("battle_rows")
+    assert metrics["win_rate"]["value"] == pytest.approx(np.mean([row["consistent"] for row in rows]))
+    assert metrics["flip_rate"]["value"] == pytest.approx(np.mean([row["flipped"] for row in rows]))
+
+
+def test_listed_figures_match_the_example_run(tmp_path):
+    """The excerpt of --list in docs/runs.md shows the figures of this run under the name quickstart."""
+    (tmp_path / "out/quickstart").mkdir(parents=True)
+    shutil.copy(example_run.EXAMPLE / "train.json", tmp_path / "out/quickstart/train.json")
+    lines = [line for line in list_of_runs(tmp_path / "ck", tmp_path / "out").splitlines() if "train.json" in line]
+    assert len(lines) == 2
+    for line in lines:
+        assert_row("docs/runs.md", line)
 
 
 def shown(metric: dict, digits: int, scale: float = 1) -> str:
@@ -294,64 +373,8 @@ def assert_row(page: str, *parts: str) -> None:
     assert any(all(part in line for part in parts) for line in lines), f"{page}: no row with {parts}"
 
 
-def test_train_metrics_follow_from_the_rows():
-    metrics, rows = example("train")["metrics"], example_rows("heldout_rows")
-    margin = rows["margin"].astype(float)
-    assert len(margin) == 120
-    assert metrics["reward_accuracy"]["value"] == pytest.approx(np.mean((margin > 0) + 0.5 * (margin == 0)))
-    assert metrics["reward_margin"]["value"] == pytest.approx(margin.mean())
-    for side, prefix in (("base", "ref_"), ("tuned", "")):
-        chosen, rejected = (rows[f"{prefix}{answer}"].astype(float) for answer in ("chosen", "rejected"))
-        assert metrics[f"likelihood_ranking_{side}"]["value"] == pytest.approx((chosen > rejected).mean())
-        assert metrics[f"logps_chosen_{side}"]["value"] == pytest.approx(chosen.mean())
-        assert metrics[f"logps_rejected_{side}"]["value"] == pytest.approx(rejected.mean())
-
-
-def test_win_rate_metrics_follow_from_the_rows():
-    summary, rows = example("win_rate"), example_rows("win_rate_rows")
-    metrics, margin = summary["metrics"], rows["margin"].astype(float)
-    base = (rows["ref_chosen"] > rows["ref_rejected"]).astype(float)
-    assert metrics["win_rate_ties_half"]["value"] == pytest.approx(np.mean((margin > 0) + 0.5 * (margin == 0)))
-    assert metrics["win_rate_minus_base_ranking"]["value"] == pytest.approx(np.mean(margin > 0) - base.mean())
-    slices = {label: s for group in summary["slices"].values() for label, s in group.items()}
-    longer = (rows["tokens_chosen"] > rows["tokens_rejected"]).astype(bool)
-    for label, of in (("chosen longer, tokens", longer), ("rejected longer, tokens", ~longer)):
-        assert slices[label]["n"] == of.sum()
-        assert slices[label]["base_ranking"]["value"] == pytest.approx(base[of].mean())
-        assert slices[label]["win_rate_ties_half"]["value"] == pytest.approx((margin[of] > 0).mean())
-
-
-def test_perplexity_metrics_follow_from_the_rows():
-    metrics, lines = example("perplexity")["metrics"], (EXAMPLE / "perplexity_rows.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in lines]
-    for name in ("response_chosen", "response_rejected", "whole_chosen", "whole_rejected", "text"):
-        end = "" if name == "text" else f"_{name}"
-        of = [row for row in rows if row["set"] == ("text" if name == "text" else "pairs")]
-        tokens = sum(row[f"tokens{end}"] for row in of)
-        assert metrics[f"{name}_tokens"]["value"] == tokens
-        for side in ("base", "tuned"):
-            nll = np.array([row[f"nll{end}_{side}"] for row in of])
-            assert metrics[f"{name}_ppl_{side}"]["value"] == pytest.approx(np.exp(nll.sum() / tokens))
-
-
-def test_listed_figures_match_the_example_run(tmp_path):
-    """The excerpt of --list in docs/runs.md shows the figures of this run under the name quickstart."""
-    (tmp_path / "out/quickstart").mkdir(parents=True)
-    shutil.copy(EXAMPLE / "train.json", tmp_path / "out/quickstart/train.json")
-    lines = [line for line in list_of_runs(tmp_path / "ck", tmp_path / "out").splitlines() if "train.json" in line]
-    assert len(lines) == 2
-    for line in lines:
-        assert_row("docs/runs.md", line)
-
-
-def test_battle_metrics_follow_from_the_rows():
-    metrics, rows = example("battle")["metrics"], example_rows("battle_rows")
-    assert metrics["win_rate"]["value"] == pytest.approx(rows["consistent"].astype(float).mean())
-    assert metrics["flip_rate"]["value"] == pytest.approx(rows["flipped"].astype(float).mean())
-
-
 def test_sppo_table_matches_the_experiment():
-    metrics = example("sppo_trait")["metrics"]
+    metrics = example_run.summary("sppo_trait")["metrics"]
     for iteration in (1, 2, 3):
         scored, shuffled = (metrics[f"{name}_letters_{iteration}"] for name in ("scored", "shuffled"))
         assert_row("docs/sppo.md", shown(scored, 3), shown(shuffled, 3))
@@ -360,7 +383,7 @@ def test_sppo_table_matches_the_experiment():
 
 def test_lm_eval_table_matches_the_example_run():
     """The layout is tested in tests/harness; here every row's figures come from the artifact."""
-    metrics = example("lm_eval_quick")["metrics"]
+    metrics = example_run.summary("lm_eval_quick")["metrics"]
     names = {key.rsplit("/", 1)[0] for key in metrics}
     assert len(names) == 8
     for name in names:
@@ -369,51 +392,26 @@ def test_lm_eval_table_matches_the_example_run():
         assert_row("docs/lm_eval.md", base, tuned, f"{difference['value']:+.4f} ± {difference['stderr']:.4f}")
 
 
-# A figure that marks the excerpts of a report -> the report as the current code prints it from the example run.
-EXCERPTS = {
-    "-122.66 ± 5.45": lambda: dpo_text(example("train")),
-    "is 71.7 [63.3, 80.0]": lambda: win_rate_text(example("win_rate")),
-    "19.295 ± 1.855": lambda: perplexity_text(example("perplexity")),
-    "50.0 [50.0, 50.0]  30.4": lambda: battle_text(example("battle")),
-}
+def test_speed_in_the_readme_is_that_of_the_performance_page():
+    page, row = (ROOT / "docs/performance.md").read_text(), re.compile(r"^\| \S.* pairs/s, .*\|$", re.M)
+    figures = [re.findall(r"([\d.]+) pairs/s", line) for line in row.findall((ROOT / "README.md").read_text())]
+    assert len(figures) == 3 and all(f"| {figure} |" in page for pair in figures for figure in pair)
 
 
-def title_of(summary: dict) -> str:
-    return summary["text"].splitlines()[0]
+def test_counts_of_data_files():
+    for page in ("data/README.md", "docs/data.md"):
+        for file, count in re.findall(r"^\| `([\w/]+\.jsonl)` \| (\d+)", (ROOT / page).read_text(), re.M):
+            path = next(p for p in (ROOT / file, ROOT / "data/lm_eval_quick" / file) if p.exists())
+            assert len(path.read_text().splitlines()) == int(count), f"{page}: {file}"
 
 
-def dpo_text(summary: dict) -> str:
-    from preflab.training import dpo_report
-
-    return dpo_report.render(summary["metrics"], title_of(summary)).text
-
-
-def win_rate_text(summary: dict) -> str:
-    from preflab.evaluation import win_rate_report
-
-    return win_rate_report.render(
-        summary["metrics"], summary["slices"], summary["length_bias"], None, title_of(summary), "", False
-    ).text
-
-
-def perplexity_text(summary: dict) -> str:
-    from preflab.evaluation import perplexity_report
-
-    return perplexity_report.render(summary["metrics"], summary["length_bias"], title_of(summary), None).text
-
-
-def battle_text(summary: dict) -> str:
-    from preflab.judging import battle_report
-
-    return battle_report.render(summary, None, title_of(summary), {"left_out": {}}).text
-
-
-@pytest.mark.parametrize("figure", EXCERPTS)
-def test_excerpts_are_what_scripts_print(figure):
-    printed = EXCERPTS[figure]()
+@pytest.mark.parametrize("name", ["train", "win_rate", "perplexity", "battle"])
+def test_excerpts_are_what_scripts_print(name):
+    """Blocks that name a summary as their source consist of lines of its report."""
+    printed = example_run.summary(name)["text"]
     lines, sentences = printed.splitlines(), " ".join(printed.split())
-    excerpts = [b for page in PAGES for language, b in fenced_blocks(page) if not language and figure in b]
-    assert excerpts, f"no page shows {figure}"
-    for line in "\n".join(excerpts).splitlines():
+    blocks = [t for page in PAGES for t, source in tables_with_numbers(page) if source == f"example_run/{name}.json"]
+    assert blocks, f"no page shows {name}"
+    for line in "\n".join(block.strip("`\n") for block in blocks).splitlines():
         # Sentences are wrapped in the pages, rows of tables are not.
         assert line in lines or (line.strip() and "  " not in line.strip() and line in sentences) or not line, line

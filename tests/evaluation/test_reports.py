@@ -34,7 +34,7 @@ def test_win_rate_report(win_rate):
     lines = table_lines(report.text)
     assert len(lines) >= 29 and max(map(len, lines)) <= WIDTH
     row = next(line for line in lines if line.startswith("win rate by reward"))
-    assert "71.7 ± 4.2" in row and "+21.7 [+13.3, +30.0] p=2.3e-06" in row
+    assert "71.7 ± 4.1" in row and "+21.7 [+13.0, +29.0] p=2.3e-06" in row
     assert report.text.replace("\n", " ").endswith(report.verdict) and "NOT HELD OUT" not in report.verdict
     report = win_rate_report.render(*sections, TITLE, "120 of 120 rows evaluated", True)
     assert report.verdict.startswith("NOT HELD OUT")

@@ -371,7 +371,8 @@ def test_equal_style_keeps_the_raw_rate(outcomes):
     assert controlled["value"] == pytest.approx(y.mean(), abs=1e-3)
     m = battle_metrics([row(i, {1: WIN, 0.5: TIE, 0: LOSS}[o]) for i, o in enumerate(y)], 0)
     assert m["win_rate_style_controlled"]["value"] == pytest.approx(y.mean(), abs=1e-3)
-    assert m["win_rate_style_controlled"]["ci95"] == pytest.approx(m["win_rate"]["ci95"], abs=1e-3)
+    # A bootstrap interval beside a score interval.
+    assert m["win_rate_style_controlled"]["ci95"] == pytest.approx(m["win_rate"]["ci95"], abs=0.02)
 
 
 def test_constant_style_difference_gives_nan():

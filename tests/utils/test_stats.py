@@ -1,34 +1,174 @@
-"""Bootstrap and tests against closed forms and hand counts."""
+"""Intervals and tests against closed forms, scipy, published values and hand counts; coverage by exact enumeration."""
 
 import math
 
 import numpy as np
 import pytest
+from scipy import stats as reference
 
-from utils.stats import bootstrap, bootstrap_test, holm, mcnemar, pairwise_correct, sign_test, signed_rank
+from utils.stats import (
+    bootstrap,
+    bootstrap_test,
+    holm,
+    mcnemar,
+    pairwise_correct,
+    ratio_of_sums,
+    score_interval,
+    share,
+    sign_test,
+    signed_rank,
+)
+
+# ------------------------------------------------------------------------------------------------------------- shares
 
 
-def test_bootstrap_of_a_mean_matches_normal_theory():
+@pytest.mark.parametrize(("right", "n"), [(10, 10), (0, 20), (9, 10), (86, 120), (1, 2)])
+def test_share_has_wilsons_interval(right, n):
+    m = share([1] * right + [0] * (n - right))
+    wilson = reference.binomtest(right, n).proportion_ci(method="wilson")
+    assert m["value"] == right / n and m["n"] == n and m["stderr"] > 0
+    assert m["ci95"] == pytest.approx([wilson.low, wilson.high], abs=1e-9)
+    percent = share([1] * right + [0] * (n - right), scale=100)
+    assert percent["ci95"] == pytest.approx([100 * wilson.low, 100 * wilson.high], abs=1e-7)
+    assert percent["stderr"] == pytest.approx(100 * m["stderr"])
+
+
+@pytest.mark.parametrize(
+    ("wins", "losses", "n", "level", "low", "high"),
+    [
+        # Fagerland, Lydersen & Laake (2017), chapter 8: airway hyper-responsiveness in 21 children (Bentur 2009).
+        (1, 7, 21, 0.95, -0.517, -0.026),
+        # PropCIs::scoreci.mp in R, as two public analyses print it.
+        (28, 25, 618, 0.90, -0.0148, 0.0247),
+        (48, 41, 549, 0.90, -0.0157, 0.0414),
+    ],
+)
+def test_score_interval_has_the_published_values(wins, losses, n, level, low, high):
+    digits = 3 if level == 0.95 else 4
+    signed = score_interval(wins, losses, n, reference.norm.ppf((1 + level) / 2))
+    # R's function subtracts in the other order, so one of the two orders is printed.
+    assert tuple(round(x, digits) for x in signed) in ((low, high), (-high, -low))
+
+
+def test_paired_difference_of_shares():
+    pairs = np.array([[1, 0]] + [[0, 1]] * 7 + [[1, 1]] + [[0, 0]] * 12)
+    m = share(pairs)
+    assert m["value"] == pytest.approx(-6 / 21) and m["ci95"] == pytest.approx([-0.517, -0.026], abs=5e-4)
+    # The standard error with n - 1 in its denominator.
+    assert m["stderr"] == pytest.approx(reference.sem(pairs[:, 0] - pairs[:, 1]))
+    same = share([[1, 1]] * 24)
+    assert same["value"] == 0 and same["ci95"] == pytest.approx([-0.138, 0.138], abs=5e-4) and same["stderr"] > 0
+
+
+def test_share_is_never_certain_and_never_leaves_its_range():
+    for rows in ([1.0] * 10, [0.5] * 10, [0.5] * 9 + [1], [2 / 3] * 10, [0.99, 1.0, 1.0, 0.98], [0, 1]):
+        low, high = share(rows)["ci95"]
+        assert 0 <= low <= np.mean(rows) <= high <= 1 and high - low > 0.01, rows
+    assert share([1.0])["ci95"] is None and share([])["n"] == 0
+
+
+@pytest.mark.parametrize("n", [10, 20, 40, 120])
+@pytest.mark.parametrize("p", [0.5, 0.9, 0.97])
+def test_exact_coverage_of_shares(n, p):
+    """All outcomes, weighted by their probability: 93% at least; more than 97% only where counts are too coarse."""
+    inside = [low <= p <= high for low, high in (share([1] * k + [0] * (n - k))["ci95"] for k in range(n + 1))]
+    coverage = reference.binom.pmf(np.flatnonzero(inside), n, p).sum()
+    assert 0.9297 <= coverage <= (0.98 if n < 40 else 0.972)
+
+
+@pytest.mark.parametrize(("win", "loss"), [(0.25, 0.25), (0.5, 0.1), (0.45, 0.05), (0.9, 0.05)])
+@pytest.mark.parametrize("n", [10, 20, pytest.param(40, marks=pytest.mark.slow)])
+def test_exact_coverage_of_paired_differences(win, loss, n):
+    coverage = 0.0
+    for wins in range(n + 1):
+        for losses in range(n + 1 - wins):
+            low, high = score_interval(wins, losses, n)
+            if low <= win - loss <= high:
+                coverage += reference.multinomial.pmf([wins, losses, n - wins - losses], n, [win, loss, 1 - win - loss])
+    assert 0.93 <= coverage <= 0.975
+
+
+# -------------------------------------------------------------------------------------------------------------- means
+
+
+def test_mean_has_its_standard_error_and_students_interval():
     values = np.random.default_rng(0).normal(3, 2, 400)
     m = bootstrap(values)
-    standard_error = values.std(ddof=1) / math.sqrt(400)
     assert m["n"] == 400 and m["value"] == pytest.approx(values.mean())
-    assert m["stderr"] == pytest.approx(standard_error, rel=0.08)
-    assert m["ci95"][0] == pytest.approx(values.mean() - 1.96 * standard_error, abs=0.05)
-    assert m["ci95"][1] == pytest.approx(values.mean() + 1.96 * standard_error, abs=0.05)
+    assert m["stderr"] == pytest.approx(reference.sem(values))
+    student = reference.ttest_1samp(values, 0).confidence_interval()
+    # The bootstrap-t interval may be a little wider, never narrower.
+    assert m["ci95"][0] <= student.low and m["ci95"][1] >= student.high
+    assert m["ci95"] == pytest.approx(list(student), abs=0.03)
     assert bootstrap(values) == m and bootstrap(values, seed=1) != m
+
+
+def test_skewed_rows_have_a_skewed_interval():
+    values = np.random.default_rng(0).lognormal(size=40)
+    m = bootstrap(values)
+    assert m["ci95"][1] - m["value"] > 1.3 * (m["value"] - m["ci95"][0])
+
+
+DRAWS = {
+    "normal": (lambda rng, size: rng.normal(size=size), 0.0),
+    "lognormal": (lambda rng, size: rng.lognormal(0, 0.5, size), math.exp(0.125)),
+    "exponential": (lambda rng, size: rng.exponential(size=size), 1.0),
+    "heavy tails": (lambda rng, size: rng.standard_t(3, size), 0.0),
+    "very skewed": (lambda rng, size: rng.lognormal(size=size), math.exp(0.5)),
+}
+
+
+def coverage_of_means(name: str, n: int, draws: int) -> float:
+    draw, mean = DRAWS[name]
+    samples = draw(np.random.default_rng(0), (draws, n))
+    ends = [bootstrap(x, seed=k, resamples=1000)["ci95"] for k, x in enumerate(samples)]
+    return float(np.mean([low <= mean <= high for low, high in ends]))
+
+
+@pytest.mark.parametrize("name", ["normal", "lognormal"])
+def test_coverage_of_means_fast(name):
+    assert 0.92 <= coverage_of_means(name, 20, 400) <= 0.985
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [10, 20, 40, 120])
+@pytest.mark.parametrize("name", DRAWS)
+def test_coverage_of_means(name, n):
+    # No method without a model of the rows covers at n = 10 where the largest of 1,000 rows is 20 times the median.
+    least = 0.89 if name == "very skewed" and n < 20 else 0.92 if name == "very skewed" else 0.93
+    assert least <= coverage_of_means(name, n, 2000) <= 0.975
 
 
 def test_bootstrap_of_pairs_keeps_the_pairing():
     a = np.random.default_rng(0).normal(0, 5, 300)
     m = bootstrap(np.stack([a + 1, a], 1))
-    assert m["value"] == pytest.approx(1) and m["stderr"] < 1e-9
+    assert m["value"] == pytest.approx(1) and m["stderr"] < 1e-9 and m["ci95"] == pytest.approx([1, 1])
 
 
 def test_bootstrap_of_few_or_constant_rows():
     assert bootstrap([2.0]) == {"value": 2.0, "stderr": None, "ci95": None, "n": 1}
     constant = bootstrap([1.0] * 5)
     assert constant["value"] == 1 and constant["ci95"] == [1, 1]
+    # Nine equal rows: most resamples have no spread, and Student's interval remains.
+    nearly = bootstrap([1.0] * 9 + [2.0])
+    student = reference.ttest_1samp([1.0] * 9 + [2.0], 0).confidence_interval()
+    assert nearly["ci95"] == pytest.approx(list(student))
+
+
+def test_statistic_has_scipys_bca_interval():
+    rows = np.random.default_rng(0).lognormal(size=(50, 2))
+    m = bootstrap(rows, statistic=ratio_of_sums)
+    scipys = reference.bootstrap(
+        tuple(rows.T), lambda a, b: a.sum() / b.sum(), paired=True, vectorized=False, n_resamples=2000, method="BCa",
+        rng=np.random.default_rng(42),
+    )  # fmt: skip
+    assert m["ci95"] == pytest.approx(list(scipys.confidence_interval))
+    assert m["stderr"] == pytest.approx(scipys.standard_error)
+    # Where BCa is undefined, because every row gives the same figure, the percentile interval remains.
+    assert bootstrap(np.ones((5, 2)), statistic=ratio_of_sums)["ci95"] == [1, 1]
+
+
+# -------------------------------------------------------------------------------------------------------------- tests
 
 
 def test_pairwise_correct_counts_ties_half():
