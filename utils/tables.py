@@ -153,7 +153,9 @@ def p_equals(p: float | None) -> str:
 
 def undecided(m: dict, p: float, null: float, name: str) -> str:
     """Why `utils.stats.direction` is 0: the value `null`, named `name`, is allowed by interval and test, or by one."""
-    covered = m["ci95"] is None or m["ci95"][0] <= null <= m["ci95"][1]
+    if m["ci95"] is None:
+        return f"too few rows for an interval ({p_equals(p)})"
+    covered = m["ci95"][0] <= null <= m["ci95"][1]
     if covered and not p < 0.05:
         return f"not significantly different from {name} ({p_equals(p)})"
     if covered:

@@ -9,6 +9,7 @@ from scipy import stats as reference
 from utils.stats import (
     bootstrap,
     bootstrap_test,
+    direction,
     holm,
     mcnemar,
     pairwise_correct,
@@ -18,6 +19,7 @@ from utils.stats import (
     sign_test,
     signed_rank,
 )
+from utils.tables import undecided
 
 # ------------------------------------------------------------------------------------------------------------- shares
 
@@ -198,3 +200,18 @@ def test_bootstrap_test_keeps_its_level():
 def test_holm_by_hand():
     assert holm([0.01, 0.04, 0.03]) == [pytest.approx(v) for v in (0.03, 0.06, 0.06)]
     assert holm([]) == [] and holm([0.9, 0.8]) == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("ci95", "p", "outcome"),
+    [([0.6, 0.8], 0.01, 1), ([0.1, 0.4], 0.01, -1), ([0.4, 0.6], 0.01, 0), ([0.6, 0.8], 0.05, 0), (None, 0.01, 0)],
+)
+def test_direction_needs_interval_and_test(ci95, p, outcome):
+    m = {"value": 0.5, "stderr": 0.1, "ci95": ci95, "n": 9}
+    assert direction(m, p, 0.5) == outcome
+    # With sides swapped, the outcome is the opposite one.
+    swapped = ci95 and [1 - ci95[1], 1 - ci95[0]]
+    assert direction({**m, "ci95": swapped}, p, 0.5) == -outcome
+    if outcome == 0 and ci95:
+        text = undecided(m, p, 0.5, "50%")
+        assert ("not significant" in text) == (not p < 0.05) and ("contains 50%" in text) == (p < 0.05)
