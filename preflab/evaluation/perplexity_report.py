@@ -142,6 +142,7 @@ def _draw_perplexities(ax, metrics: dict) -> None:
     ax.set(title="Perplexity, 95% intervals", ylabel="exp(nats per token)", xlim=(-0.5, len(names) - 0.5))
     if largest > LOGARITHMIC_FROM * smallest:
         ax.set_yscale("log")
+        ax.minorticks_off()
     else:
         ax.set_ylim(0)
     ax.legend()
