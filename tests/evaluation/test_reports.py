@@ -66,7 +66,7 @@ def test_perplexity_report(perplexity):
     # A title, two rules, a heading of one or two lines, and three lines per section.
     assert len(lines) >= 19 and max(map(len, lines)) <= WIDTH
     row = next(line for line in lines if line.startswith("rejected answer"))
-    assert "23.200 ± 2.141" in row and "+0.862 [+0.565, +1.244]" in row and row.endswith("1.8e-06")
+    assert "23.200 ± 2.141" in row and "+0.862 [+0.589, +1.292]" in row and row.endswith("1.8e-06")
     assert "chosen 0.0212 ± 0.0010" in report.text and report.text.replace("\n", " ").endswith(report.verdict)
 
 
