@@ -21,7 +21,7 @@ def all_keys_page(keys: dict[str, Key], dataclass_types: tuple, words: list[str]
     """Every key with its default and the first sentence of its description, by topic.
 
     Topics come from the dataclasses' attribute `topics`, `{topic: regular expression of key names}`; a key that none
-    names belongs to the script's own.
+    names belongs to the script's own. Keys in their attribute `unsupported`, `{key: reason}`, come last, with reasons.
 
     Args:
         words: only keys whose name or description has all of them; few matches are described completely.
@@ -30,6 +30,7 @@ def all_keys_page(keys: dict[str, Key], dataclass_types: tuple, words: list[str]
         UserError: no key matches.
     """
     topics = {topic: names for d in dataclass_types for topic, names in getattr(d, "topics", {}).items()}
+    unsupported = {name: why for d in dataclass_types for name, why in getattr(d, "unsupported", {}).items()}
     matches = [key for key in keys.values() if all(_matches(key, word) for word in words)]
     if not matches:
         meant = meant_key("_".join(words), keys)
@@ -39,12 +40,16 @@ def all_keys_page(keys: dict[str, Key], dataclass_types: tuple, words: list[str]
         )
     by_topic: dict[str, list[Key]] = {topic: [] for topic in (SCRIPT_TOPIC, *topics)}
     for key in matches:
-        by_topic[_topic(key.name, topics)].append(key)
+        if key.name not in unsupported:
+            by_topic[_topic(key.name, topics)].append(key)
     describe = _complete if words and len(matches) <= FEW else _brief
     parts = [HEAD if words else f"{HEAD}\n--help_all WORD lists the keys about WORD, --help_all KEY describes one."]
     for topic, members in by_topic.items():
         if members:
             parts.append("\n".join([topic, *(describe(key) for key in members)]))
+    refused = [_line(f"  --{key.name}", unsupported[key.name]) for key in matches if key.name in unsupported]
+    if refused:
+        parts.append("\n".join(["not supported, and why", *refused]))
     return "\n\n".join(parts)
 
 
@@ -66,10 +71,13 @@ def _flag(key: Key) -> str:
 
 def _brief(key: Key) -> str:
     """One line, or two where the flag is long."""
-    flag, room = _flag(key), WIDTH - DESCRIPTION_AT
     sentence = re.split(r"(?<=[a-z0-9)`'])\. ", key.help)[0].rstrip(".")
     sentence = re.sub(r"^Whether (or not )?to (\w)", lambda match: match[2].upper(), sentence)
-    text = textwrap.shorten(sentence, room, placeholder=" ...")
+    return _line(_flag(key), sentence)
+
+
+def _line(flag: str, sentence: str) -> str:
+    text = textwrap.shorten(sentence, WIDTH - DESCRIPTION_AT, placeholder=" ...")
     if len(flag) > DESCRIPTION_AT - 2:
         return f"{flag}\n{'':{DESCRIPTION_AT}}{text}".rstrip()
     return f"{flag:<{DESCRIPTION_AT}}{text}".rstrip()

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from accelerate.utils import gather_object
 from trl import DPOConfig
 
+from preflab.training.decisions import REFUSED, REFUSED_FOR_PAIRS
 from preflab.training.losses import OWN_LOSSES
 from preflab.training.memory import card_bytes, gpu_micro_batch_tokens, needed
 from preflab.training.run_config import RunConfig, check_positive
@@ -57,6 +58,7 @@ class DPORunConfig(RunConfig, DPOConfig):
         },
     )
 
+    unsupported = REFUSED | REFUSED_FOR_PAIRS
     # A pair is at most two sequences: prompt + chosen and prompt + rejected.
     sequences_a_row = 2
 
@@ -120,8 +122,6 @@ class DPORunConfig(RunConfig, DPOConfig):
                 f"--f_divergence_type {self.f_divergence_type}: unknown;"
                 f" {did_you_mean(self.f_divergence_type, F_DIVERGENCES)}choose from {', '.join(F_DIVERGENCES)}"
             )
-        if self.sync_ref_model:
-            raise UserError("--sync_ref_model: not supported: all metrics assume a fixed reference model")
         if self.ld_alpha is not None and self.precompute_ref_log_probs:
             raise UserError(
                 "--ld_alpha cannot be combined with --precompute_ref_log_probs: the step-0 margin could not be checked"

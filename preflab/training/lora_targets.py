@@ -69,12 +69,10 @@ def _ends_with(paths: list[str], name: str) -> bool:
 
 
 def _linear_names(model) -> list[str]:
-    """The last part of the path of every linear module, each once, in the model's order."""
-    return list(
-        dict.fromkeys(
-            path.rpartition(".")[2] for path, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))
-        )
-    )
+    """The last part of the path of every linear module but the output layer, each once, in the model's order."""
+    # TRL refuses an adapter on the output layer.
+    modules = [(path, m) for path, m in model.named_modules() if m is not model.get_output_embeddings()]
+    return list(dict.fromkeys(path.rpartition(".")[2] for path, m in modules if isinstance(m, (nn.Linear, Conv1D))))
 
 
 def _choices(linear: list[str]) -> str:

@@ -7,6 +7,7 @@ import torch
 from accelerate.utils import gather_object
 from trl import ModelConfig
 
+from preflab.training.decisions import REFUSED, check_decisions
 from preflab.training.keys import TOPICS
 from preflab.training.lora_targets import as_names
 from preflab.training.memory import free_bytes, needed, reason_for_checkpointing
@@ -30,8 +31,8 @@ SAMPLE_TOKENS = 64
 class RunConfig:
     """Keys of this project that every training stage has beside TRL's own. Put before TRL's config in the bases."""
 
-    # Of all dataclasses of a training stage, for --help_all.
-    topics = TOPICS
+    # Both of all dataclasses of a training stage, for --help_all and `check_decisions`.
+    topics, unsupported = TOPICS, REFUSED
 
     output_dir: str = field(default="checkpoints", metadata={"help": "Weights go to <output_dir>/<run_name>/."})
     eval_out: str = field(default="eval_out", metadata={"help": "Results go to <eval_out>/<run_name>/."})
@@ -153,8 +154,7 @@ def check_run_config(config: RunConfig, model) -> None:
             raise UserError(
                 f"--{key}: has no effect without --use_peft, since all weights are trained; add or remove it"
             )
-    if config.resume_from_checkpoint:
-        raise UserError("--resume_from_checkpoint: not supported; use --resume auto|PATH|never")
+    check_decisions(config, model)
     if (config.start_adapter is None) != (config.start_adapter_use is None):
         raise UserError(
             "--start_adapter and --start_adapter_use must be given together: merge puts the adapter into the base and"

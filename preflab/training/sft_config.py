@@ -8,14 +8,6 @@ from preflab.training.run_config import RunConfig
 from utils.errors import UserError
 from utils.suggestions import did_you_mean
 
-# Keys of SFTConfig that have no effect on rows that are already tokenised, and what to use instead.
-UNUSED_KEYS = {
-    "assistant_only_loss": "use --loss_on responses",
-    "completion_only_loss": "use --loss_on responses",
-    "padding_free": "use --packing",
-    "eos_token": "the chat template ends an answer",
-    "shuffle_dataset": "the trainer shuffles",
-}
 LOSS_TYPES = ("nll", "dft")
 # TRL's packing strategies whose rows keep the boundaries of their conversations.
 PACKING_STRATEGIES = ("bfd", "bfd_split")
@@ -54,6 +46,3 @@ class SFTRunConfig(RunConfig, SFTConfig):
                 f"--packing_strategy {self.packing_strategy}: conversations would attend to each other; choose from"
                 f" {', '.join(PACKING_STRATEGIES)}"
             )
-        for key, instead in UNUSED_KEYS.items():
-            if getattr(self, key):
-                raise UserError(f"--{key}: not supported, since rows are already tokenised; {instead}")

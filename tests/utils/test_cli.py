@@ -207,6 +207,8 @@ def test_help_all(train):
     assert sorted(listed) == sorted(keys_of(training_types())), "every key once"
     topics = [line for line in lines[2:] if line and not line.startswith(" ")]
     assert {"model", "data", "LoRA and quantisation", "optimisation", "loss", "evaluation", "saving"} <= set(topics)
+    # Those that training refuses come last, with the reason.
+    assert out.index("  --adam_beta1") < out.index("\nnot supported, and why\n") < out.index("  --save_only_model")
     # A new key of a library must get a topic.
     assert "this script" not in topics and "other" not in topics
     assert "  --adam_beta1 X [0.9] " in out and "  --lora_r N [16] " in out
