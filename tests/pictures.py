@@ -22,8 +22,7 @@ def check(fig, path) -> None:
 
 
 def problems_of(fig) -> list[str]:
-    """Every problem of the figure's layout, in words."""
-    fig.canvas.draw()
+    """Every problem of the layout of a figure that has been drawn, in words."""
     problems = clipped_texts(fig) + overlapping_texts(fig)
     for number, ax in enumerate(fig.axes):
         where = f"panel {number} ({ax.get_title()!r})"

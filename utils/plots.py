@@ -61,9 +61,9 @@ def arrange(fig) -> None:
         _plain_numbers(ax)
     # Twice, since ticks and legends change the size of the panels that they must fit.
     for _ in range(2):
-        fig.canvas.draw()
+        fig.draw_without_rendering()
         grow(fig, height + rows * max([_legend_above(ax) for ax in fig.axes]))
-        fig.canvas.draw()
+        fig.draw_without_rendering()
         for ax in fig.axes:
             _fit_panel(ax)
 

@@ -44,6 +44,7 @@ def test_check_finds_each_problem(problem, draw):
     import matplotlib.pyplot as plt
 
     fig = figure_with(draw)
+    fig.canvas.draw()
     problems = problems_of(fig)
     plt.close(fig)
     assert any(problem in text for text in problems), problems
