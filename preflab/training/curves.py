@@ -71,6 +71,10 @@ def sft_curves(path, rows: list[dict], title: str, warning: str | None = None) -
     ):
         _curve(ax, rows, key, NEUTRAL, name.split()[0].lower())
         _finish(ax, name, unit)
+        if key == "mean_token_accuracy":
+            # Around equal values, matplotlib's limits would leave 0 to 1.
+            low, high = ax.get_ylim()
+            ax.set_ylim(max(low, -0.02), min(high, 1.02))
     _rate_and_norm(axes[3], train)
     _save(fig, path, warning)
 
