@@ -3,7 +3,7 @@
 import sys
 
 import torch
-from conftest import ROOT, eval_args, make_pairs
+from conftest import ROOT, eval_args, lora_args, make_pairs
 from processes import run_two_processes
 
 from preflab.models.loading import load_model
@@ -64,10 +64,12 @@ def instructions(count: int, offset: int = 0) -> list[dict]:
 
 def sft_args(model, data, folder, *extra) -> list[str]:
     return [
-        *("--model_name_or_path", str(model), "--dataset_name", str(data), "--use_peft", "--lora_r", "4"),
-        *("--lora_target_modules", "q_proj", "v_proj", "--learning_rate", "1e-2", "--max_length", "128"),
+        *lora_args(extra),
+        *("--model_name_or_path", str(model), "--dataset_name", str(data)),
+        *("--learning_rate", "1e-2", "--max_length", "128"),
         *("--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2", "--max_steps", "4"),
         *("--gradient_checkpointing", "false", "--disable_tqdm", "true", "--test_rows", "8"),
+        "--allow_fatal",
         *("--output_dir", str(folder / "ck"), "--eval_out", str(folder / "out"), "--run_name", "r", *map(str, extra)),
     ]
 

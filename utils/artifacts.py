@@ -14,7 +14,7 @@ from pathlib import Path
 
 import yaml
 
-from utils.errors import UserError, is_main_process
+from utils.errors import UserError, is_main_process, undo_on_failure
 
 
 def metric(
@@ -154,8 +154,12 @@ def with_limit_suffix(stem: str, limit: float | None) -> str:
 
 
 def check_writable(folder: str | os.PathLike, flag: str) -> Path:
-    """Create `folder` and check that a file can be written there. Raises UserError naming `flag`."""
+    """Create `folder` and check that a file can be written there. Raises UserError naming `flag`.
+
+    If the script fails before it has written there, the folder is removed again.
+    """
     folder = Path(folder)
+    remove_if_empty_on_failure(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # Permission bits do not settle it (access lists, network file systems, a full disk), so a file is created.
@@ -164,6 +168,15 @@ def check_writable(folder: str | os.PathLike, flag: str) -> Path:
     except OSError as error:
         raise UserError(f"{flag} {folder}: not writable ({error.strerror}); choose another folder") from None
     return folder
+
+
+def remove_if_empty_on_failure(folder: Path) -> None:
+    """If the script fails, remove `folder` and those of its parents that do not exist yet, where they are empty."""
+    if not is_main_process():
+        return
+    for missing in reversed([place for place in (folder, *folder.parents) if not place.exists()]):
+        # A folder with files, of this call or of another one, cannot be removed by rmdir.
+        undo_on_failure(missing.rmdir)
 
 
 def all_arguments(parts: list) -> dict:

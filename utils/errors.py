@@ -4,12 +4,23 @@ import errno
 import os
 import sys
 import time
+from collections.abc import Callable
+from contextlib import suppress
 
 RESUME_HINT = "use a smaller batch, model or precision, then run the same command again: finished work is kept"
 
 
 class UserError(Exception):
     """Invalid input, or a request this machine cannot serve. The message names the file, row or flag and the fix."""
+
+
+# What to undo if the script fails, in the order in which it was done.
+_undo: list[Callable[[], None]] = []
+
+
+def undo_on_failure(action: Callable[[], None]) -> None:
+    """Call `action` if this script fails, so that a failed start leaves nothing behind; the last one first."""
+    _undo.append(action)
 
 
 def is_main_process() -> bool:
@@ -23,8 +34,10 @@ def run(main, out_of_memory: str = RESUME_HINT) -> None:
     Args:
         out_of_memory: the fix that the error suggests when host or GPU memory runs out.
     """
+    # Tests run several scripts in one process.
+    _undo.clear()
     try:
-        main()
+        _undone_on_failure(main)
     except UserError as error:
         fail(str(error))
     except KeyboardInterrupt:
@@ -49,6 +62,19 @@ def run(main, out_of_memory: str = RESUME_HINT) -> None:
         if message is None:
             raise
         fail(message)
+
+
+def _undone_on_failure(main) -> None:
+    """Run `main`; call the actions of `undo_on_failure` if it raises, Ctrl-C and exits with an error included."""
+    try:
+        main()
+    except BaseException as error:
+        if not (isinstance(error, SystemExit) and not error.code):
+            while _undo:
+                # What cannot be undone must not hide the error.
+                with suppress(OSError):
+                    _undo.pop()()
+        raise
 
 
 def fail(message: str) -> None:

@@ -10,12 +10,15 @@ import numpy as np
 
 from preflab.data import reading_report
 from preflab.data.chat_template import ChatRenderer
+from preflab.data.messages import transcript
 from preflab.data.tokenised_rows import count_other_than, ends_of, lengths
 from preflab.evaluation.rewards import reward_rows
-from preflab.training.dpo_trainer import step0_tolerance
 from preflab.training.estimate import Speed, Work, estimate_text, estimated_minutes, measure_speed
 from preflab.training.memory import needed
 from preflab.training.order import reached_rows
+from preflab.training.preflight_checks import check_flight, repetition, tokenised
+from preflab.training.preflight_text import decoded_conversation, decoded_pair, dropped_rows, excerpt, wrapped
+from preflab.training.step0 import step0_tolerance
 from utils.errors import UserError
 
 # Rows per process that are scored before training, for the figures of step 0.
@@ -41,6 +44,7 @@ class RowFacts:
         lines: printed lines about the rows.
         compute: printed description of how a batch is computed.
         step0_lines: printed lines about step 0.
+        repetition: how often prompts and rows occur (`preflight_checks.repetition`).
     """
 
     sections: dict
@@ -53,6 +57,7 @@ class RowFacts:
     lines: list[str]
     compute: str
     step0_lines: list[str]
+    repetition: dict
 
 
 def run_preflight(describe_rows, trainer, splits, args: list, notes: list[str]) -> tuple[dict, str]:
@@ -88,13 +93,15 @@ def run_preflight(describe_rows, trainer, splits, args: list, notes: list[str]) 
             "memory_gib": round(memory.total(config.gradient_checkpointing) / 2**30, 2),
             **estimated_minutes(facts.work, facts.speed, plan, config, facts.rows),
         },
+        "repetition": facts.repetition,
         "notes": notes,
     }
+    flight |= check_flight(flight, config, model_args, trial=data_args.limit is not None)
     return flight, report(flight, facts)
 
 
 def report(flight: dict, facts: RowFacts) -> str:
-    """The preflight as printed text."""
+    """The preflight as printed text, in lines that fit the terminal and have at most 100 columns."""
     plan, special, estimate = flight["plan"], flight["special_tokens"], flight["estimate"]
     batch = plan["batch"]
     lines = [
@@ -110,8 +117,10 @@ def report(flight: dict, facts: RowFacts) -> str:
         f"  estimate  {estimate_text(estimate)}",
         *facts.step0_lines,
         *(f"  note      {note}" for note in flight["notes"]),
+        *(f"  warning   {warning}" for warning in flight["warning"]),
+        *(f"  fatal     {fatal}" for fatal in flight["fatal"]),
     ]
-    return "\n".join(lines)
+    return "\n".join(wrapped(line) for line in lines)
 
 
 # ------------------------------------------------------------------------------------------------- preference pairs
@@ -154,6 +163,10 @@ def describe_pairs(trainer, splits, data_args, config) -> RowFacts:
         lines=pair_lines(pair, tokens, special, splits),
         compute="each prompt once, without padding" if padded_because is None else f"padded pairs: {padded_because}",
         step0_lines=[step0_line(step0)],
+        repetition=repetition(
+            (pair.prompt_key for pair in splits.train.pairs),
+            ((pair.prompt_text, pair.chosen, pair.rejected) for pair in splits.train.pairs),
+        ),
     )
 
 
@@ -190,17 +203,6 @@ def tokens_of_pairs(dataset, shared_prompt: bool) -> list[int]:
     return ((1 if shared_prompt else 2) * prompt + chosen + rejected).tolist()
 
 
-def decoded_pair(dataset, tokenizer) -> dict:
-    """The first pair decoded, with its loss mask: which part is context and which is scored."""
-    row = dataset[0]
-    return {
-        "prompt_not_scored": tokenizer.decode(row["prompt_ids"]),
-        "chosen_scored": tokenizer.decode(row["chosen_ids"]),
-        "rejected_scored": tokenizer.decode(row["rejected_ids"]),
-        "tokens": {k: len(row[f"{k}_ids"]) for k in ("prompt", "chosen", "rejected")},
-    }
-
-
 def step0_margins(trainer, pairs: int) -> dict:
     """The largest |reward| and |margin| before the first step, over a few train pairs.
 
@@ -226,7 +228,7 @@ def pair_lines(pair: dict, tokens: dict, special: dict, splits) -> list[str]:
     train, test = splits.summary["train"], splits.summary["test"]
 
     def truncated(part):
-        return f"{splits.truncation.get(f'truncated_{part}', 0) / train['pairs']:.1%}"
+        return f"{splits.truncation.get(f'truncated_{part}', 0) / tokenised(train):.1%}"
 
     size = pair["tokens"]
     held_out = f"{test['pairs']} test pairs; dropped: {dropped_rows(test)}" if test else "no test split"
@@ -296,6 +298,10 @@ def describe_conversations(trainer, splits, data_args, config) -> RowFacts:
         step0_lines=[f"  step 0    loss {step0['loss']:.3f} nats per token over {step0['conversations']} conversations"]
         if step0
         else [],
+        repetition=repetition(
+            (conversation.prompt_key for conversation in splits.train.conversations),
+            (transcript(conversation.turns) for conversation in splits.train.conversations),
+        ),
     )
 
 
@@ -310,19 +316,6 @@ def conversation_tokens(dataset) -> dict:
         # -100 marks tokens without a loss (the index that PyTorch's cross-entropy ignores).
         "trained_tokens_per_epoch": count_other_than(dataset, "labels", -100),
     }
-
-
-def decoded_conversation(dataset, tokenizer) -> list[dict]:
-    """The first conversation decoded in pieces, each with whether it is trained on."""
-    row, pieces = dataset[0], []
-    for token, label in zip(row["input_ids"], row["labels"], strict=True):
-        # A new piece starts where the loss mask changes.
-        if not pieces or pieces[-1]["trained_on"] != (label != -100):
-            pieces.append({"trained_on": label != -100, "ids": []})
-        pieces[-1]["ids"].append(token)
-    return [
-        {"trained_on": p["trained_on"], "tokens": len(p["ids"]), "text": tokenizer.decode(p["ids"])} for p in pieces
-    ]
 
 
 def step0_loss(trainer, dataset) -> dict | None:
@@ -356,7 +349,7 @@ def conversation_lines(pieces: list[dict], tokens: dict, special: dict, splits, 
         f" {dropped_rows(train)}; {held_out}",
         f"  lengths   {tokens['tokens_mean']:.0f} tokens on average, {tokens['longest_sequence']} at most; {share:.1%}"
         f" of them trained on ({loss_on})",
-        f"  truncated {splits.truncation.get('truncated', 0) / train['conversations']:.1%} of conversations; end"
+        f"  truncated {splits.truncation.get('truncated', 0) / tokenised(train):.1%} of conversations; end"
         f" token kept in {special['conversations_with_end_token']:.1%}",
     ]
 
@@ -453,18 +446,3 @@ def effective_dropout(config, model_args) -> str:
     if model_args.use_peft and model_args.lora_dropout:
         return f"0 (lora_dropout {model_args.lora_dropout} is switched off by disable_dropout: true)"
     return "0"
-
-
-def excerpt(text: str, end: bool = False) -> str:
-    """`text` on one line, shortened to its first or last 300 characters."""
-    text = text.replace("\n", "⏎")
-    return text if len(text) <= 300 else ("… " + text[-300:] if end else text[:300] + " …")
-
-
-def dropped_rows(split: dict) -> str:
-    """The rows that the filters dropped from a split, as text, from its summary."""
-    count = split["pairs"] if "pairs" in split else split["conversations"]
-    # Rows beyond --limit, or moved to the test split.
-    rest = split["rows"] - count - sum(split["dropped"].values())
-    text = ", ".join(f"{k} {v}" for k, v in split["dropped"].items()) or "nothing"
-    return f"{text} ({rest} set aside)" if rest > 0 else text

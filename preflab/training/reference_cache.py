@@ -8,10 +8,11 @@ truncation; the folder by the reference's weights and precision. Evaluations use
 import time
 
 from preflab.models.batching import token_batches
-from preflab.training.dpo_trainer import REFERENCE, STEP0_TOLERANCE
+from preflab.training.dpo_trainer import REFERENCE
 from preflab.training.order import reached_rows
 from preflab.training.run import TrainingRun
 from preflab.training.run_folder import MANIFEST
+from preflab.training.step0 import STEP0_TOLERANCE
 from utils.artifacts import read_json
 from utils.cache import ResultCache, cache_key
 from utils.errors import UserError

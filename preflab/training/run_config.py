@@ -53,6 +53,9 @@ class RunConfig:
     resume: str = field(default="auto", metadata={"help": "auto, never, or the path of a checkpoint."})
     overwrite: bool = field(default=False, metadata={"help": "Delete what an earlier run of this name wrote."})
     preflight_only: bool = field(default=False, metadata={"help": "Stop after the preflight."})
+    allow_fatal: bool = field(
+        default=False, metadata={"help": "Train even if the preflight finds the run useless (lines marked fatal)."}
+    )
     gradient_checkpointing: bool | None = field(
         default=None,
         metadata={"help": "Recompute activations instead of storing them (default: only if memory requires it)."},

@@ -4,14 +4,22 @@ import dataclasses
 import shutil
 import sys
 import time
+import weakref
 from datetime import date
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from preflab.evaluation.runs import MANIFEST, TIME_FORMAT, checkpoints, is_complete, lock_path
-from utils.artifacts import all_arguments, changed_arguments, check_writable, describe_changes, read_json, write_json
-from utils.errors import UserError, is_main_process
+from utils.artifacts import (
+    all_arguments,
+    changed_arguments,
+    check_writable,
+    describe_changes,
+    read_json,
+    write_json,
+)
+from utils.errors import UserError, is_main_process, undo_on_failure
 from utils.provenance import sha256_of_files
 
 # Arguments that do not affect the weights: they may differ between a run's first call and the one that resumes it. The
@@ -19,8 +27,9 @@ from utils.provenance import sha256_of_files
 ARGUMENTS_NOT_IN_IDENTITY = {
     # The hash of the start adapter's weights is part of the identity, its path is not: the adapter may be moved.
     "start_adapter",
-    "output_dir", "eval_out", "run_name", "resume", "overwrite", "preflight_only", "sample_prompts", "report_to",
-    "disable_tqdm", "dataloader_num_workers", "dataset_num_proc", "save_total_limit", "resume_from_checkpoint",
+    "output_dir", "eval_out", "run_name", "resume", "overwrite", "preflight_only", "allow_fatal", "sample_prompts",
+    "report_to", "disable_tqdm", "dataloader_num_workers", "dataset_num_proc", "save_total_limit",
+    "resume_from_checkpoint",
     "logging_dir", "local_rank", "accelerator_config", "parallelism_config", "deepspeed", "fsdp", "fsdp_config",
     "global_batch_size", "per_device_train_batch_size", "gradient_accumulation_steps", "per_device_eval_batch_size",
     "gradient_checkpointing", "gradient_checkpointing_kwargs", "activation_checkpointing", "use_cpu",
@@ -28,7 +37,7 @@ ARGUMENTS_NOT_IN_IDENTITY = {
     "save_strategy", "save_steps", "eval_strategy", "eval_steps", "logging_strategy", "logging_steps",
 }  # fmt: skip
 # Keys that earlier versions did not record, with the value that their runs used.
-DEFAULTS_OF_OLD_RUNS = {"on_bad_row": "refuse", "gamma_beta_ratio": 0.5, "template_date": None}
+DEFAULTS_OF_OLD_RUNS = {"on_bad_row": "refuse", "gamma_beta_ratio": 0.5, "template_date": None, "test_rows": 0}
 # A results folder has at least one of these.
 RESULTS = ("train.json", "train_log.jsonl", "preflight.json")
 
@@ -42,6 +51,9 @@ class RunFolders:
     results: Path
     finished: bool = False
     lock: FileLock | None = None
+    # Whether this call made the folders, and whether a preflight alone is what it should leave.
+    created: bool = False
+    keep_preflight: bool = False
 
     def __getstate__(self):
         # Sent to the other ranks, which do not hold the lock.
@@ -83,6 +95,17 @@ class RunFolders:
                     " --run_name, or pass --overwrite"
                 )
 
+    def undo(self) -> None:
+        """Delete the folders that this call made, unless a step was logged or a checkpoint saved; give up the lock."""
+        begun = checkpoints(self.weights) or (self.results / "train_log.jsonl").exists()
+        if self.created and not begun and not self.keep_preflight:
+            for folder in (self.weights, self.results):
+                shutil.rmtree(folder, ignore_errors=True)
+        if not self.weights.exists():
+            # Deleted while it is held: afterwards it may be another process's.
+            lock_path(self.weights).unlink(missing_ok=True)
+        self.lock.release()
+
     def finish(self) -> None:
         """Record that the run is complete, so that the same command prints its results instead of training again."""
         ended = {"finished": True, "finished_utc": time.strftime(TIME_FORMAT, time.gmtime())}
@@ -111,6 +134,9 @@ def claim_run(name: str, output_dir: str, eval_out: str, identity: dict, resume:
         raise UserError(f"--overwrite would delete the checkpoint of --resume {resume}: give only one of them")
     # First of all, so that two processes cannot both find the folders free. It is held as long as `run` exists.
     run.lock = _lock(run.weights)
+    # A weak reference: the lock ends with the run's object.
+    this = weakref.ref(run)
+    undo_on_failure(lambda: (claimed := this()) and claimed.undo())
     manifest = run.weights / "run.json"
     # Checked before --overwrite deletes anything.
     _ensure_own_folders(run, manifest)
@@ -136,7 +162,9 @@ def claim_run(name: str, output_dir: str, eval_out: str, identity: dict, resume:
         adapter = {"adapter_sha256": (before.get("start") or {}).get("adapter_sha256")}
         _ensure_same_run(run.results, {**before.get("args", {}), **adapter, "batch": identity["batch"]}, identity)
         shutil.rmtree(run.results)
-    # From here the folders belong to this run, even if reading its data fails.
+    # From here the folders belong to this run. A start that fails before the first step leaves none of them, unless an
+    # earlier call did.
+    run.created = not manifest.exists()
     write_json(manifest, {"args": identity, "finished": False})
     run.results.mkdir(parents=True, exist_ok=True)
     return run

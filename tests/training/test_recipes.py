@@ -42,7 +42,19 @@ def run_recipe(run, name, model, data, folder, *more) -> dict:
     code, out, err = run(
         *("--config", ROOT / "configs" / f"{name}.yaml", "--model_name_or_path", model, "--dataset_name", data),
         *("--dataset_train_split", "train", "--dtype", "float32", "--bf16", "false", "--load_in_4bit", "false"),
-        *("--max_steps", "1", "--run_name", "r", "--disable_tqdm", "true", "--sample_prompts", "0", *more),
+        # One step is less than their warm-up, which the preflight refuses.
+        *(
+            "--allow_fatal",
+            "--max_steps",
+            "1",
+            "--run_name",
+            "r",
+            "--disable_tqdm",
+            "true",
+            "--sample_prompts",
+            "0",
+            *more,
+        ),
         *("--output_dir", folder / "ck", "--eval_out", folder / "out"),
     )
     assert code == 0, err
