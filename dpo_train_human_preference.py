@@ -22,8 +22,9 @@ The keys that matter (flags and YAML keys are the same, the command line wins; [
            --lora_target_modules NAME ... | all-linear   --load_in_4bit   --start_adapter FOLDER|ID
            --start_adapter_use merge|continue (with --use_peft)
   data     --dataset_name HUB_ID|FILE|FOLDER   --test_dataset_name OTHER
-           --dataset_train_split NAME [train]   --dataset_test_split NAME|none [test]   --drop_ties
-           --min_score_margin X   --keep_duplicate_prompts
+           --dataset_train_split NAME [train]   --dataset_test_split NAME|none (default: test)
+           --test_rows N (hold N rows out of the train split instead)
+           --drop_ties   --min_score_margin X   --keep_duplicate_prompts
            --train_test_overlap refuse|drop|keep [refuse]   --prompt_format auto|chat|text [auto]
            --columns NAME=COLUMN ...   --on_bad_row refuse|skip [refuse]   --limit N
            several datasets: a `datasets:` list in the YAML, each {path, split, test_split,
@@ -37,7 +38,8 @@ The keys that matter (flags and YAML keys are the same, the command line wins; [
            --max_steps N   --learning_rate X [1e-6]   --lr_scheduler_type NAME [linear]
            --warmup_steps N [0]
   run      --run_name NAME   --output_dir DIR [checkpoints]   --eval_out DIR [eval_out]
-           --resume auto|PATH|never [auto]   --overwrite   --preflight_only   --list (all runs)
+           --resume auto|PATH|never [auto]   --overwrite   --preflight_only
+           --allow_fatal (train although the preflight found the run useless)   --list (all runs)
            --eval_strategy no|steps|epoch [no]   --eval_steps N   --save_steps N [500]
            --report_to NAME [none] (tensorboard, trackio, wandb)
 """
@@ -58,12 +60,13 @@ def main():
     from preflab.training import dpo_report, reference_cache
     from preflab.training.curves import dpo_curves
     from preflab.training.dpo_config import DPORunConfig
-    from preflab.training.dpo_trainer import ResumableDPOTrainer, check_step0_margins
+    from preflab.training.dpo_trainer import ResumableDPOTrainer
     from preflab.training.held_out import evaluate_pairs
     from preflab.training.preflight import describe_pairs
     from preflab.training.run import TrainingRun, training_summary
     from preflab.training.samples import write_pair_samples
     from preflab.training.splits import load_pair_splits
+    from preflab.training.step0 import check_step0_margins
 
     training = TrainingRun.open("train", __doc__, DataArguments, DPORunConfig)
     # The same command, called again after the end, prints the results.
@@ -75,14 +78,14 @@ def main():
     # Policy and reference are the same model before the first step, so every reward and margin must be 0.
     check_step0_margins(flight["step0"], training.config)
     if training.config.preflight_only:
-        return print_main(f"\npreflight only: see {training.folders.results}/preflight.json")
+        return print_main(f"\n{training.describe_preflight_only()}")
     # After the preflight, whose step-0 rewards are thus computed with the reference itself.
     reference = reference_cache.prepare(training, trainer, flight["plan"])
     training.train(trainer, flight)
     rows, metrics = evaluate_pairs(trainer, splits, training.config)
-    write_pair_samples(training, trainer, splits)
+    samples = write_pair_samples(training, trainer, splits)
     title = training.title(splits, "pairs")
-    report = dpo_report.render(metrics, title)
+    report = dpo_report.render(metrics, title, training.row_log.read(), samples)
     tokens, reference_in_step = flight["plan"]["tokens_stored_once"], "in_every_step_because" in reference
     speed = training_summary(trainer, flight, "pairs", tokens, reference_in_step)
     training.publish(

@@ -23,7 +23,7 @@ The keys that matter (flags and YAML keys are the same, the command line wins; [
            --start_adapter_use merge|continue
   data     --dataset_name HUB_ID|FILE|FOLDER   --test_dataset_name OTHER
            --dataset_train_split NAME [train]   --dataset_test_split NAME|none
-           --test_rows N [200] (held out of the train split where no test split is named)
+           --test_rows N (held out of the train split where no test split is named, default 200)
            --columns NAME=COLUMN ...   --on_bad_row refuse|skip [refuse]   --limit N
            rows: messages; instruction, input, output; prompt and completion; prompt and chosen
            several datasets: a `datasets:` list in the YAML, each {path, split, test_split,
@@ -36,7 +36,8 @@ The keys that matter (flags and YAML keys are the same, the command line wins; [
            --max_steps N   --learning_rate X [2e-5]   --lr_scheduler_type NAME [linear]
            --warmup_steps N [0]
   run      --run_name NAME   --output_dir DIR [checkpoints]   --eval_out DIR [eval_out]
-           --resume auto|PATH|never [auto]   --overwrite   --preflight_only   --list (all runs)
+           --resume auto|PATH|never [auto]   --overwrite   --preflight_only
+           --allow_fatal (train although the preflight found the run useless)   --list (all runs)
            --eval_strategy no|steps|epoch [no]   --eval_steps N   --save_steps N [500]
            --report_to NAME [none] (tensorboard, trackio, wandb)
 """
@@ -73,16 +74,16 @@ def main():
     trainer = training.build_trainer(ResumableSFTTrainer, splits)
     flight = training.preflight(trainer, splits, describe_conversations)
     if training.config.preflight_only:
-        return print_main(f"\npreflight only: see {training.folders.results}/preflight.json")
+        return print_main(f"\n{training.describe_preflight_only()}")
     # Before the first step, since no copy of the base is kept beside the model that is trained.
     base = score_base(training, trainer, splits)
     # Unlike DPOTrainer, SFTTrainer keeps no copy of a start adapter that it trains further.
     keep_reference(training.start_adapter, training.config.output_dir)
     training.train(trainer, flight)
     rows, metrics = evaluate_conversations(trainer, splits, base, training.config.seed)
-    write_conversation_samples(training, trainer, splits)
+    samples = write_conversation_samples(training, trainer, splits)
     title = training.title(splits, "conversations")
-    report = sft_report.render(metrics, title)
+    report = sft_report.render(metrics, title, training.row_log.read(), samples)
     training.publish(
         trainer,
         splits,

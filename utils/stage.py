@@ -77,7 +77,14 @@ class Stage:
             **sections,
         )
 
-    def write(self, path: Path, summary: dict, files: dict[Path, object], printed: str | None = None) -> None:
+    def write(
+        self,
+        path: Path,
+        summary: dict,
+        files: dict[Path, object],
+        printed: str | None = None,
+        earlier: list[Path] | None = None,
+    ) -> None:
         """Write the files, then the summary, and print the report. Rank 0 only.
 
         The summary's presence marks the stage as complete, so all other files are written before it.
@@ -85,13 +92,14 @@ class Stage:
         Args:
             files: as `publish`.
             printed: what is printed instead of the summary's text.
+            earlier: files that this stage wrote before, to be listed too.
         """
         # A stage that is interrupted here has no summary, so it is not mistaken for a complete one.
         for place, content in files.items():
             write_file(place, content)
         write_json(path, summary)
         print_main(printed or summary["text"])
-        print_main(f"\n{wrote([path, *files])}")
+        print_main(f"\n{wrote([path, *files, *(earlier or [])])}")
 
     def publish(
         self,

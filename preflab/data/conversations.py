@@ -9,7 +9,7 @@ import pyarrow as pa
 from preflab.data.chat_template import ChatRenderer, TemplateRefused, strips_thoughts, training_template
 from preflab.data.conversation_rows import Conversation, to_conversation
 from preflab.data.messages import WEIGHT, transcript
-from preflab.data.sources import SourceArguments, read_sources, select_by_hash
+from preflab.data.sources import SourceArguments, marked_as_held_out, read_sources, split_off
 from preflab.data.tokenised_rows import IDS, Outcome, identity_of, tokenise
 from utils.errors import UserError
 from utils.provenance import sha256_of
@@ -26,18 +26,23 @@ class SFTArguments(SourceArguments):
         default=None,
         metadata={"help": "Split to evaluate on, or none (default: --test_rows of the train split)."},
     )
-    test_rows: int = field(
-        default=200, metadata={"help": "Conversations held out of the train split if no test split is named."}
+    test_rows: int | None = field(
+        default=None,
+        metadata={"help": "Conversations held out of the train split if no test split is named (default: 200)."},
     )
     loss_on: str = field(
         default="responses",
         metadata={"help": "Tokens with a loss: the assistant's, or all.", "choices": ["responses", "everything"]},
     )
 
+    default_test_split = None
+
     def check(self) -> None:
         super().check()
-        if self.test_rows < 0:
-            raise UserError(f"--test_rows {self.test_rows}: must be at least 0")
+        # `none` beside a number of rows: no split, but these rows.
+        if self.test_rows:
+            self.dataset_test_split = None
+        self.test_rows = 200 if self.test_rows is None else self.test_rows
 
 
 @dataclass
@@ -112,32 +117,17 @@ def load_conversations(sources: list[dict], limit: int | None = None) -> Convers
 
 
 def hold_out(data: ConversationData, count: int) -> ConversationData | None:
-    """Move about `count` conversations out of `data`; all conversations of a prompt move together.
-
-    The choice depends only on a hash of each prompt's text, not on the rows' order or on other rows.
-
-    Returns:
-        The held-out conversations, or None if `count` is 0.
+    """Move about `count` conversations out of `data`, by prompt (preflab.data.sources.split_off); None if `count` is 0.
 
     Raises:
         UserError: nothing would be left to train on.
     """
     if not count:
         return None
-    # Grouped by prompt: with the same prompt on both sides, the held-out loss would measure memorisation.
-    prompts = Counter(c.prompt_key for c in data.conversations)
-    chosen = select_by_hash(prompts, count)
-    if len(chosen) == len(prompts):
-        raise UserError(
-            f"--test_rows {count}: would hold out all {len(data.conversations)} conversations; lower it, set"
-            " --dataset_test_split, or pass --test_rows 0"
-        )
-    held_out = [c for c in data.conversations if c.prompt_key in chosen]
-    data.conversations = [c for c in data.conversations if c.prompt_key not in chosen]
-    # The held-out part comes from the same files, so the artifact must distinguish it from a test split.
-    sources = [{**source, "held_out": f"{len(held_out)} conversations, by hash"} for source in data.sources]
+    held_out, data.conversations = split_off(data.conversations, count, "conversations")
+    marked = marked_as_held_out(data.sources, len(held_out), "conversations")
     # Rows that were dropped while reading are counted once, in the train part.
-    return ConversationData(held_out, sources, len(held_out))
+    return ConversationData(held_out, marked, len(held_out))
 
 
 # ------------------------------------------------------------------------------------------------------- tokenising

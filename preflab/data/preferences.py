@@ -12,7 +12,7 @@ from preflab.data.messages import check_unicode
 from preflab.data.pair_rows import Pair, to_pair
 from preflab.data.prompt_format import AS_TEXT, FORMATS, PromptFormat
 from preflab.data.row_fields import WIN_KEYS
-from preflab.data.sources import SourceArguments, read_sources
+from preflab.data.sources import SourceArguments, marked_as_held_out, read_sources, split_off
 from preflab.data.tokenised_rows import IDS, Outcome, identity_of, tokenise
 from utils.errors import UserError
 from utils.provenance import sha256_of
@@ -35,6 +35,13 @@ class DataArguments(SourceArguments):
         },
     )
     chat_template_path: str | None = field(default=None, metadata={"help": "Jinja file that replaces the template."})
+
+    def check(self) -> None:
+        super().check()
+        # Resolved, so that run.json names the split.
+        if self.dataset_test_split is None:
+            self.dataset_test_split = "none" if self.test_rows else self.default_test_split
+        self.test_rows = self.test_rows or 0
 
 
 @dataclass
@@ -129,6 +136,27 @@ def load_pairs(
             f"{data.dropped['bad_row']} of {data.rows} rows cannot be read; the first: {data.first_bad_row}"
         )
     return data
+
+
+def hold_out_pairs(data: PreferenceData, count: int, sources: list[dict]) -> tuple[PreferenceData, list[dict]]:
+    """Move about `count` pairs out of `data`, by prompt (preflab.data.sources.split_off).
+
+    Args:
+        sources: the sources that `data` was read from.
+
+    Returns:
+        (held-out pairs, their rows as they were read), in the same order.
+
+    Raises:
+        UserError: nothing would be left to train on.
+    """
+    held_out, data.pairs = split_off(data.pairs, count, "pairs")
+    marked = marked_as_held_out(data.sources, len(held_out), "pairs")
+    # Read again, since a pair does not hold all of its row; an evaluation reads these rows as training did.
+    wanted = {pair.source for pair in held_out}
+    rows = [row for part, _ in read_sources(sources) for source, row in part if source in wanted]
+    # Rows that were dropped while reading are counted once, in the train part.
+    return PreferenceData(held_out, marked, len(held_out)), rows
 
 
 def _drop_reason(pair: Pair, drop_ties: bool, min_score_margin: float | None) -> str | None:

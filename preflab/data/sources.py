@@ -31,7 +31,12 @@ class SourceArguments:
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
     dataset_revision: str | None = field(default=None, metadata={"help": "Revision of a hub dataset."})
     dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
-    dataset_test_split: str | None = field(default="test", metadata={"help": "Split to evaluate on, or none."})
+    dataset_test_split: str | None = field(
+        default=None, metadata={"help": "Split to evaluate on, or none (default: test, or none with --test_rows)."}
+    )
+    test_rows: int | None = field(
+        default=None, metadata={"help": "Rows of the train split to hold out, by prompt, instead of a test split."}
+    )
     test_dataset_name: str | None = field(default=None, metadata={"help": "Dataset of the test split, if it differs."})
     datasets: list[DatasetSource] = field(default_factory=list, metadata={"help": "A mix of datasets (YAML only)."})
     train_test_overlap: str = field(
@@ -50,13 +55,41 @@ class SourceArguments:
     )
     limit: int | None = field(default=None, metadata={"help": "Use only the first rows; adds _LIMIT<n> to every name."})
 
+    # The test split where neither a split nor --test_rows is given.
+    default_test_split = "test"
+
     def check(self) -> None:
-        """Raise UserError for flags that select no data."""
+        """Raise UserError for flags that select no data, or the held-out rows in two ways."""
         if self.limit is not None and not self.limit > 0:
             raise UserError(f"--limit {self.limit}: must be above 0")
         parse_columns(self.columns)
         if not self.datasets and self.dataset_name is None:
             raise UserError("--dataset_name is missing: give a hub id, a local file or a folder (see --help)")
+        if self.test_rows is not None and self.test_rows < 0:
+            raise UserError(f"--test_rows {self.test_rows}: must be at least 0")
+        if self.test_rows:
+            self._check_held_out_once()
+
+    def _check_held_out_once(self) -> None:
+        """Raise UserError where both --test_rows and a test split are given."""
+        named = {"--dataset_test_split": self.dataset_test_split, "--test_dataset_name": self.test_dataset_name}
+        for flag, value in named.items():
+            if value is not None and value.lower() != "none":
+                raise UserError(
+                    f"--test_rows {self.test_rows} holds rows out of the train split, but {flag} {value} names test"
+                    " rows too: give only one of them"
+                )
+        mix = [_dataset_source(entry) for entry in self.datasets]
+        if any(entry.test_split for entry in mix):
+            raise UserError(
+                f"--test_rows {self.test_rows}: the datasets of the mix name a test_split; remove one of them"
+            )
+
+    @property
+    def held_out_rows(self) -> int:
+        """About how many rows are held out of the train split; a trial run holds out at most a quarter of its rows."""
+        rows = self.test_rows or 0
+        return min(rows, self.limit // 4) if self.limit else rows
 
     def sources(self) -> tuple[list[dict], list[dict]]:
         """The train and the test sources, as `read_sources` reads them.
@@ -64,6 +97,9 @@ class SourceArguments:
         Raises:
             UserError: an invalid mix, or rows that would be both train and test data.
         """
+        split = self.dataset_test_split
+        if split is None and not self.test_rows:
+            split = self.default_test_split
         if self.datasets:
             mix = [_dataset_source(entry) for entry in self.datasets]
             # TRL's DatasetConfig calls the configuration `name` and the data set `path`, after load_dataset's
@@ -82,13 +118,13 @@ class SourceArguments:
                 **self._reading(),
             }
             train = [{**dataset, "split": self.dataset_train_split}]
-            test = [{**dataset, "split": self.dataset_test_split}]
+            test = [{**dataset, "split": split}]
         # It replaces the test parts of a mix too.
         if self.test_dataset_name:
-            test = [{"name": self.test_dataset_name, "split": self.dataset_test_split or "test", **self._reading()}]
+            test = [{"name": self.test_dataset_name, "split": split or "test", **self._reading()}]
         # SFT's default is no split, so that --test_rows decides; a mix or a test data set names its own.
-        unnamed = self.dataset_test_split is None and not (self.test_dataset_name or self.datasets)
-        if unnamed or (self.dataset_test_split or "").lower() == "none":
+        unnamed = split is None and not (self.test_dataset_name or self.datasets)
+        if unnamed or (split or "").lower() == "none":
             return train, []
         for held_out in test:
             # A single file has no splits, so naming it for both would train on the test rows.
@@ -187,6 +223,39 @@ def select_by_hash(sizes: dict[str, int], count: int) -> set[str]:
         selected.add(key)
         rows += sizes[key]
     return selected
+
+
+def split_off(items: list, count: int, unit: str) -> tuple[list, list]:
+    """Split off about `count` items; all items of a prompt are on the same side.
+
+    The choice depends only on a hash of each prompt's text, not on the rows' order, on other rows or on a seed: runs
+    with other seeds or further rows are evaluated on the same prompts.
+
+    Args:
+        items: with `prompt_key`.
+        unit: what an item is, in the plural.
+
+    Returns:
+        (held out, remaining).
+
+    Raises:
+        UserError: nothing would be left to train on.
+    """
+    # Grouped by prompt: with the same prompt on both sides, the held-out figures would measure memorisation.
+    prompts = Counter(item.prompt_key for item in items)
+    chosen = select_by_hash(prompts, count)
+    if len(chosen) == len(prompts):
+        raise UserError(
+            f"--test_rows {count}: would hold out all {len(items)} {unit}; lower it, set --dataset_test_split, or pass"
+            " --test_rows 0"
+        )
+    held_out = [item for item in items if item.prompt_key in chosen]
+    return held_out, [item for item in items if item.prompt_key not in chosen]
+
+
+def marked_as_held_out(sources: list[dict], count: int, unit: str) -> list[dict]:
+    """What identifies the held-out part of these sources, so that artifacts distinguish it from a test split."""
+    return [{**source, "held_out": f"{count} {unit}, by hash"} for source in sources]
 
 
 def without_overlap(train: list, test: list, policy: str, dropped: Counter) -> list:

@@ -14,7 +14,7 @@ from preflab.data.preferences import DataArguments
 from preflab.data.sources import SourceArguments, reading
 from preflab.data.template_date import choose_template_date
 from preflab.evaluation.arguments import ULTRAFEEDBACK, ComparisonArguments
-from preflab.evaluation.runs import WEIGHTS, checkpoints, is_complete, latest_run
+from preflab.evaluation.runs import HELD_OUT_ROWS, WEIGHTS, checkpoints, is_complete, latest_run
 from preflab.models.loading import default_batch_tokens, hub_name, locate_adapter
 from preflab.models.start_adapter import FROZEN
 from utils.artifacts import (
@@ -247,6 +247,10 @@ def _run_arguments(folder: Path) -> dict:
                 before = "text" if arguments["prompt_format"] == "auto" else arguments["prompt_format"]
                 arguments["prompt_format"] = manifest.get("prompt_format", before)
             arguments["template_date"] = manifest.get("template_date")
+            if (run_folder / HELD_OUT_ROWS).exists():
+                # Rows of the train split that training held out (--test_rows): the run's test split is this file.
+                held_out = {"test_dataset_name": str(run_folder / HELD_OUT_ROWS), "dataset_test_split": "test"}
+                arguments |= {**held_out, "test_rows": 0, "columns": None}
             # Only SFT has loss_on.
             ignored = SourceArguments.__dataclass_fields__ if "loss_on" in arguments else ()
             return {key: value for key, value in arguments.items() if key not in ignored}

@@ -19,6 +19,8 @@ from utils.errors import UserError, is_main_process
 MANIFEST = "checkpoint_manifest.json"
 # A folder with one of these holds weights: a LoRA adapter, or a complete model.
 WEIGHTS = ("adapter_config.json", "config.json")
+# The rows that a preference run held out of its train split (--test_rows), beside its weights.
+HELD_OUT_ROWS = "held_out_rows.jsonl"
 TIME_FORMAT = "%Y-%m-%dT%H:%M:%SZ"
 
 

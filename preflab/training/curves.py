@@ -1,14 +1,22 @@
 """Training curves of DPO and SFT runs."""
 
+from preflab.training.log_keys import PAIR_MEAN, TIES_HALF
 from utils.errors import is_main_process
 from utils.plots import CHOSEN, EVAL, NEUTRAL, REJECTED, figure, save
 
+# Single steps, behind their running mean.
+PALE = {"alpha": 0.25, "lw": 0.8}
+# Height of a row of the legend, in points.
+LEGEND_ROW = 11
+LEGEND = {"fontsize": 7, "borderaxespad": 0.2, "handlelength": 1.4, "columnspacing": 1.0}
+
 
 def _smooth(values: list[float]) -> list[float]:
-    """Running mean over a twentieth of the run, so that single steps do not hide the trend."""
-    span = max(1, len(values) // 20)
-    # The window grows up to `span` at the start, so that the curve begins at the first step.
-    return [sum(values[max(0, i - span + 1) : i + 1]) / (i + 1 - max(0, i - span + 1)) for i in range(len(values))]
+    """Centred running mean over a tenth of the run, so that single steps do not hide the trend."""
+    # On each side; at the ends of the run the window has only the values that exist.
+    half = len(values) // 20
+    windows = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
+    return [sum(window) / len(window) for window in windows]
 
 
 def _curve(ax, rows: list[dict], key: str, colour: str, label: str) -> None:
@@ -16,33 +24,51 @@ def _curve(ax, rows: list[dict], key: str, colour: str, label: str) -> None:
     points = [(r["step"], r[key]) for r in rows if r["split"] == "train" and r.get(key) is not None]
     if points:
         x, y = zip(*points, strict=True)
-        ax.plot(x, y, color=colour, alpha=0.25, lw=0.8)
+        ax.plot(x, y, color=colour, **PALE)
         ax.plot(x, _smooth(y), color=colour, lw=1.8, label=f"{label}, train")
-    points = [(r["step"], r[key]) for r in rows if r["split"] == "eval" and r.get(key) is not None]
+    # Means over pairs where the log has them, else TRL's means over batches.
+    tests = [(r["step"], r.get(key + PAIR_MEAN, r.get(key))) for r in rows if r["split"] == "eval"]
+    points = [(step, value) for step, value in tests if value is not None]
     if points:
         ax.plot(*zip(*points, strict=True), "o-", color=colour, mec="black", ms=5, lw=1, label=f"{label}, test")
 
 
 def _finish(ax, name: str, unit: str) -> None:
-    ax.set(title=name, xlabel="optimizer step", ylabel=unit)
+    ax.set(xlabel="optimizer step", ylabel=unit)
     ax.xaxis.get_major_locator().set_params(integer=True)
-    ax.legend(fontsize=7, framealpha=0.6)
+    _titles(ax, name, ax.get_legend_handles_labels()[0])
+
+
+def _titles(ax, name: str, lines: list) -> None:
+    """The panel's title, and between it and the panel, where it hides no data, the legend of `lines`, two in a row."""
+    labels = [line.get_label() for line in lines]
+    ax.legend(lines, labels, loc="lower left", bbox_to_anchor=(0, 1), ncol=2, frameon=False, **LEGEND)
+    ax.set_title(name, pad=LEGEND_ROW * -(-len(lines) // 2) + 6)
 
 
 def _rate_and_norm(ax, train: list[dict]) -> None:
     """Draw learning rate (left axis) and gradient norm (right axis)."""
     steps = [r["step"] for r in train]
-    ax.plot(steps, [r.get("learning_rate") for r in train], color=NEUTRAL, label="learning rate")
+    rate = ax.plot(steps, [r.get("learning_rate") for r in train], color=NEUTRAL, label="learning rate")
     norm = ax.twinx()
-    norm.plot(steps, [r.get("grad_norm") for r in train], color=EVAL, lw=0.9, label="gradient norm")
+    norms = [r.get("grad_norm") for r in train]
+    norm.plot(steps, norms, color=EVAL, **PALE)
+    # A step without gradient norm has nothing to smooth.
+    smooth = _smooth([n for n in norms if n is not None])
+    places = [step for step, n in zip(steps, norms, strict=True) if n is not None]
+    lines = rate + norm.plot(places, smooth, color=EVAL, lw=1.8, label="gradient norm")
     norm.set_ylabel("gradient norm")
     # The grid of the left axis is enough; two grids with different steps would overlap.
     norm.grid(False)
     ax.xaxis.get_major_locator().set_params(integer=True)
-    ax.set(title="Learning rate and gradient norm", xlabel="optimizer step", ylabel="learning rate")
+    ax.set(xlabel="optimizer step", ylabel="learning rate")
     # Each axis has its own lines, and one legend shows both.
-    lines = [*ax.get_lines(), *norm.get_lines()]
-    ax.legend(lines, [line.get_label() for line in lines], fontsize=7, framealpha=0.6)
+    _titles(ax, "Learning rate and gradient norm", lines)
+
+
+def _drawn_steps(rows: list[dict]) -> list[dict]:
+    """The logged training steps; none on ranks that draw nothing."""
+    return [row for row in rows if row["split"] == "train"] if is_main_process() else []
 
 
 def _save(fig, path, warning: str | None) -> None:
@@ -60,8 +86,7 @@ def sft_curves(path, rows: list[dict], title: str, warning: str | None = None) -
         rows: of train_log.jsonl. Nothing is drawn where no step was logged.
         warning: a sentence below the panels.
     """
-    train = [r for r in rows if r["split"] == "train"]
-    if not train or not is_main_process():
+    if not (train := _drawn_steps(rows)):
         return
     fig, axes = figure(2, 2, title)
     for ax, key, name, unit in (
@@ -69,7 +94,7 @@ def sft_curves(path, rows: list[dict], title: str, warning: str | None = None) -
         (axes[1], "mean_token_accuracy", "Token accuracy", "share of tokens ranked first"),
         (axes[2], "entropy", "Entropy of the next token", "nats"),
     ):
-        _curve(ax, rows, key, NEUTRAL, name.split()[0].lower())
+        _curve(ax, rows, key, NEUTRAL, name.lower())
         _finish(ax, name, unit)
         if key == "mean_token_accuracy":
             # Around equal values, matplotlib's limits would leave 0 to 1.
@@ -88,19 +113,20 @@ def dpo_curves(path, rows: list[dict], title: str, warning: str | None = None) -
         rows: of train_log.jsonl. Nothing is drawn where no step was logged.
         warning: a sentence below the panels.
     """
-    train = [r for r in rows if r["split"] == "train"]
-    if not train or not is_main_process():
+    if not (train := _drawn_steps(rows)):
         return
     fig, axes = figure(2, 3, title)
 
     _curve(axes[0], rows, "loss", NEUTRAL, "loss")
     _finish(axes[0], "Loss", "loss per pair")
-    _curve(axes[1], rows, "rewards/accuracies", NEUTRAL, "accuracy")
+    # Logs of earlier versions have TRL's accuracy only, in which ties are wrong.
+    ties_half = any(TIES_HALF in row for row in rows)
+    _curve(axes[1], rows, TIES_HALF if ties_half else "rewards/accuracies", NEUTRAL, "accuracy")
     # 0.5 is chance.
     axes[1].axhline(0.5, color="grey", ls=":", lw=1)
     # Accuracies of exactly 0 and 1 stay visible.
     axes[1].set_ylim(-0.02, 1.02)
-    _finish(axes[1], "Reward accuracy (chosen above rejected)", "share of pairs")
+    _finish(axes[1], "Reward accuracy", f"chosen above rejected (ties {'half' if ties_half else 'wrong'})")
     _curve(axes[2], rows, "rewards/margins", NEUTRAL, "margin")
     axes[2].axhline(0, color="grey", ls=":", lw=1)
     _finish(axes[2], "Reward margin", "chosen − rejected (beta × nats)")

@@ -1,6 +1,7 @@
 """Printed table, verdict and warning of a preference-training run."""
 
 from preflab.evaluation.reward_table import accuracy_row, comparison_row, heading, margin_row, ranking_row
+from preflab.training.training_table import DPO_FIGURES, render_training
 from utils.stage import Report, fits_terminal
 from utils.stats import direction
 from utils.tables import cell, difference, undecided
@@ -8,11 +9,16 @@ from utils.tables import render as render_table
 
 
 @fits_terminal
-def render(metrics: dict, title: str) -> Report:
-    """The table with verdict and warning below it. `metrics`: from `reward_metrics`, empty without a test split."""
+def render(metrics: dict, title: str, log: list[dict] | None = None, samples: str | None = None) -> Report:
+    """The table with verdict and warning below it; without a test split, that of the training log.
+
+    Args:
+        metrics: from `reward_metrics`, empty without a test split.
+        log: rows of train_log.jsonl.
+        samples: the path of samples.md, if it was written.
+    """
     if not metrics:
-        verdict = "No claim: there is no test split."
-        return Report(f"{title}\n\n{verdict}", verdict)
+        return render_training(title, log or [], DPO_FIGURES, samples)
     (_, verdict), warning = verdict_of(metrics), displacement(metrics)
     parts = [render_table(title, table_lines(metrics)), verdict, *([f"warning: {warning}"] if warning else [])]
     return Report("\n\n".join(parts), verdict, warning)

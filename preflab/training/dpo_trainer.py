@@ -16,11 +16,14 @@ from preflab.models.checks import largest_and_longest
 from preflab.models.fast import fused_head, shared_prompt
 from preflab.models.logprobs import pair_batches, sum_logps
 from preflab.training import losses
-from preflab.training.dpo_config import DPORunConfig
 from preflab.training.dpo_report import displacement_text
+from preflab.training.log_keys import PAIR_MEAN, TIES_HALF
+from preflab.training.pair_means import pair_means
 from preflab.training.resumable import ResumableMixin
+from preflab.training.step0 import check_step0
 from utils.artifacts import RowFile
-from utils.errors import UserError, is_main_process
+from utils.errors import is_main_process
+from utils.stats import pairwise_correct
 
 # Columns of SPPO's win probabilities: of the chosen and of the rejected answer.
 WINS = tuple(WIN_KEYS)
@@ -31,8 +34,6 @@ REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
 BATCH_DEPENDENT_LOSSES = {"aot", "aot_unpaired", "bco_pair", "sft"}
 # Keys of a scored pair, in the order in which `score` reads the forwards.
 SCORE_KEYS = ("row", "chosen", "rejected", "ref_chosen", "ref_rejected")
-# In nats. In 16 bits the batch's shape moves a log-probability by up to about 0.1 nats per answer.
-STEP0_TOLERANCE = {"float32": 1e-3, "16-bit": 0.5}
 
 
 class ResumableDPOTrainer(ResumableMixin, DPOTrainer):
@@ -64,6 +65,8 @@ class ResumableDPOTrainer(ResumableMixin, DPOTrainer):
             # TRL passes every key that it does not know to the model, so the packed layout reaches the backbone through
             # both of its forwards, policy and reference.
             self.data_collator = shared_prompt.PackingCollator(self.data_collator)
+        # Scores of the pairs of an evaluation that has not been logged yet.
+        self._eval_scores: list[dict] = []
         self.set_up(row_log, self._displacement)
 
     @cached_property
@@ -77,10 +80,14 @@ class ResumableDPOTrainer(ResumableMixin, DPOTrainer):
 
         Both log-probabilities fell, that of the chosen answers by more than 1%.
         """
+
+        def mean(key: str) -> float:
+            return row.get(key + PAIR_MEAN, row[key])
+
         # rewards/* are beta x (log pi - log pi_ref), so that dividing by beta gives the change in nats.
-        changes = [row[f"rewards/{side}"] / self.args.beta for side in ("chosen", "rejected")]
+        changes = [mean(f"rewards/{side}") / self.args.beta for side in ("chosen", "rejected")]
         # logps/* are negative, so the 1% is of the absolute value.
-        fell = changes[0] < -0.01 * abs(row["logps/chosen"]) and changes[1] < 0
+        fell = changes[0] < -0.01 * abs(mean("logps/chosen")) and changes[1] < 0
         return displacement_text(*changes) if fell else None
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
@@ -144,11 +151,16 @@ class ResumableDPOTrainer(ResumableMixin, DPOTrainer):
         weight, pairs = inputs.pop("loss_weight", None), len(inputs["input_ids"]) // 2
         counts_before = {name: len(values) for name, values in self._metrics["train"].items()}
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if weight is None:
-            return result
-        # TRL logs the plain mean over micro-batches, so each metric of this one is repeated once per pair.
+        if self.model.training:
+            loss = (result[0] if return_outputs else result).detach()
+            # It replaces transformers' mean over optimizer steps in the log.
+            self._metrics["train"]["loss"].append(self.accelerator.gather(loss).mean().item())
+        # TRL logs the plain mean over micro-batches. With each metric of this one repeated once per pair it is the mean
+        # over pairs, also over several steps and a short last step of an epoch.
         for name, values in self._metrics["train"].items():
             values += values[counts_before.get(name, 0) :] * (pairs - 1)
+        if weight is None:
+            return result
         # transformers divides each loss by the number of micro-batches of the step, empty ones included. With these
         # weights the sum is the mean over the step's pairs, as with the configured micro-batches.
         return (result[0] * weight, *result[1:]) if return_outputs else result * weight
@@ -204,15 +216,6 @@ class ResumableDPOTrainer(ResumableMixin, DPOTrainer):
 
     def _compute_loss(self, model, inputs, return_outputs):
         """TRL's losses and metrics, plus the losses of preflab.training.losses from the same forward passes."""
-        # Removed from the inputs, since TRL passes keys that it does not know to the model.
-        wins = [inputs.pop(name, None) for name in WINS]
-        weighted = list(zip(self.loss_types, self.loss_weights, strict=True))
-        own = [(loss, weight) for loss, weight in weighted if loss in losses.OWN_LOSSES]
-        if not own:
-            return self._compute_trl_loss(model, inputs, return_outputs)
-        # TRL gets its own losses only; with none left it still runs both forwards and logs its metrics.
-        trl_losses = [pair for pair in weighted if pair not in own]
-        self.loss_types, self.loss_weights = [loss for loss, _ in trl_losses], [weight for _, weight in trl_losses]
         outputs = []
 
         # TRL runs the reference through self.model or self.ref_model, so this sees the policy's forward only: its
@@ -221,16 +224,49 @@ class ResumableDPOTrainer(ResumableMixin, DPOTrainer):
             outputs.append(model(**kwargs))
             return outputs[-1]
 
+        with self._captured_logps() as captured:
+            result = self._compute_all_losses(policy, inputs, return_outputs, captured, outputs)
+        # With ld_alpha the rewards that TRL logs are not differences of these log-probabilities.
+        if self.model.training and self.ld_alpha is None:
+            self._log_accuracy(sum_logps(outputs[0]).detach(), reference_of(captured, inputs))
+        return result
+
+    def _log_accuracy(self, logps, reference) -> None:
+        """Log the share of a micro-batch's pairs whose chosen answer has the higher reward, ties half.
+
+        Args:
+            logps: summed response log-probabilities of the policy, chosen then rejected. Shape (2 x pairs,).
+            reference: [chosen, rejected] of the reference, each of shape (pairs,).
+        """
+        # Each of shape (pairs,), in float32 as TRL's rewards.
+        chosen, rejected = (side - ref for side, ref in zip(logps.chunk(2), reference, strict=True))
+        right = torch.from_numpy(pairwise_correct(chosen.cpu(), rejected.cpu())).float().to(chosen.device)
+        self._metrics["train"][TIES_HALF].append(self.accelerator.gather(right).mean().item())
+
+    def _compute_all_losses(self, policy, inputs, return_outputs, captured: list, outputs: list):
+        """The weighted sum of TRL's and of this project's losses.
+
+        Args:
+            policy: the policy's forward; appends its output to `outputs`.
+            captured: from `_captured_logps`.
+        """
+        # Removed from the inputs, since TRL passes keys that it does not know to the model.
+        wins = [inputs.pop(name, None) for name in WINS]
+        weighted = list(zip(self.loss_types, self.loss_weights, strict=True))
+        own = [(loss, weight) for loss, weight in weighted if loss in losses.OWN_LOSSES]
+        if not own:
+            return self._compute_trl_loss(policy, inputs, return_outputs, captured)
+        # TRL gets its own losses only; with none left it still runs both forwards and logs its metrics.
+        trl_losses = [pair for pair in weighted if pair not in own]
+        self.loss_types, self.loss_weights = [loss for loss, _ in trl_losses], [weight for _, weight in trl_losses]
         try:
-            with self._captured_logps() as captured:
-                result = self._compute_trl_loss(policy, inputs, return_outputs)
+            result = self._compute_trl_loss(policy, inputs, return_outputs, captured)
         finally:
             # Restored after an error too: the next micro-batch reads the complete lists again.
             self.loss_types, self.loss_weights = [loss for loss, _ in weighted], [weight for _, weight in weighted]
         # Both of shape (2 x pairs,): chosen, then rejected. `logps` carries the policy's gradient.
         logps = sum_logps(outputs[0])
-        # captured[0] is the policy's forward, captured[1] the reference's.
-        reference = cached_reference(inputs) or captured[1].chunk(2)
+        reference = reference_of(captured, inputs)
         own_loss = sum(weight * self._own_loss(loss, logps, reference, inputs, wins).mean() for loss, weight in own)
         return (result[0] + own_loss, *result[1:]) if return_outputs else result + own_loss
 
@@ -251,6 +287,8 @@ class ResumableDPOTrainer(ResumableMixin, DPOTrainer):
             return losses.simpo(
                 chosen_mean, rejected_mean, self.beta, self.args.gamma_beta_ratio, self.label_smoothing
             )  # fmt: skip
+        if loss != "sppo":
+            raise NotImplementedError(f"the loss {loss} is in OWN_LOSSES, but has no branch here")
         # log pi - log pi_ref, chosen and rejected, each of shape (pairs,).
         ratios = (side - ref for side, ref in zip(logps.chunk(2), reference, strict=True))
         return losses.sppo(*ratios, *wins, self.beta)
@@ -264,16 +302,14 @@ class ResumableDPOTrainer(ResumableMixin, DPOTrainer):
         metrics["simpo/rejected"].append(rejected.mean().item())
         metrics["simpo/accuracies"].append((chosen > rejected).float().mean().item())
 
-    def _compute_trl_loss(self, model, inputs, return_outputs):
+    def _compute_trl_loss(self, model, inputs, return_outputs, captured: list):
         """TRL's loss; a sharded model's first micro-batch is also checked for rewards of 0."""
+        result = super()._compute_loss(model, inputs, return_outputs)
         # global_step is 0 during all micro-batches of the first step; step0_reward is set by the first of them.
         if not (self.is_sharded and self.model.training and self.state.global_step == 0 and self.step0_reward is None):
-            return super()._compute_loss(model, inputs, return_outputs)
+            return result
         # A sharded model exists only inside training, so its step-0 rewards are taken from the first micro-batch.
-        with self._captured_logps() as captured:
-            result = super()._compute_loss(model, inputs, return_outputs)
-        cached = cached_reference(inputs)
-        reference = torch.cat(cached) if cached else captured[1]
+        reference = torch.cat(tuple(reference_of(captured, inputs)))
         # Both terms have shape (2 x pairs,), so the maximum covers chosen and rejected answers.
         reward = self.args.beta * (captured[0].detach() - reference).abs().max()
         # The largest over all processes, so that either all of them raise or none does.
@@ -295,6 +331,24 @@ class ResumableDPOTrainer(ResumableMixin, DPOTrainer):
         return super()._precompute_ref_logps(dataset, name, batch_size)
 
     # -------------------------------------------------------------------------------------------------------- scores
+
+    def prediction_step(self, model, inputs, *args, **kwargs):
+        """TRL's step of an evaluation; also collects the scores of the pairs, for their means."""
+        with self._captured_logps() as captured:
+            result = super().prediction_step(model, inputs, *args, **kwargs)
+        sides = (*captured[0].chunk(2), *(side.to(captured[0].device) for side in reference_of(captured, inputs)))
+        # Shape (pairs, 4). Rows that fill up the last batch of several processes are removed.
+        scores = self.accelerator.gather_for_metrics(torch.stack([side.float() for side in sides], 1))
+        self._eval_scores += [dict(zip(SCORE_KEYS[1:], row, strict=True)) for row in scores.tolist()]
+        return result
+
+    def log(self, logs, start_time=None):
+        """TRL's log; an evaluation's row also gets the means over pairs, under keys that end in `_pair_mean`."""
+        if self._eval_scores and not self.model.training:
+            # With ld_alpha the rewards that TRL logs are not differences of these log-probabilities.
+            logs |= pair_means(self._eval_scores, self.beta) if self.ld_alpha is None else {}
+            self._eval_scores = []
+        super().log(logs, start_time)
 
     @torch.no_grad()
     def score(self, dataset, indices=None, log: bool = False) -> list[dict]:
@@ -325,25 +379,25 @@ class ResumableDPOTrainer(ResumableMixin, DPOTrainer):
                     # A batch's mean loss is repeated once per pair, so that the mean over the list is a mean over
                     # pairs.
                     batch_losses += [self.compute_loss(model, batch).item()] * len(batch_indices)
-                cached = cached_reference(batch)
-                reference = torch.cat(cached) if cached else captured[1]
                 # Four tensors of shape (pairs,), in the order of SCORE_KEYS.
-                sides = (*captured[0].chunk(2), *reference.float().chunk(2))
+                sides = (*captured[0].chunk(2), *(side.float() for side in reference_of(captured, batch)))
                 values = zip(batch_indices, *(side.tolist() for side in sides), strict=True)
                 rows += [dict(zip(SCORE_KEYS, v, strict=True)) for v in values]
         if self.accelerator.num_processes > 1:
             rows, batch_losses = gather_object(rows), gather_object(batch_losses)
+        # `share` may have repeated the last row.
+        unique = {row["row"]: row for row in rows}
+        rows = [unique[i] for i in sorted(unique)]
         if log:
             epoch = {} if self.state.epoch is None else {"epoch": self.state.epoch}
             # eval_longest_first tells readers of the log that these means come from batches sorted by length, unlike
             # those of the trainer's own evaluations (preflab.evaluation.reward_slices recomputes both).
+            self._eval_scores = rows
             self.log({"eval_loss": sum(batch_losses) / len(batch_losses), "eval_longest_first": 1.0, **epoch})
         # Metrics of a pass that was not logged must not enter the means of the next evaluation.
         self._metrics["eval"].clear()
         self.model.train(was_training)
-        # `share` may have repeated the last row.
-        unique = {row["row"]: row for row in rows}
-        return [unique[i] for i in sorted(unique)]
+        return rows
 
     @torch.no_grad()
     def reference_logps(self, dataset, rows: list[int]) -> list[tuple[float, float]]:
@@ -391,6 +445,11 @@ def cached_reference(batch: dict) -> list:
     return [batch[name] for name in REFERENCE if name in batch]
 
 
+def reference_of(captured: list, batch: dict):
+    """[chosen, rejected] reference log-probabilities of a batch: cached ones, else of the second captured forward."""
+    return cached_reference(batch) or captured[1].chunk(2)
+
+
 class WinCollator:
     """TRL's collator, with the pairs' win probabilities, each of shape (pairs,), where the rows have them."""
 
@@ -400,32 +459,3 @@ class WinCollator:
     def __call__(self, examples: list[dict]) -> dict:
         wins = {name: torch.tensor([e[name] for e in examples]) for name in WINS if name in examples[0]}
         return {**self.collator(examples), **wins}
-
-
-def check_step0_margins(step0: dict, config: DPORunConfig) -> None:
-    """Raise UserError where the preflight's rewards or margins before the first step are not 0.
-
-    Args:
-        step0: that section of the preflight; its figures are None where the trainer checks the first micro-batch.
-    """
-    if step0["largest_reward"] is not None:
-        check_step0(max(step0["largest_margin"], step0["largest_reward"]), config)
-
-
-def check_step0(reward: float, config: DPORunConfig) -> None:
-    """Raise UserError unless the largest |reward| or |margin| before the first step is 0 within the tolerance."""
-    tolerance = step0_tolerance(config)
-    # Written so that NaN fails too.
-    if not reward <= tolerance:
-        raise UserError(
-            f"the margins at step 0 must be 0 but reach {reward:.4g} (tolerance {tolerance}): the policy is not the"
-            " reference; check for active dropout, an adapter that does not start at zero, or a stale reference cache"
-        )
-
-
-def step0_tolerance(config: DPORunConfig) -> float:
-    """Tolerance of the step-0 reward margin: 1e-3 in float32, beta x 0.5 nats in 16 bits."""
-    if config.precision == "fp32":
-        return STEP0_TOLERANCE["float32"]
-    # A reward is beta x nats, so a tolerance in nats is multiplied by beta; it is never stricter than in float32.
-    return max(STEP0_TOLERANCE["float32"], config.beta * STEP0_TOLERANCE["16-bit"])

@@ -15,6 +15,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length, rotate
 from preflab.evaluation.runs import MANIFEST
 from preflab.models.fast import fused_lora
 from preflab.training.estimate import synchronize
+from preflab.training.log_keys import TIES_HALF
 from preflab.training.run_folder import write_manifest
 from utils.artifacts import RowFile, read_json
 from utils.errors import UserError, is_main_process
@@ -26,6 +27,8 @@ class ResumableMixin:
 
     # Wall time of earlier calls, and the start and the end of this one.
     seconds_before, started, ended = 0.0, None, None
+    # Metrics of steps that the call before saved, but had not logged yet (--logging_steps above 1); None without any.
+    not_yet_logged: dict | None = None
     # The largest |reward| of the first micro-batch, where the trainer has to measure it during training.
     step0_reward: float | None = None
 
@@ -51,7 +54,7 @@ class ResumableMixin:
         self.remove_callback(PrinterCallback)
         if not self.args.disable_tqdm:
             self.add_callback(TrainingProgress())
-        self.add_callback(RowLog(row_log, warn))
+        self.add_callback(RowLog(row_log, warn, lambda: self.seconds))
         self.stopper = GracefulStop(self.accelerator)
         self.add_callback(self.stopper)
 
@@ -144,33 +147,62 @@ class ResumableMixin:
             self.args.save_total_limit = limit
         # Every rank writes its random state; the manifest lists all of them.
         self.accelerator.wait_for_everyone()
+        # The mean over the processes, as transformers logs it.
+        loss = self.accelerator.gather(self._tr_loss).mean().item()
+        not_yet_logged = {"step": self._globalstep_last_logged, "loss": loss, "metrics": dict(self._metrics["train"])}
         if is_main_process():
             write_manifest(
-                folder, step=self.state.global_step, num_tokens=self._total_train_tokens, seconds=self.seconds
+                folder,
+                step=self.state.global_step,
+                num_tokens=self._total_train_tokens,
+                seconds=self.seconds,
+                not_yet_logged=not_yet_logged,
             )
             rotate_checkpoints(str(folder.parent), limit, self.state.best_model_checkpoint, use_mtime=True)
         # No rank continues, or exits after a stop, while rank 0 still writes.
         self.accelerator.wait_for_everyone()
 
     def _run_epoch(self, **kwargs):
+        if self.not_yet_logged:
+            # Here, since transformers sets its sum of losses to 0 when training starts.
+            self._tr_loss += self.not_yet_logged["loss"]
+            self._globalstep_last_logged = self.not_yet_logged["step"]
+            for name, values in self.not_yet_logged["metrics"].items():
+                # JSON has no NaN: the manifest holds null.
+                self._metrics["train"][name] = [math.nan if value is None else value for value in values]
+            self.not_yet_logged = None
         # transformers takes one step too many if the checkpoint that it resumes from is the last.
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
         super()._run_epoch(**kwargs)
 
-    def continue_from(self, checkpoint: Path) -> None:
-        """Restore what transformers does not: TRL's token count and the wall time so far."""
-        state = read_json(checkpoint / MANIFEST)
-        self._total_train_tokens = state["num_tokens"]
-        self.seconds_before = state["seconds"]
+    def continue_from(self, checkpoint: Path | None) -> None:
+        """Restore what transformers does not: TRL's token count, metrics not logged yet, and the wall time so far.
+
+        Args:
+            checkpoint: None for a run without one, of which only the wall time counts.
+        """
+        state = {} if checkpoint is None else read_json(checkpoint / MANIFEST)
+        # A killed call took longer than to its last checkpoint; the log has its time up to the last logged step.
+        logged = [row["seconds"] for row in self.row_log.read() if "seconds" in row]
+        self.seconds_before = max([state.get("seconds", 0.0), *logged])
+        if checkpoint is not None:
+            self._total_train_tokens = state["num_tokens"]
+            # Checkpoints of earlier versions do not have it.
+            self.not_yet_logged = state.get("not_yet_logged")
 
 
 class RowLog(TrainerCallback):
     """Writes every metric of every logged step to train_log.jsonl, each step once, also after a resume."""
 
-    def __init__(self, rows: RowFile, warn: Callable[[dict], str | None] | None = None):
-        self.rows, self.warn = rows, warn
+    def __init__(
+        self,
+        rows: RowFile,
+        warn: Callable[[dict], str | None] | None = None,
+        seconds: Callable[[], float] = lambda: 0.0,
+    ):
+        self.rows, self.warn, self.seconds = rows, warn, seconds
 
     def on_train_begin(self, args, state, control, **kwargs):
         # A killed run may have logged steps after its last checkpoint; they are trained and logged again.
@@ -191,6 +223,8 @@ class RowLog(TrainerCallback):
             )
         # eval_ is removed so that train and eval rows have the same keys.
         row = {"split": split, "step": state.global_step, **{k.removeprefix("eval_"): v for k, v in logs.items()}}
+        # The wall time of training up to this step, over all calls: what a killed call took is known from here.
+        row["seconds"] = round(self.seconds(), 2)
         self.rows.append(row)
         warning = self.warn(row) if self.warn and split == "eval" else None
         if warning:
@@ -200,9 +234,9 @@ class RowLog(TrainerCallback):
 class TrainingProgress(TrainerCallback):
     """Progress with the latest loss and accuracy: a bar on a terminal, plain lines in a log (utils.progress)."""
 
-    # Name in the display -> key of TRL's log.
+    # Name in the display -> key of the log. Ties count half: TRL's own accuracy starts at 0 where all rewards are 0.
     SHOWN = {
-        "loss": "loss", "accuracy": "rewards/accuracies", "margin": "rewards/margins",
+        "loss": "loss", "accuracy": TIES_HALF, "margin": "rewards/margins",
         "token accuracy": "mean_token_accuracy",
     }  # fmt: skip
 

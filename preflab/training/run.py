@@ -8,6 +8,7 @@ from pathlib import Path
 from trl import ModelConfig, get_peft_config
 
 from preflab.data.template_date import choose_template_date, template_date
+from preflab.evaluation.runs import HELD_OUT_ROWS
 from preflab.models.card import model_card
 from preflab.models.checks import check_ids, check_length, fit_pad_token, largest_and_longest
 from preflab.models.loading import describe, load_adapter, load_for_training, load_tokenizer, locate, quantised_as
@@ -15,6 +16,7 @@ from preflab.models.start_adapter import StartAdapter, merge_start_adapter, reso
 from preflab.training.lora_targets import check_targets
 from preflab.training.next_steps import next_commands
 from preflab.training.preflight import run_preflight
+from preflab.training.preflight_checks import refuse_fatal
 from preflab.training.run_config import RunConfig, check_run_config, fit_global_batch
 from preflab.training.run_folder import RunFolders, checkpoint_to_resume, claim_run, run_identity
 from preflab.training.splits import Splits
@@ -26,11 +28,12 @@ from preflab.training.throughput import (
     slower_than_float32,
 )
 from utils import stage as stages
-from utils.artifacts import RowFile, all_arguments, read_json, read_published, write_json
+from utils.artifacts import RowFile, all_arguments, read_json, read_published, write_json, write_rows
 from utils.cli import run_name
 from utils.distributed import keep_fsdp_on_cpu, on_main_process
 from utils.errors import UserError, is_main_process
 from utils.stage import Report, Stage, print_main
+from utils.tables import paragraphs
 
 
 @dataclass
@@ -151,6 +154,9 @@ class TrainingRun:
         day = template_date(self.tokenizer.chat_template)
         self.folders.record_data_hash(splits.sha256, **splits.facts, **({"template_date": day} if day else {}))
         self.notes += [f"the chat template prints a date: {day} in this run and in its evaluations"] if day else []
+        if splits.held_out_rows is not None:
+            # Beside the weights: evaluations read these rows as the run's test split, wherever the folder is moved.
+            write_rows(self.folders.weights / HELD_OUT_ROWS, splits.held_out_rows)
         self.end_phase("rows")
         return splits
 
@@ -215,6 +221,9 @@ class TrainingRun:
 
         Args:
             describe_rows: `describe_pairs` or `describe_conversations` of preflab.training.preflight.
+
+        Raises:
+            UserError: a fatal finding, without --allow_fatal.
         """
         self.end_phase("model")
         if self.start_adapter:
@@ -226,7 +235,18 @@ class TrainingRun:
         write_json(self.folders.results / "preflight.json", flight)
         print_main(text)
         self.end_phase("preflight")
+        # The preflight is what was requested then: its files stay, with a fatal finding too.
+        self.folders.keep_preflight = self.config.preflight_only
+        refuse_fatal(flight, self.config.allow_fatal)
         return flight
+
+    def describe_preflight_only(self) -> str:
+        """What --preflight_only leaves, and how to continue."""
+        return paragraphs(
+            f"preflight only, nothing trained; it left {self.folders.results}/preflight.json and"
+            f" {self.folders.weights}/run.json. The same command without --preflight_only trains; other settings may"
+            f" take the name {self.config.run_name} too."
+        )
 
     def describe_model(self, trainer) -> dict:
         """Name, revision and hashes of the model and its tokenizer."""
@@ -252,7 +272,7 @@ class TrainingRun:
         print_main(f"before training: {', '.join(f'{name} {seconds:.0f} s' for name, seconds in self.phases.items())}")
         if self.checkpoint:
             print_main(f"resuming from {self.checkpoint}")
-            trainer.continue_from(self.checkpoint)
+        trainer.continue_from(self.checkpoint)
         with trainer.stopper:
             trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
         # A signal during the last step stops nothing: the run is complete then.
@@ -324,7 +344,9 @@ class TrainingRun:
         if rows:
             files[results / "heldout_rows.jsonl"] = rows
         print_main("")
-        self.stage.write(results / "train.json", summary, files, report.printed)
+        earlier = [results / name for name in ("preflight.json", "train_log.jsonl", "samples.md")]
+        earlier += [self.folders.weights / HELD_OUT_ROWS]
+        self.stage.write(results / "train.json", summary, files, report.printed, [p for p in earlier if p.exists()])
         # After train.json, which the same command prints from then on.
         self.folders.finish()
         print_main(f"weights and tokenizer are in {self.folders.weights}/, all results in {results}/")

@@ -1,4 +1,4 @@
-"""Answers of base and tuned model to a few held-out prompts, for people to read."""
+"""Answers of base and tuned model to a few held-out prompts (without any: of train), for people to read."""
 
 from contextlib import nullcontext
 
@@ -12,31 +12,42 @@ from utils.errors import is_main_process
 from utils.tables import answer_label, side_by_side
 
 
-def write_pair_samples(training: TrainingRun, trainer, splits) -> None:
-    """Write samples.md: reference and policy on the first conversational test prompts. Nothing without a reference.
+def write_pair_samples(training: TrainingRun, trainer, splits) -> str | None:
+    """Write samples.md: reference and policy on the first conversational prompts. Nothing without a reference.
 
     Plain-text pairs are left out: they are not questions.
+
+    Returns:
+        The file's path, None where none was written.
     """
-    policy = trainer.accelerator.unwrap_model(trainer.model)
-    if splits.test and (trainer.ref_model is not None or hasattr(policy, "peft_config")):
-        prompts = [pair.messages for pair in splits.test.pairs if pair.messages][: training.config.sample_prompts]
-        answer_prompts(training, trainer, prompts, {"base": as_reference(policy, trainer.ref_model)})
+    policy, pairs = trainer.accelerator.unwrap_model(trainer.model), (splits.test or splits.train).pairs
+    if trainer.ref_model is None and not hasattr(policy, "peft_config"):
+        return None
+    prompts = [pair.messages for pair in pairs if pair.messages][: training.config.sample_prompts]
+    others = {"base": as_reference(policy, trainer.ref_model)}
+    return answer_prompts(training, trainer, prompts, others, held_out=bool(splits.test))
 
 
-def write_conversation_samples(training: TrainingRun, trainer, splits) -> None:
-    """Write samples.md: base (with LoRA) and tuned model on the last user turn of the first test conversations."""
-    if not splits.test:
-        return
+def write_conversation_samples(training: TrainingRun, trainer, splits) -> str | None:
+    """Write samples.md: base (with LoRA) and tuned model on the last user turn of the first conversations.
+
+    Returns:
+        The file's path, None where none was written.
+    """
+    conversations = (splits.test or splits.train).conversations[: training.config.sample_prompts]
     chat = ChatRenderer(trainer.processing_class)
     # Without the last turn, the answer, so that each ends with a user turn.
-    prompts = [c.turns_for(chat)[:-1] for c in splits.test.conversations[: training.config.sample_prompts]]
+    prompts = [c.turns_for(chat)[:-1] for c in conversations]
     policy = trainer.accelerator.unwrap_model(trainer.model)
     # Switching off an adapter that was trained further would not give the model that training started from.
     has_base = training.model_args.use_peft and not training.continues_adapter
-    answer_prompts(training, trainer, prompts, {"base": as_reference(policy)} if has_base else {})
+    others = {"base": as_reference(policy)} if has_base else {}
+    return answer_prompts(training, trainer, prompts, others, held_out=bool(splits.test))
 
 
-def answer_prompts(training: TrainingRun, trainer, prompts: list[list[dict]], other_models: dict) -> None:
+def answer_prompts(
+    training: TrainingRun, trainer, prompts: list[list[dict]], other_models: dict, held_out: bool
+) -> str | None:
     """Answer greedily with the trained model and others, and write the answers. Rank 0 only.
 
     Nothing for a sharded model, which cannot generate on one rank alone.
@@ -44,9 +55,13 @@ def answer_prompts(training: TrainingRun, trainer, prompts: list[list[dict]], ot
     Args:
         prompts: conversations that end with a user turn.
         other_models: {name: context manager that gives the model}, each entered once.
+        held_out: whether the prompts were not trained on.
+
+    Returns:
+        The file's path, None where none was written.
     """
     if not prompts or trainer.is_sharded or not is_main_process():
-        return
+        return None
     models = {**other_models, "tuned": nullcontext(trainer.accelerator.unwrap_model(trainer.model))}
     answers = {}
     # In the precision of training.
@@ -67,8 +82,11 @@ def answer_prompts(training: TrainingRun, trainer, prompts: list[list[dict]], ot
         )
         for i, messages in enumerate(prompts)
     ]
-    note = f"Held-out prompts, decoded greedily, at most {SAMPLE_TOKENS} tokens per answer."
-    write_text(training.folders.results / "samples.md", side_by_side("Answers side by side", entries, note))
+    which = "Held-out prompts" if held_out else "Prompts of the train split"
+    note = f"{which}, decoded greedily, at most {SAMPLE_TOKENS} tokens per answer."
+    path = training.folders.results / "samples.md"
+    write_text(path, side_by_side("Answers side by side", entries, note))
+    return str(path)
 
 
 def _turn(message: dict, with_role: bool) -> str:

@@ -1,5 +1,6 @@
 """Printed table and verdict of an SFT run: held-out perplexity of base and tuned model."""
 
+from preflab.training.training_table import SFT_FIGURES, render_training
 from utils.stage import Report, fits_terminal
 from utils.stats import direction
 from utils.tables import cell, difference, p_equals, undecided
@@ -9,11 +10,16 @@ SHARDED = "No claim: a sharded model cannot be scored before training; use eval_
 
 
 @fits_terminal
-def render(metrics: dict, title: str) -> Report:
-    """The table with the verdict below it. `metrics`: from `heldout_metrics`, empty without a test split."""
+def render(metrics: dict, title: str, log: list[dict] | None = None, samples: str | None = None) -> Report:
+    """The table with the verdict below it; without held-out conversations, that of the training log.
+
+    Args:
+        metrics: from `heldout_metrics`, empty without held-out conversations.
+        log: rows of train_log.jsonl.
+        samples: the path of samples.md, if it was written.
+    """
     if not metrics:
-        verdict = "No claim: there are no held-out conversations."
-        return Report(f"{title}\n\n{verdict}", verdict)
+        return render_training(title, log or [], SFT_FIGURES, samples)
     _, verdict = verdict_of(metrics)
     return Report(f"{render_table(title, table_lines(metrics))}\n\n{verdict}", verdict)
 

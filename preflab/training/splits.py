@@ -23,6 +23,8 @@ class Splits:
     Attributes:
         test, test_ids: None where there is no test split.
         truncation: how many sequences of the train split were truncated, and where.
+        held_out_rows: the rows of the test split as they were read, where they were held out of the train split; else
+            None.
         facts: for run.json: what evaluations need to read the same rows in the same way.
     """
 
@@ -32,6 +34,7 @@ class Splits:
     test_ids: Dataset | None
     truncation: dict[str, int]
     facts: dict = field(default_factory=dict)
+    held_out_rows: list[dict] | None = None
 
     @cached_property
     def summary(self) -> dict:
@@ -50,7 +53,7 @@ class Splits:
 
 
 def load_pair_splits(args: DataArguments, config: DPORunConfig, tokenizer) -> Splits:
-    """Read, filter and tokenise the preference pairs of both splits.
+    """Read, filter and tokenise the preference pairs of both splits; with `test_rows`, hold some out of train.
 
     Raises:
         UserError: unreadable rows, no rows left, prompts in both splits, or win probabilities that sppo needs.
@@ -65,11 +68,14 @@ def load_pair_splits(args: DataArguments, config: DPORunConfig, tokenizer) -> Sp
     }
     train_sources, test_sources = args.sources()
     lengths = config.max_length, config.max_prompt_length
-    train, test, test_ids = preferences.load_pairs(train_sources, **filters), None, None
-    if test_sources:
+    train, test, test_ids, held_out_rows = preferences.load_pairs(train_sources, **filters), None, None, None
+    if args.held_out_rows:
+        test, held_out_rows = preferences.hold_out_pairs(train, args.held_out_rows, train_sources)
+    elif test_sources:
         test = preferences.load_pairs(test_sources, **filters)
         # Overlapping prompts are removed from train, so that the test split is the same for every training set.
         train.pairs = without_overlap(train.pairs, test.pairs, args.train_test_overlap, train.dropped)
+    if test:
         test_ids, _ = preferences.tokenize(test, tokenizer, *lengths, desc="test")
     # Only the train split's truncation is reported.
     train_ids, truncation = preferences.tokenize(train, tokenizer, *lengths, desc="train")
@@ -77,7 +83,8 @@ def load_pair_splits(args: DataArguments, config: DPORunConfig, tokenizer) -> Sp
         check_win_probabilities(train, "train")
         if test:
             check_win_probabilities(test, "test")
-    return Splits(train, train_ids, test, test_ids, truncation, {"prompt_format": prompt_format.choice})
+    facts = {"prompt_format": prompt_format.choice}
+    return Splits(train, train_ids, test, test_ids, truncation, facts, held_out_rows)
 
 
 def check_win_probabilities(data: PreferenceData, split: str) -> None:
@@ -104,9 +111,7 @@ def load_conversation_splits(args: SFTArguments, config: SFTRunConfig, tokenizer
         train.conversations = without_overlap(train.conversations, test.conversations, *overlap)
     # --dataset_test_split none (a value, not None) asks for no test split at all.
     elif args.dataset_test_split is None:
-        # A trial run holds out at most a quarter of its rows.
-        count = min(args.test_rows, args.limit // 4) if args.limit else args.test_rows
-        test = conversations.hold_out(train, count)
+        test = conversations.hold_out(train, args.held_out_rows)
     if test:
         test_ids, _ = conversations.tokenize(test, tokenizer, args.loss_on, config.max_length, desc="test")
     train_ids, truncation = conversations.tokenize(train, tokenizer, args.loss_on, config.max_length, desc="train")

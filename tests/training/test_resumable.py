@@ -31,7 +31,7 @@ def test_log_gets_plain_lines(every_update, capsys):
     # A run resumed at step 2 takes its third step.
     state.global_step = 3
     shown.on_step_end(None, state, None)
-    shown.on_log(None, state, None, logs={"loss": 0.6931, "rewards/accuracies": 0.5, "grad_norm": 1.0})
+    shown.on_log(None, state, None, logs={"loss": 0.6931, "rewards/accuracies_ties_half": 0.5, "grad_norm": 1.0})
     state.global_step = 4
     shown.on_step_end(None, state, None)
     shown.on_prediction_step(None, state, None, eval_dataloader=[1, 2])
