@@ -2,7 +2,7 @@
 
 # {topic: regular expression of names}; the first that matches counts.
 TOPICS = {
-    "run": "run_name|output_dir|eval_out|resume.*|overwrite|preflight_only|seed|data_seed|limit|published"
+    "run": "run_name|output_dir|eval_out|resume.*|overwrite|preflight_only|allow_fatal|seed|data_seed|limit|published"
     "|sample_prompts|full_determinism",
     "model": "model_.*|base_hub_id|dtype|attn_implementation|trust_remote_code|chat_template_path|template_date"
     "|pad_token|eos_token"

@@ -22,7 +22,9 @@ def test_processes_share_indices_equally(count, shares):
 def every_update(monkeypatch):
     """Print a line at every update instead of every half minute."""
     usual = utils.progress.LineProgress
-    monkeypatch.setattr(utils.progress, "LineProgress", lambda *args: usual(*args, seconds=0.0))
+    monkeypatch.setattr(
+        utils.progress, "LineProgress", lambda *args, **kwargs: usual(*args, **{**kwargs, "seconds": 0.0})
+    )
 
 
 def test_log_gets_plain_lines(every_update, capsys):
