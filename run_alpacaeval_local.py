@@ -43,7 +43,7 @@ from preflab.evaluation.arguments import ComparisonArguments, JudgeArguments
 from preflab.evaluation.run_list import print_runs
 from utils.cli import option
 from utils.errors import UserError, is_main_process, run
-from utils.stage import print_main, start
+from utils.stage import start
 
 
 @dataclass
@@ -82,12 +82,33 @@ def check(args, c) -> None:
         raise UserError(f"--lc_resamples {args.lc_resamples}: must be at least 2")
 
 
-def score_file(args, eval_out: str, seed: int) -> None:
-    """Score one annotations.json: no model is needed and no artifact is written."""
-    from preflab.alpacaeval import files, report
+def score_file(stage, args, comparison_args) -> None:
+    """Score one annotations.json, without a model: the table, alpacaeval.json, leaderboard.csv and the picture."""
+    from preflab.alpacaeval import files, metrics, report
+    from utils.provenance import sha256_of_files, shorten_paths
 
-    annotations = files.read_annotations(Path(args.annotations))
-    print_main(report.render_file(annotations, args.annotations, eval_out, seed, args.lc_resamples))
+    c, path = comparison_args, Path(args.annotations)
+    annotations, published = files.read_annotations(path), report.published(args.published)
+    folder = Path(c.output_dir or Path(c.eval_out) / (c.run_name or path.stem)) / "alpacaeval"
+    files.ensure_same_file(folder / "alpacaeval.json", path, c.overwrite)
+    try:
+        results = metrics.summarise_file(annotations, c.eval_out, c.seed, args.lc_resamples)
+    except UserError as error:
+        raise UserError(f"--annotations {path}: {error}") from None
+    sides, title = {results["model"]: ""}, f"{results['model']}: AlpacaEval, judged by {results['judge']}"
+    stage.publish(
+        folder / "alpacaeval.json",
+        {"model": {"name": results["model"]}, "judge": results["judge"]},
+        results["metrics"],
+        report.render_file(results, path.name),
+        run={"run_name": c.run_name or path.stem, "limit": None},
+        seed=c.seed,
+        figure=partial(report.draw, metrics=results["metrics"], published_rows=published, title=title, sides=sides),
+        files={folder / "leaderboard.csv": report.leaderboard(results, published, sides)},
+        length_control=results["length_control"],
+        annotations={"file": shorten_paths(str(path)), "sha256": sha256_of_files([path])},
+        published=published,
+    )
 
 
 def main():
@@ -104,7 +125,7 @@ def main():
     processes = join_processes()
     eval_out, seed = comparison_args.eval_out, comparison_args.seed
     if args.annotations:
-        return score_file(args, eval_out, seed) if is_main_process() else None
+        return score_file(stage, args, comparison_args) if is_main_process() else None
 
     # Everything that can be wrong is read before the first answer is generated.
     comparison = resolve(comparison_args)
@@ -116,6 +137,7 @@ def main():
     judge = stages.load_judge(args, comparison_args) if judging else None
 
     if args.stage in ("generate", "all"):
+        files.ensure_outputs_may_be_replaced(folder, comparison_args.overwrite)
         stages.generate(comparison, args, reference, folder)
     # Rank 0 writes the answers that every rank reads.
     processes.wait_for_everyone()

@@ -102,7 +102,7 @@ def read_json(path: str | os.PathLike) -> dict:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except ValueError as error:
         raise UserError(
-            f"{path}: not valid JSON ({error}); fix it, or delete it and run the stage that writes it"
+            f"{path}: not valid JSON ({error}); fix it, or move it away and run the stage that writes it"
         ) from None
 
 

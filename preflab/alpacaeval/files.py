@@ -3,13 +3,15 @@
 from pathlib import Path
 
 from preflab.alpacaeval.package import is_switched
+from preflab.data.files import read_file
+from preflab.data.messages import check_unicode
 from preflab.data.prompts import Prompt
 from preflab.data.rows import read_rows
 from preflab.judging.judge_prompt import Item, Verdict
 from preflab.judging.judges import judge_all
 from utils.artifacts import dumps, read_json, write_json
 from utils.errors import UserError
-from utils.provenance import sha256_of
+from utils.provenance import sha256_of, sha256_of_files
 from utils.tables import answer_label, side_by_side
 
 
@@ -25,7 +27,8 @@ def read_reference(name: str, limit: int | None = None) -> list[dict]:
         for key in ("instruction", "output"):
             if not isinstance(row, dict) or not isinstance(row.get(key), str) or not row[key].strip():
                 raise UserError(f"{source}: no text under {key!r}; a reference row needs instruction and output")
-        instruction = row["instruction"]
+        instruction = _with_input(row, source)
+        check_unicode([instruction, row["output"]], source)
         # Files are joined by instruction text, so it must identify a row.
         if instruction in source_of:
             raise UserError(f"{source}: duplicate instruction, first in {source_of[instruction]}; remove one of them")
@@ -43,6 +46,14 @@ def read_reference(name: str, limit: int | None = None) -> list[dict]:
     return reference
 
 
+def _with_input(row: dict, source: str) -> str:
+    """A row's instruction, with Alpaca's `input` appended as in training on this format."""
+    context = row.get("input") or ""
+    if not isinstance(context, str):
+        raise UserError(f"{source}: key 'input' must be text, found {type(context).__name__}")
+    return f"{row['instruction']}\n\n{context.strip()}" if context.strip() else row["instruction"]
+
+
 # ----------------------------------------------------------------------------------------------------- model outputs
 
 
@@ -56,6 +67,29 @@ def outputs_hash(rows: list[dict]) -> str:
     """Hash of instructions and answers, whatever their order."""
     # Answers only: generator names and token counts do not change a judgement.
     return sha256_of(*sorted(dumps([row["instruction"], row["output"]]) for row in rows))
+
+
+def ensure_outputs_may_be_replaced(folder: Path, overwrite: bool) -> None:
+    """Raise UserError where generating would replace outputs that were edited, or that another tool wrote."""
+    for path in sorted(folder.glob("model_outputs_*.json")) if not overwrite else ():
+        if not path.name.endswith(".about.json") and outputs_hash(_rows(path)) != read_origin(path).get(
+            "outputs_sha256"
+        ):
+            raise UserError(
+                f"{path}: edited, or not written by this script; judge these outputs with --stage judge, or replace"
+                " them with --overwrite"
+            )
+
+
+def _rows(path: Path) -> list[dict]:
+    """The rows of a model_outputs file. Raises UserError, naming the row, for one without instruction and output."""
+    rows = []
+    for source, row in read_file(path):
+        if not isinstance(row, dict) or not all(isinstance(row.get(k), str) for k in ("instruction", "output")):
+            raise UserError(f"{source}: needs instruction and output as text")
+        check_unicode([row["instruction"], row["output"]], source)
+        rows.append({**row, "instruction": _with_input(row, source), "source": source})
+    return rows
 
 
 def write_outputs(folder: Path, name: str, generator: str, reference: list[dict], answers: list[dict], origin: dict):
@@ -98,15 +132,9 @@ def read_outputs(folder: Path, name: str, reference: list[dict], expected: dict 
     if not path.exists():
         raise UserError(f"{path}: no such file; run --stage generate first")
     outputs = {}
-    for k, row in enumerate(read_json(path)):
-        if (
-            not isinstance(row, dict)
-            or not isinstance(row.get("instruction"), str)
-            or not isinstance(row.get("output"), str)
-        ):
-            raise UserError(f"{path} row {k}: needs instruction and output as text")
+    for row in _rows(path):
         if row["instruction"] in outputs:
-            raise UserError(f"{path} row {k}: duplicate instruction {row['instruction'][:60]!r}; remove one of them")
+            raise UserError(f"{row['source']}: duplicate instruction {row['instruction'][:60]!r}; remove one of them")
         outputs[row["instruction"]] = row
     missing = [row["instruction"] for row in reference if row["instruction"] not in outputs]
     if missing:
@@ -208,14 +236,21 @@ def write_annotations(folder: Path, name: str, annotations: list[dict], origin: 
     write_json(folder / f"annotations_{name}.about.json", origin)
 
 
-def ensure_same_judge(folder: Path, names: list[str], audit: dict | None) -> None:
+def ensure_same_judge(folder: Path, annotations: dict[str, list[dict]], audit: dict | None) -> None:
     """Raise UserError where the folder's annotations mix judges, orders, references or outputs.
 
     Args:
-        names: `<side>` or `<side>_<control>` of each annotations file; the first is what the others are compared to.
+        annotations: rows by `<side>` or `<side>_<control>`; the others are compared to the first.
     """
+    names = list(annotations)
     origins = {name: read_origin(folder / f"annotations_{name}.json") for name in names}
     first = origins[names[0]]
+    # The outputs as they are now, so that an edit after the judging is detected, and one before it accepted.
+    answers = {
+        side: {row["instruction"]: row["output"] for row in _rows(path)}
+        for side in dict.fromkeys(name.split("_")[0] for name in names)
+        if (path := folder / f"model_outputs_{side}.json").exists()
+    }
     for name, origin in origins.items():
         side = name.split("_")[0]
         # A control's judge differs from the judge's on purpose.
@@ -225,15 +260,26 @@ def ensure_same_judge(folder: Path, names: list[str], audit: dict | None) -> Non
                     f"{folder}/annotations_{name}.json: another {key.removesuffix('_sha256')} than in"
                     f" annotations_{names[0]}.json; run --stage judge again"
                 )
-        # Detects answers that were generated again after the judging.
-        outputs = read_origin(folder / f"model_outputs_{side}.json").get("outputs_sha256")
-        if outputs and origin.get("outputs_sha256") != outputs:
+        # A trial run with --limit judges a part of a complete file, so the judged instructions decide.
+        judged = annotations[name]
+        if side in answers and any(answers[side].get(row["instruction"]) != row["output_2"] for row in judged):
             raise UserError(
                 f"{folder}/annotations_{name}.json: judges other answers than those in model_outputs_{side}.json; run"
                 " --stage judge again"
             )
     if audit and audit.get("identity") != first.get("judge"):
         raise UserError(f"{folder}/judge_audit.json: audits another judge; run --stage judge again")
+
+
+def ensure_same_file(summary: Path, annotations: Path, overwrite: bool) -> None:
+    """Raise UserError where a summary is of other judgements than this annotations file."""
+    if overwrite or not summary.exists():
+        return
+    if read_json(summary).get("annotations", {}).get("sha256") != sha256_of_files([annotations]):
+        raise UserError(
+            f"{summary}: has figures of other judgements; choose another folder with --output_dir, or replace them with"
+            " --overwrite"
+        )
 
 
 def read_annotations(path: Path) -> list[dict]:
@@ -245,16 +291,17 @@ def read_annotations(path: Path) -> list[dict]:
     """
     if not path.exists():
         raise UserError(f"{path}: no such file; run --stage judge first")
-    rows = read_json(path)
-    if not isinstance(rows, list) or not rows:
+    rows = read_file(path)
+    if not rows:
         raise UserError(f"{path}: expected a list of annotations")
     seen = set()
-    for k, row in enumerate(rows):
+    for source, row in rows:
         for key in ("instruction", "output_1", "output_2"):
             if not isinstance(row, dict) or not isinstance(row.get(key), str):
-                raise UserError(f"{path} row {k}: no text under {key!r}; give an annotations.json of alpaca_eval")
+                raise UserError(f"{source}: no text under {key!r}; give an annotations.json of alpaca_eval")
+        check_unicode([row["instruction"], row["output_1"], row["output_2"]], source)
         if row["instruction"] in seen:
-            raise UserError(f"{path} row {k}: instruction {row['instruction'][:60]!r} is judged twice; remove one row")
+            raise UserError(f"{source}: instruction {row['instruction'][:60]!r} is judged twice; remove one row")
         seen.add(row["instruction"])
         value = row.get("preference")
         value = 1.5 if value == 0 else value
@@ -262,14 +309,14 @@ def read_annotations(path: Path) -> list[dict]:
         if value is None or value != value or value == -1:
             row["preference"] = None
         elif isinstance(value, bool) or not isinstance(value, (int, float)) or not 1 <= value <= 2:
-            raise UserError(f"{path} row {k}: preference must be in [1, 2], found {value!r}")
+            raise UserError(f"{source}: preference must be in [1, 2], found {value!r}")
         else:
             row["preference"] = float(value)
         # The defaults of rows that another tool wrote without these columns.
         row.setdefault("annotator", "unknown")
         row.setdefault("generator_1", "reference")
         row.setdefault("generator_2", "model")
-    return rows
+    return [row for _, row in rows]
 
 
 # --------------------------------------------------------------------------------------------------- files for people

@@ -10,8 +10,7 @@ from utils.artifacts import metric
 from utils.errors import UserError
 from utils.stats import share, signed_rank
 
-# Fewest judged rows for length control: the package's regression is fitted by cross-validation.
-MIN_LC_ROWS = 50
+NO_INTERVAL = "on some resamples the package's regression kept all its coefficients at zero"
 # The judge of AlpacaEval 2's leaderboard.
 LEADERBOARD_JUDGE = "weighted_alpaca_eval_gpt4_turbo"
 
@@ -88,13 +87,11 @@ def _length_controlled(base: list[dict], judged: dict, eval_out: str, seed: int,
     rows = len(judged["base"])
     section = {"variant": control.variant, "why_not_whole": reason, "resamples": resamples, "rows": rows}
     # For both models or for neither: a rate of one alone has no difference to report.
-    if any(map(package.one_sided, judged.values())):
-        section["why_none"] = "one model won or lost every judgement, so the package's regression is undefined"
-        return {}, section, name
-    if rows < MIN_LC_ROWS:
-        section["why_none"] = (
-            f"{rows} judged rows are too few for the package's cross-validated fit (at least {MIN_LC_ROWS})"
-        )
+    problems = [package.why_no_fit(rows) for rows in judged.values()]
+    if not any(problems):
+        problems = [package.NOT_FITTED if np.isnan(control.fit(rows)[0]) else None for rows in judged.values()]
+    if any(problems):
+        section["why_none"] = next(filter(None, problems))
         return {}, section, name
     metrics, rates = {}, control.bootstrap(judged, seed, resamples)
     for side in judged:
@@ -102,7 +99,46 @@ def _length_controlled(base: list[dict], judged: dict, eval_out: str, seed: int,
         # The package's own error, that of the predictions over rows; the bootstrap's includes the fit.
         metrics[f"{side}_lc_standard_error"] = metric(control.fit(judged[side])[1], n=rows)
     metrics[f"difference_{name}"] = rates["tuned - base"]
+    if metrics[f"difference_{name}"]["ci95"] is None:
+        section["why_no_interval"] = NO_INTERVAL
     return metrics, section, name
+
+
+def summarise_file(annotations: list[dict], eval_out: str, seed: int, resamples: int) -> dict:
+    """All metrics of one annotations file, as `summarise` but for one model, without prefixes and differences.
+
+    Raises:
+        UserError: the rows are of several models or judges, or no row has a verdict.
+    """
+    # Rates over several models or judges have no meaning.
+    for key in ("generator_2", "annotator"):
+        values = sorted({str(row[key]) for row in annotations})
+        if len(values) > 1:
+            raise UserError(f"several values of {key} ({', '.join(values[:3])}); split the file")
+    parsed = [row for row in annotations if row["preference"] is not None]
+    if not parsed:
+        raise UserError("no row has a verdict")
+    control, reason = package.length_control(annotations, Path(eval_out) / ".cache" / "minimal.csv")
+    metrics, name = package.rates(annotations, seed), lc_name(reason)
+    section = {"variant": control.variant, "why_not_whole": reason, "resamples": resamples, "rows": len(parsed)}
+    problem = package.why_no_fit(parsed)
+    value, error = (None, None) if problem else control.fit(parsed)
+    if problem or np.isnan(value):
+        section["why_none"] = problem or package.NOT_FITTED
+    else:
+        metrics[name] = control.bootstrap({"model": parsed}, seed, resamples)["model"]
+        metrics["lc_standard_error"] = metric(error, n=len(parsed))
+        if metrics[name]["ci95"] is None:
+            section["why_no_interval"] = NO_INTERVAL
+    first = annotations[0]
+    return {
+        "metrics": metrics,
+        "length_control": section,
+        "lc_name": name,
+        "model": str(first["generator_2"]),
+        "judge": str(first["annotator"]),
+        "rows": len(annotations),
+    }
 
 
 def lc_name(reason: str | None) -> str:

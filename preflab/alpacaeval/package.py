@@ -34,6 +34,8 @@ PUBLISHED = (
 )  # fmt: skip
 
 
+# Fewest judged rows for length control: the package's regression is fitted by cross-validation.
+MIN_LC_ROWS = 50
 # Pairs per call of a package evaluator: results are cached after each call.
 CHUNK = 32
 # Placeholders that the package fills one after another, also inside texts that it has already inserted.
@@ -144,6 +146,24 @@ def one_sided(annotations: list[dict]) -> bool:
     return {row["preference"] for row in annotations} in ({1.0}, {2.0})
 
 
+def why_no_fit(annotations: list[dict]) -> str | None:
+    """Why these judged rows have no length-controlled rate; None where the regression can be fitted."""
+    rows = len(annotations)
+    if one_sided(annotations):
+        return "one model won or lost every judgement, so the package's regression is undefined"
+    if rows < MIN_LC_ROWS:
+        return f"{rows} judged rows are too few for the package's cross-validated fit (at least {MIN_LC_ROWS})"
+    if len({len(row["output_1"]) - len(row["output_2"]) for row in annotations}) == 1:
+        return "every output differs from its reference by the same number of characters: length has no effect to fit"
+    return None
+
+
+NOT_FITTED = (
+    "the package's regression kept all its coefficients at zero, which gives 50.0 whatever was judged; judge more"
+    " instructions"
+)
+
+
 class LengthControl:
     """Length-controlled win rates by the package's own regression (Dubois et al. 2024), for rows in any order.
 
@@ -162,11 +182,12 @@ class LengthControl:
     def fit(self, annotations: list[dict]) -> tuple[float, float]:
         """(length_controlled_winrate, lc_standard_error) of the package, in percent.
 
-        NaN for one-sided judgements: the regression then sees one class, keeps its coefficients at 0 and returns 50
-        (or 100).
+        NaN where the regression keeps all its coefficients at 0 and returns 50 whatever was judged: on one-sided
+        judgements, which are one class, and where cross-validation chooses the strongest penalty.
         """
         if one_sided(annotations):
             return float("nan"), float("nan")
+        fits = []
         with quiet():
             import pandas as pd
             from alpaca_eval.metrics import glm_winrate
@@ -177,6 +198,14 @@ class LengthControl:
             frame.index = [self.positions[row["instruction"]] for row in annotations]
             # The package downloads its calibration file inside the fit; give it the local copy.
             download, glm_winrate.hf_hub_download = glm_winrate.hf_hub_download, lambda **_: str(self.calibration)
+            fit = glm_winrate.fit_LogisticRegressionCV
+
+            def remembered(*args, **kwargs):
+                fits.append(fit(*args, **kwargs))
+                return fits[-1]
+
+            # The package returns predictions only, and the coefficients decide whether they mean something.
+            glm_winrate.fit_LogisticRegressionCV = remembered
             try:
                 fitted = glm_winrate.get_length_controlled_winrate(
                     # The folds of the cross-validation depend on the rows' order, the result must not. Stable, because
@@ -189,7 +218,9 @@ class LengthControl:
                     is_warn_extreme_changes=False,
                 )
             finally:
-                glm_winrate.hf_hub_download = download
+                glm_winrate.hf_hub_download, glm_winrate.fit_LogisticRegressionCV = download, fit
+        if fits and not fits[-1].coef_.any():
+            return float("nan"), float("nan")
         return float(fitted["length_controlled_winrate"]), float(fitted["lc_standard_error"])
 
     def bootstrap(self, sides: dict[str, list[dict]], seed: int, resamples: int) -> dict:

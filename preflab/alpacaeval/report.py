@@ -2,10 +2,8 @@
 
 import csv
 import io
-from pathlib import Path
 
 from preflab.alpacaeval import package
-from preflab.alpacaeval.metrics import MIN_LC_ROWS, lc_name
 from utils.artifacts import read_published
 from utils.errors import UserError
 from utils.plots import CHOSEN, NEUTRAL, figure, interval_lengths, rate_bars, save, shorten
@@ -15,6 +13,8 @@ from utils.tables import cell, difference, estimate, interval, p_equals, p_value
 from utils.tables import render as render_table
 
 SIDES = ("base", "tuned")
+# Prefixes of the metrics' names by model.
+PREFIXES = {side: f"{side}_" for side in SIDES}
 ALPACAEVAL_SIZE = 805
 # The axes of the second panel; a length-controlled rate may be missing.
 REQUIRED = ("win_rate", "avg_length")
@@ -107,6 +107,8 @@ def _length_control_note(results: dict) -> list[str]:
     # From the strongest restriction to the weakest; at most one note is printed.
     if "why_none" in section:
         return [f"No length-controlled win rate: {section['why_none']}."]
+    if "why_no_interval" in section:
+        return [f"No interval of the length-controlled difference: {section['why_no_interval']}."]
     if section["why_not_whole"]:
         return [
             f"AlpacaEval's length-controlled win rate is not available: {section['why_not_whole']}. The package's"
@@ -161,16 +163,20 @@ def verdict_of(results: dict, audit: dict | None) -> str:
     return f"T{result[1:]}: {shown}."
 
 
-def leaderboard(results: dict, rows: dict) -> str:
-    """leaderboard.csv: base, tuned and the published rows in the package's columns, each with its judge and source."""
+def leaderboard(results: dict, rows: dict, sides: dict[str, str] | None = None) -> str:
+    """leaderboard.csv: the models and the published rows in the package's columns, each with its judge and source.
+
+    Args:
+        sides: prefix of the metrics by name of the model; default: those of base and tuned.
+    """
     m, name, out = results["metrics"], results["lc_name"], io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     # The minimal variant's rate has a column name of its own, so that no tool reads it as AlpacaEval 2's.
     columns = [name if c == "length_controlled_winrate" else c for c in COLUMNS]
     writer.writerow(["", *columns, "judged_by", "source"])
-    for side in SIDES:
-        keys = [f"{side}_{c}" for c in columns]
-        writer.writerow([side, *[m[k]["value"] if k in m else "" for k in keys], results["judge"], "this run"])
+    for side, prefix in (sides or PREFIXES).items():
+        values = [m[prefix + c]["value"] if prefix + c in m else "" for c in columns]
+        writer.writerow([side, *values, results["judge"], "this run"])
     for row_name, row in rows.items():
         cells = [row.get(c, "") for c in COLUMNS]
         if name != "length_controlled_winrate":
@@ -180,39 +186,37 @@ def leaderboard(results: dict, rows: dict) -> str:
     return out.getvalue()
 
 
-def render_file(annotations: list[dict], name: str, eval_out: str, seed: int, resamples: int) -> str:
-    """The table of --annotations: one model's metrics as the package computes them.
+@fits_terminal
+def render_file(results: dict, name: str) -> Report:
+    """The report of --annotations: one model's metrics as the package computes them.
 
-    Raises UserError where no row has a verdict, or where the file holds several models or judges.
+    Args:
+        results: from `preflab.alpacaeval.metrics.summarise_file`. name: of the file.
     """
-    # Rates over several models or judges have no meaning.
-    for key in ("generator_2", "annotator"):
-        values = sorted({str(row[key]) for row in annotations})
-        if len(values) > 1:
-            raise UserError(f"--annotations {name}: several values of {key} ({', '.join(values[:3])}); split the file")
-    if all(row["preference"] is None for row in annotations):
-        raise UserError(f"--annotations {name}: no row has a verdict")
-    m = package.rates(annotations, seed)
-    control, reason = package.length_control(annotations, Path(eval_out) / ".cache" / "minimal.csv")
-    parsed = [row for row in annotations if row["preference"] is not None]
+    m, section, lc = results["metrics"], results["length_control"], results["lc_name"]
     lines = [("metric", "value", "95% bootstrap interval")]
     for key in ("win_rate", "discrete_win_rate"):
         lines.append((key, f"{m[key]['value']:.4f}", interval(m[key], digits=2).strip() or "-"))
-    if len(parsed) >= MIN_LC_ROWS and not package.one_sided(parsed):
-        rate = control.bootstrap({"model": parsed}, seed, resamples)["model"]
-        shown = interval(rate, digits=2).strip() or "-"
-        lines.append((lc_name(reason), f"{rate['value']:.4f}", f"{shown} ({resamples} refits)"))
-        lines.append(("lc_standard_error", f"{control.fit(parsed)[1]:.4f}", "the package's; not a sampling error"))
+    if lc in m:
+        shown = interval(m[lc], digits=2).strip() or "-"
+        lines.append((lc, f"{m[lc]['value']:.4f}", f"{shown} ({section['resamples']} refits)"))
+        lines.append(("lc_standard_error", f"{m['lc_standard_error']['value']:.4f}", "the package's"))
+    else:
+        lines.append((lc, "-", ""))
     lines.append(("standard_error", f"{m['standard_error']['value']:.4f}", "the package's"))
     for key in ("n_wins", "n_wins_base", "n_draws", "n_total", "avg_length", "unparsed"):
         lines.append((key, str(m[key]["value"]), ""))
-    first = annotations[0]
-    blocks = [render_table(f"{name}: {first['generator_2']} judged by {first['annotator']}", lines)]
-    if reason:
-        blocks.append(f"AlpacaEval's length-controlled win rate is not available: {reason}.")
-    elif len(annotations) != ALPACAEVAL_SIZE:
-        blocks.append(f"ONLY {len(annotations)} OF ALPACAEVAL'S {ALPACAEVAL_SIZE} INSTRUCTIONS.")
-    return "\n\n".join(blocks)
+    blocks = [render_table(f"{name}: {results['model']} judged by {results['judge']}", lines)]
+    if "why_none" in section:
+        blocks.append(f"No length-controlled win rate: {section['why_none']}.")
+    elif section["why_not_whole"]:
+        blocks.append(f"AlpacaEval's length-controlled win rate is not available: {section['why_not_whole']}.")
+    if "why_no_interval" in section:
+        blocks.append(f"No interval of the length-controlled rate: {section['why_no_interval']}.")
+    if not section["why_not_whole"] and results["rows"] != ALPACAEVAL_SIZE:
+        blocks.append(f"ONLY {results['rows']} OF ALPACAEVAL'S {ALPACAEVAL_SIZE} INSTRUCTIONS.")
+    verdict = f"No claim: one model's judgements, without a second model to compare ({results['model']})."
+    return Report("\n\n".join([*blocks, verdict]), verdict)
 
 
 # ----------------------------------------------------------------------------------------------------------- picture
@@ -226,23 +230,29 @@ BARS = {
 }
 
 
-def draw(path, metrics: dict, published_rows: dict, title: str) -> None:
-    """Two panels: win rates of base and tuned with intervals and controls, and win rate against answer length."""
+def draw(path, metrics: dict, published_rows: dict, title: str, sides: dict[str, str] | None = None) -> None:
+    """Two panels: win rates of the models with intervals and controls, and win rate against answer length.
+
+    Args:
+        sides: as for `leaderboard`, at most two.
+    """
     fig, axes = figure(1, 2, title)
+    sides = sides or PREFIXES
+    colours = (NEUTRAL, CHOSEN) if len(sides) == 2 else (CHOSEN,)
     bars = []
     for key, label in BARS.items():
-        for side, colour in (("base", NEUTRAL), ("tuned", CHOSEN)):
-            if f"{side}_{key}" in metrics:
-                bars.append((f"{side}, {label}", as_share(metrics[f"{side}_{key}"]), colour))
+        for (side, prefix), colour in zip(sides.items(), colours, strict=True):
+            if f"{prefix}{key}" in metrics:
+                bars.append((f"{shorten(side, 22)}, {label}", as_share(metrics[f"{prefix}{key}"]), colour))
     rate_bars(axes[0], bars, "win rate (%)")
     axes[0].set_title("Against the reference, 95% intervals")
     # Markers with names above the panel: beside its point, a name would cover other points.
     for marker, (name, row) in zip("x+1234^v<>sD*phXPd", published_rows.items(), strict=False):
         axes[1].plot(row["avg_length"], row["win_rate"], marker, color="grey", ms=5, label=shorten(name, 22))
-    for side, colour in (("base", NEUTRAL), ("tuned", CHOSEN)):
-        rate, length = metrics[f"{side}_win_rate"], metrics[f"{side}_avg_length"]["value"]
-        error = interval_lengths([rate])
-        axes[1].errorbar(length, rate["value"], error, fmt="o", color=colour, capsize=2, label=f"{side}, this judge")
+    for (side, prefix), colour in zip(sides.items(), colours, strict=True):
+        rate, length = metrics[f"{prefix}win_rate"], metrics[f"{prefix}avg_length"]["value"]
+        error, label = interval_lengths([rate]), f"{shorten(side, 22)}, this judge"
+        axes[1].errorbar(length, rate["value"], error, fmt="o", color=colour, capsize=2, label=label)
     axes[1].set_title("Against length (grey: published, GPT-4 Turbo judged)")
     axes[1].set(xlabel="mean answer length (characters)", ylabel="win rate (%)", ylim=(-2, 102))
     axes[1].legend()

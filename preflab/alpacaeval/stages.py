@@ -157,7 +157,7 @@ def read_judged(folder: Path, with_audit: bool) -> tuple[dict, dict, dict | None
     audit_file = folder / "judge_audit.json"
     judge_audit = read_json(audit_file) if audit_file.exists() and with_audit else None
     # Before scoring: stages may have been run at different times with different judges.
-    ensure_same_judge(folder, names, judge_audit)
+    ensure_same_judge(folder, annotations, judge_audit)
     sides = {side: annotations.pop(side) for side in SIDES}
     return sides, annotations, judge_audit
 

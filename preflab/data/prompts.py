@@ -198,12 +198,13 @@ def load_answers(name: str, prompts: list[Prompt]) -> tuple[str, list[str | None
         (model's name, an answer or None per prompt, what identifies the data).
 
     Raises:
-        UserError: a row without an answer, named by source, or no answer to any of the prompts.
+        UserError: a row without an answer or with a second answer to a prompt, named by source, or no answer to any of
+            the prompts.
     """
     rows, about = read_rows(name, "test")
     by_uid, by_text, model = {}, {}, None
     # Ids are compared with those of the prompts only: another set's ids, e.g. row numbers, fall back to the text.
-    uids = {p.uid for p in prompts} - {None}
+    uids, keys = {p.uid for p in prompts} - {None}, {p.key for p in prompts}
     for source, row in rows:
         if not isinstance(row, dict):
             raise UserError(f"{source}: expected an object with an answer, not {type(row).__name__}")
@@ -213,10 +214,12 @@ def load_answers(name: str, prompts: list[Prompt]) -> tuple[str, list[str | None
             raise UserError(
                 f"{source}: no answer; a row has output, answer or response, or messages that end with an answer"
             )
+        check_unicode([answer], source)
         # alpaca_eval, Arena-Hard and MT-Bench name the model differently; the first row that names it decides.
         model = model or row.get("generator") or row.get("model") or row.get("model_id")
         if _uid(row) in uids:
-            by_uid[_uid(row)] = answer
+            _ensure_first(by_uid, _uid(row), source)
+            by_uid[_uid(row)] = answer, source
             continue
         # Only the prompt's fields: the parser would otherwise read a chat row's answer as part of the prompt.
         fields = {k: row[k] for k in ("instruction", "prompt", "question", "input") if isinstance(row.get(k), str)}
@@ -224,12 +227,20 @@ def load_answers(name: str, prompts: list[Prompt]) -> tuple[str, list[str | None
             fields = {"messages": row["messages"][:-1]}
         # A row of answers by id only has no prompt at all, which is not an error where another row matches.
         messages = _prompt_messages(fields, source) if set(fields) - {"input"} else None
-        if isinstance(messages, list):
-            by_text[cache_key(messages)] = answer
-    answers = [by_uid.get(p.uid) if p.uid in by_uid else by_text.get(p.key) for p in prompts]
+        # Answers to prompts of another set may repeat, as in files of several turns.
+        if isinstance(messages, list) and (key := cache_key(messages)) in keys:
+            _ensure_first(by_text, key, source)
+            by_text[key] = answer, source
+    answers = [(by_uid.get(p.uid) or by_text.get(p.key) or (None,))[0] for p in prompts]
     if not any(answer is not None for answer in answers):
         raise UserError(f"{name}: has answers to none of the {len(prompts)} prompts; is it from another prompt set?")
     return str(model or "opponent"), answers, about
+
+
+def _ensure_first(answers: dict, key, source: str) -> None:
+    """Raise UserError where `answers`, {key: (answer, source)}, already has an answer to this prompt."""
+    if key in answers:
+        raise UserError(f"{source}: another answer to the prompt of {answers[key][1]}; remove one of the two rows")
 
 
 def _answer(row: dict):

@@ -1,6 +1,7 @@
 """Votes exported from the annotation page: read, checked against the study's key, and unblinded."""
 
 import json
+import unicodedata
 from pathlib import Path
 
 from preflab.human.page import CHOICES, FORMAT, SKIPS, checksum
@@ -27,8 +28,8 @@ def read_votes(paths: list[str]) -> dict[str, dict]:
     for path in paths:
         export = _read(path)
         _check_form(path, export)
-        # Names are typed by hand: "Ada  Li" and "ada li" are one person.
-        name = " ".join(export["annotator"].split()).casefold()
+        # Names are typed by hand: "Ada  Li" and "ada li" are one person, and an accent has two forms in Unicode.
+        name = " ".join(unicodedata.normalize("NFKC", export["annotator"]).split()).casefold()
         if name in annotators:
             raise UserError(
                 f"{path}: annotator {export['annotator']!r} also exported {annotators[name]}; give one file per"

@@ -15,6 +15,8 @@ from helpers import alpaca_args
 
 from preflab.alpacaeval import package
 from preflab.alpacaeval.files import annotate, llm_comparator, read_annotations, read_outputs, read_reference, samples
+from preflab.alpacaeval.metrics import summarise, summarise_file
+from preflab.alpacaeval.report import SIDES, render_file
 from preflab.data.chat_template import ChatRenderer
 from preflab.data.pair_rows import Pair
 from preflab.data.prompts import Prompt
@@ -219,6 +221,52 @@ print(json.dumps([[is_switched(q), verdicts[i].probability, verdicts[i].first] f
     assert done.stderr == ""
 
 
+def collapsed(seed=2):
+    """60 random verdicts on which the package's minimal regression keeps its coefficients at zero."""
+    rng = np.random.default_rng(seed)
+    lengths = [(int(a), int(b)) for a, b in rng.integers(20, 400, (60, 2))]
+    rows = rows_of([float(p) for p in rng.choice([1.0, 2.0], 60, p=[0.42, 0.58])], lengths)
+    return [{**row, "dataset": "mine"} for row in rows]
+
+
+def test_fit_that_kept_its_coefficients_at_zero_is_refused(tmp_path):
+    import pandas as pd
+    from alpaca_eval.metrics import glm_winrate
+
+    rows = collapsed()
+    control, _ = package.length_control(rows, tmp_path / "stub.csv")
+    download = glm_winrate.hf_hub_download
+    try:
+        glm_winrate.hf_hub_download = lambda **_: str(control.calibration)
+        package_rates = glm_winrate.get_length_controlled_winrate(
+            pd.DataFrame(rows), "length_controlled_minimal", save_weights_dir=None
+        )
+    finally:
+        glm_winrate.hf_hub_download = download
+    assert package_rates["length_controlled_winrate"] == 50.0 and package_rates["win_rate"] == pytest.approx(55)
+    assert np.isnan(control.fit(rows)).all()
+    for base, tuned in ((rows, judged(count=60)), (judged(count=60), rows)):
+        sides = {
+            side: [{**row, "dataset": "mine"} for row in each] for side, each in zip(SIDES, (base, tuned), strict=True)
+        }
+        results = summarise(sides, {}, str(tmp_path), 1, 3)
+        assert "at zero" in results["length_control"]["why_none"]
+        assert not [name for name in results["metrics"] if "length_controlled" in name]
+
+
+@pytest.mark.parametrize("kind, word", [("same", "same number of characters"), ("few", "at least 50")])
+def test_rates_without_a_length_control(tmp_path, kind, word):
+    """Every length difference equal, or fewer rows than the fit needs: the rates that exist, and the reason."""
+    rows = judged(count=60 if kind == "same" else 20)
+    if kind == "same":
+        rows = [{**row, "output_1": "x" * 40, "output_2": "y" * 50} for row in rows]
+    results = summarise_file([{**row, "dataset": "mine"} for row in rows], str(tmp_path), 1, 3)
+    known = np.array([row["preference"] for row in rows])
+    assert results["metrics"]["win_rate"]["value"] == pytest.approx(100 * (known - 1).mean())
+    text = render_file(results, "a.json").text
+    assert word in " ".join(text.split()) and "length_controlled_minimal_winrate  -" in text
+
+
 # ------------------------------------------------------------------------------------------------------- annotations
 
 
@@ -297,6 +345,51 @@ def test_annotations_of_the_package_are_read(tmp_path):
     ):
         with pytest.raises(UserError, match=word):
             read_annotations(written(*bad))
+
+
+@pytest.mark.parametrize("form", ["json", "json with a BOM", "lines", "lines with CRLF"])
+def test_forms_of_annotation_files(tmp_path, form):
+    row = {"instruction": "q", "output_1": "a", "output_2": "b", "preference": 1.3}
+    rows = [row, {**row, "instruction": "r", "preference": float("nan")}]
+    lines = [json.dumps(row) for row in rows]
+    text = ("\r\n" if "CRLF" in form else "\n").join(lines) if "lines" in form else json.dumps(rows)
+    path = tmp_path / ("a.jsonl" if "CRLF" in form else "a.json")
+    path.write_bytes(("\ufeff" * ("BOM" in form) + text).encode())
+    assert [r["preference"] for r in read_annotations(path)] == [1.3, None]
+
+
+def test_damaged_annotations_are_not_to_be_deleted(tmp_path):
+    """The judgements may have been paid for."""
+    (tmp_path / "a.json").write_text("[{")
+    with pytest.raises(UserError, match=r"a\.json") as error:
+        read_annotations(tmp_path / "a.json")
+    assert "delete" not in str(error.value)
+
+
+@pytest.mark.parametrize("key", ["instruction", "output_2"])
+def test_lone_surrogates_are_named(tmp_path, key):
+    row = {"instruction": "q", "output_1": "a", "output_2": "b", "preference": 1.3}
+    (tmp_path / "a.json").write_text(json.dumps([row, {**row, "instruction": "r", key: "cut \ud83d"}]))
+    with pytest.raises(UserError, match=r"a\.json row 1: .*Unicode"):
+        read_annotations(tmp_path / "a.json")
+    (tmp_path / "model_outputs_base.json").write_text(json.dumps([{"instruction": "q", "output": "\ud83d"}]))
+    with pytest.raises(UserError, match=r"base\.json row 0: .*Unicode"):
+        read_outputs(tmp_path, "base", [{"instruction": "q"}])
+    with pytest.raises(UserError, match="line 1: .*Unicode"):
+        read_reference(str(write_jsonl(tmp_path / "x.jsonl", [{"instruction": "\ud83d", "output": "a"}])))
+
+
+def test_input_of_reference_rows_is_joined_as_in_training(tmp_path):
+    from preflab.data.conversations import load_conversations
+
+    rows = [
+        {"instruction": "Name the capital.", "input": place, "output": "It is."} for place in ("Peru", "", " Mali ")
+    ]
+    path = str(write_jsonl(tmp_path / "x.jsonl", rows))
+    instructions = [row["instruction"] for row in read_reference(path)]
+    data = load_conversations([{"name": path, "split": "train"}])
+    conversations = getattr(data, "conversations", data)
+    assert instructions == [c.turns[-2]["content"] for c in conversations] and len(set(instructions)) == 3
 
 
 def test_one_sided_judgements_have_no_lc_rate(calibration):
@@ -448,6 +541,51 @@ def test_files_of_different_judges_are_not_mixed(call, trained, tiny, reference,
     code, _, err = call("run_alpacaeval_local", *args, "--stage", "score", "--max_new_tokens", 7)
     assert code == 2
     assert_one_line(err, "annotations_base.json", "model_outputs_base.json", "--stage judge")
+
+
+def test_edited_outputs_are_judged_and_not_overwritten(call, trained, tiny, reference, tmp_path):
+    args = alpaca_args(trained, tmp_path, reference, tiny, "--audit_limit", 0, "--judge", "longer")
+    folder = tmp_path / "out/r/alpacaeval"
+    assert call("run_alpacaeval_local", *args, "--stage", "generate")[0] == 0
+    path = folder / "model_outputs_tuned.json"
+    rows = read_json(path)
+    rows[0]["output"] = "edited by hand"
+    path.write_text("\ufeff" + json.dumps(rows))
+    for stage in ("judge", "score"):
+        code, _, err = call("run_alpacaeval_local", *args, "--stage", stage)
+        assert code == 0, err
+    annotations = read_json(folder / "annotations_tuned.json")
+    assert annotations[0]["output_2"] == "edited by hand" and annotations[1]["output_2"] == rows[1]["output"]
+    for stage in ("generate", "all"):
+        code, _, err = call("run_alpacaeval_local", *args, "--stage", stage)
+        assert code == 2 and "edited by hand" in path.read_text()
+        assert_one_line(err, "model_outputs_tuned.json", "--stage judge", "--overwrite")
+    rows[1]["output"] = "edited after the judging"
+    path.write_text(json.dumps(rows))
+    code, _, err = call("run_alpacaeval_local", *args, "--stage", "score")
+    assert code == 2
+    assert_one_line(err, "annotations_tuned.json", "--stage judge")
+    assert call("run_alpacaeval_local", *args, "--stage", "generate", "--overwrite")[0] == 0
+    assert "edited" not in path.read_text()
+
+
+def test_annotations_write_their_figures(call, tmp_path):
+    rows = [{**row, "dataset": "mine"} for row in judged(count=30)]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    args = ("--annotations", tmp_path / "a.json", "--output_dir", tmp_path / "out", "--eval_out", tmp_path)
+    code, out, err = call("run_alpacaeval_local", *args)
+    assert code == 0, err
+    folder = tmp_path / "out/alpacaeval"
+    assert {p.name for p in folder.iterdir()} == {"alpacaeval.json", "alpacaeval.png", "leaderboard.csv"}
+    expected = 100 * np.mean([row["preference"] - 1 for row in rows])
+    assert read_json(folder / "alpacaeval.json")["metrics"]["win_rate"]["value"] == pytest.approx(expected)
+    first = next(csv.DictReader((folder / "leaderboard.csv").open()))
+    assert first[""] == "model" and float(first["win_rate"]) == pytest.approx(expected) and first["judged_by"] == "j"
+    # Other judgements do not replace them.
+    (tmp_path / "a.json").write_text(json.dumps(rows[1:]))
+    code, _, err = call("run_alpacaeval_local", *args)
+    assert code == 2
+    assert_one_line(err, "alpacaeval.json", "--output_dir", "--overwrite")
 
 
 def test_no_claim_without_audit(call, trained, tiny, reference, tmp_path):

@@ -236,6 +236,21 @@ def test_malformed_answer_is_named(tmp_path, row):
         answered(tmp_path, [{"uid": "u1", **row}])
 
 
+@pytest.mark.parametrize("keys", [{"uid": "u1"}, {"prompt": "Why?"}], ids=str)
+def test_second_answer_to_a_prompt_is_refused(tmp_path, keys):
+    rows = [{**keys, "output": "first"}, {"prompt": "Who?", "output": "x"}, {**keys, "output": "second"}]
+    with pytest.raises(UserError, match="given.jsonl line 3: .*given.jsonl line 1"):
+        answered(tmp_path, rows)
+    # Prompts of another set may repeat.
+    other = [{"prompt": "Where?", "output": "x"}] * 2
+    assert answered(tmp_path, [*other, rows[0]])[1] == ["first", None, None]
+
+
+def test_lone_surrogate_in_an_answer_is_named(tmp_path):
+    with pytest.raises(UserError, match="given.json row 0: .*Unicode"):
+        answered(tmp_path, [{"prompt": "Why?", "output": "cut \ud83d"}], name="given.json")
+
+
 def test_given_answers_have_token_counts(smol_tokenizer):
     answers = given_answers(["one two", None, ""], smol_tokenizer)
     assert answers == [

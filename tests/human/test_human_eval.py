@@ -209,6 +209,9 @@ def test_bad_votes_file_is_named(tmp_path, break_it, words):
         assert word in str(error.value)
 
 
+ACCENTED = ("Jos\N{LATIN SMALL LETTER E WITH ACUTE}", "Jose\N{COMBINING ACUTE ACCENT}")
+
+
 def test_files_of_two_studies_are_not_mixed(tmp_path):
     """Nor two files of one annotator; and a file without votes is refused."""
     key, *_ = study(count=6)
@@ -216,6 +219,10 @@ def test_files_of_two_studies_are_not_mixed(tmp_path):
     same = write(tmp_path / "2.json", export(key, prefers("base"), "synthetic  ann "))
     with pytest.raises(UserError, match=r"2\.json.*1\.json"):
         read_votes([first, same])
+    # One name in two Unicode forms: e with an accent, and e followed by a combining accent.
+    forms = [write(tmp_path / f"n{k}.json", export(key, prefers("tuned"), name)) for k, name in enumerate(ACCENTED)]
+    with pytest.raises(UserError, match=r"n1\.json.*n0\.json"):
+        read_votes(forms)
     other = write(tmp_path / "3.json", export({**key, "study": "s2"}, prefers("base"), "SYNTHETIC Bob"))
     with pytest.raises(UserError, match=r"3\.json"):
         read_votes([first, other])
