@@ -25,6 +25,9 @@ class HarnessArguments(ComparisonArguments):
     tensor_parallel: int | None = option("GPUs of one vLLM engine (default: all).")
     skip_missing: bool = option("Skip tasks whose data or packages are missing, and run the others.", False)
     include_path: str | None = option("Folder with your own task YAML files, for --tasks.")
+    compare: list[str] | None = option(
+        "Two folders of lm_eval's --log_samples, made anywhere: base, then tuned. No model runs."
+    )
     overwrite: bool = option("Run everything again and delete the cached responses of these two models.", False)
     after_dashes: list[str] | None = option("The arguments after -- on the command line; not to be set as a key.")
 
@@ -42,6 +45,8 @@ def check(args: HarnessArguments, extra: list[str]) -> None:
     Args:
         extra: arguments after `--`.
     """
+    if args.compare and (len(args.compare) != 2 or args.suite or args.tasks):
+        raise UserError("--compare: give two folders of logged samples, without --suite and --tasks")
     if args.suite and args.tasks:
         raise UserError("--suite and --tasks: give only one of the two")
     if args.tasks is not None:
@@ -115,6 +120,10 @@ def make_paths_absolute(args: HarnessArguments, caller: Path) -> None:
         # A name that is not a folder there is a hub id, or a folder of the repository.
         if value is not None and Path(absolute(value)).is_dir():
             setattr(args, key, absolute(value))
+    for folder in args.compare or []:
+        if not Path(absolute(folder)).is_dir():
+            raise UserError(f"--compare {folder}: no such folder")
+    args.compare = args.compare and [absolute(folder) for folder in args.compare]
     if args.suite and args.suite.endswith((".yaml", ".yml")):
         args.suite = absolute(args.suite)
     if args.tasks:

@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from scipy.stats import norm
+from scipy.stats import t as student_t
 
 from preflab.evaluation.comparison import ensure_models_differ
 from preflab.harness.calls import UNQUANTISED, Call
 from preflab.harness.suites import Suite, averages, errors, load_reference
+from preflab.models.generation import not_a_number
 from utils.artifacts import metric, read_json
 from utils.errors import UserError
 from utils.provenance import shorten_paths
@@ -128,31 +129,36 @@ def read_side(calls: list[Call]) -> ModelResults:
     for call in calls:
         # lm_eval puts the time into the name: results_<time>.json.
         path = max(call.folder.glob("results_*.json"), key=lambda p: p.stat().st_mtime)
-        report = read_json(path)
-        # Groups have their aggregated figures in a section of their own.
-        side.results |= {**report["results"], **report.get("groups", {})}
-        # Entries without subtasks are plain tasks.
-        side.subtasks |= {k: v for k, v in report.get("group_subtasks", {}).items() if v}
-        for name, key in (("versions", "versions"), ("shots", "n-shot"), ("higher", "higher_is_better")):
-            getattr(side, name).update(report.get(key, {}))
-        side.configs |= report["configs"]
-        side.headers.append(_header(report, call))
-        side.templates.add(report.get("chat_template") is not None)
-        side.seconds += call.seconds
-        # The samples of the same run have the same time in their names.
-        stamp = path.stem.removeprefix("results_")
-        for task in report["configs"]:
-            side.samples[task] = _samples(call.folder / f"samples_{task}_{stamp}.jsonl", side, task)
+        add_results(side, path, call.shots, call.seconds)
     return side
 
 
-def _header(report: dict, call: Call) -> str:
+def add_results(side: ModelResults, path: Path, shots: int | None, seconds: float) -> None:
+    """Add one results file of the harness and the samples of the same run to a model's results."""
+    report = read_json(path)
+    # Groups have their aggregated figures in a section of their own.
+    side.results |= {**report["results"], **report.get("groups", {})}
+    # Entries without subtasks are plain tasks.
+    side.subtasks |= {k: v for k, v in report.get("group_subtasks", {}).items() if v}
+    for name, key in (("versions", "versions"), ("shots", "n-shot"), ("higher", "higher_is_better")):
+        getattr(side, name).update(report.get(key, {}))
+    side.configs |= report["configs"]
+    side.headers.append(_header(report, shots))
+    side.templates.add(report.get("chat_template") is not None)
+    side.seconds += seconds
+    # The samples of the same run have the same time in their names.
+    stamp = path.stem.removeprefix("results_")
+    for task in report["configs"]:
+        side.samples[task] = _samples(path.parent / f"samples_{task}_{stamp}.jsonl", side, task)
+
+
+def _header(report: dict, shots: int | None) -> str:
     """The line that the harness prints above its table."""
     c = report["config"]
     sizes = ",".join(map(str, c.get("batch_sizes") or []))
     return (
         f"{c['model']} ({shorten_paths(c['model_args'])}), gen_kwargs: ({c['gen_kwargs']}), limit: {c['limit']},"
-        f" num_fewshot: {call.shots}, batch_size: {c['batch_size']}{f' ({sizes})' if sizes else ''}"
+        f" num_fewshot: {shots}, batch_size: {c['batch_size']}{f' ({sizes})' if sizes else ''}"
     )
 
 
@@ -175,6 +181,9 @@ def _samples(path: Path, side: ModelResults, task: str) -> dict[tuple, dict]:
         row = json.loads(line)
         # One response per request: one per answer option of a multiple-choice task, else one.
         answers = row["resps"]
+        # Log-likelihoods are logged as text. A NaN compares as false everywhere, so it would count as wrong answers.
+        if not generated and "nan" in json.dumps(answers).lower():
+            raise UserError(f"{path}: document {row['doc_id']}: {not_a_number(task)}")
         # A task with several filters (strict-match, flexible-extract) logs each document once per filter.
         samples[row["filter"], row["doc_id"]] = {
             "document": row["doc_hash"],
@@ -215,13 +224,14 @@ def rows(base: ModelResults, tuned: ModelResults, suite: Suite, seed: int) -> li
     """One row per figure of the harness's tables for both models, groups before their subtasks.
 
     Returns:
-        `{task, alias, depth, top, version, filter, shots, metric, higher, base, tuned, difference, p, test, n, note}`.
+        `{task, alias, depth, top, version, filter, shots, metric, higher, base, tuned, difference, p, test, n, note}`,
+        and `under`, [depth, alias] of the groups above it that have no figure of their own.
         base and tuned are the harness's value and stderr; difference and p are paired over documents. `top` rows are
         those not already covered by a group's figure.
     """
-    table, children = [], {child for kids in base.subtasks.values() for child in kids}
+    table, members = [], {child for kids in base.subtasks.values() for child in kids}
 
-    def visit(name: str, depth: int, top: bool):
+    def visit(name: str, depth: int, top: bool, under: tuple = ()):
         before = len(table)
         for key in sorted(base.results.get(name, {})):
             value = base.results[name][key]
@@ -229,14 +239,18 @@ def rows(base: ModelResults, tuned: ModelResults, suite: Suite, seed: int) -> li
             measure, _, filtered = key.partition(",")
             if filtered and not measure.endswith("_stderr") and isinstance(value, (int, float)):
                 row = _row(base, tuned, name, measure, filtered, depth, seed)
-                table.append({**row, "top": top})
-        for child in base.subtasks.get(name, []):
+                # A key of its own only under a group without a figure, which has no row to be the heading.
+                table.append({**row, "top": top, **({"under": [list(each) for each in under]} if under else {})})
+        children, has_figure = base.subtasks.get(name, []), len(table) > before
+        if children and not has_figure:
+            under = (*under, (depth, _alias(base, name)))
+        for child in children:
             # Subtasks are `top` only where the group has no figure of its own, so that no document is tested in its
             # group and again in its subtask.
-            visit(child, depth + 1, top and len(table) == before)
+            visit(child, depth + 1, top and not has_figure, under)
 
     order = [entry["task"] for entry in suite.tasks]
-    tops = [name for name in base.results if name not in children]
+    tops = [name for name in base.results if name not in members]
     # The suite's order; tasks that a group or pattern added follow by name.
     for name in sorted(tops, key=lambda name: (order.index(name) if name in order else len(order), name)):
         visit(name, 0, True)
@@ -250,7 +264,7 @@ def _row(
     reported = {key: _reported(side, name, measure, filtered) for key, side in sides.items()}
     return {
         "task": name,
-        "alias": str(base.results[name].get("alias", name)).strip(" -"),
+        "alias": _alias(base, name),
         "depth": depth,
         "version": base.versions.get(name),
         "filter": filtered,
@@ -261,6 +275,10 @@ def _row(
         **reported,
         **paired(base, tuned, leaves(base, name), measure, filtered, reported, seed),
     }
+
+
+def _alias(side: ModelResults, name: str) -> str:
+    return str(side.results.get(name, {}).get("alias", name)).strip(" -")
 
 
 def _reported(side: ModelResults, name: str, measure: str, filtered: str) -> dict:
@@ -316,6 +334,10 @@ def paired(
             # Ratio of sums within each resample, as corpus-level perplexity and accuracy over instructions are defined.
             statistic=lambda v: figure(v[:, 0].sum() / v[:, 2].sum()) - figure(v[:, 1].sum() / v[:, 2].sum()),
         )
+    if plain_mean and len(values) > 1:
+        # The sample's standard error, with n - 1, as the harness computes those of both columns.
+        spread = np.std(values[:, 0] - values[:, 1], ddof=1)
+        difference = {**difference, "stderr": float(spread / math.sqrt(len(values)))}
     # Exact McNemar: only documents on which the models disagree carry information (McNemar 1947).
     if right_or_wrong:
         p, test = mcnemar(values[:, 0], values[:, 1]), "McNemar"
@@ -401,24 +423,37 @@ def _by_task(base, tuned, tasks, measure, filtered, reported, seed) -> dict | No
     # Paired within each task; tasks have different documents, so their errors are independent.
     parts = [paired(base, tuned, [t], measure, filtered, pair, seed) for t, pair in zip(tasks, each, strict=True)]
     stderr = _plain_mean([part["difference"] for part in parts])["stderr"]
+    freedom = degrees_of_freedom([(part["difference"]["stderr"], part["n"]) for part in parts])
     return {
-        **normal(float(means[1] - means[0]), stderr),
-        "test": "normal",
+        **normal(float(means[1] - means[0]), stderr, freedom),
+        "test": "t",
         "n": sum(p["n"] for p in parts),
         "note": None,
     }
 
 
-def normal(value: float, stderr: float | None) -> dict:
-    """`{difference, p}` of a figure whose error is normal."""
+def degrees_of_freedom(parts: list[tuple[float | None, int]]) -> float:
+    """Welch and Satterthwaite's degrees of freedom of a sum of independent means (Satterthwaite 1946).
+
+    Args:
+        parts: (standard error, number of documents) of each mean.
+    """
+    squares = [(error**2, n - 1) for error, n in parts if error and n > 1]
+    below = sum(square**2 / n for square, n in squares)
+    return sum(square for square, _ in squares) ** 2 / below if below else math.inf
+
+
+def normal(value: float, stderr: float | None, freedom: float = math.inf) -> dict:
+    """`{difference, p}` of a figure whose error is normal, or t-distributed with `freedom` degrees of freedom."""
     # No error or an error of 0: a p-value cannot be computed.
     if not stderr:
         return {"difference": metric(value, stderr), "p": None}
-    half = 1.959964 * stderr  # the normal distribution's 97.5% quantile
+    # With infinite degrees of freedom, t is the normal distribution.
+    half = float(student_t.ppf(0.975, freedom)) * stderr
     return {
         "difference": metric(value, stderr, (value - half, value + half)),
         # Two-sided; sf is accurate in the tail, where 1 - cdf would be 0.
-        "p": float(2 * norm.sf(abs(value) / stderr)),
+        "p": float(2 * student_t.sf(abs(value) / stderr, freedom)),
     }
 
 

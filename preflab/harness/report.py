@@ -94,9 +94,10 @@ def table_lines(results: SuiteResults) -> list[tuple]:
     """Lines of the printed table: a task's name, then a line per metric, each followed by its published figures."""
     template = "on" if results.settings["apply_chat_template"] else "off"
     lines: list[tuple] = [(f"chat template {template}", "base", "tuned", "tuned - base", "p")]
-    task = None
+    task, named = None, set()
     for row in results.rows:
         indent = "  " * row["depth"]
+        lines += [("  " * depth + f"{alias} (group without a figure)",) for depth, alias in new_groups(row, named)]
         if row["task"] != task:
             task = row["task"]
             lines.append((f"{indent}{row['alias']}" + ("" if row["shots"] is None else f", {row['shots']}-shot"),))
@@ -108,6 +109,13 @@ def table_lines(results: SuiteResults) -> list[tuple]:
             shown, difference = _published_cells(row, published)
             lines.append((f"{indent}    published: {name}", "", shown, difference, ""))
     return lines
+
+
+def new_groups(row: dict, named: set) -> list[tuple[int, str]]:
+    """(depth, alias) of the groups without a figure that a row is under and `named` has not; adds them to it."""
+    groups = [tuple(group) for group in row.get("under", []) if tuple(group) not in named]
+    named.update(groups)
+    return groups
 
 
 def average_lines(results: SuiteResults) -> list[tuple]:
@@ -169,8 +177,10 @@ def full_table(results: SuiteResults) -> str:
     # One column per reference, in order of first appearance.
     names = list(dict.fromkeys(name for row in results.rows for name in row.get("references", {})))
     head = ["Tasks", "Version", "Filter", "n-shot", "Metric", "", f"base ({on})", "Stderr", f"tuned ({on})", "Stderr"]
-    lines = [[*head, "tuned - base", "Stderr", "p", *names]]
+    lines, named = [[*head, "tuned - base", "Stderr", "p", *names]], set()
     for row in results.rows:
+        for depth, alias in new_groups(row, named):
+            lines.append([f"{' ' * depth + '- ' if depth else ''}{alias}", *[""] * (len(lines[0]) - 1)])
         name = f"{' ' * row['depth'] + '- ' if row['depth'] else ''}{row['alias']}"
         task_version = "" if row["version"] is None else str(row["version"])
         shots = "" if row["shots"] is None else str(row["shots"])

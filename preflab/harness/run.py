@@ -6,6 +6,7 @@
         --adapter-path checkpoints/checkpoint-7000 --suite openllm_v1
     bash run_lm_eval.sh --tasks arc_easy,winogrande --num-fewshot 5 --limit 100 \\
         -- --gen_kwargs temperature=0
+    bash run_lm_eval.sh --compare FOLDER_A FOLDER_B   # samples that lm_eval logged elsewhere
 
 Every call uses lm_eval's own command line. The command is printed, and the reported figures equal
 those of that command. Writes lm_eval.json, lm_eval.md (the full table) and lm_eval.png to
@@ -17,8 +18,8 @@ The keys that matter (flags and YAML keys are the same, the command line wins; [
   models   --run-name NAME | --base-model ID with --adapter-path FOLDER or --tuned-model ID
            --base-run NAME (a run in the base's place)   --list (all runs with state and figures)
            --dtype float32|bfloat16|float16 (default: as trained)   --attn-implementation NAME
-  tasks    --suite quick|seed|zeroshot|openllm_v1|openllm_v2|nous|eq_bench|FILE.yaml (default:
-           quick)   --tasks a,b   --num-fewshot N   --limit N or a share below 1 (per task)
+  tasks    --suite quick|seed|zeroshot|openllm_v1|openllm_v2|nous|eq_bench|generated|FILE.yaml
+           (default: quick)   --tasks a,b   --num-fewshot N   --limit N or a share below 1 (per task)
            --apply-chat-template (--no-apply-chat-template)   --skip-missing
   run      --backend hf|vllm [hf]   --batch-size N|auto [auto]   --processes N (GPUs, data parallel)
            --tensor-parallel N (vLLM)   --max-length N   --seed N [1234]   --output-dir DIR
@@ -56,7 +57,7 @@ def parse() -> tuple:
         raise UserError(f"{error} ({USAGE})") from None
     check(args, extra)
     # Not the field's default, so that --suite and --tasks together can be refused.
-    if not args.tasks:
+    if not (args.tasks or args.compare):
         args.suite = args.suite or "quick"
     return stage, args, extra
 
@@ -69,6 +70,11 @@ def main():
     # A wrong name fails here, before the imports below, which take seconds.
     if args.suite:
         load_suite(args.suite)
+
+    if args.compare:
+        from preflab.harness.logged import publish_comparison
+
+        return publish_comparison(stage, args)
 
     from preflab.evaluation.two_models import TwoModels
     from preflab.harness import report

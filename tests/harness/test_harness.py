@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from scipy.stats import binomtest, norm
+from scipy.stats import binomtest, norm, ttest_ind
 
 from preflab.evaluation.comparison import Comparison
 from preflab.harness import calls
@@ -19,9 +19,12 @@ from preflab.harness.calls import PROGRESS, Call, batch_size, execute, model_arg
 from preflab.harness.metrics import (
     ModelResults,
     SuiteResults,
+    add_results,
+    degrees_of_freedom,
     ensure_adapter_applied,
     leading_bos,
     leaves,
+    normal,
     paired,
     rows,
     suite_averages,
@@ -46,7 +49,7 @@ from utils.progress import LineProgress
 from utils.provenance import ROOT
 from utils.tables import render as table
 
-SUITES = ["eq_bench", "nous", "openllm_v1", "openllm_v2", "quick", "seed", "zeroshot"]
+SUITES = ["eq_bench", "generated", "nous", "openllm_v1", "openllm_v2", "quick", "seed", "zeroshot"]
 
 
 # ------------------------------------------------------------------------------------------------------------ suites
@@ -264,7 +267,7 @@ def test_binary_metrics_use_mcnemar():
     assert result["test"] == "McNemar" and result["p"] == pytest.approx(binomtest(9, 12).pvalue)
     assert result["difference"]["value"] == pytest.approx(6 / 40) and result["n"] == 40
     d = np.subtract(b, a)
-    assert result["difference"]["stderr"] == pytest.approx(d.std() / math.sqrt(40), rel=0.06)
+    assert result["difference"]["stderr"] == pytest.approx(d.std(ddof=1) / math.sqrt(40))
     # Paired errors are smaller.
     assert result["difference"]["stderr"] < math.hypot(0.1, 0.1)
 
@@ -347,7 +350,66 @@ def test_group_of_unweighted_means():
     result = compare(base, tuned, task="g")
     parts = [compare(base, tuned, task=t)["difference"]["stderr"] for t in "xy"]
     assert result["difference"]["stderr"] == pytest.approx(math.hypot(*parts) / 2)
-    assert result["difference"]["value"] == pytest.approx((-0.2 + 0.3) / 2) and result["test"] == "normal"
+    assert result["difference"]["value"] == pytest.approx((-0.2 + 0.3) / 2) and result["test"] == "t"
+    # The mean of two independent means is Welch's comparison of one with the other's negative.
+    first, second = (np.subtract(b[t]["acc"], a[t]["acc"]) for t in "xy")
+    assert result["p"] == pytest.approx(ttest_ind(first, -second, equal_var=False).pvalue)
+
+
+def test_false_claims_of_groups_of_small_tasks():
+    """Eight tasks with six documents each and no difference: at most 5% of the tests are below 0.05, and noise."""
+    rng, below = np.random.default_rng(0), 0
+    for _ in range(400):
+        errors, means = [], []
+        for _ in range(8):
+            d = rng.integers(0, 2, 6) - rng.integers(0, 2, 6)
+            means.append(d.mean())
+            errors.append((d.std(ddof=1) / math.sqrt(6), 6))
+        stderr = math.sqrt(sum(error**2 for error, _ in errors)) / 8
+        p = normal(float(np.mean(means)), stderr, degrees_of_freedom(errors))["p"]
+        below += p is not None and p < 0.05
+    # Three standard errors of a share of 5% in 400 draws are 3.3 points.
+    assert below / 400 <= 0.05 + 0.033
+
+
+def test_every_member_of_a_group_without_a_figure_is_tested():
+    a = {"x": {"acc": [1, 0] * 10}, "y": {"acc": [0] * 30}, "v": {"acc": [0, 1]}}
+    b = {"x": {"acc": [1, 0] * 10}, "y": {"acc": [1] * 30}, "v": {"acc": [0, 1]}}
+    base, tuned = side_of(a), side_of(b)
+    for side in (base, tuned):
+        side.results |= {"g": {"alias": "g suite", " ": " "}, "h": {"alias": " - h"}}
+        side.subtasks = {"g": ["x", "h"], "h": ["y"]}
+    table = rows(base, tuned, Suite("s", "", "", [{"task": "g"}, {"task": "v"}]), 0)
+    assert [(row["task"], row["top"], row["depth"]) for row in table] == [
+        ("x", True, 1),
+        ("y", True, 2),
+        ("v", True, 0),
+    ]
+    assert table[1]["p"] == pytest.approx(binomtest(0, 30).pvalue)
+    assert "better on y acc" in verdict_of(table)
+    results = SuiteResults("t", load_suite("quick"), {"base": base, "tuned": tuned}, table, {}, [], SETTINGS)
+    names = [line[0] for line in table_lines(results)]
+    without = "(group without a figure)"
+    assert names[1:4] == [f"g suite {without}", "  x, 0-shot", "    acc ↑"]
+    assert names[4:6] == [f"  h {without}", "    y, 0-shot"]
+    assert names[-2:] == ["v, 0-shot", "  acc ↑"]
+
+
+def test_nan_log_likelihoods_stop_the_comparison(tmp_path):
+    """A NaN compares as false, so that every document would count as wrong."""
+    row = {"filter": "none", "doc_id": 3, "doc_hash": "d", "prompt_hash": "p", "metrics": ["acc"], "acc": 0.0,
+           "resps": [[["-1.5", "False"]], [["nan", "False"]]], "arguments": {"gen_args_0": {"arg_0": "Q"}}}  # fmt: skip
+    (tmp_path / "samples_t_1.jsonl").write_text(json.dumps(row) + "\n")
+    results = {"results": {"t": {"alias": "t", "acc,none": 0.0}}, "configs": {"t": {"output_type": "multiple_choice"}},
+               "config": dict.fromkeys(("model", "model_args", "gen_kwargs", "limit", "batch_size"), "x")}  # fmt: skip
+    write_json(tmp_path / "results_1.json", results)
+    with pytest.raises(UserError, match=r"samples_t_1\.jsonl: document 3: .*NaN"):
+        add_results(ModelResults(), tmp_path / "results_1.json", 0, 1.0)
+    row["resps"][1][0][0] = "-2.5"
+    (tmp_path / "samples_t_1.jsonl").write_text(json.dumps(row) + "\n")
+    side = ModelResults()
+    add_results(side, tmp_path / "results_1.json", 0, 1.0)
+    assert side.samples["t"]["none", 3]["values"] == {"acc": 0.0}
 
 
 def test_pooled_tasks_split_by_choices():

@@ -53,6 +53,27 @@ def figures(report: dict) -> dict:
     return {task: {k: v for k, v in row.items() if "," in k} for task, row in report["results"].items()}
 
 
+def test_compare_logged_samples(done, tmp_path):
+    """Folders of lm_eval itself, moved elsewhere, give the table of the call that made them."""
+    folder, _ = done
+    for side in ("base", "tuned"):
+        (made,) = folder.glob(f"{side}-*")
+        shutil.copytree(made, tmp_path / side / "model__name")
+    result = shell("--compare", "base", "tuned", "--output-dir", "out", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr[-3000:]
+    summary, expected = read_json(tmp_path / "out/tuned-vs-base/lm_eval.json"), read_json(folder / "lm_eval.json")
+    assert summary["metrics"] == expected["metrics"] and summary["claim"] == expected["claim"]
+    assert (tmp_path / "out/tuned-vs-base/lm_eval.md").exists() and max(map(len, result.stdout.splitlines())) <= 100
+    # The same folder twice: a table that says so.
+    result = shell("--compare", "base", "base", "--output-dir", "same", cwd=tmp_path)
+    assert result.returncode == 0 and "SAME ANSWERS" in result.stdout, result.stderr[-3000:]
+    for words, bad in (("no such folder", "gone"), ("no results", "empty")):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        result = shell("--compare", "base", bad, cwd=tmp_path)
+        assert result.returncode == 2
+        assert_one_line(result.stderr, "--compare", bad, words)
+
+
 def test_table_summary_and_figure(done):
     folder, result = done
     assert folder.name == "quick_facts-quick_cloze-quick_sums_LIMIT12"
