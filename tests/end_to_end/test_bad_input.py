@@ -113,7 +113,7 @@ CASES = {
     ],
     "run_lm_eval.sh": [
         (("--suite",), ("--suite", "usage: bash run_lm_eval.sh")),
-        (("--suite", "nosuch"), ("--suite nosuch", "eq_bench, nous")),
+        (("--suite", "nosuch"), ("--suite nosuch", "eq_bench, generated, nous")),
         (("--tasks", "quick_fact"), ("--tasks quick_fact", "quick_facts")),
         (("--sweet", "x"), ("--sweet", "--suite", "usage:")),
         (("--limit", "0", "--run-name", "r"), ("--limit 0",)),
