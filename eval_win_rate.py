@@ -68,7 +68,7 @@ class WinRateArguments(JudgeArguments):
     prompts_split: str = option("Battle: split of --prompts.", "test")
     prompts_config: str | None = option("Battle: configuration of --prompts.")
     category_key: str = option("Battle: column that names a prompt's category.", "category")
-    models: list[str] | None = option("Battle: further models, name=PATH each.")
+    models: list[str] | None = option("Battle: further models, name=PATH or name=openai:MODEL@URL each.")
     opponent_outputs: str | None = option("Battle: a file of answers that base and tuned are compared with.")
     published: str | None = option("Battle: YAML of published scores to print next to the results.")
     judge_prompt: str = option("Battle: YAML of the judge's prompt.", "configs/judges/pairwise.yaml")

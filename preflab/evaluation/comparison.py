@@ -129,6 +129,11 @@ def resolve(args: ComparisonArguments) -> Comparison:
         # A ~ in a YAML file or after `=` on the command line arrives unexpanded.
         if (getattr(args, key) or "").startswith("~"):
             setattr(args, key, str(Path(getattr(args, key)).expanduser()))
+        if (getattr(args, key) or "").startswith("openai:"):
+            raise UserError(
+                f"--{key} {getattr(args, key)}: needs weights, since a server gives no log-probabilities of given"
+                " answers; in battles and human evaluation, add the server with --models NAME=openai:MODEL@URL"
+            )
     _check(args)
     folder = _tuned_folder(args)
     trained = _run_arguments(folder) if folder else {}

@@ -10,6 +10,7 @@ from preflab.data.chat_template import ChatRenderer, TemplateRefused
 from preflab.data.prompts import Prompt
 from preflab.evaluation.comparison import base_of, ensure_models_differ
 from preflab.evaluation.two_models import TwoModels
+from preflab.judging.endpoint_answers import PREFIX, EndpointModel
 from preflab.models import vllm_engine
 from preflab.models.generation import generate
 from preflab.models.loading import (
@@ -39,6 +40,7 @@ class AnsweringModel:
         base: hub id or folder of the weights, for vLLM.
         adapter: LoRA folder on top of `base`, or None.
         remote_code: whether model code from the hub may run.
+        endpoint: the server that answers in place of weights, or None; then `tokenizer` only counts tokens.
     """
 
     name: str
@@ -48,6 +50,7 @@ class AnsweringModel:
     base: str = ""
     adapter: str | None = None
     remote_code: bool = False
+    endpoint: EndpointModel | None = None
 
 
 def base_and_tuned(models: TwoModels) -> list[AnsweringModel]:
@@ -102,13 +105,17 @@ def policy_model(args) -> AnsweringModel:
 
 
 def named_model(spec: str, models: TwoModels) -> AnsweringModel:
-    """The model of `--models NAME=PATH`: a hub id, a model folder, or a LoRA folder, whose config names its base.
+    """The model of `--models NAME=PATH`: a hub id, a model folder, a LoRA folder, whose config names its base, or
+    openai:MODEL@URL for a model behind a server.
 
     It runs in the precision of base and tuned; the base of a LoRA folder is quantised like the base model.
     """
     name, equals, path = spec.partition("=")
     if not (name and equals and path) or name in models.sides:
         raise UserError(f"--models {spec}: expected name=PATH, with a name other than {' and '.join(models.sides)}")
+    if path.startswith(PREFIX):
+        endpoint = EndpointModel(path, "--models")
+        return AnsweringModel(name, endpoint.identity, models.tokenizer, None, endpoint=endpoint)
     # Only local folders: a hub id is taken for a complete model.
     adapter = path if (Path(path) / "adapter_config.json").exists() else None
     base = (base_of(adapter) or models.comparison.base) if adapter else path
@@ -139,7 +146,8 @@ def answerable(answering: list[AnsweringModel], prompts: list[Prompt]) -> tuple[
     Raises:
         UserError: every prompt was refused.
     """
-    chats = [ChatRenderer(model.tokenizer) for model in answering]
+    # A server renders with its own template, which is not known here.
+    chats = [ChatRenderer(model.tokenizer) for model in answering if model.endpoint is None]
     accepted = []
     for prompt in prompts:
         try:
@@ -250,7 +258,9 @@ def engine_of(model: AnsweringModel, engine: str):
     Args:
         engine: hf (preflab.models.generation) or vllm.
     """
-    if engine == "vllm":
+    if model.endpoint:
+        yield lambda prompts, **settings: model.endpoint.generate(prompts, model.tokenizer, **settings)
+    elif engine == "vllm":
         revision = model.identity["asked_revision"]
         # vLLM has no autocast: it computes in the dtype that autocast would use.
         dtype = model.identity["autocast"] or model.identity["dtype"]

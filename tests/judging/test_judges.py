@@ -8,15 +8,18 @@ import threading
 import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
-from conftest import ROOT
+from conftest import ROOT, assert_one_line, eval_args
 
 from preflab.alpacaeval.package import clf_prompt
 from preflab.data.chat_template import ChatRenderer, neutralise
 from preflab.data.prompts import Prompt
+from preflab.judging.answers import AnsweringModel, answer_all
+from preflab.judging.endpoint_answers import EndpointModel
 from preflab.judging.judge_prompt import Item, JudgePrompt, Verdict, unparsed
 from preflab.judging.judges import LongerJudge, RandomJudge, judge_all, make_judge
 from utils.errors import UserError
@@ -811,6 +814,44 @@ def test_identical_answers_do_not_hide_failure(endpoint, tmp_path):
     judge = make_judge(f"openai:m@http://127.0.0.1:{closed_port()}/v1", PAIRWISE, {**OPTIONS, "attempts": 0})
     with pytest.raises(UserError):
         judge_all(judge, [item_of(first="x", second="x"), item_of("q1"), item_of("q2")], str(tmp_path))
+
+
+# ------------------------------------------------------------------------------------------------ answers of a server
+
+
+def test_server_answers_prompts(endpoint, tmp_path, smol_tokenizer):
+    spec, requests = endpoint(lambda question, _: f"<think>hm</think>\n\nRe: {question}")
+    server = EndpointModel(spec, "--models")
+    model = AnsweringModel("gpt", server.identity, smol_tokenizer, None, endpoint=server)
+    args = SimpleNamespace(eval_out=str(tmp_path), overwrite=False, batch_tokens=1, batch_size=None)
+    settings = {"max_new_tokens": 7, "temperature": 0.5, "top_p": 0.9, "seed": 3}
+    prompts = [item_of(f"q{i} " * (i + 1)).prompt for i in range(5)]
+    answers = answer_all(model, prompts, settings, args)
+    assert [a["text"] for a in answers] == [f"Re: {p.text}".strip() for p in prompts]
+    assert [a["tokens"] for a in answers] == [len(smol_tokenizer(a["text"])["input_ids"]) for a in answers]
+    assert {a["finish_reason"] for a in answers} == {"stop"}
+    assert [requests[0][k] for k in ("max_tokens", "temperature", "top_p", "seed")] == [7, 0.5, 0.9, 3]
+    assert answer_all(model, prompts, settings, args) == answers and len(requests) == 5, "the second call is cached"
+
+
+def test_server_that_fails_is_one_line(endpoint, smol_tokenizer):
+    server = EndpointModel(endpoint(lambda *_: 401)[0], "--models")
+    with pytest.raises(UserError, match="openai:m@.*401"):
+        prompts = [[{"role": "user", "content": "q"}]]
+        list(server.generate(prompts, smol_tokenizer, max_new_tokens=3, temperature=0, top_p=1, seed=1))
+    with pytest.raises(UserError, match="--models openai:x: .*URL"):
+        EndpointModel("openai:x", "--models")
+
+
+def test_battle_with_a_server(endpoint, call, trained, tmp_path):
+    spec, requests = endpoint(lambda *_: "A long answer of the server, longer than any of the tiny models' own. " * 9)
+    args = eval_args(trained, tmp_path, "--battle", "--judge", "longer", "--max_new_tokens", 4, "--limit", 3)
+    code, out, err = call("eval_win_rate", *args, "--models", f"gpt={spec}")
+    assert code == 0, err
+    assert len(requests) == 3 and "gpt vs base" in out and "gpt vs tuned" in out
+    code, _, err = call("eval_win_rate", "--base_model", spec, "--tuned_model", "x")
+    assert code == 2
+    assert_one_line(err, "--base_model openai:m@", "weights", "--models NAME=openai:MODEL@URL")
 
 
 # ---------------------------------------------------------------------------------------------------- cached verdicts
