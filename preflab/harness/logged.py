@@ -14,7 +14,7 @@ def compare_folders(args) -> SuiteResults:
     """The results of --compare: the first folder in the place of base, the second in that of tuned.
 
     Raises:
-        UserError: a folder without results or samples, no task in both, or results of other judgements in the output.
+        UserError: a folder without results or samples, or no task in both.
     """
     sides = {side: read_folder(Path(path)) for side, path in zip(("base", "tuned"), args.compare, strict=True)}
     base, tuned = sides["base"], sides["tuned"]
@@ -30,6 +30,7 @@ def compare_folders(args) -> SuiteResults:
     if all(base.samples.get(task) == tuned.samples.get(task) for task in shared if task in base.samples):
         suite.notes.append("BOTH FOLDERS HAVE THE SAME ANSWERS to all requests.")
     base.results = {task: base.results[task] for task in shared}
+    base.lengths = {task: length for task, length in base.lengths.items() if task in tuned.lengths}
     settings = {
         "apply_chat_template": True in base.templates | tuned.templates,
         **dict.fromkeys(("limit", "num_fewshot", "batch_size", "unquantised")),
