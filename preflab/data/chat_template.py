@@ -159,9 +159,31 @@ def thoughts_of(message: dict) -> list[str]:
     return [thought.strip() for thought in thoughts if thought.strip()]
 
 
-def strips_thoughts(message: dict, rendered: str) -> bool:
-    """Whether a thought of the message is missing from the rendered conversation."""
-    return any(thought not in rendered for thought in thoughts_of(message))
+def lost_parts(message: dict, rendered: str) -> list[str]:
+    """What of a message its chat template removes: "thoughts", "tool_calls", or the "text" beside tool calls."""
+    lost = ["thoughts"] if any(thought not in rendered for thought in thoughts_of(message)) else []
+    calls = message.get("tool_calls")
+    if isinstance(calls, list) and calls:
+        if any(name not in rendered for name in _function_names(calls)):
+            lost.append("tool_calls")
+        # Some templates render either the text or the call.
+        text = message["content"].rpartition("</think>")[2].strip()
+        if text and text not in rendered:
+            lost.append("text")
+    return lost
+
+
+def lost_options(messages: list[dict], rendered: str, template: str) -> list[str]:
+    """What a row gives its template that the template does not use: "tools", "chat_template_kwargs"."""
+    first = messages[0] if messages else {}
+    tools, arguments = first.get("tools"), first.get("chat_template_kwargs")
+    lost = ["tools"] if tools and any(name not in rendered for name in _function_names(tools)) else []
+    return lost + (["chat_template_kwargs"] if arguments and any(key not in template for key in arguments) else [])
+
+
+def _function_names(calls: list) -> list[str]:
+    functions = [call.get("function", call) for call in calls if isinstance(call, dict)]
+    return [f["name"] for f in functions if isinstance(f, dict) and isinstance(f.get("name"), str)]
 
 
 def _template_arguments(messages: list[dict]) -> tuple[list[dict], dict]:

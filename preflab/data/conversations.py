@@ -6,7 +6,7 @@ from functools import partial
 
 import pyarrow as pa
 
-from preflab.data.chat_template import ChatRenderer, TemplateRefused, strips_thoughts, training_template
+from preflab.data.chat_template import ChatRenderer, TemplateRefused, lost_options, lost_parts, training_template
 from preflab.data.conversation_rows import Conversation, to_conversation
 from preflab.data.messages import WEIGHT, transcript
 from preflab.data.sources import SourceArguments, marked_as_held_out, read_sources, split_off
@@ -190,7 +190,7 @@ def _tokenise_batch(
         positions.append(position)
         texts.append(text)
         spans.append(answer_spans)
-        _count_answers(outcome.counts, turns, answer_spans, text)
+        _count_answers(outcome.counts, turns, answer_spans, text, chat.template or str(tokenizer.chat_template))
     if not texts:
         return columns, outcome
     # The template has already written the special tokens, so the tokenizer must add none. Offsets are (first character,
@@ -212,13 +212,15 @@ def _tokenise_batch(
     return columns, outcome
 
 
-def _count_answers(counts: Counter, turns: list[dict], spans: list, text: str) -> None:
-    """Count a conversation's answers: all, those to train on, those excluded by a weight of 0, and lost thoughts."""
+def _count_answers(counts: Counter, turns: list[dict], spans: list, text: str, template: str) -> None:
+    """Count a conversation's answers: all, those to train on, those excluded by a weight of 0, and what is lost."""
     answers = [turn for turn in turns if turn["role"] == "assistant"]
     counts["answers"] += len(answers)
     counts["answers_trained"] += len(spans)
     counts["answers_weight_0"] += sum(turn.get(WEIGHT) == 0 for turn in answers)
-    counts["answers_without_thoughts"] += sum(strips_thoughts(turn, text) for turn in answers)
+    counts.update(f"answers_without_{part}" for turn in answers for part in lost_parts(turn, text))
+    if len(turns[0]) > 2:
+        counts.update(f"conversations_without_{part}" for part in lost_options(turns, text, template))
 
 
 def _answer_tokens(offsets: list[tuple[int, int]], spans: list[tuple[int, int]]) -> list[slice]:

@@ -7,7 +7,7 @@ from functools import partial
 
 import pyarrow as pa
 
-from preflab.data.chat_template import ChatRenderer, TemplateRefused, shared_prefix, strips_thoughts
+from preflab.data.chat_template import ChatRenderer, TemplateRefused, lost_options, lost_parts, shared_prefix
 from preflab.data.messages import check_unicode
 from preflab.data.pair_rows import Pair, to_pair
 from preflab.data.prompt_format import AS_TEXT, FORMATS, PromptFormat
@@ -269,7 +269,7 @@ def _tokenise_batch(pairs: list[Pair], chat: ChatRenderer | None, tokenizer, len
         # The prompt's ids are those of the conversations, so that prompt and answer together are exactly their tokens.
         parts = (full_chosen[:answer], full_chosen[answer:], full_rejected[answer:])
         cut = truncate(*parts, *lengths, tokenizer.bos_token_id)
-        thoughtless = _count_thoughts(outcome.counts, pairs[position], texts[3 * k : 3 * k + 3])
+        thoughtless = _count_lost(outcome.counts, pairs[position], texts[3 * k : 3 * k + 3], chat)
         for name, before, after in zip(PARTS, parts, cut, strict=True):
             outcome.counts[f"truncated_{name}"] += len(after) < len(before)
         # Equal answers have a loss without gradient; an empty prompt leaves the first answer token without a context.
@@ -282,22 +282,27 @@ def _tokenise_batch(pairs: list[Pair], chat: ChatRenderer | None, tokenizer, len
     return columns, outcome
 
 
-def _count_thoughts(counts: Counter, pair: Pair, texts: list[str]) -> bool:
-    """Count the thoughts that the template removes; whether it removes those of an answer.
+def _count_lost(counts: Counter, pair: Pair, texts: list[str], chat: ChatRenderer | None) -> bool:
+    """Count what the chat template removes from a pair; whether it removes thoughts of an answer.
 
     Args:
         texts: the rendered prompt, prompt with chosen answer, prompt with rejected answer.
     """
     if pair.messages is None:
         return False
-    counts["prompts_without_thoughts"] += any(strips_thoughts(turn, texts[0]) for turn in pair.messages)
-    lost = []
+    in_prompt = {part for turn in pair.messages for part in lost_parts(turn, texts[0])}
+    counts.update(f"prompts_without_{part}" for part in in_prompt)
+    if len(pair.messages[0]) > 2:
+        template = str(chat.tokenizer.chat_template)
+        counts.update(f"prompts_without_{part}" for part in lost_options(pair.messages, texts[0], template))
+    thoughtless = False
     for side, text, keys, rendered in zip(
         ("chosen", "rejected"), (pair.chosen, pair.rejected), pair.keys, texts[1:], strict=True
     ):
-        lost.append(strips_thoughts({"content": text, **keys}, rendered))
-        counts[f"{side}_without_thoughts"] += lost[-1]
-    return any(lost)
+        lost = lost_parts({"content": text, **keys}, rendered)
+        counts.update(f"{side}_without_{part}" for part in lost)
+        thoughtless = thoughtless or "thoughts" in lost
+    return thoughtless
 
 
 def _reason(parts: tuple, cut: tuple, thoughtless: bool) -> str:

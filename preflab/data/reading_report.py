@@ -17,6 +17,17 @@ def unused_line(unused: dict) -> list[str]:
     return [f"  unused    columns (rows): {', '.join(names[:NAMED])}{further}"]
 
 
+def removed_line(counts: dict) -> list[str]:
+    """What rows hold and the chat template leaves out."""
+    lost = []
+    for key, count in sorted(counts.items()):
+        owner, _, part = key.partition("_without_")
+        if part and count:
+            of = {"chosen": "chosen answers", "rejected": "rejected answers"}.get(owner, owner)
+            lost.append(f"{part.replace('_', ' ')} of {count} {of}")
+    return [f"  removed   by the chat template: {', '.join(lost)}"] if lost else []
+
+
 def pair_lines(train: dict, counts: dict) -> list[str]:
     """Lines about the rows of a run on pairs.
 
@@ -24,19 +35,9 @@ def pair_lines(train: dict, counts: dict) -> list[str]:
         train: the summary of the train split.
         counts: counts of `preferences.tokenize`.
     """
-    lost = [
-        f"{counts[key]} {name}"
-        for key, name in (
-            ("chosen_without_thoughts", "chosen answers"),
-            ("rejected_without_thoughts", "rejected answers"),
-            ("prompts_without_thoughts", "prompts"),
-        )
-        if counts.get(key)
-    ]
-    thoughts = [f"  thoughts  the chat template removes them from {', '.join(lost)}"] if lost else []
     return [
         f"  prompts   {prompt_format.sentence(Counter(train['prompts']))}",
-        *thoughts,
+        *removed_line(counts),
         *unused_line(train["unused"]),
         *_bad_rows_line(train),
     ]
@@ -59,9 +60,7 @@ def conversation_lines(train: dict, counts: dict, share: float) -> list[str]:
         f"  answers   {trained} of {all_answers} trained on, {share:.1%} of all tokens"
         + (f" ({'; '.join(reasons)})" if reasons else "")
     ]
-    if counts.get("answers_without_thoughts"):
-        lost = counts["answers_without_thoughts"]
-        lines.append(f"  thoughts  the chat template removes them from {lost} of {all_answers} answers")
+    lines += removed_line(counts)
     if counts.get("training_template"):
         lines.append("  template  TRL's training version of this chat template, which renders every turn as generated")
     return [*lines, *unused_line(train["unused"]), *_bad_rows_line(train)]

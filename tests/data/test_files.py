@@ -110,3 +110,20 @@ def test_csv_trains_and_unknown_columns_get_the_flag(train, tiny, tmp_path):
     assert_one_line(err, "mine.csv line 2", "aufgabe, gut, schlecht", "--columns prompt=A chosen=B rejected=C")
     code, out, err = train(*args, "--columns", "prompt=aufgabe", "chosen=gut", "rejected=schlecht")
     assert code == 0 and "8 train pairs" in out, err
+
+
+def test_run_on_mapped_csv_files_is_evaluated_as_it_was_trained(call, train, tiny, tmp_path):
+    """The stored names of the columns and the stored wrapping of text prompts reach the evaluation."""
+    header, text = "Aufgabe,gut,schlecht\n", "Name river {0}.,River {0} is long.,Stone {0}.\n"
+    (tmp_path / "data").mkdir()
+    for split, numbers in (("train", range(8)), ("test", range(10, 14))):
+        (tmp_path / "data" / f"{split}.csv").write_text(header + "".join(text.format(i) for i in numbers))
+    columns = ("--columns", "prompt=Aufgabe", "chosen=gut", "rejected=schlecht")
+    code, _, err = train(*train_args(tiny, tmp_path / "data", tmp_path, *columns))
+    assert code == 0, err
+    run = ("--run_name", "r", "--checkpoints", tmp_path / "ck", "--eval_out", tmp_path / "out")
+    code, _, err = call("eval_win_rate", *run)
+    assert code == 0, err
+    trained = read_json(tmp_path / "out/r/train.json")["metrics"]
+    evaluated = read_json(tmp_path / "out/r/win_rate.json")["metrics"]
+    assert trained["rewards/margins"]["value"] == pytest.approx(evaluated["reward_margin"]["value"], abs=1e-4)

@@ -12,6 +12,7 @@ from preflab.data.conversations import load_conversations
 from preflab.data.conversations import tokenize as tokenize_conversations
 from preflab.data.preferences import load_pairs, tokenize
 from preflab.data.prompts import load_prompts
+from preflab.data.reading_report import removed_line
 from preflab.models.generation import as_plain_text
 from utils.errors import UserError
 
@@ -54,11 +55,27 @@ def test_template_that_renders_thoughts_loses_none(smol_tokenizer, tmp_path):
     rows = [{"prompt": [ASK], "chosen": [thinking("I recall it.")], "rejected": [thinking("No idea.")]}]
     data = read(tmp_path, rows, load_pairs)
     _, counts = tokenize(data, smol_tokenizer, None, None)
-    assert not data.dropped and counts["chosen_without_thoughts"] == 0
+    assert not data.dropped and "chosen_without_thoughts" not in counts
     # SmolLM2's template does not read this key.
     rows = [{"prompt": [ASK], "chosen": [answer("Loire", reasoning_content="Hm.")], "rejected": [answer("Rhine")]}]
     _, counts = tokenize(read(tmp_path, rows, load_pairs), smol_tokenizer, None, None)
     assert counts["chosen_without_thoughts"] == 1
+
+
+def test_parts_that_a_template_leaves_out_are_counted(smol_tokenizer, tmp_path):
+    call = [{"type": "function", "function": {"name": "rivers", "arguments": {}}}]
+    tools = [{"type": "function", "function": {"name": "rivers", "parameters": {"type": "object", "properties": {}}}}]
+    pair = {"prompt": [ASK], "chosen": [answer("Loire", tool_calls=call)], "rejected": [answer("Rhine")],
+            "tools": tools, "chat_template_kwargs": {"enable_thinking": False}}  # fmt: skip
+    _, counts = tokenize(read(tmp_path, [pair], load_pairs), smol_tokenizer, None, None)
+    row = {"messages": [ASK, answer("Loire", tool_calls=call)], "tools": tools}
+    _, of_sft = tokenize_conversations(read(tmp_path, [row], load_conversations), smol_tokenizer, "responses", None)
+    # SmolLM2's template reads neither.
+    (line,) = removed_line(counts)
+    assert line.endswith("tool calls of 1 chosen answers, chat template kwargs of 1 prompts, tools of 1 prompts")
+    assert removed_line(of_sft) == [
+        "  removed   by the chat template: tool calls of 1 answers, tools of 1 conversations"
+    ]
 
 
 def test_answers_that_differ_beyond_the_cut_get_the_hint(smol_tokenizer, tmp_path):
@@ -105,7 +122,7 @@ def test_preflights_say_it(call, r1, tmp_path):
     args = ("--dataset_test_split", "none", "--preflight_only")
     data = write_jsonl(tmp_path / "pairs.jsonl", rows)
     code, out, err = call("dpo_train_human_preference", *train_args(model, data, tmp_path / "dpo", *args))
-    assert code == 0 and "thoughts  the chat template removes them from 4 chosen answers" in out, err
+    assert code == 0 and "removed   by the chat template: thoughts of 4 chosen answers" in out, err
     same = [{**row, "rejected": [thinking("No idea.")]} for row in rows]
     data = write_jsonl(tmp_path / "same.jsonl", same)
     code, _, err = call("dpo_train_human_preference", *train_args(model, data, tmp_path / "same", *args))
