@@ -219,6 +219,12 @@ def special_token_pattern(tokenizer) -> re.Pattern | None:
 CONTROL_TOKENS = re.compile(r"<\|\w+\|>|</?(?:start_of_turn|end_of_turn|bos|eos|pad|s)>|\[/?INST\]|<</?SYS>>")
 
 
+def spells_markers(texts: list[str]) -> bool:
+    """Whether a text of a conversation spells turn markers out: a text that is already rendered, or one about them."""
+    # The substring test is far faster than the pattern, and most texts have neither character.
+    return any(("<" in text or "[" in text) and CONTROL_TOKENS.search(text) is not None for text in texts)
+
+
 def break_up(pattern: re.Pattern, text: str) -> str:
     """Insert a space after the first character of every match of `pattern`."""
     return pattern.sub(lambda m: f"{m[0][0]} {m[0][1:]}", text)

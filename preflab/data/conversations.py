@@ -6,7 +6,14 @@ from functools import partial
 
 import pyarrow as pa
 
-from preflab.data.chat_template import ChatRenderer, TemplateRefused, lost_options, lost_parts, training_template
+from preflab.data.chat_template import (
+    ChatRenderer,
+    TemplateRefused,
+    lost_options,
+    lost_parts,
+    spells_markers,
+    training_template,
+)
 from preflab.data.conversation_rows import Conversation, to_conversation
 from preflab.data.messages import WEIGHT, transcript
 from preflab.data.sources import SourceArguments, marked_as_held_out, read_sources, split_off
@@ -216,6 +223,7 @@ def _count_answers(counts: Counter, turns: list[dict], spans: list, text: str, t
     """Count a conversation's answers: all, those to train on, those excluded by a weight of 0, and what is lost."""
     answers = [turn for turn in turns if turn["role"] == "assistant"]
     counts["answers"] += len(answers)
+    counts["rows_with_markers"] += spells_markers([turn["content"] for turn in turns])
     counts["answers_trained"] += len(spans)
     counts["answers_weight_0"] += sum(turn.get(WEIGHT) == 0 for turn in answers)
     counts.update(f"answers_without_{part}" for turn in answers for part in lost_parts(turn, text))

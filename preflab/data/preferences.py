@@ -7,7 +7,14 @@ from functools import partial
 
 import pyarrow as pa
 
-from preflab.data.chat_template import ChatRenderer, TemplateRefused, lost_options, lost_parts, shared_prefix
+from preflab.data.chat_template import (
+    ChatRenderer,
+    TemplateRefused,
+    lost_options,
+    lost_parts,
+    shared_prefix,
+    spells_markers,
+)
 from preflab.data.messages import check_unicode
 from preflab.data.pair_rows import Pair, to_pair
 from preflab.data.prompt_format import AS_TEXT, FORMATS, PromptFormat
@@ -290,6 +297,8 @@ def _count_lost(counts: Counter, pair: Pair, texts: list[str], chat: ChatRendere
     """
     if pair.messages is None:
         return False
+    texts_of_row = [*(turn["content"] for turn in pair.messages), pair.chosen, pair.rejected]
+    counts["rows_with_markers"] += spells_markers(texts_of_row)
     in_prompt = {part for turn in pair.messages for part in lost_parts(turn, texts[0])}
     counts.update(f"prompts_without_{part}" for part in in_prompt)
     if len(pair.messages[0]) > 2:

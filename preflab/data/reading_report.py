@@ -17,15 +17,21 @@ def unused_line(unused: dict) -> list[str]:
     return [f"  unused    columns (rows): {', '.join(names[:NAMED])}{further}"]
 
 
-def removed_line(counts: dict) -> list[str]:
-    """What rows hold and the chat template leaves out."""
+def template_lines(counts: dict) -> list[str]:
+    """What rows hold and the chat template leaves out, and texts that look rendered already."""
     lost = []
     for key, count in sorted(counts.items()):
         owner, _, part = key.partition("_without_")
         if part and count:
             of = {"chosen": "chosen answers", "rejected": "rejected answers"}.get(owner, owner)
             lost.append(f"{part.replace('_', ' ')} of {count} {of}")
-    return [f"  removed   by the chat template: {', '.join(lost)}"] if lost else []
+    lines = [f"  removed   by the chat template: {', '.join(lost)}"] if lost else []
+    if counts.get("rows_with_markers"):
+        lines.append(
+            f"  markers   {counts['rows_with_markers']} rows spell out turn markers such as <|im_start|> in their text:"
+            " is it already rendered?"
+        )
+    return lines
 
 
 def pair_lines(train: dict, counts: dict) -> list[str]:
@@ -37,7 +43,7 @@ def pair_lines(train: dict, counts: dict) -> list[str]:
     """
     return [
         f"  prompts   {prompt_format.sentence(Counter(train['prompts']))}",
-        *removed_line(counts),
+        *template_lines(counts),
         *unused_line(train["unused"]),
         *_bad_rows_line(train),
     ]
@@ -60,7 +66,7 @@ def conversation_lines(train: dict, counts: dict, share: float) -> list[str]:
         f"  answers   {trained} of {all_answers} trained on, {share:.1%} of all tokens"
         + (f" ({'; '.join(reasons)})" if reasons else "")
     ]
-    lines += removed_line(counts)
+    lines += template_lines(counts)
     if counts.get("training_template"):
         lines.append("  template  TRL's training version of this chat template, which renders every turn as generated")
     return [*lines, *unused_line(train["unused"]), *_bad_rows_line(train)]

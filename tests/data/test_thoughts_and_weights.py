@@ -12,7 +12,7 @@ from preflab.data.conversations import load_conversations
 from preflab.data.conversations import tokenize as tokenize_conversations
 from preflab.data.preferences import load_pairs, tokenize
 from preflab.data.prompts import load_prompts
-from preflab.data.reading_report import removed_line
+from preflab.data.reading_report import template_lines
 from preflab.models.generation import as_plain_text
 from utils.errors import UserError
 
@@ -71,11 +71,21 @@ def test_parts_that_a_template_leaves_out_are_counted(smol_tokenizer, tmp_path):
     row = {"messages": [ASK, answer("Loire", tool_calls=call)], "tools": tools}
     _, of_sft = tokenize_conversations(read(tmp_path, [row], load_conversations), smol_tokenizer, "responses", None)
     # SmolLM2's template reads neither.
-    (line,) = removed_line(counts)
+    (line,) = template_lines(counts)
     assert line.endswith("tool calls of 1 chosen answers, chat template kwargs of 1 prompts, tools of 1 prompts")
-    assert removed_line(of_sft) == [
+    assert template_lines(of_sft) == [
         "  removed   by the chat template: tool calls of 1 answers, tools of 1 conversations"
     ]
+
+
+def test_texts_that_are_already_rendered_are_counted(smol_tokenizer, tmp_path):
+    rendered = "<|im_start|>user\nName a river.<|im_end|>\n<|im_start|>assistant\n"
+    rows = [{"prompt": rendered, "completion": "Loire<|im_end|>"}, {"prompt": "a < b [c]?", "completion": "<p>No</p>"}]
+    _, counts = tokenize_conversations(read(tmp_path, rows, load_conversations), smol_tokenizer, "responses", None)
+    assert counts["rows_with_markers"] == 1 and "is it already rendered?" in template_lines(counts)[-1]
+    rows = [{"prompt": [ASK], "chosen": [answer("Loire")], "rejected": [answer("</s> Rhine")]}]
+    _, counts = tokenize(read(tmp_path, rows, load_pairs), smol_tokenizer, None, None)
+    assert counts["rows_with_markers"] == 1
 
 
 def test_answers_that_differ_beyond_the_cut_get_the_hint(smol_tokenizer, tmp_path):
