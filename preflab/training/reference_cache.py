@@ -20,8 +20,8 @@ from utils.progress import progress
 from utils.stage import print_main
 
 PARTS = ("prompt_ids", "chosen_ids", "rejected_ids")
-# Cached pairs per split that are computed again before the cache is used.
-CHECKED = 4
+# Cached pairs per split that are computed again before the cache is used: one of so many, and at most so many.
+ONE_OF, CHECKED = 20, 4
 # Tokens per forward.
 CPU_TOKENS, GPU_TOKENS = 4096, 32768
 # Pairs between two lookups, so that the rows of large batches are sorted by length among those of a few steps only.
@@ -138,10 +138,11 @@ class ReferenceCache:
     def _check(self, dataset, keys: dict[int, str]) -> None:
         """Raise UserError where cached figures differ from what the reference gives now, on a few pairs."""
         cached = [i for i, key in keys.items() if key in self.known]
-        # Spread over the rows.
-        sample = cached[:: max(1, len(cached) // CHECKED)][:CHECKED]
-        if not sample:
+        if not cached:
             return
+        count = min(CHECKED, -(-len(cached) // ONE_OF))
+        # Spread over the rows.
+        sample = cached[:: len(cached) // count][:count]
         # In nats: sums of log-probabilities are compared here, without beta.
         tolerance = STEP0_TOLERANCE["float32" if self.trainer.args.precision == "fp32" else "16-bit"]
         for i, now in zip(sample, self.trainer.reference_logps(dataset, sample), strict=True):
