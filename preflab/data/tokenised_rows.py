@@ -75,13 +75,13 @@ def tokenise(
         identity: everything beside the items' content that the ids depend on.
         desc: what is tokenised, for the progress.
     """
-    if len(items) < SMALLEST:
+    root = user_cache() / "tokenised"
+    if len(items) < SMALLEST or not _is_writable(root):
         outcome = Outcome()
         tables = list(_tables(items, of_batch, schema, outcome, desc))
         return Dataset(pa.concat_tables(tables) if tables else schema.empty_table()), outcome
     key = _content_key(items, [*identity, str(schema)])
-    folder = user_cache() / "tokenised" / key
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder = root / key
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
             _write(folder, items, of_batch, schema, desc)
@@ -91,6 +91,15 @@ def tokenise(
     stored = read_json(folder / "outcome.json")
     outcome = Outcome(stored["usable"], Counter(stored["dropped"]), Counter(stored["counts"]), stored["refusal"])
     return Dataset.from_file(str(folder / "rows.arrow")), outcome
+
+
+def _is_writable(root: Path) -> bool:
+    """Whether entries can be written to `root`, which is made. Without a cache, every run tokenises."""
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(root, os.W_OK)
 
 
 def _tables(items: list, of_batch, schema: pa.Schema, outcome: Outcome, desc: str):
@@ -134,7 +143,7 @@ def _content_key(items: list, identity: list[str]) -> str:
     for item in items:
         # Lone surrogates can be in keys that are not rendered; they have no UTF-8.
         content = {name: value for name, value in vars(item).items() if name != "source"}
-        digest.update(json.dumps(content, sort_keys=True).encode() + b"\n")
+        digest.update(json.dumps(content, sort_keys=True, default=str).encode() + b"\n")
     return digest.hexdigest()[:32]
 
 

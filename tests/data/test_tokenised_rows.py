@@ -106,6 +106,14 @@ def test_concurrent_and_interrupted(cache, smol_tokenizer, tmp_path, monkeypatch
     assert len(written) == 1 and all(rows_of(r) == rows_of(results[0]) for r in results)
 
 
+def test_without_a_writable_cache(cache, smol_tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(tokenised_rows, "SMALLEST", 0)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("PREFERENCELAB_CACHE", str(tmp_path / "file"))
+    ids, _ = preferences.tokenize(pairs_of(write_jsonl(tmp_path / "x.jsonl", make_pairs(3))), smol_tokenizer, 64, 32)
+    assert len(ids) == 3
+
+
 def test_oldest_entries_are_deleted(cache, smol_tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(tokenised_rows, "SMALLEST", 0)
     monkeypatch.setattr(tokenised_rows, "ENTRIES", 2)
