@@ -6,9 +6,10 @@
         --dataset_name my_pairs.jsonl
 
 The adapter is merged into the base's full-precision weights, even if it was trained on a quantised
-base. The folder is written, loaded again, and its log-probabilities of the held-out pairs are
-compared with the adapter's. It gets its name only if they differ by no more than rounding explains.
-Writes merge.json and merge_rows.jsonl to eval_out/<run_name>/, and a model card into the folder.
+base. The folder is written, loaded again, and its log-probabilities of the held-out pairs (of the
+shipped ones, where the run held none out) are compared with the adapter's. It gets its name only if
+they differ by no more than rounding explains. Writes merge.json and merge_rows.jsonl to
+eval_out/<run_name>/, and a model card into the folder.
 
 The keys that matter (flags and YAML keys are the same, the command line wins; [x] is the default;
 --help_all lists every key, --help_all WORD those about WORD):
@@ -43,8 +44,8 @@ def main():
 
     # Heavy imports only now: --help is answered before torch is imported.
     from preflab.evaluation import merge_check
-    from preflab.evaluation.comparison import resolve
-    from preflab.evaluation.held_out import held_out_pairs
+    from preflab.evaluation.comparison import has_held_out, resolve
+    from preflab.evaluation.held_out import SHIPPED_PAIRS, held_out_pairs, shipped_pairs
     from preflab.evaluation.two_models import TwoModels
     from preflab.models.card import merged_card
     from preflab.models.merging import MergedFolder, write_merged
@@ -55,13 +56,20 @@ def main():
     # Models, target folder, and the pairs to compare on.
     if args.base_run:
         raise UserError("--base_run: only one run is merged; name it with --run_name")
+    chooses_pairs = args.dataset_name is not None
     comparison = resolve(args)
     if comparison.adapter is None:
         raise UserError(f"{comparison.tuned} is a complete model, so there is no adapter to merge")
     name = f"{comparison.name}-merged"
     folder = MergedFolder(Path(merge_args.merged_dir or Path(args.checkpoints) / name), args.overwrite)
     models = TwoModels(comparison)
-    data, ids, _ = held_out_pairs(comparison, models.tokenizer)
+    note = None
+    if chooses_pairs or has_held_out(comparison.trained):
+        data, ids, _ = held_out_pairs(comparison, models.tokenizer)
+    else:
+        # Any text shows whether two models are the same.
+        data, ids = shipped_pairs(models.tokenizer, args.max_length, args.max_prompt_length, args.limit)
+        note = f"No held-out pairs are known, so the {len(ids)} pairs are those shipped in {SHIPPED_PAIRS}."
     base, adapter, dtype = comparison.base, comparison.adapter, models.dtype
 
     # Score with the adapter, merge, and score what was written.
@@ -79,7 +87,7 @@ def main():
     # The report becomes part of the card, which names no paths of this machine.
     names = public_name(base, merge_args.base_hub_id), public_name(adapter)
     title = f"{comparison.name}: {names[1].shown} merged into {names[0].shown}, {dtype}"
-    report = merge_check.render(metrics, title, dtype)
+    report = merge_check.render(metrics, title, dtype, note)
     if not merge_check.is_same_model(metrics):
         folder.discard()
         raise UserError(f"{report.verdict} It was deleted; merge with --dtype float32, or check the adapter's weights")

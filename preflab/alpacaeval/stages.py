@@ -88,7 +88,7 @@ def judge_outputs(comparison, args, judge, reference: list[dict], folder: Path) 
     files = {}
     for side in models.sides:
         # The expected origin guards a separate --stage judge against outputs of another model or other sampling.
-        outputs = read_outputs(folder, side, reference, {**models.identity(side), **args.sampling(c.seed)})
+        outputs = read_outputs(folder, side, reference, {**models.answering_identity(side), **args.sampling(c.seed)})
         for current in (judge, *controls):
             started = time.monotonic()
             annotations = annotate(current, reference, outputs, args.order, c.eval_out, c.overwrite)

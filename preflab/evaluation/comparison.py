@@ -15,7 +15,7 @@ from preflab.data.sources import SourceArguments, reading
 from preflab.data.template_date import choose_template_date
 from preflab.evaluation.arguments import ULTRAFEEDBACK, ComparisonArguments
 from preflab.evaluation.runs import HELD_OUT_ROWS, WEIGHTS, checkpoints, is_complete, latest_run
-from preflab.models.loading import default_batch_tokens, hub_name, locate_adapter
+from preflab.models.loading import default_batch_tokens, ensure_changes_weights, hub_name, locate_adapter
 from preflab.models.start_adapter import FROZEN
 from utils.artifacts import (
     all_arguments,
@@ -141,6 +141,8 @@ def resolve(args: ComparisonArguments) -> Comparison:
     # A folder without adapter_config.json holds a fully tuned model.
     adapter = str(folder) if folder and (folder / "adapter_config.json").exists() else None
     tuned = None if adapter else str(folder) if folder else args.tuned_model
+    if adapter:
+        ensure_changes_weights(adapter)
     if args.base_run:
         _put_run_in_place_of_base(args, adapter, folder)
     base = args.base_model or trained.get("model_name_or_path") or (base_of(adapter) if adapter else None)
@@ -337,6 +339,14 @@ def held_out_sources(args: ComparisonArguments, trained: dict) -> tuple[list[dic
         )
     # With another split, these are not the rows that the run held out, so its filters do not apply.
     return [{**source, **({"split": args.split} if args.split else {})} for source in sources], not args.split
+
+
+def has_held_out(trained: dict) -> bool:
+    """Whether the run that trained the model held pairs out."""
+    known = {f.name for f in fields(DataArguments)}
+    arguments = {k: v for k, v in trained.items() if k in known}
+    named = arguments.get("dataset_name") or arguments.get("datasets")
+    return bool(named and DataArguments(**arguments).sources()[1])
 
 
 def was_trained_on(args: ComparisonArguments, trained: dict) -> bool:

@@ -1,10 +1,13 @@
 """The held-out pairs of an evaluation: reading, tokenisation as in training, and length bias."""
 
+from dataclasses import replace
+
 from preflab.data.length_bias import split_bias
 from preflab.data.preferences import PreferenceData, load_pairs, tokenize
 from preflab.data.prompt_format import AS_CHAT, PromptFormat
 from preflab.evaluation.comparison import Comparison, held_out_sources
 from utils.errors import UserError, is_main_process
+from utils.provenance import ROOT
 
 
 def held_out_pairs(comparison: Comparison, tokenizer) -> tuple[PreferenceData, object, dict]:
@@ -37,6 +40,21 @@ def held_out_pairs(comparison: Comparison, tokenizer) -> tuple[PreferenceData, o
         raise UserError(f"{named}: no pair is left; dropped: {dict(data.dropped)}")
     ids, truncation = tokenize(data, tokenizer, args.max_length, args.max_prompt_length, desc="held-out")
     return data, ids, truncation
+
+
+SHIPPED_PAIRS = "data/quickstart_prefs"
+
+
+def shipped_pairs(tokenizer, max_length: int, max_prompt_length: int, limit: int | None) -> tuple:
+    """The test pairs that come with this project, for checks that any text can serve. Returns (pairs, token ids).
+
+    A model without a chat template gets the last user turn as plain text.
+    """
+    source = {"name": str(ROOT / SHIPPED_PAIRS), "split": "test", "config": None, "revision": None}
+    data = load_pairs([source], keep_duplicate_prompts=True, limit=limit)
+    if not tokenizer.chat_template:
+        data.pairs = [replace(pair, messages=None, text=f"{pair.messages[-1]['content']}\n") for pair in data.pairs]
+    return data, tokenize(data, tokenizer, max_length, max_prompt_length, desc="shipped pairs")[0]
 
 
 def left_out(data: PreferenceData, truncation: dict) -> str:

@@ -6,6 +6,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from preflab.models.fast import fused_lora, shared_prompt
 from preflab.models.logprobs import attach_head, pair_batches, token_logps
+from preflab.models.merging import tolerance
 from utils.artifacts import metric
 from utils.progress import progress
 from utils.stage import Report, fits_terminal
@@ -16,10 +17,6 @@ from utils.tables import render as table
 SIDES = ("chosen", "rejected")
 # Pairs per forward pass.
 BATCH = 4
-# A large logit: its rounding error is that of its token's log-probability.
-LOGIT = 32.0
-# Allowed even in float32, whose sums over thousands of products depend on their order.
-FLOOR_NATS = 1e-3
 
 
 def response_logps(model, tokenizer, ids, share_prompts: bool, desc: str) -> np.ndarray:
@@ -44,21 +41,6 @@ def response_logps(model, tokenizer, ids, share_prompts: bool, desc: str) -> np.
             logps[rows] = torch.stack(sums.chunk(2), 1).cpu().numpy()
             bar.update(len(rows))
     return logps
-
-
-def tolerance(logps: np.ndarray, tokens: np.ndarray, dtype: str) -> np.ndarray:
-    """The difference that rounding explains, in nats, shape (pairs, 2).
-
-    Each model rounds the sum once and every token's logit once. The token errors are independent, so they grow with
-    the square root of the number of tokens. 0.001 is added for the order of float32 sums.
-
-    Args:
-        logps, tokens: log-probability and number of tokens of each answer, shape (pairs, 2).
-    """
-    # Unit roundoff: rounding to nearest is off by at most half an epsilon, relatively. The factor 2 below is for the
-    # two models.
-    rounding = torch.finfo(getattr(torch, dtype)).eps / 2
-    return FLOOR_NATS + 2 * rounding * (abs(logps) + LOGIT * tokens**0.5)
 
 
 def metrics_of(adapter: np.ndarray, merged: np.ndarray, ids, dtype: str, seed: int) -> dict:
@@ -118,10 +100,19 @@ def verdict_of(metrics: dict, dtype: str) -> str:
 
 
 @fits_terminal
-def render(metrics: dict, title: str, dtype: str) -> Report:
-    """The table of both models' log-probabilities, with the verdict."""
+def render(metrics: dict, title: str, dtype: str, note: str | None = None) -> Report:
+    """The table of both models' log-probabilities, with the verdict.
+
+    Args:
+        note: where the pairs are from, if they were not held out.
+    """
     lines = [
-        (f"on {metrics['logps_adapter']['n']} held-out pairs", "adapter on base", "merged", "merged - adapter"),
+        (
+            f"on {metrics['logps_adapter']['n']} {'pairs' if note else 'held-out pairs'}",
+            "adapter on base",
+            "merged",
+            "merged - adapter",
+        ),
         (
             "log-prob per answer, nats",
             cell(metrics["logps_adapter"], 1, 2),
@@ -131,4 +122,4 @@ def render(metrics: dict, title: str, dtype: str) -> Report:
         ("same answer preferred, %", "100 by definition", cell(metrics["same_preference"], 100), ""),
     ]
     verdict = verdict_of(metrics, dtype)
-    return Report(f"{table(title, lines)}\n\n{verdict}", verdict)
+    return Report("\n\n".join([table(title, lines), *([note] if note else []), verdict]), verdict)

@@ -1,6 +1,7 @@
 """The two models of a comparison, loaded with one tokenizer."""
 
 import gc
+import sys
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -19,7 +20,7 @@ from preflab.models.loading import (
     tokenizer_home,
 )
 from preflab.models.logprobs import attach_head
-from utils.errors import UserError
+from utils.errors import UserError, is_main_process
 
 # PEFT's name of the LoRA adapter on the base model, if it has one.
 BASE_ADAPTER = "base"
@@ -47,6 +48,10 @@ class TwoModels:
 
     With an adapter there is one set of weights: the base is the tuned model with its adapter disabled.
 
+    Attributes:
+        tokenizer: makes the token ids that both models score.
+        tokenizers: by side, for prompts that the models answer: a complete tuned model has its own chat template.
+
     Raises:
         UserError: the two models have different vocabularies, or a model cannot be read.
     """
@@ -65,14 +70,23 @@ class TwoModels:
         # The adapter's folder first, where it has a tokenizer: it brings the chat template of the training.
         home = tokenizer_home(comparison.base, args.base_revision, comparison.adapter)
         self.tokenizer = load_tokenizer(*home, args.chat_template_path, trust_remote_code=args.trust_remote_code)
+        self.tokenizers = {side: self.tokenizer for side in self.sides}
         if comparison.tuned:
-            self._ensure_same_vocabulary()
+            self.tokenizers["tuned"] = self._tokenizer_of_tuned()
         self._base, self._tuned, self.shares_prompts = None, None, False
 
-    def _ensure_same_vocabulary(self) -> None:
-        """Raise UserError if the two models would read the same token ids as different text."""
+    def _tokenizer_of_tuned(self):
+        """The tokenizer of a complete tuned model, whose template its users would prompt it with.
+
+        Raises:
+            UserError: the two models would read the same token ids as different text.
+        """
+        args = self.comparison.args
         tuned = load_tokenizer(
-            self.comparison.tuned, self.comparison.args.tuned_revision, self.comparison.args.chat_template_path
+            self.comparison.tuned,
+            args.tuned_revision,
+            args.chat_template_path,
+            trust_remote_code=args.trust_remote_code,
         )
         # One tokenizer makes the ids for both models, so every id must mean the same token in both.
         if tuned.get_vocab() != self.tokenizer.get_vocab():
@@ -80,6 +94,13 @@ class TwoModels:
                 f"{self.comparison.tuned} and {self.comparison.base} have different vocabularies: compare models that"
                 " share a tokenizer"
             )
+        if tuned.chat_template != self.tokenizer.chat_template and is_main_process():
+            print(
+                "note: the two models have different chat templates: each answers prompts under its own,"
+                " and log-probabilities are those of one text, under the base's (--chat_template_path sets both)",
+                file=sys.stderr,
+            )
+        return tuned
 
     def load(self) -> "TwoModels":
         """Load the weights once, in eval mode, with log-probability head, fused LoRA and shared prompts attached."""
@@ -164,6 +185,10 @@ class TwoModels:
     def identity(self, side: str) -> dict:
         """What one side's results depend on, known before weights are loaded: names, hashes, precision, template."""
         return self.identity_of(*self.comparison.weights(side), self.tokenizer)
+
+    def answering_identity(self, side: str) -> dict:
+        """What one side's answers depend on: as `identity`, with the template that the side is prompted under."""
+        return self.identity_of(*self.comparison.weights(side), self.tokenizers[side])
 
     def identity_of(self, name: str, revision, adapter: str | None, tokenizer, quantized: bool = True) -> dict:
         """What the results of a model that `load_one` loads depend on. Part of cache keys, so its keys never change."""

@@ -62,8 +62,8 @@ def base_and_tuned(models: TwoModels) -> list[AnsweringModel]:
         answering.append(
             AnsweringModel(
                 side,
-                models.identity(side),
-                models.tokenizer,
+                models.answering_identity(side),
+                models.tokenizers[side],
                 # Bound per side: both sides share one pair of loaded models.
                 lambda side=side: models.load().side(side),
                 base,

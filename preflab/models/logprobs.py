@@ -6,13 +6,19 @@ a CPU, preflab.models.fast.fused_head computes it faster. Rows are padded on the
 outside the response contribute exactly 0, so neither padding nor batch size changes a sum beyond rounding.
 """
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import torch
+from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 from trl.trainer.utils import add_fused_lm_head
 
 from preflab.models.fast import fused_head
+from utils.errors import UserError
 
 
 def attach_head(model) -> None:
@@ -22,7 +28,62 @@ def attach_head(model) -> None:
     # The mark keeps the forward from being wrapped twice.
     if not getattr(base, "_has_logp_head", False):
         add_fused_lm_head(base)
+        apply_adapters_to_head(base)
         base._has_logp_head = True
+
+
+def apply_adapters_to_head(base) -> None:
+    """Make the fused head of a transformers model include adapters on its output layer.
+
+    TRL's fused forward multiplies by `get_output_embeddings().weight`, which is the layer without its LoRA weights, and
+    reads a bias that PEFT's wrapper of trained tokens does not have.
+    """
+    fused = base.forward
+
+    @functools.wraps(fused)
+    def forward(*args, fused_lm_head=False, **kwargs):
+        if not fused_lm_head:
+            return fused(*args, **kwargs)
+        head = base.get_output_embeddings()
+        if isinstance(head, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            # An attribute of the object takes precedence over the method of its class until it is deleted.
+            adapted = adapted_head(head)
+            base.get_output_embeddings = lambda: adapted
+        try:
+            return fused(*args, fused_lm_head=True, **kwargs)
+        finally:
+            base.__dict__.pop("get_output_embeddings", None)
+
+    base.forward = forward
+
+
+def adapted_head(head) -> SimpleNamespace:
+    """Weight (vocab, hidden) and bias of an output layer with its active adapters.
+
+    Raises:
+        UserError: dropout, which would need the layer's input.
+    """
+    if isinstance(head, TrainableTokensWrapper):
+        # The bias is the layer's own; PEFT's wrapper gives access to the weight only.
+        return SimpleNamespace(weight=head.weight, bias=head.token_adapter.get_base_layer().bias)
+    if isinstance(head, AuxiliaryTrainingWrapper):
+        return SimpleNamespace(weight=head.weight, bias=head.bias)
+    layer = head.get_base_layer()
+    if head.disable_adapters or head.merged:
+        return SimpleNamespace(weight=layer.weight, bias=layer.bias)
+    active = [name for name in head.active_adapters if name in getattr(head, "lora_A", {})]
+    if head.training and any(getattr(head.lora_dropout[name], "p", 0) for name in active):
+        raise UserError("--lora_dropout with LoRA on the output layer (lm_head) is not supported: set --lora_dropout 0")
+    if type(head) is LoraLinear and not any(name in head.lora_variant or head.lora_bias[name] for name in active):
+        weight = layer.weight
+        for name in active:
+            # Not in place: the layer's own weight must not change.
+            weight = weight + head.get_delta_weight(name).to(weight.dtype)
+        return SimpleNamespace(weight=weight, bias=layer.bias)
+    # Other adapters (DoRA, a trained bias, ...) are still linear in their input: the unit vectors give the weight.
+    units = torch.eye(layer.weight.shape[1], dtype=layer.weight.dtype, device=layer.weight.device)
+    bias = head(torch.zeros_like(units[:1]))[0]
+    return SimpleNamespace(weight=(head(units) - bias).t(), bias=bias)
 
 
 def without_adapter_shell(model):

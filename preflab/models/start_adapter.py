@@ -12,6 +12,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from accelerate import PartialState
 from filelock import FileLock
 from trl.trainer.utils import use_adapter
 
@@ -24,7 +25,7 @@ from preflab.models.loading import (
     locate_adapter,
     tokenizer_home,
 )
-from preflab.models.merging import MARK, write_merged
+from preflab.models.merging import MARK, ensure_same_model, probe_logps, write_merged
 from utils.artifacts import read_json
 from utils.distributed import on_main_process
 from utils.errors import is_main_process
@@ -130,8 +131,15 @@ def merge_start_adapter(
             if not (folder / MARK).exists():
                 # Not quantised, even if the run quantises its base: the adapter is merged into full-precision weights.
                 options = (start.revision, dtype, attn_implementation, None, start.adapter, trust_remote_code)
-                model = load_model(start.base, *options)
-                write_merged(staging, model, load_tokenizer(*start.tokenizer), start.describe())
+                model, tokenizer = load_model(start.base, *options).eval(), load_tokenizer(*start.tokenizer)
+                precision = str(model.dtype).removeprefix("torch.")
+                before = probe_logps(model, tokenizer)
+                write_merged(staging, model, tokenizer, start.describe())
+                # Frees its memory before the merged model is loaded.
+                del model
+                merged = load_model(str(staging), None, dtype, attn_implementation, None, None, trust_remote_code)
+                after = probe_logps(merged.to(PartialState().device).eval(), tokenizer)
+                ensure_same_model(before, after, staging, precision)
                 os.replace(staging, folder)
 
     on_main_process(write)

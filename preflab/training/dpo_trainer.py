@@ -14,7 +14,7 @@ from trl import DPOTrainer
 from preflab.data.row_fields import WIN_KEYS
 from preflab.models.checks import largest_and_longest
 from preflab.models.fast import fused_head, shared_prompt
-from preflab.models.logprobs import pair_batches, sum_logps
+from preflab.models.logprobs import apply_adapters_to_head, pair_batches, sum_logps, without_adapter_shell
 from preflab.training import losses
 from preflab.training.dpo_report import displacement_text
 from preflab.training.log_keys import PAIR_MEAN, TIES_HALF
@@ -49,6 +49,8 @@ class ResumableDPOTrainer(ResumableMixin, DPOTrainer):
         # Before TRL's __init__, which already runs forwards under --precompute_ref_log_probs.
         fused_head.install()
         super().__init__(*args, **kwargs)
+        if hasattr(self.model, "peft_config"):
+            apply_adapters_to_head(without_adapter_shell(self.model))
         # TRL's collator keeps only the columns that it knows.
         if "sppo" in self.loss_types:
             self.data_collator = WinCollator(self.data_collator)

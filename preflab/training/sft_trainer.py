@@ -6,7 +6,7 @@ from trl import SFTTrainer
 
 from preflab.models.batching import pad_right, token_batches
 from preflab.models.fast import fused_head
-from preflab.models.logprobs import token_logps
+from preflab.models.logprobs import apply_adapters_to_head, token_logps, without_adapter_shell
 from preflab.training.resumable import ResumableMixin
 from utils.artifacts import RowFile
 from utils.cache import ResultCache, cache_key
@@ -24,6 +24,8 @@ class ResumableSFTTrainer(ResumableMixin, SFTTrainer):
         config = kwargs["args"]
         template, config.chat_template_path = config.chat_template_path, None
         super().__init__(*args, **kwargs)
+        if hasattr(self.model, "peft_config"):
+            apply_adapters_to_head(without_adapter_shell(self.model))
         config.chat_template_path = template
         self.set_up(row_log)
 
