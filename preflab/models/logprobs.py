@@ -9,7 +9,7 @@ outside the response contribute exactly 0, so neither padding nor batch size cha
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
@@ -38,23 +38,24 @@ def apply_adapters_to_head(base) -> None:
     TRL's fused forward multiplies by `get_output_embeddings().weight`, which is the layer without its LoRA weights, and
     reads a bias that PEFT's wrapper of trained tokens does not have.
     """
-    fused = base.forward
+    # Bound methods instead of closures over `base`: a deep copy of the model must call its own.
+    base._fused_forward = base.forward
 
-    @functools.wraps(fused)
-    def forward(*args, fused_lm_head=False, **kwargs):
+    @functools.wraps(type(base).forward)
+    def forward(self, *args, fused_lm_head=False, **kwargs):
         if not fused_lm_head:
-            return fused(*args, **kwargs)
-        head = base.get_output_embeddings()
+            return self._fused_forward(*args, **kwargs)
+        head = self.get_output_embeddings()
         if isinstance(head, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
             # An attribute of the object takes precedence over the method of its class until it is deleted.
             adapted = adapted_head(head)
-            base.get_output_embeddings = lambda: adapted
+            self.get_output_embeddings = lambda: adapted
         try:
-            return fused(*args, fused_lm_head=True, **kwargs)
+            return self._fused_forward(*args, fused_lm_head=True, **kwargs)
         finally:
-            base.__dict__.pop("get_output_embeddings", None)
+            self.__dict__.pop("get_output_embeddings", None)
 
-    base.forward = forward
+    base.forward = MethodType(forward, base)
 
 
 def adapted_head(head) -> SimpleNamespace:
