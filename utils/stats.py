@@ -23,16 +23,20 @@ MOST_ROWS_FOR_BCA = 1000
 # ------------------------------------------------------------------------------------------------------------- shares
 
 
-def share(outcomes, seed: int = 42, scale: float = 1) -> dict:
+def share(outcomes, seed: int = 42, scale: float = 1, groups=None) -> dict:
     """Mean of outcomes in [0, 1] (ties: 0.5), or of the paired difference of two such columns, with its interval.
 
     For outcomes 0, 0.5 and 1, the interval inverts Tango's score test (1998) of the difference between wins and losses;
     without ties this is Wilson's interval (1927). It never has zero width and never leaves the range. Other outcomes
     (probabilities, means over votes) have the interval of `bootstrap`, cut to the range.
 
+    With groups, the score interval is that of the effective number of rows: n over the design effect, which is the
+    variance between groups over that of independent rows (Korn & Graubard 1998, for surveys with clusters).
+
     Args:
         outcomes: shape (n,) in [0, 1], or two columns a and b, shape (n, 2), for the mean of a - b.
         scale: 100 for percent.
+        groups: as in `bootstrap`.
 
     Returns:
         A metric: `{value, stderr, ci95, n}`; stderr and ci95 are None for fewer than two rows.
@@ -44,12 +48,17 @@ def share(outcomes, seed: int = 42, scale: float = 1) -> dict:
     value = scale * float((steps if paired else rows).mean()) if n else float("nan")
     if n < 2:
         return metric(value, None, None, n)
-    stderr = float(steps.std(ddof=1)) / math.sqrt(n)
+    values = independent_values(steps, groups)
+    if len(values) < 2:
+        return metric(value, None, None, n)
+    stderr = float(values.std(ddof=1)) / math.sqrt(len(values))
     if np.ptp(steps) > 1e-12 and not np.isin(steps, (-1, -0.5, 0, 0.5, 1)).all():
-        low, high = (min(max(x, -1.0), 1.0) for x in bootstrap(steps, seed)["ci95"])
+        low, high = (min(max(x, -1.0), 1.0) for x in bootstrap(steps, seed, groups=groups)["ci95"])
     else:
         # Half a step counts as half a row: its variance is overstated, and the interval is wider than needed.
-        low, high = score_interval(steps[steps > 0].sum(), -steps[steps < 0].sum(), n)
+        rows_per_win = effective_rows(steps, values) / n
+        wins, losses = steps[steps > 0].sum(), -steps[steps < 0].sum()
+        low, high = score_interval(wins * rows_per_win, losses * rows_per_win, n * rows_per_win)
     # If all rows are equal their own spread is 0; the interval's is not.
     stderr = stderr or (high - low) / 2 / Z95
     if not paired:
@@ -58,7 +67,28 @@ def share(outcomes, seed: int = 42, scale: float = 1) -> dict:
     return metric(value, scale * stderr, (float(scale * low), float(scale * high)), n)
 
 
-def score_interval(wins: float, losses: float, n: int, z: float = Z95) -> tuple[float, float]:
+def effective_rows(rows: np.ndarray, values: np.ndarray) -> float:
+    """How many independent rows would have the variance that the groups' `independent_values` have.
+
+    The number is lowered further for few groups, whose variance is uncertain, by the ratio of Student's quantiles.
+
+    Args:
+        rows: shape (n,).
+        values: shape (groups,).
+    """
+    from scipy.stats import t
+
+    n, count = len(rows), len(values)
+    if count == n:
+        return float(n)
+    independent, between = rows.var(ddof=1) / n, values.var(ddof=1) / count
+    # Without any variance nothing is known about the design: a group then counts as one row.
+    effective = n * independent / between if independent > 0 and between > 0 else count
+    few = (t.ppf(0.975, n - 1) / t.ppf(0.975, count - 1)) ** 2
+    return float(min(n, max(1.0, effective * few)))
+
+
+def score_interval(wins: float, losses: float, n: float, z: float = Z95) -> tuple[float, float]:
     """Tango's score interval (1998) of (wins - losses) / n for n rows, of which n - wins - losses are ties.
 
     Args:
@@ -85,7 +115,9 @@ def score_interval(wins: float, losses: float, n: int, z: float = Z95) -> tuple[
 # -------------------------------------------------------------------------------------------------- means, statistics
 
 
-def bootstrap(values, seed: int = 42, resamples: int = RESAMPLES, statistic=None, bca: bool = True) -> dict:
+def bootstrap(
+    values, seed: int = 42, resamples: int = RESAMPLES, statistic=None, bca: bool = True, groups=None
+) -> dict:
     """Mean of `values` with its standard error and 95% interval.
 
     The interval of a mean is the smallest that holds both Student's and the bootstrap-t interval (Efron & Tibshirani
@@ -96,15 +128,19 @@ def bootstrap(values, seed: int = 42, resamples: int = RESAMPLES, statistic=None
         values: one figure per row, shape (n,), or two paired columns a and b, shape (n, 2), whose mean(a - b) is taken.
         statistic: replaces the mean; a function from resampled rows, shape (n, columns), to a number.
         bca: False for a statistic that is too slow for one more call per row.
+        groups: the group of each row (its prompt), hashable, shape (n,). Rows of one group are not independent: groups
+            are resampled, each with all of its rows (Davison & Hinkley 1997, section 3.8).
 
     Returns:
-        A metric: `{value, stderr, ci95, n}`; stderr and ci95 are None for fewer than two rows.
+        A metric: `{value, stderr, ci95, n}`; stderr and ci95 are None for fewer than two rows or groups.
     """
     if statistic is None:
         rows = np.asarray(values, dtype=np.float64)
         # Paired columns become one column of differences: for a mean this equals resampling the pairs.
-        return _mean(rows[:, 0] - rows[:, 1] if rows.ndim == 2 else rows, seed, resamples)
-    value, result, n = _resampled(values, seed, resamples, statistic)
+        rows = rows[:, 0] - rows[:, 1] if rows.ndim == 2 else rows
+        # An artifact's n counts rows.
+        return _mean(independent_values(rows, groups), seed, resamples) | {"n": len(rows)}
+    value, result, n = _resampled(values, seed, resamples, statistic, groups=groups)
     if result is None:
         return metric(value, None, None, n)
     # A statistic can be NaN on some resamples (a correlation with a column that became constant, for example); its
@@ -113,7 +149,7 @@ def bootstrap(values, seed: int = 42, resamples: int = RESAMPLES, statistic=None
     if not np.isfinite([interval.low, interval.high]).all():
         return metric(value, None, None, n)
     if bca and n <= MOST_ROWS_FOR_BCA:
-        better = _resampled(values, seed, 0, statistic, "BCa", result)[1].confidence_interval
+        better = _resampled(values, seed, 0, statistic, "BCa", result, groups)[1].confidence_interval
         interval = better if np.isfinite([better.low, better.high]).all() else interval
     return metric(value, float(result.standard_error), (float(interval.low), float(interval.high)), n)
 
@@ -164,12 +200,13 @@ def bootstrap_test(values, seed: int = 42, resamples: int = RESAMPLES, statistic
     return float((1 + far.sum()) / (1 + far.size))
 
 
-def _resampled(values, seed: int, resamples: int, statistic, method: str = "percentile", earlier=None):
+def _resampled(values, seed: int, resamples: int, statistic, method="percentile", earlier=None, groups=None):
     """(figure, scipy's bootstrap result or None for fewer than two rows, number of rows).
 
     Args:
         method: percentile or BCa.
         earlier: a result whose resamples are used instead of new ones, with `resamples` 0.
+        groups: as in `bootstrap`.
     """
     from scipy.stats import bootstrap as scipy_bootstrap
 
@@ -187,7 +224,10 @@ def _resampled(values, seed: int, resamples: int, statistic, method: str = "perc
 
     # The figure comes from all rows, not from the mean of the resamples.
     value = float(function(*columns)) if n else float("nan")
-    if n < 2:
+    numbers, count = _group_numbers(groups, n)
+    if count < n:
+        columns, function, vectorized = _grouped(values, statistic, numbers, count)
+    if count < 2:
         return value, None, n
     with np.errstate(invalid="ignore", divide="ignore"), warnings.catch_warnings():
         # If all resamples are equal, scipy warns and the interval has zero width (or is NaN); callers handle both.
@@ -199,6 +239,54 @@ def _resampled(values, seed: int, resamples: int, statistic, method: str = "perc
             rng=np.random.default_rng(seed), batch=256, bootstrap_result=earlier,
         )  # fmt: skip
     return value, result, n
+
+
+def _group_numbers(groups, n: int) -> tuple[np.ndarray, int]:
+    """(number of each row's group, in the order of first occurrence, shape (n,); number of groups)."""
+    if groups is None:
+        return np.arange(n), n
+    order: dict = {}
+    numbers = np.array([order.setdefault(group, len(order)) for group in groups], dtype=int)
+    return numbers, len(order)
+
+
+def independent_values(rows: np.ndarray, groups=None) -> np.ndarray:
+    """One value per group, with the mean of all rows and the spread of a mean over groups; `rows` without groups.
+
+    The value of a group is the overall mean plus its rows' summed deviations, scaled so that equal sizes give the
+    groups' own means: the linearised ratio of the groups' sums and sizes. Shape (groups,).
+    """
+    numbers, count = _group_numbers(groups, len(rows))
+    if count == len(rows):
+        return rows
+    mean = rows.mean()
+    return mean + np.bincount(numbers, rows - mean, count) * count / len(rows)
+
+
+def _grouped(values: np.ndarray, statistic, numbers: np.ndarray, count: int) -> tuple:
+    """(columns, function, vectorized) for a bootstrap of a statistic whose units are groups of rows."""
+    table = values.reshape(len(values), -1)
+    # Sorted by group: group g has the rows starts[g] to starts[g] + sizes[g].
+    table, sizes = table[np.argsort(numbers, kind="stable")], np.bincount(numbers, minlength=count)
+    starts = np.cumsum(sizes) - sizes
+
+    def function(resampled):
+        drawn = resampled.astype(int)
+        ends = np.cumsum(sizes[drawn])
+        # The places of all rows of the drawn groups, one group after the other.
+        return statistic(table[np.arange(ends[-1]) + np.repeat(starts[drawn] - ends + sizes[drawn], sizes[drawn])])
+
+    return (np.arange(count),), function, False
+
+
+def group_means(values, groups=None) -> np.ndarray:
+    """The mean of each group, in the order of first occurrence; `values` where every row is its own group.
+
+    Paired tests assume independent rows: of a prompt with several pairs they see one value.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    numbers, count = _group_numbers(groups, len(values))
+    return values if count == len(values) else np.bincount(numbers, values, count) / np.bincount(numbers)
 
 
 # -------------------------------------------------------------------------------------------------------------- tests
@@ -247,28 +335,41 @@ def pairwise_correct(chosen, rejected) -> np.ndarray:
     return 0.5 * ((chosen > rejected).astype(float) + (chosen >= rejected).astype(float))
 
 
-def sign_test(right) -> float:
-    """Two-sided p-value of the exact sign test that `right` is above 0.5 as often as below; ties (0.5) are dropped."""
+def sign_test(right, groups=None) -> float:
+    """Two-sided p-value of the exact sign test that `right` is above 0.5 as often as below; ties (0.5) are dropped.
+
+    Args:
+        groups: the group of each row; the test is then over the means of the groups.
+    """
     from scipy.stats import binomtest
 
-    right = np.asarray(right, dtype=np.float64)
+    right = group_means(right, groups)
     # Without a decided row there is no evidence against the null: p = 1.
     decided = right[right != 0.5]
     return float(binomtest(int((decided > 0.5).sum()), len(decided), 0.5).pvalue) if len(decided) else 1.0
 
 
-def signed_rank(differences) -> float:
-    """Two-sided p-value of Wilcoxon's signed-rank test that paired differences are symmetric about 0."""
+def signed_rank(differences, groups=None) -> float:
+    """Two-sided p-value of Wilcoxon's signed-rank test that paired differences are symmetric about 0.
+
+    Args:
+        groups: the group of each row; the test is then over the means of the groups.
+    """
     from scipy.stats import wilcoxon
 
-    differences = np.asarray(differences, dtype=np.float64)
+    differences = group_means(differences, groups)
     # scipy drops zero differences and is undefined if none is left.
     return float(wilcoxon(differences).pvalue) if np.any(differences) else 1.0
 
 
-def mcnemar(right_a, right_b) -> float:
-    """Two-sided p-value of the exact McNemar test on paired 1/0 figures; rows where either is a tie are dropped."""
+def mcnemar(right_a, right_b, groups=None) -> float:
+    """Two-sided p-value of the exact McNemar test on paired 1/0 figures; rows where either is a tie are dropped.
+
+    Args:
+        groups: the group of each row; the test is then a sign test on the mean differences of the groups.
+    """
     a, b = np.asarray(right_a, dtype=np.float64), np.asarray(right_b, dtype=np.float64)
     keep = (a != 0.5) & (b != 0.5)
     # The exact test is a sign test on the discordant rows: 1 if only a is right, 0 if only b is, 0.5 if they agree.
-    return sign_test((a[keep] - b[keep] + 1) / 2)
+    left = None if groups is None else [group for group, kept_row in zip(groups, keep, strict=True) if kept_row]
+    return sign_test((a[keep] - b[keep] + 1) / 2, left)

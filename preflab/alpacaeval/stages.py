@@ -132,7 +132,7 @@ def audit_judges(comparison, args, judges: list) -> dict:
     ordered = {judge.name: not getattr(judge, "orders_itself", False) for judge in judges}
     audits = {name: audit(pairs, by_judge, c.seed, ordered[name]) for name, by_judge in verdicts.items()}
     first, labels = judges[0], whose_labels(sources)
-    against = against_longer(verdicts[first.name], verdicts["longer"], c.seed)
+    against = against_longer(verdicts[first.name], verdicts["longer"], c.seed, [pair.prompt_key for pair in pairs])
     return {
         "labels": labels,
         "judge": first.name,

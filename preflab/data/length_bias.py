@@ -11,12 +11,13 @@ def words(text: str) -> int:
     return len(text.split())
 
 
-def length_bias(lengths: list[tuple[int, int]], seed: int = 42) -> dict:
+def length_bias(lengths: list[tuple[int, int]], seed: int = 42, prompts: list[str] | None = None) -> dict:
     """Mean lengths of chosen and rejected answers, their relative difference, and how often each side is longer.
 
     Args:
         lengths: (chosen, rejected) of each pair, in words or in tokens.
         seed: of the bootstrap.
+        prompts: of each pair; pairs of a prompt are resampled together.
 
     Returns:
         `{name: metric}`: relative_difference is (mean chosen - mean rejected) / mean rejected, shares are of pairs, and
@@ -26,16 +27,18 @@ def length_bias(lengths: list[tuple[int, int]], seed: int = 42) -> dict:
     # 1: chosen is longer, 0: rejected is longer, 0.5: equal.
     longer = 0.5 * (np.sign(x[:, 0] - x[:, 1]) + 1)
     return {
-        "mean_chosen": bootstrap(x[:, 0], seed),
-        "mean_rejected": bootstrap(x[:, 1], seed),
+        "mean_chosen": bootstrap(x[:, 0], seed, groups=prompts),
+        "mean_rejected": bootstrap(x[:, 1], seed, groups=prompts),
         # Two columns: the mean of chosen minus rejected, paired by row.
-        "difference": bootstrap(x, seed),
+        "difference": bootstrap(x, seed, groups=prompts),
         # A ratio of means, not a mean of ratios: one very short rejected answer would dominate the latter.
-        "relative_difference": bootstrap(x, seed, statistic=lambda r: r[:, 0].mean() / r[:, 1].mean() - 1),
-        "share_chosen_longer": share(longer == 1, seed),
-        "share_rejected_longer": share(longer == 0, seed),
-        "share_equal": share(longer == 0.5, seed),
-        "p_chosen_longer_is_half": metric(sign_test(longer), n=len(x)),
+        "relative_difference": bootstrap(
+            x, seed, statistic=lambda r: r[:, 0].mean() / r[:, 1].mean() - 1, groups=prompts
+        ),
+        "share_chosen_longer": share(longer == 1, seed, groups=prompts),
+        "share_rejected_longer": share(longer == 0, seed, groups=prompts),
+        "share_equal": share(longer == 0.5, seed, groups=prompts),
+        "p_chosen_longer_is_half": metric(sign_test(longer, prompts), n=len(x)),
     }
 
 
@@ -45,16 +48,17 @@ def split_bias(pairs: list, tokenizer, seed: int = 42) -> dict:
     Tokens are those of the complete answer, without special tokens and without truncation.
 
     Args:
-        pairs: items with `chosen` and `rejected` (preflab.data.preferences.Pair).
+        pairs: items with `chosen`, `rejected` and `prompt_key` (preflab.data.preferences.Pair).
     """
     sides = [[p.chosen for p in pairs], [p.rejected for p in pairs]]
     # Two lists of lengths, chosen and rejected; zip below turns them into one (chosen, rejected) per pair.
     tokens = [[len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]] for texts in sides]
+    prompts = [p.prompt_key for p in pairs]
     return {
         "pairs": len(pairs),
         # Words allow comparison across tokenizers; tokens are what the loss sums over and what `max_length` truncates.
-        "words": length_bias([(words(p.chosen), words(p.rejected)) for p in pairs], seed),
-        "tokens": length_bias(list(zip(*tokens, strict=True)), seed),
+        "words": length_bias([(words(p.chosen), words(p.rejected)) for p in pairs], seed, prompts),
+        "tokens": length_bias(list(zip(*tokens, strict=True)), seed, prompts),
     }
 
 

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from preflab.data.preferences import PreferenceData
 from preflab.data.rows import read_rows
 from preflab.evaluation.held_out import held_out_pairs
 from preflab.evaluation.logprob_scoring import Sequence, score_sequences
+from preflab.evaluation.rewards import number_prompts, prompts_of
 from preflab.evaluation.two_models import TwoModels
 from utils.artifacts import metric
 from utils.errors import UserError
@@ -83,6 +85,7 @@ def score_pairs(models: TwoModels, skip_kl: bool) -> PairScores:
                 row[f"nll_{part}_{side}_difference"] = tuned - base
             row[f"kl_{side}"] = nlls[k]["kl"]
         rows.append(row)
+    number_prompts(rows, data.pairs)
     return PairScores(data, rows, speed, truncation)
 
 
@@ -235,14 +238,17 @@ def cut_documents(documents: list[dict], tokenizer, window: int, stride: int, bo
 def perplexity_metrics(pairs: PairScores, text: TextScores, skip_kl: bool, seed: int) -> tuple[dict, dict]:
     """(metrics, units): the metrics of every section, and the unit that is resampled in `pairs` and `text`."""
     metrics, unit = {}, {}
+    prompts = prompts_of(pairs.rows)
     for part in ("response", "whole") if pairs.rows else ():
         for side in SIDES:
-            metrics |= section_metrics(f"{part}_{side}", pair_units(pairs.rows, part, side), seed)
+            metrics |= section_metrics(
+                f"{part}_{side}", pair_units(pairs.rows, part, side), seed, prompts_of(pairs.rows)
+            )
             unit["pairs"] = "pairs"
     for side in SIDES if pairs.rows and not skip_kl else ():
         # Shape (pairs, 2): KL summed over an answer's tokens (nats), and their number.
         kl = np.array([[row[f"kl_{side}"], row[f"tokens_response_{side}"]] for row in pairs.rows])
-        metrics[f"kl_{side}"] = bootstrap(kl, seed, statistic=ratio_of_sums)
+        metrics[f"kl_{side}"] = bootstrap(kl, seed, statistic=ratio_of_sums, groups=prompts)
     if text.rows:
         units, unit["text"] = text_units(text.rows)
         metrics |= section_metrics("text", units, seed)
@@ -251,13 +257,14 @@ def perplexity_metrics(pairs: PairScores, text: TextScores, skip_kl: bool, seed:
     return metrics, unit
 
 
-def section_metrics(name: str, units: np.ndarray, seed: int) -> dict:
+def section_metrics(name: str, units: np.ndarray, seed: int, groups=None) -> dict:
     """All metrics of one section, for base and tuned.
 
     Args:
         name: response_chosen, response_rejected, whole_chosen, whole_rejected or text; the prefix of each metric.
         units: shape (n, 4), one row per resampled unit: negative log-likelihood under base and under tuned (nats),
             tokens, bytes.
+        groups: the group of each unit (the prompt of a pair), whose units are resampled together.
 
     Returns:
         ppl_* is exp(sum of nll / sum of tokens); ppl_mean_* is the mean over units of exp(nll / tokens), as in
@@ -266,28 +273,29 @@ def section_metrics(name: str, units: np.ndarray, seed: int) -> dict:
     """
     # Each of shape (n,). All statistics use the same seed, so base and tuned share their resamples.
     base, tuned, tokens, size = units.T
+    resampled = partial(bootstrap, groups=groups)
     metrics = {}
     for side, nll in (("base", base), ("tuned", tuned)):
         # Numerator and denominator of a unit are resampled together: a ratio of sums, not a mean of ratios.
         pair = np.stack([nll, tokens], 1)
         # Nats to bits: log 2 nats are one bit.
         bits = np.stack([nll / math.log(2), size], 1)
-        metrics[f"{name}_ppl_{side}"] = bootstrap(pair, seed, statistic=lambda x: math.exp(ratio_of_sums(x)))
-        metrics[f"{name}_ppl_mean_{side}"] = bootstrap(np.exp(nll / tokens), seed)
-        metrics[f"{name}_nll_{side}"] = bootstrap(pair, seed, statistic=ratio_of_sums)
-        metrics[f"{name}_bits_per_byte_{side}"] = bootstrap(bits, seed, statistic=ratio_of_sums)
+        metrics[f"{name}_ppl_{side}"] = resampled(pair, seed, statistic=lambda x: math.exp(ratio_of_sums(x)))
+        metrics[f"{name}_ppl_mean_{side}"] = resampled(np.exp(nll / tokens), seed)
+        metrics[f"{name}_nll_{side}"] = resampled(pair, seed, statistic=ratio_of_sums)
+        metrics[f"{name}_bits_per_byte_{side}"] = resampled(bits, seed, statistic=ratio_of_sums)
     # exp of the difference in nats per token is the ratio of the two perplexities.
     change = np.stack([tuned - base, tokens], 1)
-    metrics[f"{name}_nll_difference"] = bootstrap(change, seed, statistic=ratio_of_sums)
-    metrics[f"{name}_ppl_ratio"] = bootstrap(change, seed, statistic=lambda x: math.exp(ratio_of_sums(x)))
+    metrics[f"{name}_nll_difference"] = resampled(change, seed, statistic=ratio_of_sums)
+    metrics[f"{name}_ppl_ratio"] = resampled(change, seed, statistic=lambda x: math.exp(ratio_of_sums(x)))
     # Columns 0, 1, 2: nll under base, nll under tuned, tokens.
-    metrics[f"{name}_ppl_difference"] = bootstrap(
+    metrics[f"{name}_ppl_difference"] = resampled(
         units[:, :3],
         seed,
         statistic=lambda x: math.exp(ratio_of_sums(x[:, [1, 2]])) - math.exp(ratio_of_sums(x[:, [0, 2]])),
     )
     # Per token, so that a long unit does not outrank others by its length alone.
-    metrics[f"p_{name}_nll_difference"] = metric(signed_rank((tuned - base) / tokens), n=len(units))
+    metrics[f"p_{name}_nll_difference"] = metric(signed_rank((tuned - base) / tokens, groups), n=len(units))
     metrics[f"{name}_tokens"] = metric(int(tokens.sum()), n=len(units))
     metrics[f"{name}_bytes"] = metric(int(size.sum()), n=len(units))
     return metrics

@@ -4,7 +4,7 @@ import numpy as np
 from scipy.optimize import minimize_scalar
 from scipy.special import expit, log_expit
 
-from preflab.evaluation.rewards import reward_metrics
+from preflab.evaluation.rewards import prompts_of, reward_metrics
 from utils.artifacts import metric
 from utils.stats import bootstrap, mcnemar, pairwise_correct, rank_correlation, share, sign_test
 
@@ -41,16 +41,16 @@ def win_rate_metrics(rows: list[dict], beta: float, skipped: dict, seed: int) ->
             for row in rows
         ]
     )
-    correct = pairwise_correct(*normalised.T)
+    correct, prompts = pairwise_correct(*normalised.T), prompts_of(rows)
     return metrics | {
-        "win_rate_length_normalised": share(normalised[:, 0] > normalised[:, 1], seed),
-        "win_rate_length_normalised_ties_half": share(correct, seed),
-        "avg_margin_length_normalised": bootstrap(normalised, seed),
-        "p_win_rate_length_normalised_is_half": metric(sign_test(correct), n=len(rows)),
+        "win_rate_length_normalised": share(normalised[:, 0] > normalised[:, 1], seed, groups=prompts),
+        "win_rate_length_normalised_ties_half": share(correct, seed, groups=prompts),
+        "avg_margin_length_normalised": bootstrap(normalised, seed, groups=prompts),
+        "p_win_rate_length_normalised_is_half": metric(sign_test(correct, prompts), n=len(rows)),
         "evaluated_examples": metric(len(rows), n=len(rows)),
         "skipped_examples": metric(sum(skipped.values())),
         **length_correlations(rows, seed),
-        **calibration_metrics(margins(rows), seed),
+        **calibration_metrics(margins(rows), seed, prompts),
     }
 
 
@@ -62,7 +62,7 @@ def margins(rows: list[dict]) -> np.ndarray:
 # ------------------------------------------------------------------------------------------------------ calibration
 
 
-def calibration_metrics(margin: np.ndarray, seed: int) -> dict:
+def calibration_metrics(margin: np.ndarray, seed: int, groups=None) -> dict:
     """Calibration of sigmoid(margin), the probability that chosen is preferred under Bradley-Terry, DPO's model.
 
     log_loss is mean -log sigmoid(margin), the DPO loss on the data (log 2 = 0.693 at margin 0). brier is the mean of
@@ -70,10 +70,11 @@ def calibration_metrics(margin: np.ndarray, seed: int) -> dict:
 
     Args:
         margin: shape (n,), in beta × nats.
+        groups: the prompt of each pair, whose pairs are resampled together.
     """
     return {
-        "calibration_log_loss": bootstrap(-log_expit(margin), seed),
-        "calibration_brier": bootstrap((1 - expit(margin)) ** 2, seed),
+        "calibration_log_loss": bootstrap(-log_expit(margin), seed, groups=groups),
+        "calibration_brier": bootstrap((1 - expit(margin)) ** 2, seed, groups=groups),
         "calibration_ece": calibration_error(margin),
         "calibration_ece_if_calibrated": calibration_error_if_calibrated(margin, seed),
         "calibration_scale": metric(best_scale(margin), n=len(margin)),
@@ -126,14 +127,14 @@ def best_scale(margin: np.ndarray) -> float:
     return float(fit.x)
 
 
-def calibration_bins(margin: np.ndarray, seed: int) -> list[dict]:
-    """Confidence sigmoid(|margin|) and accuracy in the bins of `bins_of`."""
+def calibration_bins(margin: np.ndarray, seed: int, groups=None) -> list[dict]:
+    """Confidence sigmoid(|margin|) and accuracy in the bins of `bins_of`; `groups`: the prompt of each pair."""
     # The probability of the answer that the reward prefers, from 0.5 to 1, and whether that answer is the chosen one.
     confidence, correct = expit(np.abs(margin)), pairwise_correct(margin, np.zeros(len(margin)))
     return [
         {
             "confidence": float(confidence[part].mean()),
-            "accuracy": share(correct[part], seed),
+            "accuracy": share(correct[part], seed, groups=None if groups is None else [groups[i] for i in part]),
             "n": len(part),
         }
         for part in bins_of(confidence)
@@ -157,10 +158,11 @@ def length_correlations(rows: list[dict], seed: int) -> dict:
         # Shape (2n, 2): (reward, length) of all chosen, then of all rejected answers.
         return rank_correlation(np.concatenate([x[:, :2], x[:, 2:]]))
 
+    prompts = prompts_of(rows)
     difference = np.stack([sides[:, 0] - sides[:, 2], sides[:, 1] - sides[:, 3]], 1)
     return {
-        "margin_length_correlation": bootstrap(difference, seed, statistic=rank_correlation),
-        "reward_length_correlation": bootstrap(sides, seed, statistic=pooled),
+        "margin_length_correlation": bootstrap(difference, seed, statistic=rank_correlation, groups=prompts),
+        "reward_length_correlation": bootstrap(sides, seed, statistic=pooled, groups=prompts),
     }
 
 
@@ -218,16 +220,16 @@ def _quantiles(values, unit: str, among=None, parts: int = 4) -> dict:
 
 def _slice(rows: list[dict], mask, seed: int) -> dict:
     part = [row for row, inside in zip(rows, mask, strict=True) if inside]
-    margin = margins(part)
+    margin, prompts = margins(part), prompts_of(part)
     correct = pairwise_correct(margin, np.zeros(len(part)))
     base = pairwise_correct([r["ref_chosen"] for r in part], [r["ref_rejected"] for r in part])
     return {
         "n": len(part),
-        "win_rate": share(margin > 0, seed),
-        "win_rate_ties_half": share(correct, seed),
-        "avg_margin": bootstrap(margin, seed),
-        "base_ranking": share(base, seed),
+        "win_rate": share(margin > 0, seed, groups=prompts),
+        "win_rate_ties_half": share(correct, seed, groups=prompts),
+        "avg_margin": bootstrap(margin, seed, groups=prompts),
+        "base_ranking": share(base, seed, groups=prompts),
         # Paired: both figures are on the same pairs, so their common difficulty cancels.
-        "win_rate_minus_base_ranking": share(np.stack([correct, base], 1), seed),
-        "p_win_rate_is_base_ranking": mcnemar(correct, base),
+        "win_rate_minus_base_ranking": share(np.stack([correct, base], 1), seed, groups=prompts),
+        "p_win_rate_is_base_ranking": mcnemar(correct, base, prompts),
     }

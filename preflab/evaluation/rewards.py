@@ -48,6 +48,7 @@ def implicit_rewards(models: TwoModels, beta: float) -> PairRewards:
         for i, (chosen, rejected) in enumerate(zip(logps[::2], logps[1::2], strict=True))
     ]
     rows = reward_rows(scores, beta)
+    number_prompts(rows, data.pairs)
     for row, pair, tokens in zip(rows, data.pairs, ids, strict=True):
         row |= {f"tokens_{part}": len(tokens[f"{part}_ids"]) for part in ("prompt", "chosen", "rejected")}
         row |= {"where": pair.source, "score_chosen": pair.score_chosen, "score_rejected": pair.score_rejected}
@@ -64,8 +65,22 @@ def reward_rows(scores: list[dict], beta: float) -> list[dict]:
     return rows
 
 
+def number_prompts(rows: list[dict], pairs: list) -> None:
+    """Give each row the key `prompt`: the number of the first row with the same prompt."""
+    first: dict[str, int] = {}
+    for i, (row, pair) in enumerate(zip(rows, pairs, strict=True)):
+        row["prompt"] = first.setdefault(pair.prompt_key, i)
+
+
+def prompts_of(rows: list[dict]) -> list[int] | None:
+    """The group of each row for resampling, its prompt (`number_prompts`); None for rows without that key."""
+    return [row["prompt"] for row in rows] if all("prompt" in row for row in rows) else None
+
+
 def reward_metrics(rows: list[dict], surface=None, seed: int = 42) -> dict:
-    """Held-out metrics of base and tuned, each with standard error and 95% bootstrap interval over pairs.
+    """Held-out metrics of base and tuned, each with standard error and 95% bootstrap interval over prompts.
+
+    A prompt with several pairs is resampled, and enters the tests, as one unit.
 
     Args:
         rows: from `reward_rows`.
@@ -85,11 +100,13 @@ def reward_metrics(rows: list[dict], surface=None, seed: int = 42) -> dict:
     base = pairwise_correct(columns["ref_chosen"], columns["ref_rejected"])
     tuned = pairwise_correct(columns["chosen"], columns["rejected"])
 
+    groups = prompts_of(rows)
+
     def mean(values):
-        return bootstrap(values, seed)
+        return bootstrap(values, seed, groups=groups)
 
     def rate(values):
-        return share(values, seed)
+        return share(values, seed, groups=groups)
 
     # np.stack([a, b], 1) has shape (pairs, 2): the figure is mean(a - b), with pairs resampled together.
     metrics = {
@@ -104,20 +121,21 @@ def reward_metrics(rows: list[dict], surface=None, seed: int = 42) -> dict:
         "likelihood_ranking_tuned": rate(tuned),
         "likelihood_ranking_difference": rate(np.stack([tuned, base], 1)),
         "reward_accuracy_minus_base_ranking": rate(np.stack([correct, base], 1)),
-        "p_reward_accuracy_is_half": metric(sign_test(correct), n=len(rows)),
-        "p_likelihood_ranking_difference": metric(mcnemar(tuned, base), n=len(rows)),
-        "p_reward_accuracy_is_base_ranking": metric(mcnemar(correct, base), n=len(rows)),
-        "p_reward_margin_is_0": metric(signed_rank(columns["margin"]), n=len(rows)),
+        "p_reward_accuracy_is_half": metric(sign_test(correct, groups), n=len(rows)),
+        "p_likelihood_ranking_difference": metric(mcnemar(tuned, base, groups), n=len(rows)),
+        "p_reward_accuracy_is_base_ranking": metric(mcnemar(correct, base, groups), n=len(rows)),
+        "p_reward_margin_is_0": metric(signed_rank(columns["margin"], groups), n=len(rows)),
     }
     for side in ("chosen", "rejected"):
         metrics[f"logps_{side}_base"] = mean(columns[f"ref_{side}"])
         metrics[f"logps_{side}_tuned"] = mean(columns[side])
         # Below 0 for chosen: likelihood displacement, the chosen answer itself became less likely.
         metrics[f"logps_{side}_difference"] = mean(np.stack([columns[side], columns[f"ref_{side}"]], 1))
-        metrics[f"p_logps_{side}_difference"] = metric(signed_rank(columns[side] - columns[f"ref_{side}"]), n=len(rows))
+        p = signed_rank(columns[side] - columns[f"ref_{side}"], groups)
+        metrics[f"p_logps_{side}_difference"] = metric(p, n=len(rows))
     if surface is not None:
         surface_correct = pairwise_correct(surface, zero)
         metrics["surface_classifier_accuracy"] = rate(surface_correct)
         metrics["reward_accuracy_minus_surface"] = rate(np.stack([correct, surface_correct], 1))
-        metrics["p_reward_accuracy_is_surface"] = metric(mcnemar(correct, surface_correct), n=len(rows))
+        metrics["p_reward_accuracy_is_surface"] = metric(mcnemar(correct, surface_correct, groups), n=len(rows))
     return metrics

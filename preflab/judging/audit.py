@@ -92,9 +92,14 @@ def audit(pairs: list[Pair], verdicts: list[Verdict], seed: int, ordered: bool =
     lists = np.array([[markdown_counts(p.chosen)[1], markdown_counts(p.rejected)[1]] for p in pairs], float)
     difference = lengths[:, 0] - lengths[:, 1]
 
+    # Several labelled pairs may share a prompt, so prompts are resampled.
+    prompts = np.array([pair.prompt_key for pair in pairs])
+
     def mean(values, selected):
-        values = values[selected & parsed]
-        return share(values, seed) if len(values) else metric(float("nan"), n=0)
+        rows = selected & parsed
+        if not rows.any():
+            return metric(float("nan"), n=0)
+        return share(values[rows], seed, groups=prompts[rows].tolist())
 
     every = np.ones(len(pairs), bool)
     # P(chosen is better), mean of both orders.
@@ -115,28 +120,31 @@ def audit(pairs: list[Pair], verdicts: list[Verdict], seed: int, ordered: bool =
         "prefers_longer": mean(np.where(difference > 0, better, 1 - better), np.abs(difference) > LONGER_BY),
         "prefers_lists": mean(np.where(lists[:, 0] > lists[:, 1], better, 1 - better), lists[:, 0] != lists[:, 1]),
         # Per item, not per pair: each order is one question to the judge.
-        "parsed_share": share(~np.isnan(first).ravel(), seed),
+        "parsed_share": share(~np.isnan(first).ravel(), seed, groups=np.repeat(prompts, 2).tolist()),
         "calibration_error": calibration_error(margins),
         "calibration_error_if_calibrated": calibration_error_if_calibrated(margins, seed),
     }
 
 
-def against_longer(judge: list[Verdict], longer: list[Verdict], seed: int) -> dict:
+def against_longer(judge: list[Verdict], longer: list[Verdict], seed: int, prompts: list[str] | None = None) -> dict:
     """Agreement of the judge minus that of `longer`, paired by labelled pair, and its test.
 
     Args:
         judge: the judge's verdicts on the items of `audit_items`.
         longer: those of the length-only baseline.
+        prompts: of each labelled pair; pairs of a prompt are resampled together.
 
     Returns:
         {difference, p}; NaN without a pair that both judged.
     """
     both = np.stack([_agreement(_first_slot(verdicts)) for verdicts in (judge, longer)], 1)
     # Paired: only pairs that both judges decided in both orders.
-    both = both[~np.isnan(both).any(1)]
+    judged = ~np.isnan(both).any(1)
+    both, groups = both[judged], None if prompts is None else np.array(prompts)[judged].tolist()
     if not len(both):
         return {"difference": metric(float("nan"), n=0), "p": metric(float("nan"), n=0)}
-    return {"difference": share(both, seed), "p": metric(signed_rank(both[:, 0] - both[:, 1]), n=len(both))}
+    p = signed_rank(both[:, 0] - both[:, 1], groups)
+    return {"difference": share(both, seed, groups=groups), "p": metric(p, n=len(both))}
 
 
 def passes(comparison: dict) -> bool:

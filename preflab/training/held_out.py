@@ -3,7 +3,7 @@
 import numpy as np
 
 from preflab.evaluation.perplexity import section_metrics
-from preflab.evaluation.rewards import reward_metrics, reward_rows
+from preflab.evaluation.rewards import number_prompts, prompts_of, reward_metrics, reward_rows
 from preflab.evaluation.surface_baseline import bag_of_words_scores
 from preflab.training.run import TrainingRun
 
@@ -21,6 +21,7 @@ def evaluate_pairs(trainer, splits, config) -> tuple[list[dict], dict]:
     trainer.complete_reference()
     scores = trainer.score(trainer.eval_dataset, log=trainer.state.global_step not in logged)
     rows = reward_rows(scores, config.beta)
+    number_prompts(rows, splits.test.pairs)
     for row, pair in zip(rows, splits.test.pairs, strict=True):
         row.update(where=pair.source, score_chosen=pair.score_chosen, score_rejected=pair.score_rejected)
     # The baseline is fitted on the texts of the train pairs and scores those of the test pairs.
@@ -74,6 +75,7 @@ def heldout_rows(data, dataset, base: list[float] | None, tuned: list[float]) ->
                 "nll_tuned": tuned[i],
             }
         )
+    number_prompts(rows, data.conversations)
     return rows
 
 
@@ -87,5 +89,5 @@ def heldout_metrics(rows: list[dict], seed: int = 42) -> dict:
     keys = ("nll_tuned" if tuned_only else "nll_base", "nll_tuned", "tokens", "bytes")
     # Shape (conversations, 4).
     values = np.array([[row[key] for key in keys] for row in rows], float)
-    metrics = section_metrics("heldout", values, seed)
+    metrics = section_metrics("heldout", values, seed, prompts_of(rows))
     return {name: m for name, m in metrics.items() if name.endswith("_tuned")} if tuned_only else metrics

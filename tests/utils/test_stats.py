@@ -215,3 +215,76 @@ def test_direction_needs_interval_and_test(ci95, p, outcome):
     if outcome == 0 and ci95:
         text = undecided(m, p, 0.5, "50%")
         assert ("not significant" in text) == (not p < 0.05) and ("contains 50%" in text) == (p < 0.05)
+
+
+def test_bootstrap_by_group_equals_one_of_group_totals():
+    """Every row three times, as pairs of one prompt: the interval is that of the rows once, not one of more data."""
+    values = np.random.default_rng(0).normal(0.3, 1, 40)
+    once, prompts = bootstrap(values, 1), np.repeat(np.arange(40), 3).tolist()
+    grouped = bootstrap(np.repeat(values, 3), 1, groups=prompts)
+    assert grouped["n"] == 120 and grouped["value"] == pytest.approx(once["value"])
+    assert grouped["ci95"] == pytest.approx(once["ci95"]) and grouped["stderr"] == pytest.approx(once["stderr"])
+    assert bootstrap(np.repeat(values, 3), 1)["stderr"] < 0.7 * once["stderr"]
+    # The same with a statistic, and for rows in any order.
+    order = np.random.default_rng(1).permutation(120)
+    mean = bootstrap(
+        np.repeat(values, 3)[order], 1, statistic=lambda x: float(x.mean()), groups=np.array(prompts)[order]
+    )
+    assert mean["value"] == pytest.approx(once["value"]) and mean["stderr"] == pytest.approx(once["stderr"], rel=0.1)
+
+
+def test_bootstrap_by_group_with_single_rows_is_the_ordinary_one():
+    values = np.random.default_rng(0).normal(size=30)
+    assert bootstrap(values, 1, groups=[f"p{i}" for i in range(30)]) == bootstrap(values, 1)
+
+
+def test_group_bootstrap_matches_theory():
+    """Variance of a mean of unequal groups: sum over groups of (sum - n mean)^2 / rows^2."""
+    rng = np.random.default_rng(2)
+    sizes = rng.integers(1, 6, 200)
+    prompts = np.repeat(np.arange(200), sizes)
+    values = rng.normal(size=200)[prompts] + rng.normal(size=len(prompts))
+    residuals = np.bincount(prompts, values - values.mean())
+    assert bootstrap(values, 1, groups=prompts.tolist())["stderr"] == pytest.approx(
+        np.sqrt((residuals**2).sum()) / len(values), rel=0.06
+    )
+
+
+def test_paired_tests_by_group():
+    """12 prompts, each three times: the tests see 12 values."""
+    right = np.array([1.0] * 10 + [0.0] * 2)
+    prompts = np.repeat(np.arange(12), 3).tolist()
+    assert sign_test(np.repeat(right, 3), prompts) == sign_test(right)
+    assert mcnemar(np.repeat(right, 3), np.zeros(36), prompts) == mcnemar(right, np.zeros(12))
+    differences = np.random.default_rng(0).normal(0.5, 1, 12)
+    assert signed_rank(np.repeat(differences, 3), prompts) == pytest.approx(signed_rank(differences))
+
+
+@pytest.mark.parametrize(("prompts", "rate", "agreement"), [(24, 0.5, 1.0), (40, 0.8, 0.7), (30, 0.5, 0.0)])
+def test_share_by_group_covers_and_keeps_its_level(prompts, rate, agreement):
+    """Four pairs per prompt; with probability `agreement` all have the outcome of the first."""
+    rng, groups = np.random.default_rng(4), np.repeat(np.arange(prompts), 4).tolist()
+    covered = claimed = naive = 0
+    for _ in range(300):
+        own = rng.random((prompts, 4)) < rate
+        outcomes = np.where(rng.random((prompts, 1)) < agreement, own[:, :1], own).astype(float).ravel()
+        m = share(outcomes, groups=groups)
+        covered += m["ci95"][0] <= rate <= m["ci95"][1]
+        claimed += direction(m, sign_test(outcomes, groups), rate) != 0
+        low, high = share(outcomes)["ci95"]
+        naive += low <= rate <= high
+    assert covered >= 0.92 * 300 and m["n"] == 4 * prompts
+    if rate == 0.5:
+        assert claimed <= 0.07 * 300
+    if agreement == 1:
+        # Without groups, four copies of a row count as four rows.
+        assert naive < 0.85 * 300
+
+
+def test_equal_rows_in_groups_count_once():
+    """Ten of ten, four times each: the interval is Wilson's for ten."""
+    groups = np.repeat(np.arange(10), 4).tolist()
+    wilson = reference.binomtest(10, 10).proportion_ci(method="wilson")
+    low, high = share(np.ones(40), groups=groups)["ci95"]
+    # Slightly wider, because the variance of ten groups is uncertain.
+    assert 0.6 < low < wilson.low and high == pytest.approx(1.0)
