@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From a fresh checkout to a trained and evaluated model, on two CPU cores in under ten minutes after
+# From a fresh checkout to a trained and evaluated model, on two CPU cores in about five minutes after
 # the installation: creates .venv, trains SmolLM2-135M-Instruct with LoRA DPO on the pairs in
 # data/quickstart_prefs, evaluates it on the held-out pairs, prints one table and lists the files it
 # wrote. A second call prints the stored results.

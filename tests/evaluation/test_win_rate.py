@@ -319,7 +319,7 @@ def test_data_without_pairs(call, trained, tmp_path):
     data = write_jsonl(tmp_path / "none.jsonl", [{"instruction": "a", "output": "b"}])
     code, _, err = call("eval_win_rate", *eval_args(trained, tmp_path, "--dataset_name", data))
     assert code == 2
-    assert_one_line(err, "none.jsonl line 1", "'chosen'")
+    assert_one_line(err, "none.jsonl line 1", "--columns", "instruction, output")
 
 
 def without_template(folder, copy):
