@@ -18,7 +18,8 @@ from utils.tables import answer_label, side_by_side
 def read_reference(name: str, limit: int | None = None) -> list[dict]:
     """Instructions with reference answers: `{instruction, output, generator, dataset, category, source}` each.
 
-    Raises UserError for a row without instruction or output, for a duplicate instruction, and for an empty set.
+    Raises UserError for a row without instruction or output, with a system prompt or history, for a duplicate
+    instruction, and for an empty set.
     """
     rows, _ = read_rows(name, "eval")
     reference, source_of = [], {}
@@ -27,6 +28,13 @@ def read_reference(name: str, limit: int | None = None) -> list[dict]:
         for key in ("instruction", "output"):
             if not isinstance(row, dict) or not isinstance(row.get(key), str) or not row[key].strip():
                 raise UserError(f"{source}: no text under {key!r}; a reference row needs instruction and output")
+        for key in ("system", "system_prompt", "history"):
+            # alpaca_eval's files and judge prompts have one text per row, so a judge would not see these turns.
+            if row.get(key):
+                raise UserError(
+                    f"{source}: AlpacaEval has one instruction per row and no place for {key!r}: put it into the"
+                    " instruction, or compare answers with eval_win_rate.py --battle, which uses it"
+                )
         instruction = _with_input(row, source)
         check_unicode([instruction, row["output"]], source)
         # Files are joined by instruction text, so it must identify a row.

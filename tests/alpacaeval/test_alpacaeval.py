@@ -630,6 +630,12 @@ def test_bad_reference_rows_are_named(tmp_path):
         read_reference(str(write_jsonl(tmp_path / "x.jsonl", [row, row])))
     with pytest.raises(UserError, match="line 1.*'output'"):
         read_reference(str(write_jsonl(tmp_path / "y.jsonl", [{"instruction": "q"}])))
+    for key, value in (("system", "Be brief."), ("history", [["Hi", "Hello"]])):
+        with pytest.raises(UserError, match=rf"line 1: .*'{key}'"):
+            read_reference(str(write_jsonl(tmp_path / "z.jsonl", [{"instruction": "q", "output": "a", key: value}])))
+    # Without content they are not used.
+    empty = {"instruction": "q", "output": "a", "system": None, "history": []}
+    assert len(read_reference(str(write_jsonl(tmp_path / "z.jsonl", [empty])))) == 1
 
 
 def test_shipped_prompts_are_varied_and_held_out():

@@ -62,6 +62,34 @@ def test_battle_end_to_end(battle, tiny, tmp_path):
     assert values(again) == values(summary)
 
 
+def test_tuned_model_answers_under_its_own_template(call, tiny, prefs, tmp_path):
+    """Its users prompt a complete model with its own template; greedy answers are those of plain transformers."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder, tokenizer = tmp_path / "tuned", AutoTokenizer.from_pretrained(tiny)
+    model = AutoModelForCausalLM.from_pretrained(tiny)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        model.lm_head.weight += 0.05 * torch.randn_like(model.lm_head.weight)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] }}> {{ m['content'] }}\n{% endfor %}"
+        "{% if add_generation_prompt %}answer> {% endif %}"
+    )
+    model.save_pretrained(folder), tokenizer.save_pretrained(folder)
+    models = ("--base_model", tiny, "--tuned_model", folder, "--dataset_name", prefs, "--eval_out", tmp_path / "out")
+    sizes = ("--dataset_test_split", "test", "--max_new_tokens", 4, "--output_dir", tmp_path / "r")
+    code, _, err = call("eval_win_rate", *models, *sizes, "--battle", "--judge", "longer")
+    assert code == 0, err
+    assert "different chat templates" in err
+    prompts = [json.loads(line)["prompt"] for line in (prefs / "test.jsonl").read_text().splitlines()]
+    for row in RowFile(tmp_path / "r/battle_rows.jsonl").read():
+        turns = [{"role": "user", "content": prompts[row["prompt"]]}]
+        ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        output = model.generate(**ids, max_new_tokens=4, do_sample=False)[0, ids["input_ids"].shape[1] :]
+        assert row["answer_a"]["text"] == tokenizer.decode(output, skip_special_tokens=True)
+
+
 def test_battle_of_three_models(battle, trained, tiny):
     summary, rows, out = battle("--judge", "longer", "--models", f"early={trained / 'ck/r/checkpoint-2'}")
     assert {(r["a"], r["b"]) for r in rows} == {("tuned", "base"), ("early", "base"), ("early", "tuned")}
