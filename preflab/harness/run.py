@@ -19,7 +19,7 @@ The keys that matter (flags and YAML keys are the same, the command line wins; [
            --base-run NAME (a run in the base's place)   --list (all runs with state and figures)
            --dtype float32|bfloat16|float16 (default: as trained)   --attn-implementation NAME
   tasks    --suite quick|seed|zeroshot|openllm_v1|openllm_v2|nous|eq_bench|generated|FILE.yaml
-           (default: quick)   --tasks a,b   --num-fewshot N   --limit N or a share below 1 (per task)
+           (default: quick)   --tasks a,b   --num-fewshot N   --limit N or a share, per task
            --apply-chat-template (--no-apply-chat-template)   --skip-missing
   run      --backend hf|vllm [hf]   --batch-size N|auto [auto]   --processes N (GPUs, data parallel)
            --tensor-parallel N (vLLM)   --max-length N   --seed N [1234]   --output-dir DIR

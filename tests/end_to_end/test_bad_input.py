@@ -35,7 +35,7 @@ CASES = {
         (("--loss_on", "everythin"), ("--loss_on",)),
         (("--start_adapter", "x"), ("--start_adapter_use", "merge", "continue")),
         (("--packing", "true", "--packing_strategy", "wrapped"), ("--packing_strategy wrapped", "bfd")),
-        (("--dataset_test_split", "test"), ("'test'",)),
+        (("--dataset_test_split", "test"), ("--test_rows", "--dataset_test_split test")),
         (("--chat_template_path", "nowhere.jinja"), ("nowhere.jinja",)),
         (("--published", "nowhere.yaml"), ("nowhere.yaml",)),
     ],

@@ -5,7 +5,7 @@ import re
 
 import pytest
 import yaml
-from conftest import ROOT, assert_one_line, command, eval_args, write_jsonl
+from conftest import ROOT, assert_one_line, eval_args, write_jsonl
 
 from utils.artifacts import RowFile, read_json
 from utils.cli import parse
@@ -177,9 +177,9 @@ def test_refused_prompts_are_counted(call, tiny_gemma2, tmp_path):
     assert re.search(r"refused.*template.*\b1\b", out)
 
 
-def test_error_without_weights_names_quickstart(tmp_path):
+def test_error_without_weights_names_quickstart(call, tmp_path):
     """A fresh clone has no weights of the quickstart."""
-    for script in ("eval_win_rate.py", "eval_perplexity.py"):
-        done = command(script, "--checkpoints", tmp_path)
-        assert done.returncode == 2
-        assert_one_line(done.stderr, "bash quickstart.sh")
+    for script in ("eval_win_rate", "eval_perplexity"):
+        code, _, err = call(script, "--checkpoints", tmp_path)
+        assert code == 2
+        assert_one_line(err, "bash quickstart.sh")

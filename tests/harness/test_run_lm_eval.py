@@ -53,7 +53,7 @@ def figures(report: dict) -> dict:
     return {task: {k: v for k, v in row.items() if "," in k} for task, row in report["results"].items()}
 
 
-def test_compare_logged_samples(done, tmp_path):
+def test_compare_logged_samples(done, call, tmp_path):
     """Folders of lm_eval itself, moved elsewhere, give the table of the call that made them."""
     folder, _ = done
     for side in ("base", "tuned"):
@@ -65,13 +65,14 @@ def test_compare_logged_samples(done, tmp_path):
     assert summary["metrics"] == expected["metrics"] and summary["claim"] == expected["claim"]
     assert (tmp_path / "out/tuned-vs-base/lm_eval.md").exists() and max(map(len, result.stdout.splitlines())) <= 100
     # The same folder twice: a table that says so.
-    result = shell("--compare", "base", "base", "--output-dir", "same", cwd=tmp_path)
-    assert result.returncode == 0 and "SAME ANSWERS" in result.stdout, result.stderr[-3000:]
+    base = tmp_path / "base"
+    code, out, err = call("preflab.harness.run", "--compare", base, base, "--output_dir", tmp_path / "same")
+    assert code == 0 and "SAME ANSWERS" in out, err
     for words, bad in (("no such folder", "gone"), ("no results", "empty")):
         (tmp_path / "empty").mkdir(exist_ok=True)
-        result = shell("--compare", "base", bad, cwd=tmp_path)
-        assert result.returncode == 2
-        assert_one_line(result.stderr, "--compare", bad, words)
+        code, _, err = call("preflab.harness.run", "--compare", base, tmp_path / bad)
+        assert code == 2
+        assert_one_line(err, "--compare", bad, words)
 
 
 def test_table_summary_and_figure(done):
@@ -121,16 +122,16 @@ def test_figures_equal_a_direct_call(done, trained, tiny, tmp_path):
     assert figures(results(folder, "tuned")) != figures(results(folder, "base"))
 
 
-def test_second_call_runs_nothing(done, trained):
+def test_second_call_runs_nothing(done, call, trained):
     folder, first = done
     again = shell(*arguments_for(trained, folder.parents[2]))
     assert again.returncode == 0 and again.stderr.count("already finished") == 2, again.stderr
     assert again.stdout == first.stdout
     # Other settings of the same tasks do not overwrite it, also if they are given after the dashes.
     for other in (("--num-fewshot", "1"), ("--", "--gen_kwargs", "max_gen_toks=4")):
-        refused = shell(*arguments_for(trained, folder.parents[2]), *other)
-        assert refused.returncode == 2
-        assert_one_line(refused.stderr, "lm_eval.json", "--output_dir")
+        code, _, err = call("preflab.harness.run", *arguments_for(trained, folder.parents[2]), *other)
+        assert code == 2
+        assert_one_line(err, "lm_eval.json", "--output_dir")
 
 
 @pytest.mark.slow

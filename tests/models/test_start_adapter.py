@@ -128,8 +128,9 @@ def test_continued_adapter_keeps_its_lora_settings(train, trained, tiny, prefs, 
     flags = ("--lora_r", 2, "--lora_target_modules", "q_proj", "--max_steps", 1)
     code, out, err = train(*train_args(tiny, prefs, tmp_path, *start_flags(trained, "continue"), *flags))
     assert code == 0, err
-    note = next(line for line in out.splitlines() if "lora_r 4" in line)
-    assert "2" in note and "lora_target_modules ['q_proj', 'v_proj']" in note and "['q_proj']" in note
+    # The preflight's lines are wrapped.
+    note = " ".join(out.split()).partition("own LoRA settings are kept: ")[2]
+    assert note.startswith("lora_r 4 (requested 2); lora_target_modules ['q_proj', 'v_proj'] (requested ['q_proj'])")
     recorded = read_json(tmp_path / "out/r/train.json")["args"]
     assert (recorded["lora_r"], recorded["lora_target_modules"]) == (4, ["q_proj", "v_proj"])
     assert read_json(tmp_path / "ck/r/adapter_config.json")["r"] == 4

@@ -84,7 +84,8 @@ def script(train, model, data, folder, rows: int, *extra) -> list[dict]:
         *("--learning_rate", str(RATE), "--lr_scheduler_type", "constant", "--warmup_steps", "0", "--beta", str(BETA)),
         *("--weight_decay", "0", "--max_grad_norm", "1.0", "--bf16", "false", "--save_strategy", "no"),
         *("--output_dir", str(folder / "ck"), "--eval_out", str(folder / "out"), "--run_name", "r", "--disable_tqdm"),
-        *("--keep_duplicate_prompts", "--sample_prompts", "0", *extra),
+        # Eight rows in full training learn nothing at the rates of the recipes.
+        *("--keep_duplicate_prompts", "--sample_prompts", "0", "--allow_fatal", *extra),
     )
     assert code == 0, err
     log = [json.loads(line) for line in (folder / "out" / "r" / "train_log.jsonl").read_text().splitlines()]
