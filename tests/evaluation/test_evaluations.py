@@ -78,7 +78,7 @@ def test_tuned_model_answers_under_its_own_template(call, tiny, prefs, tmp_path)
     )
     model.save_pretrained(folder), tokenizer.save_pretrained(folder)
     models = ("--base_model", tiny, "--tuned_model", folder, "--dataset_name", prefs, "--eval_out", tmp_path / "out")
-    sizes = ("--dataset_test_split", "test", "--max_new_tokens", 4, "--output_dir", tmp_path / "r")
+    sizes = ("--split", "test", "--max_new_tokens", 4, "--output_dir", tmp_path / "r")
     code, _, err = call("eval_win_rate", *models, *sizes, "--battle", "--judge", "longer")
     assert code == 0, err
     assert "different chat templates" in err
