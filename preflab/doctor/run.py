@@ -51,6 +51,10 @@ def findings(args: argparse.Namespace) -> Iterable[Finding]:
     if not installed:
         yield from checks.check_disk(folders, {})
         return
+    # It imports transformers, like the checks below.
+    from utils.distributed import quiet_libraries
+
+    quiet_libraries()
     yield from checks.check_gpu()
     yield from checks.check_quantisation()
     yield from checks.check_memory()

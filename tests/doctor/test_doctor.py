@@ -149,7 +149,7 @@ def test_complete_report_of_this_machine(tmp_path):
         "python", "packages", "memory", "disk", "recipe",
     }  # fmt: skip
     assert all(len(line) <= 100 for line in lines) and not list(tmp_path.iterdir())
-    assert result.returncode == int("0 problems" not in lines[-1])
+    assert result.returncode == int("0 problems" not in lines[-1]) and result.stderr == ""
 
 
 def test_bad_arguments_and_help():
