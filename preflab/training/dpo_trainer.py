@@ -193,24 +193,23 @@ class ResumableDPOTrainer(ResumableMixin, DPOTrainer):
         budget = self.args.token_budget(self.args.max_length or self.longest)
         return max(1, min(configured * self.args.gradient_accumulation_steps, budget // mean_tokens))
 
-    def time_rows(self, rows: list[int]) -> tuple[float, float]:
-        """Seconds of a training step and of the reference's forward, on rows of the train split.
-
-        The step contains the reference's forward where it is not cached.
-        """
+    def time_forward(self, rows: list[int]) -> float:
+        """Seconds of the reference's forward on rows of the train split."""
         started = time.monotonic()
-        # The values are read on the host, so the kernels are finished.
-        reference = self.reference_logps(self.train_dataset, rows)
-        seconds = time.monotonic() - started
+        # The values are read on the host, so a GPU's kernels are finished.
+        self.reference_logps(self.train_dataset, rows)
+        return time.monotonic() - started
+
+    def time_step(self, rows: list[int]) -> float:
+        """Seconds of a training step; it contains the reference's forward where that is not cached."""
         examples = [self.train_dataset[i] for i in rows]
         if self.uncached_reference_because is not None:
-            return self._time_step(examples), seconds
-        # As during training, where both are columns of the rows.
-        for example, (chosen, rejected) in zip(examples, reference, strict=True):
-            example.update(ref_chosen_logps=chosen, ref_rejected_logps=rejected)
+            return self._time_step(examples)
+        # As during training, where both are columns of the rows; their values do not matter here.
+        examples = [{**example, "ref_chosen_logps": 0.0, "ref_rejected_logps": 0.0} for example in examples]
         self.precompute_ref_logps = True
         try:
-            return self._time_step(examples), seconds
+            return self._time_step(examples)
         finally:
             self.precompute_ref_logps = False
 

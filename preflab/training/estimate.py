@@ -69,16 +69,19 @@ def measure_speed(trainer, tokens: list[int]) -> Speed | None:
     # Equal on every process, since the forwards are collective.
     order = np.random.default_rng(0).permutation(len(tokens)).tolist()
     batches = [order[k : k + size] for k in range(0, len(order), size)][:TIMED_BATCHES]
-    decode, per_token, elapsed = _time_decoding(trainer), [], 0.0
+    decode, steps, elapsed = _time_decoding(trainer), [], 0.0
+    forward = trainer.time_forward(batches[0]) / sum(tokens[i] for i in batches[0])
     for rows in batches:
-        seconds = slowest(trainer, trainer.time_rows(rows))
-        per_token.append([s / sum(tokens[i] for i in rows) for s in seconds])
-        elapsed += sum(seconds)
+        (seconds,) = slowest(trainer, [trainer.time_step(rows)])
+        steps.append(seconds / sum(tokens[i] for i in rows))
+        elapsed += seconds
         if elapsed > MOST_SECONDS:
             break
     # The minimum, because other work on the machine can only slow down a measurement.
-    step, forward = np.min(per_token, axis=0).tolist()
-    return Speed(step, forward, *slowest(trainer, [decode]))
+    step = min(steps)
+    forward, decode = slowest(trainer, [forward, decode])
+    # A backward costs at least as much as its forward, so a slower forward was disturbed.
+    return Speed(step, min(forward, step / 2), decode)
 
 
 def slowest(trainer, seconds: list[float]) -> list[float]:

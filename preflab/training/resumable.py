@@ -82,13 +82,16 @@ class ResumableMixin:
         """Rows that one forward of training computes, given the mean tokens of a row."""
         return self.args.per_device_train_batch_size
 
-    def time_rows(self, rows: list[int]) -> tuple[float, float]:
-        """Seconds of a training step (forward, backward) and of a forward alone, on rows of the train split."""
+    def time_forward(self, rows: list[int]) -> float:
+        """Seconds of a forward without gradients on rows of the train split."""
         started = time.monotonic()
         self.score(self.train_dataset, rows)
         # `score` shares the rows out over the processes.
-        seconds = (time.monotonic() - started) * len(rows) / len(self.share(rows))
-        return self._time_step([self.train_dataset[i] for i in rows]), seconds
+        return (time.monotonic() - started) * len(rows) / len(self.share(rows))
+
+    def time_step(self, rows: list[int]) -> float:
+        """Seconds of a training step (forward, backward) on rows of the train split."""
+        return self._time_step([self.train_dataset[i] for i in rows])
 
     def _time_step(self, examples: list[dict]) -> float:
         """Seconds of a forward and backward. Gradients, random state and TRL's counts are as before afterwards."""
