@@ -100,10 +100,10 @@ def measure(args, data: Path, folder: Path, name: str) -> dict:
         stopped = process.poll() is None
         process.kill()
         process.wait()
-    found = PHASES.search(output.read_text())
-    if found is None or not (stopped or args.tokenise_only):
+    phases = PHASES.search(output.read_text())
+    if phases is None or not (stopped or args.tokenise_only):
         raise UserError(f"{name}: the command failed: {output.read_text().strip().splitlines()[-1:]}")
-    return {"seconds": round(seconds, 1), "peak_gib": round(peak / 2**20, 2), "phases": found[1]}
+    return {"seconds": round(seconds, 1), "peak_gib": round(peak / 2**20, 2), "phases": phases[1]}
 
 
 def peak_of(pid: int) -> int:

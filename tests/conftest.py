@@ -116,7 +116,7 @@ def small_tokenizer():
     """SmolLM2's tokenizer with its first 4096 tokens, so that logits of tiny models cost a twelfth.
 
     Template, special tokens and byte-level BPE are the real ones: ids follow the order of the merges, so the first
-    4096 form a tokenizer of their own.
+    4096 form a separate tokenizer.
     """
     from tokenizers import Tokenizer
 

@@ -43,7 +43,7 @@ def share(outcomes, seed: int = 42, scale: float = 1, groups=None) -> dict:
     """
     rows = np.asarray(outcomes, dtype=np.float64)
     paired, n = rows.ndim == 2, len(rows)
-    # Differences are from -1 to 1 already; an outcome's distance from a tie is doubled, so that both are alike.
+    # Differences are from -1 to 1 already; an outcome's distance from a tie is doubled, so that both have one scale.
     steps = rows[:, 0] - rows[:, 1] if paired else 2 * rows - 1
     value = scale * float((steps if paired else rows).mean()) if n else float("nan")
     if n < 2:

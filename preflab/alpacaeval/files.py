@@ -114,7 +114,7 @@ def write_outputs(folder: Path, name: str, generator: str, reference: list[dict]
         for row, answer in zip(reference, answers, strict=True)
     ]
     write_json(folder / f"model_outputs_{name}.json", rows)
-    # In a file of its own, because alpaca_eval's format has no place for it.
+    # In a separate file, because alpaca_eval's format has no place for it.
     write_json(folder / f"model_outputs_{name}.about.json", {**origin, "outputs_sha256": outputs_hash(rows)})
 
 

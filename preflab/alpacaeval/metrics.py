@@ -10,7 +10,7 @@ from utils.artifacts import metric
 from utils.errors import UserError
 from utils.stats import share, signed_rank
 
-NO_INTERVAL = "on some resamples the package's regression kept all its coefficients at zero"
+NO_INTERVAL = "on some resamples the package's regression left all its coefficients at zero"
 # The judge of AlpacaEval 2's leaderboard.
 LEADERBOARD_JUDGE = "weighted_alpaca_eval_gpt4_turbo"
 

@@ -159,7 +159,7 @@ def why_no_fit(annotations: list[dict]) -> str | None:
 
 
 NOT_FITTED = (
-    "the package's regression kept all its coefficients at zero, which gives 50.0 whatever was judged; judge more"
+    "the package's regression left all its coefficients at zero, which gives 50.0 whatever was judged; judge more"
     " instructions"
 )
 

@@ -171,7 +171,7 @@ def leaderboard(results: dict, rows: dict, sides: dict[str, str] | None = None) 
     """
     m, name, out = results["metrics"], results["lc_name"], io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    # The minimal variant's rate has a column name of its own, so that no tool reads it as AlpacaEval 2's.
+    # The minimal variant's rate has its own column name, so that no tool reads it as AlpacaEval 2's.
     columns = [name if c == "length_controlled_winrate" else c for c in COLUMNS]
     writer.writerow(["", *columns, "judged_by", "source"])
     for side, prefix in (sides or PREFIXES).items():

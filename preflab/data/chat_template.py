@@ -152,7 +152,7 @@ def training_template(tokenizer) -> str | None:
 
 
 def thoughts_of(message: dict) -> list[str]:
-    """The thoughts of a message: inside <think> tags of its content, or under a key of their own."""
+    """The thoughts of a message: inside <think> tags of its content, or under a separate key."""
     thoughts = [message[key] for key in THOUGHT_KEYS if isinstance(message.get(key), str)]
     if "</think>" in message["content"]:
         thoughts += re.findall(r"(?:<think>|^)(.*?)</think>", message["content"], re.DOTALL)

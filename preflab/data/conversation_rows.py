@@ -94,7 +94,7 @@ def to_conversation(row, source: str, unused: Counter | None = None) -> Conversa
     if not isinstance(row, dict):
         raise UserError(f"{source}: expected an object with an instruction, not {type(row).__name__}")
     fields, unused = Fields(row, source), Counter() if unused is None else unused
-    # KTO: an answer that people did not want is no example to learn.
+    # KTO: an answer that people did not want is not an example to learn from.
     if "label" in row and "completion" in row and fields.take("label") is not None and not is_true(row["label"]):
         return "labelled_false"
     ensure_no_pictures(fields)
@@ -149,7 +149,7 @@ def _alpaca(fields: Fields, parsed: Parsed) -> Conversation | str:
     read_prompt(fields, parsed, ())
     turns = [{"role": "user", "content": row["instruction"]}, {"role": "assistant", "content": row["output"]}]
     conversation = _usable(turns, source)
-    # `input` is kept apart from the instruction, because Alpaca's own template renders it in a section of its own.
+    # `input` is kept apart from the instruction, because Alpaca's own template renders it in a separate section.
     if isinstance(conversation, Conversation):
         conversation.input = context.strip()
     return conversation

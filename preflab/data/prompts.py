@@ -144,7 +144,7 @@ def _prompt_messages(row, source: str, unused: Counter | None = None) -> list[di
         raise UserError(row.problem)
     if not isinstance(row, dict):
         raise UserError(f"{source}: expected an object with a prompt, not {type(row).__name__}")
-    # Preference rows have several formats of their own, so they share the parser of the training data.
+    # Preference rows have several formats, so they share the parser of the training data.
     if schema_of(row, PAIRS) and row.get("chosen", "") is not None and row.get("rejected", "") is not None:
         pair = to_pair(row, source, prompt_format=AS_CHAT, unused=unused)
         if isinstance(pair, str):
@@ -257,7 +257,7 @@ def _answer(row: dict):
         if isinstance(row.get("messages"), list) and row["messages"][-1]["role"] == "assistant":
             content = row["messages"][-1]["content"]
             return content.get("answer") if isinstance(content, dict) else content
-    # A nested value of another shape is no known format; the caller reports it with the row.
+    # A nested value of another shape is not a known format; the caller reports it with the row.
     except (TypeError, KeyError, IndexError):
         pass
     return None

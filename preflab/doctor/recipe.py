@@ -129,9 +129,9 @@ def needed_bytes(recipe: dict) -> dict[str, float]:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     # Adapters are trained and saved in float32.
     weight = 4 if recipe.get("use_peft") else DTYPE_BYTES.get(str(recipe.get("dtype")), 4)
-    kept = 0 if recipe.get("save_strategy") == "no" else recipe.get("save_total_limit", 2)
+    limit = 0 if recipe.get("save_strategy") == "no" else recipe.get("save_total_limit", 2)
     # A new checkpoint is complete before the oldest is deleted.
-    checkpoints = (kept + 1 if kept else 0) * trained * (weight + OPTIMIZER_BYTES) + trained * weight
+    checkpoints = (limit + 1 if limit else 0) * trained * (weight + OPTIMIZER_BYTES) + trained * weight
     stored = DTYPE_BYTES.get(str(getattr(config, "dtype", None)).removeprefix("torch."), 2)
     cached = Path(name).exists() or _is_cached(name)
     return {"checkpoints": checkpoints, "models and data sets": 0 if cached else total * stored}

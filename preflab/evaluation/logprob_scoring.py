@@ -168,7 +168,7 @@ def shared_lengths(ids: list[list[int]]) -> list[int] | None:
         return None
     lengths = []
     for a, b in zip(ids[::2], ids[1::2], strict=True):
-        # Each side keeps a token of its own.
+        # Each side keeps its own token.
         most = min(len(a), len(b)) - 1
         # The first position at which the two differ.
         lengths.append(next((n for n in range(most) if a[n] != b[n]), most))

@@ -81,7 +81,7 @@ def latest_run(folder: str | os.PathLike) -> str:
         if ended is None:
             unfinished.append(manifest.parent.name)
         else:
-            # Times of equal seconds are told apart by the file's own.
+            # Of equal seconds, the file's own time decides.
             finished.append((ended, manifest.stat().st_mtime, manifest.parent.name))
     if not finished:
         also = f" ({', '.join(unfinished)}: not finished, the training command continues)" if unfinished else ""
@@ -202,7 +202,7 @@ def _objective(args: dict) -> str:
     """Loss and method of a run's arguments: `DPO sigmoid, QLoRA`."""
     losses = args.get("loss_type") or []
     losses = [losses] if isinstance(losses, str) else losses
-    # Losses with a name of their own beside DPO; only SFT has loss_on.
+    # Losses with another name than DPO; only SFT has loss_on.
     named = {"simpo": "SimPO", "sppo": "SPPO", "sppo_hard": "SPPO hard"}
     loss = "SFT" if "loss_on" in args else " + ".join(named.get(name, f"DPO {name}") for name in losses)
     quantised = "Q" if args.get("load_in_4bit") else "8-bit " if args.get("load_in_8bit") else ""

@@ -136,7 +136,7 @@ def read_side(calls: list[Call]) -> ModelResults:
 def add_results(side: ModelResults, path: Path, shots: int | None, seconds: float) -> None:
     """Add one results file of the harness and the samples of the same run to a model's results."""
     report = read_json(path)
-    # Groups have their aggregated figures in a section of their own.
+    # Groups have their aggregated figures in a separate section.
     side.results |= {**report["results"], **report.get("groups", {})}
     # Entries without subtasks are plain tasks.
     side.subtasks |= {k: v for k, v in report.get("group_subtasks", {}).items() if v}
@@ -225,7 +225,7 @@ def rows(base: ModelResults, tuned: ModelResults, suite: Suite, seed: int) -> li
 
     Returns:
         `{task, alias, depth, top, version, filter, shots, metric, higher, base, tuned, difference, p, test, n, note}`,
-        and `under`, [depth, alias] of the groups above it that have no figure of their own.
+        and `under`, [depth, alias] of the groups above it that have no figure.
         base and tuned are the harness's value and stderr; difference and p are paired over documents. `top` rows are
         those not already covered by a group's figure.
     """
@@ -239,13 +239,13 @@ def rows(base: ModelResults, tuned: ModelResults, suite: Suite, seed: int) -> li
             measure, _, filtered = key.partition(",")
             if filtered and not measure.endswith("_stderr") and isinstance(value, (int, float)):
                 row = _row(base, tuned, name, measure, filtered, depth, seed)
-                # A key of its own only under a group without a figure, which has no row to be the heading.
+                # A separate key only under a group without a figure, which has no row to be the heading.
                 table.append({**row, "top": top, **({"under": [list(each) for each in under]} if under else {})})
         children, has_figure = base.subtasks.get(name, []), len(table) > before
         if children and not has_figure:
             under = (*under, (depth, _alias(base, name)))
         for child in children:
-            # Subtasks are `top` only where the group has no figure of its own, so that no document is tested in its
+            # Subtasks are `top` only where the group has no figure, so that no document is tested in its
             # group and again in its subtask.
             visit(child, depth + 1, top and not has_figure, under)
 

@@ -135,7 +135,7 @@ def published_average_lines(results: SuiteResults) -> list[tuple]:
     for reference in results.references:
         published = published_averages(results.suite, reference)
         if any(value is not None for value in published.values()):
-            # An average has no number of shots of its own, so --num-fewshot makes every published one another setting.
+            # An average has no number of shots, so --num-fewshot makes every published one another setting.
             other = differs(reference, None, None, results.settings) or results.settings["num_fewshot"] is not None
             cells = ["" if value is None else f"{value:.{digits[name]}f}" for name, value in published.items()]
             lines.append((reference["name"], *(f"({c})" if other and c else c for c in cells)))

@@ -190,7 +190,7 @@ def annotator_metrics(rows: list[dict], key: dict, seed: int) -> dict:
     # `a` won on the left or lost on the right: in both cases the left answer won. Ties are left out.
     decided = [{**row, "left": (row["outcome"] == 1) == row["a_is_left"]} for row in judged if row["outcome"] != 0.5]
     annotators = len({row["annotator"] for row in rows})
-    # By display id; a repeat has an id of its own and names the first one in repeat_of.
+    # By display id; a repeat has its own id and names the first one in repeat_of.
     first_votes = {(row["annotator"], row["id"]): row for row in judged}
     repeated = [(first_votes.get((row["annotator"], row["repeat_of"])), row) for row in judged if row["repeat_of"]]
     repeats = [

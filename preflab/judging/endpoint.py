@@ -11,7 +11,7 @@ from preflab.judging.chat_server import ChatServer
 from preflab.judging.judge_prompt import PARSER, Item, JudgePrompt, Verdict, unparsed
 from preflab.judging.replies import starts_with_thought
 
-# Failed connections in a row after which the endpoint counts as down and is not asked again.
+# Failed connections in a row after which the endpoint counts as down and gets no more requests.
 FAILURES_UNTIL_DOWN = 3
 TOP_LOGPROBS = 5
 # Room for the thoughts of a judge that gives no usable log-probability of a label as its first token.

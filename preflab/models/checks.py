@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 from preflab.data.tokenised_rows import largest_id, lengths
 from utils.errors import UserError, is_main_process
 
-# Config keys of the longest context, in the order of preference (GPT-2 and MPT have names of their own).
+# Config keys of the longest context, in the order of preference (GPT-2 and MPT have other names).
 CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 # Kinds of rotary scaling whose factor multiplies the context that the config names; in the others it is included.
 MULTIPLYING = ("linear", "dynamic", "yarn")
@@ -32,7 +32,7 @@ UNLIMITED = 10**9
 def context_length(model) -> int | None:
     """The longest input of a transformers model in tokens, from its config; None if it has no limit.
 
-    A sliding window is no limit: it bounds what a layer sees, not the positions.
+    A sliding window is not a limit: it bounds what a layer sees, not the positions.
     """
     config = model.config.get_text_config()
     length = next((n for n in (getattr(config, key, None) for key in CONTEXT_KEYS) if n), None)

@@ -63,8 +63,8 @@ def header_commands(source: Path) -> list[str]:
     text = source.read_text()
     head = text.split('"""')[1] if source.suffix == ".py" else re.split(r"^[^#\n]", text, maxsplit=1, flags=re.M)[0]
     lines = re.sub(r"\\\n#? +", "", head).splitlines()
-    found = [re.match(r"#? {3,5}((python|bash|accelerate) .*)", line) for line in lines]
-    return [shlex.join(shlex.split(match[1], comments=True)) for match in found if match and "[" not in match[1]]
+    matches = [re.match(r"#? {3,5}((python|bash|accelerate) .*)", line) for line in lines]
+    return [shlex.join(shlex.split(match[1], comments=True)) for match in matches if match and "[" not in match[1]]
 
 
 PATTERNS = ("*.py", "*.sh", "benchmarks/*.py", "configs/**/*.yaml")
@@ -273,7 +273,7 @@ TABLE = re.compile(r"^\|[^\n]*\|\n\|[-| :]+\|\n(?:\|[^\n]*\n)+", re.M)
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
 SOURCE = re.compile(r"<!-- source: (.+) -->\s*\Z")
 # What a table may name as its source: a file that the tests below recompute, a measurement with its commit and command,
-# published figures, data files whose rows are counted below, or definitions (settings, layouts), which are no results.
+# published figures, data files whose rows are counted below, or definitions (settings, layouts), which are not results.
 KINDS = (
     r"example_run/(train|win_rate|perplexity|battle|lm_eval_quick|sppo_trait)\.json",
     r"measured(, since| at) [0-9a-f]{7}: (python|bash) \S+.*",
@@ -290,15 +290,15 @@ def tables_with_numbers(page: Path) -> list[tuple[str, str | None]]:
     text = page.read_text()
     fences = [match for match in FENCE.finditer(text) if not match[1]]
     without_fences = FENCE.sub(lambda match: "." * len(match[0]), text)
-    found = []
+    tables = []
     for match in [*fences, *TABLE.finditer(without_fences)]:
-        # Names of files and models in code or links are no figures.
+        # Names of files and models in code or links are not figures.
         words = re.sub(r"`[^`]*`|\]\([^)]*\)", "", match[0].removeprefix("```").removesuffix("```"))
         numbers = re.findall(r"(?<![\w.-])[+-]?\d[\d,]*(?:\.\d+)?", words)
         if len(numbers) > 1:
             source = SOURCE.search(text[: match.start()])
-            found.append((match[0], source and source[1]))
-    return found
+            tables.append((match[0], source and source[1]))
+    return tables
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
