@@ -170,8 +170,8 @@ def ensure_changes_weights(folder: str | os.PathLike) -> dict:
     """The adapter_config.json of a folder, for an adapter that changes weights (LoRA and its kin, trained tokens).
 
     Raises:
-        UserError: a file that is not an adapter's config, or prompt learning: its virtual tokens in front of every prompt
-            shift positions and caches, which log-probabilities and shared prompts here do not take into account.
+        UserError: a file that is not an adapter's config, or prompt learning: its virtual tokens in front of every
+            prompt shift positions and caches, which log-probabilities and shared prompts do not take into account.
     """
     path = Path(folder) / "adapter_config.json"
     config = read_json(path)
