@@ -79,7 +79,7 @@ def reward_mode(stage, models, args):
     from preflab.evaluation import reward_slices, trainer_metrics, win_rate_report
     from preflab.evaluation.comparison import was_trained_on
     from preflab.evaluation.held_out import left_out, length_bias
-    from preflab.evaluation.rewards import implicit_rewards
+    from preflab.evaluation.rewards import implicit_rewards, prompts_of
 
     comparison, seed = models.comparison, models.comparison.args.seed
     # Read all files first, so that bad input fails before the weights are loaded.
@@ -91,16 +91,16 @@ def reward_mode(stage, models, args):
         return
     metrics = reward_slices.win_rate_metrics(pairs.rows, args.beta, pairs.data.dropped, seed)
     slices = reward_slices.slices(pairs.rows, seed)
-    bins = reward_slices.calibration_bins(reward_slices.margins(pairs.rows), seed)
+    bins = reward_slices.calibration_bins(reward_slices.margins(pairs.rows), seed, prompts_of(pairs.rows))
     expected = trainer_metrics.compare(pairs.rows, logged) if logged else None
     note = left_out(pairs.data, pairs.truncation)
     trained_on = was_trained_on(comparison.args, comparison.trained)
-    heading = f"{comparison.title}, {len(pairs.rows)} held-out pairs"
+    base_run, heading = comparison.args.base_run, f"{comparison.title}, {len(pairs.rows)} held-out pairs"
     stage.publish(
         comparison.path("win_rate", ".json"),
         models.describe(),
         metrics,
-        win_rate_report.render(metrics, slices, bias, expected, comparison.title, note, trained_on),
+        win_rate_report.render(metrics, slices, bias, expected, comparison.title, note, trained_on, base_run),
         run=comparison.run_fields,
         seed=seed,
         rows=pairs.rows,

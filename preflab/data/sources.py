@@ -132,8 +132,8 @@ class SourceArguments:
             # Only the same source: two data sets that share prompts are the subject of `without_overlap`.
             if any(s["split"] == held_out["split"] or Path(s["name"]).is_file() for s in same):
                 raise UserError(
-                    f"{held_out['name']} would be both train and test data: set --test_dataset_name or"
-                    " --dataset_test_split, or pass --dataset_test_split none"
+                    f"{held_out['name']} would be both train and test data: hold rows out with --test_rows N, name"
+                    " others with --test_dataset_name or --dataset_test_split, or pass --dataset_test_split none"
                 )
         return train, test
 

@@ -29,6 +29,7 @@ def render(
     title: str,
     left_out: str,
     trained_on: bool,
+    base_run: str | None = None,
 ) -> Report:
     """The printed tables and the verdict.
 
@@ -38,8 +39,9 @@ def render(
         expected: of `trainer_metrics.compare`, or None without --expected.
         left_out: the line of `held_out.left_out`.
         trained_on: whether the run was trained on these pairs.
+        base_run: the run in the base's place (--base_run), or None.
     """
-    verdict = verdict_of(metrics)
+    verdict = verdict_against_run(metrics, base_run) if base_run else verdict_of(metrics)
     if trained_on:
         verdict = f"NOT HELD OUT: the run was trained on these pairs, so they are no evidence. ({verdict})"
     blocks = [_table(metrics, title), _slices_table(slices), left_out]
@@ -70,6 +72,20 @@ def verdict_of(metrics: dict) -> str:
     if better < 0:
         return f"By its rewards, training hurt: {shown}, above 50% but below {base}."
     return f"Reward accuracy is above 50%, but not above {base}: {shown}."
+
+
+def verdict_against_run(metrics: dict, base_run: str) -> str:
+    """Which way the log-probabilities differ between two trained runs; neither of them is "before training"."""
+    rate = metrics["win_rate_ties_half"]
+    if rate["ci95"] is None:
+        return f"No claim: {rate['n']} held-out pair is too few for an interval."
+    shown = f"the reward win rate against {base_run} is {estimate(rate, 100)}% (95% interval; ties half)"
+    p = metrics["p_win_rate_is_half"]["value"]
+    ahead = direction(rate, p, 0.5)
+    if not ahead:
+        return f"Inconclusive: {shown}, {undecided(rate, p, 0.5, '50%')}."
+    side, bound = ("chosen", "above") if ahead > 0 else ("rejected", "below")
+    return f"Compared with {base_run}, this run favours the {side} answers more: {shown}, {bound} 50%."
 
 
 def _table(m: dict, title: str) -> str:

@@ -34,10 +34,22 @@ def verdict_of(metrics: dict) -> tuple[bool, str]:
     p = metrics["p_reward_accuracy_is_half"]["value"]
     above = direction(accuracy, p, 0.5)
     if above > 0:
-        return True, f"Training helped: {finding}, above 50%."
+        return True, f"Training helped: {finding}, above 50%.{surface_caveat(metrics)}"
     if above < 0:
         return False, f"Training hurt: {finding}, below 50%: the rewards prefer the rejected answers."
     return False, f"Inconclusive: {finding}, {undecided(accuracy, p, 0.5, '50%')}."
+
+
+def surface_caveat(metrics: dict) -> str:
+    """A sentence where the words and lengths of the answers rank the pairs as well as the rewards do, else ""."""
+    difference = metrics.get("reward_accuracy_minus_surface")
+    if difference is None or direction(difference, metrics["p_reward_accuracy_is_surface"]["value"]) > 0:
+        return ""
+    baseline = f"{100 * metrics['surface_classifier_accuracy']['value']:.1f}%"
+    return (
+        f" The bag-of-words and length baseline is not clearly below it ({baseline}), so the gain may come from"
+        " surface features of the answers."
+    )
 
 
 def displacement(metrics: dict) -> str | None:

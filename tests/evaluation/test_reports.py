@@ -1,5 +1,6 @@
 """Texts of both evaluation scripts, rendered from the artifacts of docs/example_run."""
 
+import numpy as np
 import pytest
 from conftest import ROOT
 
@@ -8,6 +9,7 @@ from preflab.evaluation.comparison import ensure_models_differ
 from preflab.evaluation.reward_table import comparison_row, minus_half
 from utils.artifacts import metric, read_json
 from utils.errors import UserError
+from utils.stats import share, sign_test
 from utils.tables import WIDTH
 
 TITLE = "quickstart: checkpoints/quickstart against builtin:smollm2-135m-instruct"
@@ -93,3 +95,13 @@ def test_ensure_models_differ():
     ensure_models_differ(False, "the same answer to all 2 prompts")
     with pytest.raises(UserError, match="the same answer to all 2 prompts: the adapter was not applied"):
         ensure_models_differ(True, "the same answer to all 2 prompts")
+
+
+@pytest.mark.parametrize(
+    ("rate", "words"), [(0.9, "favours the chosen"), (0.1, "favours the rejected"), (0.5, "Incon")]
+)
+def test_verdict_on_two_runs_does_not_speak_of_training(rate, words):
+    outcomes = np.repeat([1.0, 0.0], [int(40 * rate), 40 - int(40 * rate)])
+    metrics = {"win_rate_ties_half": share(outcomes), "p_win_rate_is_half": metric(sign_test(outcomes), n=40)}
+    verdict = win_rate_report.verdict_against_run(metrics, "other")
+    assert words in verdict and "training" not in verdict and "other" in verdict

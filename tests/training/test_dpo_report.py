@@ -30,3 +30,13 @@ def test_displacement_needs_both_intervals_below_zero():
 
     assert "-2.00 nats" in text((-3, -1), (-5, -4))
     assert text((-3, 0.1), (-5, -4)) is None and text((1, 3), (-5, -4)) is None and text((-3, -1), (-1, 2)) is None
+
+
+def test_gain_that_words_and_lengths_explain_is_named():
+    accuracy = {"value": 0.9, "stderr": 0.04, "ci95": [0.8, 0.95], "n": 60}
+    metrics = {"reward_accuracy": accuracy, "p_reward_accuracy_is_half": {"value": 1e-5}}
+    surface = {"surface_classifier_accuracy": {"value": 0.88}}
+    for interval, p, named in (([-0.1, 0.14], 0.7, True), ([0.2, 0.4], 1e-4, False), ([-0.3, -0.1], 1e-3, True)):
+        tested = {"reward_accuracy_minus_surface": {"ci95": interval}, "p_reward_accuracy_is_surface": {"value": p}}
+        assert ("surface features" in verdict_of(metrics | surface | tested)[1]) == named
+    assert "surface" not in verdict_of(metrics)[1]
