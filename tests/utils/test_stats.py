@@ -10,7 +10,9 @@ from utils.stats import (
     bootstrap,
     bootstrap_test,
     direction,
+    effective_rows,
     holm,
+    independent_values,
     mcnemar,
     pairwise_correct,
     ratio_of_sums,
@@ -288,3 +290,22 @@ def test_equal_rows_in_groups_count_once():
     low, high = share(np.ones(40), groups=groups)["ci95"]
     # Slightly wider, because the variance of ten groups is uncertain.
     assert 0.6 < low < wilson.low and high == pytest.approx(1.0)
+
+
+def test_effective_rows_by_hand():
+    """Two groups of two: rows 1, 1, 0, 0 have variance 1/3, so 1/12 for the mean; group means 1, 0 have 1/2 and 1/4.
+
+    The design effect is 3, so 4 rows count as 4/3; times (t(3) / t(1))^2 = (3.18245 / 12.70620)^2, but at least as 1.
+    """
+    rows, groups = np.array([1.0, 1.0, 0.0, 0.0]), ["a", "a", "b", "b"]
+    assert effective_rows(rows, independent_values(rows, groups)) == 1.0
+    # Twenty groups of two equal rows: variances 0.2564 / 40 and 0.2632 / 20, and t(39), t(19) = 2.02269, 2.09302.
+    rows, groups = np.repeat([1.0, 0.0] * 10, 2), np.repeat(np.arange(20), 2).tolist()
+    by_hand = 40 * (0.25 * 40 / 39 / 40) / (0.25 * 20 / 19 / 20) * (2.02269 / 2.09302) ** 2
+    assert effective_rows(rows, independent_values(rows, groups)) == pytest.approx(by_hand, rel=1e-5)
+    # Unequal groups: cluster-robust variance of a ratio, the sum of (sum - size x mean)^2 times G / (G - 1) over n^2.
+    rows, groups = np.array([1.0, 0.0, 1.0, 1.0, 0.0]), ["a", "a", "b", "b", "c"]
+    residuals = np.array([1 - 2 * 0.6, 2 - 2 * 0.6, 0 - 0.6])
+    variance = 3 / 2 * (residuals**2).sum() / 25
+    values = independent_values(rows, groups)
+    assert values.var(ddof=1) / 3 == pytest.approx(variance) and values.mean() == pytest.approx(0.6)
