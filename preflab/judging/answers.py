@@ -10,7 +10,8 @@ from preflab.data.chat_template import ChatRenderer, TemplateRefused
 from preflab.data.prompts import Prompt
 from preflab.evaluation.comparison import base_of, ensure_models_differ
 from preflab.evaluation.two_models import TwoModels
-from preflab.judging.endpoint_answers import PREFIX, EndpointModel
+from preflab.judging.chat_server import PREFIX
+from preflab.judging.endpoint_answers import EndpointModel
 from preflab.models import vllm_engine
 from preflab.models.generation import generate
 from preflab.models.loading import (

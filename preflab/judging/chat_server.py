@@ -1,9 +1,17 @@
 """Chat completions of an OpenAI-compatible server, without the parameters that it refuses."""
 
 import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 
 import openai
 
+from utils.errors import UserError
+
+# What precedes MODEL@BASE_URL in the specification of a model behind a server.
+PREFIX = "openai:"
+# What a reply raises that is not a chat completion: servers differ in what they leave out.
+MALFORMED = (ValueError, TypeError, AttributeError, KeyError, IndexError)
 # A parameter that a server may refuse, and the words of its error message that name it. In this order: `logprobs` is
 # part of the name `top_logprobs`.
 REFUSABLE = {
@@ -38,10 +46,11 @@ class ChatServer:
         )
 
     def reply(self, messages: list[dict], settings: dict):
-        """The server's reply to a conversation. A refused parameter is left out, each at most once per request.
+        """The first choice of the reply to a conversation. A refused parameter is left out, each once per request.
 
         Raises:
             openai.OpenAIError: the request failed for another reason.
+            one of MALFORMED: the reply is not a chat completion, or has no choice.
         """
         given_up = self.given_up
         while True:
@@ -55,7 +64,9 @@ class ChatServer:
                 continue
             # Only now: an error message may name a parameter for another reason, such as a prompt that is too long.
             self.given_up = tuple(dict.fromkeys((*self.given_up, *given_up)))
-            return reply
+            if not getattr(reply, "choices", None):
+                raise IndexError("no choices")
+            return reply.choices[0]
 
     @property
     def note(self) -> str | None:
@@ -87,3 +98,31 @@ def refused(error: openai.APIStatusError, messages: list[dict], settings: dict, 
     present = {*sent, *(["system"] if sent["messages"][0]["role"] == "system" else [])}
     text = str(error).lower()
     return next((k for k, words in REFUSABLE.items() if k in present and any(word in text for word in words)), None)
+
+
+def text_of(choice) -> str:
+    """The text of a choice; content is None in refusals, tool calls and replies that were cut off in a thought."""
+    return (choice.message.content if choice.message else None) or ""
+
+
+def model_and_url(spec: str, place: str) -> tuple[str, str]:
+    """Model and address in openai:MODEL@BASE_URL. Raises UserError, naming `place`, for another specification."""
+    model, at, url = spec.removeprefix(PREFIX).partition("@")
+    if not (model and at and url.startswith(("http://", "https://"))):
+        raise UserError(
+            f"{place}: expected openai:MODEL@BASE_URL, such as openai:gpt-4o@https://host/v1 or"
+            " openai:gemma@http://localhost:8000/v1"
+        )
+    return model, url
+
+
+def in_threads(call: Callable, items: list, workers: int) -> Iterator[tuple[int, object]]:
+    """Yield (index, call(item)) once for every item, as the calls finish. The first error of a call ends it."""
+    with ThreadPoolExecutor(workers) as pool:
+        futures = {pool.submit(call, item): i for i, item in enumerate(items)}
+        try:
+            for done in as_completed(futures):
+                yield futures[done], done.result()
+        # Also after an error or Ctrl-C: requests that have not started are dropped instead of awaited.
+        finally:
+            pool.shutdown(cancel_futures=True)

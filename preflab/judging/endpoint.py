@@ -2,12 +2,11 @@
 
 import math
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
 
 import openai
 
 from preflab.data.chat_template import CONTROL_TOKENS, break_up
-from preflab.judging.chat_server import ChatServer
+from preflab.judging.chat_server import MALFORMED, ChatServer, in_threads, text_of
 from preflab.judging.judge_prompt import PARSER, Item, JudgePrompt, Verdict, unparsed
 from preflab.judging.replies import starts_with_thought
 
@@ -35,14 +34,7 @@ class EndpointJudge:
         return {"judge": self.name, **self.prompt.identity, **parsed}
 
     def judge(self, items: list[Item]) -> Iterator[tuple[int, Verdict]]:
-        with ThreadPoolExecutor(self.options["concurrency"]) as pool:
-            futures = {pool.submit(self._verdict, item): i for i, item in enumerate(items)}
-            try:
-                for done in as_completed(futures):
-                    yield futures[done], done.result()
-            # Also after Ctrl-C: requests that have not started are dropped instead of awaited.
-            finally:
-                pool.shutdown(cancel_futures=True)
+        return in_threads(self._verdict, items, self.options["concurrency"])
 
     def _verdict(self, item: Item) -> Verdict:
         """The verdict on one item. Errors become unparsed verdicts, so that one bad reply does not stop a battle."""
@@ -62,8 +54,7 @@ class EndpointJudge:
                 return unparsed(f"no connection: {error.__cause__ or error}")
             except openai.OpenAIError as error:
                 return unparsed(f"{type(error).__name__}: {str(error).splitlines()[0][:200]}")
-            except (ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
-                # Servers differ in what they leave out of a reply.
+            except MALFORMED as error:
                 verdict = unparsed(f"the reply is not a chat completion ({type(error).__name__})")
             if verdict.first is not None:
                 break
@@ -77,7 +68,7 @@ class EndpointJudge:
             # Temperature 1, so that the server does not rescale the log-probabilities.
             # One token: the label is expected as the first token of the reply.
             settings = {"logprobs": True, "top_logprobs": TOP_LOGPROBS, "max_tokens": 1, "temperature": 1.0}
-            verdict = self._from_logprobs(first_choice(self.server.reply(messages, settings)))
+            verdict = self._from_logprobs(self.server.reply(messages, settings))
             # The next attempt reads a text; without one left, it is made here.
             if verdict.first is not None or not self.reads_text or self.options["attempts"]:
                 return verdict
@@ -109,22 +100,10 @@ class EndpointJudge:
     def _from_text(self, messages: list[dict]) -> Verdict:
         by_text = self.prompt.verdict == "text"
         room = self.prompt.max_new_tokens if by_text else ROOM_FOR_THOUGHTS
-        choice = first_choice(self.server.reply(messages, {"max_tokens": room, "temperature": 0.0}))
+        choice = self.server.reply(messages, {"max_tokens": room, "temperature": 0.0})
         verdict = self.prompt.parse(text_of(choice), choice.finish_reason)
         verdict.note = joined(None if by_text else FROM_TEXT, self.server.note)
         return verdict
-
-
-def first_choice(reply):
-    """The first choice of a reply. Raises IndexError if it has none."""
-    if not getattr(reply, "choices", None):
-        raise IndexError("no choices")
-    return reply.choices[0]
-
-
-def text_of(choice) -> str:
-    """The text of a choice; content is None in refusals, tool calls and replies that were cut off in a thought."""
-    return (choice.message.content if choice.message else None) or ""
 
 
 def joined(*notes: str | None) -> str | None:

@@ -4,6 +4,7 @@ import random
 from collections import Counter
 from collections.abc import Iterator
 
+from preflab.judging.chat_server import model_and_url
 from preflab.judging.endpoint import EndpointJudge
 from preflab.judging.judge_prompt import Item, Judge, JudgePrompt, Verdict
 from preflab.judging.local_judges import LocalJudge, VllmJudge
@@ -29,10 +30,9 @@ def make_judge(spec: str, prompt: str | JudgePrompt, options: dict, flag: str = 
         UserError: an unknown kind, a missing model or URL.
     """
     kind, _, rest = spec.partition(":")
-    if kind in ("hf", "vllm", "openai") and isinstance(prompt, str):
-        # Only for judges that read one, so that a missing file does not stop the others.
-        prompt = JudgePrompt.read(prompt)
     if kind in ("hf", "vllm", "openai"):
+        # Only for judges that read one, so that a missing file does not stop the others.
+        prompt = JudgePrompt.read(prompt) if isinstance(prompt, str) else prompt
         prompt = prompt.with_room(options.get("max_new_tokens"))
     if spec == "longer":
         return LongerJudge()
@@ -45,10 +45,7 @@ def make_judge(spec: str, prompt: str | JudgePrompt, options: dict, flag: str = 
     if kind == "vllm" and rest:
         return VllmJudge(rest, prompt, options)
     if kind == "openai" and rest:
-        model, at, url = rest.partition("@")
-        if not (model and at and url.startswith(("http://", "https://"))):
-            raise UserError(f"{flag}{spec}: expected openai:MODEL@BASE_URL, such as openai:gpt-4o@https://host/v1")
-        return EndpointJudge(model, url, prompt, options)
+        return EndpointJudge(*model_and_url(spec, f"{flag}{spec}"), prompt, options)
     raise UserError(f"{flag}{spec}: unknown; use {KINDS}")
 
 
