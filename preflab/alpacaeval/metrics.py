@@ -44,12 +44,18 @@ def summarise(sides: dict, controls: dict, eval_out: str, seed: int, resamples: 
     # ignore their size.
     metrics["p_difference_win_rate"] = metric(signed_rank(pairs[:, 0] - pairs[:, 1]), n=len(pairs))
     judged = {side: [rows[k] for k in both] for side, rows in sides.items()}
-    controlled, section, lc_name = _length_controlled(sides["base"], judged, eval_out, seed, resamples)
+    rates, errors, section, name = _length_controlled(sides["base"], judged, eval_out, seed, resamples)
+    if rates:
+        for side in sides:
+            metrics[f"{side}_{name}"], metrics[f"{side}_lc_standard_error"] = rates[side], errors[side]
+        metrics[f"difference_{name}"] = rates["tuned - base"]
+        if rates["tuned - base"]["ci95"] is None:
+            section["why_no_interval"] = NO_INTERVAL
     judge = sides["base"][0]["annotator"]
     return {
-        "metrics": metrics | controlled,
+        "metrics": metrics,
         "length_control": section,
-        "lc_name": lc_name,
+        "lc_name": name,
         "judge": judge,
         "judge_notes": notes_of([order for rows in sides.values() for row in rows for order in row.get("orders", [])]),
         "leaderboards_judge": judge == LEADERBOARD_JUDGE,
@@ -75,33 +81,28 @@ def _preference(sides: dict, side: str, row: int) -> float | None:
     return sides[side][row]["preference"]
 
 
-def _length_controlled(base: list[dict], judged: dict, eval_out: str, seed: int, resamples: int) -> tuple:
-    """(metrics, the artifact's length_control section, name of the rate) of the length control that applies.
+def _length_controlled(rows: list[dict], judged: dict, eval_out: str, seed: int, resamples: int) -> tuple:
+    """(rates, the package's standard errors, the artifact's length_control section, name of the rate).
+
+    The rates are those of `LengthControl.bootstrap`. Without rates the section has the reason.
 
     Args:
-        base: all rows of base, which decide on the variant.
-        judged: `{side: rows that have a verdict on both sides}`.
+        rows: all rows of one model, which decide on the variant.
+        judged: `{model: rows that have a verdict on every model}`.
     """
-    control, reason = package.length_control(base, Path(eval_out) / ".cache" / "minimal.csv")
-    name = lc_name(reason)
-    rows = len(judged["base"])
-    section = {"variant": control.variant, "why_not_whole": reason, "resamples": resamples, "rows": rows}
-    # For both models or for neither: a rate of one alone has no difference to report.
-    problems = [package.why_no_fit(rows) for rows in judged.values()]
-    if not any(problems):
-        problems = [package.NOT_FITTED if np.isnan(control.fit(rows)[0]) else None for rows in judged.values()]
-    if any(problems):
-        section["why_none"] = next(filter(None, problems))
-        return {}, section, name
-    metrics, rates = {}, control.bootstrap(judged, seed, resamples)
-    for side in judged:
-        metrics[f"{side}_{name}"] = rates[side]
-        # The package's own error, that of the predictions over rows; the bootstrap's includes the fit.
-        metrics[f"{side}_lc_standard_error"] = metric(control.fit(judged[side])[1], n=rows)
-    metrics[f"difference_{name}"] = rates["tuned - base"]
-    if metrics[f"difference_{name}"]["ci95"] is None:
-        section["why_no_interval"] = NO_INTERVAL
-    return metrics, section, name
+    control, reason = package.length_control(rows, Path(eval_out) / ".cache" / "minimal.csv")
+    name, count = lc_name(reason), len(next(iter(judged.values())))
+    section = {"variant": control.variant, "why_not_whole": reason, "resamples": resamples, "rows": count}
+    # For all models or for none: a rate of one alone has no difference to report.
+    problem = next(filter(None, map(package.why_no_fit, judged.values())), None)
+    fits = {} if problem else {model: control.fit(each) for model, each in judged.items()}
+    if any(np.isnan(rate) for rate, _ in fits.values()):
+        problem = package.NOT_FITTED
+    if problem:
+        return {}, {}, {**section, "why_none": problem}, name
+    # The package's own error, that of the predictions over rows; the bootstrap's includes the fit.
+    errors = {model: metric(error, n=count) for model, (_, error) in fits.items()}
+    return control.bootstrap(judged, seed, resamples), errors, section, name
 
 
 def summarise_file(annotations: list[dict], eval_out: str, seed: int, resamples: int) -> dict:
@@ -118,16 +119,10 @@ def summarise_file(annotations: list[dict], eval_out: str, seed: int, resamples:
     parsed = [row for row in annotations if row["preference"] is not None]
     if not parsed:
         raise UserError("no row has a verdict")
-    control, reason = package.length_control(annotations, Path(eval_out) / ".cache" / "minimal.csv")
-    metrics, name = package.rates(annotations, seed), lc_name(reason)
-    section = {"variant": control.variant, "why_not_whole": reason, "resamples": resamples, "rows": len(parsed)}
-    problem = package.why_no_fit(parsed)
-    value, error = (None, None) if problem else control.fit(parsed)
-    if problem or np.isnan(value):
-        section["why_none"] = problem or package.NOT_FITTED
-    else:
-        metrics[name] = control.bootstrap({"model": parsed}, seed, resamples)["model"]
-        metrics["lc_standard_error"] = metric(error, n=len(parsed))
+    metrics = package.rates(annotations, seed)
+    rates, errors, section, name = _length_controlled(annotations, {"model": parsed}, eval_out, seed, resamples)
+    if rates:
+        metrics[name], metrics["lc_standard_error"] = rates["model"], errors["model"]
         if metrics[name]["ci95"] is None:
             section["why_no_interval"] = NO_INTERVAL
     first = annotations[0]
