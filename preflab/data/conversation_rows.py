@@ -15,6 +15,7 @@ from preflab.data.messages import (
     check_messages,
     check_unicode,
     from_json_text,
+    role_of,
     transcript,
     up_to_last,
     with_options,
@@ -30,7 +31,7 @@ from preflab.data.row_fields import (
     read_options,
     read_prompt,
 )
-from preflab.data.schemas import PAIRS, parse_pair, schema_of
+from preflab.data.schemas import PAIRS, parse_pair, read_answer, schema_of
 from preflab.data.sources import folded
 from utils.errors import UserError
 
@@ -135,8 +136,7 @@ def _read(fields: Fields, parsed: Parsed, unused: Counter) -> Conversation | str
 
 
 def _ends_with_question(turns) -> bool:
-    last = turns[-1] if isinstance(turns, list) else None
-    return isinstance(last, dict) and last.get("role", last.get("from")) in ("user", "human")
+    return isinstance(turns, list) and role_of(turns[-1]) == "user"
 
 
 def _alpaca(fields: Fields, parsed: Parsed) -> Conversation | str:
@@ -157,8 +157,7 @@ def _alpaca(fields: Fields, parsed: Parsed) -> Conversation | str:
 
 def _prompt_and_answer(fields: Fields, parsed: Parsed, key: str, unused: Counter) -> Conversation | str:
     """A row with a prompt and an answer under `key`, each as text or as messages."""
-    source, answer = fields.source, from_json_text(fields.take(key))
-    answer = [answer] if isinstance(answer, dict) else answer
+    source, answer = fields.source, read_answer(fields.take(key))
     parsed.answers = [answer]
     read_prompt(fields, parsed, PROMPTS)
     prompt = parsed.prompt
@@ -170,14 +169,8 @@ def _prompt_and_answer(fields: Fields, parsed: Parsed, key: str, unused: Counter
     else:
         # A message list with a user turn is the complete conversation; `prompt` only repeats its question.
         repeated = isinstance(answer, list) and any(m["role"] == "user" for m in answer_turns)
-        prompt_part = [] if prompt is None or repeated else _text_prompt(prompt, source)
+        prompt_part = [] if prompt is None or repeated else prompt_turns(prompt, source, "prompt")
     return _usable(answer_turns if repeated else [*prompt_part, *answer_turns], source)
-
-
-def _text_prompt(prompt, source: str) -> list[dict]:
-    if not isinstance(prompt, str):
-        return check_messages([{"role": "user", "content": prompt}], source, "prompt")
-    return prompt_turns(prompt, source, "prompt")
 
 
 def _chosen_of_pair(fields: Fields, parsed: Parsed, unused: Counter) -> Conversation | str:

@@ -4,10 +4,11 @@
 """
 
 import json
+import math
 from collections import Counter
 from dataclasses import dataclass, field
 
-from preflab.data.messages import OPTIONS, check_messages, from_json_text, read_transcript, without_nulls
+from preflab.data.messages import OPTIONS, check_messages, from_json_text, read_transcript, role_of, without_nulls
 from utils.errors import UserError
 
 # Columns that hold a prompt, in order of preference.
@@ -97,11 +98,6 @@ class Parsed:
     scores: dict = field(default_factory=dict)
 
 
-def truth(value) -> float:
-    """A flag or number, also as the text of a CSV file."""
-    return {"true": 1.0, "false": 0.0}.get(str(value).strip().lower()) if not is_number(value) else float(value)
-
-
 def is_number(value) -> bool:
     try:
         float(value)
@@ -122,6 +118,20 @@ def number(value, key: str, source: str) -> float | None:
     if not is_number(value):
         raise UserError(f"{source}: key {key!r} must be a number, not {value!r}")
     return float(value)
+
+
+def required_number(fields: Fields, name: str, flags: bool = False) -> float:
+    """The number in a column. Raises UserError for null, NaN, an empty cell and other values.
+
+    Args:
+        flags: true and false, also as the text of a CSV file, are read as 1 and 0.
+    """
+    value = fields.required(name)
+    flag = {"true": 1.0, "false": 0.0}.get(str(value).strip().lower()) if flags else None
+    value = number(value, name, fields.source) if flag is None else flag
+    if value is None or math.isnan(value):
+        raise UserError(f"{fields.source}: key {name!r} holds no number; fix the row, or pass --on_bad_row skip")
+    return value
 
 
 def read_scores(fields: Fields) -> dict:
@@ -189,7 +199,8 @@ def read_prompt(fields: Fields, parsed: Parsed, names: tuple[str, ...]) -> None:
         parsed.before.append({"role": "system", "content": system})
     elif system is not None and not isinstance(system, str):
         raise UserError(f"{source}: key 'system' must be text, not {type(system).__name__}")
-    if name != "history" and row.get("history"):
+    # Not where it is the prompt.
+    if "history" not in fields.used and row.get("history"):
         parsed.before += read_history(fields.take("history"), source)
 
 
@@ -204,8 +215,8 @@ def _nested_prompt(prompt: dict, parsed: Parsed) -> str | list:
 
 def _without_answer(prompt: list, parsed: Parsed, name: str, source: str) -> list:
     """A prompt under `messages` or `conversations` without the answer that it may end with."""
-    last = prompt[-1] if prompt and isinstance(prompt[-1], dict) else {}
-    if last.get("role", last.get("from")) not in ("assistant", "gpt"):
+    last = prompt[-1] if prompt else None
+    if role_of(last) != "assistant":
         return prompt
     text = last.get("content", last.get("value"))
     if parsed.answers and text in (parsed.answers[0], _text_of(parsed.answers[0])):
@@ -236,7 +247,7 @@ def join_system(before: list[dict], messages: list[dict], source: str) -> list[d
     Raises:
         UserError: the two system texts differ.
     """
-    if before and before[0]["role"] == "system" and messages[0]["role"] == "system":
+    if before and messages and before[0]["role"] == messages[0]["role"] == "system":
         if before[0]["content"].strip() != messages[0]["content"].strip():
             raise UserError(
                 f"{source}: the column 'system' and the dialogue's own system turn differ; pass --columns system=none"
@@ -247,9 +258,7 @@ def join_system(before: list[dict], messages: list[dict], source: str) -> list[d
 
 
 def prompt_turns(prompt: str | list, source: str, key: str) -> list[dict]:
-    """A prompt's turns: a transcript is split, other text is one user turn."""
-    if isinstance(prompt, list):
-        return check_messages(prompt, source, key)
-    if prompt.startswith(TRANSCRIPT):
+    """A prompt's turns: a transcript is split, other text is one user turn. Raises UserError for other values."""
+    if isinstance(prompt, str) and prompt.startswith(TRANSCRIPT):
         return read_transcript(prompt.rstrip().removesuffix("Assistant:").rstrip(), source, key)
-    return [{"role": "user", "content": prompt}]
+    return check_messages(prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}], source, key)

@@ -7,7 +7,7 @@ order.
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from preflab.data.messages import from_json_text
+from preflab.data.messages import from_json_text, role_of
 from preflab.data.row_fields import (
     PROMPTS,
     TRANSCRIPT,
@@ -16,11 +16,10 @@ from preflab.data.row_fields import (
     ensure_no_pictures,
     is_metadata,
     is_true,
-    number,
     read_options,
     read_prompt,
     read_scores,
-    truth,
+    required_number,
 )
 from utils.errors import UserError
 
@@ -57,7 +56,7 @@ def _by_sign(name: str, first_is_negative: bool = True) -> Callable[[Fields], in
     """The order of a signed strength of preference."""
 
     def better(fields: Fields) -> int | None:
-        value = number(fields.required(name), name, fields.source)
+        value = required_number(fields, name)
         return None if value == 0 else int((value > 0) == first_is_negative)
 
     return better
@@ -72,7 +71,7 @@ def _by_flags(first: str, second: str) -> Callable[[Fields], int | None]:
     """The order of one column per answer: a flag, or a score."""
 
     def better(fields: Fields) -> int | None:
-        a, b = (float(truth(fields.required(name))) for name in (first, second))
+        a, b = (required_number(fields, name, flags=True) for name in (first, second))
         return None if a == b else int(b > a)
 
     return better
@@ -164,11 +163,11 @@ def parse_pair(fields: Fields) -> Parsed | str:
         raise UserError(f"{source}: {_no_pair(row)}")
     answers = [fields.required(name) for name in schema.answers]
     if schema.columns[0] == "info":
-        answers = [item["text"] for item in answers[0]]
+        answers = _summaries(answers[0], source)
     better = schema.better(fields) if schema.better else 0
     if better is None:
         return "no_preference"
-    answers = [_answer(answer) for answer in (answers if better == 0 else answers[::-1])]
+    answers = [read_answer(answer) for answer in (answers if better == 0 else answers[::-1])]
     ensure_no_pictures(fields)
     parsed = Parsed(None, [], answers, options=read_options(fields), scores=read_scores(fields))
     # Complete dialogues hold their prompt; only a column named `prompt` may repeat it.
@@ -197,7 +196,15 @@ def _no_pair(row: dict) -> str:
     )
 
 
-def _answer(value):
+def _summaries(items, source: str) -> list[str]:
+    """The texts of the two summaries of a row."""
+    texts = [item.get("text") if isinstance(item, dict) else None for item in items] if isinstance(items, list) else []
+    if len(texts) != 2 or not all(isinstance(text, str) for text in texts):
+        raise UserError(f"{source}: key 'summaries' must hold two summaries, each with 'text'")
+    return texts
+
+
+def read_answer(value):
     """An answer as text or turns: JSON text is parsed, a single turn becomes a list."""
     value = from_json_text(value)
     return [value] if isinstance(value, dict) else value
@@ -205,7 +212,8 @@ def _answer(value):
 
 def _starts_with_answer(turns: list) -> bool:
     first = turns[0]
-    return isinstance(first, dict) and first.get("role", first.get("from")) in ("assistant", "gpt", "function_call")
+    # LlamaFactory's function_call is an assistant's turn, but no role.
+    return role_of(first) == "assistant" or (isinstance(first, dict) and first.get("from") == "function_call")
 
 
 def _ensure_no_other_text(fields: Fields, parsed: Parsed) -> None:

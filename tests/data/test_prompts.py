@@ -31,6 +31,8 @@ FORMATS = {
     "messages": ({"messages": [user("Hi"), assistant("Yes?"), user("Why?")]},
                  [user("Hi"), assistant("Yes?"), user("Why?")]),
     "messages with their answer": ({"messages": [user("Why?"), assistant("So.")]}, [user("Why?")]),
+    "history as messages": ({"history": [user("Hi"), assistant("Yes?"), user("Why?")]},
+                            [user("Hi"), assistant("Yes?"), user("Why?")]),
     "prompt as messages": ({"prompt": [{"role": "system", "content": "Be brief."}, user("Why?")]},
                            [{"role": "system", "content": "Be brief."}, user("Why?")]),
     "turns as text": ({"turns": ["Why?", "And then?"]}, [user("Why?")]),
@@ -137,7 +139,9 @@ def test_prompt_with_invalid_unicode_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "row", [{"prompt": ""}, {"messages": []}, {"turns": []}, {"instruction": "", "input": ""}], ids=str
+    "row",
+    [{"prompt": ""}, {"messages": []}, {"turns": []}, {"instruction": "", "input": ""}, {"system": "x", "prompt": []}],
+    ids=str,
 )
 def test_empty_prompt_is_left_out(tmp_path, row):
     assert loaded(tmp_path, {"prompt": "a"}, row)[1]["left_out"] == {"empty_prompt": 1}

@@ -44,6 +44,10 @@ ONE_TURN = {
     "messages with the chosen answer": {"messages": [ASK, GOOD], **TEXTS},
     "context as turns": {"context": [ASK], **TEXTS},
     "single answers": {"conversations": [share(ASK)], "chosen": share(GOOD), "rejected": share(BAD)},
+    "single answers of a model": {"question": ASK["content"], "chosen": {"from": "model", "value": "Chlorophyll."},
+                                  "rejected": {"from": "model", "value": "Paint."}},
+    "conversations with the answer": {"conversations": [share(ASK), {"from": "chatgpt", "value": "Chlorophyll."}],
+                                      **TEXTS},
     "ShareGPT dialogues": {"chosen": [share(ASK), share(GOOD)], "rejected": [share(ASK), share(BAD)]},
     "parts": {"prompt": [parts(ASK)], "chosen": [parts(GOOD)], "rejected": [parts(BAD)]},
     "JSON text": {"prompt": json.dumps([ASK]), "chosen": json.dumps([GOOD]), "rejected": json.dumps([BAD])},
@@ -136,12 +140,25 @@ def test_rows_that_differ_in_their_system_text_are_different_prompts(tmp_path):
         ({"prompt": "a", "images": ["x.png"], **TEXTS}, ("'images'", "text")),
         ({"prompt": "a", "tools": "[{", "chosen": [GOOD], "rejected": [BAD]}, ("'tools'", "JSON")),
         ({"history": "Hi", "prompt": "a", **TEXTS}, ("'history'", "[question, answer]")),
+        ({**ONE_TURN["HelpSteer 3"], "overall_preference": ""}, ("'overall_preference'", "--on_bad_row skip")),
+        ({**ONE_TURN["HelpSteer 3"], "overall_preference": float("nan")}, ("'overall_preference'", "no number")),
+        ({**ONE_TURN["WebGPT"], "score_1": "n/a"}, ("'score_1'", "number", "n/a")),
+        ({**ONE_TURN["WebGPT"], "score_1": ""}, ("'score_1'", "no number")),
+        ({**ONE_TURN["summaries"], "summaries": ["a", "b"]}, ("'summaries'", "'text'")),
+        ({**ONE_TURN["summaries"], "summaries": [{"text": "a"}]}, ("'summaries'", "two")),
+        ({**ONE_TURN["PKU"], "prompt": 5}, ("'prompt'", "int")),
     ],
 )
 def test_what_cannot_be_read_is_refused(row, words):
     with pytest.raises(UserError) as error:
         to_pair(row, "row 7")
     assert all(word in str(error.value) for word in ("row 7", *words)), error.value
+
+
+def test_prompt_that_is_a_number_is_refused_for_conversations():
+    for row in (ONE_TURN["PKU"], ONE_TURN["question"]):
+        with pytest.raises(UserError, match="row 7: key 'prompt'.*int"):
+            to_conversation({**row, "prompt": 5}, "row 7")
 
 
 @pytest.mark.parametrize(
