@@ -1,12 +1,14 @@
 """run_sppo_iteration.sh: each iteration starts from the previous one and uses its own start as the reference."""
 
 import os
+import shlex
 import subprocess
 import sys
 
 import pytest
 import yaml
 from conftest import ROOT, make_pairs, write_jsonl
+from processes import run_script
 
 from utils.artifacts import RowFile, read_json
 
@@ -15,6 +17,33 @@ def iteration(number, *flags, **env) -> subprocess.CompletedProcess:
     command = ["bash", str(ROOT / "run_sppo_iteration.sh"), str(number), *map(str, flags)]
     env = {**os.environ, "PYTHON": sys.executable, **env}
     return subprocess.run(command, cwd="/", env=env, capture_output=True, text=True, timeout=600)
+
+
+def commands_of(done: subprocess.CompletedProcess) -> list[list[str]]:
+    """The two printed commands, without the interpreter."""
+    commands = [shlex.split(line)[2:] for line in done.stdout.splitlines() if line.startswith("+ ")]
+    assert [command[0] for command in commands] == ["generate_preference_pairs.py", "dpo_train_human_preference.py"]
+    return commands
+
+
+@pytest.fixture
+def stub(tmp_path):
+    """A Python that does nothing, and has no package that it is asked for."""
+    path = tmp_path / "python"
+    path.write_text('#!/bin/sh\n[ "$1" != -c ]\n')
+    path.chmod(0o755)
+    return path
+
+
+def forked(stub, number, *flags) -> subprocess.CompletedProcess:
+    """The last result of an iteration whose printed commands are forks: two starts of Python take 16 s."""
+    printed = iteration(number, *flags, PYTHON=str(stub))
+    assert printed.returncode == 0, printed.stderr
+    for command in commands_of(printed):
+        done = run_script(*command)
+        if done.returncode:
+            break
+    return done
 
 
 @pytest.fixture
@@ -36,15 +65,13 @@ def recipe(tiny, tmp_path):
     return ("--name", "toy", "--configs", configs)
 
 
-def test_iterations_use_their_start_as_reference(recipe, tmp_path):
-    for t in (1, 2):
-        done = iteration(t, *recipe)
-        assert done.returncode == 0, done.stderr[-2000:]
-        # Both commands are printed before they run.
-        assert [line.split()[2] for line in done.stdout.splitlines() if line.startswith("+ ")] == [
-            "generate_preference_pairs.py",
-            "dpo_train_human_preference.py",
-        ]
+def test_iterations_use_their_start_as_reference(recipe, stub, tmp_path):
+    done = iteration(1, *recipe)
+    assert done.returncode == 0, done.stderr[-2000:]
+    # Both commands are printed before they run.
+    assert commands_of(done)
+    done = forked(stub, 2, *recipe)
+    assert done.returncode == 0, done.stderr[-2000:]
     out = tmp_path / "out"
     first, second = (RowFile(out / f"toy-iter{t}/heldout_rows.jsonl").read() for t in (1, 2))
     assert read_json(out / "toy-iter2/preflight.json")["step0"]["largest_margin"] <= 1e-3
@@ -59,10 +86,10 @@ def test_iterations_use_their_start_as_reference(recipe, tmp_path):
     assert first and second
 
     # A second call generates and trains nothing.
-    done = iteration(2, *recipe)
+    done = forked(stub, 2, *recipe)
     assert done.returncode == 0 and "nothing to train" in done.stdout, done.stderr[-2000:]
     # A finished run is not reused for pairs that it was not trained on.
-    done = iteration(2, *recipe, "--pairs", "--scorer shorter --overwrite")
+    done = forked(stub, 2, *recipe, "--pairs", "--scorer shorter --overwrite")
     assert done.returncode == 2 and "error: " in done.stderr and "pairs" in done.stderr, done.stderr[-2000:]
 
 
@@ -73,10 +100,7 @@ def test_iterations_use_their_start_as_reference(recipe, tmp_path):
         ("cpu_2proc", "configs/accelerate/cpu_2proc.yaml --num_processes 2"),
     ],
 )
-def test_pairs_use_as_many_processes_as_training(launch, options, recipe, tmp_path):
-    stub = tmp_path / "python"
-    stub.write_text('#!/bin/sh\n[ "$1" != -c ]\n')
-    stub.chmod(0o755)
+def test_pairs_use_as_many_processes_as_training(launch, options, recipe, stub):
     launch = f"configs/accelerate/{launch}.yaml"
     done = iteration(1, *recipe, "--launch", launch, PYTHON=str(stub))
     sampling, training = [line for line in done.stdout.splitlines() if line.startswith("+ ")]
