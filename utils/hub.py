@@ -18,27 +18,36 @@ def fetch(repo: str, file: str, kind: str, revision: str | None = None, instead:
     from huggingface_hub import errors as hub
     from huggingface_hub import hf_hub_download
 
-    subject, page = f"{kind} {repo}", repo if kind == "model" else f"datasets/{repo}"
     try:
         return Path(hf_hub_download(repo, file, repo_type=kind, revision=revision))
-    except hub.GatedRepoError:
-        raise UserError(
-            f"{subject} is gated: accept its licence at https://huggingface.co/{page}, then run `hf auth login` (or set"
-            " HF_TOKEN)"
-        ) from None
-    # The hub answers "not found" for private repositories too. GatedRepoError is a subclass, so it is caught first.
-    except (hub.RepositoryNotFoundError, hub.RevisionNotFoundError, hub.HFValidationError):
-        raise UserError(
-            f"{subject} (revision {revision or 'main'}) is neither on the hub nor a local folder: check the spelling;"
-            f" for a private {kind}, run `hf auth login` first"
-        ) from None
     except hub.LocalEntryNotFoundError:
-        raise UserError(f"{subject} is not in the local cache, and {why_unreachable()}, or give {instead}") from None
+        problem = f"{kind} {repo} is not in the local cache, and {why_unreachable()}, or give {instead}"
     # LocalEntryNotFoundError (no network, not cached) is a subclass of EntryNotFoundError.
     except hub.EntryNotFoundError:
-        raise UserError(f"{subject} on the hub has no {file}: check the name") from None
-    except (OSError, hub.HfHubHTTPError) as error:
-        raise UserError(f"{subject}: {why_unreachable(error)}") from None
+        problem = f"{kind} {repo} on the hub has no {file}: check the name"
+    except (OSError, hub.HFValidationError) as error:
+        problem = why_no_access(error, repo, kind, revision)
+    raise UserError(problem)
+
+
+def why_no_access(error: Exception, repo: str, kind: str, revision: str | None = None) -> str:
+    """Why the hub refused a repository, and the fix, as one line. Arguments as `fetch`."""
+    from huggingface_hub import constants
+    from huggingface_hub import errors as hub
+
+    subject, page = f"{kind} {repo}", repo if kind == "model" else f"datasets/{repo}"
+    # The hub answers "not found" for private repositories too. GatedRepoError is a subclass, so it is tested first.
+    if isinstance(error, hub.GatedRepoError):
+        return (
+            f"{subject} is gated: accept its licence at {constants.ENDPOINT}/{page}, then run `hf auth login` (or set"
+            " HF_TOKEN)"
+        )
+    if isinstance(error, (hub.RepositoryNotFoundError, hub.RevisionNotFoundError, hub.HFValidationError)):
+        return (
+            f"{subject} (revision {revision or 'main'}) is neither on the hub nor a local folder: check the spelling;"
+            f" for a private {kind}, run `hf auth login` first"
+        )
+    return f"{subject}: {why_unreachable(error)}"
 
 
 def why_unreachable(error: Exception | None = None) -> str:
@@ -50,5 +59,10 @@ def why_unreachable(error: Exception | None = None) -> str:
             f"HF_HUB_OFFLINE is set: unset it, or copy the files into the cache {constants.HF_HUB_CACHE}"
             " (docs/install.md)"
         )
-    detail = f" ({str(error).splitlines()[0]})" if str(error or "") else ""
+    detail = f" ({first_line(error)})" if error else ""
     return f"the hub {constants.ENDPOINT} cannot be reached{detail}: check the network, HTTPS_PROXY and HF_ENDPOINT"
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's text, or its type where it has none."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -5,8 +5,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from preflab.doctor.checks import GIB, OK, PROBLEM, WARNING, Finding
-from utils.artifacts import read_yaml
+from utils.config_file import read_config
 from utils.errors import UserError
+from utils.hub import first_line, why_no_access, why_unreachable
 
 # Seconds to wait for the hub.
 TIMEOUT = 15
@@ -21,8 +22,8 @@ def read_recipe(path: str) -> dict:
     Raises:
         UserError: the file is missing, damaged or not a recipe.
     """
-    recipe = read_yaml(Path(path))
-    if not isinstance(recipe, dict) or "model_name_or_path" not in recipe:
+    recipe = read_config(path)
+    if "model_name_or_path" not in recipe:
         raise UserError(
             f"--config {path}: no model_name_or_path; name a training recipe, such as configs/quickstart.yaml"
         )
@@ -46,7 +47,7 @@ def check_hub(recipe: dict | None) -> Iterator[Finding]:
     """Whether the hub can be reached, whose token is used, and access to the recipe's repositories."""
     from huggingface_hub import HfApi, constants, errors, get_token
 
-    api = HfApi()
+    api, needed = HfApi(), repositories(recipe) if recipe else []
     if constants.HF_HUB_OFFLINE:
         yield Finding("hub", WARNING, "HF_HUB_OFFLINE is set: only cached models and data sets can be used")
         return
@@ -57,11 +58,8 @@ def check_hub(recipe: dict | None) -> Iterator[Finding]:
         pass
     except Exception as error:
         # Proxies, certificates and name servers fail with errors of many libraries.
-        fix = (
-            "check the network; HTTPS_PROXY names a proxy, HF_ENDPOINT a mirror; docs/install.md describes offline use"
-        )
         yield Finding(
-            "hub", PROBLEM if recipe and repositories(recipe) else WARNING, f"{api.endpoint}: {_first(error)}: {fix}"
+            "hub", PROBLEM if needed else WARNING, f"{why_unreachable(error)}; docs/install.md describes offline use"
         )
         return
     if get_token() is None:
@@ -70,21 +68,16 @@ def check_hub(recipe: dict | None) -> Iterator[Finding]:
         try:
             yield Finding("hub", OK, f"{api.endpoint} answers; logged in as {api.whoami()['name']}")
         except Exception as error:
-            yield Finding("hub", PROBLEM, f"the token is not accepted ({_first(error)}): run `hf auth login` again")
-    for kind, name in repositories(recipe or {"model_name_or_path": None}):
-        page = name if kind == "model" else f"datasets/{name}"
+            yield Finding("hub", PROBLEM, f"the token is not accepted ({first_line(error)}): run `hf auth login` again")
+    for kind, name in needed:
         try:
             _access(kind, name)
             yield Finding("hub", OK, f"{kind} {name}: accessible")
-        except errors.GatedRepoError:
-            fix = f"accept its licence at {api.endpoint}/{page}, then `hf auth login`"
-            yield Finding("hub", PROBLEM, f"{kind} {name} is gated: {fix}")
-        except errors.RepositoryNotFoundError:
-            yield Finding(
-                "hub", PROBLEM, f"{kind} {name} is not on the hub, or private: check the name, or `hf auth login`"
-            )
+        except errors.RepositoryNotFoundError as error:
+            # Gated repositories are among them.
+            yield Finding("hub", PROBLEM, why_no_access(error, name, kind))
         except Exception as error:
-            yield Finding("hub", WARNING, f"{kind} {name}: {_first(error)}")
+            yield Finding("hub", WARNING, why_no_access(error, name, kind))
 
 
 def _access(kind: str, name: str) -> None:
@@ -95,10 +88,6 @@ def _access(kind: str, name: str) -> None:
     file = "config.json" if kind == "model" else "README.md"
     with contextlib.suppress(errors.EntryNotFoundError):
         get_hf_file_metadata(hf_hub_url(name, file, repo_type=kind), timeout=TIMEOUT)
-
-
-def _first(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:120]
 
 
 def needed_bytes(recipe: dict) -> dict[str, float]:

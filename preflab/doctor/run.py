@@ -9,8 +9,7 @@ from pathlib import Path
 from preflab.doctor import checks
 from preflab.doctor.checks import OK, PROBLEM, WARNING, Finding
 from utils.errors import UserError, run
-
-ROOT = Path(__file__).resolve().parents[2]
+from utils.provenance import ROOT
 
 
 class Parser(argparse.ArgumentParser):
