@@ -22,7 +22,5 @@ source utils/env.sh
 
 answer_help_and_version doctor.sh "$@"
 choose_python
-command -v "$python" >/dev/null || fail "no interpreter '$python': install Python 3.11 or later, or set PYTHON="
-"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
-    fail "$("$python" --version) is too old: install Python 3.11 or later, or set PYTHON= to one$(newer_python)"
+check_python "$python"
 exec "$python" -m preflab.doctor.run "$@"

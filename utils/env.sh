@@ -1,15 +1,13 @@
 # Sourced by the shell scripts. `answer_help_and_version` comes first. Two ways to get the interpreter, $python:
 #   prepare_environment   installs the pinned requirements into .venv, once (quickstart.sh, run_tests.sh)
-#   choose_python         uses an environment that exists (run_lm_eval.sh, run_sppo_iteration.sh)
+#   choose_python         uses an environment that exists (run_lm_eval.sh, run_sppo_iteration.sh, doctor.sh)
 # PYTHON= chooses the interpreter in both.
 
 DISK_NEEDED="3 GB with a CPU build of torch, several GB more with the CUDA build; free some space"
 
 prepare_environment() { # arguments: further requirement files
     local base="${PYTHON:-python3}" files=(requirements.txt "$@") stamp version wanted log
-    command -v "$base" >/dev/null || fail "no interpreter '$base': install Python 3.11 or later, or set PYTHON="
-    "$base" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
-        fail "$("$base" --version) is too old: install Python 3.11 or later, or set PYTHON= to one$(newer_python)"
+    check_python "$base"
     python=.venv/bin/python
     stamp=.venv/requirements.stamp
     version="$("$base" -c 'import sys; print(sys.version.replace("\n", " "))')"
@@ -63,6 +61,12 @@ pip_problem() { # argument: pip's log. Prints the likely cause and its fix.
         tail -n 15 "$1" >&2
         echo "pip could not install the requirements"
     fi
+}
+
+check_python() { # argument: the interpreter
+    command -v "$1" >/dev/null || fail "no interpreter '$1': install Python 3.11 or later, or set PYTHON="
+    "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+        fail "$("$1" --version) is too old: install Python 3.11 or later, or set PYTHON= to one$(newer_python)"
 }
 
 newer_python() { # Prints which other interpreter of this machine is new enough.
