@@ -11,6 +11,8 @@ import sys
 import time
 from pathlib import Path
 
+from utils.machine import usable_cores
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = (
     "torch", "transformers", "trl", "peft", "datasets", "accelerate", "bitsandbytes", "lm_eval", "numpy", "scipy",
@@ -74,11 +76,9 @@ def hardware() -> dict:
     """Processor, usable cores, memory in GiB and GPUs."""
     import torch
 
-    # A container or taskset may allow fewer cores than the machine has.
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {"cpu": cpu_name(), "cores": cores, "memory_gib": round(memory, 1), "gpus": gpus}
+    return {"cpu": cpu_name(), "cores": usable_cores(), "memory_gib": round(memory, 1), "gpus": gpus}
 
 
 def peak_memory_gib() -> dict:

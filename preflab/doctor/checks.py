@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from utils.machine import free_memory, usable_cores
+
 OK, WARNING, PROBLEM = "ok", "warning", "problem"
 GIB = 2**30
 # Measured: the quickstart needs 3.3 GiB of memory.
@@ -142,10 +144,9 @@ def check_memory() -> Iterator[Finding]:
     """Processor cores and memory."""
     import psutil
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    memory = psutil.virtual_memory()
-    text = f"{memory.available / GIB:.1f} of {memory.total / GIB:.1f} GiB free, {cores} cores"
-    if memory.available < QUICKSTART_MEMORY_GIB * GIB:
+    cores, free = usable_cores(), free_memory()
+    text = f"{free / GIB:.1f} of {psutil.virtual_memory().total / GIB:.1f} GiB free, {cores} cores"
+    if free < QUICKSTART_MEMORY_GIB * GIB:
         fix = f"the quickstart needs {QUICKSTART_MEMORY_GIB} GiB: close other programs"
         yield Finding("memory", PROBLEM, f"{text}; {fix}")
     else:

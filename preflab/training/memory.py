@@ -4,7 +4,8 @@
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
+
+from utils.machine import free_memory
 
 OUT_OF_MEMORY = (
     "lower --per_device_train_batch_size (raise --gradient_accumulation_steps to match) and"
@@ -81,7 +82,6 @@ def card_bytes() -> float | None:
 
 def free_bytes(model) -> float:
     """Memory that this process may use on the training device, the bytes of `model` itself included."""
-    import psutil
     import torch
     from accelerate import PartialState
 
@@ -89,21 +89,10 @@ def free_bytes(model) -> float:
     if kind == "cuda":
         free = torch.cuda.mem_get_info()[0]
     else:
-        free = min(psutil.virtual_memory().available, _container_limit())
         # The processes of one machine share its memory.
-        free /= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        free = free_memory() / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     # `needed` counts the weights, which are already loaded, so their bytes count as free here.
     return free + sum(p.numel() * p.element_size() for p in model.parameters() if p.device.type == kind)
-
-
-def _container_limit() -> float:
-    """Bytes left below the memory limit of this container (cgroup v2), infinite where there is none."""
-    group = Path("/sys/fs/cgroup")
-    try:
-        # memory.max is the word "max" where there is no limit, which float() refuses.
-        return float((group / "memory.max").read_text()) - float((group / "memory.current").read_text())
-    except (OSError, ValueError):
-        return float("inf")
 
 
 def reason_for_checkpointing(memory: Memory, free: float) -> str | None:

@@ -60,6 +60,17 @@ def test_quantisation_is_executed(monkeypatch):
     assert states(checks.check_quantisation()) == {"4 bits": PROBLEM}
 
 
+def test_memory_limit_of_a_container(tmp_path, monkeypatch):
+    monkeypatch.setattr("utils.machine.GROUP", tmp_path)
+    (tmp_path / "memory.current").write_text(f"{1 * GIB}\n")
+    (tmp_path / "memory.max").write_text(f"{2 * GIB}\n")
+    finding, *_ = checks.check_memory()
+    assert finding.state == PROBLEM and finding.text.startswith("1.0 of ")
+    (tmp_path / "memory.max").write_text("max\n")
+    finding, *_ = checks.check_memory()
+    assert not finding.text.startswith("1.0 of ")
+
+
 def test_disk_that_is_too_small_or_read_only(tmp_path, monkeypatch):
     folders = {"checkpoints": tmp_path / "new" / "checkpoints"}
     monkeypatch.setattr(checks.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 50 * GIB}))
