@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, assert_one_line, command
+from conftest import ROOT, assert_one_line, command, made_once
 
 from utils.artifacts import read_json
 
@@ -33,14 +33,19 @@ def arguments_for(trained, out, *extra):
     return ("--checkpoints", trained / "ck", "--eval-out", out, "--tasks", tasks, "--limit", "12", *extra)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def done(trained, tmp_path_factory):
-    """A finished call on the newest run below ck/, from another folder: (results folder, completed process)."""
-    out = tmp_path_factory.mktemp("lm_eval")
-    result = shell(*arguments_for(trained, out), cwd=out)
-    assert result.returncode == 0, result.stderr[-3000:]
+    """A finished call on the newest run below ck/, from another folder: (results folder, its stdout, its stderr)."""
+
+    def make(out):
+        result = shell(*arguments_for(trained, out), cwd=out)
+        assert result.returncode == 0, result.stderr[-3000:]
+        (out / "stdout.txt").write_text(result.stdout)
+        (out / "stderr.txt").write_text(result.stderr)
+
+    out = made_once(tmp_path_factory, "lm_eval", make)
     (folder,) = (out / "r" / "lm_eval").iterdir()
-    return folder, result
+    return folder, (out / "stdout.txt").read_text(), (out / "stderr.txt").read_text()
 
 
 def results(folder: Path, side: str) -> dict:
@@ -55,7 +60,7 @@ def figures(report: dict) -> dict:
 
 def test_compare_logged_samples(done, call, tmp_path):
     """Folders of lm_eval itself, moved elsewhere, give the table of the call that made them."""
-    folder, _ = done
+    folder, *_ = done
     for side in ("base", "tuned"):
         (made,) = folder.glob(f"{side}-*")
         shutil.copytree(made, tmp_path / side / "model__name")
@@ -76,13 +81,13 @@ def test_compare_logged_samples(done, call, tmp_path):
 
 
 def test_table_summary_and_figure(done):
-    folder, result = done
+    folder, stdout, stderr = done
     assert folder.name == "quick_facts-quick_cloze-quick_sums_LIMIT12"
     summary = read_json(folder / "lm_eval.json")
-    assert summary["text"] in result.stdout and max(map(len, summary["text"].splitlines())) <= 100
+    assert summary["text"] in stdout and max(map(len, summary["text"].splitlines())) <= 100
     table = (folder / "lm_eval.md").read_text()
     assert (folder / "lm_eval.png").read_bytes()[:4] == b"\x89PNG"
-    assert "Traceback" not in result.stderr
+    assert "Traceback" not in stderr
     assert summary["stage"] == "lm_eval" and summary["claim"] and summary["run"]["versions"]["lm_eval"]
     assert summary["settings"]["batch_size"] == "8" and summary["settings"]["tokenizer_bos"] == 0
     metrics = summary["metrics"]
@@ -102,7 +107,7 @@ def test_table_summary_and_figure(done):
 
 def test_figures_equal_a_direct_call(done, trained, tiny, tmp_path):
     """A command typed by hand, and the printed one without its cache."""
-    folder, _ = done
+    folder, *_ = done
     model = f"pretrained={tiny},dtype=float32,peft={trained / 'ck' / 'r'}"
     by_hand = [
         *("run", "--model", "hf", "--model_args", model, "--tasks", TASKS, "--batch_size", "8", "--device", "cpu"),
@@ -123,10 +128,10 @@ def test_figures_equal_a_direct_call(done, trained, tiny, tmp_path):
 
 
 def test_second_call_runs_nothing(done, call, trained):
-    folder, first = done
-    again = shell(*arguments_for(trained, folder.parents[2]))
-    assert again.returncode == 0 and again.stderr.count("already finished") == 2, again.stderr
-    assert again.stdout == first.stdout
+    folder, stdout, _ = done
+    code, out, err = call("preflab.harness.run", *arguments_for(trained, folder.parents[2]))
+    assert code == 0 and err.count("already finished") == 2, err
+    assert out == stdout
     # Other settings of the same tasks do not overwrite it, also if they are given after the dashes.
     for other in (("--num-fewshot", "1"), ("--", "--gen_kwargs", "max_gen_toks=4")):
         code, _, err = call("preflab.harness.run", *arguments_for(trained, folder.parents[2]), *other)
@@ -136,7 +141,7 @@ def test_second_call_runs_nothing(done, call, trained):
 
 @pytest.mark.slow
 def test_warm_cache_equals_a_cold_run(done, trained, tmp_path):
-    folder, _ = done
+    folder, *_ = done
     shutil.copytree(folder.parents[2] / ".cache", tmp_path / ".cache")
     result = shell(*arguments_for(trained, tmp_path))
     assert result.returncode == 0 and "already finished" not in result.stderr, result.stderr[-2000:]
@@ -151,7 +156,7 @@ def test_warm_cache_equals_a_cold_run(done, trained, tmp_path):
 @pytest.mark.slow
 def test_interrupted_call_continues_from_its_cache(done, trained, tmp_path):
     """kill -9 during the base's requests: cached responses are not computed again."""
-    folder, _ = done
+    folder, *_ = done
     arguments = arguments_for(trained, tmp_path, "--batch-size", "1")
     running = subprocess.Popen(
         ["bash", str(SCRIPT), *map(str, arguments)], cwd=ROOT, env={**os.environ, "PYTHON": sys.executable},
@@ -210,7 +215,7 @@ def descendants(pid: int) -> list[int]:
 
 @pytest.mark.slow
 def test_two_processes_give_the_same_figures(done, trained, tmp_path):
-    folder, _ = done
+    folder, *_ = done
     result = shell(*arguments_for(trained, tmp_path, "--processes", "2"), env={"OMP_NUM_THREADS": "1"})
     assert result.returncode == 0, result.stderr[-3000:]
     assert len(list((tmp_path / ".cache").glob("lm_eval-*/responses_rank1.db"))) == 2
