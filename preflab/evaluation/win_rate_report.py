@@ -41,7 +41,7 @@ def render(
         trained_on: whether the run was trained on these pairs.
         base_run: the run in the base's place (--base_run), or None.
     """
-    verdict = verdict_against_run(metrics, base_run) if base_run else verdict_of(metrics)
+    verdict = verdict_of(metrics, base_run)
     if trained_on:
         verdict = f"NOT HELD OUT: the run was trained on these pairs, so they are no evidence. ({verdict})"
     blocks = [_table(metrics, title), _slices_table(slices), left_out]
@@ -51,18 +51,25 @@ def render(
     return Report("\n\n".join([*blocks, verdict]), verdict)
 
 
-def verdict_of(metrics: dict) -> str:
-    """Whether the rewards rank held-out pairs better than chance, and better than the base model's likelihood does."""
+def verdict_of(metrics: dict, base_run: str | None = None) -> str:
+    """Whether the rewards rank held-out pairs better than chance, and better than the base model's likelihood does.
+
+    With `base_run`, only which way the two runs differ: neither of them is "before training".
+    """
     rate = metrics["win_rate_ties_half"]
     if rate["ci95"] is None:
         return f"No claim: {rate['n']} held-out pair is too few for an interval."
-    shown = f"the reward win rate is {estimate(rate, 100)}% (95% interval; ties half)"
+    against = f" against {base_run}" if base_run else ""
+    shown = f"the reward win rate{against} is {estimate(rate, 100)}% (95% interval; ties half)"
     p = metrics["p_win_rate_is_half"]["value"]
     above = direction(rate, p, 0.5)
-    if above < 0:
-        return f"By its rewards, training hurt: {shown}, below 50%: the rewards prefer the rejected answers."
     if not above:
         return f"Inconclusive: {shown}, {undecided(rate, p, 0.5, '50%')}."
+    if base_run:
+        side, bound = ("chosen", "above") if above > 0 else ("rejected", "below")
+        return f"Compared with {base_run}, this run favours the {side} answers more: {shown}, {bound} 50%."
+    if above < 0:
+        return f"By its rewards, training hurt: {shown}, below 50%: the rewards prefer the rejected answers."
     # Above 50% is not enough: the base's likelihood may rank these pairs as well without any training.
     ahead, p = metrics["win_rate_minus_base_ranking"], metrics["p_win_rate_is_base_ranking"]["value"]
     base = f"the base model's own ranking ({cell(metrics['likelihood_ranking_base'], 100)}%)"
@@ -72,20 +79,6 @@ def verdict_of(metrics: dict) -> str:
     if better < 0:
         return f"By its rewards, training hurt: {shown}, above 50% but below {base}."
     return f"Reward accuracy is above 50%, but not above {base}: {shown}."
-
-
-def verdict_against_run(metrics: dict, base_run: str) -> str:
-    """Which way the log-probabilities differ between two trained runs; neither of them is "before training"."""
-    rate = metrics["win_rate_ties_half"]
-    if rate["ci95"] is None:
-        return f"No claim: {rate['n']} held-out pair is too few for an interval."
-    shown = f"the reward win rate against {base_run} is {estimate(rate, 100)}% (95% interval; ties half)"
-    p = metrics["p_win_rate_is_half"]["value"]
-    ahead = direction(rate, p, 0.5)
-    if not ahead:
-        return f"Inconclusive: {shown}, {undecided(rate, p, 0.5, '50%')}."
-    side, bound = ("chosen", "above") if ahead > 0 else ("rejected", "below")
-    return f"Compared with {base_run}, this run favours the {side} answers more: {shown}, {bound} 50%."
 
 
 def _table(m: dict, title: str) -> str:

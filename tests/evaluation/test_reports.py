@@ -103,5 +103,5 @@ def test_ensure_models_differ():
 def test_verdict_on_two_runs_does_not_speak_of_training(rate, words):
     outcomes = np.repeat([1.0, 0.0], [int(40 * rate), 40 - int(40 * rate)])
     metrics = {"win_rate_ties_half": share(outcomes), "p_win_rate_is_half": metric(sign_test(outcomes), n=40)}
-    verdict = win_rate_report.verdict_against_run(metrics, "other")
+    verdict = win_rate_report.verdict_of(metrics, "other")
     assert words in verdict and "training" not in verdict and "other" in verdict
