@@ -329,9 +329,7 @@ def held_out_sources(args: ComparisonArguments, trained: dict) -> tuple[list[dic
     if args.dataset_name is not None:
         source = {"name": args.dataset_name, "config": args.dataset_config, "revision": args.dataset_revision}
         return [{**source, "split": args.split, **reading(args.columns, args.on_bad_row)}], False
-    # run.json holds the arguments of all dataclasses of the training script.
-    known = {f.name for f in fields(DataArguments)}
-    sources = DataArguments(**{k: v for k, v in trained.items() if k in known}).sources()[1]
+    sources = _test_sources(trained)
     if not sources:
         raise UserError(
             f"run {args.run_name or args.adapter_path or args.tuned_model} has no held-out pairs: give data that it was"
@@ -343,10 +341,14 @@ def held_out_sources(args: ComparisonArguments, trained: dict) -> tuple[list[dic
 
 def has_held_out(trained: dict) -> bool:
     """Whether the run that trained the model held pairs out."""
+    return bool((trained.get("dataset_name") or trained.get("datasets")) and _test_sources(trained))
+
+
+def _test_sources(trained: dict) -> list[dict]:
+    """The sources of a run's test split; none if it held nothing out."""
+    # run.json holds the arguments of all dataclasses of the training script.
     known = {f.name for f in fields(DataArguments)}
-    arguments = {k: v for k, v in trained.items() if k in known}
-    named = arguments.get("dataset_name") or arguments.get("datasets")
-    return bool(named and DataArguments(**arguments).sources()[1])
+    return DataArguments(**{k: v for k, v in trained.items() if k in known}).sources()[1]
 
 
 def was_trained_on(args: ComparisonArguments, trained: dict) -> bool:

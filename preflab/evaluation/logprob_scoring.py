@@ -118,13 +118,14 @@ def score_sequences(models: TwoModels, sequences: list[Sequence], summarise, kin
 
 def _check_readable(models: TwoModels, sequences: list[Sequence]) -> None:
     """Raise UserError, before the first forward, for token ids or lengths that one of the models cannot read."""
+    largest, longest = max(max(s.ids) for s in sequences), max(len(s.ids) for s in sequences)
     for side in models.sides:
         with models.side(side) as model:
             fit_pad_token(model, models.tokenizer)
-            check_ids(model, models.tokenizer, max(max(s.ids) for s in sequences))
+            check_ids(model, models.tokenizer, largest)
             # A last token that is only predicted needs no position, except in a table of learned positions.
-            longest = max(len(s.ids) for s in sequences) - (not has_position_table(model))
-            check_length(model, longest, "--max_length {} (for plain text: --window {})")
+            inputs = longest - (not has_position_table(model))
+            check_length(model, inputs, "--max_length {} (for plain text: --window {})")
 
 
 def _batch_spread(models: TwoModels, sequences: list[Sequence], scored: list[int], cache: ResultCache):

@@ -241,9 +241,7 @@ def perplexity_metrics(pairs: PairScores, text: TextScores, skip_kl: bool, seed:
     prompts = prompts_of(pairs.rows)
     for part in ("response", "whole") if pairs.rows else ():
         for side in SIDES:
-            metrics |= section_metrics(
-                f"{part}_{side}", pair_units(pairs.rows, part, side), seed, prompts_of(pairs.rows)
-            )
+            metrics |= section_metrics(f"{part}_{side}", pair_units(pairs.rows, part, side), seed, prompts)
             unit["pairs"] = "pairs"
     for side in SIDES if pairs.rows and not skip_kl else ():
         # Shape (pairs, 2): KL summed over an answer's tokens (nats), and their number.

@@ -152,13 +152,9 @@ def duration(seconds: float | None) -> str:
     """`45 s`, `12 min` or `3.4 h`; a dash if it is not known."""
     if seconds is None:
         return "-"
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 100
-        else f"{seconds / 60:.0f} min"
-        if seconds < 6000
-        else f"{seconds / 3600:.1f} h"
-    )
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def disk(size: int) -> str:

@@ -37,16 +37,14 @@ def generate(
         batch_tokens: maximum of prompt and answer tokens per batch, padding included.
         batch_size: maximum of prompts per batch.
 
-    Raises:
-        UserError: the model's outputs are NaN.
-
     Yields:
         `{"index", "text", "tokens", "finish_reason"}` per prompt, batch by batch (`index` into `prompts`);
         `finish_reason` is "stop" after an end-of-turn token, "length" if truncated at `max_new_tokens` or at the
         model's longest context.
 
     Raises:
-        UserError: a prompt fills the model's longest context, or has a token id without an embedding.
+        UserError: a prompt fills the model's longest context or has a token id without an embedding, or the model's
+            outputs are NaN.
     """
     chat = ChatRenderer(tokenizer)
     prompt_ids = chat.ids([chat.prompt_text(as_plain_text(messages, tokenizer)) for messages in prompts])

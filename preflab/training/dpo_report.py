@@ -42,8 +42,8 @@ def verdict_of(metrics: dict) -> tuple[bool, str]:
 
 def surface_caveat(metrics: dict) -> str:
     """A sentence where the words and lengths of the answers rank the pairs as well as the rewards do, else ""."""
-    difference = metrics.get("reward_accuracy_minus_surface")
-    if difference is None or direction(difference, metrics["p_reward_accuracy_is_surface"]["value"]) > 0:
+    ahead = metrics.get("reward_accuracy_minus_surface")
+    if ahead is None or direction(ahead, metrics["p_reward_accuracy_is_surface"]["value"]) > 0:
         return ""
     baseline = f"{100 * metrics['surface_classifier_accuracy']['value']:.1f}%"
     return (
