@@ -14,7 +14,7 @@ from preflab.data.preferences import DataArguments
 from preflab.data.sources import SourceArguments, reading
 from preflab.data.template_date import choose_template_date
 from preflab.evaluation.arguments import ULTRAFEEDBACK, ComparisonArguments
-from preflab.evaluation.runs import HELD_OUT_ROWS, WEIGHTS, checkpoints, is_complete, latest_run
+from preflab.evaluation.runs import HELD_OUT_ROWS, WEIGHTS, latest_run, newest_checkpoint, step_of
 from preflab.models.loading import default_batch_tokens, ensure_changes_weights, hub_name, locate_adapter
 from preflab.models.start_adapter import FROZEN
 from utils.artifacts import (
@@ -160,7 +160,7 @@ def resolve(args: ComparisonArguments) -> Comparison:
     # Before the weights are loaded, so that hours of work do not end in a write error.
     check_writable(Path(args.output_json).parent if args.output_json else out, flag)
     # For --expected: the evaluation at this step is the checkpoint's own.
-    step = int(folder.name.rpartition("-")[2]) if folder and is_checkpoint(folder) else None
+    step = step_of(folder) if folder and is_checkpoint(folder) else None
     return Comparison(args, name, base, adapter, tuned, trained, out, step, args.base_adapter)
 
 
@@ -203,7 +203,7 @@ def _run_folder(runs: str, name: str) -> Path:
     trained = [p.name for p in Path(runs).glob("*") if any((p / f).exists() for f in WEIGHTS)]
     similar = difflib.get_close_matches(name, trained, n=1)
     trials = sorted(n for n in trained if n.startswith(f"{name}_LIMIT"))
-    saved = next(filter(is_complete, checkpoints(folder)), None)
+    saved = newest_checkpoint(folder)
     if trials:
         fix = f"--run_name {trials[0]} is a trial run of it"
     elif saved:

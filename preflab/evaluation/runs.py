@@ -95,7 +95,12 @@ def latest_run(folder: str | os.PathLike) -> str:
 def checkpoints(folder: str | os.PathLike) -> list[Path]:
     """The checkpoint folders of a run, newest step first, complete or not."""
     folders = [p for p in Path(folder).glob("checkpoint-*") if p.name.rpartition("-")[2].isdigit()]
-    return sorted(folders, key=lambda p: -int(p.name.rpartition("-")[2]))
+    return sorted(folders, key=lambda p: -step_of(p))
+
+
+def step_of(checkpoint: Path) -> int:
+    """The optimizer step of a checkpoint, from its name."""
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def is_complete(checkpoint: Path) -> bool:
@@ -105,6 +110,11 @@ def is_complete(checkpoint: Path) -> bool:
     except (UserError, KeyError):
         return False
     return all((checkpoint / n).is_file() and (checkpoint / n).stat().st_size == size for n, size in files.items())
+
+
+def newest_checkpoint(folder: str | os.PathLike) -> Path | None:
+    """The newest complete checkpoint of a run."""
+    return next(filter(is_complete, checkpoints(folder)), None)
 
 
 def read_run(weights: Path, results: Path) -> Run:
@@ -156,7 +166,8 @@ def _finished_state(weights: Path, results: Path) -> str:
 def _unfinished_state(weights: Path, results: Path) -> str:
     """At which step the run is: running, interrupted, or not begun."""
     verb = "running" if is_locked(weights) else "interrupted"
-    saved = next((int(p.name.rpartition("-")[2]) for p in checkpoints(weights) if is_complete(p)), None)
+    checkpoint = newest_checkpoint(weights)
+    saved = step_of(checkpoint) if checkpoint else None
     steps = planned = None
     try:
         steps = max((row["step"] for row in RowFile(results / "train_log.jsonl").read()), default=None)
@@ -194,7 +205,7 @@ def _training_seconds(weights: Path, results: Path) -> float | None:
     try:
         return read_json(results / "train.json")["training"]["seconds"]
     except (UserError, KeyError, TypeError):
-        saved = next(filter(is_complete, checkpoints(weights)), None)
+        saved = newest_checkpoint(weights)
         return read_json(saved / MANIFEST).get("seconds") if saved else None
 
 

@@ -95,10 +95,14 @@ class RunFolders:
                     " --run_name, or pass --overwrite"
                 )
 
+    @property
+    def begun(self) -> bool:
+        """Whether a step was logged or a checkpoint saved."""
+        return bool(checkpoints(self.weights)) or (self.results / "train_log.jsonl").exists()
+
     def undo(self) -> None:
-        """Delete the folders that this call made, unless a step was logged or a checkpoint saved; give up the lock."""
-        begun = checkpoints(self.weights) or (self.results / "train_log.jsonl").exists()
-        if self.created and not begun and not self.keep_preflight:
+        """Delete the folders that this call made, unless the run has begun; give up the lock."""
+        if self.created and not self.begun and not self.keep_preflight:
             for folder in (self.weights, self.results):
                 shutil.rmtree(folder, ignore_errors=True)
         if not self.weights.exists():
@@ -146,7 +150,7 @@ def claim_run(name: str, output_dir: str, eval_out: str, identity: dict, resume:
     if manifest.exists():
         before = read_json(manifest)
         # Until something is trained (the first try may have failed at its data), other arguments may take the name.
-        if before["finished"] or checkpoints(run.weights) or (run.results / "train_log.jsonl").exists():
+        if before["finished"] or run.begun:
             _ensure_same_run(run.weights, before["args"], identity)
             if resume == "never":
                 raise UserError(
