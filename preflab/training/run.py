@@ -27,6 +27,7 @@ from preflab.training.throughput import (
     model_flops_utilisation,
     slower_than_float32,
 )
+from preflab.training.training_table import first_and_last_tenth
 from utils import stage as stages
 from utils.artifacts import RowFile, all_arguments, read_json, read_published, write_json, write_rows
 from utils.cli import run_name
@@ -373,8 +374,8 @@ def training_summary(trainer, flight: dict, unit: str, tokens: int, reference_in
     if not is_main_process():
         return {}
     # `trainer.row_log` holds every step once, also those of calls before a resume.
-    losses, plan = [row["loss"] for row in trainer.row_log.read() if row["split"] == "train"], flight["plan"]
-    tenth = max(1, len(losses) // 10)
+    first, last = first_and_last_tenth(trainer.row_log.read(), "loss") or (None, None)
+    plan = flight["plan"]
     operations = STEP_OPERATIONS + (REFERENCE_OPERATIONS if reference_in_step else 0)
     flops = model_flops(flight["parameters"]["total"], tokens, operations)
     dtype, device = trainer.args.dtype_name, trainer.accelerator.device.type
@@ -386,6 +387,6 @@ def training_summary(trainer, flight: dict, unit: str, tokens: int, reference_in
         f"{unit}_per_second": round(plan["rows_seen"] / trainer.seconds, 3),
         "tokens_per_second": round(tokens / trainer.seconds, 1),
         "mfu": model_flops_utilisation(flops, trainer.seconds, dtype, device, plan["batch"]["processes"]),
-        "loss_first_tenth": sum(losses[:tenth]) / tenth if losses else None,
-        "loss_last_tenth": sum(losses[-tenth:]) / tenth if losses else None,
+        "loss_first_tenth": first,
+        "loss_last_tenth": last,
     }
