@@ -19,7 +19,7 @@ from preflab.training import losses
 from preflab.training.dpo_report import displacement_text
 from preflab.training.log_keys import PAIR_MEAN, TIES_HALF
 from preflab.training.pair_means import pair_means
-from preflab.training.resumable import ResumableMixin
+from preflab.training.resumable import ResumableMixin, in_eval_mode
 from preflab.training.step0 import check_step0
 from utils.artifacts import RowFile
 from utils.errors import is_main_process
@@ -202,14 +202,13 @@ class ResumableDPOTrainer(ResumableMixin, DPOTrainer):
 
     def time_step(self, rows: list[int]) -> float:
         """Seconds of a training step; it contains the reference's forward where that is not cached."""
-        examples = [self.train_dataset[i] for i in rows]
         if self.uncached_reference_because is not None:
-            return self._time_step(examples)
+            return super().time_step(rows)
         # As during training, where both are columns of the rows; their values do not matter here.
-        examples = [{**example, "ref_chosen_logps": 0.0, "ref_rejected_logps": 0.0} for example in examples]
+        reference = dict.fromkeys(REFERENCE, 0.0)
         self.precompute_ref_logps = True
         try:
-            return self._time_step(examples)
+            return self._time_step([{**self.train_dataset[i], **reference} for i in rows])
         finally:
             self.precompute_ref_logps = False
 
@@ -352,6 +351,7 @@ class ResumableDPOTrainer(ResumableMixin, DPOTrainer):
         super().log(logs, start_time)
 
     @torch.no_grad()
+    @in_eval_mode
     def score(self, dataset, indices=None, log: bool = False) -> list[dict]:
         """Policy and reference log-probabilities of pairs, from TRL's own loss computation, sharded over processes.
 
@@ -364,10 +364,6 @@ class ResumableDPOTrainer(ResumableMixin, DPOTrainer):
             response log-probabilities in nats.
         """
         own_indices = self.share(list(range(len(dataset)) if indices is None else indices))
-        # model_wrapped is DeepSpeed's engine, through which sharded parameters are gathered.
-        model = self.model_wrapped if self.is_deepspeed_enabled else self.model
-        was_training = self.model.training
-        self.model.eval()
         rows, batch_losses = [], []
         eval_batch = self.args.per_device_eval_batch_size
         with self._captured_logps() as captured:
@@ -379,7 +375,7 @@ class ResumableDPOTrainer(ResumableMixin, DPOTrainer):
                 with self.accelerator.autocast():
                     # A batch's mean loss is repeated once per pair, so that the mean over the list is a mean over
                     # pairs.
-                    batch_losses += [self.compute_loss(model, batch).item()] * len(batch_indices)
+                    batch_losses += [self.compute_loss(self.scored_model, batch).item()] * len(batch_indices)
                 # Four tensors of shape (pairs,), in the order of SCORE_KEYS.
                 sides = (*captured[0].chunk(2), *(side.float() for side in reference_of(captured, batch)))
                 values = zip(batch_indices, *(side.tolist() for side in sides), strict=True)
@@ -397,7 +393,6 @@ class ResumableDPOTrainer(ResumableMixin, DPOTrainer):
             self.log({"eval_loss": sum(batch_losses) / len(batch_losses), "eval_longest_first": 1.0, **epoch})
         # Metrics of a pass that was not logged must not enter the means of the next evaluation.
         self._metrics["eval"].clear()
-        self.model.train(was_training)
         return rows
 
     @torch.no_grad()
@@ -427,7 +422,7 @@ class ResumableDPOTrainer(ResumableMixin, DPOTrainer):
         captured = []
         policy = self.accelerator.unwrap_model(self.model)
         # PEFT's wrapper calls its base model, whose hook also sees the forward with the adapter switched off.
-        heads = [policy.get_base_model() if hasattr(policy, "get_base_model") else policy]
+        heads = [without_adapter_shell(policy)]
         if self.ref_model is not None:
             heads.append(self.accelerator.unwrap_model(self.ref_model))
         hooks = [m.register_forward_hook(lambda _m, _a, out: captured.append(sum_logps(out))) for m in heads]

@@ -1,5 +1,6 @@
 """Trainer mixin and callbacks: complete checkpoints, exact resume, one log row per step, and a graceful stop."""
 
+import functools
 import math
 import shutil
 import signal
@@ -20,6 +21,21 @@ from preflab.training.run_folder import write_manifest
 from utils.artifacts import RowFile, read_json
 from utils.errors import UserError, is_main_process
 from utils.progress import progress
+
+
+def in_eval_mode(method):
+    """Run a trainer's method with its model in eval mode; afterwards the model has its earlier mode."""
+
+    @functools.wraps(method)
+    def run(self, *args, **kwargs):
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            return method(self, *args, **kwargs)
+        finally:
+            self.model.train(was_training)
+
+    return run
 
 
 class ResumableMixin:
@@ -67,6 +83,11 @@ class ResumableMixin:
     def is_sharded(self) -> bool:
         """Whether parameters are spread over processes once training starts (FSDP, DeepSpeed ZeRO-3)."""
         return self.is_fsdp_enabled or self.is_deepspeed_enabled
+
+    @property
+    def scored_model(self):
+        """The model for forwards outside training: DeepSpeed's engine where there is one, which gathers parameters."""
+        return self.model_wrapped if self.is_deepspeed_enabled else self.model
 
     def share(self, indices: list[int]) -> list[int]:
         """The indices that this process scores: number rank, rank + world, rank + 2 world, ...

@@ -7,7 +7,7 @@ from trl import SFTTrainer
 from preflab.models.batching import pad_right, token_batches
 from preflab.models.fast import fused_head
 from preflab.models.logprobs import apply_adapters_to_head, token_logps, without_adapter_shell
-from preflab.training.resumable import ResumableMixin
+from preflab.training.resumable import ResumableMixin, in_eval_mode
 from utils.artifacts import RowFile
 from utils.cache import ResultCache, cache_key
 
@@ -30,6 +30,7 @@ class ResumableSFTTrainer(ResumableMixin, SFTTrainer):
         self.set_up(row_log)
 
     @torch.no_grad()
+    @in_eval_mode
     def score(self, dataset, indices=None) -> list[float]:
         """Negative log-likelihood of the labelled tokens of each row, in nats, sharded over processes.
 
@@ -44,11 +45,7 @@ class ResumableSFTTrainer(ResumableMixin, SFTTrainer):
         # Places in `indices`, so that the processes' results can be put together in order.
         places = self.share(list(range(len(indices))))
         own_rows = [dataset[indices[place]] for place in places]
-        # model_wrapped is DeepSpeed's engine, through which sharded parameters are gathered.
-        model = self.model_wrapped if self.is_deepspeed_enabled else self.model
-        was_training, device = self.model.training, self.accelerator.device
-        world = self.accelerator.num_processes
-        self.model.eval()
+        device, world = self.accelerator.device, self.accelerator.num_processes
         nll = [0.0] * len(own_rows)
         # One process batches rows of similar length. Several must run equally many forwards (they may be collective),
         # so they batch by count, in order.
@@ -63,10 +60,9 @@ class ResumableSFTTrainer(ResumableMixin, SFTTrainer):
             scored[:, 0] = 0
             with self.accelerator.autocast():
                 # Summed in float64: sums over thousands of tokens are compared between base and tuned model.
-                sums = token_logps(model, ids, mask, scored).double().sum(1)
+                sums = token_logps(self.scored_model, ids, mask, scored).double().sum(1)
             for k, total in zip(batch, sums.tolist(), strict=True):
                 nll[k] = -total
-        self.model.train(was_training)
         by_place = dict(zip(places, nll, strict=True))
         if world > 1:
             # `share` may have repeated the last place; both results are the same and one remains.
