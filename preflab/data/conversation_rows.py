@@ -9,24 +9,14 @@ from collections import Counter
 from dataclasses import dataclass
 
 from preflab.data.chat_template import ChatRenderer
-from preflab.data.files import BadRow
-from preflab.data.messages import (
-    OPTIONS,
-    check_messages,
-    check_unicode,
-    from_json_text,
-    role_of,
-    transcript,
-    up_to_last,
-    with_options,
-)
+from preflab.data.messages import check_messages, check_unicode, from_json_text, role_of, transcript, up_to_last
 from preflab.data.row_fields import (
     PROMPTS,
     Fields,
     Parsed,
+    complete_messages,
     ensure_no_pictures,
     is_true,
-    join_system,
     prompt_turns,
     read_options,
     read_prompt,
@@ -90,26 +80,21 @@ def to_conversation(row, source: str, unused: Counter | None = None) -> Conversa
     Raises:
         UserError: the row fits no format; the message names row and key.
     """
-    if isinstance(row, BadRow):
-        raise UserError(row.problem)
-    if not isinstance(row, dict):
-        raise UserError(f"{source}: expected an object with an instruction, not {type(row).__name__}")
-    fields, unused = Fields(row, source), Counter() if unused is None else unused
+    fields = Fields(row, source, "an instruction", unused)
     # KTO: an answer that people did not want is not an example to learn from.
     if "label" in row and "completion" in row and fields.take("label") is not None and not is_true(row["label"]):
         return "labelled_false"
     ensure_no_pictures(fields)
-    parsed = Parsed(None, [], [], options=read_options(fields))
-    conversation = _read(fields, parsed, unused)
+    parsed = Parsed(options=read_options(fields))
+    conversation = _read(fields, parsed)
     if isinstance(conversation, str):
         return conversation
-    fields.count_unused(unused)
-    turns = join_system(parsed.before, conversation.messages, source)
-    conversation.messages = with_options(turns, *(parsed.options.get(name) for name in OPTIONS))
+    fields.count_unused()
+    conversation.messages = complete_messages(conversation.messages, parsed, source)
     return conversation
 
 
-def _read(fields: Fields, parsed: Parsed, unused: Counter) -> Conversation | str:
+def _read(fields: Fields, parsed: Parsed) -> Conversation | str:
     """The row's conversation without what `parsed` collects beside it: earlier turns and template arguments."""
     row, source = fields.row, fields.source
     answer_key = next((k for k in ANSWERS if row.get(k) is not None), None)
@@ -120,14 +105,14 @@ def _read(fields: Fields, parsed: Parsed, unused: Counter) -> Conversation | str
         if turns and not (answer_key and _ends_with_question(turns)):
             fields.take(key)
             read_prompt(fields, parsed, ())
-            return _usable(check_messages(turns, source, key, unused=unused), source)
+            return _usable(check_messages(turns, source, key, unused=fields.unused), source)
     if isinstance(row.get("instruction"), str) and row.get("output") is not None:
         return _alpaca(fields, parsed)
     # Implicit-prompt preference data holds the complete dialogue under `chosen` and has no prompt.
     if answer_key and (answer_key == "chosen" or any(row.get(k) is not None for k in PROMPTS)):
-        return _prompt_and_answer(fields, parsed, answer_key, unused)
+        return _prompt_and_answer(fields, parsed, answer_key)
     if schema_of(row, PAIRS):
-        return _chosen_of_pair(fields, parsed, unused)
+        return _chosen_of_pair(fields, parsed)
     raise UserError(
         f"{source}: no conversation found (keys: {', '.join(sorted(map(str, row)))}); a row has 'messages',"
         " 'instruction' and 'output' (optionally 'input'), 'prompt' and 'completion', or 'prompt' and 'chosen'; name"
@@ -155,16 +140,16 @@ def _alpaca(fields: Fields, parsed: Parsed) -> Conversation | str:
     return conversation
 
 
-def _prompt_and_answer(fields: Fields, parsed: Parsed, key: str, unused: Counter) -> Conversation | str:
+def _prompt_and_answer(fields: Fields, parsed: Parsed, key: str) -> Conversation | str:
     """A row with a prompt and an answer under `key`, each as text or as messages."""
     source, answer = fields.source, read_answer(fields.take(key))
     parsed.answers = [answer]
     read_prompt(fields, parsed, PROMPTS)
     prompt = parsed.prompt
     answer_turns = answer if isinstance(answer, list) else [{"role": "assistant", "content": answer}]
-    answer_turns = check_messages(answer_turns, source, key, unused=unused)
+    answer_turns = check_messages(answer_turns, source, key, unused=fields.unused)
     if isinstance(prompt, list):
-        prompt_part = check_messages(prompt, source, "prompt", unused=unused)
+        prompt_part = check_messages(prompt, source, "prompt", unused=fields.unused)
         repeated = answer_turns[: len(prompt_part)] == prompt_part
     else:
         # A message list with a user turn is the complete conversation; `prompt` only repeats its question.
@@ -173,7 +158,7 @@ def _prompt_and_answer(fields: Fields, parsed: Parsed, key: str, unused: Counter
     return _usable(answer_turns if repeated else [*prompt_part, *answer_turns], source)
 
 
-def _chosen_of_pair(fields: Fields, parsed: Parsed, unused: Counter) -> Conversation | str:
+def _chosen_of_pair(fields: Fields, parsed: Parsed) -> Conversation | str:
     """The better answer of a row with two answers and an order."""
     pair = parse_pair(fields)
     if isinstance(pair, str):
@@ -182,7 +167,7 @@ def _chosen_of_pair(fields: Fields, parsed: Parsed, unused: Counter) -> Conversa
     chosen = pair.answers[0]
     turns = [] if pair.prompt is None else prompt_turns(pair.prompt, fields.source, "prompt")
     answer = chosen if isinstance(chosen, list) else [{"role": "assistant", "content": chosen}]
-    return _usable([*turns, *check_messages(answer, fields.source, "answer", unused=unused)], fields.source)
+    return _usable([*turns, *check_messages(answer, fields.source, "answer", unused=fields.unused)], fields.source)
 
 
 def _usable(messages: list[dict], source: str) -> Conversation | str:

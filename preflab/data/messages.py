@@ -143,9 +143,9 @@ def from_json_text(value):
     return parsed if isinstance(first, dict) and {"role", "from"} & set(first) else value
 
 
-def with_options(messages: list[dict], tools, template_kwargs) -> list[dict]:
+def with_options(messages: list[dict], options: dict) -> list[dict]:
     """`messages` whose first one carries what the row gives its chat template, if it gives anything."""
-    options = {key: value for key, value in zip(OPTIONS, (tools, template_kwargs), strict=True) if value}
+    options = {key: options[key] for key in OPTIONS if options.get(key)}
     return [{**messages[0], **options}, *messages[1:]] if options and messages else messages
 
 

@@ -8,10 +8,9 @@ from collections import Counter
 from dataclasses import dataclass
 
 from preflab.data.chat_template import shared_prefix
-from preflab.data.files import BadRow
-from preflab.data.messages import OPTIONS, check_messages, extras, read_transcript, transcript, with_options
+from preflab.data.messages import check_messages, extras, read_transcript, transcript
 from preflab.data.prompt_format import AS_CHAT, AS_TEXT, TURNS, WRAPPED, PromptFormat
-from preflab.data.row_fields import TRANSCRIPT, Fields, Parsed, join_system, prompt_turns
+from preflab.data.row_fields import TRANSCRIPT, Fields, Parsed, complete_messages, prompt_turns
 from preflab.data.schemas import parse_pair
 from preflab.data.sources import folded
 from utils.errors import UserError
@@ -69,16 +68,11 @@ def to_pair(row: dict, source: str, prompt_format: PromptFormat = AS_TEXT, unuse
     Raises:
         UserError: the row fits no format; the message names row and key.
     """
-    if isinstance(row, BadRow):
-        raise UserError(row.problem)
-    if not isinstance(row, dict):
-        raise UserError(f"{source}: expected an object with 'chosen' and 'rejected', not {type(row).__name__}")
-    fields = Fields(row, source)
-    unused = Counter() if unused is None else unused
+    fields = Fields(row, source, "'chosen' and 'rejected'", unused)
     parsed = parse_pair(fields)
     if isinstance(parsed, str):
         return parsed
-    fields.count_unused(unused)
+    fields.count_unused()
     (chosen, rejected), prompt = parsed.answers, parsed.prompt
     if type(chosen) is not type(rejected) or not isinstance(chosen, (str, list)):
         raise UserError(f"{source}: 'chosen' and 'rejected' must both be text or both be message lists")
@@ -104,7 +98,7 @@ def to_pair(row: dict, source: str, prompt_format: PromptFormat = AS_TEXT, unuse
             format_of_row = AS_CHAT if parsed.before and prompt_format.choice == "auto" else prompt_format
             pair = _plain_pair(prompt, chosen, rejected, source, format_of_row)
     if pair is None:
-        pair = _chat_pair(prompt, chosen, rejected, source, unused)
+        pair = _chat_pair(prompt, chosen, rejected, source, fields.unused)
     return pair if isinstance(pair, str) else _complete(pair, parsed)
 
 
@@ -112,21 +106,18 @@ def _complete(pair: Pair, parsed: Parsed) -> Pair:
     """The pair with what its row holds beside prompt and answers: earlier turns, template arguments, scores."""
     for name, value in parsed.scores.items():
         setattr(pair, name, value)
-    if parsed.before:
-        if pair.messages is None:
-            raise UserError(
-                f"{pair.source}: the row has a system text or earlier turns, which need a chat template; pass"
-                " --prompt_format chat, or --columns system=none history=none to train without them"
-            )
-        pair.messages = join_system(parsed.before, pair.messages, pair.source)
-    if parsed.options and pair.messages:
-        pair.messages = with_options(pair.messages, *(parsed.options.get(name) for name in OPTIONS))
+    if pair.messages is not None:
+        pair.messages = complete_messages(pair.messages, parsed, pair.source)
+    elif parsed.before:
+        raise UserError(
+            f"{pair.source}: the row has a system text or earlier turns, which need a chat template; pass"
+            " --prompt_format chat, or --columns system=none history=none to train without them"
+        )
     return pair
 
 
 def _plain_pair(prompt: str | None, chosen: str, rejected: str, source: str, prompt_format: PromptFormat) -> Pair | str:
     """A pair of plain texts; without a prompt, their common prefix is the prompt."""
-    cut_from_answers = ""
     # Without a prompt, equal texts have no point at which prompt and answer separate.
     if prompt is None:
         if chosen == rejected:
@@ -137,18 +128,16 @@ def _plain_pair(prompt: str | None, chosen: str, rejected: str, source: str, pro
         cut -= cut > 0 and chosen[cut - 1] == " "
         prompt, chosen, rejected = chosen[:cut], chosen[cut:], rejected[cut:]
         cut_from_answers = "prompt"
-    # Both or neither: an answer may begin with the prompt's words by chance.
-    elif prompt and chosen.startswith(prompt) and rejected.startswith(prompt):
-        chosen, rejected = _without_prompt(prompt, chosen, rejected)
-        cut_from_answers = "repeated"
+    else:
+        answers = _without_prompt(prompt, chosen, rejected)
+        cut_from_answers = "repeated" if answers != (chosen, rejected) else ""
+        chosen, rejected = answers
     kind = prompt_format.kind(prompt, (chosen, rejected), cut_from_answers)
     content = {"messages": [{"role": "user", "content": prompt}]} if kind == WRAPPED else {"text": prompt}
     return Pair(chosen, rejected, **content, source=source, prompt_kind=kind)
 
 
-def _chat_pair(
-    prompt: str | list | None, chosen: list, rejected: list, source: str, unused: Counter | None = None
-) -> Pair | str:
+def _chat_pair(prompt: str | list | None, chosen: list, rejected: list, source: str, unused: Counter) -> Pair | str:
     """A pair of message lists: the turns before the last one are the prompt and must be equal on both sides."""
     chosen, rejected = (
         check_messages(turns, source, key, unused=unused) for turns, key in ((chosen, "chosen"), (rejected, "rejected"))

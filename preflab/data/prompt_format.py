@@ -44,7 +44,7 @@ class PromptFormat:
         special = special_token_pattern(tokenizer)
         return cls(choice, re.compile(f"{CONTROL_TOKENS.pattern}|{special.pattern}") if special else CONTROL_TOKENS)
 
-    def kind(self, prompt: str, answers: tuple[str, str], cut_from_answers: bool) -> str:
+    def kind(self, prompt: str, answers: tuple[str, str], cut_from_answers: str) -> str:
         """WRAPPED, or the key of LEFT_AS_TEXT that says why the prompt stays text.
 
         Args:

@@ -4,22 +4,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from preflab.data.files import BadRow
-from preflab.data.messages import (
-    OPTIONS,
-    check_messages,
-    check_unicode,
-    from_json_text,
-    up_to_last,
-    with_options,
-)
+from preflab.data.messages import check_messages, check_unicode, from_json_text, up_to_last
 from preflab.data.pair_rows import to_pair
 from preflab.data.prompt_format import AS_CHAT
 from preflab.data.row_fields import (
     Fields,
     Parsed,
+    complete_messages,
     ensure_no_pictures,
-    join_system,
     prompt_turns,
     read_options,
     read_prompt,
@@ -138,20 +130,16 @@ def _uid(row: dict) -> str | None:
     return None if uid is None else str(uid)
 
 
-def _prompt_messages(row, source: str, unused: Counter | None = None) -> list[dict] | str:
+def _prompt_messages(row, source: str) -> list[dict] | str:
     """The row's messages up to the last user turn, or the reason to leave the row out."""
-    if isinstance(row, BadRow):
-        raise UserError(row.problem)
-    if not isinstance(row, dict):
-        raise UserError(f"{source}: expected an object with a prompt, not {type(row).__name__}")
+    fields = Fields(row, source, "a prompt")
     # Preference rows have several formats, so they share the parser of the training data.
     if schema_of(row, PAIRS) and row.get("chosen", "") is not None and row.get("rejected", "") is not None:
-        pair = to_pair(row, source, prompt_format=AS_CHAT, unused=unused)
+        pair = to_pair(row, source, prompt_format=AS_CHAT)
         if isinstance(pair, str):
             return pair
         messages = pair.messages
     else:
-        fields = Fields(row, source)
         key = next((k for k in PROMPT_KEYS if row.get(k) is not None), None)
         if key is None:
             raise UserError(
@@ -159,7 +147,7 @@ def _prompt_messages(row, source: str, unused: Counter | None = None) -> list[di
                 " name another column with --columns prompt=NAME"
             )
         ensure_no_pictures(fields)
-        parsed = Parsed(None, [], [], options=read_options(fields))
+        parsed = Parsed(options=read_options(fields))
         # `messages` may end with an answer; it is cut off below.
         value = from_json_text(fields.take(key))
         if isinstance(value, str):
@@ -167,10 +155,7 @@ def _prompt_messages(row, source: str, unused: Counter | None = None) -> list[di
             value = parsed.prompt
         else:
             read_prompt(fields, parsed, ())
-        messages = join_system(parsed.before, _read_prompt(value, source, key), source)
-        messages = with_options(messages, *(parsed.options.get(name) for name in OPTIONS))
-        if unused is not None:
-            fields.count_unused(unused)
+        messages = complete_messages(_read_prompt(value, source, key), parsed, source)
     messages = up_to_last(messages, "user")
     if not messages or not messages[-1]["content"].strip():
         return "empty_prompt"

@@ -8,7 +8,16 @@ import math
 from collections import Counter
 from dataclasses import dataclass, field
 
-from preflab.data.messages import OPTIONS, check_messages, from_json_text, read_transcript, role_of, without_nulls
+from preflab.data.files import BadRow
+from preflab.data.messages import (
+    OPTIONS,
+    check_messages,
+    from_json_text,
+    read_transcript,
+    role_of,
+    with_options,
+    without_nulls,
+)
 from utils.errors import UserError
 
 # Columns that hold a prompt, in order of preference.
@@ -46,12 +55,23 @@ class Fields:
         row: the row.
         source: file and row, for error messages.
         used: names of the columns that were read.
+        unused: counts what rows hold and nothing reads, by column; shared by the rows of a split.
     """
 
-    __slots__ = ("row", "source", "used")
+    __slots__ = ("row", "source", "used", "unused")
 
-    def __init__(self, row: dict, source: str):
+    def __init__(self, row, source: str, content: str, unused: Counter | None = None):
+        """Raises UserError for a line that is not JSON, and for JSON that is not an object.
+
+        Args:
+            content: what the object should hold, for the message.
+        """
+        if isinstance(row, BadRow):
+            raise UserError(row.problem)
+        if not isinstance(row, dict):
+            raise UserError(f"{source}: expected an object with {content}, not {type(row).__name__}")
         self.row, self.source, self.used = row, source, set()
+        self.unused = Counter() if unused is None else unused
 
     def take(self, *names: str):
         """The first value that is not null among these columns, None if there is none."""
@@ -69,12 +89,12 @@ class Fields:
             raise UserError(f"{self.source}: key {name!r} is null; fix the row, or pass --on_bad_row skip")
         return value
 
-    def count_unused(self, unused: Counter) -> None:
+    def count_unused(self) -> None:
         """Count the columns that hold something and were not read."""
         for name, value in self.row.items():
             # `NAME (none)` only records that --columns switches NAME off.
             if name not in self.used and value is not None and value not in ("", []) and not name.endswith("(none)"):
-                unused[name] += 1
+                self.unused[name] += 1
 
 
 @dataclass(slots=True)
@@ -84,16 +104,14 @@ class Parsed:
     Attributes:
         prompt: text or turns; None where the answers hold it.
         before: turns in front of it (system, history).
-        answers: the chosen and the rejected one, or all of a list: text, turns, or one turn each.
-        numbers: a score per answer, of a ranked or scored list.
+        answers: the chosen and the rejected one, or an SFT row's only one: text, turns, or one turn each.
         options: what the row gives its chat template: tools, chat_template_kwargs.
         scores: score_chosen, score_rejected, win_chosen, win_rejected.
     """
 
-    prompt: str | list | None
-    before: list[dict]
-    answers: list
-    numbers: list[float] | None = None
+    prompt: str | list | None = None
+    before: list[dict] = field(default_factory=list)
+    answers: list = field(default_factory=list)
     options: dict = field(default_factory=dict)
     scores: dict = field(default_factory=dict)
 
@@ -241,12 +259,15 @@ def read_history(history, source: str) -> list[dict]:
     return turns
 
 
-def join_system(before: list[dict], messages: list[dict], source: str) -> list[dict]:
-    """`messages` behind the earlier turns; a system turn that both have is taken once.
+def complete_messages(messages: list[dict], parsed: Parsed, source: str) -> list[dict]:
+    """`messages` with what their row holds beside them: earlier turns in front, template arguments on the first turn.
+
+    A system turn that both have is taken once.
 
     Raises:
         UserError: the two system texts differ.
     """
+    before = parsed.before
     if before and messages and before[0]["role"] == messages[0]["role"] == "system":
         if before[0]["content"].strip() != messages[0]["content"].strip():
             raise UserError(
@@ -254,7 +275,7 @@ def join_system(before: list[dict], messages: list[dict], source: str) -> list[d
                 " to keep the turn"
             )
         before = before[1:]
-    return [*before, *messages]
+    return with_options([*before, *messages], parsed.options)
 
 
 def prompt_turns(prompt: str | list, source: str, key: str) -> list[dict]:

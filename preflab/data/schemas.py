@@ -169,7 +169,7 @@ def parse_pair(fields: Fields) -> Parsed | str:
         return "no_preference"
     answers = [read_answer(answer) for answer in (answers if better == 0 else answers[::-1])]
     ensure_no_pictures(fields)
-    parsed = Parsed(None, [], answers, options=read_options(fields), scores=read_scores(fields))
+    parsed = Parsed(answers=answers, options=read_options(fields), scores=read_scores(fields))
     # Complete dialogues hold their prompt; only a column named `prompt` may repeat it.
     complete = isinstance(answers[0], list) and answers[0] and not _starts_with_answer(answers[0])
     read_prompt(fields, parsed, ("prompt",) if complete else schema.prompts)
