@@ -153,7 +153,7 @@ def one_way(args) -> dict:
         log = RowFile(Path(folder) / "log.jsonl")
         config = DPORunConfig(**settings, micro_batch_tokens=args.micro_batch_tokens)
         longest = largest_and_longest(ids, ResumableDPOTrainer.SEQUENCES)[1]
-        config.choose_micro_batch_tokens(model, 0 if peft else backbone, lambda: longest, peft is None)
+        config.choose_micro_batch_tokens(model, 0 if peft else backbone, longest, peft is None)
         trainer = ResumableDPOTrainer(model, args=config, row_log=log, **common)
     clock = Clock()
     trainer.add_callback(clock)

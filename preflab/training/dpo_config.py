@@ -1,6 +1,5 @@
 """Configuration of a preference-training run: TRL's DPOConfig, this project's keys, and their checks."""
 
-from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass, field
 
@@ -79,14 +78,12 @@ class DPORunConfig(RunConfig, DPOConfig):
         # Padded, each pair of a micro-batch takes two sequences of up to max_length tokens.
         return self.micro_batch_tokens or 2 * self.per_device_train_batch_size * (self.max_length or longest)
 
-    def fit_memory(self, model, trained: int, longest: Callable[[], int], reference_beside: bool) -> str | None:
+    def fit_memory(self, model, trained: int, longest: int, reference_beside: bool) -> str | None:
         """Choose micro-batch tokens, then gradient checkpointing; arguments and return as `RunConfig.fit_memory`."""
         self.choose_micro_batch_tokens(model, trained, longest, reference_beside)
         return super().fit_memory(model, trained, longest, reference_beside)
 
-    def choose_micro_batch_tokens(
-        self, model, trained: int, longest: Callable[[], int], reference_beside: bool
-    ) -> None:
+    def choose_micro_batch_tokens(self, model, trained: int, longest: int, reference_beside: bool) -> None:
         """Set `micro_batch_tokens`, unless the user did, to more tokens on a GPU with enough memory.
 
         All processes choose the same value. Arguments as `fit_memory`.
@@ -99,9 +96,9 @@ class DPORunConfig(RunConfig, DPOConfig):
             # `needed` reads the budget from the config, so each candidate is set in a copy.
             args = copy(self)
             args.micro_batch_tokens = tokens
-            return needed(model, args, trained, longest(), reference_beside).total(bool(self.gradient_checkpointing))
+            return needed(model, args, trained, longest, reference_beside).total(bool(self.gradient_checkpointing))
 
-        chosen = gpu_micro_batch_tokens(estimate, self.token_budget(longest()), card)
+        chosen = gpu_micro_batch_tokens(estimate, self.token_budget(longest), card)
         if self.world_size > 1:
             # 0 stands for "keep the default", so that the smallest card decides.
             chosen = min(gather_object([chosen or 0])) or None

@@ -182,15 +182,19 @@ class TrainingRun:
                 check_targets(policy, model_args)
             # The adapter does not exist yet; its parameters are few beside the base's and not counted here.
             trained = 0 if model_args.use_peft else sum(p.numel() for p in policy.parameters())
-            # Tokens of the longest training sequence.
-            longest = largest_and_longest(splits.train_ids, trainer_type.SEQUENCES)[1]
+            # {split: (its largest token id, tokens of its longest sequence)}.
+            sizes = {
+                name: largest_and_longest(ids, trainer_type.SEQUENCES)
+                for name, ids in (("train", splits.train_ids), ("test", splits.test_ids))
+                if ids is not None
+            }
             # Decided before the trainer is made, since its constructor reads gradient_checkpointing.
-            note = config.fit_memory(policy, trained, lambda: longest, keeps_reference)
+            note = config.fit_memory(policy, trained, sizes["train"][1], keeps_reference)
             self.notes += [note] if note else []
             if self.continues_adapter:
                 # The loaded adapter becomes the policy; TRL freezes a copy of it as the reference.
                 policy = load_adapter(policy, start.adapter, is_trainable=True)
-            self._check_model_reads(policy, splits, trainer_type.SEQUENCES)
+            self._check_model_reads(policy, sizes)
             return trainer_type(
                 model=policy,
                 # SFTTrainer has no argument ref_model, so the key is passed only with a reference.
@@ -206,14 +210,16 @@ class TrainingRun:
         except (ValueError, NotImplementedError) as error:
             raise UserError(f"{model_args.model_name_or_path}: {str(error).splitlines()[0]}") from error
 
-    def _check_model_reads(self, policy, splits: Splits, sequences: tuple[tuple[str, ...], ...]) -> None:
-        """Raise UserError, before the first forward, for token ids or lengths that the model cannot read."""
+    def _check_model_reads(self, policy, sizes: dict[str, tuple[int, int]]) -> None:
+        """Raise UserError, before the first forward, for token ids or lengths that the model cannot read.
+
+        Args:
+            sizes: of `largest_and_longest`, by split.
+        """
         fit_pad_token(policy, self.tokenizer)
-        for name, ids in (("train", splits.train_ids), ("test", splits.test_ids)):
-            if ids is not None:
-                largest, longest = largest_and_longest(ids, sequences)
-                check_ids(policy, self.tokenizer, largest)
-                check_length(policy, longest, "--max_length {}", f"the longest sequence of the {name} split")
+        for name, (largest, longest) in sizes.items():
+            check_ids(policy, self.tokenizer, largest)
+            check_length(policy, longest, "--max_length {}", f"the longest sequence of the {name} split")
         if getattr(self.config, "packing", False):
             check_length(policy, self.config.max_length, "--max_length {}", "a packed row")
 

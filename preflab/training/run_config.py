@@ -1,6 +1,5 @@
 """Keys that every training stage has beside TRL's own, their checks, and what is derived from them."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -93,14 +92,14 @@ class RunConfig:
         """Whether a second copy of the weights is loaded as the reference."""
         return False
 
-    def fit_memory(self, model, trained: int, longest: Callable[[], int], reference_beside: bool) -> str | None:
+    def fit_memory(self, model, trained: int, longest: int, reference_beside: bool) -> str | None:
         """Turn on gradient checkpointing if memory requires it and neither YAML nor command line set it.
 
         All processes choose the same: if one of them is short of memory, all recompute their activations.
 
         Args:
             trained: trained parameters.
-            longest: returns the tokens of the longest sequence in the data.
+            longest: tokens of the longest sequence in the data.
             reference_beside: whether a second copy of the weights is loaded.
 
         Returns:
@@ -108,7 +107,7 @@ class RunConfig:
         """
         if not self.checkpointing_is_open:
             return None
-        estimate = needed(model, self, trained, longest(), reference_beside)
+        estimate = needed(model, self, trained, longest, reference_beside)
         reason = reason_for_checkpointing(estimate, free_bytes(model))
         if self.world_size > 1:
             # The first process that is short of memory gives the reason for all.

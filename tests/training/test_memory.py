@@ -70,10 +70,10 @@ def test_micro_batch_tokens_depend_on_gpu_memory(tmp_path, monkeypatch):
         args = DPORunConfig(
             str(tmp_path), per_device_train_batch_size=2, gradient_accumulation_steps=64, max_length=50, bf16=False
         )
-        args.choose_micro_batch_tokens(Model(), 0, lambda: 50, False)
+        args.choose_micro_batch_tokens(Model(), 0, 50, False)
         assert args.micro_batch_tokens == expected
         args.micro_batch_tokens = 77
-        args.choose_micro_batch_tokens(Model(), 0, lambda: 50, False)
+        args.choose_micro_batch_tokens(Model(), 0, 50, False)
         assert args.micro_batch_tokens == 77
 
 
