@@ -94,7 +94,11 @@ class ReferenceCache:
         # The cache's identity does not include library versions and kernels, so some entries are computed again first.
         self._check(dataset, keys)
         # Pairs with equal token ids share a key and are computed once, where they are reached first.
-        missing = list({key: i for i, key in reversed(keys.items()) if key not in self.known}.values())[::-1]
+        first: dict[str, int] = {}
+        for i, key in keys.items():
+            if key not in self.known:
+                first.setdefault(key, i)
+        missing = list(first.values())
         self._compute(dataset, keys, missing)
         # Each process has computed its own share only; this waits for all of them and reads their files.
         self.known = self.cache.gather()

@@ -1,11 +1,14 @@
 """The reference is computed for the pairs that a run reaches, and the figures are those of the complete pass."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from conftest import assert_one_line, train_args
+from datasets import Dataset
 
 from preflab.training.dpo_trainer import ResumableDPOTrainer
+from preflab.training.reference_cache import ReferenceCache
 from utils.artifacts import RowFile, read_json
 
 
@@ -93,6 +96,23 @@ def test_resume_needs_only_the_rest(train, tiny, prefs, tmp_path, nothing_in_the
     code, _, err = train(*train_args(tiny, prefs, tmp_path, "--run_name", "at_once"))
     assert code == 0, err
     assert losses(tmp_path) == pytest.approx(losses(tmp_path, "at_once"), abs=1e-6)
+
+
+def test_equal_pairs_are_computed_where_they_are_reached_first(tmp_path, monkeypatch):
+    """Rows 2 and 0 are equal: of the order 2, 1, 0, 3 the first is computed first, and the equal one not again."""
+    ids = {"prompt_ids": [[1], [2], [1], [3]], "chosen_ids": [[4]] * 4, "rejected_ids": [[5]] * 4}
+    trainer = SimpleNamespace(train_dataset=Dataset.from_dict(ids))
+    computed = []
+
+    def compute(self, dataset, keys, missing):
+        computed.extend(missing)
+        for i in missing:
+            self.cache.add(keys[i], {"chosen": -float(i), "rejected": -1.0})
+
+    monkeypatch.setattr(ReferenceCache, "_compute", compute)
+    ReferenceCache(trainer, str(tmp_path), {}).add("train_dataset", [2, 1, 0, 3])
+    assert computed == [2, 1, 3]
+    assert trainer.train_dataset["ref_chosen_logps"][:] == [-2.0, -1.0, -2.0, -3.0]
 
 
 def test_rows_in_their_own_order(train, tiny, prefs, tmp_path, nothing_in_the_step):
