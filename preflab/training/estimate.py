@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from preflab.training.run_config import SAMPLE_TOKENS
+from preflab.training.throughput import synchronize
 
 # Micro-batches that are timed: this many, but none is started after this many seconds.
 TIMED_BATCHES, MOST_SECONDS = 2, 20.0
@@ -104,12 +105,6 @@ def _time_decoding(trainer) -> float:
             synchronize(device)
             seconds.append(time.monotonic() - started)
     return float(np.median(seconds))
-
-
-def synchronize(device) -> None:
-    """Wait for the kernels of a GPU, which run asynchronously."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize()
 
 
 def estimated_minutes(work: Work, speed: Speed | None, plan: dict, config, rows: int) -> dict:

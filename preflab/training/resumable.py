@@ -15,9 +15,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length, rotate
 
 from preflab.evaluation.runs import MANIFEST
 from preflab.models.fast import fused_lora
-from preflab.training.estimate import synchronize
 from preflab.training.log_keys import TIES_HALF
 from preflab.training.run_folder import write_manifest
+from preflab.training.throughput import synchronize
 from utils.artifacts import RowFile, read_json
 from utils.errors import UserError, is_main_process
 from utils.progress import progress

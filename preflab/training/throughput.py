@@ -45,10 +45,14 @@ def slower_than_float32(dtype: str, device: str) -> str | None:
 def _seconds(a) -> float:
     started = time.monotonic()
     a @ a
-    if a.device.type != "cpu":
-        # GPU kernels are asynchronous.
-        torch.accelerator.synchronize()
+    synchronize(a.device)
     return time.monotonic() - started
+
+
+def synchronize(device) -> None:
+    """Wait for the kernels of a GPU, which run asynchronously."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
 
 
 def model_flops_utilisation(flops: float, seconds: float, dtype: str, device: str, processes: int) -> float | None:
