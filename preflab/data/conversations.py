@@ -16,9 +16,9 @@ from preflab.data.chat_template import (
 )
 from preflab.data.conversation_rows import Conversation, to_conversation
 from preflab.data.messages import WEIGHT, transcript
-from preflab.data.sources import SourceArguments, marked_as_held_out, read_sources, split_off
+from preflab.data.sources import SourceArguments, marked_as_held_out, split_off
+from preflab.data.split_data import SplitData, read_items
 from preflab.data.tokenised_rows import IDS, Outcome, identity_of, tokenise
-from utils.errors import UserError
 from utils.provenance import sha256_of
 
 # The label of tokens without a loss, as in PyTorch's cross entropy.
@@ -52,25 +52,15 @@ class SFTArguments(SourceArguments):
         self.test_rows = 200 if self.test_rows is None else self.test_rows
 
 
-@dataclass
-class ConversationData:
+@dataclass(kw_only=True)
+class ConversationData(SplitData):
     """The conversations of one split.
 
     Attributes:
         conversations: the usable conversations.
-        sources: what identifies the data, per source (`read_rows`).
-        rows: number of rows read.
-        dropped: number of rows dropped, by reason.
-        unused: number of rows by column that they hold and that is not used.
-        first_bad_row: why the first row was skipped (--on_bad_row skip), None if none was.
     """
 
     conversations: list[Conversation]
-    sources: list[dict]
-    rows: int
-    dropped: Counter = field(default_factory=Counter)
-    unused: Counter = field(default_factory=Counter)
-    first_bad_row: str | None = None
 
     def summary(self) -> dict:
         """Counts and provenance for an artifact."""
@@ -78,9 +68,7 @@ class ConversationData:
         return {
             "rows": self.rows,
             "conversations": len(self.conversations),
-            "dropped": dict(self.dropped),
-            "unused": dict(self.unused),
-            **({"first_bad_row": self.first_bad_row} if self.first_bad_row else {}),
+            **self.left_out(),
             "sources": self.sources,
             "text_sha256": sha256_of(*texts),
         }
@@ -96,31 +84,8 @@ def load_conversations(sources: list[dict], limit: int | None = None) -> Convers
         sources: as for `read_sources`.
         limit: number of conversations, spread evenly over the sources.
     """
-    read = read_sources(sources)
-    data = ConversationData([], [about for _, about in read], sum(len(rows) for rows, _ in read))
-    for origin, (rows, _) in zip(sources, read, strict=True):
-        taken = 0
-        for source, row in rows:
-            # Each source's share of the limit, rounded up, so that a trial run sees every data set of the mix. Dropped
-            # rows do not count.
-            if limit is not None and taken >= -(-limit // len(read)):
-                break
-            try:
-                conversation = to_conversation(row, source, data.unused)
-            except UserError as error:
-                if not origin.get("skip_bad"):
-                    raise
-                conversation, data.first_bad_row = "bad_row", data.first_bad_row or str(error)
-            if isinstance(conversation, str):
-                data.dropped[conversation] += 1
-            else:
-                data.conversations.append(conversation)
-                taken += 1
-    if not data.conversations and data.first_bad_row:
-        raise UserError(
-            f"{data.dropped['bad_row']} of {data.rows} rows cannot be read; the first: {data.first_bad_row}"
-        )
-    return data
+    items, facts = read_items(sources, to_conversation, limit)
+    return ConversationData(conversations=items, **facts)
 
 
 def hold_out(data: ConversationData, count: int) -> ConversationData | None:
@@ -134,7 +99,7 @@ def hold_out(data: ConversationData, count: int) -> ConversationData | None:
     held_out, data.conversations = split_off(data.conversations, count, "conversations")
     marked = marked_as_held_out(data.sources, len(held_out), "conversations")
     # Rows that were dropped while reading are counted once, in the train part.
-    return ConversationData(held_out, marked, len(held_out))
+    return ConversationData(conversations=held_out, sources=marked, rows=len(held_out))
 
 
 # ------------------------------------------------------------------------------------------------------- tokenising
@@ -168,12 +133,8 @@ def tokenize(data: ConversationData, tokenizer, loss_on: str, max_length: int | 
         [*identity_of(tokenizer, template or tokenizer.chat_template), loss_on, str(max_length)],
         f"tokenizing {desc}",
     )
-    data.dropped.update(outcome.dropped)
-    if not outcome.usable:
-        example = f"; the template rejected e.g. {outcome.refusal}" if outcome.refusal else ""
-        raise UserError(f"0 {desc} conversations are left of {data.rows} rows; dropped: {dict(data.dropped)}{example}")
     # Invariant: row k of the dataset belongs to `data.conversations[k]`.
-    data.conversations = [data.conversations[i] for i in outcome.usable]
+    data.conversations = data.usable(data.conversations, outcome, f"{desc} conversations")
     return dataset, {**outcome.counts, "training_template": int(template is not None)}
 
 
@@ -191,8 +152,7 @@ def _tokenise_batch(
             has_weights = any(WEIGHT in turn for turn in turns)
             excluded.append(chat.answers(turns, trained=False)[1] if has_weights else [])
         except TemplateRefused as error:
-            outcome.refusal = outcome.refusal or f"{conversation.source}: {error}"
-            outcome.dropped["template_refused"] += 1
+            outcome.refuse(conversation.source, error)
             continue
         positions.append(position)
         texts.append(text)

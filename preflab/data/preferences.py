@@ -20,6 +20,7 @@ from preflab.data.pair_rows import Pair, to_pair
 from preflab.data.prompt_format import AS_TEXT, FORMATS, PromptFormat
 from preflab.data.row_fields import WIN_KEYS
 from preflab.data.sources import SourceArguments, marked_as_held_out, read_sources, split_off
+from preflab.data.split_data import SplitData, read_items
 from preflab.data.tokenised_rows import IDS, Outcome, identity_of, tokenise
 from utils.errors import UserError
 from utils.provenance import sha256_of
@@ -51,34 +52,22 @@ class DataArguments(SourceArguments):
         self.test_rows = self.test_rows or 0
 
 
-@dataclass
-class PreferenceData:
+@dataclass(kw_only=True)
+class PreferenceData(SplitData):
     """The pairs of one split.
 
     Attributes:
         pairs: the pairs that passed the filters.
-        sources: what identifies the data, per source (`read_rows`).
-        rows: number of rows read.
-        dropped: number of rows dropped, by filter.
-        unused: number of rows by column that they hold and that is not used.
-        first_bad_row: why the first row was skipped (--on_bad_row skip), None if none was.
     """
 
     pairs: list[Pair]
-    sources: list[dict]
-    rows: int
-    dropped: Counter = field(default_factory=Counter)
-    unused: Counter = field(default_factory=Counter)
-    first_bad_row: str | None = None
 
     def summary(self) -> dict:
         """Counts and provenance for an artifact."""
         return {
             "rows": self.rows,
             "pairs": len(self.pairs),
-            "dropped": dict(self.dropped),
-            "unused": dict(self.unused),
-            **({"first_bad_row": self.first_bad_row} if self.first_bad_row else {}),
+            **self.left_out(),
             "prompts": dict(Counter(pair.prompt_kind for pair in self.pairs)),
             "sources": self.sources,
             "text_sha256": sha256_of(
@@ -111,38 +100,23 @@ def load_pairs(
         prompt_format: which text prompts become user turns.
         limit: number of pairs, spread evenly over the sources.
     """
-    read = read_sources(sources)
-    data = PreferenceData([], [about for _, about in read], sum(len(rows) for rows, _ in read))
+    # Sources are read one after another, so of a prompt in two sources the first one's pair is used.
     seen = set()
-    taken = Counter()
-    # Sources are read one after another, so of a prompt in two sources the first one's pair is kept.
-    for index, source, row in ((i, *row) for i, (rows, _) in enumerate(read) for row in rows):
-        # A trial run takes the same number of pairs from every dataset of the mix (rounded up).
-        if limit is not None and taken[index] >= -(-limit // len(read)):
-            continue
-        try:
-            pair = to_pair(row, source, prompt_format, data.unused)
-            # The filters run before the search for duplicates, so a dropped pair does not hide a later usable one of
-            # its prompt.
-            reason = pair if isinstance(pair, str) else _drop_reason(pair, drop_ties, min_score_margin)
-        except UserError as error:
-            if not sources[index].get("skip_bad"):
-                raise
-            reason, data.first_bad_row = "bad_row", data.first_bad_row or str(error)
+
+    def read(row: dict, source: str, unused: Counter) -> Pair | str:
+        pair = to_pair(row, source, prompt_format, unused)
+        # The filters run before the search for duplicates, so a dropped pair does not hide a later usable one of its
+        # prompt.
+        reason = pair if isinstance(pair, str) else _drop_reason(pair, drop_ties, min_score_margin)
         if reason is None and not keep_duplicate_prompts:
-            reason = "duplicate_prompt" if pair.prompt_text in seen else None
             # Exact text, unlike `prompt_key`: only the comparison of train and test folds case and spacing.
-            seen.add(pair.prompt_text)
-        if reason is None:
-            data.pairs.append(pair)
-            taken[index] += 1
-        else:
-            data.dropped[reason] += 1
-    if not data.pairs and data.first_bad_row:
-        raise UserError(
-            f"{data.dropped['bad_row']} of {data.rows} rows cannot be read; the first: {data.first_bad_row}"
-        )
-    return data
+            prompt = pair.prompt_text
+            reason = "duplicate_prompt" if prompt in seen else None
+            seen.add(prompt)
+        return reason or pair
+
+    pairs, facts = read_items(sources, read, limit)
+    return PreferenceData(pairs=pairs, **facts)
 
 
 def hold_out_pairs(data: PreferenceData, count: int, sources: list[dict]) -> tuple[PreferenceData, list[dict]]:
@@ -163,7 +137,7 @@ def hold_out_pairs(data: PreferenceData, count: int, sources: list[dict]) -> tup
     wanted = {pair.source for pair in held_out}
     rows = [row for part, _ in read_sources(sources) for source, row in part if source in wanted]
     # Rows that were dropped while reading are counted once, in the train part.
-    return PreferenceData(held_out, marked, len(held_out)), rows
+    return PreferenceData(pairs=held_out, sources=marked, rows=len(held_out)), rows
 
 
 def _drop_reason(pair: Pair, drop_ties: bool, min_score_margin: float | None) -> str | None:
@@ -238,14 +212,11 @@ def tokenize(data: PreferenceData, tokenizer, max_length: int | None, max_prompt
         [*identity_of(tokenizer, tokenizer.chat_template), f"{max_length} {max_prompt_length}"],
         f"tokenizing {desc}",
     )
-    data.dropped.update(outcome.dropped)
-    if not outcome.usable:
-        example = f"; the chat template rejected e.g. {outcome.refusal}" if outcome.refusal else ""
-        if data.dropped["identical_after_truncation"]:
-            example += f"; answers longer than --max_length {max_length} are cut to their equal beginnings: raise it"
-        raise UserError(f"0 {desc} pairs are left of {data.rows} rows; dropped: {dict(data.dropped)}{example}")
+    hint = ""
+    if outcome.dropped["identical_after_truncation"]:
+        hint = f"; answers longer than --max_length {max_length} are cut to their equal beginnings: raise it"
     # Invariant: row k of the ids belongs to `data.pairs[k]`.
-    data.pairs = [data.pairs[i] for i in outcome.usable]
+    data.pairs = data.usable(data.pairs, outcome, f"{desc} pairs", hint)
     ids = ids.add_column("pair", list(range(len(ids))))
     for name in WIN_KEYS:
         # A column needs a value in every row. Training with --loss_type sppo reports the first row without one.
@@ -264,8 +235,7 @@ def _tokenise_batch(pairs: list[Pair], chat: ChatRenderer | None, tokenizer, len
             texts += _texts(pair, chat, tokenizer)
             positions.append(position)
         except TemplateRefused as error:
-            outcome.refusal = outcome.refusal or f"{pair.source}: {error}"
-            outcome.dropped["template_refused"] += 1
+            outcome.refuse(pair.source, error)
     ids = _ids([pairs[i] for i in positions], texts, chat, tokenizer)
     for k, position in enumerate(positions):
         # Ids of the prompt, of prompt and chosen answer, of prompt and rejected answer.

@@ -53,6 +53,11 @@ class Outcome:
     counts: Counter = field(default_factory=Counter)
     refusal: str | None = None
 
+    def refuse(self, source: str, error: Exception) -> None:
+        """Count a row that the chat template refused."""
+        self.refusal = self.refusal or f"{source}: {error}"
+        self.dropped["template_refused"] += 1
+
     def add(self, other: "Outcome", start: int) -> None:
         """Append the outcome of the batch that begins at row `start`."""
         self.usable += [start + i for i in other.usable]

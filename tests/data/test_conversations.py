@@ -74,7 +74,7 @@ def test_schema_error_names_row_and_key(row, words):
 
 def conversations(count: int) -> ConversationData:
     rows = [Conversation([{"role": "user", "content": f"Ask {k}"}, ANSWER], f"row {k}") for k in range(count)]
-    return ConversationData(rows, [{"name": "x"}], count)
+    return ConversationData(conversations=rows, sources=[{"name": "x"}], rows=count)
 
 
 def test_hold_out_depends_on_text_only():
@@ -130,7 +130,7 @@ def llama3(smol_tokenizer):
 
 def labelled(tokenizer, row: dict, loss_on="responses", max_length=None):
     """(ids, labels, bytes) of one row."""
-    data = ConversationData([to_conversation(row, "x")], [], 1)
+    data = ConversationData(conversations=[to_conversation(row, "x")], sources=[], rows=1)
     row = tokenize(data, tokenizer, loss_on, max_length)[0][0]
     return row["input_ids"], row["labels"], row["bytes"]
 
@@ -184,7 +184,9 @@ def test_alpaca_template_equals_stanford(smol_tokenizer, context):
 
 
 def test_alpaca_template_rejects_second_turn(smol_tokenizer):
-    data = ConversationData([to_conversation({"messages": [QUESTION, ANSWER, QUESTION, ANSWER]}, "x")], [], 1)
+    data = ConversationData(
+        conversations=[to_conversation({"messages": [QUESTION, ANSWER, QUESTION, ANSWER]}, "x")], sources=[], rows=1
+    )
     with pytest.raises(UserError, match="x: Alpaca's template has one instruction"):
         tokenize(data, with_template(smol_tokenizer, "alpaca"), "responses", None)
 
@@ -263,14 +265,18 @@ def test_loss_on_everything_and_truncation(smol_tokenizer):
     assert labels == ids and size == len(smol_tokenizer.decode(ids[1:], skip_special_tokens=True).encode())
     cut, cut_labels, _ = labelled(smol_tokenizer, {"messages": LONGER}, max_length=len(ids) - 3)
     assert cut == ids[:-3] and len(cut_labels) == len(cut)
-    data = ConversationData([to_conversation({"messages": [QUESTION, ANSWER]}, "x")] * 2, [], 2)
+    data = ConversationData(
+        conversations=[to_conversation({"messages": [QUESTION, ANSWER]}, "x")] * 2, sources=[], rows=2
+    )
     data.conversations[1] = to_conversation({"instruction": "?", "output": "A."}, "y")
     room = len(labelled(smol_tokenizer, {"instruction": "?", "output": "A."})[0])
     rows, counts = tokenize(data, smol_tokenizer, "responses", room - 1)
     assert len(rows) >= 1 and counts["truncated"] == 2
     with pytest.raises(UserError, match="nothing_left_to_train_on"):
         tokenize(
-            ConversationData([to_conversation({"messages": [QUESTION, ANSWER]}, "x")], [], 1),
+            ConversationData(
+                conversations=[to_conversation({"messages": [QUESTION, ANSWER]}, "x")], sources=[], rows=1
+            ),
             smol_tokenizer,
             "responses",
             8,
