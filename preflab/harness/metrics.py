@@ -181,8 +181,9 @@ def _samples(path: Path, side: ModelResults, task: str) -> dict[tuple, dict]:
         row = json.loads(line)
         # One response per request: one per answer option of a multiple-choice task, else one.
         answers = row["resps"]
+        answer = json.dumps(answers)
         # Log-likelihoods are logged as text. A NaN compares as false everywhere, so it would count as wrong answers.
-        if not generated and "nan" in json.dumps(answers).lower():
+        if not generated and "nan" in answer.lower():
             raise UserError(f"{path}: document {row['doc_id']}: {not_a_number(task)}")
         # A task with several filters (strict-match, flexible-extract) logs each document once per filter.
         samples[row["filter"], row["doc_id"]] = {
@@ -191,7 +192,7 @@ def _samples(path: Path, side: ModelResults, task: str) -> dict[tuple, dict]:
             # The document's figures before aggregation, the data of the paired tests.
             "values": {name: row[name] for name in row["metrics"] if name in row},
             "options": len(answers),
-            "answer": json.dumps(answers),
+            "answer": answer,
         }
         if generated:
             lengths.append(len(str(answers[0][0])))
