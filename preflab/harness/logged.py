@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from preflab.harness import report
-from preflab.harness.metrics import ModelResults, SuiteResults, add_results, metrics, rows
+from preflab.harness.metrics import ModelResults, SuiteResults, add_results, figures_of, metrics, rows
 from preflab.harness.suites import Suite
 from utils.artifacts import read_json
 from utils.errors import UserError
@@ -14,7 +14,7 @@ def compare_folders(args) -> SuiteResults:
     """The results of --compare: the first folder in the place of base, the second in that of tuned.
 
     Raises:
-        UserError: a folder without results or samples, or no task in both.
+        UserError: a folder without results or samples, or no figure in both.
     """
     sides = {side: read_folder(Path(path)) for side, path in zip(("base", "tuned"), args.compare, strict=True)}
     base, tuned = sides["base"], sides["tuned"]
@@ -25,6 +25,8 @@ def compare_folders(args) -> SuiteResults:
         )
     suite = Suite("compare", "logged samples", "--compare", [{"task": task} for task in shared])
     left_out = sorted(set(base.results) ^ set(tuned.results))
+    # Versions of lm_eval and of a task differ in metrics and filters.
+    left_out += [f"{task}/{key}" for task in shared for key in sorted(figures_of(base, task) ^ figures_of(tuned, task))]
     suite.notes = [f"base: {args.compare[0]}; tuned: {args.compare[1]}."]
     suite.notes += [f"LEFT OUT, in one folder only: {', '.join(left_out)}."] if left_out else []
     if all(base.samples.get(task) == tuned.samples.get(task) for task in shared if task in base.samples):
@@ -38,6 +40,8 @@ def compare_folders(args) -> SuiteResults:
         "missing": {},
     }
     figures = rows(base, tuned, suite, args.seed)
+    if not figures:
+        raise UserError(f"--compare: no figure of a task is in both folders ({', '.join(left_out)})")
     return SuiteResults("logged samples, tuned against base", suite, sides, figures, {}, [], settings)
 
 

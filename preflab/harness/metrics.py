@@ -221,8 +221,19 @@ def leaves(side: ModelResults, name: str) -> list[str]:
     return [leaf for child in children for leaf in leaves(side, child)] if children else [name]
 
 
+def figures_of(side: ModelResults, name: str) -> set[str]:
+    """The keys `metric,filter` of the figures that a task or group has."""
+    keys = set()
+    for key, value in side.results.get(name, {}).items():
+        # `alias` and other entries have no comma.
+        measure, _, filtered = key.partition(",")
+        if filtered and not measure.endswith("_stderr") and isinstance(value, (int, float)):
+            keys.add(key)
+    return keys
+
+
 def rows(base: ModelResults, tuned: ModelResults, suite: Suite, seed: int) -> list[dict]:
-    """One row per figure of the harness's tables for both models, groups before their subtasks.
+    """One row per figure that the harness's tables have for both models, groups before their subtasks.
 
     Returns:
         `{task, alias, depth, top, version, filter, shots, metric, higher, base, tuned, difference, p, test, n, note}`,
@@ -234,14 +245,11 @@ def rows(base: ModelResults, tuned: ModelResults, suite: Suite, seed: int) -> li
 
     def visit(name: str, depth: int, top: bool, under: tuple = ()):
         before = len(table)
-        for key in sorted(base.results.get(name, {})):
-            value = base.results[name][key]
-            # Keys are `metric,filter`; `alias` and other entries have no comma.
+        for key in sorted(figures_of(base, name) & figures_of(tuned, name)):
             measure, _, filtered = key.partition(",")
-            if filtered and not measure.endswith("_stderr") and isinstance(value, (int, float)):
-                row = _row(base, tuned, name, measure, filtered, depth, seed)
-                # A separate key only under a group without a figure, which has no row to be the heading.
-                table.append({**row, "top": top, **({"under": [list(each) for each in under]} if under else {})})
+            row = _row(base, tuned, name, measure, filtered, depth, seed)
+            # A separate key only under a group without a figure, which has no row to be the heading.
+            table.append({**row, "top": top, **({"under": [list(each) for each in under]} if under else {})})
         children, has_figure = base.subtasks.get(name, []), len(table) > before
         if children and not has_figure:
             under = (*under, (depth, _alias(base, name)))

@@ -10,12 +10,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from conftest import write_jsonl
 from scipy.stats import binomtest, norm, ttest_ind
 
 from preflab.evaluation.comparison import Comparison
 from preflab.harness import calls
 from preflab.harness.arguments import HarnessArguments, check, split_at_dashes
 from preflab.harness.calls import PROGRESS, Call, batch_size, execute, model_arguments, plan
+from preflab.harness.logged import compare_folders
 from preflab.harness.metrics import (
     ModelResults,
     SuiteResults,
@@ -410,6 +412,26 @@ def test_nan_log_likelihoods_stop_the_comparison(tmp_path):
     side = ModelResults()
     add_results(side, tmp_path / "results_1.json", 0, 1.0)
     assert side.samples["t"]["none", 3]["values"] == {"acc": 0.0}
+
+
+@pytest.mark.parametrize("tuned", [{"acc,none": 1.0, "em,strict": 0.5}, {"em,strict": 0.5}])
+def test_compared_folders_with_other_figures_of_a_task(tmp_path, tuned):
+    """Logged by another version of lm_eval: figures of one folder only are named, the others compared."""
+    for folder, figures in (("a", {"acc,none": 0.0, "acc_norm,none": 0.5}), ("b", tuned)):
+        row = {"filter": "none", "doc_id": 3, "doc_hash": "d", "prompt_hash": "p", "metrics": ["acc"], "resps": [["x"]],
+               "acc": figures.get("acc,none"), "arguments": {"gen_args_0": {"arg_0": "Q"}}}  # fmt: skip
+        write_jsonl(tmp_path / folder / "samples_t_1.jsonl", [row])
+        config = dict.fromkeys(("model", "model_args", "gen_kwargs", "limit", "batch_size"), "x")
+        results = {"results": {"t": {"alias": "t", **figures}}, "configs": {"t": {}}, "config": config}
+        write_json(tmp_path / folder / "results_1.json", results)
+    args = SimpleNamespace(compare=[str(tmp_path / "a"), str(tmp_path / "b")], seed=1)
+    if "acc,none" not in tuned:
+        with pytest.raises(UserError, match="--compare: .*t/acc,none.*t/em,strict"):
+            compare_folders(args)
+        return
+    results = compare_folders(args)
+    assert [(row["metric"], row["difference"]["value"]) for row in results.rows] == [("acc", 1.0)]
+    assert "LEFT OUT, in one folder only: t/acc_norm,none, t/em,strict." in results.suite.notes
 
 
 def test_pooled_tasks_split_by_choices():
