@@ -12,7 +12,7 @@ from utils.help_all import all_keys_page
 from utils.keys import FALSE_WORDS, TRUE_WORDS, Key, keys_of
 from utils.markdown import visible
 from utils.provenance import version_page
-from utils.suggestions import did_you_mean, meant_key
+from utils.suggestions import choose_from, meant_key
 
 
 def quick_help(page: str, runs_bare: bool = False) -> None:
@@ -48,8 +48,10 @@ def parse(dataclass_types: tuple, argv: list[str] | None = None) -> tuple:
             raise UserError(f"command line: {message}; see --help, or --help_all for all keys")
 
     argv, keys = list(sys.argv[1:] if argv is None else argv), keys_of(dataclass_types)
-    if {"--help_all", "--help-all"} & set(argv):
-        print(all_keys_page(keys, dataclass_types, _words_after_help_all(argv)))
+    asked = next((i for i, arg in enumerate(argv) if arg in ("--help_all", "--help-all")), None)
+    if asked is not None:
+        # The words up to the next flag are what is searched for.
+        print(all_keys_page(keys, dataclass_types, _take(argv[asked + 1 :], len(argv))))
         sys.exit(0)
     argv = normalised(argv, keys)
     if "--config" in argv:
@@ -69,13 +71,6 @@ def parse(dataclass_types: tuple, argv: list[str] | None = None) -> tuple:
         if getattr(part, "run_name", None) is not None:
             check_name(part.run_name)
     return parsed
-
-
-def _words_after_help_all(argv: list[str]) -> list[str]:
-    """What --help_all is searched for: the words between it and the next flag."""
-    at = next(i for i, arg in enumerate(argv) if arg in ("--help_all", "--help-all"))
-    rest = argv[at + 1 :]
-    return rest[: next((i for i, arg in enumerate(rest) if arg.startswith("--")), len(rest))]
 
 
 def normalised(argv: list[str], keys: dict[str, Key]) -> list[str]:
@@ -160,8 +155,7 @@ def _check_values(flag: str, key: Key, values: list[str]) -> None:
         raise UserError(f"command line: {flag} needs a value ({key.type_name}); see --help_all {key.name}")
     for value in values:
         if key.choices and value not in key.choices:
-            hint = did_you_mean(value, key.choices)
-            raise UserError(f"command line: {flag} {value}: unknown; {hint}choose from {', '.join(key.choices)}")
+            raise UserError(f"command line: {flag} {value}: unknown; {choose_from(value, key.choices)}")
 
 
 def _stray(word: str, before: str | None, keys: dict[str, Key]) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 from utils.errors import UserError
 from utils.keys import Key, fits
 from utils.provenance import ROOT
-from utils.suggestions import did_you_mean, meant_key, nearest
+from utils.suggestions import choose_from, meant_key, nearest
 
 
 def check_config(path: str, keys: dict[str, Key]) -> None:
@@ -20,12 +20,10 @@ def check_config(path: str, keys: dict[str, Key]) -> None:
                 f"{path}: unknown key {name!r}; " + (f"did you mean {meant!r}?" if meant else "see --help_all")
             )
         key = keys[name]
-        if not fits(value, key.hint):
-            hint = did_you_mean(str(value), key.choices)
-            raise UserError(f"{path}: key {name!r} must be {key.wanted}, got {value!r}; {hint}".rstrip("; "))
         if key.choices and isinstance(value, str) and value not in key.choices:
-            hint = did_you_mean(value, key.choices)
-            raise UserError(f"{path}: key {name!r}: {value!r} is unknown; {hint}choose from {', '.join(key.choices)}")
+            raise UserError(f"{path}: key {name!r}: {value!r} is unknown; {choose_from(value, key.choices)}")
+        if not fits(value, key.hint):
+            raise UserError(f"{path}: key {name!r} must be {key.wanted}, got {value!r}")
 
 
 def read_config(path: str) -> dict:

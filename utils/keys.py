@@ -16,19 +16,16 @@ class Key:
     Attributes:
         hint: its type, resolved.
         field: its dataclass field.
-        owner: the dataclass that is filled with it.
     """
 
     name: str
     hint: object
     field: dataclasses.Field
-    owner: type
 
     @property
     def members(self) -> tuple:
         """The types that the key accepts, without None."""
-        union = typing.get_origin(self.hint) in (typing.Union, types.UnionType)
-        return tuple(m for m in (typing.get_args(self.hint) if union else (self.hint,)) if m is not type(None))
+        return tuple(member for member in _members(self.hint) if member is not type(None))
 
     @property
     def is_switch(self) -> bool:
@@ -106,8 +103,13 @@ def keys_of(dataclass_types: tuple) -> dict[str, Key]:
     for owner in dataclass_types:
         # get_type_hints, because dataclasses of the libraries have their annotations as strings.
         hints = typing.get_type_hints(owner)
-        keys |= {f.name: Key(f.name, hints[f.name], f, owner) for f in dataclasses.fields(owner) if f.init}
+        keys |= {f.name: Key(f.name, hints[f.name], f) for f in dataclasses.fields(owner) if f.init}
     return keys
+
+
+def _members(hint) -> tuple:
+    """The types of a union; of any other type, itself."""
+    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
 
 
 def _is_dict(hint) -> bool:
@@ -116,9 +118,8 @@ def _is_dict(hint) -> bool:
 
 def fits(value, hint) -> bool:
     """Whether a YAML value is valid for a key of this type. A number may be text: PyYAML reads 5e-7 as a string."""
-    origin = typing.get_origin(hint)
-    if origin in (typing.Union, types.UnionType):
-        members = typing.get_args(hint)
+    origin, members = typing.get_origin(hint), _members(hint)
+    if len(members) > 1:
         # bool is a subclass of int: `seed: true` must not count as a number.
         if isinstance(value, bool) and bool not in members:
             return False

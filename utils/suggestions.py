@@ -123,3 +123,8 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`did you mean X? `, or nothing where no known word is spelled like `word`."""
     match = nearest(word, known)
     return f"did you mean {match}? " if match else ""
+
+
+def choose_from(word: str, known: Iterable[str]) -> str:
+    """`did you mean X? choose from X, Y`, for a word that is none of the known ones."""
+    return f"{did_you_mean(word, known)}choose from {', '.join(known)}"

@@ -11,7 +11,7 @@ from preflab.training.losses import OWN_LOSSES
 from preflab.training.memory import card_bytes, gpu_micro_batch_tokens, needed
 from preflab.training.run_config import RunConfig, check_positive
 from utils.errors import UserError
-from utils.suggestions import did_you_mean
+from utils.suggestions import choose_from, did_you_mean
 
 TRL_LOSSES = (
     "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
@@ -117,7 +117,7 @@ class DPORunConfig(RunConfig, DPOConfig):
         if self.f_divergence_type not in F_DIVERGENCES:
             raise UserError(
                 f"--f_divergence_type {self.f_divergence_type}: unknown;"
-                f" {did_you_mean(self.f_divergence_type, F_DIVERGENCES)}choose from {', '.join(F_DIVERGENCES)}"
+                f" {choose_from(self.f_divergence_type, F_DIVERGENCES)}"
             )
         if self.ld_alpha is not None and self.precompute_ref_log_probs:
             raise UserError(

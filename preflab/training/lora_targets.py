@@ -7,7 +7,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from utils.errors import UserError
-from utils.suggestions import did_you_mean
+from utils.suggestions import choose_from, did_you_mean
 
 # PEFT's name for every linear module but the output layer.
 ALL_LINEAR = "all-linear"
@@ -53,10 +53,7 @@ def check_targets(model, model_args) -> None:
         if not _ends_with(modules, name):
             names = sorted({module.rpartition(".")[2] for module in modules} - {""})
             names = [n for n in names if not n.isdigit()]
-            raise UserError(
-                f"--lora_modules_to_save {name}: the model has no such module; {did_you_mean(name, names)}"
-                f"choose from {', '.join(names)}"
-            )
+            raise UserError(f"--lora_modules_to_save {name}: the model has no such module; {choose_from(name, names)}")
     parameters = [name for name, _ in model.named_parameters()]
     for name in model_args.lora_target_parameters or []:
         if not _ends_with(parameters, name):

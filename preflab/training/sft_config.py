@@ -6,7 +6,7 @@ from trl import SFTConfig
 
 from preflab.training.run_config import RunConfig
 from utils.errors import UserError
-from utils.suggestions import did_you_mean
+from utils.suggestions import choose_from
 
 LOSS_TYPES = ("nll", "dft")
 # TRL's packing strategies whose rows keep the boundaries of their conversations.
@@ -37,8 +37,7 @@ class SFTRunConfig(RunConfig, SFTConfig):
     def check(self) -> None:
         """Raise UserError for values that do not fit together."""
         if self.loss_type not in LOSS_TYPES:
-            hint = did_you_mean(self.loss_type, LOSS_TYPES)
-            raise UserError(f"--loss_type {self.loss_type}: unknown; {hint}choose from {', '.join(LOSS_TYPES)}")
+            raise UserError(f"--loss_type {self.loss_type}: unknown; {choose_from(self.loss_type, LOSS_TYPES)}")
         if self.packing and self.max_length is None:
             raise UserError("--packing needs --max_length, the number of tokens per packed row")
         if self.packing and self.packing_strategy not in PACKING_STRATEGIES:
