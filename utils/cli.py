@@ -9,10 +9,14 @@ from utils.artifacts import with_limit_suffix
 from utils.config_file import check_config
 from utils.errors import UserError
 from utils.help_all import all_keys_page
-from utils.keys import FALSE_WORDS, TRUE_WORDS, Key, keys_of
+from utils.keys import Key, keys_of
 from utils.markdown import visible
 from utils.provenance import version_page
 from utils.suggestions import choose_from, meant_key
+
+# What may follow a switch, and what it means.
+SWITCH_WORDS = dict.fromkeys(("true", "t", "yes", "y", "on", "1"), "true")
+SWITCH_WORDS |= dict.fromkeys(("false", "f", "no", "n", "off", "0"), "false")
 
 
 def quick_help(page: str, runs_bare: bool = False) -> None:
@@ -95,11 +99,12 @@ def normalised(argv: list[str], keys: dict[str, Key]) -> list[str]:
             result, before = [*result, flag, *values], "--config"
             continue
         key, negated = _key_of(flag, keys)
-        if negated and (equals or (rest and rest[0].lower() in TRUE_WORDS + FALSE_WORDS)):
+        has_value = equals or (rest and rest[0].lower() in SWITCH_WORDS)
+        if negated and has_value:
             raise UserError(f"command line: {flag} takes no value; it is the short form of --{key.name} false")
         if key.is_switch:
-            if not equals and not negated and rest and rest[0].lower() in TRUE_WORDS + FALSE_WORDS:
-                values = [rest.pop(0)]
+            if has_value:
+                values = values or [rest.pop(0)]
             result.append(f"--{key.name}={_switch_value(flag, values, negated)}")
         elif key.is_list:
             values = values or _take(rest, len(rest))
@@ -143,10 +148,10 @@ def _key_of(flag: str, keys: dict[str, Key]) -> tuple[Key, bool]:
 def _switch_value(flag: str, values: list[str], negated: bool) -> str:
     if negated:
         return "false"
-    value = values[0].lower() if values else "true"
-    if value not in TRUE_WORDS + FALSE_WORDS:
-        raise UserError(f"command line: {flag}={values[0]}: must be true or false")
-    return "true" if value in TRUE_WORDS else "false"
+    value = values[0] if values else "true"
+    if value.lower() not in SWITCH_WORDS:
+        raise UserError(f"command line: {flag}={value}: must be true or false")
+    return SWITCH_WORDS[value.lower()]
 
 
 def _check_values(flag: str, key: Key, values: list[str]) -> None:

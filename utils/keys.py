@@ -6,8 +6,6 @@ import types
 import typing
 from dataclasses import dataclass
 
-TRUE_WORDS, FALSE_WORDS = ("true", "t", "yes", "y", "on", "1"), ("false", "f", "no", "n", "off", "0")
-
 
 @dataclass(frozen=True)
 class Key:

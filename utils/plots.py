@@ -4,6 +4,7 @@ import textwrap
 from collections.abc import Callable
 
 from utils.artifacts import atomic_write
+from utils.tables import is_missing
 
 CHOSEN, REJECTED, NEUTRAL, EVAL = "#0b7a75", "#c8553d", "#3d405b", "#e09f3e"
 SMALL = 7
@@ -200,7 +201,7 @@ def rate_bars(ax, entries: list[tuple], label: str = "win rate (%, ties half)") 
     if not entries:
         return
     for y, (_, m, colour) in enumerate(entries):
-        if m["value"] is None or m["value"] != m["value"]:
+        if is_missing(m["value"]):
             ax.text(2, y, "not defined", fontsize=SMALL, va="center", color="grey")
             continue
         lengths = interval_lengths([m], 100)

@@ -119,14 +119,19 @@ def _wrapped_row(line: tuple, widths: list[int]) -> list[str]:
 LARGE = 1e7
 
 
+def is_missing(x: float | None) -> bool:
+    """Whether a figure has no value: NaN, or None, which NaN is when it is read back from an artifact."""
+    # NaN is the only value that differs from itself.
+    return x is None or x != x
+
+
 def number(x: float | None, digits: int = 1, sign: str = "") -> str:
     """Format a number with `digits` decimals: no negative zero, `1.23e+09` from 1e7 on, a dash for None and NaN.
 
     Args:
         sign: "+" shows the sign of positive numbers too.
     """
-    # NaN is the only value that differs from itself; read back from an artifact, it is None.
-    if x is None or x != x:
+    if is_missing(x):
         return "-"
     # `z` turns a zero that rounding made negative into a positive one.
     return f"{x:{sign}z.{digits}f}" if abs(x) < LARGE else f"{x:{sign}.3g}"
@@ -134,7 +139,7 @@ def number(x: float | None, digits: int = 1, sign: str = "") -> str:
 
 def p_value(p: float | None) -> str:
     """Format a p-value with two significant digits, more where rounding would move it across 0.05; never as 0."""
-    if p is None or p != p:
+    if is_missing(p):
         return "-"
     if p == 0:
         # The exact value is below the smallest double.
@@ -172,7 +177,7 @@ def decimals(m: dict, scale: float = 1, digits: int = 1) -> int:
 
 def cell(m: dict, scale: float = 1, digits: int = 1) -> str:
     """Format a metric with its standard error, `71.7 ± 4.2`; a dash if it has no value."""
-    if m["value"] is None or m["value"] != m["value"]:
+    if is_missing(m["value"]):
         return "-"
     digits = decimals(m, scale, digits)
     error = "" if m["stderr"] is None else f" ± {number(scale * m['stderr'], digits)}"
@@ -189,7 +194,7 @@ def interval(m: dict, scale: float = 1, digits: int = 1, sign: str = "") -> str:
 
 def estimate(m: dict, scale: float = 1, digits: int = 1) -> str:
     """Format a metric with its 95% interval, `71.7 [63.3, 80.0]`; a dash if it has no value."""
-    if m["value"] is None or m["value"] != m["value"]:
+    if is_missing(m["value"]):
         return "-"
     return f"{number(scale * m['value'], decimals(m, scale, digits))}{interval(m, scale, digits)}"
 
