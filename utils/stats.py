@@ -186,11 +186,11 @@ def _mean(x: np.ndarray, seed: int, resamples: int) -> dict:
     return metric(value, stderr, (low, high), n)
 
 
-def bootstrap_test(values, seed: int = 42, resamples: int = RESAMPLES, statistic=None) -> float:
-    """Two-sided p-value of the bootstrap test that the figure is 0 (Efron & Tibshirani 1993, section 16.4).
+def bootstrap_test(values, statistic, seed: int = 42, resamples: int = RESAMPLES) -> float:
+    """Two-sided p-value of the bootstrap test that a statistic is 0 (Efron & Tibshirani 1993, section 16.4).
 
     It is the share of resamples at least as far from the figure as the figure is from 0. One is added to both counts
-    (Davison & Hinkley 1997, section 4.2), so the p-value is never 0.
+    (Davison & Hinkley 1997, section 4.2), so the p-value is never 0. Arguments as in `bootstrap`.
     """
     value, result, _ = _resampled(values, seed, resamples, statistic)
     if result is None or value == 0:
@@ -212,21 +212,18 @@ def _resampled(values, seed: int, resamples: int, statistic, method="percentile"
 
     values = np.asarray(values, dtype=np.float64)
     n = len(values)
-    if statistic is None:
-        values = values[:, 0] - values[:, 1] if values.ndim == 2 else values
-        columns, function, vectorized = (values,), np.mean, True
-    else:
-        # scipy wants one array per column, each of shape (n,); `paired` draws the same rows from all of them.
-        columns, vectorized = tuple(values.reshape(n, -1).T), False
+    table = values[:, None] if values.ndim == 1 else values
+    # scipy wants one array per column, each of shape (n,); `paired` draws the same rows from all of them.
+    columns = tuple(table.T)
 
-        def function(*resampled):
-            return statistic(np.stack(resampled, 1))
+    def function(*resampled):
+        return statistic(np.stack(resampled, 1))
 
     # The figure comes from all rows, not from the mean of the resamples.
     value = float(function(*columns)) if n else float("nan")
     numbers, count = _group_numbers(groups, n)
     if count < n:
-        columns, function, vectorized = _grouped(values, statistic, numbers, count)
+        columns, function = _grouped(table, statistic, numbers, count)
     if count < 2:
         return value, None, n
     with np.errstate(invalid="ignore", divide="ignore"), warnings.catch_warnings():
@@ -235,7 +232,7 @@ def _resampled(values, seed: int, resamples: int, statistic, method="percentile"
         # A fresh generator per call: metrics over the same rows use the same resamples, and a rerun prints the same
         # intervals. `batch` bounds the memory to 256 resamples at a time.
         result = scipy_bootstrap(
-            columns, function, n_resamples=resamples, method=method, paired=True, vectorized=vectorized,
+            columns, function, n_resamples=resamples, method=method, paired=True, vectorized=False,
             rng=np.random.default_rng(seed), batch=256, bootstrap_result=earlier,
         )  # fmt: skip
     return value, result, n
@@ -263,9 +260,8 @@ def independent_values(rows: np.ndarray, groups=None) -> np.ndarray:
     return mean + np.bincount(numbers, rows - mean, count) * count / len(rows)
 
 
-def _grouped(values: np.ndarray, statistic, numbers: np.ndarray, count: int) -> tuple:
-    """(columns, function, vectorized) for a bootstrap of a statistic whose units are groups of rows."""
-    table = values.reshape(len(values), -1)
+def _grouped(table: np.ndarray, statistic, numbers: np.ndarray, count: int) -> tuple:
+    """(columns, function) for a bootstrap of a statistic whose units are groups of rows, shape (n, columns)."""
     # Sorted by group: group g has the rows starts[g] to starts[g] + sizes[g].
     table, sizes = table[np.argsort(numbers, kind="stable")], np.bincount(numbers, minlength=count)
     starts = np.cumsum(sizes) - sizes
@@ -276,7 +272,7 @@ def _grouped(values: np.ndarray, statistic, numbers: np.ndarray, count: int) -> 
         # The places of all rows of the drawn groups, one group after the other.
         return statistic(table[np.arange(ends[-1]) + np.repeat(starts[drawn] - ends + sizes[drawn], sizes[drawn])])
 
-    return (np.arange(count),), function, False
+    return (np.arange(count),), function
 
 
 def group_means(values, groups=None) -> np.ndarray:

@@ -352,7 +352,7 @@ def paired(
         p, test = mcnemar(values[:, 0], values[:, 1]), "McNemar"
     else:
         # Test the means: the aggregation is monotonic, so the figures are equal exactly when the means are.
-        p = bootstrap_test(values, seed, statistic=lambda v: (v[:, 0].sum() - v[:, 1].sum()) / v[:, 2].sum())
+        p = bootstrap_test(values, lambda v: (v[:, 0].sum() - v[:, 1].sum()) / v[:, 2].sum(), seed)
         test = "bootstrap"
     return {**result, "difference": difference, "p": p, "test": test}
 

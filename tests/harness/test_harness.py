@@ -176,8 +176,9 @@ def test_errors_of_averages():
 def test_unknown_names_suggest_similar_ones(tmp_path):
     with pytest.raises(UserError, match="--suite openlm_v1.*openllm_v1"):
         load_suite("openlm_v1")
+    misspelt = suite_of(["hellaswagg"])
     with pytest.raises(UserError, match=r"--tasks hellaswagg\b.*\bhellaswag\b"):
-        expand(suite_of(["hellaswagg"]), None)
+        expand(misspelt, misspelt.include_path)
     globbed = suite_of(["quick_s*", "quick_sums"])
     expand(globbed, globbed.include_path)
     assert [entry["task"] for entry in globbed.tasks] == ["quick_sense", "quick_sums"]
@@ -213,7 +214,7 @@ def test_missing_nltk_data(monkeypatch):
     monkeypatch.setattr(nltk.data, "find", find)
     suite = suite_of(["leaderboard_ifeval"])
     suite.needs["packages"] = {}
-    assert "python -m nltk.downloader punkt_tab" in missing(suite, None, 0)[0]["leaderboard_ifeval"]
+    assert "python -m nltk.downloader punkt_tab" in missing(suite, suite.include_path, 0)[0]["leaderboard_ifeval"]
 
 
 def test_duplicate_task_is_refused():

@@ -194,9 +194,10 @@ def test_signed_rank_by_hand():
 
 def test_bootstrap_test_keeps_its_level():
     rng = np.random.default_rng(1)
-    p = [bootstrap_test(rng.normal(0, 1, 40), seed=k, resamples=400) for k in range(200)]
+    p = [bootstrap_test(rng.normal(0, 1, 40), np.mean, seed=k, resamples=400) for k in range(200)]
     assert 0.01 <= np.mean(np.array(p) < 0.05) <= 0.12
-    assert bootstrap_test([0.0, 0.0, 0.0]) == 1.0 and bootstrap_test([1.0]) == 1.0
+    assert bootstrap_test([0.0, 0.0, 0.0], np.mean) == 1.0 and bootstrap_test([1.0], np.mean) == 1.0
+    assert bootstrap_test([], np.mean) == 1.0
 
 
 def test_holm_by_hand():
