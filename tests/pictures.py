@@ -75,13 +75,13 @@ def unnamed_axes(ax) -> list[str]:
         numbers = not isinstance(axis.get_major_locator(), (FixedLocator, NullLocator))
         if numbers and axis.get_visible() and tick_boxes(axis) and not label:
             problems.append(f"no {name} label")
-    return problems + ([] if ax.get_title() or ax in _twins(ax) else ["no title"])
+    return problems + ([] if ax.get_title() or _is_twin(ax) else ["no title"])
 
 
-def _twins(ax) -> list:
-    """Axes that share their place with an earlier one."""
+def _is_twin(ax) -> bool:
+    """Whether axes share their place with earlier ones."""
     earlier = ax.figure.axes[: ax.figure.axes.index(ax)]
-    return [ax] if any(np.allclose(ax.get_position().bounds, other.get_position().bounds) for other in earlier) else []
+    return any(np.allclose(ax.get_position().bounds, other.get_position().bounds) for other in earlier)
 
 
 def share_scale(label: str) -> float | None:
@@ -141,7 +141,8 @@ def covered_data(ax) -> list[str]:
     if legend is None:
         return []
     box = legend.get_window_extent()
-    pixels = ax.transData.transform(data_points(ax)) if len(data_points(ax)) else np.zeros((0, 2))
+    points = data_points(ax)
+    pixels = ax.transData.transform(points) if len(points) else points
     inside = (pixels > (box.x0, box.y0 + 1)).all(1) & (pixels < (box.x1, box.y1)).all(1)
     bars = [patch.get_window_extent() for patch in ax.patches if isinstance(patch, Rectangle) and patch.get_height()]
     return ["the legend covers data"] if inside.any() or any(overlap(bar, box) for bar in bars) else []
