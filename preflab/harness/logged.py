@@ -31,7 +31,6 @@ def compare_folders(args) -> SuiteResults:
     suite.notes += [f"LEFT OUT, in one folder only: {', '.join(left_out)}."] if left_out else []
     if all(base.samples.get(task) == tuned.samples.get(task) for task in shared if task in base.samples):
         suite.notes.append("BOTH FOLDERS HAVE THE SAME ANSWERS to all requests.")
-    base.results = {task: base.results[task] for task in shared}
     base.lengths = {task: length for task, length in base.lengths.items() if task in tuned.lengths}
     settings = {
         "apply_chat_template": True in base.templates | tuned.templates,

@@ -415,17 +415,27 @@ def test_nan_log_likelihoods_stop_the_comparison(tmp_path):
     assert side.samples["t"]["none", 3]["values"] == {"acc": 0.0}
 
 
+def logged_folder(folder, tasks, groups=None):
+    """A folder of lm_eval with one document per task. tasks: its figures. groups: {group: [task]}."""
+    for task, figures in tasks.items():
+        row = {"filter": "none", "doc_id": 3, "doc_hash": "d", "prompt_hash": "p", "metrics": ["acc"], "resps": [["x"]],
+               "acc": figures.get("acc,none"), "arguments": {"gen_args_0": {"arg_0": "Q"}}}  # fmt: skip
+        write_jsonl(folder / f"samples_{task}_1.jsonl", [row])
+    results = {task: {"alias": task, **figures} for task, figures in tasks.items()}
+    results |= {
+        group: {"alias": group, "acc,none": tasks[kids[0]]["acc,none"]} for group, kids in (groups or {}).items()
+    }
+    config = dict.fromkeys(("model", "model_args", "gen_kwargs", "limit", "batch_size"), "x")
+    report = {"results": results, "configs": {task: {} for task in tasks}, "group_subtasks": groups or {}}
+    write_json(folder / "results_1.json", {**report, "config": config})
+    return str(folder)
+
+
 @pytest.mark.parametrize("tuned", [{"acc,none": 1.0, "em,strict": 0.5}, {"em,strict": 0.5}])
 def test_compared_folders_with_other_figures_of_a_task(tmp_path, tuned):
     """Logged by another version of lm_eval: figures of one folder only are named, the others compared."""
-    for folder, figures in (("a", {"acc,none": 0.0, "acc_norm,none": 0.5}), ("b", tuned)):
-        row = {"filter": "none", "doc_id": 3, "doc_hash": "d", "prompt_hash": "p", "metrics": ["acc"], "resps": [["x"]],
-               "acc": figures.get("acc,none"), "arguments": {"gen_args_0": {"arg_0": "Q"}}}  # fmt: skip
-        write_jsonl(tmp_path / folder / "samples_t_1.jsonl", [row])
-        config = dict.fromkeys(("model", "model_args", "gen_kwargs", "limit", "batch_size"), "x")
-        results = {"results": {"t": {"alias": "t", **figures}}, "configs": {"t": {}}, "config": config}
-        write_json(tmp_path / folder / "results_1.json", results)
-    args = SimpleNamespace(compare=[str(tmp_path / "a"), str(tmp_path / "b")], seed=1)
+    base = logged_folder(tmp_path / "a", {"t": {"acc,none": 0.0, "acc_norm,none": 0.5}})
+    args = SimpleNamespace(compare=[base, logged_folder(tmp_path / "b", {"t": tuned})], seed=1)
     if "acc,none" not in tuned:
         with pytest.raises(UserError, match="--compare: .*t/acc,none.*t/em,strict"):
             compare_folders(args)
@@ -433,6 +443,16 @@ def test_compared_folders_with_other_figures_of_a_task(tmp_path, tuned):
     results = compare_folders(args)
     assert [(row["metric"], row["difference"]["value"]) for row in results.rows] == [("acc", 1.0)]
     assert "LEFT OUT, in one folder only: t/acc_norm,none, t/em,strict." in results.suite.notes
+
+
+@pytest.mark.parametrize("group_in", ["base", "tuned"])
+def test_compared_folders_of_a_group_and_of_its_task(tmp_path, group_in):
+    group = logged_folder(tmp_path / "a", {"t": {"acc,none": 0.0}, "u": {"acc,none": 0.0}}, {"g": ["t", "u"]})
+    task = logged_folder(tmp_path / "b", {"t": {"acc,none": 1.0}})
+    folders = [group, task] if group_in == "base" else [task, group]
+    results = compare_folders(SimpleNamespace(compare=folders, seed=1))
+    assert [(row["task"], row["top"], abs(row["difference"]["value"])) for row in results.rows] == [("t", True, 1.0)]
+    assert "LEFT OUT, in one folder only: g, u." in results.suite.notes
 
 
 def test_pooled_tasks_split_by_choices():
