@@ -1,5 +1,7 @@
 """--columns: names for columns that no rule knows, e.g. `chosen=output_a rejected=output_b prompt=task`."""
 
+from collections.abc import Collection
+
 from preflab.data.messages import OPTIONS
 from preflab.data.row_fields import JOINED, PROMPTS, SCORES, SYSTEM, WIN_KEYS
 from preflab.data.schemas import LISTS, PAIRS, SCORED
@@ -29,20 +31,26 @@ def parse_columns(columns: list[str] | None) -> dict[str, str | None]:
     return mapping
 
 
-def rename_columns(rows: list[tuple[str, object]], columns: list[str] | None, dataset: str) -> list[tuple[str, object]]:
+def rename_columns(
+    rows: list[tuple[str, object]], columns: list[str] | None, dataset: str, required: Collection[str] = KNOWN
+) -> list[tuple[str, object]]:
     """(source, row) of every row with its columns under the names that --columns gives them.
 
     A column that gets another's name is read no more; it stays in the row as `NAME (replaced)`, so that it is counted
     as unused. NAME=none removes a column the same way.
 
+    Args:
+        required: the other names are given only where a row has the column.
+
     Raises:
-        UserError: a column that no row has.
+        UserError: a required column that no row has.
     """
     mapping = parse_columns(columns)
     if not mapping:
         return rows
-    sources = {column for column in mapping.values() if column is not None}
     present = {key for _, row in rows if isinstance(row, dict) for key in row}
+    mapping = {k: v for k, v in mapping.items() if k in required or v is None or v in present}
+    sources = {column for column in mapping.values() if column is not None}
     for name, column in mapping.items():
         if column is not None and column not in present:
             names = ", ".join(sorted(map(str, present)))

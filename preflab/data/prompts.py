@@ -4,7 +4,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from preflab.data.messages import check_messages, check_unicode, from_json_text, up_to_last
+from preflab.data.columns import rename_columns
+from preflab.data.messages import check_messages, check_unicode, from_json_text, role_of, up_to_last
 from preflab.data.pair_rows import to_pair
 from preflab.data.prompt_format import AS_CHAT
 from preflab.data.row_fields import (
@@ -22,6 +23,8 @@ from preflab.data.sources import read_source
 from utils.cache import cache_key
 from utils.errors import UserError
 
+# Columns of a given answer.
+ANSWERS = ("output", "answer", "response")
 # Keys under which a row may hold its prompt.
 PROMPT_KEYS = (
     "messages", "prompt", "instruction", "question", "turns", "query", "conversations", "conversation", "context",
@@ -174,10 +177,20 @@ def _read_prompt(value, source: str, key: str) -> list[dict]:
     return messages[:1] if only_questions else messages
 
 
-def load_answers(name: str, prompts: list[Prompt]) -> tuple[str, list[str | None], dict]:
+def prompt_columns(columns: list[str] | None) -> list[str]:
+    """The entries of --columns for a prompt set: without those for the answers, which are in another file."""
+    return [entry for entry in columns or [] if str(entry).partition("=")[0] not in ANSWERS]
+
+
+def load_answers(
+    name: str, prompts: list[Prompt], columns: list[str] | None = None
+) -> tuple[str, list[str | None], dict]:
     """Read given answers to `prompts`: alpaca_eval's outputs, Arena-Hard's model_answer, or rows of prompt and answer.
 
     Answers are matched by uid if both sides have one, otherwise by the prompt's text.
+
+    Args:
+        columns: of the prompt set and of the answers. Columns of the prompt may have their usual names here.
 
     Returns:
         (model's name, an answer or None per prompt, what identifies the data).
@@ -187,6 +200,7 @@ def load_answers(name: str, prompts: list[Prompt]) -> tuple[str, list[str | None
             the prompts.
     """
     rows, about = read_rows(name, "test")
+    rows = rename_columns(rows, columns, name, required=ANSWERS)
     by_uid, by_text, model = {}, {}, None
     # Ids are compared with those of the prompts only: another set's ids, e.g. row numbers, fall back to the text.
     uids, keys = {p.uid for p in prompts} - {None}, {p.key for p in prompts}
@@ -206,12 +220,9 @@ def load_answers(name: str, prompts: list[Prompt]) -> tuple[str, list[str | None
             _ensure_first(by_uid, _uid(row), source)
             by_uid[_uid(row)] = answer, source
             continue
-        # Only the prompt's fields: the parser would otherwise read a chat row's answer as part of the prompt.
-        fields = {k: row[k] for k in ("instruction", "prompt", "question", "input") if isinstance(row.get(k), str)}
-        if isinstance(row.get("messages"), list):
-            fields = {"messages": row["messages"][:-1]}
+        question = _question(row)
         # A row of answers by id only has no prompt at all, which is not an error where another row matches.
-        messages = _prompt_messages(fields, source) if set(fields) - {"input"} else None
+        messages = _prompt_messages(question, source) if any(question.get(k) for k in PROMPT_KEYS) else None
         # Answers to prompts of another set may repeat, as in files of several turns.
         if isinstance(messages, list) and (key := cache_key(messages)) in keys:
             _ensure_first(by_text, key, source)
@@ -219,7 +230,7 @@ def load_answers(name: str, prompts: list[Prompt]) -> tuple[str, list[str | None
     answers = [(by_uid.get(p.uid) or by_text.get(p.key) or (None,))[0] for p in prompts]
     if not any(answer is not None for answer in answers):
         raise UserError(f"{name}: has answers to none of the {len(prompts)} prompts; is it from another prompt set?")
-    return str(model or "opponent"), answers, about
+    return str(model or "opponent"), answers, {**about, **({"columns": columns} if columns else {})}
 
 
 def _ensure_first(answers: dict, key, source: str) -> None:
@@ -228,9 +239,19 @@ def _ensure_first(answers: dict, key, source: str) -> None:
         raise UserError(f"{source}: another answer to the prompt of {answers[key][1]}; remove one of the two rows")
 
 
+def _question(row: dict) -> dict:
+    """The row without its answer, to be read as a row of the prompt set."""
+    question = {k: v for k, v in row.items() if k not in ANSWERS}
+    messages = question.get("messages")
+    # Not left to the parser, which cuts it off too: an answer of Arena-Hard is not text.
+    if isinstance(messages, list) and messages and role_of(messages[-1]) == "assistant":
+        question["messages"] = messages[:-1]
+    return question
+
+
 def _answer(row: dict):
     """The row's answer in any known format, None if it has none."""
-    for key in ("output", "answer", "response"):
+    for key in ANSWERS:
         if row.get(key) is not None:
             return row[key]
     try:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from itertools import combinations
 
-from preflab.data.prompts import Prompt, load_answers, load_prompts
+from preflab.data.prompts import Prompt, load_answers, load_prompts, prompt_columns
 from preflab.data.sources import reading
 from preflab.evaluation.comparison import held_out_sources
 from preflab.evaluation.two_models import TwoModels
@@ -70,6 +70,9 @@ def answer_prompts(models: TwoModels, args) -> Battle:
     ]
     if args.prompts is None:
         sources, _ = held_out_sources(comparison.args, comparison.trained)
+    columns = comparison.args.columns or sources[0].get("columns")
+    if args.opponent_outputs:
+        sources = [{**source, "columns": prompt_columns(source.get("columns"))} for source in sources]
     prompts, data = load_prompts(sources, args.category_key, comparison.args.limit)
     answering = answering_models(models, args.models)
     names, opponent, answers, source = [model.name for model in answering], None, {}, None
@@ -77,7 +80,7 @@ def answer_prompts(models: TwoModels, args) -> Battle:
     if refused:
         data["left_out"]["prompts refused by a chat template"] = refused
     if args.opponent_outputs:
-        opponent, given, source = load_answers(args.opponent_outputs, prompts)
+        opponent, given, source = load_answers(args.opponent_outputs, prompts, columns)
         # Rows and metrics are keyed by name, and the file may name its model base or tuned.
         opponent = opponent if opponent not in names else f"{opponent} (given)"
         answered = [k for k, answer in enumerate(given) if answer is not None]

@@ -156,13 +156,13 @@ def test_uid_zero(tmp_path):
 PROMPTS = [Prompt([user("Why?")], "1", "u1"), Prompt([user("How?\n\nA tale.")], "2", "u2"), Prompt([user("Who?")], "3")]
 
 
-def answered(folder, rows, prompts=PROMPTS, name="given.jsonl"):
+def answered(folder, rows, prompts=PROMPTS, name="given.jsonl", **kwargs):
     path = folder / name
     if name.endswith(".json"):
         path.write_text(json.dumps(rows))
     else:
         write_jsonl(path, rows)
-    return load_answers(str(path), prompts)
+    return load_answers(str(path), prompts, **kwargs)
 
 
 def test_answers_of_alpaca_eval(tmp_path):
@@ -199,6 +199,40 @@ def test_answers_of_arena_hard_match_by_uid(tmp_path):
 )
 def test_answers_in_other_formats(tmp_path, row):
     assert answered(tmp_path, [row])[:2] == ("m", ["So.", None, None])
+
+
+@pytest.mark.parametrize(
+    "question",
+    [
+        {"system": "Be brief.", "prompt": "Why?"},
+        {"history": [["Hi", "Yes?"]], "instruction": "Why?"},
+        {"query": "Why?"},
+        {"instruction": "Sum up.", "context": "A tale."},
+        {"prompt": [user("Why?")]},
+        {"messages": [user("Why?")]},
+        {"conversations": [{"from": "human", "value": "Why?"}]},
+    ],
+    ids=str,
+)
+def test_a_prompt_set_with_answers_added_matches_itself(tmp_path, question):
+    prompts, _ = loaded(tmp_path, question)
+    assert answered(tmp_path, [{**question, "output": "So."}], prompts)[1] == ["So."]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [{"task": "Why?", "reply": "So."}, {"prompt": "Why?", "reply": "So."}, {"uid": "u1", "reply": "So."},
+     {"task": "Why?", "prompt": "No. 7", "reply": "So.", "output": "raw"}],
+    ids=str,
+)  # fmt: skip
+def test_columns_of_answers(tmp_path, row):
+    columns = ["prompt=task", "output=reply"]
+    assert answered(tmp_path, [row], columns=columns)[1] == ["So.", None, None]
+
+
+def test_columns_of_answers_that_are_missing(tmp_path):
+    with pytest.raises(UserError, match="given.jsonl: --columns output=replies: no such column .*reply"):
+        answered(tmp_path, [{"task": "Why?", "reply": "So."}], columns=["output=replies"])
 
 
 def test_empty_answer_and_unnamed_model(tmp_path):

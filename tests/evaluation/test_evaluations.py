@@ -113,6 +113,17 @@ def test_battle_against_given_answers(battle, prefs, tmp_path):
     assert "other (published)" in out and re.search(r"\bstoic\b.*\b2\b", out)
 
 
+def test_columns_map_prompts_and_given_answers(battle, prefs, tmp_path):
+    tasks = [json.loads(line)["prompt"] for line in (prefs / "test.jsonl").read_text().splitlines()][:2]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"task": task}) + "\n" for task in tasks))
+    given = [{"task": tasks[0], "reply": "A stone."}, {"task": tasks[1], "reply": "A tree."}]
+    (tmp_path / "given.json").write_text(json.dumps(given))
+    columns = ["--columns", "prompt=task", "output=reply"]
+    _, rows, _ = battle("--judge", "longer", "--prompts", tmp_path / "prompts.jsonl", "--opponent_outputs",
+                        tmp_path / "given.json", *columns)  # fmt: skip
+    assert [row["answer_b"]["text"] for row in rows if row["a"] == "tuned"] == ["A stone.", "A tree."]
+
+
 def test_arena_hard_config_is_parsed():
     from eval_win_rate import WinRateArguments
     from preflab.evaluation.arguments import ComparisonArguments
