@@ -111,7 +111,7 @@ def estimated_minutes(work: Work, speed: Speed | None, plan: dict, config, rows:
     """Minutes from the preflight to the end of the run, and of each phase. The time of saves is not included.
 
     Args:
-        plan: the plan of training (`preflab.training.preflight.plan_training`).
+        plan: the plan of training (`preflab.training.plan.plan_training`).
         rows: rows of one epoch.
 
     Returns:

@@ -9,7 +9,7 @@ import time
 
 from preflab.models.batching import token_batches
 from preflab.training.dpo_trainer import REFERENCE
-from preflab.training.order import reached_rows
+from preflab.training.plan import reached_rows
 from preflab.training.run import TrainingRun
 from preflab.training.run_folder import MANIFEST
 from preflab.training.step0 import STEP0_TOLERANCE
@@ -34,7 +34,7 @@ def prepare(training: TrainingRun, trainer, plan: dict) -> dict:
     """Give the trainer cached reference log-probabilities, where that is possible. Call before training.
 
     Args:
-        plan: the plan of training (`preflab.training.preflight.plan_training`).
+        plan: the plan of training (`preflab.training.plan.plan_training`).
 
     Returns:
         `{computed, read, seconds}`, which grow when the test pairs are added, or `{in_every_step_because}` where the

@@ -1,10 +1,43 @@
-"""The check that policy and reference are the same model before the first step: all rewards and margins are 0."""
+"""Figures of a few rows before the first step. Policy and reference are the same model then: all rewards are 0."""
 
+from preflab.evaluation.rewards import reward_rows
 from preflab.training.dpo_config import DPORunConfig
 from utils.errors import UserError
 
+# Rows per process that are scored before training.
+CHECKED_ROWS = 4
 # In nats. In 16 bits the batch's shape moves a log-probability by up to about 0.1 nats per answer.
 STEP0_TOLERANCE = {"float32": 1e-3, "16-bit": 0.5}
+
+
+def step0_margins(trainer, pairs: int) -> dict:
+    """The largest |reward| and |margin| before the first step, over a few train pairs.
+
+    A sharded model exists only inside training: there the trainer checks the first micro-batch.
+    """
+    step0 = {"largest_margin": None, "largest_reward": None, "pairs": 0, "tolerance": step0_tolerance(trainer.args)}
+    if trainer.is_sharded:
+        later = "will be checked on the first micro-batch: a sharded model exists only there"
+        return {**step0, "checked": later}
+    count = min(pairs, CHECKED_ROWS * trainer.accelerator.num_processes)
+    rows = reward_rows(trainer.score(trainer.train_dataset, range(count)), trainer.args.beta)
+    return {
+        **step0,
+        "largest_margin": max(abs(row["margin"]) for row in rows),
+        "largest_reward": max(abs(row[f"reward_{side}"]) for row in rows for side in ("chosen", "rejected")),
+        "pairs": count,
+        "checked": "before training",
+    }
+
+
+def step0_line(step0: dict) -> str:
+    """The printed line about the margins before the first step."""
+    if step0["largest_margin"] is None:
+        return f"  step 0    {step0['checked']}"
+    return (
+        f"  step 0    largest reward margin {step0['largest_margin']:.2g} over {step0['pairs']} pairs (must be 0"
+        f" within {step0['tolerance']:g})"
+    )
 
 
 def check_step0_margins(step0: dict, config: DPORunConfig) -> None:
@@ -34,3 +67,18 @@ def step0_tolerance(config: DPORunConfig) -> float:
         return STEP0_TOLERANCE["float32"]
     # A reward is beta x nats, so a tolerance in nats is multiplied by beta; it is never stricter than in float32.
     return max(STEP0_TOLERANCE["float32"], config.beta * STEP0_TOLERANCE["16-bit"])
+
+
+def step0_loss(trainer, dataset) -> dict | None:
+    """The mean loss per trained token before the first step, over a few conversations.
+
+    None for a sharded model, which exists only inside training.
+    """
+    if trainer.is_sharded:
+        return None
+    sample = range(min(len(dataset), CHECKED_ROWS * trainer.accelerator.num_processes))
+    # Sums over the labelled tokens of each conversation, in nats.
+    nll = trainer.score(dataset, sample)
+    # The first token has no prediction.
+    scored = sum(sum(label != -100 for label in dataset[i]["labels"][1:]) for i in sample)
+    return {"loss": sum(nll) / scored, "conversations": len(sample)}
