@@ -20,6 +20,7 @@ from preflab.alpacaeval.package import PackageEvaluator, clf_prompt, shipped_eva
 from preflab.data.preferences import load_pairs
 from preflab.data.prompt_format import AS_CHAT
 from preflab.data.prompts import Prompt
+from preflab.data.sources import reading
 from preflab.evaluation.comparison import held_out_sources
 from preflab.evaluation.two_models import TwoModels
 from preflab.judging.answers import answer_all, answerable, base_and_tuned, ensure_adapter_applied
@@ -115,7 +116,7 @@ def judge_outputs(comparison, args, judge, reference: list[dict], folder: Path) 
 def audit_judges(comparison, args, judges: list) -> dict:
     """Audit the judge, the first of `judges`, and its controls on a seeded sample of labelled pairs."""
     c, started = comparison.args, time.monotonic()
-    sources = [{"name": args.audit_dataset, "split": args.audit_split}]
+    sources = [{"name": args.audit_dataset, "split": args.audit_split, **reading(c.columns, c.on_bad_row)}]
     if args.audit_dataset is None:
         sources, _ = held_out_sources(c, comparison.trained)
     # Several pairs of a prompt are several labels; plain prompts become messages, as the judge prompts require.

@@ -17,6 +17,7 @@ from preflab.alpacaeval import package
 from preflab.alpacaeval.files import annotate, llm_comparator, read_annotations, read_outputs, read_reference, samples
 from preflab.alpacaeval.metrics import summarise, summarise_file
 from preflab.alpacaeval.report import SIDES, render_file
+from preflab.alpacaeval.stages import audit_judges
 from preflab.data.chat_template import ChatRenderer
 from preflab.data.pair_rows import Pair
 from preflab.data.prompts import Prompt
@@ -586,6 +587,17 @@ def test_annotations_write_their_figures(call, tmp_path):
     code, _, err = call("run_alpacaeval_local", *args)
     assert code == 2
     assert_one_line(err, "alpacaeval.json", "--output_dir", "--overwrite")
+
+
+def test_audit_pairs_are_read_with_columns_and_on_bad_row(tmp_path):
+    rows = [{"task": f"q{k}", "good": f"a longer answer {k}", "bad": "x"} for k in range(4)]
+    path = write_jsonl(tmp_path / "labels.jsonl", rows)
+    path.write_text(path.read_text() + "{\n")
+    columns = ["prompt=task", "chosen=good", "rejected=bad"]
+    c = types.SimpleNamespace(columns=columns, on_bad_row="skip", eval_out=str(tmp_path), seed=1, overwrite=False)
+    args = types.SimpleNamespace(audit_dataset=str(path), audit_split="test", audit_limit=9)
+    result = audit_judges(types.SimpleNamespace(args=c), args, [LongerJudge(), RandomJudge(1)])
+    assert result["data"]["sampled"] == 4 and result["audits"]["longer"]["agreement"]["value"] == 1
 
 
 def test_no_claim_without_audit(call, trained, tiny, reference, tmp_path):
