@@ -17,7 +17,7 @@ EMPTIED: set[Path] = set()
 
 
 def user_cache() -> Path:
-    """The folder of dequantized weights: $PREFERENCELAB_CACHE, or a folder in the user's cache."""
+    """Where the builtin model and tokenised rows are: $PREFERENCELAB_CACHE, or a folder in the user's cache."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("PREFERENCELAB_CACHE") or Path(base) / "preferencelab")
 
