@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from preflab.harness import report
-from preflab.harness.metrics import ModelResults, SuiteResults, add_results, figures_of, metrics, rows
+from preflab.harness.metrics import SuiteResults, metrics, rows
+from preflab.harness.results import ModelResults, add_results, figures_of
 from preflab.harness.suites import Suite
 from utils.artifacts import read_json
 from utils.errors import UserError

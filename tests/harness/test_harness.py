@@ -19,19 +19,17 @@ from preflab.harness.arguments import HarnessArguments, check, split_at_dashes
 from preflab.harness.calls import PROGRESS, Call, batch_size, execute, model_arguments, plan
 from preflab.harness.logged import compare_folders
 from preflab.harness.metrics import (
-    ModelResults,
     SuiteResults,
-    add_results,
     degrees_of_freedom,
     ensure_adapter_applied,
     leading_bos,
-    leaves,
     normal,
     paired,
     rows,
     suite_averages,
 )
 from preflab.harness.report import clock, differs, eq_bench, markdown, render, table_lines, verdict_of
+from preflab.harness.results import ModelResults, add_results, leaves
 from preflab.harness.suites import (
     Suite,
     averages,
