@@ -28,7 +28,7 @@ def next_commands(weights: Path, results: Path, *, pairs: bool, held_out: bool, 
     commands += [(f"python human_eval.py {run}", "a page on which people compare the answers, blind")]
     commands += [(f"bash run_lm_eval.sh {run}", "knowledge and reasoning")]
     if lora:
-        commands += [(f"python merge_adapter.py {run}", "one plain model folder")] if pairs and held_out else []
+        commands += [(f"python merge_adapter.py {run}", "one plain model folder")]
         if not pairs:
             adapter = shlex.quote(str(weights))
             continued = f"--config FILE.yaml --start_adapter {adapter} --start_adapter_use continue"

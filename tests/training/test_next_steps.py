@@ -28,6 +28,9 @@ def test_default_folders_are_not_repeated():
         ({"held_out": False}, "human_eval.py", "eval_perplexity.py"),
         ({"lora": False}, "eval_perplexity.py", "merge_adapter.py"),
         ({"pairs": False}, "--start_adapter checkpoints/r", "eval_perplexity.py"),
+        # Without held-out pairs, the merge is checked on the shipped ones.
+        ({"held_out": False}, "merge_adapter.py", "eval_perplexity.py"),
+        ({"pairs": False}, "merge_adapter.py", "eval_perplexity.py"),
     ],
 )
 def test_commands_fit_the_run(kind, present, absent):
