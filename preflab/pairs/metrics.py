@@ -53,23 +53,25 @@ def sampling_metrics(samples: list[Sampled], seed: int = 42) -> dict:
 def pair_metrics(rows: list[dict], scored: list[tuple[Candidates, Scores]], seed: int = 42) -> dict:
     """Of the pairs: scores of all samples, of chosen and rejected, win probabilities, and which side is longer.
 
+    Pairs of a prompt (--pairs all) are resampled and tested as one unit.
+
     Args:
-        rows: from `pair_of`.
+        rows: from `pairs_of`.
         scored: the candidates and scores of every scored prompt.
     """
     # 1: chosen is longer, 0: rejected is longer, 0.5: equal; lengths in characters.
     longer = [0.5 + 0.5 * np.sign(_length(r, "chosen") - _length(r, "rejected")) for r in rows]
     # Weighted by count: the mean over samples, not over distinct answers.
     sample_scores = [np.average(scores.scores, weights=candidates.counts) for candidates, scores in scored]
+    prompts = [r["prompt_id"] for r in rows]
     return {
         "score_mean": bootstrap(sample_scores, seed),
-        "score_chosen": bootstrap([r["score_chosen"] for r in rows], seed),
-        "score_rejected": bootstrap([r["score_rejected"] for r in rows], seed),
-        "win_chosen": share([r["win_chosen"] for r in rows], seed),
-        "win_rejected": share([r["win_rejected"] for r in rows], seed),
-        # One pair per prompt, so that pairs are independent and can be the resampled unit.
-        "chosen_longer": share(longer, seed),
-        "p_chosen_longer_is_half": metric(sign_test(longer), n=len(rows)),
+        "score_chosen": bootstrap([r["score_chosen"] for r in rows], seed, groups=prompts),
+        "score_rejected": bootstrap([r["score_rejected"] for r in rows], seed, groups=prompts),
+        "win_chosen": share([r["win_chosen"] for r in rows], seed, groups=prompts),
+        "win_rejected": share([r["win_rejected"] for r in rows], seed, groups=prompts),
+        "chosen_longer": share(longer, seed, groups=prompts),
+        "p_chosen_longer_is_half": metric(sign_test(longer, prompts), n=len(rows)),
     }
 
 
@@ -83,7 +85,7 @@ def agreement(
     """How far other scorers agree with the main one on the same answers: `{scorer: metrics}`.
 
     Args:
-        rows: from `pair_of`.
+        rows: from `pairs_of`.
         scored: the main scorer's candidates and scores by prompt_id.
         others: `{scorer: {prompt_id: Scores}}`; prompts without a score are left out of that scorer's metrics.
 
@@ -98,27 +100,30 @@ def agreement(
     metrics = {}
     for name, other_scores in others.items():
         order, best, tau = [], [], []
-        for row in rows:
-            # A scorer may have failed on a prompt, e.g. a judge without a verdict.
-            if row["prompt_id"] not in other_scores:
-                continue
-            candidates, main = scored[row["prompt_id"]]
+        # A scorer may have failed on a prompt, e.g. a judge without a verdict.
+        compared = [row for row in rows if row["prompt_id"] in other_scores]
+        prompts = [row["prompt_id"] for row in compared]
+        for row in compared:
             other = other_scores[row["prompt_id"]].scores
             # The pair's texts identify its answers among the distinct candidates, whose order both scorers share.
-            chosen, rejected = (candidates.answers.index(row[s][0]["content"]) for s in ("chosen", "rejected"))
+            answers = scored[row["prompt_id"]][0].answers
+            chosen, rejected = (answers.index(row[side][0]["content"]) for side in ("chosen", "rejected"))
             # 1: same order, 0: reversed, 0.5: a tie of the other scorer.
             order.append(0.5 + 0.5 * np.sign(other[chosen] - other[rejected]))
+        # Once per prompt, also where it has several pairs.
+        for prompt in dict.fromkeys(prompts):
+            main, other = scored[prompt][1].scores, other_scores[prompt].scores
             # argmax takes the first of several best answers, for both scorers.
-            best.append(float(int(np.argmax(other)) == chosen))
-            correlation = kendalltau(main.scores, other).statistic
+            best.append(float(np.argmax(other) == np.argmax(main)))
+            correlation = kendalltau(main, other).statistic
             # Undefined where one of the two scorers gives all answers the same score.
             if np.isfinite(correlation):
                 tau.append(correlation)
         if not order:
             raise UserError(f"--also_score {name}: returned no score for any pair")
         metrics[name] = {
-            "same_order": share(order, seed),
-            "p_same_order_is_half": metric(sign_test(order), n=len(order)),
+            "same_order": share(order, seed, groups=prompts),
+            "p_same_order_is_half": metric(sign_test(order, prompts), n=len(order)),
             "same_best": share(best, seed),
             "rank_correlation": bootstrap(tau, seed) if tau else metric(float("nan"), n=0),
         }

@@ -49,7 +49,7 @@ class Pairs:
     """The preference pairs of one call, and what they were made from.
 
     Attributes:
-        train, test: preference rows from `pair_of`.
+        train, test: preference rows from `pairs_of`.
         samples: every prompt with its answers.
         scored: the main scorer's candidates and scores by prompt_id.
         other_scorers: `{scorer: {prompt_id: Scores}}` of --also_score.

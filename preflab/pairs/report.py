@@ -74,7 +74,7 @@ def pairs_figure(path: Path, rows: list[dict], title: str) -> None:
     """Draw three histograms over the pairs: scores, win probabilities, difference in length. Rank 0 only.
 
     Args:
-        rows: from `preflab.pairs.pairing.pair_of`.
+        rows: from `preflab.pairs.pairing.pairs_of`.
     """
     fig, axes = figure(1, 3, title)
     for ax, key in zip(axes, ("score", "win"), strict=False):

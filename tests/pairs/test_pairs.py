@@ -19,8 +19,8 @@ from preflab.data.chat_template import ChatRenderer
 from preflab.data.prompts import Prompt
 from preflab.judging.judge_prompt import Verdict, unparsed
 from preflab.models.loading import load_tokenizer
-from preflab.pairs.metrics import agreement
-from preflab.pairs.pairing import Sampled, candidates_of, held_out_keys, pair_of, part_of, shuffled
+from preflab.pairs.metrics import agreement, pair_metrics
+from preflab.pairs.pairing import Sampled, candidates_of, held_out_keys, pair_of, pairs_of, part_of, shuffled
 from preflab.pairs.pairrm import FIRST, SECOND, SOURCE, PairRanker, PairRM
 from preflab.pairs.scorers import Candidates, Scores, make_scorer, mean_wins, ranker_scores, win_probabilities
 from utils.artifacts import read_json
@@ -138,6 +138,27 @@ def test_agreement_by_hand():
     )
     with pytest.raises(UserError, match="--also_score other"):
         agreement(rows, scored, {"other": {}})
+
+
+def test_several_pairs_per_prompt_are_one_unit():
+    """--pairs all: figures per prompt are those of the best and the worst, and errors do not shrink with more pairs."""
+    rng = np.random.default_rng(0)
+    best_worst, every, scored, other_scores = [], [], {}, {}
+    for k in range(12):
+        sample = Sampled(prompt(f"Q{k}"), [{"text": t * int(rng.integers(1, 9))} for t in "abcd"], False)
+        candidates, main, other = candidates_of(sample), rng.normal(size=4).tolist(), rng.normal(size=4).tolist()
+        scores = Scores(main, [0.5] * 4)
+        best_worst += pairs_of(sample, candidates, scores)
+        every += pairs_of(sample, candidates, scores, every=True)
+        scored[sample.prompt.key], other_scores[sample.prompt.key] = (candidates, scores), Scores(other, other)
+    assert len(best_worst) == 12 and len(every) == 12 * 6
+    of_two, of_all = (agreement(rows, scored, {"other": other_scores})["other"] for rows in (best_worst, every))
+    assert all(of_two[key] == of_all[key] for key in ("same_best", "rank_correlation"))
+    once, thrice = (pair_metrics(rows, list(scored.values())) for rows in (best_worst, best_worst * 3))
+    for key in ("score_chosen", "chosen_longer", "p_chosen_longer_is_half"):
+        assert thrice[key]["n"] == 36 and thrice[key]["value"] == pytest.approx(once[key]["value"]), key
+    for key in ("score_chosen", "chosen_longer"):
+        assert thrice[key]["stderr"] == pytest.approx(once[key]["stderr"]), key
 
 
 # ------------------------------------------------------------------------------------------------------------- scorers
