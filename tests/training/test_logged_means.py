@@ -2,13 +2,14 @@
 
 import json
 import signal
+import time
 
 import pytest
 from conftest import make_pairs, train_args, write_jsonl
 from processes import Script, run_script
 
 from preflab.evaluation.rewards import reward_rows
-from utils.artifacts import read_json
+from utils.artifacts import RowFile, read_json
 
 # Logged as means over the pairs since the last logged step.
 MEANS = ("loss", "rewards/margins", "rewards/chosen", "logps/rejected", "rewards/accuracies_ties_half")
@@ -53,7 +54,7 @@ def test_means_are_complete_after_a_resume(tiny, odd, tmp_path):
     done = run_script("dpo_train_human_preference.py", *odd_args(tiny, odd, tmp_path / "a", *flags))
     assert done.returncode == 0, done.stderr[-2000:]
     script = Script("dpo_train_human_preference.py", *odd_args(tiny, odd, tmp_path / "b", *flags))
-    wait_for(script, tmp_path / "b/ck/r/checkpoint-2/checkpoint_manifest.json")
+    kill_when(script, (tmp_path / "b/ck/r/checkpoint-2/checkpoint_manifest.json").exists)
     script.result()
     assert not (tmp_path / "b/out/r/train.json").exists()
     done = run_script("dpo_train_human_preference.py", *odd_args(tiny, odd, tmp_path / "b", *flags))
@@ -63,11 +64,9 @@ def test_means_are_complete_after_a_resume(tiny, odd, tmp_path):
             assert b[key] == pytest.approx(a[key], abs=1e-6), (key, a["step"])
 
 
-def wait_for(script, path) -> None:
-    """Kill the script as soon as the file exists."""
-    import time
-
-    while not path.exists() and script.poll() is None:
+def kill_when(script, condition) -> None:
+    """Kill the script as soon as `condition()` holds."""
+    while not condition() and script.poll() is None:
         time.sleep(0.002)
     script.send_signal(signal.SIGKILL)
 
@@ -93,10 +92,11 @@ def test_time_of_a_killed_call_is_counted(tiny, prefs, tmp_path):
     """kill -9 without any checkpoint: the second call starts over, and its time includes that of the first."""
     args = train_args(tiny, prefs, tmp_path, "--max_steps", 6)
     script = Script("dpo_train_human_preference.py", *args)
-    wait_for(script, tmp_path / "out/r/train_log.jsonl")
-    script.result()
     log = tmp_path / "out/r/train_log.jsonl"
-    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    # The file is there before its first row; RowFile.read leaves an incomplete last row out.
+    kill_when(script, RowFile(log).read)
+    script.result()
+    rows = RowFile(log).read()
     assert rows[-1]["step"] < 6 and rows[-1]["seconds"] > 0
     # As if the killed call had trained for an hour.
     rows[-1]["seconds"] += 3600
