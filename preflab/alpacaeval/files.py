@@ -5,7 +5,7 @@ from pathlib import Path
 from preflab.alpacaeval.package import is_switched
 from preflab.data.files import read_file
 from preflab.data.messages import check_unicode
-from preflab.data.prompts import Prompt
+from preflab.data.prompts import PROMPT_KEYS, Prompt, prompt_messages
 from preflab.data.rows import read_rows
 from preflab.judging.judge_prompt import Item, Verdict
 from preflab.judging.judges import judge_all
@@ -16,35 +16,31 @@ from utils.tables import answer_label, side_by_side
 
 
 def read_reference(name: str, limit: int | None = None) -> list[dict]:
-    """Instructions with reference answers: `{instruction, output, generator, dataset, category, source}` each.
+    """Instructions with reference answers: instruction, messages, output, generator, dataset, category, source.
 
-    Raises UserError for a row without instruction or output, with a system prompt or history, for a duplicate
-    instruction, and for an empty set.
+    `messages` are the turns that the models answer: the instruction with its `input`, after a system prompt and earlier
+    turns where the row has them. `instruction` is all of it as one text (`Prompt.text`): alpaca_eval's files and judge
+    prompts have one field for it.
+
+    Raises UserError for a row without a prompt or an output, for a duplicate instruction, and for an empty set.
     """
     rows, _ = read_rows(name, "eval")
     reference, source_of = [], {}
     # In file order, unlike alpaca_eval's max_instances, which shuffles first.
     for source, row in rows[:limit]:
-        for key in ("instruction", "output"):
-            if not isinstance(row, dict) or not isinstance(row.get(key), str) or not row[key].strip():
-                raise UserError(f"{source}: no text under {key!r}; a reference row needs instruction and output")
-        for key in ("system", "system_prompt", "history"):
-            # alpaca_eval's files and judge prompts have one text per row, so a judge would not see these turns.
-            if row.get(key):
-                raise UserError(
-                    f"{source}: AlpacaEval has one instruction per row and no place for {key!r}: put it into the"
-                    " instruction, or compare answers with eval_win_rate.py --battle, which uses it"
-                )
-        instruction = _with_input(row, source)
-        check_unicode([instruction, row["output"]], source)
+        prompt, output = _prompt_of(row, source), row.get("output")
+        if not isinstance(output, str) or not output.strip():
+            raise UserError(f"{source}: no text under 'output'; a reference row needs a prompt and its output")
+        check_unicode([output], source)
         # Files are joined by instruction text, so it must identify a row.
-        if instruction in source_of:
-            raise UserError(f"{source}: duplicate instruction, first in {source_of[instruction]}; remove one of them")
-        source_of[instruction] = source
+        if prompt.text in source_of:
+            raise UserError(f"{source}: duplicate instruction, first in {source_of[prompt.text]}; remove one of them")
+        source_of[prompt.text] = source
         reference.append(
             {
-                "instruction": instruction,
-                "output": row["output"],
+                "instruction": prompt.text,
+                "messages": prompt.messages,
+                "output": output,
                 "generator": row.get("generator") or "reference",
                 "dataset": row.get("dataset") or "unknown",
                 "category": row.get("category"),
@@ -54,12 +50,13 @@ def read_reference(name: str, limit: int | None = None) -> list[dict]:
     return reference
 
 
-def _with_input(row: dict, source: str) -> str:
-    """A row's instruction, with Alpaca's `input` appended as in training on this format."""
-    context = row.get("input") or ""
-    if not isinstance(context, str):
-        raise UserError(f"{source}: key 'input' must be text, found {type(context).__name__}")
-    return f"{row['instruction']}\n\n{context.strip()}" if context.strip() else row["instruction"]
+def _prompt_of(row, source: str) -> Prompt:
+    """The turns of a row of a reference or of model outputs. Raises UserError for a row without a prompt."""
+    # alpaca_eval's key goes before all others: what else its rows hold is not the prompt.
+    messages = prompt_messages(row, source, ("instruction", *PROMPT_KEYS))
+    if isinstance(messages, str):
+        raise UserError(f"{source}: no text under 'instruction'; a row needs a prompt and its output")
+    return Prompt(messages, source)
 
 
 # ----------------------------------------------------------------------------------------------------- model outputs
@@ -93,10 +90,12 @@ def _rows(path: Path) -> list[dict]:
     """The rows of a model_outputs file. Raises UserError, naming the row, for one without instruction and output."""
     rows = []
     for source, row in read_file(path):
-        if not isinstance(row, dict) or not all(isinstance(row.get(k), str) for k in ("instruction", "output")):
+        # Outputs that another tool wrote may have the other columns of the reference.
+        instruction = _prompt_of(row, source).text
+        if not isinstance(row.get("output"), str):
             raise UserError(f"{source}: needs instruction and output as text")
-        check_unicode([row["instruction"], row["output"]], source)
-        rows.append({**row, "instruction": _with_input(row, source), "source": source})
+        check_unicode([row["output"]], source)
+        rows.append({**row, "instruction": instruction, "source": source})
     return rows
 
 

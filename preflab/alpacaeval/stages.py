@@ -46,7 +46,7 @@ CONTROLS = ("longer", "random")
 def generate(comparison, args, reference: list[dict], folder: Path) -> None:
     """Answer every instruction with base and tuned; write model_outputs_<side>.json."""
     c, models = comparison.args, TwoModels(comparison)
-    prompts = [Prompt([{"role": "user", "content": row["instruction"]}], row["source"]) for row in reference]
+    prompts = [Prompt(row["messages"], row["source"]) for row in reference]
     answering = base_and_tuned(models)
     # Refused instructions are an error here: AlpacaEval's rate is defined over all of its instructions.
     _, refused = answerable(answering, prompts)

@@ -104,7 +104,7 @@ def distinct_prompts(
     about += [identity for _, identity in data]
     for origin, source, row in ((s, *row) for s, (rows, _) in zip(sources, data, strict=True) for row in rows):
         try:
-            messages = _prompt_messages(row, source)
+            messages = prompt_messages(row, source)
         except UserError:
             if not origin.get("skip_bad"):
                 raise
@@ -133,8 +133,15 @@ def _uid(row: dict) -> str | None:
     return None if uid is None else str(uid)
 
 
-def _prompt_messages(row, source: str) -> list[dict] | str:
-    """The row's messages up to the last user turn, or the reason to leave the row out."""
+def prompt_messages(row, source: str, keys: tuple[str, ...] = PROMPT_KEYS) -> list[dict] | str:
+    """The row's messages up to the last user turn, or the reason to leave the row out.
+
+    Args:
+        keys: columns that may hold the prompt, in order of preference.
+
+    Raises:
+        UserError: a row without a prompt, or with one of another type.
+    """
     fields = Fields(row, source, "a prompt")
     # Preference rows have several formats, so they share the parser of the training data.
     if schema_of(row, PAIRS) and row.get("chosen", "") is not None and row.get("rejected", "") is not None:
@@ -143,7 +150,7 @@ def _prompt_messages(row, source: str) -> list[dict] | str:
             return pair
         messages = pair.messages
     else:
-        key = next((k for k in PROMPT_KEYS if row.get(k) is not None), None)
+        key = next((k for k in keys if row.get(k) is not None), None)
         if key is None:
             raise UserError(
                 f"{source}: no prompt (keys: {', '.join(map(str, row))}); a row has one of {', '.join(PROMPT_KEYS)};"
@@ -222,7 +229,7 @@ def load_answers(
             continue
         question = _question(row)
         # A row of answers by id only has no prompt at all, which is not an error where another row matches.
-        messages = _prompt_messages(question, source) if any(question.get(k) for k in PROMPT_KEYS) else None
+        messages = prompt_messages(question, source) if any(question.get(k) for k in PROMPT_KEYS) else None
         # Answers to prompts of another set may repeat, as in files of several turns.
         if isinstance(messages, list) and (key := cache_key(messages)) in keys:
             _ensure_first(by_text, key, source)

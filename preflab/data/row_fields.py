@@ -206,7 +206,7 @@ def read_prompt(fields: Fields, parsed: Parsed, names: tuple[str, ...]) -> None:
     if isinstance(prompt, dict):
         prompt = _nested_prompt(prompt, parsed)
     if isinstance(prompt, str):
-        joined = [row[k] for k in JOINED if k != name and isinstance(row.get(k), str) and row[k].strip()]
+        joined = [row[k].strip() for k in JOINED if k != name and isinstance(row.get(k), str) and row[k].strip()]
         fields.used.update(k for k in JOINED if isinstance(row.get(k), str))
         prompt = "\n\n".join([prompt, *joined])
     elif isinstance(prompt, list) and name != "prompt":

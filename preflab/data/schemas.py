@@ -4,6 +4,7 @@ A rule recognises a row by its columns and reads it as `Parsed`: what decides th
 order.
 """
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -37,6 +38,7 @@ class Schema:
         better: 0 or 1 for the better of the two answers, None for neither.
         items: the column with a list of answers, and per item its text and its score (higher is better).
         prompts: columns of the prompt, in order of preference.
+        texts_by_turn: whether prompt and answers are lists with the text of each turn, as lists or as JSON text.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Schema:
     better: Callable[[Fields], int | None] | None = None
     items: tuple[str, Callable, Callable] | None = None
     prompts: tuple[str, ...] = PROMPTS
+    texts_by_turn: bool = False
 
 
 # ------------------------------------------------------------------------------------------------------------ order
@@ -67,10 +70,12 @@ def _by_value(name: str, values: dict) -> Callable[[Fields], int | None]:
     return lambda fields: values.get(str(fields.required(name)).strip().lower())
 
 
-def _by_flags(first: str, second: str) -> Callable[[Fields], int | None]:
-    """The order of one column per answer: a flag, or a score."""
+def _by_flags(first: str, second: str, tie: str | None = None) -> Callable[[Fields], int | None]:
+    """The order of one column per answer: a flag, or a score. `tie` only says that these two are equal."""
 
     def better(fields: Fields) -> int | None:
+        if tie is not None:
+            fields.take(tie)
         a, b = (required_number(fields, name, flags=True) for name in (first, second))
         return None if a == b else int(b > a)
 
@@ -102,6 +107,11 @@ PAIRS = (
     Schema("Chatbot Arena", ("conversation_a", "conversation_b", "winner"), "lmsys/chatbot_arena_conversations",
            "`winner` chooses; ties are dropped", ("conversation_a", "conversation_b"),
            _by_value("winner", {"model_a": 0, "model_b": 1})),
+    Schema("Chatbot Arena, texts by turn", ("prompt", "response_a", "response_b", "winner_model_a", "winner_model_b"),
+           "lmarena-ai/arena-human-preference-55k",
+           "the winner's flag chooses; ties are dropped, and rows of several turns whose earlier answers differ",
+           ("response_a", "response_b"), _by_flags("winner_model_a", "winner_model_b", "winner_tie"), prompts=(),
+           texts_by_turn=True),
     Schema("AlpacaFarm", ("instruction", "output_1", "output_2", "preference"), "tatsu-lab/alpaca_farm",
            "`preference` 1 or 2 chooses", ("output_1", "output_2"), _by_value("preference", {"1": 0, "2": 1})),
     Schema("argilla", ("chosen_response", "rejected_response"), "argilla/ultrafeedback-binarized-preferences",
@@ -164,6 +174,10 @@ def parse_pair(fields: Fields) -> Parsed | str:
     answers = [fields.required(name) for name in schema.answers]
     if schema.columns[0] == "info":
         answers = _summaries(answers[0], source)
+    if schema.texts_by_turn:
+        answers = [_dialogue(fields, name) for name in schema.answers]
+        if None in answers:
+            return "empty_response"
     better = schema.better(fields) if schema.better else 0
     if better is None:
         return "no_preference"
@@ -172,7 +186,7 @@ def parse_pair(fields: Fields) -> Parsed | str:
     parsed = Parsed(answers=answers, options=read_options(fields), scores=read_scores(fields))
     # Complete dialogues hold their prompt; only a column named `prompt` may repeat it.
     complete = isinstance(answers[0], list) and answers[0] and not _starts_with_answer(answers[0])
-    read_prompt(fields, parsed, ("prompt",) if complete else schema.prompts)
+    read_prompt(fields, parsed, ("prompt",) if complete and schema.prompts else schema.prompts)
     if parsed.prompt is None and all(isinstance(answer, str) for answer in answers):
         _ensure_no_other_text(fields, parsed)
     return parsed
@@ -202,6 +216,37 @@ def _summaries(items, source: str) -> list[str]:
     if len(texts) != 2 or not all(isinstance(text, str) for text in texts):
         raise UserError(f"{source}: key 'summaries' must hold two summaries, each with 'text'")
     return texts
+
+
+def _dialogue(fields: Fields, name: str) -> list[dict] | None:
+    """The dialogue of a row whose `prompt` and answers are lists with one text per turn; None where an answer is null.
+
+    Raises:
+        UserError: not a list of texts (as a list or as JSON text), or other numbers of questions and answers.
+    """
+    source, columns = fields.source, {}
+    for key in ("prompt", name):
+        texts = fields.required(key)
+        if isinstance(texts, str):
+            try:
+                texts = json.loads(texts)
+            except ValueError as error:
+                raise UserError(f"{source}: key {key!r} is not valid JSON ({error})") from None
+        if not isinstance(texts, list) or not texts or not all(isinstance(t, str) for t in texts if t is not None):
+            raise UserError(f"{source}: key {key!r} must be a list with the text of each turn")
+        columns[key] = texts
+    questions, answers = columns.values()
+    if len(questions) != len(answers):
+        raise UserError(f"{source}: 'prompt' has {len(questions)} turns and {name!r} {len(answers)}; fix the row")
+    # A model that failed to answer is a null in the list.
+    if None in questions or None in answers:
+        return None
+    turns = zip(questions, answers, strict=True)
+    return [
+        {"role": role, "content": text}
+        for turn in turns
+        for role, text in zip(("user", "assistant"), turn, strict=True)
+    ]
 
 
 def read_answer(value):

@@ -10,7 +10,7 @@ import types
 import numpy as np
 import pytest
 import yaml
-from conftest import MIRROR, ROOT, assert_one_line, write_jsonl
+from conftest import MIRROR, ROOT, assert_one_line, eval_args, write_jsonl
 from helpers import alpaca_args
 
 from preflab.alpacaeval import package
@@ -642,12 +642,58 @@ def test_bad_reference_rows_are_named(tmp_path):
         read_reference(str(write_jsonl(tmp_path / "x.jsonl", [row, row])))
     with pytest.raises(UserError, match="line 1.*'output'"):
         read_reference(str(write_jsonl(tmp_path / "y.jsonl", [{"instruction": "q"}])))
-    for key, value in (("system", "Be brief."), ("history", [["Hi", "Hello"]])):
-        with pytest.raises(UserError, match=rf"line 1: .*'{key}'"):
-            read_reference(str(write_jsonl(tmp_path / "z.jsonl", [{"instruction": "q", "output": "a", key: value}])))
+    with pytest.raises(UserError, match="line 1.*'instruction'"):
+        read_reference(str(write_jsonl(tmp_path / "z.jsonl", [{"instruction": " ", "output": "a"}])))
+    with pytest.raises(UserError, match="line 1.*'history'"):
+        read_reference(str(write_jsonl(tmp_path / "z.jsonl", [{**row, "history": ["Hi"]}])))
     # Without content they are not used.
-    empty = {"instruction": "q", "output": "a", "system": None, "history": []}
-    assert len(read_reference(str(write_jsonl(tmp_path / "z.jsonl", [empty])))) == 1
+    (plain,) = read_reference(str(write_jsonl(tmp_path / "z.jsonl", [{**row, "system": None, "history": []}])))
+    assert plain["instruction"] == "q" and plain["messages"] == [{"role": "user", "content": "q"}]
+
+
+def test_system_and_history_of_reference_rows_are_turns(call, trained, smol_tokenizer, tmp_path, monkeypatch):
+    """Base and tuned answer under the chat template with all turns; files and judge have them as one text per row."""
+    from transformers import GenerationMixin
+
+    system, user = {"role": "system", "content": "Be brief."}, {"role": "user", "content": "And blue?"}
+    earlier = [{"role": "user", "content": "Is red warm?"}, {"role": "assistant", "content": "Yes."}]
+    rows = [
+        {"instruction": "And blue?", "system": "Be brief.", "history": [["Is red warm?", "Yes."]]},
+        {"instruction": "And blue?", "history": [["Is red warm?", "Yes."]]},
+        {"messages": [system, user]},
+        {"instruction": "And blue?", "input": "Of the sky"},
+        {"instruction": "And blue?"},
+    ]
+    asked = {**user, "content": "And blue?\n\nOf the sky"}
+    expected = [[system, *earlier, user], [*earlier, user], [system, user], [asked], [user]]
+    reference = write_jsonl(tmp_path / "reference.jsonl", [{**row, "output": "It is cool."} for row in rows])
+    prompts, usual = [], GenerationMixin.generate
+
+    def generate(self, *args, input_ids, attention_mask, **kwargs):
+        prompts.extend(ids[mask.bool()].tolist() for ids, mask in zip(input_ids, attention_mask, strict=True))
+        return usual(self, *args, input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+
+    monkeypatch.setattr(GenerationMixin, "generate", generate)
+    flags = ("--reference", reference, "--judge", "longer", "--audit_limit", 0, "--max_new_tokens", 4)
+    # Scoring needs more rows than these.
+    for stage in ("generate", "judge"):
+        code, _, err = call("run_alpacaeval_local", *eval_args(trained, tmp_path / "out", *flags, "--stage", stage))
+        assert code == 0, err
+    ids = [smol_tokenizer.apply_chat_template(m, add_generation_prompt=True)["input_ids"] for m in expected]
+    assert sorted(prompts) == sorted(2 * ids)
+    texts = [
+        "System: Be brief.\n\nUser: Is red warm?\n\nAssistant: Yes.\n\nUser: And blue?",
+        "User: Is red warm?\n\nAssistant: Yes.\n\nUser: And blue?",
+        "System: Be brief.\n\nUser: And blue?",
+        "And blue?\n\nOf the sky",
+        "And blue?",
+    ]
+    for name in ("model_outputs_base", "model_outputs_tuned", "annotations_base", "annotations_tuned"):
+        assert [r["instruction"] for r in read_json(tmp_path / f"out/r/alpacaeval/{name}.json")] == texts
+    # Outputs of another tool, with the reference's columns.
+    (tmp_path / "model_outputs_base.json").write_text(json.dumps([{**row, "output": "Yes."} for row in rows]))
+    outputs = read_outputs(tmp_path, "base", read_reference(str(reference)))
+    assert [row["instruction"] for row in outputs] == texts
 
 
 def test_shipped_prompts_are_varied_and_held_out():

@@ -66,6 +66,10 @@ ONE_TURN = {
                   "choice": 1},
     "OpenAI": {"input": {"messages": [ASK]}, "preferred_output": [GOOD], "non_preferred_output": [BAD]},
     "Arena": {"conversation_a": [ASK, BAD], "conversation_b": [ASK, GOOD], "winner": "model_b"},
+    "Arena 55k": {"prompt": json.dumps([ASK["content"]]), "response_a": '["Paint."]', "response_b": '["Chlorophyll."]',
+                  "winner_model_a": 0, "winner_model_b": 1, "winner_tie": 0},
+    "Arena 55k, CSV": {"prompt": json.dumps([ASK["content"]]), "response_a": '["Chlorophyll."]',
+                       "response_b": '["Paint."]', "winner_model_a": "1", "winner_model_b": "0", "winner_tie": "0"},
     "AlpacaFarm": {"instruction": ASK["content"], "input": "", "output_1": "Paint.", "output_2": "Chlorophyll.",
                    "preference": 2},
 }  # fmt: skip
@@ -147,6 +151,9 @@ def test_rows_that_differ_in_their_system_text_are_different_prompts(tmp_path):
         ({**ONE_TURN["summaries"], "summaries": ["a", "b"]}, ("'summaries'", "'text'")),
         ({**ONE_TURN["summaries"], "summaries": [{"text": "a"}]}, ("'summaries'", "two")),
         ({**ONE_TURN["PKU"], "prompt": 5}, ("'prompt'", "int")),
+        ({**ONE_TURN["Arena 55k"], "response_a": "Paint."}, ("'response_a'", "JSON")),
+        ({**ONE_TURN["Arena 55k"], "response_a": "[1]"}, ("'response_a'", "list", "text of each turn")),
+        ({**ONE_TURN["Arena 55k"], "response_a": '["a", "b"]'}, ("'prompt' has 1", "'response_a' 2")),
     ],
 )
 def test_what_cannot_be_read_is_refused(row, words):
@@ -167,10 +174,31 @@ def test_prompt_that_is_a_number_is_refused_for_conversations():
         ({"context": [ASK], "response1": "a", "response2": "b", "overall_preference": 0}, "no_preference"),
         ({"conversation_a": [ASK, BAD], "conversation_b": [ASK, GOOD], "winner": "tie"}, "no_preference"),
         ({"chosen": [ASK, GOOD, ASK], "rejected": [ASK, BAD, ASK]}, "ends_with_user_turn"),
+        ({**ONE_TURN["Arena 55k"], "winner_model_b": 0, "winner_tie": 1}, "no_preference"),
+        ({**ONE_TURN["Arena 55k"], "response_a": "[null]"}, "empty_response"),
     ],
 )
 def test_rows_without_a_pair_have_a_reason(row, reason):
     assert to_pair(row, "row 0") == reason
+
+
+def test_arena_rows_of_several_turns_are_pairs_where_the_earlier_answers_are_equal(tmp_path):
+    """Both models answer their own dialogue: only with equal earlier turns do two last answers share a prompt."""
+    order = {"winner_model_a": 1, "winner_model_b": 0, "winner_tie": 0}
+
+    def row(earlier_a, earlier_b, **extra):
+        texts = {"prompt": ["Hi", ASK["content"]], "response_a": [earlier_a, "Chlorophyll."],
+                 "response_b": [earlier_b, "Paint."]}  # fmt: skip
+        return {"id": 1, **{key: json.dumps(value) for key, value in texts.items()}, **order, **extra}
+
+    rows = [row("Hello", "Hello"), row("Hello", "Hey"), row("Hi", "Hey"), ONE_TURN["Arena 55k"],
+            row("Hello", "Hello", winner_model_a=0, winner_tie=1)]  # fmt: skip
+    data = load_pairs([{"name": str(write_jsonl(tmp_path / "x.jsonl", rows)), "split": "x"}])
+    assert [pair.messages for pair in data.pairs] == [[*EARLIER, ASK], [ASK]]
+    assert {(pair.chosen, pair.rejected) for pair in data.pairs} == {("Chlorophyll.", "Paint.")}
+    assert data.dropped == {"diverges_before_last_turn": 2, "no_preference": 1}
+    # SFT trains on the winner's dialogue, whatever the other one was.
+    assert to_conversation(rows[1], "row 1").turns == [*EARLIER, ASK, GOOD]
 
 
 def test_metadata_is_no_prompt_and_unused_columns_are_named(tmp_path):
