@@ -137,9 +137,14 @@ def sha256_of_files(paths) -> str:
     digest = hashlib.sha256()
     for path in sorted(map(Path, paths)):
         digest.update(path.name.encode())
-        with path.open("rb") as f:
-            digest.update(hashlib.file_digest(f, "sha256").digest())
+        digest.update(bytes.fromhex(sha256_of_file(path)))
     return digest.hexdigest()
+
+
+def sha256_of_file(path: Path) -> str:
+    """SHA-256 of the content of a file, as `sha256sum` prints it."""
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def hub_revision(name: str, kind: str, revision: str | None = None) -> str | None:

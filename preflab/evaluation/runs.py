@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 from utils.artifacts import RowFile, read_json
 from utils.errors import UserError, is_main_process
 
-# The last file of a complete checkpoint, with its step, its seconds of training and the sizes of its files.
+# The last file of a complete checkpoint, with its step, its seconds of training, and size and hash of its files.
 MANIFEST = "checkpoint_manifest.json"
 # A folder with one of these holds weights: a LoRA adapter, or a complete model.
 WEIGHTS = ("adapter_config.json", "config.json")
@@ -106,10 +106,10 @@ def step_of(checkpoint: Path) -> int:
 def is_complete(checkpoint: Path) -> bool:
     """Whether the checkpoint has its manifest and every file of it has its full size."""
     try:
-        files = read_json(checkpoint / MANIFEST)["files"]
-    except (UserError, KeyError):
+        files = read_json(checkpoint / MANIFEST)["files"].items()
+    except (UserError, KeyError, TypeError, AttributeError):
         return False
-    return all((checkpoint / n).is_file() and (checkpoint / n).stat().st_size == size for n, size in files.items())
+    return all((checkpoint / n).is_file() and (checkpoint / n).stat().st_size == size for n, size in files)
 
 
 def newest_checkpoint(folder: str | os.PathLike) -> Path | None:

@@ -99,9 +99,9 @@ class TrainingRun:
         global_batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
         identity = run_identity(stage.arguments, global_batch) | (start_adapter.identity() if start_adapter else {})
         claim = (config.run_name, config.output_dir, config.eval_out, identity, config.resume, config.overwrite)
-        # Rank 0 claims the folders; its error is raised on every rank.
+        # Rank 0 claims the folders and checks the checkpoint; its error is raised on every rank.
         folders = on_main_process(lambda: claim_run(*claim))
-        checkpoint = None if folders.finished else checkpoint_to_resume(folders, config.resume)
+        checkpoint = on_main_process(lambda: None if folders.finished else checkpoint_to_resume(folders, config.resume))
         # The trainer writes its checkpoints below output_dir; identity and claim above use the parent folder.
         config.output_dir = str(folders.weights)
         run = cls(stage, data_args, config, model_args, folders, checkpoint, start_adapter, published, notes)

@@ -11,6 +11,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from preflab.evaluation.runs import MANIFEST, TIME_FORMAT, checkpoints, is_complete, lock_path
+from preflab.training.checkpoint_check import damage, file_hashes
 from utils.artifacts import (
     all_arguments,
     changed_arguments,
@@ -19,7 +20,7 @@ from utils.artifacts import (
     read_json,
     write_json,
 )
-from utils.errors import UserError, is_main_process, undo_on_failure
+from utils.errors import UserError, undo_on_failure
 from utils.provenance import sha256_of_files
 
 # Arguments that do not affect the weights: they may differ between a run's first call and the one that resumes it. The
@@ -216,20 +217,22 @@ def _ensure_same_run(folder: Path, before: dict, identity: dict) -> None:
 
 
 def write_manifest(checkpoint: Path, **state) -> None:
-    """Mark a checkpoint as complete: write the sizes of its files, with `state`, as its last file."""
-    # Sizes instead of hashes: they show a file that was cut off, without reading gigabytes at each save.
-    files = {str(p.relative_to(checkpoint)): p.stat().st_size for p in sorted(checkpoint.rglob("*")) if p.is_file()}
-    write_json(checkpoint / MANIFEST, {**state, "files": files})
+    """Mark a checkpoint as complete: write sizes and hashes of its files, with `state`, as its last file."""
+    # Sizes show a file that was cut off at once (--list, evaluations); hashes any damage, before training resumes.
+    hashes = file_hashes(checkpoint)
+    files = {name: (checkpoint / name).stat().st_size for name in hashes}
+    write_json(checkpoint / MANIFEST, {**state, "files": files, "sha256": hashes})
 
 
 def checkpoint_to_resume(run: RunFolders, resume: str) -> Path | None:
-    """The checkpoint to start from, None for step 0.
+    """The checkpoint to start from, None for step 0. Reads every byte of it: rank 0 only.
 
     Args:
-        resume: "auto" (the newest complete checkpoint; incomplete ones are named on stderr), "never", or a path.
+        resume: "auto" (the newest complete and undamaged checkpoint; the others are named on stderr), "never", or a
+            path.
 
     Raises:
-        UserError: the path is not a complete checkpoint of this run.
+        UserError: the path is not a complete and undamaged checkpoint of this run.
     """
     if resume == "never":
         return None
@@ -238,11 +241,14 @@ def checkpoint_to_resume(run: RunFolders, resume: str) -> Path | None:
         if Path(resume).resolve().parent != run.weights.resolve() or not is_complete(Path(resume)):
             available = ", ".join(map(str, checkpoints(run.weights))) or "none"
             raise UserError(f"--resume {resume}: not a complete checkpoint of this run; its checkpoints: {available}")
+        problem = damage(Path(resume))
+        if problem:
+            raise UserError(f"--resume {resume}: damaged ({problem}); --resume auto takes the newest undamaged one")
         return Path(resume)
     # Newest first; a kill during a save leaves an incomplete one, so an older one may be the newest usable.
     for checkpoint in checkpoints(run.weights):
-        if is_complete(checkpoint):
+        problem = damage(checkpoint) if is_complete(checkpoint) else "incomplete"
+        if problem is None:
             return checkpoint
-        if is_main_process():
-            print(f"skipping incomplete checkpoint {checkpoint}", file=sys.stderr)
+        print(f"skipping checkpoint {checkpoint}: {problem}", file=sys.stderr)
     return None

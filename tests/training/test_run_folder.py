@@ -184,6 +184,7 @@ def test_incomplete_checkpoints_are_skipped(tmp_path, capsys):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
         (folder / "weights").write_text("x" * step)
+        write_json(folder / "trainer_state.json", {"global_step": step})
         if step < 6:
             write_manifest(folder, step=step)
     (tmp_path / "checkpoint-4" / "weights").write_text("x")
