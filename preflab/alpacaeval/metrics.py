@@ -8,6 +8,7 @@ from preflab.alpacaeval import package
 from preflab.judging.judges import notes_of
 from utils.artifacts import metric
 from utils.errors import UserError
+from utils.power import with_power
 from utils.stats import share, signed_rank
 
 NO_INTERVAL = "on some resamples the package's regression left all its coefficients at zero"
@@ -39,7 +40,8 @@ def summarise(sides: dict, controls: dict, eval_out: str, seed: int, resamples: 
     both = [k for k in range(len(sides["base"])) if None not in (_preference(sides, s, k) for s in sides)]
     # Shape (judged by both, 2): tuned, base. Preferences are percentages of a win after the factor 100.
     pairs = np.array([[_preference(sides, s, k) for s in ("tuned", "base")] for k in both], float).reshape(-1, 2)
-    metrics["difference_win_rate"] = share(pairs - 1, seed, 100)
+    difference = share(pairs - 1, seed, 100)
+    metrics["difference_win_rate"] = with_power(difference, pairs[:, 0] - pairs[:, 1], "instructions", scale=100)
     # Wilcoxon's signed-rank test on rows: preferences of a probability judge are continuous, so a sign test would
     # ignore their size.
     metrics["p_difference_win_rate"] = metric(signed_rank(pairs[:, 0] - pairs[:, 1]), n=len(pairs))

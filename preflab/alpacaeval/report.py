@@ -7,9 +7,10 @@ from preflab.alpacaeval import package
 from utils.artifacts import read_published
 from utils.errors import UserError
 from utils.plots import CHOSEN, NEUTRAL, figure, interval_lengths, rate_bars, save, shorten
+from utils.power import power_sentence
 from utils.stage import Report, fits_terminal
 from utils.stats import direction
-from utils.tables import cell, difference, estimate, interval, p_equals, p_value
+from utils.tables import cell, difference, estimate, interval, number, p_equals, p_value
 from utils.tables import render as render_table
 
 SIDES = ("base", "tuned")
@@ -68,7 +69,7 @@ def render(results: dict, rows: dict, audit: dict | None, title: str) -> Report:
     if audit:
         blocks += [audit["table"], audit["verdict"]]
     verdict = verdict_of(results, audit)
-    return Report("\n\n".join([*blocks, verdict]), verdict)
+    return Report("\n\n".join(filter(None, [*blocks, verdict, power_note(m)])), verdict)
 
 
 def results_table(results: dict, title: str) -> str:
@@ -161,6 +162,14 @@ def verdict_of(results: dict, audit: dict | None) -> str:
     if controlled and controlled["value"] is not None and not preferred * controlled["value"] > 0:
         return f"Inconclusive: {result}, but not at equal length: {shown}."
     return f"T{result[1:]}: {shown}."
+
+
+def power_note(m: dict) -> str:
+    """What these instructions could have shown, where the difference of win rates is inconclusive; else ""."""
+    d = m["difference_win_rate"]
+    if direction(d, m["p_difference_win_rate"]["value"]):
+        return ""
+    return power_sentence(d, lambda points: f"{number(points, 1)} points")
 
 
 def leaderboard(results: dict, rows: dict, sides: dict[str, str] | None = None) -> str:

@@ -15,6 +15,7 @@ from preflab.evaluation.rewards import number_prompts, prompts_of
 from preflab.evaluation.two_models import TwoModels
 from utils.artifacts import metric
 from utils.errors import UserError
+from utils.power import LEVEL, linearised_ratio, with_power
 from utils.stats import bootstrap, ratio_of_sums, signed_rank
 
 SIDES = ("chosen", "rejected")
@@ -237,10 +238,11 @@ def cut_documents(documents: list[dict], tokenizer, window: int, stride: int, bo
 
 def perplexity_metrics(pairs: PairScores, text: TextScores, skip_kl: bool, seed: int) -> tuple[dict, dict]:
     """(metrics, units): the metrics of every section, and the unit that is resampled in `pairs` and `text`."""
-    metrics, unit = {}, {}
+    metrics, unit, sections = {}, {}, {}
     prompts = prompts_of(pairs.rows)
     for part in ("response", "whole") if pairs.rows else ():
         for side in SIDES:
+            sections[f"{part}_{side}"] = pair_units(pairs.rows, part, side), "pairs", prompts
             metrics |= section_metrics(f"{part}_{side}", pair_units(pairs.rows, part, side), seed, prompts)
             unit["pairs"] = "pairs"
     for side in SIDES if pairs.rows and not skip_kl else ():
@@ -249,7 +251,9 @@ def perplexity_metrics(pairs: PairScores, text: TextScores, skip_kl: bool, seed:
         metrics[f"kl_{side}"] = bootstrap(kl, seed, statistic=ratio_of_sums, groups=prompts)
     if text.rows:
         units, unit["text"] = text_units(text.rows)
+        sections["text"] = units, unit["text"], None
         metrics |= section_metrics("text", units, seed)
+    add_power(metrics, sections)
     if pairs.data:
         metrics["skipped_examples"] = metric(sum(pairs.data.dropped.values()), n=pairs.data.rows)
     return metrics, unit
@@ -297,6 +301,18 @@ def section_metrics(name: str, units: np.ndarray, seed: int, groups=None) -> dic
     metrics[f"{name}_tokens"] = metric(int(tokens.sum()), n=len(units))
     metrics[f"{name}_bytes"] = metric(int(size.sum()), n=len(units))
     return metrics
+
+
+def add_power(metrics: dict, sections: dict) -> None:
+    """Give `<section>_nll_difference` its key `power`; several sections share the level, as in one verdict.
+
+    Args:
+        sections: `{name: (units, what a unit is, groups)}`, with units and groups as in `section_metrics`.
+    """
+    for name, (units, unit, groups) in sections.items():
+        change = linearised_ratio(np.stack([units[:, 1] - units[:, 0], units[:, 2]], 1))
+        m = metrics[f"{name}_nll_difference"]
+        metrics[f"{name}_nll_difference"] = with_power(m, change, unit, groups=groups, level=LEVEL / len(sections))
 
 
 def text_units(rows: list[dict]) -> tuple[np.ndarray, str]:

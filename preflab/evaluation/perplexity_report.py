@@ -1,14 +1,17 @@
 """Text and picture of eval_perplexity.py."""
 
+import math
+
 import numpy as np
 
 from preflab.data.length_bias import sentence
 from preflab.evaluation.perplexity import SIDES
 from utils.errors import is_main_process
 from utils.plots import CHOSEN, NEUTRAL, REJECTED, count_axis, figure, interval_lengths, save
+from utils.power import power_sentence
 from utils.stage import Report, fits_terminal
 from utils.stats import direction
-from utils.tables import cell, difference, p_equals, p_value
+from utils.tables import cell, difference, number, p_equals, p_value
 from utils.tables import render as render_table
 
 SECTIONS = {
@@ -57,13 +60,29 @@ def render(metrics: dict, bias: dict, title: str, left_out: str | None) -> Repor
     if bias:
         blocks.append("\n".join(sentence(split, b) for split, b in bias.items()))
     verdict = verdict_of(metrics)
-    return Report("\n\n".join([*blocks, verdict]), verdict)
+    return Report("\n\n".join(filter(None, [*blocks, verdict, power_notes(metrics)])), verdict)
 
 
 def verdict_of(metrics: dict) -> str:
     """How much the perplexity of each section changed, and whether the change is significant."""
     measured = {name: label for name, label in SECTIONS.items() if f"{name}_ppl_base" in metrics}
     return " ".join(_change(metrics, name, label) for name, label in measured.items())
+
+
+def power_notes(metrics: dict) -> str:
+    """What the texts could have shown, a line per section whose perplexity did not change significantly."""
+    notes = []
+    for name, label in SECTIONS.items():
+        if f"{name}_ppl_ratio" in metrics and not direction(
+            metrics[f"{name}_ppl_ratio"], metrics[f"p_{name}_nll_difference"]["value"], 1
+        ):
+            notes.append(change_power(metrics[f"{name}_nll_difference"], label))
+    return "\n".join(filter(None, notes))
+
+
+def change_power(m: dict, of: str = "") -> str:
+    """`power_sentence` of a difference in nats per token, as a change of perplexity."""
+    return power_sentence(m, lambda nats: f"{number(100 * math.expm1(nats), 2)}%", "a change of perplexity", of)
 
 
 def _change(metrics: dict, name: str, label: str) -> str:

@@ -9,6 +9,7 @@ from preflab.evaluation.held_out import held_out_pairs
 from preflab.evaluation.logprob_scoring import Sequence, score_sequences
 from preflab.evaluation.two_models import TwoModels
 from utils.artifacts import metric
+from utils.power import with_power
 from utils.stats import bootstrap, mcnemar, pairwise_correct, share, sign_test, signed_rank
 
 
@@ -110,7 +111,7 @@ def reward_metrics(rows: list[dict], surface=None, seed: int = 42) -> dict:
 
     # np.stack([a, b], 1) has shape (pairs, 2): the figure is mean(a - b), with pairs resampled together.
     metrics = {
-        "reward_accuracy": rate(correct),
+        "reward_accuracy": with_power(rate(correct), correct, "pairs", 0.5, groups),
         "reward_accuracy_strict": rate(columns["margin"] > 0),
         "reward_margin": mean(columns["margin"]),
         "reward_chosen": mean(columns["reward_chosen"]),
@@ -120,7 +121,9 @@ def reward_metrics(rows: list[dict], surface=None, seed: int = 42) -> dict:
         "likelihood_ranking_base": rate(base),
         "likelihood_ranking_tuned": rate(tuned),
         "likelihood_ranking_difference": rate(np.stack([tuned, base], 1)),
-        "reward_accuracy_minus_base_ranking": rate(np.stack([correct, base], 1)),
+        "reward_accuracy_minus_base_ranking": with_power(
+            rate(np.stack([correct, base], 1)), correct - base, "pairs", groups=groups
+        ),
         "p_reward_accuracy_is_half": metric(sign_test(correct, groups), n=len(rows)),
         "p_likelihood_ranking_difference": metric(mcnemar(tuned, base, groups), n=len(rows)),
         "p_reward_accuracy_is_base_ranking": metric(mcnemar(correct, base, groups), n=len(rows)),

@@ -14,6 +14,7 @@ from preflab.evaluation.reward_table import (
 )
 from utils.errors import is_main_process
 from utils.plots import CHOSEN, NEUTRAL, REJECTED, count_axis, figure, interval_lengths, save
+from utils.power import power_sentence
 from utils.stage import Report, fits_terminal
 from utils.stats import direction, pairwise_correct, share
 from utils.tables import cell, difference, estimate, p_equals, p_value, undecided
@@ -48,7 +49,8 @@ def render(
     blocks.append("\n".join(sentence(split, b) for split, b in bias.items()))
     if expected:
         blocks.append(_expected_table(expected))
-    return Report("\n\n".join([*blocks, verdict]), verdict)
+    note = "" if trained_on else power_note(metrics, base_run)
+    return Report("\n\n".join([*blocks, verdict, *([note] if note else [])]), verdict)
 
 
 def verdict_of(metrics: dict, base_run: str | None = None) -> str:
@@ -79,6 +81,17 @@ def verdict_of(metrics: dict, base_run: str | None = None) -> str:
     if better < 0:
         return f"By its rewards, training hurt: {shown}, above 50% but below {base}."
     return f"Reward accuracy is above 50%, but not above {base}: {shown}."
+
+
+def power_note(metrics: dict, base_run: str | None = None) -> str:
+    """What these pairs could have shown, where the verdict leaves a question open; else ""."""
+    rate, ahead = metrics["win_rate_ties_half"], metrics["win_rate_minus_base_ranking"]
+    above = direction(rate, metrics["p_win_rate_is_half"]["value"], 0.5)
+    if not above:
+        return power_sentence(rate)
+    if above < 0 or base_run or direction(ahead, metrics["p_win_rate_is_base_ranking"]["value"]):
+        return ""
+    return power_sentence(ahead, what="a difference from the base model's own ranking")
 
 
 def _table(m: dict, title: str) -> str:

@@ -8,6 +8,7 @@ from preflab.harness.metrics import SuiteResults
 from preflab.harness.suites import on_harness_scale, published_averages, published_row
 from utils import tables
 from utils.plots import CHOSEN, EVAL, NEUTRAL, empty_panel, figure, interval_lengths, save, shorten
+from utils.power import LEVEL, pilot_of_metric, points, power_record, power_sentence
 from utils.stage import Report, fits_terminal
 from utils.stats import holm, score_interval
 from utils.tables import markdown_table, number, p_equals, p_value, paragraphs
@@ -35,7 +36,7 @@ def render(results: SuiteResults) -> Report:
         parts += [tables.render("published averages", published)] if published else []
     notes = [*notes_of(results, reasons), *(about(r, results.settings) for r in results.references), PURPOSE]
     warning = MIXED if is_mixed(results) else None
-    parts += [paragraphs(*([warning] if warning else []), *notes), paragraphs(verdict)]
+    parts += [paragraphs(*([warning] if warning else []), *notes), paragraphs(verdict, *power_notes(results.rows))]
     return Report("\n\n".join(parts), verdict, warning)
 
 
@@ -49,7 +50,7 @@ def markdown(results: SuiteResults) -> str:
         parts.append(full_averages(results))
     parts += notes_of(results, reasons)
     parts += [about(reference, results.settings) for reference in results.references]
-    return "\n\n".join([*parts, PURPOSE, verdict]) + "\n"
+    return "\n\n".join([*parts, PURPOSE, verdict, *power_notes(results.rows)]) + "\n"
 
 
 def is_mixed(results: SuiteResults) -> bool:
@@ -85,6 +86,31 @@ def verdict_of(rows: list[dict]) -> str:
         f"tuned is {word} on {', '.join(names)}" for word, names in (("better", better), ("worse", worse)) if names
     ]
     return f"{parts[0][0].upper()}{'; '.join(parts)[1:]}, by {tests}."
+
+
+def power_notes(rows: list[dict]) -> list[str]:
+    """What the documents could have shown, for the tested rows of an inconclusive verdict: the first five.
+
+    Sets `power` of the difference of every tested row, at the level of Holm's smallest p-value.
+    """
+    tested = [row for row in rows if row["top"] and row["p"] is not None]
+    for row in tested:
+        pilot = pilot_of_metric(row["difference"], row["n"], of_shares=row["test"] == "McNemar")
+        row["difference"]["power"] = power_record(pilot, "documents", LEVEL / len(tested))
+    if any(row["significant"] for row in tested):
+        return []
+    notes = []
+    for row in tested:
+        shown = points if is_share(row["metric"]) else number_of
+        notes.append(power_sentence(row["difference"], shown, of=f"{row['task']} {row['metric']}"))
+    notes = [note for note in notes if note]
+    more = [f"Power of {len(notes) - 5} further figures is in lm_eval.json."] if len(notes) > 5 else []
+    return [*notes[:5], *more]
+
+
+def number_of(difference: float) -> str:
+    """A difference on the harness's own scale."""
+    return number(difference, 4)
 
 
 # ------------------------------------------------------------------------------------------------------------- printed

@@ -11,6 +11,7 @@ from preflab.judging.battle_metrics import answer_metrics, bradley_terry, by_cat
 from preflab.judging.battles import pairings
 from preflab.judging.style import style_differences
 from utils.artifacts import metric
+from utils.power import with_power
 from utils.stats import bootstrap, share, sign_test
 
 
@@ -118,7 +119,7 @@ def match_metrics(rows: list[dict], units: list[dict], candidates: list[dict], a
         "wins": metric(int((y > 0.5).sum()), n=len(y)),
         "ties": metric(int((y == 0.5).sum()), n=len(y)),
         "losses": metric(int((y < 0.5).sum()), n=len(y)),
-        "win_rate": share(y, seed),
+        "win_rate": with_power(share(y, seed), y, "prompts", 0.5),
         "p_win_rate_is_half": metric(sign_test(y), n=len(y)),
         # Features of `a` relative to `b`: length, headers, lists, bold.
         "win_rate_style_controlled": style_controlled(style_differences(*texts, *tokens), y, seed),

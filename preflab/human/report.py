@@ -5,6 +5,7 @@ from pathlib import Path
 from preflab.human.study import COLUMN_OF, TRUNCATED
 from preflab.judging.battle_report import categories_table
 from utils.plots import CHOSEN, EVAL, NEUTRAL, REJECTED, empty_panel, figure, name_bars, rate_bars, save
+from utils.power import power_sentence
 from utils.stage import Report, fits_terminal, wrote
 from utils.stats import direction
 from utils.tables import answer_label, cell, difference, estimate, p_equals, p_value, side_by_side
@@ -53,7 +54,7 @@ def render(sections: dict, title: str) -> Report:
     # A single category would repeat the pairing's own row.
     blocks += [categories_table(match) for match in sections["matches"] if len(match["categories"]) > 1]
     verdict = verdict_of(sections["metrics"])
-    return Report("\n\n".join([*blocks, verdict]), verdict)
+    return Report("\n\n".join(filter(None, [*blocks, verdict, power_note(sections["metrics"])])), verdict)
 
 
 def verdict_of(m: dict) -> str:
@@ -76,6 +77,13 @@ def verdict_of(m: dict) -> str:
     if missing:
         verdict += f" {missing} of {m['judged']['n']} votes are missing."
     return verdict
+
+
+def power_note(m: dict) -> str:
+    """What these prompts could have shown, where the verdict is inconclusive; else ""."""
+    if "win_rate" not in m or direction(m["win_rate"], m["p_win_rate_is_half"]["value"], 0.5):
+        return ""
+    return power_sentence(m["win_rate"])
 
 
 def matches_table(sections: dict, title: str) -> str:

@@ -5,6 +5,7 @@ from scipy.special import expit, log_expit
 
 from preflab.judging.style import scaled, style_differences
 from utils.artifacts import metric
+from utils.power import with_power
 from utils.stats import bootstrap, ratio_of_sums, share, sign_test, signed_rank
 
 # 1 / variance of the prior on each logit: a normal prior of standard deviation 10.
@@ -96,7 +97,7 @@ def battle_metrics(rows: list[dict], seed: int) -> dict:
         "wins": metric(int((y == 1).sum()), n=len(y)),
         "losses": metric(int((y == 0).sum()), n=len(y)),
         "ties": metric(int((y == 0.5).sum()), n=len(y)),
-        "win_rate": share(y, seed),
+        "win_rate": with_power(share(y, seed), y, "prompts", 0.5),
         "wins_average_of_orders": metric(sum(row["average"] > 0.5 for row in decided), n=len(y)),
         "losses_average_of_orders": metric(sum(row["average"] < 0.5 for row in decided), n=len(y)),
         "ties_average_of_orders": metric(sum(row["average"] == 0.5 for row in decided), n=len(y)),
@@ -163,7 +164,7 @@ def against_opponent(rows: list[dict], seed: int) -> dict:
     # Shape (prompts, 2). Paired, because both scores depend on how well the opponent answered the prompt.
     pairs = np.array([[scores["tuned"][k], scores["base"][k]] for k in prompts])
     return {
-        "win_rate_difference": share(pairs, seed),
+        "win_rate_difference": with_power(share(pairs, seed), pairs[:, 0] - pairs[:, 1], "prompts"),
         "p_win_rate_difference": metric(signed_rank(pairs[:, 0] - pairs[:, 1]), n=len(prompts)),
     }
 

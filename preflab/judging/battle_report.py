@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from utils.plots import CHOSEN, EVAL, NEUTRAL, empty_panel, figure, name_bars, rate_bars, save, shorten
+from utils.power import power_sentence
 from utils.stage import Report, fits_terminal
 from utils.stats import direction
 from utils.tables import cell, difference, estimate, p_equals, p_value, undecided
@@ -35,7 +36,7 @@ def render(sections: dict, published: dict | None, title: str, data: dict) -> Re
             " comparable."
         )
     verdict = verdict_of(sections) + judge_caveats(sections)
-    return Report("\n\n".join([*blocks, verdict]), verdict)
+    return Report("\n\n".join(filter(None, [*blocks, verdict, power_note(sections["metrics"])])), verdict)
 
 
 def verdict_of(sections: dict) -> str:
@@ -64,6 +65,17 @@ def verdict_of(sections: dict) -> str:
     if longer and longer["value"] >= rate["value"]:
         return f"The judge prefers tuned: {result}. The length-only judge `longer` gives {100 * longer['value']:.1f}%."
     return f"The judge prefers tuned: {result}."
+
+
+def power_note(m: dict) -> str:
+    """What these prompts could have shown, where the verdict is inconclusive; else ""."""
+    if "win_rate_difference" in m:
+        rate, p, null = m["win_rate_difference"], m["p_win_rate_difference"]["value"], 0
+    elif "win_rate" in m:
+        rate, p, null = m["win_rate"], m["p_win_rate_is_half"]["value"], 0.5
+    else:
+        return ""
+    return "" if direction(rate, p, null) else power_sentence(rate)
 
 
 def judge_caveats(sections: dict) -> str:

@@ -2,6 +2,7 @@
 
 from preflab.evaluation.reward_table import accuracy_row, comparison_row, heading, margin_row, ranking_row
 from preflab.training.training_table import DPO_FIGURES, render_training
+from utils.power import power_sentence
 from utils.stage import Report, fits_terminal
 from utils.stats import direction
 from utils.tables import cell, difference, undecided
@@ -20,8 +21,9 @@ def render(metrics: dict, title: str, log: list[dict] | None = None, samples: st
     if not metrics:
         return render_training(title, log or [], DPO_FIGURES, samples)
     (_, verdict), warning = verdict_of(metrics), displacement(metrics)
-    parts = [render_table(title, table_lines(metrics)), verdict, *([f"warning: {warning}"] if warning else [])]
-    return Report("\n\n".join(parts), verdict, warning)
+    parts = [render_table(title, table_lines(metrics)), verdict, power_note(metrics)]
+    parts += [f"warning: {warning}"] if warning else []
+    return Report("\n\n".join(filter(None, parts)), verdict, warning)
 
 
 def verdict_of(metrics: dict) -> tuple[bool, str]:
@@ -38,6 +40,13 @@ def verdict_of(metrics: dict) -> tuple[bool, str]:
     if above < 0:
         return False, f"Training hurt: {finding}, below 50%: the rewards prefer the rejected answers."
     return False, f"Inconclusive: {finding}, {undecided(accuracy, p, 0.5, '50%')}."
+
+
+def power_note(metrics: dict) -> str:
+    """What these held-out pairs could have shown, where the verdict is inconclusive; else ""."""
+    accuracy = metrics["reward_accuracy"]
+    decided = direction(accuracy, metrics["p_reward_accuracy_is_half"]["value"], 0.5)
+    return "" if decided else power_sentence(accuracy)
 
 
 def surface_caveat(metrics: dict) -> str:

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from preflab.evaluation.perplexity import section_metrics
+from preflab.evaluation.perplexity import add_power, section_metrics
 from preflab.evaluation.rewards import number_prompts, prompts_of, reward_metrics, reward_rows
 from preflab.evaluation.surface_baseline import bag_of_words_scores
 from preflab.training.run import TrainingRun
@@ -90,4 +90,7 @@ def heldout_metrics(rows: list[dict], seed: int = 42) -> dict:
     # Shape (conversations, 4).
     values = np.array([[row[key] for key in keys] for row in rows], float)
     metrics = section_metrics("heldout", values, seed, prompts_of(rows))
-    return {name: m for name, m in metrics.items() if name.endswith("_tuned")} if tuned_only else metrics
+    if tuned_only:
+        return {name: m for name, m in metrics.items() if name.endswith("_tuned")}
+    add_power(metrics, {"heldout": (values, "conversations", prompts_of(rows))})
+    return metrics

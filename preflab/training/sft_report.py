@@ -1,5 +1,6 @@
 """Printed table and verdict of an SFT run: held-out perplexity of base and tuned model."""
 
+from preflab.evaluation.perplexity_report import change_power
 from preflab.training.training_table import SFT_FIGURES, render_training
 from utils.stage import Report, fits_terminal
 from utils.stats import direction
@@ -21,7 +22,16 @@ def render(metrics: dict, title: str, log: list[dict] | None = None, samples: st
     if not metrics:
         return render_training(title, log or [], SFT_FIGURES, samples)
     _, verdict = verdict_of(metrics)
-    return Report(f"{render_table(title, table_lines(metrics))}\n\n{verdict}", verdict)
+    parts = [render_table(title, table_lines(metrics)), verdict, power_note(metrics)]
+    return Report("\n\n".join(filter(None, parts)), verdict)
+
+
+def power_note(metrics: dict) -> str:
+    """What these conversations could have shown, where the verdict is inconclusive; else ""."""
+    if "heldout_ppl_ratio" not in metrics:
+        return ""
+    changed = direction(metrics["heldout_ppl_ratio"], metrics["p_heldout_nll_difference"]["value"], 1)
+    return "" if changed else change_power(metrics["heldout_nll_difference"])
 
 
 def table_lines(metrics: dict) -> list[tuple]:
