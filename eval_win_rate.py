@@ -32,7 +32,7 @@ The keys that matter (flags and YAML keys are the same, the command line wins; [
            [hf:builtin:smollm2-135m-instruct]   --judge_prompt FILE [configs/judges/pairwise.yaml]
            --prompts ID|FILE   --prompts_split NAME [test]   --max_new_tokens N [256]
            --temperature X [0]   --top_p X [1]   --models name=FOLDER ...   --opponent_outputs FILE
-           --published FILE
+           --published FILE   (base, tuned and --models may be openai:MODEL@URL, a server)
   run      --batch_tokens N   --batch_size N   --seed N [42]   --output_dir DIR | --output_json FILE
            --overwrite
 
@@ -170,7 +170,7 @@ def main():
     from preflab.evaluation.two_models import TwoModels
     from utils.distributed import join_processes
 
-    comparison = resolve(comparison_args)
+    comparison = resolve(comparison_args, answers_only=args.battle)
     check(args, comparison.trained)
     # After the checks, so that invalid arguments fail without waiting for the other processes.
     join_processes()

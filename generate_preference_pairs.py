@@ -19,7 +19,8 @@ and preference_pairs.png; manifest.json lists the finished stages.
 The keys that matter (flags and YAML keys are the same, the command line wins; [x] is the default;
 --help_all lists every key, --help_all WORD those about WORD):
 
-  model     --model_name_or_path ID|FOLDER   --adapter_path FOLDER (alone: on the base of its run)
+  model     --model_name_or_path ID|FOLDER|openai:MODEL@URL (a server)
+            --adapter_path FOLDER (alone: on the base of its run)
             --dtype float32|bfloat16|float16   --engine auto|hf|vllm [auto]
             --training_config YAML: use the model (and adapter) that this training starts from, and
             write to the folder that its dataset_name names
@@ -40,8 +41,9 @@ The keys that matter (flags and YAML keys are the same, the command line wins; [
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from preflab.evaluation.arguments import DatasetArguments, ModelArguments, OutputArguments
+from preflab.evaluation.arguments import DatasetArguments, ModelArguments, OutputArguments, ServerArguments
 from preflab.evaluation.run_list import print_runs
+from preflab.evaluation.servers import SERVER, model_and_url, model_of_server
 from preflab.pairs.folder import STAGES, open_folder
 from utils.artifacts import all_arguments, read_yaml, with_limit_suffix
 from utils.cli import option, run_name
@@ -50,10 +52,12 @@ from utils.stage import print_main, start
 
 
 @dataclass
-class PairArguments(ModelArguments, DatasetArguments, OutputArguments):
+class PairArguments(ModelArguments, DatasetArguments, OutputArguments, ServerArguments):
     """The flags of this script."""
 
-    model_name_or_path: str | None = option("Model that answers: hub id, folder or builtin model.")
+    model_name_or_path: str | None = option(
+        "Model that answers: hub id, folder, builtin model or openai:MODEL@URL (a server)."
+    )
     model_revision: str | None = option("Hub revision of the model.")
     adapter_path: str | None = option("LoRA folder or hub id on top of the model.")
     training_config: str | None = option("YAML of the training that will read the pairs: names model and folder.")
@@ -112,6 +116,10 @@ def check(args) -> None:
                 "--model_name_or_path is missing: give the model that answers, --adapter_path checkpoints/NAME for a"
                 " run's (--list shows all), or --training_config"
             )
+        if args.model_name_or_path.startswith(SERVER):
+            model_and_url(args.model_name_or_path, f"--model_name_or_path {args.model_name_or_path}")
+            if args.adapter_path:
+                raise UserError("--adapter_path: an adapter runs on weights here; the server must load it itself")
         if not args.temperature > 0:
             raise UserError(f"--temperature {args.temperature}: must be above 0, or all samples are equal")
         if not 0 < args.top_p <= 1:
@@ -119,6 +127,7 @@ def check(args) -> None:
         # Equal seeds give equal answers.
         if len(set(args.sampling_seeds)) < 2:
             raise UserError("--sampling_seeds: a pair needs two answers, so give at least two different seeds")
+    args.check_server()
     if args.test_prompts < 0:
         raise UserError(f"--test_prompts {args.test_prompts}: must be at least 0")
     if "{part}" in args.split and args.part is None:
@@ -157,7 +166,7 @@ def take_base_of_adapter(args) -> None:
 
 def default_run_name(args) -> str:
     """The name of the config or of the model (else the dataset), with the part if there is one."""
-    name = run_name(None, args.model_name_or_path or args.dataset_name, "pairs", None)
+    name = run_name(None, model_of_server(args.model_name_or_path or args.dataset_name), "pairs", None)
     return name + (f"-part{args.part}" if args.part else "")
 
 

@@ -20,6 +20,7 @@ The keys that matter (flags and YAML keys are the same, the command line wins; [
   models    --run_name NAME | --base_model ID with --adapter_path FOLDER or --tuned_model ID
             --base_run NAME (a run in the base's place)   --list (all runs with state and figures)
             --models name=FOLDER ...   --pairs_per_prompt N [1]
+            (each of the models may be openai:MODEL@URL, a server)
   prompts   --prompts ID|FILE|hf://FILE [data/eval_prompts/reference.jsonl]
             --prompts_split NAME [test]   --category_key NAME [category]   --limit N
   generate  --max_new_tokens N [256]   --temperature X [0]   --top_p X [1]   --seed N [42]
@@ -51,7 +52,7 @@ class HumanEvalArguments(GenerationArguments):
     prompts_split: str = option("Split of --prompts.", "test")
     prompts_config: str | None = option("Configuration of --prompts.")
     category_key: str = option("Column with the prompts' categories.", "category")
-    models: list[str] | None = option("Further models, name=PATH each.")
+    models: list[str] | None = option("Further models, name=PATH or name=openai:MODEL@URL each.")
     pairs_per_prompt: int = option("Pairings of models shown per prompt.", 1)
     repeat_share: float = option("Share of the pairs that is shown twice, sides swapped.", 0.05)
     # Random by default: with a fixed seed, annotators who know this code could derive the sides.
@@ -98,7 +99,7 @@ def main():
     eval_out, output_dir = comparison_args.eval_out, comparison_args.output_dir
     if not args.score:
         join_processes()
-        comparison = resolve(comparison_args)
+        comparison = resolve(comparison_args, answers_only=True)
         prompts, answers, about = dump.answer_prompts(stage, comparison, args)
         # The other processes only helped to generate; drawing a salt and writing happen once.
         if is_main_process():

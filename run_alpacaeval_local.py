@@ -21,7 +21,7 @@ The keys that matter (flags and YAML keys are the same, the command line wins; [
   data       --reference FILE|hf://FILE [data/eval_prompts/reference.jsonl] (instructions with
              reference answers)   --limit N
   generate   --max_new_tokens N [256]   --temperature X [0]   --top_p X [1]
-             --engine auto|hf|vllm [auto]
+             --engine auto|hf|vllm [auto]   (both models may be openai:MODEL@URL, a server)
   judge      --judge hf:MODEL|rm:MODEL|vllm:MODEL|openai:MODEL@URL|longer|random|<an evaluator of
              alpaca-eval> [hf:builtin:smollm2-135m-instruct]   --order package|both [package]
              --judge_prompt FILE (configs/judges/alpacaeval_text.yaml: for judges that write)
@@ -128,7 +128,7 @@ def main():
         return score_file(stage, args, comparison_args) if is_main_process() else None
 
     # Everything that can be wrong is read before the first answer is generated.
-    comparison = resolve(comparison_args)
+    comparison = resolve(comparison_args, answers_only=True)
     folder = comparison.out / with_limit_suffix("alpacaeval", comparison_args.limit)
     reference = files.read_reference(args.reference, comparison_args.limit)
     published = report.published(args.published)

@@ -292,6 +292,18 @@ def trained(tiny, prefs, tmp_path_factory):
     return made_once(tmp_path_factory, "trained", make)
 
 
+@pytest.fixture
+def endpoint(monkeypatch):
+    """Start a stand-in for a server with OpenAI's chat completions (tests/chat_servers.py)."""
+    from chat_servers import chat_servers
+
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    with chat_servers() as start:
+        yield start
+
+
 @pytest.fixture(scope="session")
 def inputs(tiny, trained, prefs, tmp_path_factory):
     """What the small calls of all stages read (tests/stages.py)."""

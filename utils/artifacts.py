@@ -15,6 +15,7 @@ from pathlib import Path
 import yaml
 
 from utils.errors import UserError, is_main_process, undo_on_failure
+from utils.secrets_in_text import without_secrets
 
 
 def metric(
@@ -180,10 +181,10 @@ def remove_if_empty_on_failure(folder: Path) -> None:
 
 
 def all_arguments(parts: list) -> dict:
-    """All fields of the argument dataclasses as JSON values, without access tokens (`*token`)."""
+    """All fields of the argument dataclasses as JSON values, without access tokens (`*token`) and logins of URLs."""
     # Through JSON and back, so that tuples and enums compare equal to those read from an earlier artifact.
     fields = {f.name: getattr(part, f.name, None) for part in parts for f in dataclasses.fields(part)}
-    return json.loads(dumps({k: v for k, v in fields.items() if not k.endswith("token")}))
+    return json.loads(without_secrets(dumps({k: v for k, v in fields.items() if not k.endswith("token")})))
 
 
 def changed_arguments(before: dict, now: dict, ignored: Iterable[str] = (), defaults: dict | None = None) -> list[str]:

@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
+from utils.secrets_in_text import without_secrets
+
 RESUME_HINT = "use a smaller batch, model or precision, then run the same command again: finished work is kept"
 
 
@@ -87,7 +89,7 @@ def fail(message: str) -> None:
     if not is_main_process():
         rank = f"[process {os.environ['RANK']}] "
         time.sleep(5)
-    print(f"error: {rank}" + " ".join(message.split()), file=sys.stderr)
+    print(f"error: {rank}" + without_secrets(" ".join(message.split())), file=sys.stderr)
     sys.stderr.flush()
     sys.exit(2)
 

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 from utils.machine import usable_cores
+from utils.secrets_in_text import without_secrets
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = (
@@ -99,9 +100,9 @@ def shorten_paths(text) -> str:
 
 
 def command_line() -> list[str]:
-    """The command line with shortened paths; of a shell script that wraps a module, that script's name."""
+    """The command line with shortened paths, without passwords; of a script that wraps a module, its name."""
     script = os.environ.get("INVOKED_AS") or Path(sys.argv[0]).name
-    return [shorten_paths(a) for a in [script, *sys.argv[1:]]]
+    return [without_secrets(shorten_paths(a)) for a in [script, *sys.argv[1:]]]
 
 
 def run_record(seed: int, wall_seconds: float, **extra) -> dict:

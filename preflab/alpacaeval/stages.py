@@ -23,7 +23,13 @@ from preflab.data.prompts import Prompt
 from preflab.data.sources import reading
 from preflab.evaluation.comparison import held_out_sources
 from preflab.evaluation.two_models import TwoModels
-from preflab.judging.answers import answer_all, answerable, base_and_tuned, ensure_adapter_applied
+from preflab.judging.answers import (
+    answer_all,
+    answerable,
+    base_and_tuned,
+    engine_name,
+    ensure_adapter_applied,
+)
 from preflab.judging.audit import (
     against_longer,
     audit,
@@ -34,7 +40,7 @@ from preflab.judging.audit import (
     verdict_of,
     whose_labels,
 )
-from preflab.judging.judges import judge_all, make_judge
+from preflab.judging.judges import judge_all, make_judge, notes_of
 from preflab.models.vllm_engine import choose_engine
 from utils.artifacts import read_json, write_json
 from utils.errors import UserError
@@ -47,7 +53,7 @@ def generate(comparison, args, reference: list[dict], folder: Path) -> None:
     """Answer every instruction with base and tuned; write model_outputs_<side>.json."""
     c, models = comparison.args, TwoModels(comparison)
     prompts = [Prompt(row["messages"], row["source"]) for row in reference]
-    answering = base_and_tuned(models)
+    answering = base_and_tuned(models, args)
     # Refused instructions are an error here: AlpacaEval's rate is defined over all of its instructions.
     _, refused = answerable(answering, prompts)
     if refused:
@@ -63,7 +69,8 @@ def generate(comparison, args, reference: list[dict], folder: Path) -> None:
     # Before any file is written, so that no outputs of a wrongly loaded model remain.
     ensure_adapter_applied(answers)
     for model in answering:
-        origin = {**model.identity, **sampling, "engine": engine, "seconds": seconds[model.name]}
+        made = {"engine": engine_name(model, engine), "seconds": seconds[model.name]}
+        origin = {**model.identity, **sampling, **made, "notes": notes_of(answers[model.name], "answers")}
         write_outputs(folder, model.name, comparison.names[model.name], reference, answers[model.name], origin)
     # Frees the GPU for a local judge.
     models.unload()

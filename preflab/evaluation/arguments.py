@@ -16,7 +16,7 @@ TOPICS = {
     "models": "(base|tuned)_(model|revision|adapter)|model_.*|adapter_path|allow_other_base|checkpoints|dtype"
     "|load_in_4bit|attn_implementation|chat_template_path|template_date|trust_remote_code",
     "data": "dataset_.*|split|prompt_format|max_(prompt_)?length|limit",
-    "answers": "max_new_tokens|temperature|top_p|engine|sampling_seeds",
+    "answers": "max_new_tokens|temperature|top_p|engine|sampling_seeds|server_.*",
     "judge": "judge.*",
     "batches": "batch_.*|shared_prompt",
     "run": "run_name|output_.*|eval_out|overwrite|seed",
@@ -65,9 +65,14 @@ class ComparisonArguments(ModelArguments, DatasetArguments, OutputArguments):
 
     run_name: str | None = option("A run in --checkpoints (default: the latest finished one; --list shows all).")
     checkpoints: str = option("Folder of the training runs.", "checkpoints")
-    base_model: str | None = option("Hub id, folder or builtin model (default: the model that the run started from).")
+    base_model: str | None = option(
+        "Hub id, folder or builtin model (default: the model that the run started from); openai:MODEL@URL where only"
+        " answers are compared."
+    )
     adapter_path: str | None = option("LoRA folder: the tuned model is the base with this adapter.")
-    tuned_model: str | None = option("Hub id or folder of a fully tuned model.")
+    tuned_model: str | None = option(
+        "Hub id or folder of a fully tuned model; openai:MODEL@URL where only answers are compared."
+    )
     base_adapter: str | None = option(
         "LoRA folder on the base model, or none (default: the frozen reference adapter of the run, if it has one)."
     )
@@ -97,7 +102,22 @@ class ComparisonArguments(ModelArguments, DatasetArguments, OutputArguments):
 
 
 @dataclass
-class GenerationArguments:
+class ServerArguments:
+    """How models behind an OpenAI-compatible server are asked for answers."""
+
+    server_timeout: float = option("Timeout per answer of a model behind a server, in seconds.", 600.0)
+    server_concurrency: int = option("Concurrent requests to a server whose model answers.", 8)
+
+    def check_server(self) -> None:
+        """Raise UserError for values outside their range."""
+        for key in ("server_timeout", "server_concurrency"):
+            # `not x > 0` instead of `x <= 0`: it is also true for NaN.
+            if not getattr(self, key) > 0:
+                raise UserError(f"--{key} {getattr(self, key)}: must be above 0")
+
+
+@dataclass
+class GenerationArguments(ServerArguments):
     """How models answer prompts."""
 
     max_new_tokens: int = option("Maximum tokens per answer.", 256)
@@ -106,7 +126,7 @@ class GenerationArguments:
 
     def check(self) -> None:
         """Raise UserError for values outside their range."""
-        # `not x > 0` instead of `x <= 0`: it is also true for NaN.
+        self.check_server()
         if not self.max_new_tokens > 0:
             raise UserError(f"--max_new_tokens {self.max_new_tokens}: must be above 0")
         if self.temperature < 0:

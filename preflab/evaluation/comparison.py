@@ -7,7 +7,7 @@ and not loaded (see preflab.evaluation.two_models).
 import difflib
 import re
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from preflab.data.preferences import DataArguments
@@ -15,6 +15,7 @@ from preflab.data.sources import SourceArguments, reading
 from preflab.data.template_date import choose_template_date
 from preflab.evaluation.arguments import ULTRAFEEDBACK, ComparisonArguments
 from preflab.evaluation.runs import HELD_OUT_ROWS, WEIGHTS, latest_run, newest_checkpoint, step_of
+from preflab.evaluation.servers import SERVER, model_and_url, model_of_server
 from preflab.models.loading import default_batch_tokens, ensure_changes_weights, hub_name, locate_adapter
 from preflab.models.start_adapter import FROZEN
 from utils.artifacts import (
@@ -26,6 +27,7 @@ from utils.artifacts import (
     with_limit_suffix,
 )
 from utils.errors import UserError, is_main_process
+from utils.secrets_in_text import without_secrets
 
 # Arguments that do not affect results; they may differ when existing results are reused.
 ARGUMENTS_NOT_IN_IDENTITY = {
@@ -33,7 +35,7 @@ ARGUMENTS_NOT_IN_IDENTITY = {
     "batch_size", "batch_tokens", "overwrite", "checkpoints", "eval_out", "output_dir", "output_json", "run_name",
     "expected", "expected_batch_size", "expected_processes", "length_bias_splits", "published", "judge_attempts",
     "judge_timeout", "judge_concurrency", "trust_remote_code", "allow_other_base", "processes", "tensor_parallel",
-    "skip_missing", "shared_prompt",
+    "skip_missing", "shared_prompt", "server_timeout", "server_concurrency",
 }  # fmt: skip
 
 
@@ -51,6 +53,8 @@ class Comparison:
         out: folder of the results.
         step: the optimizer step, if the tuned model is a checkpoint.
         base_adapter: LoRA folder on the base model, or None.
+        servers: `{side: openai:MODEL@URL}` of the sides that a server answers for. The other fields name weights:
+            with a server in the base's place, `base` is what an adapter of the tuned model is loaded on.
     """
 
     args: ComparisonArguments
@@ -62,6 +66,7 @@ class Comparison:
     out: Path
     step: int | None = None
     base_adapter: str | None = None
+    servers: dict[str, str] = field(default_factory=dict)
 
     def weights(self, side: str) -> tuple[str, str | None, str | None]:
         """(model, revision, adapter) of "base" or "tuned"."""
@@ -73,7 +78,8 @@ class Comparison:
     def names(self) -> dict[str, str]:
         """The names of base and tuned in titles."""
         base = f"{self.base} with {self.base_adapter}" if self.base_adapter else self.base
-        return {"base": base, "tuned": self.adapter or self.tuned}
+        served = {side: without_secrets(server) for side, server in self.servers.items()}
+        return {"base": base, "tuned": self.adapter or self.tuned, **served}
 
     @property
     def title(self) -> str:
@@ -116,11 +122,14 @@ class Comparison:
         return folder / f"{with_limit_suffix(stem, self.args.limit)}{suffix}"
 
 
-def resolve(args: ComparisonArguments) -> Comparison:
+def resolve(args: ComparisonArguments, answers_only: bool = False) -> Comparison:
     """Fill in missing arguments from the run that trained the tuned model, and validate them.
 
     Base model, data, lengths and precision default to those in the run's `run.json`, whether the run is given by name,
     by the path of its adapter, or by one of its checkpoints.
+
+    Args:
+        answers_only: the stage reads only answers, so that a model may be behind a server (openai:MODEL@URL).
 
     Raises:
         UserError: no tuned model, two tuned models, a missing run, folder or base model, or a value out of range.
@@ -129,11 +138,7 @@ def resolve(args: ComparisonArguments) -> Comparison:
         # A ~ in a YAML file or after `=` on the command line arrives unexpanded.
         if (getattr(args, key) or "").startswith("~"):
             setattr(args, key, str(Path(getattr(args, key)).expanduser()))
-        if (getattr(args, key) or "").startswith("openai:"):
-            raise UserError(
-                f"--{key} {getattr(args, key)}: needs weights, since a server gives no log-probabilities of given"
-                " answers; in battles and human evaluation, add the server with --models NAME=openai:MODEL@URL"
-            )
+    servers = _servers(args, answers_only)
     _check(args)
     folder = _tuned_folder(args)
     trained = _run_arguments(folder) if folder else {}
@@ -145,15 +150,18 @@ def resolve(args: ComparisonArguments) -> Comparison:
         ensure_changes_weights(adapter)
     if args.base_run:
         _put_run_in_place_of_base(args, adapter, folder)
-    base = args.base_model or trained.get("model_name_or_path") or (base_of(adapter) if adapter else None)
+    named = None if "base" in servers else args.base_model
+    base = named or trained.get("model_name_or_path") or (base_of(adapter) if adapter else None)
+    if "base" in servers and tuned:
+        base = tuned
     if base is None:
         raise UserError("--base_model is missing: the model that the tuned one is compared with")
-    args.base_adapter = _base_adapter(args, folder, adapter)
+    args.base_adapter = None if "base" in servers else _base_adapter(args, folder, adapter)
     for lora in (adapter, args.base_adapter):
         if lora and not args.allow_other_base:
             _ensure_same_base(lora, base)
     _set_defaults(args, trained)
-    name = args.run_name or _name_of(folder or Path(args.tuned_model))
+    name = args.run_name or _name_of(folder or Path(model_of_server(args.tuned_model)))
     name += f"-vs-{args.base_run.replace('/', '-')}" if args.base_run else ""
     out = Path(args.output_dir) if args.output_dir else Path(args.eval_out) / name
     flag = "--output_json" if args.output_json else "--output_dir" if args.output_dir else "--eval_out"
@@ -161,7 +169,28 @@ def resolve(args: ComparisonArguments) -> Comparison:
     check_writable(Path(args.output_json).parent if args.output_json else out, flag)
     # For --expected: the evaluation at this step is the checkpoint's own.
     step = step_of(folder) if folder and is_checkpoint(folder) else None
-    return Comparison(args, name, base, adapter, tuned, trained, out, step, args.base_adapter)
+    return Comparison(args, name, base, adapter, tuned, trained, out, step, args.base_adapter, servers)
+
+
+def _servers(args: ComparisonArguments, answers_only: bool) -> dict[str, str]:
+    """`{side: openai:MODEL@URL}` of --base_model and --tuned_model. Raises UserError where weights are needed."""
+    servers = {}
+    for key in ("base_model", "tuned_model", "adapter_path", "base_adapter"):
+        value = getattr(args, key) or ""
+        if not value.startswith(SERVER):
+            continue
+        if not key.endswith("_model"):
+            raise UserError(f"--{key} {value}: an adapter is a folder; name a server as --base_model or --tuned_model")
+        if not answers_only:
+            raise UserError(
+                f"--{key} {value}: needs weights, since a server gives no log-probabilities of given answers; battles,"
+                " AlpacaEval and human evaluation need answers only and accept servers"
+            )
+        model_and_url(value, f"--{key} {value}")
+        servers[key.removesuffix("_model")] = value
+    if "base" in servers and args.base_adapter:
+        raise UserError("--base_adapter: the base is behind a server; remove one of the two")
+    return servers
 
 
 def _check(args: ComparisonArguments) -> None:

@@ -9,8 +9,10 @@ from accelerate import PartialState
 
 from preflab.evaluation.arguments import ComparisonArguments
 from preflab.evaluation.comparison import Comparison
+from preflab.evaluation.servers import SERVER
 from preflab.models.fast import fused_lora, shared_prompt
 from preflab.models.loading import (
+    BUILTIN,
     adapter_sha256,
     default_dtype,
     identify,
@@ -68,10 +70,15 @@ class TwoModels:
         self.dtype = args.dtype or own or ("float32" if trained else default_dtype())
         self.quantized = _quantized(args, trained)
         # The adapter's folder first, where it has a tokenizer: it brings the chat template of the training.
-        home = tokenizer_home(comparison.base, args.base_revision, comparison.adapter)
+        # With two servers the tokenizer only counts tokens, so any one makes their answers' lengths comparable.
+        base = BUILTIN if comparison.base.startswith(SERVER) else comparison.base
+        revision = args.base_revision
+        if "base" in comparison.servers:
+            revision = args.tuned_revision if base == comparison.tuned else None
+        home = tokenizer_home(base, revision, comparison.adapter)
         self.tokenizer = load_tokenizer(*home, args.chat_template_path, trust_remote_code=args.trust_remote_code)
         self.tokenizers = {side: self.tokenizer for side in self.sides}
-        if comparison.tuned:
+        if comparison.tuned and not comparison.servers:
             self.tokenizers["tuned"] = self._tokenizer_of_tuned()
         self._base, self._tuned, self.shares_prompts = None, None, False
 
@@ -104,20 +111,24 @@ class TwoModels:
 
     def load(self) -> "TwoModels":
         """Load the weights once, in eval mode, with log-probability head, fused LoRA and shared prompts attached."""
-        if self._base is None:
+        if self._base is None and self._tuned is None:
             args, c = self.comparison.args, self.comparison
-            # Tuned first: with an adapter, the base is the same object.
-            self._tuned = self.load_one(*c.weights("tuned"))
-            self._base = self._tuned if c.adapter else self.load_one(*c.weights("base"))
+            # Tuned first: with an adapter, the base is the same object. A side behind a server has no weights here.
+            self._tuned = None if "tuned" in c.servers else self.load_one(*c.weights("tuned"))
+            if c.adapter:
+                self._base = self._tuned
+            elif "base" not in c.servers:
+                self._base = self.load_one(*c.weights("base"))
             if c.base_adapter:
                 # A second adapter on the shared weights (an SFT adapter that DPO started from, for example).
                 self._base.load_adapter(c.base_adapter, adapter_name=BASE_ADAPTER)
                 self._base.eval()
-            for model in (self._base, self._tuned):
+            loaded = [model for model in (self._base, self._tuned) if model is not None]
+            for model in loaded:
                 attach_head(model)
                 fused_lora.attach(model)
             # Both models must compute pairs packed, or neither: they score the same batches.
-            attached = [args.shared_prompt and shared_prompt.attach_if_known(m) for m in (self._base, self._tuned)]
+            attached = [args.shared_prompt and shared_prompt.attach_if_known(model) for model in loaded]
             self.shares_prompts = all(attached)
         return self
 
@@ -184,10 +195,15 @@ class TwoModels:
 
     def identity(self, side: str) -> dict:
         """What one side's results depend on, known before weights are loaded: names, hashes, precision, template."""
+        if side in self.comparison.servers:
+            # As far as it is known: the server may change its model unseen.
+            return {"endpoint": self.comparison.names[side]}
         return self.identity_of(*self.comparison.weights(side), self.tokenizer)
 
     def answering_identity(self, side: str) -> dict:
         """What one side's answers depend on: as `identity`, with the template that the side is prompted under."""
+        if side in self.comparison.servers:
+            return self.identity(side)
         return self.identity_of(*self.comparison.weights(side), self.tokenizers[side])
 
     def identity_of(self, name: str, revision, adapter: str | None, tokenizer, quantized: bool = True) -> dict:

@@ -20,7 +20,7 @@ def answer_prompts(stage, comparison, args) -> tuple[list, dict[str, list[dict]]
     source = {"name": args.prompts, "split": args.prompts_split, "config": args.prompts_config}
     source |= reading(c.columns, c.on_bad_row)
     prompts, data = load_prompts([source], args.category_key, c.limit)
-    answering = answering_models(models, args.models)
+    answering = answering_models(models, args)
     # A prompt needs an answer of every model, so one refusal removes it for all.
     prompts, refused = answerable(answering, prompts)
     if refused:

@@ -1,5 +1,6 @@
 """Models that answer prompts. Answers are cached on disk by model, prompt and sampling settings."""
 
+import sys
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,12 +10,14 @@ from accelerate import PartialState
 from preflab.data.chat_template import ChatRenderer, TemplateRefused
 from preflab.data.prompts import Prompt
 from preflab.evaluation.comparison import base_of, ensure_models_differ
+from preflab.evaluation.servers import SERVER
 from preflab.evaluation.two_models import TwoModels
-from preflab.judging.chat_server import PREFIX
 from preflab.judging.endpoint_answers import EndpointModel
+from preflab.judging.judges import notes_of
 from preflab.models import vllm_engine
 from preflab.models.generation import generate
 from preflab.models.loading import (
+    BUILTIN,
     adapter_sha256,
     default_dtype,
     identify,
@@ -25,7 +28,7 @@ from preflab.models.loading import (
     tokenizer_home,
 )
 from utils.cache import ResultCache, cache_key
-from utils.errors import UserError
+from utils.errors import UserError, is_main_process
 from utils.progress import progress
 
 
@@ -54,11 +57,14 @@ class AnsweringModel:
     endpoint: EndpointModel | None = None
 
 
-def base_and_tuned(models: TwoModels) -> list[AnsweringModel]:
-    """The two models of a comparison."""
+def base_and_tuned(models: TwoModels, args) -> list[AnsweringModel]:
+    """The two models of a comparison. `args`: server_timeout, server_concurrency."""
     comparison = models.comparison
     answering = []
     for side in models.sides:
+        if side in comparison.servers:
+            answering.append(behind_server(side, comparison.servers[side], f"--{side}_model", models.tokenizer, args))
+            continue
         base, _, adapter = comparison.weights(side)
         answering.append(
             AnsweringModel(
@@ -75,14 +81,26 @@ def base_and_tuned(models: TwoModels) -> list[AnsweringModel]:
     return answering
 
 
+def behind_server(name: str, spec: str, flag: str, tokenizer, args) -> AnsweringModel:
+    """A model behind a server. Its tokens are counted with `tokenizer`.
+
+    Args:
+        spec: openai:MODEL@URL. flag: what gave it. args: server_timeout, server_concurrency.
+    """
+    endpoint = EndpointModel(spec, flag, args)
+    return AnsweringModel(name, endpoint.identity, tokenizer, None, endpoint=endpoint)
+
+
 def policy_model(args) -> AnsweringModel:
-    """The model that samples its own answers: a base model, with an adapter if --adapter_path is given.
+    """The model that samples its own answers: a base model, with an adapter if --adapter_path is given, or a server.
 
     Args:
         args: model_name_or_path, model_revision, adapter_path, dtype, attn_implementation, chat_template_path,
-            trust_remote_code.
+            trust_remote_code, server_timeout, server_concurrency.
     """
     name, revision, device = args.model_name_or_path, args.model_revision, PartialState().device
+    if name.startswith(SERVER):
+        return behind_server("policy", name, "--model_name_or_path", load_tokenizer(BUILTIN), args)
     adapter = locate_adapter(args.adapter_path) if args.adapter_path else None
     dtype = args.dtype or default_dtype()
     home = tokenizer_home(name, revision, adapter)
@@ -105,18 +123,20 @@ def policy_model(args) -> AnsweringModel:
     return AnsweringModel("policy", identity, tokenizer, opened, name, adapter, args.trust_remote_code)
 
 
-def named_model(spec: str, models: TwoModels) -> AnsweringModel:
+def named_model(spec: str, models: TwoModels, args) -> AnsweringModel:
     """The model of `--models NAME=PATH`: a hub id, a model folder, a LoRA folder, whose config names its base, or
     openai:MODEL@URL for a model behind a server.
 
     It runs in the precision of base and tuned; the base of a LoRA folder is quantised like the base model.
+
+    Args:
+        args: server_timeout, server_concurrency.
     """
     name, equals, path = spec.partition("=")
     if not (name and equals and path) or name in models.sides:
         raise UserError(f"--models {spec}: expected name=PATH, with a name other than {' and '.join(models.sides)}")
-    if path.startswith(PREFIX):
-        endpoint = EndpointModel(path, "--models")
-        return AnsweringModel(name, endpoint.identity, models.tokenizer, None, endpoint=endpoint)
+    if path.startswith(SERVER):
+        return behind_server(name, path, "--models", models.tokenizer, args)
     # Only local folders: a hub id is taken for a complete model.
     adapter = path if (Path(path) / "adapter_config.json").exists() else None
     base = (base_of(adapter) or models.comparison.base) if adapter else path
@@ -132,9 +152,13 @@ def named_model(spec: str, models: TwoModels) -> AnsweringModel:
     return AnsweringModel(name, identity, tokenizer, opened, base, adapter)
 
 
-def answering_models(models: TwoModels, further: list[str] | None) -> list[AnsweringModel]:
-    """Base, tuned and the models of `--models` (`further`). Raises UserError if two have the same name."""
-    answering = [*base_and_tuned(models), *(named_model(spec, models) for spec in further or [])]
+def answering_models(models: TwoModels, args) -> list[AnsweringModel]:
+    """Base, tuned and the models of `--models`. Raises UserError if two have the same name.
+
+    Args:
+        args: models, server_timeout, server_concurrency.
+    """
+    answering = [*base_and_tuned(models, args), *(named_model(spec, models, args) for spec in args.models or [])]
     names = [model.name for model in answering]
     if len(set(names)) < len(names):
         raise UserError(f"--models: two models have the same name ({', '.join(names)}); give each a different one")
@@ -216,7 +240,11 @@ def answer_each(
                     bar.update()
     # After all settings: `gather` is a barrier, and one per setting would make fast processes wait each time.
     gathered = [cache.gather() for cache in caches]
-    return [[answers[key] for key in keys] for answers in gathered]
+    answers_of = [[answers[key] for key in keys] for answers in gathered]
+    for note in notes_of([answer for answers in answers_of for answer in answers], "answers"):
+        if is_main_process():
+            print(f"note: {model.name}: {note}", file=sys.stderr)
+    return answers_of
 
 
 def _answer_cache(model: AnsweringModel, settings: dict, args, engine: str) -> ResultCache:
@@ -225,7 +253,7 @@ def _answer_cache(model: AnsweringModel, settings: dict, args, engine: str) -> R
     if not settings["temperature"]:
         # Greedy decoding does not depend on them.
         relevant |= {"top_p": None, "seed": None}
-    if engine != "hf":
+    if engine != "hf" and model.endpoint is None:
         # Absent for hf, so that the identity of its caches does not change.
         relevant["engine"] = engine
     return ResultCache(args.eval_out, f"answers-{model.name}", {**model.identity, **relevant}, args.overwrite)
@@ -250,6 +278,11 @@ def ensure_adapter_applied(answers: dict[str, list[dict]]) -> None:
     """Raise UserError if base and tuned gave the same answer to every prompt: the adapter was not applied."""
     base, tuned = ([answer["text"] for answer in answers[side]] for side in ("base", "tuned"))
     ensure_models_differ(base == tuned, f"the same answer to all {len(base)} prompts")
+
+
+def engine_name(model: AnsweringModel, engine: str) -> str:
+    """What makes a model's answers: `engine`, or server."""
+    return "server" if model.endpoint else engine
 
 
 @contextmanager

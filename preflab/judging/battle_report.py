@@ -28,6 +28,8 @@ def render(sections: dict, published: dict | None, title: str, data: dict) -> Re
     blocks += [categories_table(match) for match in sections["matches"] if len(match["categories"]) > 1]
     if data["left_out"]:
         blocks.append("LEFT OUT: " + ", ".join(f"{reason} {n}" for reason, n in data["left_out"].items()))
+    if data.get("answer_notes"):
+        blocks.append(f"ANSWERS: {'; '.join(data['answer_notes'])}.")
     if data.get("judge_notes"):
         blocks.append(f"JUDGE: {'; '.join(data['judge_notes'])}.")
     if published:

@@ -74,7 +74,7 @@ def answer_prompts(models: TwoModels, args) -> Battle:
     if args.opponent_outputs:
         sources = [{**source, "columns": prompt_columns(source.get("columns"))} for source in sources]
     prompts, data = load_prompts(sources, args.category_key, comparison.args.limit)
-    answering = answering_models(models, args.models)
+    answering = answering_models(models, args)
     names, opponent, answers, source = [model.name for model in answering], None, {}, None
     prompts, refused = answerable(answering, prompts)
     if refused:
@@ -90,6 +90,9 @@ def answer_prompts(models: TwoModels, args) -> Battle:
         # Counted with the tokenizer of base and tuned, so that lengths are comparable.
         answers[opponent] = given_answers([given[k] for k in answered], models.tokenizer)
     answers |= answer_prompts_with_all(models, answering, prompts, args.sampling(comparison.args.seed))
+    notes = [f"{name}: {note}" for name in names for note in notes_of(answers[name], "answers")]
+    if notes:
+        data["answer_notes"] = notes
     return Battle(prompts, answering, answers, pairings(names, opponent), {**data, "opponent": source})
 
 

@@ -1,15 +1,20 @@
 """Chat completions of an OpenAI-compatible server, without the parameters that it refuses."""
 
+import base64
 import os
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from urllib.parse import unquote, urlsplit
 
+import httpx2
 import openai
 
-from utils.errors import UserError
+from preflab.evaluation.servers import SERVER
+from utils.secrets_in_text import without_secrets
 
-# What precedes MODEL@BASE_URL in the specification of a model behind a server.
-PREFIX = "openai:"
+# The largest reply that is read, in bytes: some 100 times the longest answers and thoughts.
+LARGEST_REPLY = 32 * 2**20
 # What a reply raises that is not a chat completion: servers differ in what they leave out.
 MALFORMED = (ValueError, TypeError, AttributeError, KeyError, IndexError)
 # A parameter that a server may refuse, and the words of its error message that name it. In this order: `logprobs` is
@@ -31,18 +36,29 @@ REFUSED = (400, 404, 422, 500)
 class ChatServer:
     """A model behind a server with OpenAI's chat completions. The client retries timeouts, 429 and 5xx with backoff.
 
+    Args:
+        url: the address; a login in it (https://user:password@host) is sent as basic authentication.
+        timeout: seconds for a complete reply.
+
     Attributes:
+        name: openai:MODEL@URL without a login, for reports and caches.
         given_up: the parameters that the server refused, as far as requests without them succeeded.
     """
 
     def __init__(self, model: str, url: str, attempts: int, timeout: float):
         self.model, self.given_up = model, ()
+        parts, url = urlsplit(url), without_secrets(url)
+        self.name = f"{SERVER}{model}@{url}"
+        login = f"{unquote(parts.username or '')}:{unquote(parts.password or '')}".encode()
         self.client = openai.OpenAI(
             base_url=url,
             # The client insists on a key; servers without authentication ignore it.
             api_key=os.environ.get("OPENAI_API_KEY", "none"),
+            # In place of the key. In the address it would reach logs and error messages.
+            default_headers={"Authorization": f"Basic {base64.b64encode(login).decode()}"} if parts.username else None,
             max_retries=attempts,
             timeout=timeout,
+            http_client=openai.DefaultHttpxClient(transport=BoundedTransport(timeout)),
         )
 
     def reply(self, messages: list[dict], settings: dict):
@@ -76,6 +92,36 @@ class ChatServer:
         return f"the server refused {', '.join(self.given_up)}; requests were sent without"
 
 
+class BoundedTransport(httpx2.BaseTransport):
+    """HTTP whose replies are bounded in time and size. httpx2's own timeout starts again with every chunk received."""
+
+    def __init__(self, seconds: float, largest: int = LARGEST_REPLY):
+        self.seconds, self.largest, self.inner = seconds, largest, httpx2.HTTPTransport()
+
+    def handle_request(self, request: httpx2.Request) -> httpx2.Response:
+        """The complete reply. Raises httpx2.ReadTimeout or httpx2.ReadError beyond a bound."""
+        started, body = time.monotonic(), bytearray()
+        response = self.inner.handle_request(request)
+        try:
+            for chunk in response.stream:
+                body += chunk
+                if len(body) > self.largest:
+                    raise httpx2.ReadError(f"a reply of more than {self.largest >> 20} MiB", request=request)
+                if time.monotonic() - started > self.seconds:
+                    raise httpx2.ReadTimeout(f"no complete reply in {self.seconds:g} s", request=request)
+        finally:
+            response.close()
+        return httpx2.Response(
+            response.status_code,
+            headers=response.headers,
+            stream=httpx2.ByteStream(bytes(body)),
+            extensions=response.extensions,
+        )
+
+    def close(self) -> None:
+        self.inner.close()
+
+
 def accepted(messages: list[dict], settings: dict, given_up: tuple[str, ...]) -> dict:
     """Messages and settings without the parameters in `given_up`."""
     # Newer models of OpenAI's take the limit under another name.
@@ -103,17 +149,6 @@ def refused(error: openai.APIStatusError, messages: list[dict], settings: dict, 
 def text_of(choice) -> str:
     """The text of a choice; content is None in refusals, tool calls and replies that were cut off in a thought."""
     return (choice.message.content if choice.message else None) or ""
-
-
-def model_and_url(spec: str, place: str) -> tuple[str, str]:
-    """Model and address in openai:MODEL@BASE_URL. Raises UserError, naming `place`, for another specification."""
-    model, at, url = spec.removeprefix(PREFIX).partition("@")
-    if not (model and at and url.startswith(("http://", "https://"))):
-        raise UserError(
-            f"{place}: expected openai:MODEL@BASE_URL, such as openai:gpt-4o@https://host/v1 or"
-            " openai:gemma@http://localhost:8000/v1"
-        )
-    return model, url
 
 
 def in_threads(call: Callable, items: list, workers: int) -> Iterator[tuple[int, object]]:

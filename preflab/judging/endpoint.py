@@ -24,8 +24,9 @@ class EndpointJudge:
     instant = False
 
     def __init__(self, model: str, url: str, prompt: JudgePrompt, options: dict):
-        self.name, self.prompt, self.options = f"openai:{model}@{url}", prompt, options
+        self.prompt, self.options = prompt, options
         self.server = ChatServer(model, url, options["attempts"], options["timeout"])
+        self.name = self.server.name
         # Shared by the threads without a lock: an approximate count is enough to stop early.
         self.failed_connections, self.reads_text = 0, prompt.verdict == "text"
 

@@ -2,28 +2,34 @@
 
 import openai
 
-from preflab.judging.chat_server import MALFORMED, ChatServer, in_threads, model_and_url, text_of
+from preflab.evaluation.servers import model_and_url
+from preflab.judging.chat_server import MALFORMED, ChatServer, in_threads, text_of
 from preflab.judging.replies import without_thoughts
 from utils.errors import UserError
 
-CONCURRENCY, ATTEMPTS, TIMEOUT = 8, 4, 600.0
+# Retries of a request that times out or that the server refuses for now (429, 5xx).
+ATTEMPTS = 4
 
 
 class EndpointModel:
     """A server's model as an answering model. Its thoughts are not part of an answer.
 
+    Args:
+        flag: what named the server, for error messages.
+        args: server_timeout, server_concurrency.
+
     Raises:
         UserError: a specification other than openai:MODEL@BASE_URL.
     """
 
-    def __init__(self, spec: str, flag: str):
-        self.spec = spec
-        self.server = ChatServer(*model_and_url(spec, f"{flag} {spec}"), ATTEMPTS, TIMEOUT)
+    def __init__(self, spec: str, flag: str, args):
+        self.server = ChatServer(*model_and_url(spec, f"{flag} {spec}"), ATTEMPTS, args.server_timeout)
+        self.name, self.concurrency = self.server.name, args.server_concurrency
 
     @property
     def identity(self) -> dict:
         """What its answers depend on, as far as it is known: the server may change its model unseen."""
-        return {"endpoint": self.spec}
+        return {"endpoint": self.name}
 
     def generate(self, prompts: list[list[dict]], tokenizer, *, max_new_tokens, temperature, top_p, seed, **_):
         """As `preflab.models.generation.generate`; answers come as the server gives them.
@@ -36,17 +42,24 @@ class EndpointModel:
         settings = {"max_tokens": max_new_tokens, "temperature": temperature}
         if temperature:
             settings |= {"top_p": top_p, "seed": seed}
-        for i, (text, reason) in in_threads(lambda prompt: self._answer(prompt, settings), prompts, CONCURRENCY):
-            tokens = len(tokenizer(text, add_special_tokens=False)["input_ids"])
-            yield {"index": i, "text": text, "tokens": tokens, "finish_reason": reason}
+        for i, answer in in_threads(lambda prompt: self._answer(prompt, settings), prompts, self.concurrency):
+            tokens = len(tokenizer(answer["text"], add_special_tokens=False)["input_ids"])
+            yield {"index": i, "tokens": tokens, **answer}
 
-    def _answer(self, messages: list[dict], settings: dict) -> tuple[str, str]:
+    def _answer(self, messages: list[dict], settings: dict) -> dict:
+        """`{text, finish_reason}`, with `note` where the server refused a parameter."""
         try:
             plain = [{key: message[key] for key in ("role", "content")} for message in messages]
             choice = self.server.reply(plain, settings)
             text = text_of(choice)
         except openai.OpenAIError as error:
-            raise UserError(f"{self.spec}: {str(error).splitlines()[0][:200]}; run the same command again") from None
+            # The cause says which connection failed and how.
+            reason = f"{error} ({error.__cause__})" if error.__cause__ else str(error)
+            raise UserError(
+                f"{self.name}: {reason.splitlines()[0][:300]}; finished answers are cached, run the same command again"
+            ) from None
         except MALFORMED as error:
-            raise UserError(f"{self.spec}: the reply is not a chat completion ({type(error).__name__})") from None
-        return without_thoughts(text).strip(), "length" if choice.finish_reason == "length" else "stop"
+            raise UserError(f"{self.name}: the reply is not a chat completion ({type(error).__name__})") from None
+        reason = "length" if choice.finish_reason == "length" else "stop"
+        note = {"note": self.server.note} if self.server.note else {}
+        return {"text": without_thoughts(text).strip(), "finish_reason": reason, **note}

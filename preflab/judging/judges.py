@@ -4,7 +4,7 @@ import random
 from collections import Counter
 from collections.abc import Iterator
 
-from preflab.judging.chat_server import model_and_url
+from preflab.evaluation.servers import model_and_url
 from preflab.judging.endpoint import EndpointJudge
 from preflab.judging.judge_prompt import Item, Judge, JudgePrompt, Verdict
 from preflab.judging.local_judges import LocalJudge, VllmJudge
@@ -118,11 +118,11 @@ def judge_all(judge: Judge, items: list[Item], eval_out: str, overwrite: bool = 
     return verdicts
 
 
-def notes_of(verdicts: list[dict]) -> list[str]:
-    """What was given up to get verdicts, with the number of verdicts, for reports.
+def notes_of(items: list[dict], unit: str = "verdicts") -> list[str]:
+    """What was given up to get verdicts or answers, with their number, for reports.
 
     Args:
-        verdicts: verdicts as in artifacts, whose `note` says what was given up.
+        items: verdicts or answers as in artifacts, whose `note` says what was given up. unit: which of the two.
     """
-    counts = Counter(verdict["note"] for verdict in verdicts if verdict.get("note"))
-    return [f"{note} ({count} of {len(verdicts)} verdicts)" for note, count in counts.most_common()]
+    counts = Counter(item["note"] for item in items if item and item.get("note"))
+    return [f"{note} ({count} of {len(items)} {unit})" for note, count in counts.most_common()]

@@ -40,6 +40,8 @@ ARGUMENTS_NOT_IN_IDENTITY = {
     "run_name",
     "engine",
     "trust_remote_code",
+    "server_timeout",
+    "server_concurrency",
 }
 # The stage that first depends on an argument (default: sample).
 STAGE_OF_ARGUMENT = {

@@ -7,7 +7,7 @@ from collections import Counter
 from preflab.data.candidates import load_candidates
 from preflab.data.prompts import load_prompts
 from preflab.data.sources import reading
-from preflab.judging.answers import answer_each, answerable, policy_model
+from preflab.judging.answers import answer_each, answerable, engine_name, policy_model
 from preflab.models.loading import default_dtype
 from preflab.models.vllm_engine import choose_engine
 from preflab.pairs.folder import PairsFolder
@@ -88,7 +88,7 @@ def _own_answers(args, source: dict) -> tuple[list[Sampled], dict, dict]:
     for k, prompt in enumerate(prompts):
         answers = [{**answers[k], "seed": seed} for seed, answers in zip(args.sampling_seeds, by_seed, strict=True)]
         samples.append(Sampled(prompt, answers, prompt.key in held_out))
-    return samples, data, {**model.identity, "engine": engine}
+    return samples, data, {**model.identity, "engine": engine_name(model, engine)}
 
 
 def _read_limit(args) -> int | None:

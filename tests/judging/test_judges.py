@@ -1,25 +1,20 @@
 """Judges: prompts, parsed and cached verdicts, local and reward models against plain forwards, endpoints."""
 
 import copy
-import json
 import math
 import socket
-import threading
 import time
 from collections import Counter
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
-from conftest import ROOT, assert_one_line, eval_args
+from chat_servers import raw
+from conftest import ROOT
 
 from preflab.alpacaeval.package import clf_prompt
 from preflab.data.chat_template import ChatRenderer, neutralise
 from preflab.data.prompts import Prompt
-from preflab.judging.answers import AnsweringModel, answer_all
-from preflab.judging.endpoint_answers import EndpointModel
 from preflab.judging.judge_prompt import Item, JudgePrompt, Verdict, unparsed
 from preflab.judging.judges import LongerJudge, RandomJudge, judge_all, make_judge
 from utils.errors import UserError
@@ -528,61 +523,6 @@ def test_model_with_two_outputs_is_refused(tmp_path, smol_tokenizer):
 # ----------------------------------------------------------------------------------------------------------- endpoints
 
 
-def completion(reply) -> dict:
-    """OpenAI's reply: `{token: logprob}` becomes log-probs of one token, text a message."""
-    logprobs = None
-    if isinstance(reply, dict):
-        top = [{"token": t, "logprob": p, "bytes": None} for t, p in reply.items()]
-        logprobs, reply = {"content": [{**top[0], "top_logprobs": top}]}, top[0]["token"]
-    message = {"role": "assistant", "content": reply}
-    choice = {"index": 0, "finish_reason": "stop", "message": message, "logprobs": logprobs}
-    return {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]}
-
-
-@pytest.fixture
-def endpoint(monkeypatch):
-    """Start a server; `answer(question, number)` gives log-probs, text, an HTTP status or raw bytes."""
-    servers = []
-    for name in ("http_proxy", "https_proxy", "all_proxy"):
-        monkeypatch.delenv(name, raising=False)
-        monkeypatch.delenv(name.upper(), raising=False)
-
-    def start(answer):
-        requests = []
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self):
-                request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                requests.append({**request, "path": self.path})
-                reply = answer(request["messages"][-1]["content"], len(requests))
-                # A function answers the complete request; (status, message) is an error of the server's.
-                reply = reply(request) if callable(reply) else reply
-                reply, message = reply if isinstance(reply, tuple) else (reply, "try later")
-                status = reply if isinstance(reply, int) else 200
-                body = reply if isinstance(reply, bytes) else json.dumps(
-                    {"error": {"message": message}} if status != 200 else completion(reply)
-                ).encode()  # fmt: skip
-                self.send_response(status)
-                self.send_header("retry-after-ms", "1")
-                self.send_header("Content-Type", "text/html" if body.startswith(b"<") else "application/json")
-                self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                self.wfile.write(body)
-
-            def log_message(self, *args):
-                pass
-
-        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        servers.append(server)
-        return f"openai:m@http://127.0.0.1:{server.server_port}/v1", requests
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
-
-
 def test_endpoint_log_probabilities(endpoint):
     spec, requests = endpoint(lambda *_: {"A": -0.1, "B": -2.4, "The": -9.0})
     item = item_of("Q?", "one <|im_end|> {answer_2}", "two")
@@ -673,10 +613,6 @@ def test_unparsable_reply_is_retried_once(endpoint, reply):
     spec, requests = endpoint(lambda *_: reply)
     (verdict,) = judged(make_judge(spec, PAIRWISE, OPTIONS), [item_of()])
     assert verdict.first is None and verdict.error and len(requests) == 2
-
-
-def raw(choice: dict) -> bytes:
-    return json.dumps({**completion(""), "choices": [{**completion("A")["choices"][0], **choice}]}).encode()
 
 
 @pytest.mark.parametrize(
@@ -814,44 +750,6 @@ def test_identical_answers_do_not_hide_failure(endpoint, tmp_path):
     judge = make_judge(f"openai:m@http://127.0.0.1:{closed_port()}/v1", PAIRWISE, {**OPTIONS, "attempts": 0})
     with pytest.raises(UserError):
         judge_all(judge, [item_of(first="x", second="x"), item_of("q1"), item_of("q2")], str(tmp_path))
-
-
-# ------------------------------------------------------------------------------------------------ answers of a server
-
-
-def test_server_answers_prompts(endpoint, tmp_path, smol_tokenizer):
-    spec, requests = endpoint(lambda question, _: f"<think>hm</think>\n\nRe: {question}")
-    server = EndpointModel(spec, "--models")
-    model = AnsweringModel("gpt", server.identity, smol_tokenizer, None, endpoint=server)
-    args = SimpleNamespace(eval_out=str(tmp_path), overwrite=False, batch_tokens=1, batch_size=None)
-    settings = {"max_new_tokens": 7, "temperature": 0.5, "top_p": 0.9, "seed": 3}
-    prompts = [item_of(f"q{i} " * (i + 1)).prompt for i in range(5)]
-    answers = answer_all(model, prompts, settings, args)
-    assert [a["text"] for a in answers] == [f"Re: {p.text}".strip() for p in prompts]
-    assert [a["tokens"] for a in answers] == [len(smol_tokenizer(a["text"])["input_ids"]) for a in answers]
-    assert {a["finish_reason"] for a in answers} == {"stop"}
-    assert [requests[0][k] for k in ("max_tokens", "temperature", "top_p", "seed")] == [7, 0.5, 0.9, 3]
-    assert answer_all(model, prompts, settings, args) == answers and len(requests) == 5, "the second call is cached"
-
-
-def test_server_that_fails_is_one_line(endpoint, smol_tokenizer):
-    server = EndpointModel(endpoint(lambda *_: 401)[0], "--models")
-    with pytest.raises(UserError, match="openai:m@.*401"):
-        prompts = [[{"role": "user", "content": "q"}]]
-        list(server.generate(prompts, smol_tokenizer, max_new_tokens=3, temperature=0, top_p=1, seed=1))
-    with pytest.raises(UserError, match="--models openai:x: .*URL"):
-        EndpointModel("openai:x", "--models")
-
-
-def test_battle_with_a_server(endpoint, call, trained, tmp_path):
-    spec, requests = endpoint(lambda *_: "A long answer of the server, longer than any of the tiny models' own. " * 9)
-    args = eval_args(trained, tmp_path, "--battle", "--judge", "longer", "--max_new_tokens", 4, "--limit", 3)
-    code, out, err = call("eval_win_rate", *args, "--models", f"gpt={spec}")
-    assert code == 0, err
-    assert len(requests) == 3 and "gpt vs base" in out and "gpt vs tuned" in out
-    code, _, err = call("eval_win_rate", "--base_model", spec, "--tuned_model", "x")
-    assert code == 2
-    assert_one_line(err, "--base_model openai:m@", "weights", "--models NAME=openai:MODEL@URL")
 
 
 # ---------------------------------------------------------------------------------------------------- cached verdicts
