@@ -126,23 +126,31 @@ def merge_start_adapter(
     folder, staging = Path(start.merged), Path(f"{start.merged}.part")
 
     def write() -> None:
-        # Two runs on this machine may start from the same adapter at the same time.
-        with FileLock(f"{folder}.lock"):
-            if not (folder / MARK).exists():
-                # Not quantised, even if the run quantises its base: the adapter is merged into full-precision weights.
-                options = (start.revision, dtype, attn_implementation, None, start.adapter, trust_remote_code)
-                model, tokenizer = load_model(start.base, *options).eval(), load_tokenizer(*start.tokenizer)
-                precision = str(model.dtype).removeprefix("torch.")
-                before = probe_logps(model, tokenizer)
-                write_merged(staging, model, tokenizer, start.describe())
-                # Frees its memory before the merged model is loaded.
-                del model
-                merged = load_model(str(staging), None, dtype, attn_implementation, None, None, trust_remote_code)
-                after = probe_logps(merged.to(PartialState().device).eval(), tokenizer)
-                ensure_same_model(before, after, staging, precision)
-                os.replace(staging, folder)
+        # Not quantised, even if the run quantises its base: the adapter is merged into full-precision weights.
+        options = (start.revision, dtype, attn_implementation, None, start.adapter, trust_remote_code)
+        model, tokenizer = load_model(start.base, *options).eval(), load_tokenizer(*start.tokenizer)
+        precision = str(model.dtype).removeprefix("torch.")
+        before = probe_logps(model, tokenizer)
+        write_merged(staging, model, tokenizer, start.describe())
+        # Frees its memory before the merged model is loaded.
+        del model
+        merged = load_model(str(staging), None, dtype, attn_implementation, None, None, trust_remote_code)
+        after = probe_logps(merged.to(PartialState().device).eval(), tokenizer)
+        ensure_same_model(before, after, staging, precision)
+        os.replace(staging, folder)
 
-    on_main_process(write)
+    def write_once() -> None:
+        # Two runs on this machine may start from the same adapter at the same time.
+        lock = Path(f"{folder}.lock")
+        with FileLock(lock):
+            try:
+                if not (folder / MARK).exists():
+                    write()
+            finally:
+                # While it is held. A process that waits for it finds the merged model.
+                lock.unlink(missing_ok=True)
+
+    on_main_process(write_once)
 
 
 def keep_reference(start: StartAdapter | None, folder: str) -> None:

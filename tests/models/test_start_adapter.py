@@ -101,6 +101,32 @@ def test_merged_start_is_the_base_and_reference(train, call, trained, tiny, pref
     assert code == 0 and f"against {merged}" in one_line(out), err
 
 
+def test_wrongly_merged_start_stops_the_run(train, trained, tiny, prefs, tmp_path, monkeypatch):
+    """The written model is loaded and compared with base and adapter before anything is trained on it."""
+    from safetensors.torch import load_file, save_file
+
+    from preflab.models import start_adapter
+
+    usual = start_adapter.write_merged
+
+    def write_half(folder, model, *args):
+        usual(folder, model, *args)
+        weights = load_file(folder / "model.safetensors")
+        name = next(name for name in weights if name.endswith("q_proj.weight"))
+        save_file({**weights, name: weights[name] / 2}, folder / "model.safetensors", {"format": "pt"})
+
+    monkeypatch.setattr(start_adapter, "write_merged", write_half)
+    args = train_args(tiny, prefs, tmp_path, *start_flags(trained, "merge"))
+    code, _, err = train(*args)
+    assert code == 2
+    assert_one_line(err, "merged", "nats")
+    # Nothing that looks like a run or like a merged model; the next call merges again.
+    assert not list(tmp_path.glob("ck/*")) and not list(tmp_path.glob("out/*"))
+    monkeypatch.setattr(start_adapter, "write_merged", usual)
+    code, _, err = train(*args, "--max_steps", 1)
+    assert code == 0, err
+
+
 def test_full_fine_tuning_starts_from_the_merged_model(train, trained, tiny, prefs, tmp_path):
     full = ("--use_peft", "false", "--learning_rate", "1e-3", "--max_steps", 1)
     code, _, err = train(*train_args(tiny, prefs, tmp_path, *start_flags(trained, "merge"), *full))
