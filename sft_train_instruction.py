@@ -28,7 +28,8 @@ The keys that matter (flags and YAML keys are the same, the command line wins; [
            rows: messages; instruction, input, output; prompt and completion; prompt and chosen
            several datasets: a `datasets:` list in the YAML, each {path, split, test_split,
            fraction}
-  text     --chat_template_path FILE (default: the model's own; configs/templates has alpaca.jinja
+  text     --prompt_format auto|chat|text [auto] (text prompts as user turns)
+           --chat_template_path FILE (default: the model's own; configs/templates has alpaca.jinja
            and llama3.jinja for base models)   --loss_on responses|everything [responses]
   length   --max_length N [1024]   --packing   --packing_strategy bfd|bfd_split [bfd]
   steps    --per_device_train_batch_size N [8]   --gradient_accumulation_steps N [1]

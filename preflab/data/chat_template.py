@@ -136,6 +136,33 @@ class ChatRenderer:
         return set([i for i in tail if i in special][:1] or [self.tokenizer.eos_token_id]) - {None}
 
 
+def plain_texts(prompt: str, answers: tuple[str, ...], tokenizer) -> list[str]:
+    """A text prompt, and the prompt with each answer, as TRL has them: the tokenizer adds BOS, each ends with EOS."""
+    eos = tokenizer.eos_token or ""
+    while tokenizer.bos_token and prompt.startswith(tokenizer.bos_token):
+        prompt = prompt[len(tokenizer.bos_token) :]
+    return [prompt, *(prompt + (answer if answer.endswith(eos) else answer + eos) for answer in answers)]
+
+
+def encoded(texts: list[str], is_plain: list[bool], tokenizer, **options) -> dict[str, list]:
+    """The tokenizer's columns for texts; plain text gets its special tokens, a rendered chat none.
+
+    Args:
+        is_plain: which texts are plain text.
+        options: of the tokenizer.
+    """
+    # Two calls, since add_special_tokens applies to a complete batch; the results are merged in order.
+    results = {}
+    for plain in set(is_plain):
+        part = [text for text, p in zip(texts, is_plain, strict=True) if p == plain]
+        results[plain] = tokenizer(part, add_special_tokens=plain, **options)
+    columns = {}
+    for name in ("input_ids", "offset_mapping") if options.get("return_offsets_mapping") else ("input_ids",):
+        rows = {plain: iter(result[name]) for plain, result in results.items()}
+        columns[name] = [next(rows[plain]) for plain in is_plain]
+    return columns
+
+
 def training_template(tokenizer) -> str | None:
     """TRL's training version of the tokenizer's chat template, which renders every turn as it was generated.
 

@@ -10,8 +10,11 @@ from dataclasses import dataclass
 
 from preflab.data.chat_template import ChatRenderer
 from preflab.data.messages import check_messages, check_unicode, from_json_text, role_of, transcript, up_to_last
+from preflab.data.pair_rows import to_pair
+from preflab.data.prompt_format import AS_CHAT, LEFT_AS_TEXT, NEEDS_TEMPLATE, TURNS, WRAPPED, PromptFormat
 from preflab.data.row_fields import (
     PROMPTS,
+    TRANSCRIPT,
     Fields,
     Parsed,
     complete_messages,
@@ -21,7 +24,7 @@ from preflab.data.row_fields import (
     read_options,
     read_prompt,
 )
-from preflab.data.schemas import PAIRS, parse_pair, read_answer, schema_of
+from preflab.data.schemas import PAIRS, Schema, parse_pair, read_answer, schema_of
 from preflab.data.sources import folded
 from utils.errors import UserError
 
@@ -38,11 +41,18 @@ class Conversation:
         messages: the turns; Alpaca's instruction is the user's.
         source: file and row, for error messages and artifacts.
         input: Alpaca's `input`, which its own template renders in a separate section.
+        prompt_kind: TURNS, WRAPPED, or why a text prompt stays text (preflab.data.prompt_format).
     """
 
     messages: list[dict]
     source: str
     input: str = ""
+    prompt_kind: str = TURNS
+
+    @property
+    def is_text(self) -> bool:
+        """Whether prompt and answer, the only two messages, are trained as plain text without a chat template."""
+        return self.prompt_kind in LEFT_AS_TEXT
 
     @property
     def turns(self) -> list[dict]:
@@ -68,11 +78,14 @@ class Conversation:
         return folded(transcript(self.turns[:-1]))
 
 
-def to_conversation(row, source: str, unused: Counter | None = None) -> Conversation | str:
+def to_conversation(
+    row, source: str, unused: Counter | None = None, prompt_format: PromptFormat = AS_CHAT
+) -> Conversation | str:
     """Normalise one row of any supported format.
 
     Args:
         unused: counts what the row holds and this function does not use, by column.
+        prompt_format: which text prompts become user turns.
 
     Returns:
         A Conversation, or the reason to drop the row.
@@ -86,15 +99,17 @@ def to_conversation(row, source: str, unused: Counter | None = None) -> Conversa
         return "labelled_false"
     ensure_no_pictures(fields)
     parsed = Parsed(options=read_options(fields))
-    conversation = _read(fields, parsed)
+    conversation = _read(fields, parsed, prompt_format)
     if isinstance(conversation, str):
         return conversation
     fields.count_unused()
+    if conversation.is_text and parsed.before:
+        raise UserError(f"{source}: {NEEDS_TEMPLATE}")
     conversation.messages = complete_messages(conversation.messages, parsed, source)
     return conversation
 
 
-def _read(fields: Fields, parsed: Parsed) -> Conversation | str:
+def _read(fields: Fields, parsed: Parsed, prompt_format: PromptFormat) -> Conversation | str:
     """The row's conversation without what `parsed` collects beside it: earlier turns and template arguments."""
     row, source = fields.row, fields.source
     answer_key = next((k for k in ANSWERS if row.get(k) is not None), None)
@@ -107,11 +122,14 @@ def _read(fields: Fields, parsed: Parsed) -> Conversation | str:
             read_prompt(fields, parsed, ())
             return _usable(check_messages(turns, source, key, unused=fields.unused), source)
     if isinstance(row.get("instruction"), str) and row.get("output") is not None:
-        return _alpaca(fields, parsed)
+        return _alpaca(fields, parsed, prompt_format)
+    schema = schema_of(row, PAIRS)
+    if schema and _has_text_answers(row, schema):
+        return _chosen_of_text_pair(fields, prompt_format)
     # Implicit-prompt preference data holds the complete dialogue under `chosen` and has no prompt.
     if answer_key and (answer_key == "chosen" or any(row.get(k) is not None for k in PROMPTS)):
-        return _prompt_and_answer(fields, parsed, answer_key)
-    if schema_of(row, PAIRS):
+        return _prompt_and_answer(fields, parsed, answer_key, prompt_format)
+    if schema:
         return _chosen_of_pair(fields, parsed)
     raise UserError(
         f"{source}: no conversation found (keys: {', '.join(sorted(map(str, row)))}); a row has 'messages',"
@@ -124,7 +142,7 @@ def _ends_with_question(turns) -> bool:
     return isinstance(turns, list) and role_of(turns[-1]) == "user"
 
 
-def _alpaca(fields: Fields, parsed: Parsed) -> Conversation | str:
+def _alpaca(fields: Fields, parsed: Parsed, prompt_format: PromptFormat) -> Conversation | str:
     row, source = fields.row, fields.source
     context = fields.take("input") or ""
     for key, value in (("input", context), ("output", fields.take("output"))):
@@ -137,10 +155,12 @@ def _alpaca(fields: Fields, parsed: Parsed) -> Conversation | str:
     # `input` is kept apart from the instruction, because Alpaca's own template renders it in a separate section.
     if isinstance(conversation, Conversation):
         conversation.input = context.strip()
+        # An instruction is a user's turn by its name, so only the user can make it a text.
+        conversation.prompt_kind = "requested" if prompt_format.choice == "text" else WRAPPED
     return conversation
 
 
-def _prompt_and_answer(fields: Fields, parsed: Parsed, key: str) -> Conversation | str:
+def _prompt_and_answer(fields: Fields, parsed: Parsed, key: str, prompt_format: PromptFormat) -> Conversation | str:
     """A row with a prompt and an answer under `key`, each as text or as messages."""
     source, answer = fields.source, read_answer(fields.take(key))
     parsed.answers = [answer]
@@ -155,7 +175,32 @@ def _prompt_and_answer(fields: Fields, parsed: Parsed, key: str) -> Conversation
         # A message list with a user turn is the complete conversation; `prompt` only repeats its question.
         repeated = isinstance(answer, list) and any(m["role"] == "user" for m in answer_turns)
         prompt_part = [] if prompt is None or repeated else prompt_turns(prompt, source, "prompt")
-    return _usable(answer_turns if repeated else [*prompt_part, *answer_turns], source)
+    conversation = _usable(answer_turns if repeated else [*prompt_part, *answer_turns], source)
+    if isinstance(conversation, Conversation) and isinstance(prompt, str) and isinstance(answer, str):
+        # A transcript is turns already; a system text or earlier turns exist in a chat template only.
+        format_of_row = AS_CHAT if parsed.before and prompt_format.choice == "auto" else prompt_format
+        if not prompt.startswith(TRANSCRIPT):
+            conversation.prompt_kind = format_of_row.kind(prompt, (answer,), "")
+    return conversation
+
+
+def _has_text_answers(row: dict, schema: Schema) -> bool:
+    answers = [read_answer(row[name]) for name in schema.answers]
+    return not schema.texts_by_turn and all(isinstance(answer, str) for answer in answers)
+
+
+def _chosen_of_text_pair(fields: Fields, prompt_format: PromptFormat) -> Conversation | str:
+    """The better answer of a row with two texts, whose prompt and its format are those of training on the pair."""
+    pair = to_pair(fields.row, fields.source, prompt_format, fields.unused)
+    if isinstance(pair, str):
+        return pair
+    # `to_pair` has counted the unused columns, and has put system text and earlier turns into the messages.
+    fields.used.update(fields.row)
+    prompt = [{"role": "user", "content": pair.text}] if pair.messages is None else pair.messages
+    conversation = _usable([*prompt, {"role": "assistant", "content": pair.chosen}], fields.source)
+    if isinstance(conversation, Conversation):
+        conversation.prompt_kind = pair.prompt_kind
+    return conversation
 
 
 def _chosen_of_pair(fields: Fields, parsed: Parsed) -> Conversation | str:

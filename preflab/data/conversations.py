@@ -9,13 +9,16 @@ import pyarrow as pa
 from preflab.data.chat_template import (
     ChatRenderer,
     TemplateRefused,
+    encoded,
     lost_options,
     lost_parts,
+    plain_texts,
     spells_markers,
     training_template,
 )
 from preflab.data.conversation_rows import Conversation, to_conversation
 from preflab.data.messages import WEIGHT, transcript
+from preflab.data.prompt_format import AS_CHAT, PromptFormat
 from preflab.data.sources import SourceArguments, marked_as_held_out, split_off
 from preflab.data.split_data import SplitData, read_items
 from preflab.data.tokenised_rows import IDS, Outcome, identity_of, tokenise
@@ -69,22 +72,27 @@ class ConversationData(SplitData):
             "rows": self.rows,
             "conversations": len(self.conversations),
             **self.left_out(),
+            "prompts": dict(Counter(c.prompt_kind for c in self.conversations)),
             "sources": self.sources,
-            "text_sha256": sha256_of(*texts),
+            # The same texts are other tokens without the chat template.
+            "text_sha256": sha256_of(*texts, *[f"text {i}" for i, c in enumerate(self.conversations) if c.is_text]),
         }
 
 
 # ---------------------------------------------------------------------------------------------------------- reading
 
 
-def load_conversations(sources: list[dict], limit: int | None = None) -> ConversationData:
+def load_conversations(
+    sources: list[dict], limit: int | None = None, prompt_format: PromptFormat = AS_CHAT
+) -> ConversationData:
     """Read and normalise the rows of one or several sources, in order.
 
     Args:
         sources: as for `read_sources`.
         limit: number of conversations, spread evenly over the sources.
+        prompt_format: which text prompts become user turns.
     """
-    items, facts = read_items(sources, to_conversation, limit)
+    items, facts = read_items(sources, partial(to_conversation, prompt_format=prompt_format), limit)
     return ConversationData(conversations=items, **facts)
 
 
@@ -124,11 +132,13 @@ def tokenize(data: ConversationData, tokenizer, loss_on: str, max_length: int | 
         UserError: no conversation is left.
     """
     # With a template that rewrites earlier answers (without their thoughts), only the last one could be trained on.
-    template = training_template(tokenizer) if loss_on == "responses" else None
-    chat = ChatRenderer(tokenizer, template)
+    needs_chat = not all(conversation.is_text for conversation in data.conversations)
+    template = training_template(tokenizer) if loss_on == "responses" and needs_chat else None
+    # Base models without a chat template can still train on plain text.
+    chat = ChatRenderer(tokenizer, template) if needs_chat else None
     dataset, outcome = tokenise(
         data.conversations,
-        partial(_tokenise_batch, chat=chat, loss_on=loss_on, max_length=max_length),
+        partial(_tokenise_batch, chat=chat, tokenizer=tokenizer, loss_on=loss_on, max_length=max_length),
         pa.schema([("input_ids", IDS), ("labels", IDS), ("bytes", pa.int64())]),
         [*identity_of(tokenizer, template or tokenizer.chat_template), loss_on, str(max_length)],
         f"tokenizing {desc}",
@@ -139,12 +149,21 @@ def tokenize(data: ConversationData, tokenizer, loss_on: str, max_length: int | 
 
 
 def _tokenise_batch(
-    conversations: list[Conversation], chat: ChatRenderer, loss_on: str, max_length: int | None
+    conversations: list[Conversation], chat: ChatRenderer | None, tokenizer, loss_on: str, max_length: int | None
 ) -> tuple[dict, Outcome]:
     """The columns of ids, labels and bytes of some conversations, and which of them are left."""
-    columns, outcome, tokenizer = {"input_ids": [], "labels": [], "bytes": []}, Outcome(), chat.tokenizer
+    columns, outcome = {"input_ids": [], "labels": [], "bytes": []}, Outcome()
     positions, texts, spans, excluded = [], [], [], []
     for position, conversation in enumerate(conversations):
+        if conversation.is_text:
+            prompt, answer = (turn["content"] for turn in conversation.turns)
+            prompt, text = plain_texts(prompt, (answer,), tokenizer)
+            positions.append(position)
+            texts.append(text)
+            spans.append([(len(prompt), len(text))])
+            excluded.append([])
+            outcome.counts.update(("answers", "answers_trained"))
+            continue
         turns = conversation.turns_for(chat)
         try:
             text, answer_spans = chat.answers(turns)
@@ -160,15 +179,15 @@ def _tokenise_batch(
         _count_answers(outcome.counts, turns, answer_spans, text, chat.template or str(tokenizer.chat_template))
     if not texts:
         return columns, outcome
-    # The template has already written the special tokens, so the tokenizer must add none. Offsets are (first character,
-    # end) per token; only fast tokenizers return them.
-    encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
+    is_plain = [conversations[position].is_text for position in positions]
+    # Offsets are (first character, end) per token; only fast tokenizers return them.
+    all_ids, all_offsets = encoded(texts, is_plain, tokenizer, return_offsets_mapping=True).values()
     for k, position in enumerate(positions):
         # Truncated here, not by the tokenizer, so that the truncated conversations can be counted below.
-        ids, offsets = encoded["input_ids"][k][:max_length], encoded["offset_mapping"][k][:max_length]
+        ids, offsets = all_ids[k][:max_length], all_offsets[k][:max_length]
         parts = [slice(1, None)] if loss_on == "everything" else _answer_tokens(offsets, spans[k])
         row = _row(ids, parts, loss_on, tokenizer, _answer_tokens(offsets, excluded[k]))
-        outcome.counts["truncated"] += len(row["input_ids"]) < len(encoded["input_ids"][k])
+        outcome.counts["truncated"] += len(row["input_ids"]) < len(all_ids[k])
         # The first token is never predicted, so its label does not count.
         if not any(label != IGNORED for label in row["labels"][1:]):
             outcome.dropped["nothing_left_to_train_on"] += 1

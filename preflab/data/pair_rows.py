@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from preflab.data.chat_template import shared_prefix
 from preflab.data.messages import check_messages, extras, read_transcript, transcript
-from preflab.data.prompt_format import AS_CHAT, AS_TEXT, TURNS, WRAPPED, PromptFormat
+from preflab.data.prompt_format import AS_CHAT, AS_TEXT, NEEDS_TEMPLATE, TURNS, WRAPPED, PromptFormat
 from preflab.data.row_fields import TRANSCRIPT, Fields, Parsed, complete_messages, prompt_turns
 from preflab.data.schemas import parse_pair
 from preflab.data.sources import folded
@@ -109,10 +109,7 @@ def _complete(pair: Pair, parsed: Parsed) -> Pair:
     if pair.messages is not None:
         pair.messages = complete_messages(pair.messages, parsed, pair.source)
     elif parsed.before:
-        raise UserError(
-            f"{pair.source}: the row has a system text or earlier turns, which need a chat template; pass"
-            " --prompt_format chat, or --columns system=none history=none to train without them"
-        )
+        raise UserError(f"{pair.source}: {NEEDS_TEMPLATE}")
     return pair
 
 

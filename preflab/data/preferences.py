@@ -10,14 +10,16 @@ import pyarrow as pa
 from preflab.data.chat_template import (
     ChatRenderer,
     TemplateRefused,
+    encoded,
     lost_options,
     lost_parts,
+    plain_texts,
     shared_prefix,
     spells_markers,
 )
 from preflab.data.messages import check_unicode
 from preflab.data.pair_rows import Pair, to_pair
-from preflab.data.prompt_format import AS_TEXT, FORMATS, PromptFormat
+from preflab.data.prompt_format import AS_TEXT, PromptFormat
 from preflab.data.row_fields import WIN_KEYS
 from preflab.data.sources import SourceArguments, marked_as_held_out, read_sources, split_off
 from preflab.data.split_data import SplitData, read_items
@@ -35,13 +37,6 @@ class DataArguments(SourceArguments):
     drop_ties: bool = field(default=False, metadata={"help": "Drop pairs with equal scores."})
     min_score_margin: float | None = field(default=None, metadata={"help": "Drop pairs with a smaller score margin."})
     keep_duplicate_prompts: bool = field(default=False, metadata={"help": "Keep pairs that share a prompt."})
-    prompt_format: str = field(
-        default="auto",
-        metadata={
-            "help": "Text prompts as user turns: auto (plain ones, if the model has a chat template), chat, text.",
-            "choices": list(FORMATS),
-        },
-    )
     chat_template_path: str | None = field(default=None, metadata={"help": "Jinja file that replaces the template."})
 
     def check(self) -> None:
@@ -236,7 +231,8 @@ def _tokenise_batch(pairs: list[Pair], chat: ChatRenderer | None, tokenizer, len
             positions.append(position)
         except TemplateRefused as error:
             outcome.refuse(pair.source, error)
-    ids = _ids([pairs[i] for i in positions], texts, chat, tokenizer)
+    is_plain = [pairs[i].messages is None for i in positions for _ in range(3)]
+    ids = encoded(texts, is_plain, tokenizer)["input_ids"]
     for k, position in enumerate(positions):
         # Ids of the prompt, of prompt and chosen answer, of prompt and rejected answer.
         prompt, full_chosen, full_rejected = ids[3 * k : 3 * k + 3]
@@ -305,19 +301,4 @@ def _texts(pair: Pair, chat: ChatRenderer | None, tokenizer) -> list[str]:
             chat.full_text(pair.messages, pair.chosen, pair.keys[0]),
             chat.full_text(pair.messages, pair.rejected, pair.keys[1]),
         ]
-    # As TRL does for plain text: the tokenizer adds BOS (so one in the text is removed) and the answer ends with EOS.
-    text, eos = pair.text, tokenizer.eos_token or ""
-    while tokenizer.bos_token and text.startswith(tokenizer.bos_token):
-        text = text[len(tokenizer.bos_token) :]
-    ended = [answer if answer.endswith(eos) else answer + eos for answer in (pair.chosen, pair.rejected)]
-    return [text, text + ended[0], text + ended[1]]
-
-
-def _ids(batch: list[Pair], texts: list[str], chat: ChatRenderer | None, tokenizer) -> list[list[int]]:
-    """Token ids of three texts per pair; plain text gets the tokenizer's special tokens, a rendered chat none."""
-    is_chat = [pair.messages is not None for pair in batch for _ in range(3)]
-    # Two calls of the tokenizer, since add_special_tokens applies to a complete batch; the results are merged in order.
-    rendered = iter(chat.ids([t for t, c in zip(texts, is_chat, strict=True) if c]) if any(is_chat) else [])
-    plain = [t for t, c in zip(texts, is_chat, strict=True) if not c]
-    plain = iter(tokenizer(plain)["input_ids"] if plain else [])
-    return [next(rendered) if c else next(plain) for c in is_chat]
+    return plain_texts(pair.text, (pair.chosen, pair.rejected), tokenizer)

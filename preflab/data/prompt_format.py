@@ -10,6 +10,10 @@ from dataclasses import dataclass
 from preflab.data.chat_template import CONTROL_TOKENS, special_token_pattern
 
 FORMATS = ("auto", "chat", "text")
+NEEDS_TEMPLATE = (
+    "the row has a system text or earlier turns, which need a chat template; pass --prompt_format chat, or --columns"
+    " system=none history=none to train without them"
+)
 # Pair.prompt_kind of rows that are conversations already, and of text prompts that became user turns.
 TURNS, WRAPPED = "turns", "wrapped"
 # Why a text prompt stays text, as the preflight says it.
@@ -48,7 +52,7 @@ class PromptFormat:
         """WRAPPED, or the key of LEFT_AS_TEXT that says why the prompt stays text.
 
         Args:
-            answers: both answers, without the prompt.
+            answers: both answers of a pair, or the only one, without the prompt.
             cut_from_answers: "prompt" if the row has no prompt, "repeated" if both answers repeat it, else "".
         """
         if self.choice != "auto":

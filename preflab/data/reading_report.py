@@ -63,8 +63,9 @@ def conversation_lines(train: dict, counts: dict, share: float) -> list[str]:
         *([f"{rewritten} earlier ones are rendered differently once turns follow"] if rewritten else []),
     ]
     lines = [
+        f"  prompts   {prompt_format.sentence(Counter(train['prompts']))}",
         f"  answers   {trained} of {all_answers} trained on, {share:.1%} of all tokens"
-        + (f" ({'; '.join(reasons)})" if reasons else "")
+        + (f" ({'; '.join(reasons)})" if reasons else ""),
     ]
     lines += template_lines(counts)
     if counts.get("training_template"):

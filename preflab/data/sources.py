@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from preflab.data.columns import parse_columns, rename_columns
+from preflab.data.prompt_format import FORMATS
 from preflab.data.rows import read_rows
 from utils.errors import UserError
 from utils.provenance import sha256_of
@@ -48,6 +49,13 @@ class SourceArguments:
     )
     columns: list[str] | None = field(
         default=None, metadata={"help": "Columns under other names: chosen=output_a rejected=output_b prompt=task."}
+    )
+    prompt_format: str = field(
+        default="auto",
+        metadata={
+            "help": "Text prompts as user turns: auto (plain ones, if the model has a chat template), chat, text.",
+            "choices": list(FORMATS),
+        },
     )
     on_bad_row: str = field(
         default="refuse",

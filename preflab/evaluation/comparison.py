@@ -271,7 +271,7 @@ def _put_run_in_place_of_base(args: ComparisonArguments, adapter: str | None, tu
 def _run_arguments(folder: Path) -> dict:
     """The arguments of the run that wrote `folder` (its weights or one of its checkpoints); {} if it is not known.
 
-    SFT runs trained on conversations, not pairs, so their dataset arguments are ignored.
+    SFT runs trained on conversations, not pairs, so the arguments that choose their rows are ignored.
     """
     # Checkpoints are subfolders of the run's folder.
     for run_folder in (folder, folder.parent):
@@ -288,7 +288,7 @@ def _run_arguments(folder: Path) -> dict:
                 held_out = {"test_dataset_name": str(run_folder / HELD_OUT_ROWS), "dataset_test_split": "test"}
                 arguments |= {**held_out, "test_rows": 0, "columns": None}
             # Only SFT has loss_on.
-            ignored = SourceArguments.__dataclass_fields__ if "loss_on" in arguments else ()
+            ignored = {*SourceArguments.__dataclass_fields__} - {"prompt_format"} if "loss_on" in arguments else ()
             return {key: value for key, value in arguments.items() if key not in ignored}
     return {}
 

@@ -38,7 +38,13 @@ ARGUMENTS_NOT_IN_IDENTITY = {
     "save_strategy", "save_steps", "eval_strategy", "eval_steps", "logging_strategy", "logging_steps",
 }  # fmt: skip
 # Keys that earlier versions did not record, with the value that their runs used.
-DEFAULTS_OF_OLD_RUNS = {"on_bad_row": "refuse", "gamma_beta_ratio": 0.5, "template_date": None, "test_rows": 0}
+DEFAULTS_OF_OLD_RUNS = {
+    "on_bad_row": "refuse",
+    "gamma_beta_ratio": 0.5,
+    "template_date": None,
+    "test_rows": 0,
+    "prompt_format": "auto",
+}
 # A results folder has at least one of these.
 RESULTS = ("train.json", "train_log.jsonl", "preflight.json")
 

@@ -31,10 +31,15 @@ def write_pair_samples(training: TrainingRun, trainer, splits) -> str | None:
 def write_conversation_samples(training: TrainingRun, trainer, splits) -> str | None:
     """Write samples.md: base (with LoRA) and tuned model on the last user turn of the first conversations.
 
+    Plain text is left out: it is not a question.
+
     Returns:
         The file's path, None where none was written.
     """
-    conversations = (splits.test or splits.train).conversations[: training.config.sample_prompts]
+    conversations = [c for c in (splits.test or splits.train).conversations if not c.is_text]
+    conversations = conversations[: training.config.sample_prompts]
+    if not conversations:
+        return None
     chat = ChatRenderer(trainer.processing_class)
     # Without the last turn, the answer, so that each ends with a user turn.
     prompts = [c.turns_for(chat)[:-1] for c in conversations]

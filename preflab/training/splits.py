@@ -44,7 +44,9 @@ class Splits:
     @property
     def is_text(self) -> bool:
         """Whether the model is trained on plain text only, without a chat template."""
-        return isinstance(self.train, PreferenceData) and all(pair.messages is None for pair in self.train.pairs)
+        if isinstance(self.train, PreferenceData):
+            return all(pair.messages is None for pair in self.train.pairs)
+        return all(conversation.is_text for conversation in self.train.conversations)
 
     @property
     def sha256(self) -> str:
@@ -104,9 +106,10 @@ def load_conversation_splits(args: SFTArguments, config: SFTRunConfig, tokenizer
         UserError: unreadable rows, no rows left, or prompts in both splits.
     """
     train_sources, test_sources = args.sources()
-    train, test, test_ids = conversations.load_conversations(train_sources, args.limit), None, None
+    prompt_format = PromptFormat.of(args.prompt_format, tokenizer)
+    train, test, test_ids = conversations.load_conversations(train_sources, args.limit, prompt_format), None, None
     if test_sources:
-        test = conversations.load_conversations(test_sources, args.limit)
+        test = conversations.load_conversations(test_sources, args.limit, prompt_format)
         overlap = args.train_test_overlap, train.dropped
         train.conversations = without_overlap(train.conversations, test.conversations, *overlap)
     # --dataset_test_split none (a value, not None) asks for no test split at all.
@@ -115,4 +118,4 @@ def load_conversation_splits(args: SFTArguments, config: SFTRunConfig, tokenizer
     if test:
         test_ids, _ = conversations.tokenize(test, tokenizer, args.loss_on, config.max_length, desc="test")
     train_ids, truncation = conversations.tokenize(train, tokenizer, args.loss_on, config.max_length, desc="train")
-    return Splits(train, train_ids, test, test_ids, truncation)
+    return Splits(train, train_ids, test, test_ids, truncation, {"prompt_format": prompt_format.choice})
