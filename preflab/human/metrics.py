@@ -12,7 +12,10 @@ from preflab.judging.battles import pairings
 from preflab.judging.style import style_differences
 from utils.artifacts import metric
 from utils.power import with_power
-from utils.stats import bootstrap, share, sign_test
+from utils.stats import RESAMPLES, bootstrap, share, sign_test
+
+# Ten annotators have 45 pairs, forty have 780: their bootstraps would take half an hour, and nobody reads as many rows.
+MOST_KAPPAS_WITH_INTERVAL = 45
 
 
 def summarise(rows: list[dict], key: dict, candidates: list[dict], about: dict, seed: int) -> dict:
@@ -226,7 +229,8 @@ def agreement(rows: list[dict], seed: int) -> dict:
     """Krippendorff's alpha (2018) over all annotators and Cohen's kappa of every two, with intervals over pairs.
 
     Ordinal alpha and quadratic kappa use the five steps of preference; nominal alpha and plain kappa use win, tie and
-    loss. Empty where no pair was judged by two annotators; NaN where all votes are equal.
+    loss. Empty where no pair was judged by two annotators; NaN where all votes are equal. With many annotators, kappas
+    have no intervals (MOST_KAPPAS_WITH_INTERVAL).
     """
     annotators = list(dict.fromkeys(row["annotator"] for row in rows))
     # One row per pair of answers, one column per annotator, NaN where the annotator did not judge it.
@@ -240,8 +244,9 @@ def agreement(rows: list[dict], seed: int) -> dict:
     steps = steps[(~np.isnan(steps)).sum(1) >= 2]
     if not len(steps):
         return {}
-    kappas = []
-    for i, j in combinations(range(len(annotators)), 2):
+    kappas, pairs = [], list(combinations(range(len(annotators)), 2))
+    resamples = RESAMPLES if len(pairs) <= MOST_KAPPAS_WITH_INTERVAL else 0
+    for i, j in pairs:
         both = steps[:, [i, j]]
         both = both[~np.isnan(both).any(1)]
         if len(both):
@@ -250,8 +255,8 @@ def agreement(rows: list[dict], seed: int) -> dict:
                     "annotators": [annotators[i], annotators[j]],
                     "pairs": len(both),
                     # The sign reduces five steps to loss, tie and win.
-                    "kappa": _kappa(np.sign(both), "plain", seed),
-                    "kappa_weighted": _kappa(both, "quadratic", seed),
+                    "kappa": _kappa(np.sign(both), "plain", seed, resamples),
+                    "kappa_weighted": _kappa(both, "quadratic", seed, resamples),
                 }
             )
     return {
@@ -302,11 +307,13 @@ def cohen_kappa(both: np.ndarray, weights: str = "plain") -> float:
     return float(1 - (cost * observed).sum() / (cost * expected).sum())
 
 
-def _kappa(both: np.ndarray, weights: str, seed: int) -> dict:
+def _kappa(both: np.ndarray, weights: str, seed: int, resamples: int) -> dict:
     # Without variation, agreement beyond chance is not defined; within a resample, `cohen_kappa` counts it as 1.
     if len(np.unique(both)) < 2:
         return metric(float("nan"), n=len(both))
-    return bootstrap(both, seed, statistic=lambda rows: cohen_kappa(rows, weights))
+    if not resamples:
+        return metric(cohen_kappa(both, weights), n=len(both))
+    return bootstrap(both, seed, resamples, statistic=lambda rows: cohen_kappa(rows, weights))
 
 
 def _grouped(rows: list[dict]) -> dict[int, list[dict]]:

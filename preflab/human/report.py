@@ -2,6 +2,9 @@
 
 from pathlib import Path
 
+import numpy as np
+
+from preflab.human.metrics import MOST_KAPPAS_WITH_INTERVAL
 from preflab.human.study import COLUMN_OF, TRUNCATED
 from preflab.judging.battle_report import categories_table
 from utils.plots import CHOSEN, EVAL, NEUTRAL, REJECTED, empty_panel, figure, name_bars, rate_bars, save
@@ -161,15 +164,26 @@ def annotators_table(sections: dict) -> str:
 
 
 def agreement_table(agreement: dict) -> str:
-    """Alpha of all annotators, kappa of every two."""
+    """Alpha of all annotators, kappa of every two, or the median and the range of many kappas."""
     lines = [("agreement", "pairs", "win, tie, loss", "five steps")]
     nominal, ordinal = (estimate(agreement[f"alpha_{kind}"], 1, 2) for kind in ("nominal", "ordinal"))
     lines.append(("Krippendorff's alpha, all annotators", str(agreement["pairs"]["value"]), nominal, ordinal))
-    for k in agreement["kappas"]:
+    kappas = agreement["kappas"]
+    if len(kappas) > MOST_KAPPAS_WITH_INTERVAL:
+        pairs = f"{np.median([k['pairs'] for k in kappas]):g}"
+        cells = [_median_and_range([k[name]["value"] for k in kappas]) for name in ("kappa", "kappa_weighted")]
+        lines.append((f"Cohen's kappa, {len(kappas)} pairs of annotators, median", pairs, *cells))
+        kappas = []
+    for k in kappas:
         # Same order of columns as alpha: without the size of a preference, then with it.
         label = f"Cohen's kappa, {k['annotators'][0]} and {k['annotators'][1]}"
         lines.append((label, str(k["pairs"]), estimate(k["kappa"], 1, 2), estimate(k["kappa_weighted"], 1, 2)))
     return render_table("agreement of annotators (alpha: nominal, ordinal; kappa: plain, quadratic)", lines)
+
+
+def _median_and_range(values: list[float]) -> str:
+    low, middle, high = np.nanquantile(values, [0, 0.5, 1])
+    return f"{middle:.2f} ({low:.2f} to {high:.2f})"
 
 
 STEP_NAMES = {2: "much better", 1: "better", 0: "a tie", -1: "worse", -2: "much worse"}

@@ -13,7 +13,7 @@ from scipy.stats import binomtest
 from preflab.data.prompts import Prompt
 from preflab.human.metrics import agreement, cohen_kappa, krippendorff_alpha, summarise
 from preflab.human.page import FORMAT, checksum
-from preflab.human.report import render
+from preflab.human.report import agreement_table, render
 from preflab.human.study import candidates, candidates_markdown, lay_out, plan, write_study
 from preflab.human.votes import read_votes, unblind
 from utils.artifacts import dumps
@@ -426,6 +426,31 @@ def test_agreement_of_annotators():
     assert agreements["alpha_nominal"]["value"] < 1.0
     rows = unblind({"v": exports[0]}, key, about)
     assert agreement(rows, 0) == {}, "agreement needs two annotators"
+
+
+def test_agreement_of_many_annotators():
+    """66 pairs of annotators: kappas as scikit-learn's, without intervals, and one row in the report."""
+    from sklearn.metrics import cohen_kappa_score
+
+    key, candidates, about = study(count=12, repeat_share=0.0)
+    rng = random.Random(2)
+    exports = [
+        export(key, lambda item: {"choice": rng.choice(["left", "right", "tie"])}, f"SYNTHETIC {k}") for k in range(12)
+    ]
+    sections = scored(key, candidates, about, *exports)
+    agreements = sections["agreement"]
+    rows = unblind({f"v{k}": e for k, e in enumerate(exports)}, key, about)
+    by_name = {
+        name: {r["prompt"]: r["preference"] for r in rows if r["annotator"] == name}
+        for name in {r["annotator"] for r in rows}
+    }
+    assert len(agreements["kappas"]) == 66
+    for k in agreements["kappas"][::20]:
+        first, second = ([by_name[name][prompt] for prompt in range(12)] for name in k["annotators"])
+        assert k["kappa"]["value"] == pytest.approx(cohen_kappa_score(np.sign(first), np.sign(second)))
+        assert k["kappa"]["ci95"] is None and k["kappa"]["n"] == 12
+    table = agreement_table(agreements)
+    assert "66 pairs of annotators" in table and "SYNTHETIC" not in table and len(table.splitlines()) < 10
 
 
 def test_agreement_of_equal_votes_is_undefined():
