@@ -363,15 +363,22 @@ def _follow(stream, log) -> str:
     output, rest, show = b"", "", _progress_display()
     # read1 returns what has arrived; read would wait for a full buffer and delay the progress.
     while chunk := stream.read1(65536):
-        log.write(chunk)
-        log.flush()
         # Bounded, because hours of progress bars would fill memory; the error is at the end.
         output = (output + chunk)[-20000:]
         # tqdm redraws with \r and no newline. `rest` keeps an incomplete line for the next chunk.
         *lines, rest = re.split(r"[\r\n]", rest + chunk.decode(errors="replace"))
         for line in filter(PROGRESS.match, lines):
             show(line)
+        _log(lines, log)
+    _log([rest], log)
     return output.decode(errors="replace")
+
+
+def _log(lines: list[str], log) -> None:
+    """Write lines of the harness to its log, of its bars (tqdm's, of all kinds) only the completed ones."""
+    kept = [line for line in lines if line.strip() and ("100%|" in line or not re.search(r"\d%\|", line))]
+    log.write("".join(f"{line}\n" for line in kept).encode())
+    log.flush()
 
 
 def _progress_display():
