@@ -64,6 +64,12 @@ class ChatRenderer:
         # this conversation does not have.
         except (jinja2.TemplateError, TypeError, KeyError, IndexError) as error:
             raise TemplateRefused(str(error)) from error
+        except MemoryError as error:
+            # Otherwise it would be reported as a batch that is too large.
+            raise UserError(
+                f"the chat template of {self.tokenizer.name_or_path} needs more memory than there is to render one"
+                " conversation: repair the template, or pass another with --chat_template_path FILE"
+            ) from error
 
     def fold(self, messages: list[dict]) -> list[dict]:
         """`messages` with the system text in the first user turn, if the template has no system role."""

@@ -63,5 +63,11 @@ def test_rejected_conversation_and_missing_template(gemma_like_tokenizer, smol_t
         smol_tokenizer.chat_template = template
 
 
+def test_template_that_needs_too_much_memory(smol_tokenizer):
+    """It is named, and not taken for a batch that is too large."""
+    with pytest.raises(UserError, match="--chat_template_path"):
+        ChatRenderer(smol_tokenizer, template="{{ 'x' * 10**17 }}")
+
+
 def test_shared_prefix():
     assert shared_prefix([1, 2, 3], [1, 2, 4]) == 2 and shared_prefix([1], [1, 2]) == 1 and shared_prefix([], [1]) == 0
