@@ -100,6 +100,7 @@ def main():
     if not args.score:
         join_processes()
         comparison = resolve(comparison_args, answers_only=True)
+        comparison.hold(comparison.path("human_eval", ".html"))
         prompts, answers, about = dump.answer_prompts(stage, comparison, args)
         # The other processes only helped to generate; drawing a salt and writing happen once.
         if is_main_process():

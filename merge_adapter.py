@@ -60,9 +60,14 @@ def main():
     comparison = resolve(args)
     if comparison.adapter is None:
         raise UserError(f"{comparison.tuned} is a complete model, so there is no adapter to merge")
+    comparison.hold(comparison.path("merge", ".json"))
     name = f"{comparison.name}-merged"
-    folder = MergedFolder(Path(merge_args.merged_dir or Path(args.checkpoints) / name), args.overwrite)
     models = TwoModels(comparison)
+    base, adapter, dtype = comparison.base, comparison.adapter, models.dtype
+    merged_from = {"base": base, "adapter": models.identity("tuned")}
+    # The summary is the last file: without it, the call that wrote the folder was interrupted.
+    unfinished = None if comparison.path("merge", ".json").exists() else merged_from
+    folder = MergedFolder(Path(merge_args.merged_dir or Path(args.checkpoints) / name), args.overwrite, unfinished)
     note = None
     if chooses_pairs or has_held_out(comparison.trained):
         data, ids, _ = held_out_pairs(comparison, models.tokenizer)
@@ -70,13 +75,12 @@ def main():
         # Any text shows whether two models are the same.
         data, ids = shipped_pairs(models.tokenizer, args.max_length, args.max_prompt_length, args.limit)
         note = f"No held-out pairs are known, so the {len(ids)} pairs are those shipped in {SHIPPED_PAIRS}."
-    base, adapter, dtype = comparison.base, comparison.adapter, models.dtype
 
     # Score with the adapter, merge, and score what was written.
     model = models.load_one(base, args.base_revision, adapter, quantized=False)
     adapter_logps = merge_check.response_logps(model, models.tokenizer, ids, args.shared_prompt, "adapter")
     # Written beside the final folder; the name is given after the comparison.
-    write_merged(folder.staging, model, models.tokenizer, {"base": base, "adapter": models.identity("tuned")})
+    write_merged(folder.staging, model, models.tokenizer, merged_from)
     # Frees its memory before the merged model is loaded.
     del model
     model = models.load_one(str(folder.staging), quantized=False)

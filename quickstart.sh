@@ -14,4 +14,4 @@ answer_help_and_version quickstart.sh "$@"
 
 prepare_environment
 echo "training: dpo_train_human_preference.py --config configs/quickstart.yaml $*"
-"$python" dpo_train_human_preference.py --config configs/quickstart.yaml "$@"
+exec "$python" dpo_train_human_preference.py --config configs/quickstart.yaml "$@"

@@ -130,6 +130,7 @@ def main():
     # Everything that can be wrong is read before the first answer is generated.
     comparison = resolve(comparison_args, answers_only=True)
     folder = comparison.out / with_limit_suffix("alpacaeval", comparison_args.limit)
+    comparison.hold(folder / "alpacaeval.json")
     reference = files.read_reference(args.reference, comparison_args.limit)
     published = report.published(args.published)
     # Made before the answers, so that an unknown judge fails at once.

@@ -66,11 +66,32 @@ done
 
 choose_python
 
-print_and_run() {
+print_command() {
     printf '+'
     printf ' %q' "$@"
     printf '\n'
-    "$@"
+}
+
+# Run a command to which Ctrl-C and the signals of a cluster are passed on: without that, bash would end alone.
+run_and_forward() {
+    local child code=0 name
+    # Job control: without it bash starts background commands with Ctrl-C ignored.
+    set -m
+    "$@" &
+    child=$!
+    set +m
+    for name in INT TERM USR1; do
+        # shellcheck disable=SC2064
+        trap "kill -$name $child 2>/dev/null || true" "$name"
+    done
+    wait "$child" || code=$?
+    # A trap ends `wait` before the command has ended.
+    while kill -0 "$child" 2>/dev/null; do
+        code=0
+        wait "$child" || code=$?
+    done
+    trap - INT TERM USR1
+    [ "$code" -eq 0 ] || exit "$code"
 }
 
 generate=("$python") train_command=("$python")
@@ -84,8 +105,11 @@ if [ -n "$launch" ]; then
     "$python" -c 'import vllm' 2>/dev/null ||
         generate+=(-m accelerate.commands.launch --config_file "$generate_config" --num_processes "${processes:-1}")
 fi
-# shellcheck disable=SC2086
-print_and_run "${generate[@]}" generate_preference_pairs.py --config "$sampling" --training_config "$training" \
-    --part "$iteration" $pairs
-# shellcheck disable=SC2086
-print_and_run "${train_command[@]}" dpo_train_human_preference.py --config "$training" $train
+# shellcheck disable=SC2206
+generate+=(generate_preference_pairs.py --config "$sampling" --training_config "$training" --part "$iteration" $pairs)
+# shellcheck disable=SC2206
+train_command+=(dpo_train_human_preference.py --config "$training" $train)
+print_command "${generate[@]}"
+run_and_forward "${generate[@]}"
+print_command "${train_command[@]}"
+exec "${train_command[@]}"

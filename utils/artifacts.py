@@ -5,16 +5,20 @@ needed to repeat it (utils.provenance). Only rank 0 writes.
 """
 
 import dataclasses
+import fcntl
 import json
 import math
 import os
+import shutil
 import tempfile
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import yaml
 
 from utils.errors import UserError, is_main_process, undo_on_failure
+from utils.provenance import local_path
 from utils.secrets_in_text import without_secrets
 
 
@@ -51,6 +55,28 @@ def dumps(value, indent: int | None = 2) -> str:
     return json.dumps(_jsonable(value), indent=indent, ensure_ascii=False, allow_nan=False)
 
 
+# The beginning of the names of files that are being written; a killed process leaves such a file behind.
+TEMPORARY = ".partial-"
+
+
+def holds_files(folder: Path) -> bool:
+    """Whether a folder exists and has files or folders, other than what an interrupted `atomic_write` left."""
+    return folder.exists() and any(not path.name.startswith(TEMPORARY) for path in folder.iterdir())
+
+
+def remove_folder(folder: Path, marks: Iterable[str]) -> None:
+    """Delete a folder if it exists, and last the files that mark it as this project's.
+
+    A call that is killed meanwhile thus never leaves a folder that the next call takes for the user's own.
+    """
+    for path in [path for path in folder.glob("*") if path.name not in set(marks)]:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 def atomic_write(path: str | os.PathLike, write) -> None:
     """Call `write(temporary_path)`, then rename to `path`, so that `path` is never incomplete. Rank 0 only."""
     if not is_main_process():
@@ -59,7 +85,7 @@ def atomic_write(path: str | os.PathLike, write) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     # In the same folder, because a rename is atomic only within one file system. The suffix stays, since some writers
     # infer the format from it.
-    fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=path.suffix)
+    fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f"{TEMPORARY}{path.stem}-", suffix=path.suffix)
     os.close(fd)
     try:
         write(Path(temporary))
@@ -134,6 +160,10 @@ class RowFile:
             # Closed after every row: the operating system has it then, so it survives kill -9 (not a power failure; an
             # fsync per row would be slow). In append mode every write goes to the end, wherever the last read was.
             with self.path.open("ab+") as f:
+                # Two evaluations may share a cache (the same base): a row of the other one that is half written must
+                # not be taken for one that a crash cut off. Closing the file ends the lock.
+                with suppress(OSError):
+                    fcntl.flock(f, fcntl.LOCK_EX)
                 size = f.seek(0, os.SEEK_END)
                 f.seek(max(0, size - 1))
                 if size and f.read() != b"\n":
@@ -217,7 +247,7 @@ def read_yaml(path: str | os.PathLike, flag: str = "") -> dict:
     """
     source = f"{flag} {path}".lstrip()
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8-sig"))
+        content = yaml.safe_load(local_path(path).read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{source}: cannot be read ({error})") from None
     if not isinstance(content, dict):

@@ -11,7 +11,7 @@ from utils.errors import UserError
 from utils.help_all import all_keys_page
 from utils.keys import Key, keys_of
 from utils.markdown import visible
-from utils.provenance import version_page
+from utils.provenance import local_path, version_page
 from utils.suggestions import choose_from, meant_key
 
 # What may follow a switch, and what it means.
@@ -59,7 +59,9 @@ def parse(dataclass_types: tuple, argv: list[str] | None = None) -> tuple:
         sys.exit(0)
     argv = normalised(argv, keys)
     if "--config" in argv:
-        check_config(argv[argv.index("--config") + 1], keys)
+        place = argv.index("--config") + 1
+        argv[place] = str(local_path(argv[place]))
+        check_config(argv[place], keys)
     # argparse's abbreviations would let a mistyped flag set another one (--max for --max_length).
     parser = StrictParser(dataclass_types, allow_abbrev=False)
     for action in parser._actions:

@@ -2,10 +2,11 @@
 
 import errno
 import os
+import signal
 import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 
 from utils.secrets_in_text import without_secrets
 
@@ -16,13 +17,38 @@ class UserError(Exception):
     """Invalid input, or a request this machine cannot serve. The message names the file, row or flag and the fix."""
 
 
+class Stopped(BaseException):
+    """A signal of STOP_SIGNALS. Like KeyboardInterrupt no Exception, so that no `except Exception` swallows it."""
+
+    def __init__(self, number: int):
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+# What ends a script from outside: `kill`, a cluster's preemption, and the warning before a job's time limit.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 # What to undo if the script fails, in the order in which it was done.
 _undo: list[Callable[[], None]] = []
+# What to do when the script ends, however it ends.
+_at_end: list[Callable[[], None]] = []
 
 
 def undo_on_failure(action: Callable[[], None]) -> None:
     """Call `action` if this script fails, so that a failed start leaves nothing behind; the last one first."""
     _undo.append(action)
+
+
+def at_end(action: Callable[[], None]) -> None:
+    """Call `action` when this script ends, with or without an error; the last one first."""
+    _at_end.append(action)
+
+
+def exit_code(number: int) -> int:
+    """The exit code of a script that a signal stopped: 128 + its number, the shell's convention.
+
+    130 after Ctrl-C, 143 after SIGTERM, 138 after SIGUSR1.
+    """
+    return 128 + number
 
 
 def is_main_process() -> bool:
@@ -31,21 +57,30 @@ def is_main_process() -> bool:
 
 
 def run(main, out_of_memory: str = RESUME_HINT) -> None:
-    """Run a script's `main()` and turn errors the user can fix into one line and exit code 2, Ctrl-C into 130.
+    """Run a script's `main()`; turn errors that the user can fix into one line and exit code 2.
+
+    Ctrl-C, SIGTERM and SIGUSR1 become one line and `exit_code`.
 
     Args:
         out_of_memory: the fix that the error suggests when host or GPU memory runs out.
     """
-    # Tests run several scripts in one process.
+    # Tests run several scripts in one process, and parts of them without this function.
     _undo.clear()
+    _call(_at_end)
+    _prepare_streams()
     try:
-        _undone_on_failure(main)
+        with _stop_signals():
+            _undone_on_failure(main)
+            # Here, so that a reader who is gone is noticed now and not when Python ends.
+            sys.stdout.flush()
     except UserError as error:
         fail(str(error))
-    except KeyboardInterrupt:
-        # 128 + SIGINT, the shell's convention for an interrupted command.
-        print("\ninterrupted: run the same command again (without --overwrite) to continue", file=sys.stderr)
-        sys.exit(130)
+    except (KeyboardInterrupt, Stopped) as stop:
+        number = getattr(stop, "number", signal.SIGINT)
+        if is_main_process():
+            cause = "interrupted" if number == signal.SIGINT else f"stopped by {stop}"
+            print(f"\n{cause}: run the same command again (without --overwrite) to continue", file=sys.stderr)
+        sys.exit(exit_code(number))
     except ModuleNotFoundError as error:
         # Also of the project's own modules, whose absence is a defect: that keeps its traceback.
         if (error.name or "").split(".")[0] in ("", "utils", "preflab"):
@@ -55,9 +90,8 @@ def run(main, out_of_memory: str = RESUME_HINT) -> None:
             " .venv), or pip install -r requirements.txt"
         )
     except BrokenPipeError:
-        # The reader of the output (`| head`) is gone. Python would fail again when it flushes stdout at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)  # 128 + SIGPIPE
+        discard_output()
+        sys.exit(exit_code(signal.SIGPIPE))
     except Exception as error:
         # Anything unexpected is a defect of the program, and its traceback is needed.
         message = explain(error, out_of_memory)
@@ -66,17 +100,72 @@ def run(main, out_of_memory: str = RESUME_HINT) -> None:
         fail(message)
 
 
+@contextmanager
+def _stop_signals() -> Iterator[None]:
+    """Raise Stopped where a signal of STOP_SIGNALS arrives; ignored ones (`nohup`, `trap \'\'`) stay ignored."""
+    owner, received = os.getpid(), []
+
+    def stop(number, frame):
+        if os.getpid() != owner:
+            # A forked worker: it ends as it would without this handler.
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        # A repeated signal must not interrupt what the first one cleans up.
+        elif not received:
+            received.append(number)
+            raise Stopped(number)
+
+    handled = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, stop) for number in handled}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _prepare_streams() -> None:
+    """Give a script that was started without stdout or stderr (`>&-`) the null device in their place.
+
+    Otherwise the next file that is opened gets their number, and what a library prints is written into it. In a locale
+    without a character of a report (±, é), it is printed as a question mark.
+    """
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(number)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+        elif hasattr(getattr(sys, name), "reconfigure"):
+            getattr(sys, name).reconfigure(errors="replace")
+
+
+def discard_output() -> None:
+    """Send stdout to the null device, because its reader (`| head`) is gone. Python would fail again at its end."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, sys.stdout.fileno())
+    os.close(null)
+
+
 def _undone_on_failure(main) -> None:
     """Run `main`; call the actions of `undo_on_failure` if it raises, Ctrl-C and exits with an error included."""
     try:
         main()
     except BaseException as error:
+        # First, since a folder that holds a lock is not empty.
+        _call(_at_end)
         if not (isinstance(error, SystemExit) and not error.code):
-            while _undo:
-                # What cannot be undone must not hide the error.
-                with suppress(OSError):
-                    _undo.pop()()
+            _call(_undo)
         raise
+    _call(_at_end)
+
+
+def _call(actions: list[Callable[[], None]]) -> None:
+    """Call the actions, the last one first, and empty the list."""
+    while actions:
+        # What cannot be undone must not hide the error.
+        with suppress(OSError):
+            actions.pop()()
 
 
 def fail(message: str) -> None:

@@ -65,7 +65,7 @@ def cpu_name() -> str:
     """The processor's model name from /proc/cpuinfo, else what Python's platform module reports."""
     try:
         # platform.processor() is empty or only the architecture on most Linux systems.
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     except OSError:
@@ -91,6 +91,17 @@ def peak_memory_gib() -> dict:
     if torch.cuda.is_available():
         peak["gpu"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
     return peak
+
+
+def local_path(name: str | os.PathLike) -> Path:
+    """The path of a file or folder that a flag names: below the current folder, else one that the repository ships.
+
+    So a shipped default, such as data/eval_prompts/reference.jsonl, works from every folder.
+    """
+    path = Path(name).expanduser()
+    if path.parts[:1] in (("data",), ("configs",)) and not path.exists() and (ROOT / path).exists():
+        return ROOT / path
+    return path
 
 
 def shorten_paths(text) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from utils.artifacts import all_arguments, envelope, write_json, write_rows, write_text
 from utils.cli import parse, quick_help
 from utils.distributed import quiet_libraries
-from utils.errors import is_main_process
+from utils.errors import discard_output, is_main_process
 from utils.provenance import run_record
 from utils.tables import WIDTH, at_width, paragraphs, terminal_width, wrap_sentences
 
@@ -213,6 +213,9 @@ def wrote(paths: list[Path]) -> str:
 
 
 def print_main(text: str) -> None:
-    """Print from rank 0 only."""
+    """Print from rank 0 only. Without a reader (`| head`) the script continues: its files are the results."""
     if is_main_process():
-        print(text, flush=True)
+        try:
+            print(text, flush=True)
+        except BrokenPipeError:
+            discard_output()

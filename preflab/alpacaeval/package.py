@@ -47,7 +47,7 @@ def quiet():
     """Silence the package: deprecation warnings, progress bars, root-level logging and its regression's C output."""
     # redirect_stderr replaces Python's sys.stderr only; C code writes to file descriptor 2, which `stream` restores.
     level, stream = logging.getLogger().level, os.dup(2)
-    with warnings.catch_warnings(), open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):
+    with warnings.catch_warnings(), open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stderr(nowhere):
         warnings.simplefilter("ignore")
         os.dup2(nowhere.fileno(), 2)
         try:

@@ -14,7 +14,7 @@ from huggingface_hub import parse_hf_uri
 from preflab.data.files import read_file, suffix_of
 from utils.errors import UserError
 from utils.hub import fetch, why_unreachable
-from utils.provenance import hub_revision, sha256_of_files
+from utils.provenance import hub_revision, local_path, sha256_of_files
 
 
 def _read_local(path: Path, split: str, config: str | None, keep_bad: bool) -> tuple[list[tuple[str, dict]], dict]:
@@ -146,11 +146,14 @@ def read_rows(name: str, split: str, config: str | None = None, revision: str | 
     Raises:
         UserError: a missing, damaged or empty dataset; the message names file and line.
     """
-    path = Path(name).expanduser()
+    path = local_path(name)
     if name.startswith("hf://"):
         rows, about = _read_hub_file(name, keep_bad)
     elif path.exists():
         rows, about = _read_local(path, split, config, keep_bad)
+        if path != Path(name).expanduser():
+            # A shipped file has one name in artifacts, wherever the command was typed.
+            about["name"] = name
     # Such a name is not a hub id; asking the hub would give a misleading error.
     elif suffix_of(path) or name.startswith((".", "/", "~")):
         raise UserError(f"dataset {name}: no such file or folder")

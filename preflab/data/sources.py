@@ -2,13 +2,12 @@
 
 from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from preflab.data.columns import parse_columns, rename_columns
 from preflab.data.prompt_format import FORMATS
 from preflab.data.rows import read_rows
 from utils.errors import UserError
-from utils.provenance import sha256_of
+from utils.provenance import local_path, sha256_of
 
 
 @dataclass
@@ -138,7 +137,7 @@ class SourceArguments:
             # A single file has no splits, so naming it for both would train on the test rows.
             same = [s for s in train if all(s.get(k) == held_out.get(k) for k in ("name", "config"))]
             # Only the same source: two data sets that share prompts are the subject of `without_overlap`.
-            if any(s["split"] == held_out["split"] or Path(s["name"]).is_file() for s in same):
+            if any(s["split"] == held_out["split"] or local_path(s["name"]).is_file() for s in same):
                 raise UserError(
                     f"{held_out['name']} would be both train and test data: hold rows out with --test_rows N, name"
                     " others with --test_dataset_name or --dataset_test_split, or pass --dataset_test_split none"

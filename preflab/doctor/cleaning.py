@@ -5,8 +5,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from preflab.evaluation.runs import folder_size, is_locked
+from preflab.evaluation.runs import folder_size
 from utils.cache import user_cache
+from utils.locks import is_held
 
 
 @dataclass
@@ -39,6 +40,7 @@ def leftovers(checkpoints: Path, eval_out: Path) -> Iterator[Leftover]:
         yield Leftover(folder, "recomputed by the next evaluation or training that needs it")
     if user_cache().exists():
         yield Leftover(user_cache(), "the builtin model and tokenised rows, made again when they are used")
-    for lock in sorted(checkpoints.glob(".*.lock")):
-        if not is_locked(checkpoints / lock.name.removeprefix(".").removesuffix(".lock")):
+    # Evaluations lock the files that they write.
+    for lock in sorted([*checkpoints.glob(".*.lock"), *eval_out.rglob(".*.lock")]):
+        if not is_held(lock):
             yield Leftover(lock, "nothing: its process has ended")

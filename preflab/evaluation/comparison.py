@@ -24,9 +24,12 @@ from utils.artifacts import (
     check_writable,
     describe_changes,
     read_json,
+    remove_if_empty_on_failure,
     with_limit_suffix,
 )
-from utils.errors import UserError, is_main_process
+from utils.errors import UserError, at_end, is_main_process
+from utils.locks import hold, let_go
+from utils.provenance import local_path
 from utils.secrets_in_text import without_secrets
 
 # Arguments that do not affect results; they may differ when existing results are reused.
@@ -99,6 +102,7 @@ class Comparison:
             folder: the folder of `<stem>.json`, for stages that have their own.
         """
         path = folder / f"{stem}.json" if folder else self.path(stem, ".json")
+        self.hold(path)
         if self.args.overwrite or not path.exists():
             return
         before, now = read_json(path).get("args", {}), all_arguments(arguments)
@@ -113,6 +117,18 @@ class Comparison:
                 f"{path} holds another evaluation ({describe_changes(before, now, changed)}): choose another folder"
                 " with --output_dir, or --overwrite it"
             )
+
+    def hold(self, path: Path) -> None:
+        """Lock an artifact until the script ends. Rank 0 only.
+
+        Raises:
+            UserError: another process is writing it; the message names that process.
+        """
+        if is_main_process():
+            remove_if_empty_on_failure(path.parent)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock = hold(path.with_name(f".{path.stem}.lock"), str(path), "wait for it")
+            at_end(lambda: let_go(lock))
 
     def path(self, stem: str, suffix: str) -> Path:
         """The path of an artifact: `<out>/<stem><suffix>`, or next to --output_json; --limit adds LIMIT to it."""
@@ -388,7 +404,7 @@ def was_trained_on(args: ComparisonArguments, trained: dict) -> bool:
     if trained.get("test_dataset_name") and not args.dataset_name:
         return False
     # A file has no splits: it is the training data itself.
-    return Path(str(name)).is_file() or args.split == trained.get("dataset_train_split")
+    return local_path(str(name)).is_file() or args.split == trained.get("dataset_train_split")
 
 
 def _ensure_same_base(adapter: str, base: str) -> None:

@@ -3,7 +3,6 @@
 import math
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 
@@ -16,6 +15,7 @@ from preflab.evaluation.two_models import TwoModels
 from utils.artifacts import metric
 from utils.errors import UserError
 from utils.power import LEVEL, linearised_ratio, with_power
+from utils.provenance import local_path
 from utils.stats import bootstrap, ratio_of_sums, signed_rank
 
 SIDES = ("chosen", "rejected")
@@ -136,7 +136,7 @@ def read_documents(files: list[str], dataset: str | None, config, split: str, co
     documents, left_out = [], {}
     for name in files:
         try:
-            text = Path(name).read_text(encoding="utf-8-sig")
+            text = local_path(name).read_text(encoding="utf-8-sig")
         except FileNotFoundError:
             raise UserError(f"--text_file {name}: no such file") from None
         except (UnicodeDecodeError, IsADirectoryError) as error:

@@ -10,10 +10,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from utils.artifacts import RowFile, read_json
 from utils.errors import UserError, is_main_process
+from utils.locks import is_held
 
 # The last file of a complete checkpoint, with its step, its seconds of training, and size and hash of its files.
 MANIFEST = "checkpoint_manifest.json"
@@ -190,14 +189,7 @@ def lock_path(weights: Path) -> Path:
 
 def is_locked(weights: Path) -> bool:
     """Whether a process is training this run now."""
-    if not lock_path(weights).exists():
-        return False
-    try:
-        with FileLock(lock_path(weights), timeout=0):
-            return False
-    except (Timeout, OSError) as error:
-        # OSError: a file of another user, which cannot be locked either way.
-        return isinstance(error, Timeout)
+    return is_held(lock_path(weights))
 
 
 def _training_seconds(weights: Path, results: Path) -> float | None:

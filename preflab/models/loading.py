@@ -24,7 +24,7 @@ from utils.artifacts import read_json
 from utils.cache import user_cache
 from utils.errors import UserError, explain
 from utils.hub import fetch
-from utils.provenance import hub_revision, sha256_of, sha256_of_files
+from utils.provenance import hub_revision, local_path, sha256_of, sha256_of_files
 
 BUILTIN = "builtin:smollm2-135m-instruct"
 BUILTIN_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -108,7 +108,7 @@ def _dequantize(gguf: Path, folder: Path) -> None:
     shutil.rmtree(staging, ignore_errors=True)
     print(f"dequantizing SmolLM2-135M-Instruct into {folder} (once)", file=sys.stderr)
     # transformers shows a progress bar while it dequantizes, on stderr.
-    with open(os.devnull, "w") as silence, redirect_stderr(silence):
+    with open(os.devnull, "w", encoding="utf-8") as silence, redirect_stderr(silence):
         model = AutoModelForCausalLM.from_pretrained(
             gguf.parent, gguf_file=gguf.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
         )
@@ -223,7 +223,7 @@ def load_tokenizer(name: str, revision: str | None = None, chat_template_path: s
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if chat_template_path:
-        path = Path(chat_template_path)
+        path = local_path(chat_template_path)
         if not path.is_file():
             raise UserError(f"--chat_template_path {path}: no such file")
         try:

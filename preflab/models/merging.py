@@ -1,7 +1,7 @@
 """Merge an adapter into its base, and write the merged model to a folder that appears only when it is complete."""
 
+import json
 import os
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +9,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from preflab.models.logprobs import attach_head, sequence_logps, without_adapter_shell
-from utils.artifacts import write_json
+from utils.artifacts import dumps, holds_files, read_json, remove_folder, write_json
 from utils.errors import UserError
 
 # The file that marks a folder as one that this project merged; it names what was merged.
@@ -68,7 +68,7 @@ def ensure_same_model(before: tuple, after: tuple, folder: Path, dtype: str) -> 
     share = float((difference / tolerance(*before, dtype)).max())
     # NaN is not within the tolerance.
     if not share <= 1:
-        shutil.rmtree(folder)
+        remove_folder(folder, [MARK])
         raise UserError(
             f"{folder}: the merged model is another one (log-probabilities differ by up to {difference.max():.2g} nats,"
             f" {share:.0%} of what {dtype} allows); it was deleted. Merge in float32, or check the adapter's weights"
@@ -101,7 +101,7 @@ def write_merged(folder: Path, model, tokenizer, about: dict) -> None:
     Raises:
         UserError: the merged weights are not finite.
     """
-    shutil.rmtree(folder, ignore_errors=True)
+    remove_folder(folder, [MARK])
     untie_adapted_embeddings(model)
     try:
         # safe_merge: PEFT checks the merged weights for NaN and infinity and raises ValueError.
@@ -122,30 +122,37 @@ class MergedFolder:
 
     A folder that it replaces is kept as `<path>.old` until then, so an interruption loses neither.
 
+    Args:
+        overwrite: replace a merged folder at `path`.
+        unfinished: what an interrupted call would have merged (`write_merged`); its folder is replaced too.
+
     Raises:
         UserError: a folder is in the way: without `overwrite` any, with it one that this project did not write.
     """
 
-    def __init__(self, path: Path, overwrite: bool):
+    def __init__(self, path: Path, overwrite: bool, unfinished: dict | None = None):
         self.path, self.staging, self.old = path, Path(f"{path}.part"), Path(f"{path}.old")
-        if path.exists() and not overwrite:
+        same = unfinished and (path / MARK).exists() and read_json(path / MARK) == json.loads(dumps(unfinished))
+        if path.exists() and not (overwrite or same):
             raise UserError(f"{path} already exists: choose another folder with --merged_dir, or pass --overwrite")
         # Checked before anything is computed, for all three names that this class writes or deletes.
         for folder in (path, self.staging, self.old):
-            if folder.exists() and not (folder / MARK).exists():
+            # A killed call leaves the other two without their mark only while they are empty.
+            exists = folder.exists() if folder == path else holds_files(folder)
+            if exists and not (folder / MARK).exists():
                 raise UserError(
                     f"{folder} was not written by this script, so it is not overwritten: choose another --merged_dir"
                 )
 
     def publish(self) -> None:
         """Give the written model its name."""
-        shutil.rmtree(self.old, ignore_errors=True)
+        remove_folder(self.old, [MARK])
         # os.replace cannot replace a folder that is not empty, so the old one is moved away first.
         if self.path.exists():
             os.replace(self.path, self.old)
         os.replace(self.staging, self.path)
-        shutil.rmtree(self.old, ignore_errors=True)
+        remove_folder(self.old, [MARK])
 
     def discard(self) -> None:
         """Delete what was written."""
-        shutil.rmtree(self.staging)
+        remove_folder(self.staging, [MARK])

@@ -15,12 +15,14 @@ from utils.artifacts import (
     changed_arguments,
     check_writable,
     describe_changes,
+    holds_files,
     read_json,
     with_limit_suffix,
     write_json,
 )
 from utils.distributed import on_main_process
-from utils.errors import UserError
+from utils.errors import UserError, at_end
+from utils.locks import hold, let_go
 from utils.provenance import run_record
 
 STAGES = ("sample", "score", "pair")
@@ -118,8 +120,11 @@ def _prepare(args, arguments: dict) -> Path:
     # Runs on rank 0 only, through on_main_process; an error there ends every process.
     check_writable(args.eval_out, "--eval_out")
     path = Path(args.eval_out) / with_limit_suffix(args.run_name, args.limit)
+    lock_file = path.with_name(f".{path.name}.pairs.lock")
+    lock = hold(lock_file, str(path), "wait for it, or choose another --run_name")
+    at_end(lambda: let_go(lock))
     manifest = path / "manifest.json"
-    if not manifest.exists() and path.exists() and any(path.iterdir()):
+    if not manifest.exists() and holds_files(path):
         raise UserError(
             f"{path} contains files that generate_preference_pairs.py did not write: choose another --run_name"
         )

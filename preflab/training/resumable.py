@@ -2,6 +2,7 @@
 
 import functools
 import math
+import os
 import shutil
 import signal
 import sys
@@ -13,13 +14,13 @@ import torch
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length, rotate_checkpoints
 
-from preflab.evaluation.runs import MANIFEST
+from preflab.evaluation.runs import MANIFEST, checkpoints
 from preflab.models.fast import fused_lora
 from preflab.training.log_keys import TIES_HALF
 from preflab.training.run_folder import write_manifest
 from preflab.training.throughput import synchronize
 from utils.artifacts import RowFile, read_json
-from utils.errors import UserError, is_main_process
+from utils.errors import STOP_SIGNALS, UserError, is_main_process
 from utils.progress import progress
 
 
@@ -182,6 +183,7 @@ class ResumableMixin:
                 seconds=self.seconds,
                 not_yet_logged=not_yet_logged,
             )
+            _make_newest(folder)
             rotate_checkpoints(str(folder.parent), limit, self.state.best_model_checkpoint, use_mtime=True)
         # No rank continues, or exits after a stop, while rank 0 still writes.
         self.accelerator.wait_for_everyone()
@@ -215,6 +217,16 @@ class ResumableMixin:
             self._total_train_tokens = state["num_tokens"]
             # Checkpoints of earlier versions do not have it.
             self.not_yet_logged = state.get("not_yet_logged")
+
+
+def _make_newest(checkpoint: Path) -> None:
+    """Give a checkpoint a later time than all others of its run.
+
+    transformers deletes the oldest by their times: after the clock was set back, that would be the new one.
+    """
+    latest = max((p.stat().st_mtime for p in checkpoints(checkpoint.parent) if p != checkpoint), default=0.0)
+    if checkpoint.stat().st_mtime <= latest:
+        os.utime(checkpoint, (latest + 2, latest + 2))
 
 
 class RowLog(TrainerCallback):
@@ -298,20 +310,26 @@ class TrainingProgress(TrainerCallback):
 
 
 class GracefulStop(TrainerCallback):
-    """Ctrl-C or SIGTERM: finish the optimizer step, save a checkpoint, stop. A second Ctrl-C stops at once.
+    """Ctrl-C, SIGTERM or SIGUSR1: finish the optimizer step, save a checkpoint, stop. A second Ctrl-C stops at once.
 
     A launcher forwards the Ctrl-C that the terminal already sent to its processes, so a second signal counts only
     after some seconds. Used as a context manager around training.
+
+    Attributes:
+        received: the first signal that this process got, 0 without one.
+        stopped_by: the signal that ended training, the same on every process; 0 if training ended by itself.
     """
 
     SAME_KEYSTROKE_SECONDS = 3.0
 
     def __init__(self, accelerator):
         self.accelerator = accelerator
-        self.requested, self.requested_at = False, 0.0
+        self.received, self.received_at, self.stopped_by = 0, 0.0, 0
 
     def __enter__(self):
-        self.previous = {s: signal.signal(s, self._request) for s in (signal.SIGINT, signal.SIGTERM)}
+        # A shell starts background commands with SIGINT ignored, and `kill -INT` should stop those too.
+        handled = [signal.SIGINT, *(s for s in STOP_SIGNALS if signal.getsignal(s) is not signal.SIG_IGN)]
+        self.previous = {s: signal.signal(s, self._request) for s in handled}
         return self
 
     def __exit__(self, *exc):
@@ -319,22 +337,22 @@ class GracefulStop(TrainerCallback):
             signal.signal(number, handler)
 
     def _request(self, number, frame):
-        if self.requested:
+        if self.received:
             # A repeated SIGTERM, or the launcher's copy of the same Ctrl-C, changes nothing: the step is finished
             # first.
-            if number == signal.SIGINT and time.monotonic() - self.requested_at > self.SAME_KEYSTROKE_SECONDS:
+            if number == signal.SIGINT and time.monotonic() - self.received_at > self.SAME_KEYSTROKE_SECONDS:
                 raise KeyboardInterrupt
             return
-        self.requested, self.requested_at = True, time.monotonic()
+        self.received, self.received_at = number, time.monotonic()
         if is_main_process():
-            print("\nstopping after this step, with a checkpoint (Ctrl-C again: stop at once)", file=sys.stderr)
+            name = "" if number == signal.SIGINT else f"{signal.Signals(number).name}: "
+            print(f"\n{name}stopping after this step, with a checkpoint (Ctrl-C again: stop at once)", file=sys.stderr)
 
     def on_step_end(self, args, state, control, **kwargs):
-        requested = self.requested
+        number = self.received
         if self.accelerator.num_processes > 1:
-            # The signal reaches the processes at different moments; all must leave at the same step.
-            flag = torch.tensor([int(requested)], device=self.accelerator.device)
-            requested = bool(self.accelerator.reduce(flag, "sum").item())
-        if requested:
-            # Also set where the signal did not arrive: every rank reads it after training to exit with the same code.
-            self.requested = control.should_save = control.should_training_stop = True
+            # The signal reaches the processes at different moments, or only one of them; all must leave at the same
+            # step, and with the same exit code.
+            number = int(self.accelerator.gather(torch.tensor([number], device=self.accelerator.device)).max())
+        if number:
+            self.stopped_by, control.should_save, control.should_training_stop = number, True, True

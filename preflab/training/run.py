@@ -11,7 +11,15 @@ from preflab.data.template_date import choose_template_date, template_date
 from preflab.evaluation.runs import HELD_OUT_ROWS
 from preflab.models.card import model_card
 from preflab.models.checks import check_ids, check_length, fit_pad_token, largest_and_longest
-from preflab.models.loading import describe, load_adapter, load_for_training, load_tokenizer, locate, quantised_as
+from preflab.models.loading import (
+    describe,
+    identify,
+    load_adapter,
+    load_for_training,
+    load_tokenizer,
+    locate,
+    quantised_as,
+)
 from preflab.models.start_adapter import StartAdapter, merge_start_adapter, resolve_start_adapter
 from preflab.training.lora_targets import check_targets
 from preflab.training.next_steps import next_commands
@@ -32,7 +40,7 @@ from utils import stage as stages
 from utils.artifacts import RowFile, all_arguments, read_json, read_published, write_json, write_rows
 from utils.cli import run_name
 from utils.distributed import keep_fsdp_on_cpu, on_main_process
-from utils.errors import UserError, is_main_process
+from utils.errors import Stopped, UserError, exit_code, is_main_process
 from utils.stage import Report, Stage, print_main
 from utils.tables import paragraphs
 
@@ -172,6 +180,8 @@ class TrainingRun:
         config, model_args, start = self.config, self.model_args, self.start_adapter
         if start and start.merged:
             merge_start_adapter(start, model_args.dtype, model_args.attn_implementation, config.trust_remote_code)
+        model = (model_args.model_name_or_path, self.tokenizer, model_args.model_revision)
+        on_main_process(lambda: self.folders.record_model(identify(*model)))
         if splits.test_ids is None:
             # transformers refuses an evaluation strategy without an evaluation dataset.
             config.eval_strategy = "no"
@@ -271,7 +281,9 @@ class TrainingRun:
         return identity | ({"start": self.start_adapter.describe()} if self.continues_adapter else {})
 
     def train(self, trainer, flight: dict) -> None:
-        """Train to the last step and save the weights; exit with code 130 where Ctrl-C stopped it, after a checkpoint.
+        """Train to the last step and save the weights.
+
+        Where a signal stopped it, it exits after a checkpoint, with `utils.errors.exit_code`.
 
         Args:
             flight: the preflight; gets the step-0 figures of a sharded model, which exist only now.
@@ -282,15 +294,16 @@ class TrainingRun:
         trainer.continue_from(self.checkpoint)
         with trainer.stopper:
             trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
-        # A signal during the last step stops nothing: the run is complete then.
-        if trainer.stopper.requested and trainer.state.global_step < trainer.state.max_steps:
+        if trainer.stopper.stopped_by:
             print_main(
                 f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}, saved in"
                 f" {self.folders.weights}; the same command (without --overwrite) continues from there"
             )
-            # 128 + 2, the shell's exit code for SIGINT.
-            sys.exit(130)
+            sys.exit(exit_code(trainer.stopper.stopped_by))
         trainer.save_model(self.config.output_dir)
+        if trainer.stopper.received:
+            # It arrived after the last step. The evaluation of the end can take longer than a cluster waits.
+            raise Stopped(trainer.stopper.received)
         if trainer.step0_reward is not None:
             measured = {"largest_reward": trainer.step0_reward, "checked": "on the first micro-batch of training"}
             flight["step0"] |= measured

@@ -1,14 +1,13 @@
 """A run's two folders (weights and results), what identifies the run, and its checkpoints."""
 
 import dataclasses
-import shutil
 import sys
 import time
 import weakref
 from datetime import date
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from preflab.evaluation.runs import MANIFEST, TIME_FORMAT, checkpoints, is_complete, lock_path
 from preflab.training.checkpoint_check import damage, file_hashes
@@ -17,11 +16,14 @@ from utils.artifacts import (
     changed_arguments,
     check_writable,
     describe_changes,
+    holds_files,
     read_json,
+    remove_folder,
     write_json,
 )
 from utils.errors import UserError, undo_on_failure
-from utils.provenance import sha256_of_files
+from utils.locks import hold
+from utils.provenance import local_path, sha256_of_files
 
 # Arguments that do not affect the weights: they may differ between a run's first call and the one that resumes it. The
 # factors of the global batch may differ too; their product is part of the identity.
@@ -44,6 +46,13 @@ DEFAULTS_OF_OLD_RUNS = {
     "template_date": None,
     "test_rows": 0,
     "prompt_format": "auto",
+}
+# What of a model's identity must stay as it was for a run to be resumed, in words.
+MODEL_PARTS = {
+    "weights_sha256": "the weights of its model",
+    "settings_sha256": "the configuration or tokenizer of its model",
+    "revision": "the revision of its model on the hub (--model_revision names one)",
+    "chat_template_sha256": "the chat template",
 }
 # A results folder has at least one of these.
 RESULTS = ("train.json", "train_log.jsonl", "preflight.json")
@@ -81,6 +90,30 @@ class RunFolders:
             raise UserError(f"{self.weights}: the data changed since this run began; choose another --run_name")
         write_json(self.weights / "run.json", {**manifest, **facts})
 
+    def record_model(self, identity: dict) -> None:
+        """Tie the run to its model, as `record_data_hash` does to its data. Rank 0 only.
+
+        Args:
+            identity: of `preflab.models.loading.identify`.
+
+        Raises:
+            UserError: a resumed run was started on another state of its model or under another chat template.
+        """
+        manifest = read_json(self.weights / "run.json")
+        before = manifest.setdefault("model", {key: identity.get(key) for key in MODEL_PARTS})
+        # None: a run on the hub's model that cannot be reached now.
+        changed = [
+            words
+            for key, words in MODEL_PARTS.items()
+            if None not in (before.get(key), identity.get(key)) and before[key] != identity[key]
+        ]
+        if changed:
+            raise UserError(
+                f"{self.weights}: {' and '.join(changed)} changed since this run began; restore the earlier state, or"
+                " choose another --run_name"
+            )
+        write_json(self.weights / "run.json", manifest)
+
     def template_date(self, requested: str | None) -> str:
         """The date that chat templates print in this run: the recorded one, else `requested`, else today's."""
         recorded = read_json(self.weights / "run.json").get("template_date")
@@ -93,7 +126,7 @@ class RunFolders:
             data: summaries by split (or None) from the run's train.json, with name, files and sha256 of each source.
         """
         for source in (s for summary in data.values() if summary for s in summary["sources"] if "files" in s):
-            path = Path(source["name"])
+            path = local_path(source["name"])
             files = [path / name for name in source["files"]] if path.is_dir() else [path]
             # Files that were moved or deleted cannot be compared, and the results remain valid without them.
             if all(f.is_file() for f in files) and sha256_of_files(files) != source["sha256"]:
@@ -110,12 +143,16 @@ class RunFolders:
     def undo(self) -> None:
         """Delete the folders that this call made, unless the run has begun; give up the lock."""
         if self.created and not self.begun and not self.keep_preflight:
-            for folder in (self.weights, self.results):
-                shutil.rmtree(folder, ignore_errors=True)
+            self.delete()
         if not self.weights.exists():
             # Deleted while it is held: afterwards it may be another process's.
             lock_path(self.weights).unlink(missing_ok=True)
         self.lock.release()
+
+    def delete(self) -> None:
+        """Delete both folders."""
+        remove_folder(self.weights, ["run.json"])
+        remove_folder(self.results, RESULTS)
 
     def finish(self) -> None:
         """Record that the run is complete, so that the same command prints its results instead of training again."""
@@ -152,8 +189,7 @@ def claim_run(name: str, output_dir: str, eval_out: str, identity: dict, resume:
     # Checked before --overwrite deletes anything.
     _ensure_own_folders(run, manifest)
     if overwrite:
-        shutil.rmtree(run.weights, ignore_errors=True)
-        shutil.rmtree(run.results, ignore_errors=True)
+        run.delete()
     if manifest.exists():
         before = read_json(manifest)
         # Until something is trained (the first try may have failed at its data), other arguments may take the name.
@@ -165,14 +201,14 @@ def claim_run(name: str, output_dir: str, eval_out: str, identity: dict, resume:
                 )
             run.finished = before["finished"]
             return run
-    elif _holds_files(run.results):
+    elif holds_files(run.results):
         # Results without weights, as after moving eval_out alone: only the same run may replace them.
         before = read_json(run.results / "train.json") if (run.results / "train.json").exists() else {}
         # train.json has the adapter's hash in another section, and not the global batch, which is therefore not
         # compared.
         adapter = {"adapter_sha256": (before.get("start") or {}).get("adapter_sha256")}
         _ensure_same_run(run.results, {**before.get("args", {}), **adapter, "batch": identity["batch"]}, identity)
-        shutil.rmtree(run.results)
+        remove_folder(run.results, RESULTS)
     # From here the folders belong to this run. A start that fails before the first step leaves none of them, unless an
     # earlier call did.
     run.created = not manifest.exists()
@@ -183,32 +219,20 @@ def claim_run(name: str, output_dir: str, eval_out: str, identity: dict, resume:
 
 def _lock(weights: Path) -> FileLock:
     """Lock the run for this process."""
-    # timeout=0: fail at once instead of waiting for the other process.
-    lock = FileLock(lock_path(weights), timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise UserError(
-            f"{weights}: another process is training this run; wait for it, or choose another --run_name"
-        ) from None
-    return lock
+    return hold(lock_path(weights), str(weights), "wait for it, or choose another --run_name")
 
 
 def _ensure_own_folders(run: RunFolders, manifest: Path) -> None:
     """Raise UserError where a folder holds files that this project did not write."""
-    if _holds_files(run.weights) and not manifest.exists():
+    if holds_files(run.weights) and not manifest.exists():
         raise UserError(
             f"{run.weights} is not empty and has no run.json, so it was not created by this project: choose another"
             " --run_name"
         )
-    if _holds_files(run.results) and not any((run.results / f).exists() for f in RESULTS):
+    if holds_files(run.results) and not any((run.results / f).exists() for f in RESULTS):
         raise UserError(
             f"{run.results} contains files that this project did not write: choose another --run_name, or move them"
         )
-
-
-def _holds_files(folder: Path) -> bool:
-    return folder.exists() and any(folder.iterdir())
 
 
 def _ensure_same_run(folder: Path, before: dict, identity: dict) -> None:

@@ -8,7 +8,9 @@ import torch
 from conftest import assert_one_line, eval_args
 
 from preflab.models.loading import load_model, load_tokenizer
-from utils.artifacts import read_json
+from preflab.models.merging import MARK, MergedFolder
+from utils.artifacts import TEMPORARY, read_json, write_json
+from utils.errors import UserError
 
 IDS = torch.tensor([[5, 9, 11, 40, 7, 3, 21]])
 
@@ -122,3 +124,23 @@ def test_merge_works_after_a_failed_call(call, trained, tmp_path):
     assert code == 2 and "nosuch.jsonl" in err
     code, _, err = call("merge_adapter", *merge_args(trained, tmp_path))
     assert code == 0, err
+
+
+def test_merge_that_was_killed_before_its_summary_is_repeated(tmp_path):
+    """Its folder has its name already; only a folder of the same base and adapter is replaced."""
+    write_json(tmp_path / "merged" / MARK, {"base": "b", "adapter": {"adapter_sha256": "1"}})
+    MergedFolder(tmp_path / "merged", False, {"base": "b", "adapter": {"adapter_sha256": "1"}})
+    for other in (None, {"base": "b", "adapter": {"adapter_sha256": "2"}}):
+        with pytest.raises(UserError, match="--merged_dir"):
+            MergedFolder(tmp_path / "merged", False, other)
+
+
+def test_merge_that_was_killed_before_its_mark_is_repeated(tmp_path):
+    """The folder exists, empty or with a half-written mark; a folder with other files is the user's."""
+    part = tmp_path / "merged.part"
+    part.mkdir()
+    (part / f"{TEMPORARY}merged_from-x1.json").write_text("{")
+    MergedFolder(tmp_path / "merged", False)
+    (part / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match="merged.part"):
+        MergedFolder(tmp_path / "merged", False)

@@ -1,6 +1,7 @@
 """Killed and interrupted runs, full disks: no complete file is lost; a resumed run equals the uninterrupted one."""
 
 import functools
+import gc
 import json
 import os
 import re
@@ -10,20 +11,22 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, assert_one_line, train_args
+from conftest import ROOT, assert_one_line, interrupted_at, train_args
 from processes import Script, run_script
 
 from preflab.evaluation.runs import checkpoints, is_complete
+from preflab.models.loading import _version
 from preflab.training.run_folder import (
     RunFolders,
     checkpoint_to_resume,
     claim_run,
     write_manifest,
 )
-from utils.artifacts import RowFile, atomic_write, read_json, write_json
+from utils.artifacts import TEMPORARY, RowFile, atomic_write, read_json, write_json
 from utils.errors import UserError
 
 SCRIPT = "dpo_train_human_preference.py"
@@ -112,6 +115,18 @@ def test_ctrl_c_saves_a_checkpoint(tiny, prefs, tmp_path, uninterrupted):
     assert_same_run(tmp_path, uninterrupted)
 
 
+def test_new_checkpoint_survives_a_clock_that_was_set_back(train, tiny, prefs, tmp_path):
+    args = run_args(tiny, prefs, tmp_path, "--save_total_limit", 1)
+    with interrupted_at(5):
+        assert train(*args)[0] == 130
+    earlier = tmp_path / "ck/r/checkpoint-4"
+    tomorrow = time.time() + 86400
+    os.utime(earlier, (tomorrow, tomorrow))
+    code, _, err = train(*args)
+    assert code == 0, err
+    assert checkpoints(tmp_path / "ck/r") == [tmp_path / "ck/r/checkpoint-8"]
+
+
 def test_resume_from_named_checkpoint(train, tiny, prefs, tmp_path):
     args = run_args(tiny, prefs, tmp_path, "--save_total_limit", 5)
     code, _, _ = kill_when(args, lambda: is_complete(tmp_path / "ck/r/checkpoint-4"))
@@ -134,6 +149,22 @@ def test_resume_refuses_bad_path_and_changed_data(train, tiny, prefs, tmp_path):
     code, _, err = train(*args)
     assert code == 2
     assert_one_line(err, "data", "--run_name")
+
+
+@pytest.mark.parametrize(("name", "words"), [("template.jinja", "template"), ("config.json", "configuration")])
+def test_resume_refuses_a_changed_model_or_template(name, words, train, tiny, smol_tokenizer, prefs, tmp_path):
+    model, template = tmp_path / "model", tmp_path / "model/template.jinja"
+    shutil.copytree(tiny, model)
+    template.write_text(smol_tokenizer.chat_template)
+    args = run_args(model, prefs, tmp_path, "--chat_template_path", template)
+    with interrupted_at(3):
+        assert train(*args)[0] == 130
+    (model / name).write_text((model / name).read_text() + "\n")
+    # The hashes of a folder are computed once per process, and this is another one.
+    _version.cache_clear()
+    code, _, err = train(*args)
+    assert code == 2
+    assert_one_line(err, words, "--run_name")
 
 
 def test_file_size_limit(tiny, prefs, tmp_path):
@@ -246,6 +277,43 @@ def test_failed_first_try_does_not_claim_name(tmp_path):
     assert claim_here(tmp_path, beta=0.2).weights == run.weights
 
 
+def test_half_written_first_file_does_not_block(tmp_path):
+    """kill -9 during the first write leaves its temporary file alone in the run's folder."""
+    folder = tmp_path / "ck/r"
+    folder.mkdir(parents=True)
+    (folder / f"{TEMPORARY}run-x1.json").write_text("{")
+    assert claim_here(tmp_path).weights == folder
+    (folder / "run.json").unlink()
+    (folder / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match="ck/r"):
+        claim_here(tmp_path)
+
+
+def test_kill_while_a_folder_is_deleted(tmp_path, monkeypatch):
+    """--overwrite that is killed at any file leaves folders that the same command takes up again."""
+    names = ["a.bin", "run.json", "z.bin", "checkpoint-2/weights"]
+    for deleted in range(8):
+        run = claim_here(tmp_path)
+        for folder, extra in ((run.weights, names), (run.results, ["a.png", "train_log.jsonl", "z.png"])):
+            for name in extra:
+                (folder / name).parent.mkdir(exist_ok=True)
+                (folder / name).write_text("{}" if name != "run.json" else (folder / name).read_text())
+        left, usual = [deleted], os.unlink
+
+        def unlink(*args, left=left, usual=usual, **kwargs):
+            left[0] -= 1
+            if left[0] < 0:
+                raise KeyboardInterrupt
+            usual(*args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "unlink", unlink)
+            with suppress(KeyboardInterrupt):
+                claim_here(tmp_path, overwrite=True)
+        gc.collect()
+        claim_here(tmp_path, overwrite=True)
+
+
 def test_results_without_weights(tmp_path):
     """Only the same run may replace results whose weights are missing."""
     write_json(tmp_path / "out/r/train.json", {"args": {"beta": 0.1}})
@@ -273,7 +341,7 @@ def test_run_is_locked(tmp_path):
     command = [sys.executable, "-c", code, str(tmp_path / "ck"), str(tmp_path / "out")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
-    assert_one_line(done.stderr, "another process")
+    assert_one_line(done.stderr, f"process {os.getpid()} on", "--run_name")
     run.lock.release()
     assert subprocess.run(command, cwd=ROOT).returncode == 0
 
