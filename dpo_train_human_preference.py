@@ -85,7 +85,7 @@ def main():
     rows, metrics = evaluate_pairs(trainer, splits, training.config)
     samples = write_pair_samples(training, trainer, splits)
     title = training.title(splits, "pairs")
-    report = dpo_report.render(metrics, title, training.row_log.read(), samples)
+    report = dpo_report.render(metrics, title, training.row_log.read(), samples, splits.kept_overlap)
     tokens, reference_in_step = flight["plan"]["tokens_stored_once"], "in_every_step_because" in reference
     speed = training_summary(trainer, flight, "pairs", tokens, reference_in_step)
     training.publish(

@@ -100,11 +100,12 @@ def main():
 
     metrics, unit = perplexity.perplexity_metrics(pairs, text, args.skip_kl, comparison_args.seed)
     note = left_out(pairs.data, pairs.truncation) if pairs.data else None
+    not_held_out = pairs.data.not_held_out if pairs.data else ""
     stage.publish(
         comparison.path("perplexity", ".json"),
         models.describe(),
         metrics,
-        perplexity_report.render(metrics, bias, comparison.title, note),
+        perplexity_report.render(metrics, bias, comparison.title, note, not_held_out),
         run=comparison.run_fields,
         seed=comparison_args.seed,
         rows=[*pairs.rows, *text.rows],

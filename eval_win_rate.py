@@ -77,7 +77,6 @@ class WinRateArguments(JudgeArguments):
 def reward_mode(stage, models, args):
     """Win rate by implicit rewards: score, compute, publish."""
     from preflab.evaluation import reward_slices, trainer_metrics, win_rate_report
-    from preflab.evaluation.comparison import was_trained_on
     from preflab.evaluation.held_out import left_out, length_bias
     from preflab.evaluation.rewards import implicit_rewards, prompts_of
 
@@ -94,13 +93,13 @@ def reward_mode(stage, models, args):
     bins = reward_slices.calibration_bins(reward_slices.margins(pairs.rows), seed, prompts_of(pairs.rows))
     expected = trainer_metrics.compare(pairs.rows, logged) if logged else None
     note = left_out(pairs.data, pairs.truncation)
-    trained_on = was_trained_on(comparison.args, comparison.trained)
-    base_run, heading = comparison.args.base_run, f"{comparison.title}, {len(pairs.rows)} held-out pairs"
+    base_run, not_held_out = comparison.args.base_run, pairs.data.not_held_out
+    heading = f"{comparison.title}, {len(pairs.rows)} {'' if not_held_out else 'held-out '}pairs"
     stage.publish(
         comparison.path("win_rate", ".json"),
         models.describe(),
         metrics,
-        win_rate_report.render(metrics, slices, bias, expected, comparison.title, note, trained_on, base_run),
+        win_rate_report.render(metrics, slices, bias, expected, comparison.title, note, not_held_out, base_run),
         run=comparison.run_fields,
         seed=seed,
         rows=pairs.rows,

@@ -110,7 +110,8 @@ def main():
             key_is_found = paths["key"].parent.resolve().parent == Path(eval_out).resolve()
             searched = "" if eval_out == ComparisonArguments.eval_out else f" --eval_out {eval_out}"
             key_flag = searched if key_is_found else f" --key {paths['key']}"
-            print_main(report.render_page(key, about["metrics"], paths, title, key_flag))
+            found = [about["data"][key] for key in ("trained_on", "not_held_out") if key in about["data"]]
+            print_main("\n\n".join([*found, report.render_page(key, about["metrics"], paths, title, key_flag)]))
         return
 
     exports = votes.read_votes(args.score)
@@ -131,7 +132,7 @@ def main():
     annotators = "1 annotator" if len(exports) == 1 else f"{len(exports)} annotators"
     title = f"{name}: {annotators}, {len(candidates)} prompts, blind"
     # Rendered here, because the call below removes `metrics` from the sections.
-    rendered = report.render(sections, title)
+    rendered = report.render(sections, title, about["data"])
     stage.publish(
         summary_file,
         about["model"],

@@ -150,6 +150,7 @@ def main():
 
     scoring_started = time.monotonic()
     # From the files, also after judging in this call: each stage alone gives the same figures.
+    trained_on = stages.trained_instructions(comparison, reference)
     sides, controls, audit = stages.read_judged(folder, with_audit=args.audit_limit > 0)
     results = metrics.summarise(sides, controls, eval_out, seed, args.lc_resamples)
     # What made the files, which may be an earlier call with other defaults.
@@ -159,7 +160,7 @@ def main():
         folder / "alpacaeval.json",
         {**models, "judge": judges["base"].get("judge")},
         results["metrics"],
-        report.render(results, published, audit, title),
+        report.render(results, published, audit, title, trained_on),
         run={"run_name": comparison.name, "limit": comparison_args.limit},
         seed=seed,
         figure=partial(report.draw, metrics=results["metrics"], published_rows=published, title=title),
@@ -170,6 +171,7 @@ def main():
         },
         length_control=results["length_control"],
         order=judges["base"].get("order"),
+        trained_on=trained_on,
         audit=audit,
         published=published,
         seconds=stages.timings(models, judges, audit, time.monotonic() - scoring_started),

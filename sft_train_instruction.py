@@ -84,7 +84,7 @@ def main():
     rows, metrics = evaluate_conversations(trainer, splits, base, training.config.seed)
     samples = write_conversation_samples(training, trainer, splits)
     title = training.title(splits, "conversations")
-    report = sft_report.render(metrics, title, training.row_log.read(), samples)
+    report = sft_report.render(metrics, title, training.row_log.read(), samples, splits.kept_overlap)
     training.publish(
         trainer,
         splits,

@@ -66,9 +66,7 @@ def win_rate() -> dict:
     metrics = win_rate_metrics(pairs, before["args"]["beta"] or 0.1, before["data"]["dropped"], SEED)
     by_slice = slices(pairs, SEED)
     left_out = next(part for part in before["text"].split("\n\n") if "rows evaluated" in part).replace("\n", " ")
-    report = win_rate_report.render(
-        metrics, by_slice, before["length_bias"], None, title_of("win_rate"), left_out, False
-    )
+    report = win_rate_report.render(metrics, by_slice, before["length_bias"], None, title_of("win_rate"), left_out)
     bins = calibration_bins(margins(pairs), SEED)
     return reported(report, metrics=metrics, slices=by_slice, calibration=bins)
 

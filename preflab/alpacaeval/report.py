@@ -42,13 +42,14 @@ def published(path: str | None) -> dict:
 
 
 @fits_terminal
-def render(results: dict, rows: dict, audit: dict | None, title: str) -> Report:
+def render(results: dict, rows: dict, audit: dict | None, title: str, trained_on: dict | None = None) -> Report:
     """The table, its warnings, the published rows, the audit and the verdict.
 
     Args:
         results: from `preflab.alpacaeval.metrics.summarise`.
         rows: from `published`.
         audit: the content of judge_audit.json.
+        trained_on: from `preflab.alpacaeval.stages.trained_instructions`.
     """
     m = results["metrics"]
     n, common = (m[k]["n"] for k in ("base_unparsed", "difference_win_rate"))
@@ -69,6 +70,12 @@ def render(results: dict, rows: dict, audit: dict | None, title: str) -> Report:
     if audit:
         blocks += [audit["table"], audit["verdict"]]
     verdict = verdict_of(results, audit)
+    if trained_on and trained_on["count"]:
+        part = "" if trained_on["count"] == trained_on["of"] else "PARTLY "
+        verdict = (
+            f"{part}NOT HELD OUT: {trained_on['count']} of {trained_on['of']} instructions are prompts that the run was"
+            f" trained on (first: {trained_on['first']}). ({verdict})"
+        )
     return Report("\n\n".join(filter(None, [*blocks, verdict, power_note(m)])), verdict)
 
 

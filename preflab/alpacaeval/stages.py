@@ -22,6 +22,7 @@ from preflab.data.prompt_format import AS_CHAT
 from preflab.data.prompts import Prompt
 from preflab.data.sources import reading
 from preflab.evaluation.comparison import held_out_sources
+from preflab.evaluation.trained_prompts import key_of, trained_prompts
 from preflab.evaluation.two_models import TwoModels
 from preflab.judging.answers import (
     answer_all,
@@ -168,6 +169,16 @@ def read_judged(folder: Path, with_audit: bool) -> tuple[dict, dict, dict | None
     ensure_same_judge(folder, annotations, judge_audit)
     sides = {side: annotations.pop(side) for side in SIDES}
     return sides, annotations, judge_audit
+
+
+def trained_instructions(comparison, reference: list[dict]) -> dict:
+    """How many instructions are prompts that the compared models were trained on: `{count, of, first}`.
+
+    None is left out: AlpacaEval's rates are defined over all of its instructions.
+    """
+    trained = trained_prompts(comparison)
+    seen = [row["source"] for row in reference if key_of(Prompt(row["messages"], row["source"])) in trained]
+    return {"count": len(seen), "of": len(reference), "first": seen[0] if seen else None}
 
 
 def origins(folder: Path) -> tuple[dict, dict]:

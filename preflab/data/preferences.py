@@ -53,9 +53,13 @@ class PreferenceData(SplitData):
 
     Attributes:
         pairs: the pairs that passed the filters.
+        trained_on: which pairs were left out because their prompt was trained on, in evaluations; "" for none.
+        not_held_out: why the pairs are no evidence, in evaluations; "" for held-out pairs.
     """
 
     pairs: list[Pair]
+    trained_on: str = ""
+    not_held_out: str = ""
 
     def summary(self) -> dict:
         """Counts and provenance for an artifact."""
@@ -63,6 +67,7 @@ class PreferenceData(SplitData):
             "rows": self.rows,
             "pairs": len(self.pairs),
             **self.left_out(),
+            **{key: getattr(self, key) for key in ("trained_on", "not_held_out") if getattr(self, key)},
             "prompts": dict(Counter(pair.prompt_kind for pair in self.pairs)),
             "sources": self.sources,
             "text_sha256": sha256_of(

@@ -29,7 +29,6 @@ from utils.artifacts import (
 )
 from utils.errors import UserError, at_end, is_main_process
 from utils.locks import hold, let_go
-from utils.provenance import local_path
 from utils.secrets_in_text import without_secrets
 
 # Arguments that do not affect results; they may differ when existing results are reused.
@@ -284,6 +283,13 @@ def _put_run_in_place_of_base(args: ComparisonArguments, adapter: str | None, tu
         )
 
 
+def run_manifest(folder: Path) -> dict:
+    """The run.json of the run that wrote `folder` (its weights or one of its checkpoints); {} if there is none."""
+    # Checkpoints are subfolders of the run's folder.
+    places = (place / "run.json" for place in (folder, folder.parent))
+    return next((read_json(place) for place in places if place.exists()), {})
+
+
 def _run_arguments(folder: Path) -> dict:
     """The arguments of the run that wrote `folder` (its weights or one of its checkpoints); {} if it is not known.
 
@@ -394,17 +400,6 @@ def _test_sources(trained: dict) -> list[dict]:
     # run.json holds the arguments of all dataclasses of the training script.
     known = {f.name for f in fields(DataArguments)}
     return DataArguments(**{k: v for k, v in trained.items() if k in known}).sources()[1]
-
-
-def was_trained_on(args: ComparisonArguments, trained: dict) -> bool:
-    """Whether the run was trained on the rows to evaluate on."""
-    name = args.dataset_name or trained.get("dataset_name")
-    if not trained or name != trained.get("dataset_name"):
-        return False
-    if trained.get("test_dataset_name") and not args.dataset_name:
-        return False
-    # A file has no splits: it is the training data itself.
-    return local_path(str(name)).is_file() or args.split == trained.get("dataset_train_split")
 
 
 def _ensure_same_base(adapter: str, base: str) -> None:

@@ -6,6 +6,7 @@ from preflab.data.length_bias import split_bias
 from preflab.data.preferences import PreferenceData, load_pairs, tokenize
 from preflab.data.prompt_format import AS_CHAT, PromptFormat
 from preflab.evaluation.comparison import Comparison, held_out_sources
+from preflab.evaluation.trained_prompts import REASON, without_trained
 from utils.errors import UserError, is_main_process
 from utils.provenance import ROOT
 
@@ -14,7 +15,7 @@ def held_out_pairs(comparison: Comparison, tokenizer) -> tuple[PreferenceData, o
     """Load and tokenise the pairs to evaluate on.
 
     The filters of the training run apply only to data that the run held out itself, so that its own metrics are
-    reproduced; other data are evaluated unfiltered.
+    reproduced; of other data, only pairs whose prompt was trained on are left out.
 
     Returns:
         (pairs, token ids, truncation): `pairs.dropped` counts the rows left out, `truncation` the truncated parts.
@@ -38,6 +39,10 @@ def held_out_pairs(comparison: Comparison, tokenizer) -> tuple[PreferenceData, o
     if not data.pairs:
         named = ", ".join(f"{s['name']} split {s['split']}" for s in sources)
         raise UserError(f"{named}: no pair is left; dropped: {dict(data.dropped)}")
+    check = without_trained(comparison, data.pairs, own, "pairs")
+    data.pairs, data.trained_on, data.not_held_out = check.items, check.note, check.not_held_out
+    if check.dropped:
+        data.dropped[REASON] += check.dropped
     ids, truncation = tokenize(data, tokenizer, args.max_length, args.max_prompt_length, desc="held-out")
     return data, ids, truncation
 
@@ -61,7 +66,8 @@ def left_out(data: PreferenceData, truncation: dict) -> str:
     """One line: how many rows were evaluated, dropped and truncated."""
     dropped = ", ".join(f"{reason} {n}" for reason, n in data.dropped.items()) or "nothing"
     parts = ", ".join(f"{truncation.get(f'truncated_{p}', 0)} {p}" for p in ("prompt", "chosen", "rejected"))
-    return f"{len(data.pairs)} of {data.rows} rows evaluated; left out: {dropped}; truncated to --max_length: {parts}"
+    counts = f"{len(data.pairs)} of {data.rows} rows evaluated; left out: {dropped}; truncated to --max_length: {parts}"
+    return f"{counts}\n{data.trained_on}" if data.trained_on else counts
 
 
 def length_bias(comparison: Comparison, tokenizer, further_splits: list[str]) -> dict:

@@ -40,12 +40,13 @@ FEWEST_UNITS_FOR_A_TEST = 6
 
 
 @fits_terminal
-def render(metrics: dict, bias: dict, title: str, left_out: str | None) -> Report:
+def render(metrics: dict, bias: dict, title: str, left_out: str | None, not_held_out: str = "") -> Report:
     """The printed table, KL divergence and length bias, with one sentence per section as the verdict.
 
     Args:
         bias: `{split: bias}` of `held_out.length_bias`.
         left_out: the line of `held_out.left_out`; None without pairs.
+        not_held_out: why the pairs are no evidence; "" for held-out pairs.
     """
     blocks = [_table(metrics, title)]
     kls = [
@@ -59,7 +60,7 @@ def render(metrics: dict, bias: dict, title: str, left_out: str | None) -> Repor
         blocks.append(left_out)
     if bias:
         blocks.append("\n".join(sentence(split, b) for split, b in bias.items()))
-    verdict = verdict_of(metrics)
+    verdict = " ".join(filter(None, [not_held_out, verdict_of(metrics)]))
     return Report("\n\n".join(filter(None, [*blocks, verdict, power_notes(metrics)])), verdict)
 
 

@@ -6,9 +6,10 @@ from utils.tables import cell, difference
 NO_REWARD, COIN_FLIP = "0 by def.", "50.0 by def."
 
 
-def heading(pairs: int) -> tuple:
-    """The head of a reward table over `pairs` held-out pairs."""
-    return (f"on {pairs} held-out pairs", "base", "tuned", "tuned - base [95% interval]")
+def heading(pairs: int, held_out: bool = True) -> tuple:
+    """The head of a reward table over `pairs` pairs."""
+    name = f"on {pairs} held-out pairs" if held_out else f"on {pairs} pairs, not held out"
+    return (name, "base", "tuned", "tuned - base [95% interval]")
 
 
 def comparison_row(label: str, base, tuned, change: dict, p: dict | None, scale: float = 1, digits: int = 1) -> tuple:

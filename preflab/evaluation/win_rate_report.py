@@ -29,7 +29,7 @@ def render(
     expected: dict | None,
     title: str,
     left_out: str,
-    trained_on: bool,
+    not_held_out: str = "",
     base_run: str | None = None,
 ) -> Report:
     """The printed tables and the verdict.
@@ -39,17 +39,17 @@ def render(
         bias: `{split: bias}` of `held_out.length_bias`.
         expected: of `trainer_metrics.compare`, or None without --expected.
         left_out: the line of `held_out.left_out`.
-        trained_on: whether the run was trained on these pairs.
+        not_held_out: why these pairs are no evidence; "" for held-out pairs.
         base_run: the run in the base's place (--base_run), or None.
     """
     verdict = verdict_of(metrics, base_run)
-    if trained_on:
-        verdict = f"NOT HELD OUT: the run was trained on these pairs, so they are no evidence. ({verdict})"
-    blocks = [_table(metrics, title), _slices_table(slices), left_out]
+    if not_held_out:
+        verdict = f"{not_held_out} ({verdict})"
+    blocks = [_table(metrics, title, not not_held_out), _slices_table(slices), left_out]
     blocks.append("\n".join(sentence(split, b) for split, b in bias.items()))
     if expected:
         blocks.append(_expected_table(expected))
-    note = "" if trained_on else power_note(metrics, base_run)
+    note = "" if not_held_out else power_note(metrics, base_run)
     return Report("\n\n".join([*blocks, verdict, *([note] if note else [])]), verdict)
 
 
@@ -94,12 +94,12 @@ def power_note(metrics: dict, base_run: str | None = None) -> str:
     return power_sentence(ahead, what="a difference from the base model's own ranking")
 
 
-def _table(m: dict, title: str) -> str:
+def _table(m: dict, title: str, held_out: bool) -> str:
     """Base beside tuned."""
     per_token_p = m["p_win_rate_length_normalised_is_half"]["value"]
     correlation, _, correlation_interval = estimate(m["margin_length_correlation"], 1, 2).partition(" ")
     lines = [
-        heading(m["evaluated_examples"]["value"]),
+        heading(m["evaluated_examples"]["value"], held_out),
         accuracy_row("win rate by reward, % (ties half)", m["win_rate_ties_half"], m["p_win_rate_is_half"]),
         (
             f"win rate, % ({m['exact_ties']['value']} exact ties lose)",

@@ -6,6 +6,7 @@ from preflab.evaluation.two_models import TwoModels
 from preflab.human.study import STEMS, write_study
 from preflab.judging.answers import answer_prompts_with_all, answerable, answering_models
 from preflab.judging.battle_metrics import answer_metrics
+from preflab.judging.battles import evaluated_prompts
 from utils.artifacts import all_arguments
 from utils.provenance import run_record
 
@@ -20,6 +21,7 @@ def answer_prompts(stage, comparison, args) -> tuple[list, dict[str, list[dict]]
     source = {"name": args.prompts, "split": args.prompts_split, "config": args.prompts_config}
     source |= reading(c.columns, c.on_bad_row)
     prompts, data = load_prompts([source], args.category_key, c.limit)
+    prompts = evaluated_prompts(comparison, prompts, data)
     answering = answering_models(models, args)
     # A prompt needs an answer of every model, so one refusal removes it for all.
     prompts, refused = answerable(answering, prompts)

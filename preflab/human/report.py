@@ -44,12 +44,14 @@ def render_page(key: dict, answers: dict, paths: dict[str, Path], title: str, ke
 
 
 @fits_terminal
-def render(sections: dict, title: str) -> Report:
+def render(sections: dict, title: str, data: dict | None = None) -> Report:
     """Tables of matches, votes, answers, annotators, agreement and categories, and the verdict.
 
     Args:
         sections: from `preflab.human.metrics.summarise`.
+        data: what was read: `data` of the study's .about.json.
     """
+    data = data or {}
     blocks = [matches_table(sections, title), votes_table(sections), answers_table(sections)]
     blocks.append(annotators_table(sections))
     if sections["agreement"]:
@@ -57,6 +59,10 @@ def render(sections: dict, title: str) -> Report:
     # A single category would repeat the pairing's own row.
     blocks += [categories_table(match) for match in sections["matches"] if len(match["categories"]) > 1]
     verdict = verdict_of(sections["metrics"])
+    if data.get("trained_on"):
+        blocks.append(data["trained_on"])
+    if data.get("not_held_out"):
+        verdict = f"{data['not_held_out']} ({verdict})"
     return Report("\n\n".join(filter(None, [*blocks, verdict, power_note(sections["metrics"])])), verdict)
 
 

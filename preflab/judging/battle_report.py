@@ -30,6 +30,8 @@ def render(sections: dict, published: dict | None, title: str, data: dict) -> Re
         blocks.append("LEFT OUT: " + ", ".join(f"{reason} {n}" for reason, n in data["left_out"].items()))
     if data.get("answer_notes"):
         blocks.append(f"ANSWERS: {'; '.join(data['answer_notes'])}.")
+    if data.get("trained_on"):
+        blocks.append(data["trained_on"])
     if data.get("judge_notes"):
         blocks.append(f"JUDGE: {'; '.join(data['judge_notes'])}.")
     if published:
@@ -38,6 +40,8 @@ def render(sections: dict, published: dict | None, title: str, data: dict) -> Re
             " comparable."
         )
     verdict = verdict_of(sections) + judge_caveats(sections)
+    if data.get("not_held_out"):
+        verdict = f"{data['not_held_out']} ({verdict})"
     return Report("\n\n".join(filter(None, [*blocks, verdict, power_note(sections["metrics"])])), verdict)
 
 

@@ -6,6 +6,7 @@ from itertools import combinations
 from preflab.data.prompts import Prompt, load_answers, load_prompts, prompt_columns
 from preflab.data.sources import reading
 from preflab.evaluation.comparison import held_out_sources
+from preflab.evaluation.trained_prompts import without_trained
 from preflab.evaluation.two_models import TwoModels
 from preflab.judging.answers import (
     AnsweringModel,
@@ -68,12 +69,14 @@ def answer_prompts(models: TwoModels, args) -> Battle:
             **reading(comparison.args.columns, comparison.args.on_bad_row),
         }
     ]
+    own = False
     if args.prompts is None:
-        sources, _ = held_out_sources(comparison.args, comparison.trained)
+        sources, own = held_out_sources(comparison.args, comparison.trained)
     columns = comparison.args.columns or sources[0].get("columns")
     if args.opponent_outputs:
         sources = [{**source, "columns": prompt_columns(source.get("columns"))} for source in sources]
     prompts, data = load_prompts(sources, args.category_key, comparison.args.limit)
+    prompts = evaluated_prompts(comparison, prompts, data, own)
     answering = answering_models(models, args)
     names, opponent, answers, source = [model.name for model in answering], None, {}, None
     prompts, refused = answerable(answering, prompts)
@@ -94,6 +97,21 @@ def answer_prompts(models: TwoModels, args) -> Battle:
     if notes:
         data["answer_notes"] = notes
     return Battle(prompts, answering, answers, pairings(names, opponent), {**data, "opponent": source})
+
+
+def evaluated_prompts(comparison, prompts: list[Prompt], data: dict, own: bool = False) -> list[Prompt]:
+    """The prompts that the compared models were not trained on (`without_trained`); records in `data` what was found.
+
+    Args:
+        data: of `load_prompts`. own: whether the run held these prompts out itself.
+    """
+    check = without_trained(comparison, prompts, own, "prompts")
+    if check.dropped:
+        data["left_out"]["prompts that the run was trained on"] = check.dropped
+        data["trained_on"] = check.note
+    if check.not_held_out:
+        data["not_held_out"] = check.not_held_out
+    return check.items
 
 
 def pairings(names: list[str], opponent: str | None) -> list[tuple[str, str]]:

@@ -1,7 +1,7 @@
 """Printed table, verdict and warning of a preference-training run."""
 
 from preflab.evaluation.reward_table import accuracy_row, comparison_row, heading, margin_row, ranking_row
-from preflab.training.training_table import DPO_FIGURES, render_training
+from preflab.training.training_table import DPO_FIGURES, render_training, with_kept_overlap
 from utils.power import power_sentence
 from utils.stage import Report, fits_terminal
 from utils.stats import direction
@@ -10,17 +10,20 @@ from utils.tables import render as render_table
 
 
 @fits_terminal
-def render(metrics: dict, title: str, log: list[dict] | None = None, samples: str | None = None) -> Report:
+def render(
+    metrics: dict, title: str, log: list[dict] | None = None, samples: str | None = None, kept: int = 0
+) -> Report:
     """The table with verdict and warning below it; without a test split, that of the training log.
 
     Args:
         metrics: from `reward_metrics`, empty without a test split.
         log: rows of train_log.jsonl.
         samples: the path of samples.md, if it was written.
+        kept: train rows whose prompts are in the test split (--train_test_overlap keep).
     """
     if not metrics:
         return render_training(title, log or [], DPO_FIGURES, samples)
-    (_, verdict), warning = verdict_of(metrics), displacement(metrics)
+    verdict, warning = with_kept_overlap(verdict_of(metrics)[1], kept), displacement(metrics)
     parts = [render_table(title, table_lines(metrics)), verdict, power_note(metrics)]
     parts += [f"warning: {warning}"] if warning else []
     return Report("\n\n".join(filter(None, parts)), verdict, warning)

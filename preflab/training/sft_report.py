@@ -1,7 +1,7 @@
 """Printed table and verdict of an SFT run: held-out perplexity of base and tuned model."""
 
 from preflab.evaluation.perplexity_report import change_power
-from preflab.training.training_table import SFT_FIGURES, render_training
+from preflab.training.training_table import SFT_FIGURES, render_training, with_kept_overlap
 from utils.stage import Report, fits_terminal
 from utils.stats import direction
 from utils.tables import cell, difference, p_equals, undecided
@@ -11,17 +11,20 @@ SHARDED = "No claim: a sharded model cannot be scored before training; use eval_
 
 
 @fits_terminal
-def render(metrics: dict, title: str, log: list[dict] | None = None, samples: str | None = None) -> Report:
+def render(
+    metrics: dict, title: str, log: list[dict] | None = None, samples: str | None = None, kept: int = 0
+) -> Report:
     """The table with the verdict below it; without held-out conversations, that of the training log.
 
     Args:
         metrics: from `heldout_metrics`, empty without held-out conversations.
         log: rows of train_log.jsonl.
         samples: the path of samples.md, if it was written.
+        kept: train rows whose prompts are in the test split (--train_test_overlap keep).
     """
     if not metrics:
         return render_training(title, log or [], SFT_FIGURES, samples)
-    _, verdict = verdict_of(metrics)
+    verdict = with_kept_overlap(verdict_of(metrics)[1], kept)
     parts = [render_table(title, table_lines(metrics)), verdict, power_note(metrics)]
     return Report("\n\n".join(filter(None, parts)), verdict)
 

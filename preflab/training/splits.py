@@ -49,6 +49,11 @@ class Splits:
         return all(conversation.is_text for conversation in self.train.conversations)
 
     @property
+    def kept_overlap(self) -> int:
+        """How many train rows have prompts of the test split (--train_test_overlap keep)."""
+        return self.train.dropped["prompt_in_test_split_kept"]
+
+    @property
     def sha256(self) -> str:
         """One hash of all texts of both splits."""
         return sha256_of(*(split["text_sha256"] if split else "" for split in self.summary.values()))

@@ -24,6 +24,18 @@ NO_HELD_OUT_ROWS = (
 )
 
 
+def with_kept_overlap(verdict: str, kept: int) -> str:
+    """A verdict on held-out rows, preceded by what is not held out.
+
+    Args:
+        kept: number of train rows whose prompts are in the test split.
+    """
+    if not kept:
+        return verdict
+    rows = "1 train row has a prompt" if kept == 1 else f"{kept} train rows have prompts"
+    return f"PARTLY NOT HELD OUT: {rows} of the test split (--train_test_overlap keep). ({verdict})"
+
+
 def first_and_last_tenth(rows: list[dict], key: str) -> tuple[float, float] | None:
     """Means of `key` over the first and the last tenth of the logged training steps; None where it was not logged."""
     values = [row[key] for row in rows if row["split"] == "train" and row.get(key) is not None]

@@ -32,14 +32,14 @@ def table_lines(text: str) -> list[str]:
 
 def test_win_rate_report(win_rate):
     sections = [win_rate[key] for key in ("metrics", "slices", "length_bias", "expected")]
-    report = win_rate_report.render(*sections, TITLE, "120 of 120 rows evaluated", False)
+    report = win_rate_report.render(*sections, TITLE, "120 of 120 rows evaluated")
     lines = table_lines(report.text)
     assert len(lines) >= 29 and max(map(len, lines)) <= WIDTH
     row = next(line for line in lines if line.startswith("win rate by reward"))
     assert "71.7 ± 4.1" in row and "+21.7 [+13.0, +29.0] p=2.3e-06" in row
     assert report.text.replace("\n", " ").endswith(report.verdict) and "NOT HELD OUT" not in report.verdict
-    report = win_rate_report.render(*sections, TITLE, "120 of 120 rows evaluated", True)
-    assert report.verdict.startswith("NOT HELD OUT")
+    report = win_rate_report.render(*sections, TITLE, "120 of 120 rows evaluated", "NOT HELD OUT: x.")
+    assert report.verdict.startswith("NOT HELD OUT: x. (By its rewards") and "held-out pairs  " not in report.text
 
 
 def test_win_rate_verdict_needs_interval_and_test(win_rate):
@@ -69,7 +69,8 @@ def test_perplexity_report(perplexity):
     assert len(lines) >= 19 and max(map(len, lines)) <= WIDTH
     row = next(line for line in lines if line.startswith("rejected answer"))
     assert "23.200 ± 2.141" in row and "+0.862 [+0.589, +1.292]" in row and row.endswith("1.8e-06")
-    assert "chosen 0.0212 ± 0.0010" in report.text and report.text.replace("\n", " ").endswith(report.verdict)
+    text = report.text.replace("\n", " ")
+    assert "chosen 0.0212 ± 0.0010" in text and f"{report.verdict}  Power, chosen answers" in text
 
 
 def test_perplexity_verdict(perplexity):
