@@ -10,12 +10,13 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import make_pairs, write_jsonl
+from conftest import assert_one_line, make_pairs, write_jsonl
 from drills import Fault, moments, run_with, writes_of
 from safetensors.numpy import load_file
 from stages import STAGES, assert_covers_all_scripts, run_stage
@@ -95,18 +96,23 @@ def test_every_script_has_an_entry():
     assert_covers_all_scripts(CASES, ELSEWHERE)
 
 
+def arguments_of(stage: str, inputs, folder, tmp_path) -> list:
+    """The arguments of a case's call with its output in `folder`."""
+    many = str(write_jsonl(tmp_path / "many.jsonl", make_pairs(60, 200)))
+    flags = [str(flag).replace("TINY", str(inputs.tiny)) if flag != "MANY" else many for flag in CASES[stage][0]]
+    return [*STAGES[stage](inputs, folder), *flags]
+
+
 @pytest.fixture
 def drill(call, inputs, tmp_path):
     """drill(stage, faults): run the stage under one fault after the other, then without; returns what happened."""
 
     def drilling(stage: str, faults: list[tuple], per_kind: Counter) -> None:
-        flags, check = CASES[stage]
-        many = str(write_jsonl(tmp_path / "many.jsonl", make_pairs(60, 200)))
-        flags = [str(flag).replace("TINY", str(inputs.tiny)) if flag != "MANY" else many for flag in flags]
+        check = CASES[stage][1]
         broken, fresh = tmp_path / "broken", tmp_path / "fresh"
         for folder in (broken, fresh):
             folder.mkdir()
-        arguments = {folder: [*STAGES[stage](inputs, folder), *flags] for folder in (broken, fresh)}
+        arguments = {folder: arguments_of(stage, inputs, folder, tmp_path) for folder in (broken, fresh)}
         done = run_with(Fault(str(fresh)), stage, arguments[fresh])
         assert done.returncode == 0, done.stderr
         total = writes_of(fresh)
@@ -170,3 +176,30 @@ def test_many_faults(stage, drill):
     drill(stage, kinds * 3, happened)
     print(json.dumps({"stage": stage, **happened}), file=sys.__stdout__, flush=True)
     assert happened["kill -9"] >= 3, happened
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small filesystem needs root")
+@pytest.mark.parametrize("stage", CASES)
+def test_full_filesystem(stage, call, inputs, tmp_path):
+    """A real one, which the C++ and Rust writers of tensors meet too: a third of the space that the stage needs."""
+    fresh, broken = tmp_path / "fresh", tmp_path / "broken"
+    code, _, err = run_stage(call, stage, *arguments_of(stage, inputs, fresh, tmp_path))
+    assert code == 0, err
+    broken.mkdir()
+    needed = sum(path.stat().st_size for path in fresh.rglob("*") if path.is_file())
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={needed // 3}", "tmpfs", str(broken)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("this machine does not let tests mount a filesystem")
+    try:
+        arguments = arguments_of(stage, inputs, broken, tmp_path)
+        code, _, err = run_stage(call, stage, *arguments)
+        assert code == 2, err
+        assert_one_line(err, "disk is full")
+        before = finished_work(broken)
+        subprocess.run(["mount", "-o", f"remount,size={needed * 10}", str(broken)], check=True)
+        code, _, err = run_stage(call, stage, *arguments)
+        assert code == 0 and before <= finished_work(broken), err
+        CASES[stage][1](broken, fresh)
+    finally:
+        subprocess.run(["umount", "-l", str(broken)], check=True)
