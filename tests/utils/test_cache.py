@@ -1,7 +1,11 @@
 """ResultCache: items across instances, identities, incomplete lines, and the share of each process."""
 
+import fcntl
+import threading
+
 import pytest
 
+from utils.artifacts import RowFile
 from utils.cache import ResultCache, cache_key
 
 
@@ -97,3 +101,17 @@ def test_cache_key_ignores_key_order_only():
     assert cache_key({"a": 1, "b": "é"}) == cache_key({"b": "é", "a": 1})
     different = [("ab", "c"), ("a", "bc"), ("abc",), (["ab", "c"],), ("ab", "c", ""), (1,), ("1",), (None,), ("null",)]
     assert len({cache_key(*parts) for parts in different}) == len(different)
+
+
+def test_row_that_another_process_is_writing(tmp_path):
+    """Two evaluations share the base's cache; a row that one has half written is not a cut-off row to the other."""
+    rows, row = RowFile(tmp_path / "rows.jsonl"), b'{"key": "a"}\n'
+    with rows.path.open("ab", buffering=0) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.write(row[:5])
+        other = threading.Thread(target=rows.append, args=[{"key": "b"}])
+        other.start()
+        other.join(0.3)
+        file.write(row[5:])
+    other.join(10)
+    assert rows.read() == [{"key": "a"}, {"key": "b"}]
