@@ -84,7 +84,7 @@ def test_signal_of_one_rank_stops_all_at_the_same_step(tiny, prefs, tmp_path):
 def test_signal_of_the_launcher(number, tiny, prefs, tmp_path):
     """accelerate's launcher gets it alone and passes it on; its own exit code is 1 whatever the processes return."""
     args = train_args(tiny, prefs, tmp_path, "--max_steps", 60)
-    handled = {"TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"}
+    handled = {"PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"}
     command = [*ACCELERATE, "--config_file", str(CPU), SCRIPT, *args]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **handled}, start_new_session=True, **pipes)
