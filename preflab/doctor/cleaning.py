@@ -1,13 +1,17 @@
 """Caches and leftovers of this project: what they are, how large, and their removal."""
 
 import shutil
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from preflab.evaluation.runs import folder_size
+from utils.artifacts import TEMPORARY
 from utils.cache import user_cache
 from utils.locks import is_held
+
+SECONDS_OF_A_WRITE = 3600
 
 
 @dataclass
@@ -44,3 +48,7 @@ def leftovers(checkpoints: Path, eval_out: Path) -> Iterator[Leftover]:
     for lock in sorted([*checkpoints.glob(".*.lock"), *eval_out.rglob(".*.lock")]):
         if not is_held(lock):
             yield Leftover(lock, "nothing: its process has ended")
+    for path in sorted([*checkpoints.rglob(f"{TEMPORARY}*"), *eval_out.rglob(f"{TEMPORARY}*")]):
+        # A file that is being written has its final name within seconds.
+        if path.stat().st_mtime < time.time() - SECONDS_OF_A_WRITE:
+            yield Leftover(path, "nothing: its process was killed while it wrote the file")

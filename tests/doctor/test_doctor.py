@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 from conftest import ROOT, assert_one_line, command
@@ -11,6 +12,7 @@ from filelock import FileLock
 from preflab.doctor import checks, recipe
 from preflab.doctor.checks import GIB, OK, PROBLEM, WARNING
 from preflab.doctor.cleaning import leftovers
+from utils.artifacts import TEMPORARY
 from utils.errors import UserError
 
 
@@ -138,6 +140,10 @@ def test_clean_deletes_caches_and_unused_locks_only(tmp_path):
         path.parent.mkdir(parents=True)
         path.write_text("x" * 5000)
     (checkpoints / ".ended.lock").touch()
+    for name, age in (("old", 7200), ("new", 0)):
+        half = eval_out / "run" / f"{TEMPORARY}{name}"
+        half.touch()
+        os.utime(half, (time.time() - age,) * 2)
     places = ("--checkpoints", checkpoints, "--eval_out", eval_out)
     with FileLock(checkpoints / ".used.lock"):
         listed = doctor("--clean", *places, PREFERENCELAB_CACHE=str(cache))
@@ -147,7 +153,8 @@ def test_clean_deletes_caches_and_unused_locks_only(tmp_path):
         assert deleted.returncode == 0 and "10 KiB" in deleted.stdout
         assert not cache.exists() and not list((eval_out / ".cache").iterdir())
         remaining = {path.name for path in tmp_path.rglob("*") if path.is_file()}
-        assert remaining == {"train.json", "run.json", ".used.lock"}
+        # The newer half-written file may be another process's.
+        assert remaining == {"train.json", "run.json", ".used.lock", f"{TEMPORARY}new"}
     # Its process has ended now.
     assert checkpoints / ".used.lock" in [item.path for item in leftovers(checkpoints, eval_out)]
 
