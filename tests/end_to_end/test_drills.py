@@ -159,7 +159,12 @@ def assert_ended_well(done, kind, number) -> str:
     return os.strerror(kind)
 
 
-@pytest.mark.parametrize("stage", CASES)
+# The others share their caches or their trainer with one of these, and are slow.
+FAST = {"dpo_train_human_preference.py", "generate_preference_pairs.py", "merge_adapter.py", "eval_win_rate.py",
+        "eval_win_rate.py --battle"}  # fmt: skip
+
+
+@pytest.mark.parametrize("stage", [s if s in FAST else pytest.param(s, marks=pytest.mark.slow) for s in CASES])
 def test_killed_and_full_disk(stage, drill):
     happened = Counter()
     drill(stage, [("kill", 0), (FULL, 0)], happened)

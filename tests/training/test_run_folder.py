@@ -115,6 +115,7 @@ def test_ctrl_c_saves_a_checkpoint(tiny, prefs, tmp_path, uninterrupted):
     assert_same_run(tmp_path, uninterrupted)
 
 
+@pytest.mark.slow
 def test_new_checkpoint_survives_a_clock_that_was_set_back(train, tiny, prefs, tmp_path):
     args = run_args(tiny, prefs, tmp_path, "--save_total_limit", 1)
     with interrupted_at(5):
@@ -151,7 +152,10 @@ def test_resume_refuses_bad_path_and_changed_data(train, tiny, prefs, tmp_path):
     assert_one_line(err, "data", "--run_name")
 
 
-@pytest.mark.parametrize(("name", "words"), [("template.jinja", "template"), ("config.json", "configuration")])
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("template.jinja", "template"), pytest.param("config.json", "configuration", marks=pytest.mark.slow)],
+)
 def test_resume_refuses_a_changed_model_or_template(name, words, train, tiny, smol_tokenizer, prefs, tmp_path):
     model, template = tmp_path / "model", tmp_path / "model/template.jinja"
     shutil.copytree(tiny, model)
