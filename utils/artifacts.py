@@ -15,9 +15,8 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
-import yaml
-
 from utils.errors import UserError, is_main_process, undo_on_failure
+from utils.parsing import parse_json, parse_yaml
 from utils.provenance import local_path
 from utils.secrets_in_text import without_secrets
 
@@ -122,7 +121,7 @@ def write_rows(path: str | os.PathLike, rows: Iterable[dict]) -> None:
 def read_json(path: str | os.PathLike) -> dict:
     """Read a JSON file. Raises UserError, naming the file, if it is missing or damaged."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        return parse_json(Path(path).read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except OSError as error:
@@ -144,13 +143,20 @@ class RowFile:
         self.path, self.writes = Path(path), every_rank or is_main_process()
 
     def read(self) -> list[dict]:
-        """The rows written so far, without a last line that a crash cut off."""
+        """The rows written so far, without a last line that a crash cut off.
+
+        Raises:
+            UserError: a damaged line. Names file and line.
+        """
         if not self.path.exists():
             return []
         rows = []
         # Not splitlines(), which also splits at U+2028 and other separators that JSON text may contain.
-        for line in self.path.read_bytes().split(b"\n")[:-1]:
-            rows.append(json.loads(line))
+        for number, line in enumerate(self.path.read_bytes().split(b"\n")[:-1], 1):
+            try:
+                rows.append(parse_json(line))
+            except ValueError as error:
+                raise UserError(f"{self.path} line {number}: damaged ({error}); remove this line") from None
         return rows
 
     def append(self, row: dict) -> None:
@@ -247,8 +253,9 @@ def read_yaml(path: str | os.PathLike, flag: str = "") -> dict:
     """
     source = f"{flag} {path}".lstrip()
     try:
-        content = yaml.safe_load(local_path(path).read_text(encoding="utf-8-sig"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        content = parse_yaml(local_path(path).read_text(encoding="utf-8-sig"))
+    # ValueError: also of bytes that are not UTF-8.
+    except (OSError, ValueError) as error:
         raise UserError(f"{source}: cannot be read ({error})") from None
     if not isinstance(content, dict):
         raise UserError(f"{source}: expected `key: value` lines")

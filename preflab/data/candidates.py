@@ -1,12 +1,12 @@
 """Several answers to a prompt, with a score, rank or win probability per answer, out of a dataset."""
 
-import json
 import math
 from collections import Counter
 
 from preflab.data.prompts import Prompt, distinct_prompts, prompts_summary
 from preflab.data.schemas import LISTS, SCORED, schema_of
 from utils.errors import UserError
+from utils.parsing import parse_json
 
 # Keys for several answers to one prompt and for a number per answer, as princeton-nlp and UCLA-AGI name them.
 CANDIDATE_KEYS = ("all_generated_responses", "responses", "answers", "completions", "generations")
@@ -111,7 +111,7 @@ def _as_list(value) -> list:
     """A list, or the JSON text of one; [] for anything else."""
     try:
         # Some data sets on the hub store lists as JSON text.
-        value = json.loads(value) if isinstance(value, str) else value
+        value = parse_json(value) if isinstance(value, str) else value
     except ValueError:
         return []
     return list(value) if isinstance(value, (list, tuple)) else []

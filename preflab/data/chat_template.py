@@ -8,7 +8,16 @@ import jinja2
 
 from preflab.data.messages import OPTIONS, THOUGHT_KEYS, WEIGHT
 from preflab.data.template_date import template_date, with_fixed_date
+from preflab.data.template_limits import template_limits
 from utils.errors import UserError
+
+# raise_exception in a template is a TemplateError. The others come from templates that index turns or keys which a
+# conversation does not have, compute with them, recurse without an end, exceed the sandbox's limit of a range, or are
+# no Python once Jinja has compiled them.
+REFUSALS = (
+    jinja2.TemplateError, TypeError, LookupError, AttributeError, ValueError, ArithmeticError, RecursionError,
+    SyntaxError,
+)  # fmt: skip
 
 
 # Not a UserError: the callers count refused conversations as dropped rows and continue with the others.
@@ -57,19 +66,12 @@ class ChatRenderer:
                 arguments = {"chat_template": self.template, **arguments}
             # As text, not ids: one batched tokenizer call (`ids`) is faster, and a span of characters can be mapped to
             # tokens.
-            return self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=generation_prompt, **arguments
-            )
-        # raise_exception in a template is a TemplateError; the others come from templates that index turns or keys that
-        # this conversation does not have.
-        except (jinja2.TemplateError, TypeError, KeyError, IndexError) as error:
+            with template_limits(self.tokenizer.name_or_path):
+                return self.tokenizer.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=generation_prompt, **arguments
+                )
+        except REFUSALS as error:
             raise TemplateRefused(str(error)) from error
-        except MemoryError as error:
-            # Otherwise it would be reported as a batch that is too large.
-            raise UserError(
-                f"the chat template of {self.tokenizer.name_or_path} needs more memory than there is to render one"
-                " conversation: repair the template, or pass another with --chat_template_path FILE"
-            ) from error
 
     def fold(self, messages: list[dict]) -> list[dict]:
         """`messages` with the system text in the first user turn, if the template has no system role."""
@@ -178,9 +180,10 @@ def training_template(tokenizer) -> str | None:
     from trl.chat_template_utils import get_training_chat_template
 
     try:
-        return get_training_chat_template(tokenizer)
+        with template_limits(tokenizer.name_or_path):
+            return get_training_chat_template(tokenizer)
     # TRL raises ValueError for a template that it does not know, and the template's own errors in its probes.
-    except (ValueError, TypeError, KeyError, jinja2.TemplateError):
+    except REFUSALS:
         return None
 
 

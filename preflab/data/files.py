@@ -3,7 +3,6 @@
 import csv
 import gzip
 import io
-import json
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import pyarrow.parquet
 
 from utils.errors import UserError
+from utils.parsing import parse_json
 
 TEXT_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv")
 # Matched in this order with endswith, so no suffix may be the end of another one.
@@ -55,7 +55,7 @@ def read_file(path: Path, keep_bad: bool = False) -> list[tuple[str, dict]]:
     if suffix.startswith(".jsonl"):
         return _json_lines(path, text, keep_bad)
     try:
-        data = json.loads(text)
+        data = parse_json(text)
     except ValueError as error:
         # Many `.json` files hold JSON lines; then the first line is a complete document, and more data follow it.
         if _is_json(text.lstrip().partition("\n")[0]):
@@ -80,7 +80,7 @@ def _text(path: Path, suffix: str) -> str:
 
 def _is_json(line: str) -> bool:
     try:
-        json.loads(line)
+        parse_json(line)
     except ValueError:
         return False
     return True
@@ -93,7 +93,7 @@ def _json_lines(path: Path, text: str, keep_bad: bool) -> list[tuple[str, dict]]
         if line.strip():
             source = f"{path} line {number}"
             try:
-                rows.append((source, json.loads(line)))
+                rows.append((source, parse_json(line)))
             except ValueError as error:
                 problem = f"{source}: invalid JSON ({error}); fix or remove this line"
                 if not keep_bad:

@@ -13,6 +13,7 @@ import re
 from collections import Counter
 
 from utils.errors import UserError
+from utils.parsing import parse_json
 
 ROLES = ("system", "user", "assistant", "tool")
 # ShareGPT's and other names of the same roles.
@@ -116,7 +117,7 @@ def _content_text(content, place: str) -> str:
 
 def _function_call(text, place: str) -> dict:
     try:
-        call = json.loads(text)
+        call = parse_json(text)
         return {"type": "function", "function": {"name": call["name"], "arguments": call.get("arguments", {})}}
     except (TypeError, ValueError, KeyError):
         raise UserError(f"{place}: a function_call must be JSON with 'name' and 'arguments'") from None
@@ -136,7 +137,7 @@ def from_json_text(value):
     if not isinstance(value, str) or value.lstrip()[:1] not in ("[", "{") or not re.search('"(role|from)"', value):
         return value
     try:
-        parsed = json.loads(value)
+        parsed = parse_json(value)
     except ValueError:
         return value
     first = parsed[0] if isinstance(parsed, list) and parsed else parsed

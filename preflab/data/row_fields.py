@@ -3,7 +3,6 @@
 `Fields` remembers which columns were read, so that what is not used can be named.
 """
 
-import json
 import math
 from collections import Counter
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from preflab.data.messages import (
     without_nulls,
 )
 from utils.errors import UserError
+from utils.parsing import parse_json
 
 # Columns that hold a prompt, in order of preference.
 PROMPTS = (
@@ -173,7 +173,7 @@ def read_options(fields: Fields) -> dict:
         value = fields.take(name)
         if isinstance(value, str):
             try:
-                value = json.loads(value) if value.strip() else None
+                value = parse_json(value) if value.strip() else None
             except ValueError as error:
                 raise UserError(f"{fields.source}: key {name!r} is not valid JSON ({error})") from None
         if value:

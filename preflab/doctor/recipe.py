@@ -104,9 +104,10 @@ def needed_bytes(recipe: dict) -> dict[str, float]:
     if name.startswith("builtin:"):
         return {}
     try:
-        config = AutoConfig.from_pretrained(name, revision=recipe.get("model_revision"))
+        revision = recipe.get("model_revision")
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
         with init_empty_weights():
-            model = AutoModelForCausalLM.from_config(config)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
             total = sum(p.numel() for p in model.parameters())
             if recipe.get("use_peft"):
                 targets = recipe.get("lora_target_modules") or "all-linear"

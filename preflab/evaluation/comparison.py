@@ -16,7 +16,7 @@ from preflab.data.template_date import choose_template_date
 from preflab.evaluation.arguments import ULTRAFEEDBACK, ComparisonArguments
 from preflab.evaluation.runs import HELD_OUT_ROWS, WEIGHTS, latest_run, newest_checkpoint, step_of
 from preflab.evaluation.servers import SERVER, model_and_url, model_of_server
-from preflab.models.loading import default_batch_tokens, ensure_changes_weights, hub_name, locate_adapter
+from preflab.models.loading import default_batch_tokens, ensure_readable, hub_name, locate_adapter
 from preflab.models.start_adapter import FROZEN
 from utils.artifacts import (
     all_arguments,
@@ -162,7 +162,7 @@ def resolve(args: ComparisonArguments, answers_only: bool = False) -> Comparison
     adapter = str(folder) if folder and (folder / "adapter_config.json").exists() else None
     tuned = None if adapter else str(folder) if folder else args.tuned_model
     if adapter:
-        ensure_changes_weights(adapter)
+        ensure_readable(adapter)
     if args.base_run:
         _put_run_in_place_of_base(args, adapter, folder)
     named = None if "base" in servers else args.base_model

@@ -13,6 +13,7 @@ from preflab.evaluation.servers import SERVER
 from preflab.models.fast import fused_lora, shared_prompt
 from preflab.models.loading import (
     BUILTIN,
+    adapter_errors,
     adapter_sha256,
     default_dtype,
     identify,
@@ -121,7 +122,8 @@ class TwoModels:
                 self._base = self.load_one(*c.weights("base"))
             if c.base_adapter:
                 # A second adapter on the shared weights (an SFT adapter that DPO started from, for example).
-                self._base.load_adapter(c.base_adapter, adapter_name=BASE_ADAPTER)
+                with adapter_errors(self._base, c.base_adapter):
+                    self._base.load_adapter(c.base_adapter, adapter_name=BASE_ADAPTER)
                 self._base.eval()
             loaded = [model for model in (self._base, self._tuned) if model is not None]
             for model in loaded:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from preflab.data.chat_template import ChatRenderer
 from preflab.data.template_date import template_date, with_fixed_date
 from preflab.evaluation.comparison import Comparison, resolve
 from preflab.evaluation.two_models import TwoModels
@@ -88,6 +89,9 @@ def arguments_of_models(models: TwoModels, suite: Suite, folder: Path) -> dict[s
     # The base model's own template: only another one must be passed to lm_eval.
     own = load_tokenizer(comparison.base, args.base_revision, trust_remote_code=args.trust_remote_code)
     template = models.tokenizer.chat_template
+    if suite.apply_chat_template and template:
+        # lm_eval renders it without limits of time and memory: a template that exceeds them is refused here.
+        ChatRenderer(models.tokenizer)
     if suite.apply_chat_template and (template != own.chat_template or template_date(template)):
         # The harness reads a chat template only from a tokenizer's folder, and would print the day of each call.
         tokenizer = copy(models.tokenizer)

@@ -1,12 +1,12 @@
 """Votes exported from the annotation page: read, checked against the study's key, and unblinded."""
 
-import json
 import unicodedata
 from pathlib import Path
 
 from preflab.human.page import CHOICES, FORMAT, SKIPS, checksum
 from utils.artifacts import read_json
 from utils.errors import UserError
+from utils.parsing import parse_json
 from utils.provenance import sha256_of_files, shorten_paths
 
 # Preference of each choice, in steps for the left answer.
@@ -48,7 +48,7 @@ def read_votes(paths: list[str]) -> dict[str, dict]:
 def _read(path: str):
     try:
         # Votes pasted into an editor may begin with a byte order mark.
-        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        return parse_json(Path(path).read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; give the file that the page's Export button saved") from None
     except (OSError, ValueError) as error:

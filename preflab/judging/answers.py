@@ -140,7 +140,9 @@ def named_model(spec: str, models: TwoModels, args) -> AnsweringModel:
     # Only local folders: a hub id is taken for a complete model.
     adapter = path if (Path(path) / "adapter_config.json").exists() else None
     base = (base_of(adapter) or models.comparison.base) if adapter else path
-    tokenizer = load_tokenizer(*tokenizer_home(base, None, adapter), models.comparison.args.chat_template_path)
+    args = models.comparison.args
+    home = tokenizer_home(base, None, adapter)
+    tokenizer = load_tokenizer(*home, args.chat_template_path, trust_remote_code=args.trust_remote_code)
     identity = models.identity_of(base, None, adapter, tokenizer, quantized=adapter is not None)
 
     @contextmanager

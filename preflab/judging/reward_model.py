@@ -30,7 +30,7 @@ class RewardModel:
         self.name, self.model_name, self.options = f"rm:{model}", model, options
         locate(model)
         self.custom_code = self._check_head()
-        self.tokenizer, self.model = load_tokenizer(model), None
+        self.tokenizer, self.model = load_tokenizer(model, trust_remote_code=self.custom_code), None
         self.chat = ChatRenderer(self.tokenizer)
 
     def identity(self) -> dict:

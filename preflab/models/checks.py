@@ -156,7 +156,7 @@ def tokens_in(folder: str) -> int:
     """Number of tokens of the tokenizer in a folder, 0 if it has none."""
     if not (Path(folder) / "tokenizer_config.json").exists():
         return 0
-    return len(AutoTokenizer.from_pretrained(folder))
+    return len(AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
 
 
 def adapter_rows(model, adapter: str) -> int | None:

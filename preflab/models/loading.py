@@ -2,10 +2,11 @@
 
 import importlib.util
 import os
+import pickle
 import shutil
 import sys
 import warnings
-from contextlib import redirect_stderr
+from contextlib import contextmanager, redirect_stderr
 from functools import cache
 from pathlib import Path
 
@@ -15,11 +16,10 @@ from filelock import FileLock
 from huggingface_hub import snapshot_download
 from peft import PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig
 
 from preflab.data.template_date import template_date
-from preflab.models.checks import fit_vocabulary
+from preflab.models.checks import fit_vocabulary, weight_shapes
 from utils.artifacts import read_json
 from utils.cache import user_cache
 from utils.errors import UserError, explain
@@ -38,8 +38,9 @@ PROMPT_LEARNING = {
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 SETTINGS_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "chat_template.jinja", "special_tokens_map.json")
-# Exceptions that transformers and peft raise for missing, damaged or unsupported model files.
-LOAD_ERRORS = (ValueError, ImportError, OSError, KeyError, SafetensorError)
+# What transformers and peft raise for files from outside: damaged weights and configs lead to any exception. Used only
+# around calls that read such files.
+LOAD_ERRORS = (Exception,)
 
 
 def hub_name(name: str) -> str:
@@ -57,17 +58,26 @@ def default_batch_tokens() -> int:
     return 16384 if torch.cuda.is_available() else 2048
 
 
-def load_error(what: str, error: Exception) -> Exception:
-    """A UserError for files that transformers could not load; `error` itself if memory or disk is exhausted.
+def load_error(what: str, error: Exception, check: str = "the folder is complete and holds a causal LM") -> Exception:
+    """A UserError for files that could not be loaded; `error` itself if it is one, or if memory or disk is exhausted.
 
     Args:
         what: the model or tokenizer, for the message.
+        check: what the user should check.
     """
     # These get their own message and advice in utils.errors.
-    if explain(error):
+    if isinstance(error, UserError) or explain(error):
         return error
-    first = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return UserError(f"{what} cannot be loaded ({first}): check that the folder is complete and holds a causal LM")
+    return UserError(f"{what} cannot be loaded ({why_unreadable(error)}): check that {check}")
+
+
+def why_unreadable(error: Exception) -> str:
+    """Why a file of weights or settings could not be read, in one line."""
+    if isinstance(error, pickle.UnpicklingError):
+        return "its pickled weights hold more than tensors, or are damaged, and are not executed"
+    first = (str(error).strip() or "no reason given").splitlines()[0]
+    # Of other exceptions the text alone says little: KeyError's is the key.
+    return first if isinstance(error, (ValueError, ImportError, OSError)) else f"{type(error).__name__}: {first}"
 
 
 def _builtin_gguf() -> Path:
@@ -151,7 +161,7 @@ def locate_adapter(name: str) -> str:
     The tokenizer in the same repository is downloaded as well.
 
     Raises:
-        UserError: no adapter in the folder or repository.
+        UserError: no adapter in the folder or repository, or one whose weights cannot be read.
     """
     path = Path(name).expanduser()
     # A hub id has exactly one slash, and its first part is not a local folder.
@@ -160,10 +170,25 @@ def locate_adapter(name: str) -> str:
         if not (path / "adapter_config.json").exists():
             problem = "has no adapter_config.json" if path.is_dir() else "is not a folder"
             raise UserError(f"adapter {name} {problem}: give the folder that training wrote, or a hub id")
-        ensure_changes_weights(path)
-        return str(path)
-    ensure_changes_weights(fetch(name, "adapter_config.json", "model", None, "a local folder").parent)
-    return snapshot_download(name, allow_patterns=[*ADAPTER_FILES, *TOKENIZER_FILES])
+        folder = str(path)
+    else:
+        # Prompt learning is refused before its weights are downloaded.
+        ensure_changes_weights(fetch(name, "adapter_config.json", "model", None, "a local folder").parent)
+        folder = snapshot_download(name, allow_patterns=[*ADAPTER_FILES, *TOKENIZER_FILES])
+    ensure_readable(folder)
+    return folder
+
+
+def ensure_readable(adapter: str | os.PathLike) -> None:
+    """Raise UserError if an adapter learns virtual tokens or its weights cannot be read; only their shapes are read.
+
+    For calls that start with it: before its base is loaded, and before other programs (lm_eval, vLLM) read it.
+    """
+    name = described(adapter)
+    try:
+        weight_shapes(adapter)
+    except LOAD_ERRORS as error:
+        raise load_error(name, error, "its folder is complete") from error
 
 
 def ensure_changes_weights(folder: str | os.PathLike) -> dict:
@@ -176,7 +201,8 @@ def ensure_changes_weights(folder: str | os.PathLike) -> dict:
     path = Path(folder) / "adapter_config.json"
     config = read_json(path)
     kind = config.get("peft_type") if isinstance(config, dict) else None
-    if not isinstance(config, dict) or (kind is not None and kind not in PEFT_TYPE_TO_CONFIG_MAPPING):
+    # A text, since what cannot be a key of a dictionary cannot be looked up.
+    if not isinstance(config, dict) or (kind is not None and str(kind) not in PEFT_TYPE_TO_CONFIG_MAPPING):
         raise UserError(f"{path}: not an adapter's config of PEFT; give the folder that training wrote")
     if kind in PROMPT_LEARNING:
         raise UserError(
@@ -201,13 +227,16 @@ def tokenizer_home(base: str, revision: str | None, adapter: str | None) -> tupl
     return (adapter, None) if has_own else (base, revision)
 
 
-def load_tokenizer(name: str, revision: str | None = None, chat_template_path: str | None = None, **kwargs):
+def load_tokenizer(
+    name: str, revision: str | None = None, chat_template_path: str | None = None, trust_remote_code: bool = False
+):
     """Load a tokenizer that pads on the right.
 
     Without a pad token it pads with EOS, which is safe: attention masks come from sequence lengths, not from pad ids.
 
     Args:
         chat_template_path: a Jinja file that replaces the chat template.
+        trust_remote_code: run a tokenizer's own code; without it such a tokenizer is refused.
 
     Raises:
         UserError: no tokenizer, or no readable template file.
@@ -215,7 +244,7 @@ def load_tokenizer(name: str, revision: str | None = None, chat_template_path: s
     # The folder may be a LoRA adapter with a tokenizer, which `locate` would refuse as a model.
     location = name if (Path(name) / "tokenizer_config.json").exists() else locate(name, revision)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(location, revision=revision, **kwargs)
+        tokenizer = AutoTokenizer.from_pretrained(location, revision=revision, trust_remote_code=trust_remote_code)
     except LOAD_ERRORS as error:
         raise load_error(f"tokenizer of {name}", error) from error
     # Log-probabilities are computed on right-padded rows; generation pads on the left without the tokenizer.
@@ -342,23 +371,33 @@ def load_adapter(model, adapter: str, is_trainable: bool = False):
     folder = Path(adapter)
     if not (folder / "adapter_config.json").exists():
         raise UserError(f"adapter {adapter}: has no adapter_config.json; give the folder that training wrote")
-    # For the error messages: most misfits are an adapter on the wrong base.
-    trained_on = ensure_changes_weights(folder).get("base_model_name_or_path")
-    fit_vocabulary(model, adapter)
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            # utils.distributed silences peft's warnings, and Python shows a repeated warning once only.
-            warnings.simplefilter("always")
-            tuned = PeftModel.from_pretrained(model, adapter, is_trainable=is_trainable)
-    # torch raises RuntimeError for weights of another shape.
-    except (RuntimeError, ValueError, KeyError) as error:
-        raise UserError(f"adapter {adapter} (trained on {trained_on}) does not fit {model.name_or_path}") from error
+    with warnings.catch_warnings(record=True) as caught, adapter_errors(model, adapter):
+        # utils.distributed silences peft's warnings, and Python shows a repeated warning once only.
+        warnings.simplefilter("always")
+        fit_vocabulary(model, adapter)
+        tuned = PeftModel.from_pretrained(model, adapter, is_trainable=is_trainable)
     # peft only warns about layers without adapter weights; they would stay untrained.
     if any("missing adapter keys" in str(w.message) for w in caught):
-        raise UserError(
-            f"adapter {adapter} (trained on {trained_on}) has no weights for layers of {model.name_or_path}"
-        )
+        raise UserError(f"{described(adapter)} has no weights for layers of {model.name_or_path}")
     return tuned
+
+
+def described(adapter: str | os.PathLike) -> str:
+    """An adapter in error messages, with its base: most misfits are an adapter on the wrong base."""
+    return f"adapter {adapter} (trained on {ensure_changes_weights(adapter).get('base_model_name_or_path')})"
+
+
+@contextmanager
+def adapter_errors(model, adapter: str | os.PathLike):
+    """Turn what PEFT raises for an adapter that is damaged, or of another model, into UserError."""
+    name = described(adapter)
+    try:
+        yield
+    except LOAD_ERRORS as error:
+        # torch raises RuntimeError for weights of another shape.
+        if isinstance(error, (RuntimeError, ValueError, KeyError)) and not explain(error):
+            raise UserError(f"{name} does not fit {model.name_or_path}") from error
+        raise load_error(name, error, "its folder is complete") from error
 
 
 def identify(name: str, tokenizer, revision: str | None = None) -> dict:

@@ -1,11 +1,11 @@
 """Names of models, adapters and data for readers elsewhere: hub ids where there are any, no paths of this machine."""
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from preflab.models.loading import hub_name
+from utils.parsing import parse_json
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 # A download in the hub's cache: models--ORG--NAME/snapshots/COMMIT.
@@ -56,7 +56,7 @@ def public_name(name: str, hub_id: str | None = None) -> PublicName:
 def _hub_id_in_config(folder: Path) -> str | None:
     """The hub id that a folder's config.json was made from; transformers records it in some versions."""
     try:
-        source = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("_name_or_path")
+        source = parse_json((folder / "config.json").read_text(encoding="utf-8")).get("_name_or_path")
     except (OSError, ValueError, AttributeError):
         return None
     # The recorded name may also be a path on the machine that wrote the file.

@@ -87,7 +87,7 @@ def resolve_start_adapter(args, model_args) -> StartAdapter | None:
     start = StartAdapter(base, revision, locate_adapter(args.start_adapter), args.start_adapter_use)
     if start.use == "merge":
         # Loaded for the hash of its chat template, which `identify` includes.
-        tokenizer = load_tokenizer(*start.tokenizer)
+        tokenizer = load_tokenizer(*start.tokenizer, trust_remote_code=args.trust_remote_code)
         # The name depends on all that the merged weights depend on, so runs with the same start share the folder.
         model = {k: v for k, v in identify(base, tokenizer, revision).items() if k != "template_date"}
         parts = (str(model), adapter_sha256(start.adapter), str(model_args.dtype))
@@ -128,7 +128,8 @@ def merge_start_adapter(
     def write() -> None:
         # Not quantised, even if the run quantises its base: the adapter is merged into full-precision weights.
         options = (start.revision, dtype, attn_implementation, None, start.adapter, trust_remote_code)
-        model, tokenizer = load_model(start.base, *options).eval(), load_tokenizer(*start.tokenizer)
+        model = load_model(start.base, *options).eval()
+        tokenizer = load_tokenizer(*start.tokenizer, trust_remote_code=trust_remote_code)
         precision = str(model.dtype).removeprefix("torch.")
         before = probe_logps(model, tokenizer)
         write_merged(staging, model, tokenizer, start.describe())
