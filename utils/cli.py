@@ -177,12 +177,13 @@ def _stray(word: str, before: str | None, keys: dict[str, Key]) -> str:
         return f"{start}: did you mean --config {word}?"
     if "=" in word and meant_key(name, keys):
         return f"{start}: did you mean --{meant_key(name, keys)} {word.partition('=')[2]}?"
-    if before is None:
+    if before == "--config" and word.endswith((".yaml", ".yml")):
+        return f"{start}: --config takes one file"
+    # A file after --config is its only value, so a further word belongs to no flag.
+    if before in (None, "--config"):
         meant = meant_key(word, keys)
         hint = f"did you mean --{meant}?" if meant else "see --help"
         return f"{start}: it follows no flag; {hint}"
-    if before == "--config":
-        return f"{start}: --config takes one file"
     key, negated = _key_of(before.partition("=")[0], keys)
     if negated:
         return f"{start}: it follows {before}, which takes no value"

@@ -4,6 +4,7 @@ import errno
 import os
 import signal
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -169,7 +170,7 @@ def _call(actions: list[Callable[[], None]]) -> None:
 
 
 def fail(message: str) -> None:
-    """Print `error: message` as one line on stderr and exit with code 2.
+    """Print `error: message` on stderr, as one line where that is not a terminal, and exit with code 2.
 
     Rank 0 prints errors common to all ranks. Other ranks wait 5 s, so they print only if they alone failed: after an
     error on rank 0 the launcher has ended them by then.
@@ -178,9 +179,19 @@ def fail(message: str) -> None:
     if not is_main_process():
         rank = f"[process {os.environ['RANK']}] "
         time.sleep(5)
-    print(f"error: {rank}" + without_secrets(" ".join(message.split())), file=sys.stderr)
+    print(for_terminal(f"error: {rank}" + without_secrets(" ".join(message.split()))), file=sys.stderr)
     sys.stderr.flush()
     sys.exit(2)
+
+
+def for_terminal(line: str) -> str:
+    """A line for stderr: on a terminal wrapped between words, in a file one line, as it is searched for there."""
+    if not sys.stderr.isatty():
+        return line
+    # Of stderr: stdout may be a pipe. A terminal may report 0 columns.
+    width = os.get_terminal_size(sys.stderr.fileno()).columns or 80
+    # Words longer than a line (paths) stay whole, so that they can be copied.
+    return textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False)
 
 
 # EFBIG is the shell's `ulimit -f`, EDQUOT a user's quota, EROFS a read-only mount.

@@ -145,7 +145,8 @@ def test_values():
         ("color=red", ("'color=red'", "--color red")),
         ("lr=1", ("'lr=1'", "--learning_rate 1")),
         ("configs/quickstart.yaml", ("--config configs/quickstart.yaml",)),
-        ("--config configs/quickstart.yaml more", ("'more'", "one file")),
+        ("--config configs/quickstart.yaml more.yaml", ("'more.yaml'", "one file")),
+        ("--config configs/quickstart.yaml stray", ("'stray'", "follows no flag")),
         ("--config", ("--config", "needs a file")),
         ("--Color red", ("--Color", "did you mean --color")),
         ("--", ("'--'",)),
@@ -305,3 +306,23 @@ def test_bad_names_are_refused(name, monkeypatch):
 def test_good_names_are_accepted(name, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["script.py"])
     assert run_name(name, "", "", None) == name and parse((Named,), ["--run_name", name])[0].run_name == name
+
+
+def test_errors_are_wrapped_between_words_on_a_terminal(monkeypatch, capfd):
+    """In a file they are one line."""
+    import os
+    import pty
+    import sys
+    import termios
+
+    from utils.errors import for_terminal
+
+    line = "error: " + "a word and another one " * 6 + "/a/path/that/is/longer/than/the/lines/of/this/terminal"
+    assert for_terminal(line) == line
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 40))
+    with open(theirs, "w") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        lines = for_terminal(line).split("\n")
+    os.close(ours)
+    assert " ".join(lines) == line and max(map(len, lines[:-1])) <= 40 and lines[-1].startswith("/a/path")
