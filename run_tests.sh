@@ -20,6 +20,7 @@ for argument in "$@"; do
 done
 
 prepare_environment requirements/tests.txt
+[ -f .gguf-tools/stamp ] || echo "GGUF: llama.cpp is not installed (bash install_gguf.sh), so its tests are skipped"
 echo "lint: ruff"
 "$python" -m ruff check .
 "$python" -m ruff format --check .

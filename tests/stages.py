@@ -29,6 +29,7 @@ STAGES = {
     "sft_train_instruction.py": lambda i, folder: sft_args(i.tiny, i.conversations, folder),
     "generate_preference_pairs.py": lambda i, folder: pair_args(i.tiny, i.prompts, folder / "out"),
     "merge_adapter.py": lambda i, folder: eval_args(i.trained, folder / "out", "--merged_dir", folder / "merged"),
+    "export_gguf.py": lambda i, folder: eval_args(i.trained, folder / "out", "--gguf_dir", folder / "gguf"),
     "eval_win_rate.py": lambda i, folder: eval_args(i.trained, folder / "out"),
     "eval_win_rate.py --battle": lambda i, folder: eval_args(i.trained, folder / "out", "--battle"),
     "eval_perplexity.py": lambda i, folder: eval_args(i.trained, folder / "out"),
@@ -55,13 +56,14 @@ ARGUMENTS = {
     ),
     "generate_preference_pairs.py": _of("generate_preference_pairs:PairArguments"),
     "merge_adapter.py": _of(COMPARISON, "merge_adapter:MergeArguments"),
+    "export_gguf.py": _of(COMPARISON, "export_gguf:GgufArguments"),
     "eval_win_rate.py": _of(COMPARISON, "eval_win_rate:WinRateArguments"),
     "eval_perplexity.py": _of(COMPARISON, "eval_perplexity:PerplexityArguments"),
     "run_alpacaeval_local.py": _of(COMPARISON, "run_alpacaeval_local:AlpacaEvalArguments"),
     "human_eval.py": _of(COMPARISON, "human_eval:HumanEvalArguments"),
     "run_lm_eval.sh": _of("preflab.harness.arguments:HarnessArguments"),
 }
-NO_STAGES = {"quickstart.sh", "run_tests.sh", "doctor.sh"}
+NO_STAGES = {"quickstart.sh", "run_tests.sh", "doctor.sh", "install_gguf.sh"}
 SCRIPTS = sorted({stage.split()[0] for stage in STAGES})
 
 

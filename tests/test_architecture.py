@@ -12,7 +12,7 @@ FLOORS = [
     {"data"},
     {"models"},
     {"evaluation"},
-    {"training", "judging", "harness", "doctor"},
+    {"training", "judging", "harness", "doctor", "gguf"},
     {"pairs", "alpacaeval", "human"},
     {"scripts", "benchmarks"},
 ]

@@ -19,26 +19,31 @@ SIDES = ("chosen", "rejected")
 BATCH = 4
 
 
-def response_logps(model, tokenizer, ids, share_prompts: bool, desc: str) -> np.ndarray:
+def response_logps(model, tokenizer, ids, share_prompts: bool, desc: str, indices=None, save=None) -> np.ndarray:
     """Summed log-probabilities of (chosen, rejected), shape (pairs, 2), in nats.
 
     Args:
         ids: rows with prompt_ids, chosen_ids and rejected_ids.
         share_prompts: compute each prompt once, if the architecture allows it.
         desc: label of the progress bar.
+        indices: rows to score (default: all); the others are 0 in the result.
+        save: is called with (row, [chosen, rejected]) as soon as a row is scored.
     """
+    indices = range(len(ids)) if indices is None else indices
     attach_head(model)
     fused_lora.attach(model)
     logps = np.zeros((len(ids), 2))
     collator = DataCollatorForPreference(pad_token_id=tokenizer.pad_token_id)
     if share_prompts and shared_prompt.attach_if_known(model):
         collator = shared_prompt.PackingCollator(collator)
-    with torch.inference_mode(), progress(len(ids), desc, "pair") as bar:
-        for rows, batch in pair_batches(ids, collator, BATCH):
+    with torch.inference_mode(), progress(len(indices), desc, "pair") as bar:
+        for rows, batch in pair_batches(ids, collator, BATCH, indices):
             on_device = {k: v.to(model.device) if hasattr(v, "to") else v for k, v in batch.items()}
             sums = token_logps(model, **on_device).sum(1)  # (2 × pairs,): chosen rows first, then rejected
             # `rows` are indices into `ids`: batches come longest first.
             logps[rows] = torch.stack(sums.chunk(2), 1).cpu().numpy()
+            for row in rows if save else ():
+                save(row, logps[row].tolist())
             bar.update(len(rows))
     return logps
 

@@ -1,4 +1,4 @@
-"""Load models and tokenizers by name: a hub id, a local folder, or the builtin SmolLM2-135M-Instruct."""
+"""Load models and tokenizers by name: a hub id, a local folder, gguf:FILE, or the builtin SmolLM2-135M-Instruct."""
 
 import importlib.util
 import os
@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from preflab.data.template_date import template_date
 from preflab.models.checks import fit_vocabulary, weight_shapes
+from preflab.models.gguf_model import GgufModel, gguf_path, gguf_tokenizer
 from utils.artifacts import read_json
 from utils.cache import user_cache
 from utils.errors import UserError, explain
@@ -139,6 +140,9 @@ def locate(name: str, revision: str | None = None) -> str:
         if name != BUILTIN:
             raise UserError(f"unknown builtin model {name}; available: {BUILTIN}")
         return str(builtin_folder())
+    gguf = gguf_path(name)
+    if gguf:
+        return str(gguf)
     path = Path(name).expanduser()
     # A name that looks like a path is reported as a missing folder instead of being looked up on the hub.
     if path.exists() or name.startswith((".", "/", "~")):
@@ -243,8 +247,12 @@ def load_tokenizer(
     """
     # The folder may be a LoRA adapter with a tokenizer, which `locate` would refuse as a model.
     location = name if (Path(name) / "tokenizer_config.json").exists() else locate(name, revision)
+    gguf = gguf_path(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(location, revision=revision, trust_remote_code=trust_remote_code)
+        if gguf:
+            tokenizer = gguf_tokenizer(gguf)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(location, revision=revision, trust_remote_code=trust_remote_code)
     except LOAD_ERRORS as error:
         raise load_error(f"tokenizer of {name}", error) from error
     # Log-probabilities are computed on right-padded rows; generation pads on the left without the tokenizer.
@@ -312,6 +320,11 @@ def load_model(
     """
     location = locate(name, revision)
     device = PartialState().device
+    gguf = gguf_path(name)
+    if gguf:
+        if adapter or quantization_config is not None:
+            raise UserError(f"model {name}: a GGUF file is quantised and merged already; give no adapter and no 4 bits")
+        return GgufModel(gguf)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             location,
@@ -424,6 +437,9 @@ def _version(name: str, revision: str | None) -> dict:
     """
     if name.startswith("builtin:"):
         return {"weights_sha256": sha256_of_files([_builtin_gguf()])}
+    gguf = gguf_path(name)
+    if gguf:
+        return {"weights_sha256": sha256_of_files([gguf])}
     if Path(name).is_dir():
         # Top level only: a training folder also has checkpoints with weights below it.
         files = [*Path(name).glob("*.safetensors"), *Path(name).glob("*.bin")]

@@ -142,6 +142,12 @@ CASES = {
         (("--dataset_name", "gone.jsonl"), ("gone.jsonl",)),
         (("--limit", "0"), ("--limit 0",)),
     ],
+    "export_gguf.py": [
+        (("--types", "F16", "Q4_KM"), ("--types Q4_KM", "did you mean Q4_K_M?")),
+        (("--tuned_model", "TINY", "--adapter_path", "x"), ("--adapter_path", "--tuned_model")),
+        (("--base_run", "other"), ("--base_run",)),
+        (("--limit", "0"), ("--limit 0",)),
+    ],
 }
 
 

@@ -33,7 +33,21 @@ PAGES += [ROOT / name / "README.md" for name in ("data", "eval_out", "benchmarks
 PLACEHOLDERS = {"my_pairs.jsonl", "my.txt", "annotations.json", "votes-ann.json", "votes-bob.json", "votes-*.json"}
 PLACEHOLDERS |= {"my_prompts.jsonl", "prompts.jsonl", "ranked.jsonl"}
 # Programs whose arguments are not checked.
-OTHER_PROGRAMS = {"git", "cd", "source", "pip", "for", "done", "export", "mv", "rm", "rsync", "hf"}
+OTHER_PROGRAMS = {
+    "git",
+    "cd",
+    "source",
+    "pip",
+    "for",
+    "done",
+    "export",
+    "mv",
+    "rm",
+    "rsync",
+    "hf",
+    "llama-cli",
+    "ollama",
+}
 OUTPUT_FLAGS = {"--output-json", "--png", "--json"}
 
 

@@ -85,6 +85,7 @@ CASES = {
     "human_eval.py": (("--sides_seed", 1, *SHORT), check_study),
 }
 ELSEWHERE = {
+    "export_gguf.py": "tests/gguf/test_export.py, where llama.cpp is installed",
     "run_lm_eval.sh": "tests/harness/test_run_lm_eval.py: lm_eval has its own cache",
     "run_sppo_iteration.sh": "it calls two scripts of this table; its signals: tests/end_to_end/test_signals.py",
 }

@@ -18,6 +18,7 @@ PAGES = {
     "sft_train_instruction.py": ("accelerate launch", "--loss_on"),
     "generate_preference_pairs.py": ("accelerate launch", "--scorer"),
     "merge_adapter.py": ("--merged_dir",),
+    "export_gguf.py": ("bash install_gguf.sh", "--types"),
     "eval_win_rate.py": ("accelerate launch", "--battle"),
     "eval_perplexity.py": ("accelerate launch", "--text_file"),
     "run_alpacaeval_local.py": ("--reference", "--judge"),
@@ -29,6 +30,7 @@ SHELL_PAGES = {
     "quickstart.sh": ("bash quickstart.sh", "--overwrite"),
     "run_tests.sh": ("bash run_tests.sh", "--fast"),
     "doctor.sh": ("bash doctor.sh", "--clean"),
+    "install_gguf.sh": ("bash install_gguf.sh", "requirements/gguf.txt"),
 }
 # Flags that are answered before the keys are read.
 BEFORE_PARSING = {"list", "help_all", "config"}

@@ -16,7 +16,8 @@ def bash(command: str, cwd=ROOT, **env) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.parametrize(
-    "script", [*SCRIPTS, "run_sppo_iteration.sh", "run_lm_eval.sh", "doctor.sh", "utils/env.sh", ".ci/run"]
+    "script",
+    [*SCRIPTS, "run_sppo_iteration.sh", "run_lm_eval.sh", "doctor.sh", "install_gguf.sh", "utils/env.sh", ".ci/run"],
 )
 def test_scripts_parse(script):
     assert bash(f"bash -n {script}").returncode == 0

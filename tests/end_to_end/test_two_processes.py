@@ -78,6 +78,7 @@ ELSEWHERE = {
     "run_sppo_iteration.sh": "tests/pairs/test_sppo.py: it launches two scripts of this table",
     "human_eval.py": "no test: its answers come from the code that run_alpacaeval_local.py shares out",
     "merge_adapter.py": "no test: one process merges",
+    "export_gguf.py": "no test: one process exports",
 }
 
 
