@@ -5,6 +5,8 @@
     python eval_perplexity.py --base_model google/gemma-2b-it \\
         --adapter_path checkpoints/checkpoint-7000
     python eval_perplexity.py --text_file README.md --skip_pairs   # plain text
+    python eval_perplexity.py --base_model google/gemma-2b-it --text_file README.md --skip_pairs
+                                                                   # one model, no comparison
     accelerate launch --config_file configs/accelerate/multi_gpu.yaml \\
         eval_perplexity.py --run_name gemma-2b-it-dpo
 
@@ -83,7 +85,9 @@ def main():
     from preflab.evaluation.two_models import TwoModels
     from utils.distributed import join_processes
 
-    comparison = resolve(comparison_args)
+    comparison = resolve(comparison_args, alone=True)
+    # KL is between two models.
+    args.skip_kl = args.skip_kl or len(comparison.sides) == 1
     check(args, comparison)
     join_processes()
     comparison.ensure_same_evaluation("perplexity", stage.arguments)
@@ -105,7 +109,7 @@ def main():
         comparison.path("perplexity", ".json"),
         models.describe(),
         metrics,
-        perplexity_report.render(metrics, bias, comparison.title, note, not_held_out),
+        perplexity_report.render(metrics, bias, comparison.title, note, not_held_out).noted(comparison.identical),
         run=comparison.run_fields,
         seed=comparison_args.seed,
         rows=[*pairs.rows, *text.rows],

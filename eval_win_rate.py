@@ -33,6 +33,8 @@ The keys that matter (flags and YAML keys are the same, the command line wins; [
            --prompts ID|FILE   --prompts_split NAME [test]   --max_new_tokens N [256]
            --temperature X [0]   --top_p X [1]   --models name=FOLDER ...   --opponent_outputs FILE
            --published FILE   (base, tuned and --models may be openai:MODEL@URL, a server)
+  plan     --plan N|FILE (N prompts are judged first, or an earlier result is read: prints prompts
+           against detectable difference and time, and stops)
   run      --batch_tokens N   --batch_size N   --seed N [42]   --output_dir DIR | --output_json FILE
            --overwrite
 
@@ -42,7 +44,7 @@ command continues.
 
 from dataclasses import dataclass
 
-from preflab.evaluation.arguments import ComparisonArguments, JudgeArguments
+from preflab.evaluation.arguments import HELP_OF_PLAN, ComparisonArguments, JudgeArguments
 from preflab.evaluation.run_list import print_runs
 from utils.artifacts import read_published
 from utils.cli import option
@@ -72,6 +74,7 @@ class WinRateArguments(JudgeArguments):
     opponent_outputs: str | None = option("Battle: a file of answers that base and tuned are compared with.")
     published: str | None = option("Battle: YAML of published scores to print next to the results.")
     judge_prompt: str = option("Battle: YAML of the judge's prompt.", "configs/judges/pairwise.yaml")
+    plan: str | None = option(HELP_OF_PLAN)
 
 
 def reward_mode(stage, models, args):
@@ -95,11 +98,13 @@ def reward_mode(stage, models, args):
     note = left_out(pairs.data, pairs.truncation)
     base_run, not_held_out = comparison.args.base_run, pairs.data.not_held_out
     heading = f"{comparison.title}, {len(pairs.rows)} {'' if not_held_out else 'held-out '}pairs"
-    stage.publish(
+    summary = stage.publish(
         comparison.path("win_rate", ".json"),
         models.describe(),
         metrics,
-        win_rate_report.render(metrics, slices, bias, expected, comparison.title, note, not_held_out, base_run),
+        win_rate_report.render(metrics, slices, bias, expected, comparison.title, note, not_held_out, base_run).noted(
+            comparison.identical
+        ),
         run=comparison.run_fields,
         seed=seed,
         rows=pairs.rows,
@@ -109,11 +114,23 @@ def reward_mode(stage, models, args):
         length_bias=bias,
         expected=expected,
         scoring=pairs.speed,
+        work={"scoring": reward_work(pairs)},
         data={**pairs.data.summary(), "truncation": pairs.truncation},
     )
     # After publishing, so that the table that shows the difference is printed and saved.
     if expected and not expected["agrees"]:
         raise UserError(f"--expected {args.expected}: the trainer's metrics are not reproduced (see the table above)")
+    return summary
+
+
+def reward_work(pairs) -> dict:
+    """What was scored in this call, as `utils.cache.measured_work` has it."""
+    sequences = 2 * len(pairs.rows)
+    return {
+        "seconds": pairs.speed["seconds"],
+        "computed": sequences - pairs.speed["rows_kept_before"],
+        "of": sequences,
+    }
 
 
 def battle_mode(stage, models, args):
@@ -121,31 +138,40 @@ def battle_mode(stage, models, args):
     from preflab.judging.battle_metrics import battle_sections
     from preflab.judging.battle_report import battle_figure, render
     from preflab.judging.battles import answer_prompts, judge_battle, judge_notes, make_judges, rows_with_controls
+    from utils.cache import measured_work
 
     comparison, comparison_args = models.comparison, models.comparison.args
     # Files and judges first, so that bad input fails before the weights are loaded.
     published = read_published(args.published) if args.published else None
     judges = make_judges(args, comparison_args)
-    battle = answer_prompts(models, args)
-    judged = judge_battle(battle, judges, comparison_args.eval_out, comparison_args.overwrite)
+    if args.plan and not comparison.servers:
+        # The pilot's time per prompt must not include loading the models.
+        models.load()
+    with measured_work("answers-") as answering:
+        battle = answer_prompts(models, args)
+    answering["of"] = len(battle.prompts) * len(battle.answering)
+    with measured_work("judgements") as judging:
+        judged = judge_battle(battle, judges, comparison_args.eval_out, comparison_args.overwrite)
+    judging["of"] = 0 if judges[0].instant else 2 * len(judged[judges[0].name])
     if not is_main_process():
         return
     battle.data["judge_notes"] = judge_notes(judged[judges[0].name])
     sections = battle_sections(judged, battle.answers, battle.pairs, battle.names, comparison_args.seed)
     title = f"{comparison.name}: {battle.title}, judge {judges[0].name}, both orders"
     # Base and tuned come first and are in `models.describe()`.
-    further = {model.name: model.identity for model in battle.answering[2:]}
-    stage.publish(
+    further = {model.name: model.identity for model in battle.answering[len(models.sides) :]}
+    return stage.publish(
         comparison.path("battle", ".json"),
         {**models.describe(), "others": further, "judge": judges[0].identity()},
         sections["metrics"],
-        render(sections, published, title, battle.data),
+        render(sections, published, title, battle.data).noted(comparison.identical),
         run=comparison.run_fields,
         seed=comparison_args.seed,
         rows=rows_with_controls(judged),
         figure=lambda path: battle_figure(path, sections, title),
         **{key: section for key, section in sections.items() if key != "metrics"},
         published=published,
+        work={"answers": answering, "judging": judging},
         data=battle.data,
     )
 
@@ -165,18 +191,30 @@ def check(args, trained: dict):
 
 def main():
     stage, comparison_args, args = start("win_rate", __doc__, ComparisonArguments, WinRateArguments, listing=print_runs)
+    from preflab.evaluation import plan
     from preflab.evaluation.comparison import resolve
     from preflab.evaluation.two_models import TwoModels
     from utils.distributed import join_processes
 
-    comparison = resolve(comparison_args, answers_only=args.battle)
+    stage.name = "battle" if args.battle else "win_rate"
+    if pilot := plan.pilot_file(args.plan, comparison_args.limit):
+        return plan.plan_from_file(stage, pilot, comparison_args.output_dir, comparison_args.seed)
+    # A pilot of N prompts is a trial run with --limit N.
+    comparison_args.limit = plan.pilot_size(args.plan, comparison_args.limit) or comparison_args.limit
+    comparison = resolve(comparison_args, answers_only=args.battle, alone=args.battle)
+    if len(comparison.sides) == 1 and not (args.models or args.opponent_outputs):
+        raise UserError(
+            f"--base_model {comparison_args.base_model} alone has no opponent: give answers with"
+            " --opponent_outputs, further models with --models, or a tuned model"
+        )
     check(args, comparison.trained)
     # After the checks, so that invalid arguments fail without waiting for the other processes.
     join_processes()
     models = TwoModels(comparison)
-    stage.name = "battle" if args.battle else "win_rate"
     comparison.ensure_same_evaluation(stage.name, stage.arguments)
-    (battle_mode if args.battle else reward_mode)(stage, models, args)
+    summary = (battle_mode if args.battle else reward_mode)(stage, models, args)
+    if args.plan and is_main_process():
+        plan.publish_plan(stage, summary, comparison.path(stage.name, ".json"), comparison_args.seed)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,8 @@ The keys that matter (flags and YAML keys are the same, the command line wins; [
   page      --repeat_share X [0.05] (pairs shown twice, sides swapped)
             --sides_seed N (default: random, and recorded)
   score     --score FILE ...   --key FILE (default: the key of the votes' study below --eval_out)
+  plan      --plan FILE (a scored study, human_eval.json: prints prompts against detectable
+            difference and time, and stops)
   run       --output_dir DIR   --overwrite
 
 Answers are cached: the same command continues after an interruption. A second call makes the same
@@ -37,7 +39,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from preflab.evaluation.arguments import ComparisonArguments, GenerationArguments
+from preflab.evaluation.arguments import HELP_OF_PLAN, ComparisonArguments, GenerationArguments
 from preflab.evaluation.run_list import print_runs
 from utils.cli import option
 from utils.errors import UserError, is_main_process, run
@@ -59,6 +61,9 @@ class HumanEvalArguments(GenerationArguments):
     sides_seed: int | None = option("Seed of sides and order (default: random, and recorded in the key).")
     score: list[str] | None = option("Votes files to score, as the page exported them.")
     key: str | None = option("Key of the votes' study (default: the one below --eval_out).")
+    plan: str | None = option(
+        HELP_OF_PLAN.replace("from a pilot of this many prompts, which are judged first, or ", "")
+    )
 
 
 def check(args, c) -> None:
@@ -71,6 +76,11 @@ def check(args, c) -> None:
     # A repeat follows its first showing by half a page, so only pairs of the first half can be repeated.
     if not 0 <= args.repeat_share <= 0.5:
         raise UserError(f"--repeat_share {args.repeat_share}: must be from 0 to 0.5")
+    if args.plan and args.plan.isdigit():
+        raise UserError(
+            f"--plan {args.plan}: people judge the pilot: make a page with --limit {args.plan}, score its votes, and"
+            " give that human_eval.json to --plan"
+        )
     if args.key and not args.score:
         raise UserError("--key needs --score: give the votes files too")
     # Run and limit are recorded in the key; flags could only contradict it.
@@ -91,12 +101,15 @@ def main():
     )
     check(args, comparison_args)
 
+    from preflab.evaluation import plan
     from preflab.evaluation.comparison import resolve
     from preflab.human import dump, metrics, report, study, votes
     from utils.artifacts import check_writable, with_limit_suffix
     from utils.distributed import join_processes
 
     eval_out, output_dir = comparison_args.eval_out, comparison_args.output_dir
+    if args.plan:
+        return plan.plan_from_file(stage, Path(args.plan).expanduser(), output_dir, comparison_args.seed)
     if not args.score:
         join_processes()
         comparison = resolve(comparison_args, answers_only=True)

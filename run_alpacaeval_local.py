@@ -27,6 +27,8 @@ The keys that matter (flags and YAML keys are the same, the command line wins; [
              --judge_prompt FILE (configs/judges/alpacaeval_text.yaml: for judges that write)
   audit      --audit_dataset ID|FILE (default: the run's held-out pairs)   --audit_split NAME [test]
              --audit_limit N [200]
+  plan       --plan N|FILE (N instructions are judged first, or an earlier result is read: prints
+             instructions against detectable difference and time, and stops)
   run        --stage generate|judge|score|all [all]   --lc_resamples N [200]   --seed N [42]
              --output_dir DIR   --overwrite
 
@@ -39,7 +41,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from preflab.evaluation.arguments import ComparisonArguments, JudgeArguments
+from preflab.evaluation.arguments import HELP_OF_PLAN, ComparisonArguments, JudgeArguments
 from preflab.evaluation.run_list import print_runs
 from utils.cli import option
 from utils.errors import UserError, is_main_process, run
@@ -65,6 +67,7 @@ class AlpacaEvalArguments(JudgeArguments):
     audit_limit: int = option("Maximum labelled pairs for the judge audit; 0 skips the audit.", 200)
     lc_resamples: int = option("Bootstrap refits for the interval of the length-controlled rate.", 200)
     published: str | None = option("YAML of further published rows.", "configs/published/alpacaeval.yaml")
+    plan: str | None = option(HELP_OF_PLAN)
 
 
 def check(args, c) -> None:
@@ -75,6 +78,8 @@ def check(args, c) -> None:
     if args.annotations and c.limit:
         raise UserError("--annotations with --limit: the complete file is scored; remove --limit")
     args.check()
+    if args.plan and (args.annotations or args.stage != "all"):
+        raise UserError("--plan: works on all stages of both models; remove --annotations and --stage")
     if args.audit_limit < 0:
         raise UserError(f"--audit_limit {args.audit_limit}: must be at least 0")
     # A standard error needs two refits.
@@ -118,6 +123,7 @@ def main():
     check(args, comparison_args)
 
     from preflab.alpacaeval import files, metrics, report, stages
+    from preflab.evaluation import plan
     from preflab.evaluation.comparison import resolve
     from utils.artifacts import with_limit_suffix
     from utils.distributed import join_processes
@@ -127,6 +133,10 @@ def main():
     if args.annotations:
         return score_file(stage, args, comparison_args) if is_main_process() else None
 
+    if pilot := plan.pilot_file(args.plan, comparison_args.limit):
+        return plan.plan_from_file(stage, pilot, comparison_args.output_dir, seed) if is_main_process() else None
+    # A pilot of N instructions is a trial run with --limit N.
+    comparison_args.limit = plan.pilot_size(args.plan, comparison_args.limit) or comparison_args.limit
     # Everything that can be wrong is read before the first answer is generated.
     comparison = resolve(comparison_args, answers_only=True)
     folder = comparison.out / with_limit_suffix("alpacaeval", comparison_args.limit)
@@ -156,11 +166,11 @@ def main():
     # What made the files, which may be an earlier call with other defaults.
     models, judges = stages.origins(folder)
     title = f"{comparison.name}: AlpacaEval, judged by {results['judge']}"
-    stage.publish(
+    summary = stage.publish(
         folder / "alpacaeval.json",
         {**models, "judge": judges["base"].get("judge")},
         results["metrics"],
-        report.render(results, published, audit, title, trained_on),
+        report.render(results, published, audit, title, trained_on).noted(comparison.identical),
         run={"run_name": comparison.name, "limit": comparison_args.limit},
         seed=seed,
         figure=partial(report.draw, metrics=results["metrics"], published_rows=published, title=title),
@@ -175,7 +185,10 @@ def main():
         audit=audit,
         published=published,
         seconds=stages.timings(models, judges, audit, time.monotonic() - scoring_started),
+        work=stages.work(models, judges),
     )
+    if args.plan:
+        plan.publish_plan(stage, summary, folder / "alpacaeval.json", seed)
 
 
 if __name__ == "__main__":

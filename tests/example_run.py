@@ -153,7 +153,7 @@ def draw(folder: Path) -> None:
     of = [[row for row in scored if row["set"] == kind] for kind in ("pairs", "text")]
     perplexity_report.draw(folder / "perplexity.png", summary("perplexity")["metrics"], *of, title_of("perplexity"))
     battle_figure(folder / "battle.png", summary("battle"), title_of("battle"))
-    harness = SimpleNamespace(rows=summary("lm_eval_quick")["rows"], title=title_of("lm_eval_quick"))
+    harness = SimpleNamespace(rows=summary("lm_eval_quick")["rows"], title=title_of("lm_eval_quick"), alone=False)
     harness_report.draw(folder / "lm_eval_quick.png", harness)
     curves = {label: np.array(values) for label, values in summary("sppo_trait")["letters"].items()}
     sppo_trait.draw(folder / "sppo_trait.png", curves, "SPPO with a toy scorer that likes short words")

@@ -51,7 +51,17 @@ def _jsonable(value):
 
 def dumps(value, indent: int | None = 2) -> str:
     """JSON text of `value`; NaN and infinities become null, paths and enums strings."""
-    return json.dumps(_jsonable(value), indent=indent, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(_jsonable(value), indent=indent, ensure_ascii=False, allow_nan=False)
+    # A lone surrogate (half of an emoji) has no UTF-8: escaped, it does not stop the writing of results.
+    return text if _encodable(text) else json.dumps(json.loads(text), indent=indent)
+
+
+def _encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 # The beginning of the names of files that are being written; a killed process leaves such a file behind.
@@ -105,7 +115,8 @@ def atomic_write(path: str | os.PathLike, write) -> None:
 
 def write_text(path: str | os.PathLike, text: str) -> None:
     """Write `text` to `path` atomically."""
-    atomic_write(path, lambda p: p.write_text(text, encoding="utf-8"))
+    # What has no UTF-8 becomes a question mark instead of stopping the writing of results.
+    atomic_write(path, lambda p: p.write_text(text, encoding="utf-8", errors="replace"))
 
 
 def write_json(path: str | os.PathLike, value) -> None:

@@ -6,6 +6,10 @@ This holds after kill -9 and on another number of processes.
 import json
 import os
 import shutil
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from utils.artifacts import RowFile, dumps, write_json
@@ -14,6 +18,8 @@ from utils.provenance import sha256_of
 # Folders that --overwrite has already emptied in this process.
 # Process-wide, because a call opens the same cache several times (one judge for several models).
 EMPTIED: set[Path] = set()
+# How many items this process has computed, by kind.
+COMPUTED: Counter[str] = Counter()
 
 
 def user_cache() -> Path:
@@ -38,7 +44,7 @@ class ResultCache:
         from accelerate import PartialState
         from accelerate.utils import broadcast_object_list
 
-        self.state = PartialState()
+        self.state, self.kind = PartialState(), kind
         # 16 hexadecimal digits are 64 bits, enough to make a collision between requests negligible.
         name = [f"{kind}-{sha256_of(dumps(identity))[:16]}"]
         if self.state.num_processes > 1:
@@ -73,6 +79,7 @@ class ResultCache:
     def add(self, key: str, item: dict) -> None:
         """Save one finished item."""
         self.own_rows.append({"key": key, **item})
+        COMPUTED[self.kind] += 1
 
     def own_share(self, batches: list) -> list:
         """This process's part of the work: every n-th batch, n the number of processes."""
@@ -85,6 +92,26 @@ class ResultCache:
         # Every `add` closes its file, so after the barrier each process reads the rows of all others.
         self.state.wait_for_everyone()
         return self.read()
+
+
+@contextmanager
+def measured_work(kind: str) -> Iterator[dict]:
+    """Measure what is computed inside: yields an entry `{seconds, computed, of}`, filled at the end.
+
+    Args:
+        kind: the start of the kinds of caches whose items count. The caller sets `of`, the items that would have been
+            computed without a cache.
+    """
+    from accelerate import PartialState
+
+    def computed() -> int:
+        return sum(count for name, count in COMPUTED.items() if name.startswith(kind))
+
+    entry, before, started = {"seconds": 0.0, "computed": 0, "of": 0}, computed(), time.monotonic()
+    yield entry
+    entry["seconds"] = round(time.monotonic() - started, 3)
+    # The processes share the work evenly.
+    entry["computed"] = (computed() - before) * PartialState().num_processes
 
 
 def cache_key(*parts) -> str:

@@ -47,14 +47,18 @@ class Pilot:
         """The probability that the test on `n` rows is significant if the true difference is `difference`."""
         if self.decided is not None:
             return sign_test_power(n, self.decided, abs(difference) / self.step, level)
-        return t_test_power(n, abs(difference) / self.deviation, level)
+        return t_test_power(n, abs(difference) / self.deviation, level) if self.is_testable(n, level) else 0.0
+
+    def is_testable(self, n: int, level: float) -> bool:
+        """Whether a test on `n` rows can be significant: equal signs everywhere have p = 2^(1 - n), 0.0625 for five."""
+        return 2.0 ** (1 - n) < level
 
     def detectable(self, n: int, level: float = LEVEL) -> float | None:
         """The smallest difference that `n` rows detect with `POWER`; None where no possible one is."""
         from scipy.optimize import brentq
 
         largest = self.decided * self.step if self.decided is not None else self.largest
-        if n < 2 or not largest > 0 or (self.decided is None and not self.deviation > 0):
+        if not self.is_testable(n, level) or not largest > 0 or (self.decided is None and not self.deviation > 0):
             return None
         high = largest if math.isfinite(largest) else 4 * self.deviation
         while self.power(n, high, level) < POWER:
@@ -170,7 +174,8 @@ def power_record(pilot: Pilot, unit: str, level: float = LEVEL) -> dict:
 
     Returns:
         detectable: the difference that these rows detect with 80% power, None where no possible one is; observed: the
-        size of the observed one; needed: rows for the observed one, None without one or without any spread.
+        size of the observed one; needed: rows for the observed one, None without one or without any spread. The rest
+        is what `pilot_from_record` needs.
     """
     return {
         "n": pilot.n,
@@ -182,7 +187,17 @@ def power_record(pilot: Pilot, unit: str, level: float = LEVEL) -> dict:
         "level": level,
         "test": "t-test" if pilot.decided is None else "sign test",
         "ties": None if pilot.decided is None else 1 - pilot.decided,
+        "deviation": pilot.deviation,
+        "step": pilot.step,
+        "largest": pilot.largest,
     }
+
+
+def pilot_from_record(record: dict) -> Pilot:
+    """The pilot that a metric's key `power` was made from, as read from an artifact."""
+    decided = None if record["ties"] is None else 1 - record["ties"]
+    largest = math.inf if record["largest"] is None else record["largest"]
+    return Pilot(record["n"], record["observed"], record["deviation"], decided, record["step"], largest)
 
 
 def with_power(m: dict, rows, unit: str, null: float = 0.0, groups=None, level: float = LEVEL, scale: float = 1):
@@ -195,7 +210,8 @@ def with_power(m: dict, rows, unit: str, null: float = 0.0, groups=None, level: 
     """
     pilot = pilot_of(rows, null, groups)
     record = power_record(pilot, "prompts" if pilot.n < len(rows) else unit, level)
-    scaled = {key: None if record[key] is None else scale * record[key] for key in ("detectable", "observed")}
+    sizes = ("detectable", "observed", "deviation", "step", "largest")
+    scaled = {key: None if record[key] is None else scale * record[key] for key in sizes}
     return {**m, "power": {**record, **scaled}}
 
 
@@ -224,7 +240,7 @@ def power_sentence(m: dict, shown=points, what: str = "a difference", of: str = 
     if not record or record["n"] < 2:
         return ""
     n, unit, title = f"{record['n']:,}", record["unit"], f"Power, {of}" if of else "Power"
-    if record["detectable"] is None and record["needed"] is None and (record["ties"] is None or record["ties"] == 1):
+    if record["needed"] is None and not record["deviation"]:
         return f"{title}: unknown, since these {n} {unit} show no variation."
     # The tie rate limits what is possible: without decided rows nothing can be detected.
     ties = f", {record['ties']:.0%} ties" if record["ties"] else ""

@@ -31,6 +31,13 @@ class Report:
     warning: str | None = None
     printed: str | None = None
 
+    def noted(self, note: str) -> "Report":
+        """The report with `note` before its verdict; unchanged for ""."""
+        if not note:
+            return self
+        text, printed = (t and f"{t}\n\n{paragraphs(note)}" for t in (self.text, self.printed))
+        return Report(text, f"{note} {self.verdict}", self.warning, printed)
+
 
 def fits_terminal(render: Callable[..., Report]) -> Callable[..., Report]:
     """Decorate a function that makes a Report: lines of at most 100 characters, fewer on a narrower terminal.

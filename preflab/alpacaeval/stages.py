@@ -29,7 +29,7 @@ from preflab.judging.answers import (
     answerable,
     base_and_tuned,
     engine_name,
-    ensure_adapter_applied,
+    ensure_answers_differ,
 )
 from preflab.judging.audit import (
     against_longer,
@@ -44,6 +44,7 @@ from preflab.judging.audit import (
 from preflab.judging.judges import judge_all, make_judge, notes_of
 from preflab.models.vllm_engine import choose_engine
 from utils.artifacts import read_json, write_json
+from utils.cache import measured_work
 from utils.errors import UserError
 
 SIDES = ("base", "tuned")
@@ -62,15 +63,15 @@ def generate(comparison, args, reference: list[dict], folder: Path) -> None:
             f"the chat template refuses {refused} of {len(prompts)} instructions; remove these from --reference"
         )
     sampling = args.sampling(c.seed)
-    engine, answers, seconds = choose_engine(args.engine, models), {}, {}
+    engine, answers, work = choose_engine(args.engine, models), {}, {}
     for model in answering:
-        started = time.monotonic()
-        answers[model.name] = answer_all(model, prompts, sampling, c, engine)
-        seconds[model.name] = round(time.monotonic() - started, 1)
+        with measured_work(f"answers-{model.name}") as entry:
+            answers[model.name] = answer_all(model, prompts, sampling, c, engine)
+        work[model.name] = {**entry, "of": len(prompts)}
     # Before any file is written, so that no outputs of a wrongly loaded model remain.
-    ensure_adapter_applied(answers)
+    ensure_answers_differ(answers, comparison)
     for model in answering:
-        made = {"engine": engine_name(model, engine), "seconds": seconds[model.name]}
+        made = {"engine": engine_name(model, engine), **about_work(work[model.name])}
         origin = {**model.identity, **sampling, **made, "notes": notes_of(answers[model.name], "answers")}
         write_outputs(folder, model.name, comparison.names[model.name], reference, answers[model.name], origin)
     # Frees the GPU for a local judge.
@@ -99,14 +100,15 @@ def judge_outputs(comparison, args, judge, reference: list[dict], folder: Path) 
         # The expected origin guards a separate --stage judge against outputs of another model or other sampling.
         outputs = read_outputs(folder, side, reference, {**models.answering_identity(side), **args.sampling(c.seed)})
         for current in (judge, *controls):
-            started = time.monotonic()
-            annotations = annotate(current, reference, outputs, args.order, c.eval_out, c.overwrite)
+            with measured_work("judgements") as entry:
+                annotations = annotate(current, reference, outputs, args.order, c.eval_out, c.overwrite)
+            entry["of"] = 0 if current.instant else sum(len(row["orders"]) for row in annotations)
             origin = {
                 "judge": current.identity(),
                 "order": args.order,
                 "reference_sha256": outputs_hash(reference),
                 "outputs_sha256": outputs_hash(outputs),
-                "seconds": round(time.monotonic() - started, 1),
+                **about_work(entry),
             }
             # Controls as `base_longer`, `tuned_random`, ...
             files[side if current is judge else f"{side}_{current.name}"] = (annotations, origin)
@@ -186,6 +188,20 @@ def origins(folder: Path) -> tuple[dict, dict]:
     models = {side: read_origin(folder / f"model_outputs_{side}.json") for side in SIDES}
     judges = {side: read_origin(folder / f"annotations_{side}.json") for side in SIDES}
     return models, judges
+
+
+def about_work(entry: dict) -> dict:
+    """The keys of an .about.json file that say how long its content took to make, from `measured_work`."""
+    return {"seconds": round(entry["seconds"], 1), "work": entry}
+
+
+def work(models: dict, judges: dict) -> dict:
+    """`{phase: {seconds, computed, of}}` of answers and judging, as far as the .about.json files have them."""
+    phases = {
+        **{f"answers of {side}": origin.get("work") for side, origin in models.items()},
+        **{f"judging {side}": origin.get("work") for side, origin in judges.items()},
+    }
+    return {name: entry for name, entry in phases.items() if entry}
 
 
 def timings(models: dict, judges: dict, judge_audit: dict | None, scoring: float) -> dict:

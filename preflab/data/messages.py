@@ -186,6 +186,12 @@ def _extras_text(message: dict) -> str:
     return f" {json.dumps(extras(message), sort_keys=True)}" if len(message) > 2 else ""
 
 
+def well_formed(text: str) -> str:
+    """`text` with U+FFFD in place of lone surrogates, which UTF-8 cannot encode."""
+    # UTF-16 joins a valid pair of surrogates into its character; "replace" leaves U+FFFD for a lone one.
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 def check_unicode(texts: list[str], source: str) -> None:
     """Raise UserError, naming `source`, for text that UTF-8 cannot encode (a lone surrogate from a cut emoji)."""
     try:

@@ -80,6 +80,7 @@ def load_prompts(sources: list[dict], category_key: str = "category", limit: int
     left_out, about = Counter(), []
     for prompt, row in distinct_prompts(sources, prompts, left_out, about):
         prompt.category = None if row.get(category_key) is None else str(row[category_key])
+        check_unicode([prompt.category or "", prompt.uid or ""], prompt.source)
         prompts[prompt.key] = prompt
         # The limit counts distinct, usable prompts. Rows behind it are not validated.
         if limit is not None and len(prompts) >= limit:

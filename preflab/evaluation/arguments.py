@@ -11,10 +11,16 @@ from utils.errors import UserError
 ULTRAFEEDBACK = "HuggingFaceH4/ultrafeedback_binarized"
 
 
+HELP_OF_PLAN = (
+    "Print prompts against detectable difference and time, then stop: from a pilot of this many prompts, which are"
+    " judged first, or from the JSON of an earlier result."
+)
+
+
 # Topics of `--help_all`: {topic: regular expression of names}; what none names is the script's own.
 TOPICS = {
-    "models": "(base|tuned)_(model|revision|adapter)|model_.*|adapter_path|allow_other_base|checkpoints|dtype"
-    "|load_in_4bit|attn_implementation|chat_template_path|template_date|trust_remote_code",
+    "models": "(base|tuned)_(model|revision|adapter)|model_.*|adapter_path|allow_(other_base|identical)|checkpoints"
+    "|dtype|load_in_4bit|attn_implementation|chat_template_path|template_date|trust_remote_code",
     "data": "dataset_.*|split|prompt_format|max_(prompt_)?length|limit",
     "answers": "max_new_tokens|temperature|top_p|engine|sampling_seeds|server_.*",
     "judge": "judge.*",
@@ -80,6 +86,7 @@ class ComparisonArguments(ModelArguments, DatasetArguments, OutputArguments):
     base_revision: str | None = option("Hub revision of the base model.")
     tuned_revision: str | None = option("Hub revision of --tuned_model.")
     allow_other_base: bool = option("Accept an adapter that was trained on another base model.", False)
+    allow_identical: bool = option("Report two models that give identical results, instead of stopping.", False)
     dtype: str | None = option(
         "Precision of the weights (default: as trained, else bfloat16 on a GPU and float32 on a CPU).",
         choices=["float32", "bfloat16", "float16"],

@@ -38,6 +38,7 @@ ARGUMENTS_NOT_IN_IDENTITY = {
     "expected", "expected_batch_size", "expected_processes", "length_bias_splits", "published", "judge_attempts",
     "judge_timeout", "judge_concurrency", "trust_remote_code", "allow_other_base", "processes", "tensor_parallel",
     "skip_missing", "shared_prompt", "server_timeout", "server_concurrency",
+    "plan", "allow_identical",
 }  # fmt: skip
 
 
@@ -57,6 +58,7 @@ class Comparison:
         base_adapter: LoRA folder on the base model, or None.
         servers: `{side: openai:MODEL@URL}` of the sides that a server answers for. The other fields name weights:
             with a server in the base's place, `base` is what an adapter of the tuned model is loaded on.
+        identical: what both models gave alike everywhere, with --allow_identical; "" where they differ.
     """
 
     args: ComparisonArguments
@@ -69,6 +71,12 @@ class Comparison:
     step: int | None = None
     base_adapter: str | None = None
     servers: dict[str, str] = field(default_factory=dict)
+    identical: str = ""
+
+    @property
+    def sides(self) -> tuple[str, ...]:
+        """base and tuned, or base alone (`resolve` with `alone`)."""
+        return ("base", "tuned") if self.adapter or self.tuned or "tuned" in self.servers else ("base",)
 
     def weights(self, side: str) -> tuple[str, str | None, str | None]:
         """(model, revision, adapter) of "base" or "tuned"."""
@@ -81,11 +89,14 @@ class Comparison:
         """The names of base and tuned in titles."""
         base = f"{self.base} with {self.base_adapter}" if self.base_adapter else self.base
         served = {side: without_secrets(server) for side, server in self.servers.items()}
-        return {"base": base, "tuned": self.adapter or self.tuned, **served}
+        names = {"base": base, "tuned": self.adapter or self.tuned, **served}
+        return {side: names[side] for side in self.sides}
 
     @property
     def title(self) -> str:
         """The heading of tables and pictures."""
+        if len(self.sides) == 1:
+            return f"{self.name}: {self.names['base']} alone"
         return f"{self.name}: {self.names['tuned']} against {self.names['base']}"
 
     @property
@@ -137,7 +148,7 @@ class Comparison:
         return folder / f"{with_limit_suffix(stem, self.args.limit)}{suffix}"
 
 
-def resolve(args: ComparisonArguments, answers_only: bool = False) -> Comparison:
+def resolve(args: ComparisonArguments, answers_only: bool = False, alone: bool = False) -> Comparison:
     """Fill in missing arguments from the run that trained the tuned model, and validate them.
 
     Base model, data, lengths and precision default to those in the run's `run.json`, whether the run is given by name,
@@ -145,6 +156,7 @@ def resolve(args: ComparisonArguments, answers_only: bool = False) -> Comparison
 
     Args:
         answers_only: the stage reads only answers, so that a model may be behind a server (openai:MODEL@URL).
+        alone: --base_model without a tuned model is that model alone, not the latest run against it.
 
     Raises:
         UserError: no tuned model, two tuned models, a missing run, folder or base model, or a value out of range.
@@ -155,6 +167,9 @@ def resolve(args: ComparisonArguments, answers_only: bool = False) -> Comparison
             setattr(args, key, str(Path(getattr(args, key)).expanduser()))
     servers = _servers(args, answers_only)
     _check(args)
+    tuned_flags = ("adapter_path", "tuned_model", "run_name", "base_run", "base_adapter")
+    if alone and args.base_model and not any(getattr(args, key) for key in tuned_flags):
+        return _one_model(args, servers)
     folder = _tuned_folder(args)
     trained = _run_arguments(folder) if folder else {}
     _note_unfinished(folder)
@@ -178,13 +193,28 @@ def resolve(args: ComparisonArguments, answers_only: bool = False) -> Comparison
     _set_defaults(args, trained)
     name = args.run_name or _name_of(folder or Path(model_of_server(args.tuned_model)))
     name += f"-vs-{args.base_run.replace('/', '-')}" if args.base_run else ""
+    out = _results_folder(args, name)
+    # For --expected: the evaluation at this step is the checkpoint's own.
+    step = step_of(folder) if folder and is_checkpoint(folder) else None
+    return Comparison(args, name, base, adapter, tuned, trained, out, step, args.base_adapter, servers)
+
+
+def _one_model(args: ComparisonArguments, servers: dict[str, str]) -> Comparison:
+    """The base model alone: figures without a comparison. Defaults come from its run, if it is one."""
+    folder = Path(args.base_model)
+    trained = _run_arguments(folder) if folder.is_dir() else {}
+    _set_defaults(args, trained)
+    name = _name_of(Path(model_of_server(args.base_model)))
+    return Comparison(args, name, args.base_model, None, None, trained, _results_folder(args, name), servers=servers)
+
+
+def _results_folder(args: ComparisonArguments, name: str) -> Path:
+    """The folder of the results, after a check that it can be written to."""
     out = Path(args.output_dir) if args.output_dir else Path(args.eval_out) / name
     flag = "--output_json" if args.output_json else "--output_dir" if args.output_dir else "--eval_out"
     # Before the weights are loaded, so that hours of work do not end in a write error.
     check_writable(Path(args.output_json).parent if args.output_json else out, flag)
-    # For --expected: the evaluation at this step is the checkpoint's own.
-    step = step_of(folder) if folder and is_checkpoint(folder) else None
-    return Comparison(args, name, base, adapter, tuned, trained, out, step, args.base_adapter, servers)
+    return out
 
 
 def _servers(args: ComparisonArguments, answers_only: bool) -> dict[str, str]:
@@ -358,17 +388,21 @@ def base_of(adapter: str) -> str | None:
     return recorded if recorded and hub_name(recorded) == named else named
 
 
-def ensure_models_differ(identical: bool, results: str) -> None:
-    """Raise UserError if base and tuned gave identical results, which means that the adapter was not applied.
+def ensure_models_differ(identical: bool, results: str, comparison: Comparison) -> None:
+    """Raise UserError if base and tuned gave identical results; with --allow_identical, note it in the comparison.
 
     Args:
         results: what was identical, e.g. "the same answer to all 8 prompts".
     """
-    if identical:
-        raise UserError(
-            f"base and tuned gave {results}: the adapter was not applied, or training hardly changed the model; check"
-            " --adapter_path, or --tuned_model"
-        )
+    if not identical:
+        return
+    if comparison.args.allow_identical:
+        comparison.identical = f"IDENTICAL: base and tuned gave {results}."
+        return
+    cause = "they are one model, or too alike to differ here; check --base_model and --tuned_model"
+    if comparison.adapter and not comparison.servers:
+        cause = "the adapter was not applied, or training hardly changed the model; check --adapter_path"
+    raise UserError(f"base and tuned gave {results}: {cause}, or give --allow_identical for the figures")
 
 
 def held_out_sources(args: ComparisonArguments, trained: dict) -> tuple[list[dict], bool]:

@@ -108,7 +108,9 @@ def score_sequences(models: TwoModels, sequences: list[Sequence], summarise, kin
     rows = [results[str(i)] for i in range(len(sequences))]
     changes = [row.pop("moved") for row in rows]
     ensure_models_differ(
-        max(changes, default=0.0) <= UNCHANGED, f"the same log-probability to every token of all {len(rows)} sequences"
+        len(models.sides) > 1 and max(changes, default=0.0) <= UNCHANGED,
+        f"the same log-probability to every token of all {len(rows)} sequences",
+        models.comparison,
     )
     for row in rows:
         row.pop("sum")
@@ -233,6 +235,10 @@ def _score(models: TwoModels, sequences: list[Sequence], ids, mask, scored, pack
             kls = list(kl.split([b - a for a, b in spans]))
     # Sums over thousands of tokens follow, hence float64.
     return [
-        TokenScores(*(logps[side][row, s.start - 1 : len(s.ids) - 1].double() for side in models.sides), kls[row])
+        # A model alone takes both places.
+        TokenScores(
+            *(logps[side][row, s.start - 1 : len(s.ids) - 1].double() for side in (models.sides[0], models.sides[-1])),
+            kls[row],
+        )
         for row, s in enumerate(sequences)
     ]

@@ -1,11 +1,13 @@
 """Perplexity of base and tuned on the same token ids: pairs, plain text in sliding windows, and their metrics."""
 
 import math
+import re
 from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
 
+from preflab.data.messages import check_unicode
 from preflab.data.preferences import PreferenceData
 from preflab.data.rows import read_rows
 from preflab.evaluation.held_out import held_out_pairs
@@ -19,6 +21,8 @@ from utils.provenance import local_path
 from utils.stats import bootstrap, ratio_of_sums, signed_rank
 
 SIDES = ("chosen", "rejected")
+# Metrics that compare two models, or are of the second.
+OF_TWO_MODELS = re.compile(r"_tuned$|_difference$|_ratio$|^p_|^kl_")
 
 
 @dataclass
@@ -81,9 +85,9 @@ def score_pairs(models: TwoModels, skip_kl: bool) -> PairScores:
                 # Special tokens (an end of turn, for example) have no bytes of text, but their nats count in bits per
                 # byte.
                 row[f"bytes_{part}_{side}"] = len(models.tokenizer.decode(scored, skip_special_tokens=True).encode())
-                base, tuned = nlls[k][f"{part}_base"], nlls[k][f"{part}_tuned"]
-                row |= {f"nll_{part}_{side}_base": base, f"nll_{part}_{side}_tuned": tuned}
-                row[f"nll_{part}_{side}_difference"] = tuned - base
+                row |= {f"nll_{part}_{side}_{model}": nlls[k][f"{part}_{model}"] for model in models.sides}
+                if len(models.sides) > 1:
+                    row[f"nll_{part}_{side}_difference"] = nlls[k][f"{part}_tuned"] - nlls[k][f"{part}_base"]
             row[f"kl_{side}"] = nlls[k]["kl"]
         rows.append(row)
     number_prompts(rows, data.pairs)
@@ -115,12 +119,14 @@ def score_text(models: TwoModels, text: TextScores) -> TextScores:
     """Score every window; adds the negative log-likelihoods (nats) to `text.rows` and sets `text.speed`."""
 
     def sums(index, scores):
-        return {"nll_base": -float(scores.base.sum()), "nll_tuned": -float(scores.tuned.sum())}
+        return {f"nll_{model}": -float(getattr(scores, model).sum()) for model in models.sides}
 
     if text.sequences:
         nlls, text.speed = score_sequences(models, text.sequences, sums, "perplexity-text")
         for row, scores in zip(text.rows, nlls, strict=True):
-            row |= {**scores, "nll_difference": scores["nll_tuned"] - scores["nll_base"]}
+            row |= scores
+            if len(models.sides) > 1:
+                row["nll_difference"] = scores["nll_tuned"] - scores["nll_base"]
     return text
 
 
@@ -151,6 +157,7 @@ def read_documents(files: list[str], dataset: str | None, config, split: str, co
             keys = ", ".join(sorted(map(str, row))) if isinstance(row, dict) else type(row).__name__
             raise UserError(f"{place}: no text in column {column!r} (columns: {keys}); choose one with --text_column")
         if text.strip():
+            check_unicode([text], place)
             documents.append({"where": place, "text": text})
         else:
             left_out["empty_text"] = left_out.get("empty_text", 0) + 1
@@ -253,7 +260,10 @@ def perplexity_metrics(pairs: PairScores, text: TextScores, skip_kl: bool, seed:
         units, unit["text"] = text_units(text.rows)
         sections["text"] = units, unit["text"], None
         metrics |= section_metrics("text", units, seed)
-    add_power(metrics, sections)
+    if any("nll_tuned" in row or "nll_response_chosen_tuned" in row for row in [*pairs.rows[:1], *text.rows[:1]]):
+        add_power(metrics, sections)
+    else:
+        metrics = {name: m for name, m in metrics.items() if not OF_TWO_MODELS.search(name)}
     if pairs.data:
         metrics["skipped_examples"] = metric(sum(pairs.data.dropped.values()), n=pairs.data.rows)
     return metrics, unit
@@ -322,7 +332,9 @@ def text_units(rows: list[dict]) -> tuple[np.ndarray, str]:
     unit = "documents" if len(set(keys)) > 1 else "windows"
     if unit == "windows":
         keys = [row["window"] for row in rows]
-    columns = np.array([[row["nll_base"], row["nll_tuned"], row["tokens"], row["bytes"]] for row in rows], float)
+    # A model alone takes both places.
+    tuned = "nll_tuned" if "nll_tuned" in rows[0] else "nll_base"
+    columns = np.array([[row[key] for key in ("nll_base", tuned, "tokens", "bytes")] for row in rows], float)
     _, unit_of_row = np.unique(keys, return_inverse=True)
     units = np.zeros((unit_of_row.max() + 1, 4))
     # Not `units[unit_of_row] += columns`, which adds only one of the rows that share a unit.
@@ -332,7 +344,9 @@ def text_units(rows: list[dict]) -> tuple[np.ndarray, str]:
 
 def pair_units(rows: list[dict], part: str, side: str) -> np.ndarray:
     """Units of the pair rows, shape (n, 4). `part` is response or whole, `side` chosen or rejected."""
-    keys = [f"nll_{part}_{side}_base", f"nll_{part}_{side}_tuned", f"tokens_{part}_{side}", f"bytes_{part}_{side}"]
+    names = [f"nll_{part}_{side}_{model}" for model in ("base", "tuned")]
+    # A model alone takes both places.
+    keys = [names[0], names[1] if names[1] in rows[0] else names[0], f"tokens_{part}_{side}", f"bytes_{part}_{side}"]
     return np.array([[row[k] for k in keys] for row in rows], float)
 
 

@@ -7,11 +7,11 @@ import numpy as np
 from preflab.data.length_bias import sentence
 from preflab.evaluation.perplexity import SIDES
 from utils.errors import is_main_process
-from utils.plots import CHOSEN, NEUTRAL, REJECTED, count_axis, figure, interval_lengths, save
+from utils.plots import CHOSEN, NEUTRAL, REJECTED, count_axis, empty_panel, figure, interval_lengths, save
 from utils.power import power_sentence
 from utils.stage import Report, fits_terminal
 from utils.stats import direction
-from utils.tables import cell, difference, number, p_equals, p_value
+from utils.tables import cell, difference, estimate, number, p_equals, p_value
 from utils.tables import render as render_table
 
 SECTIONS = {
@@ -67,6 +67,8 @@ def render(metrics: dict, bias: dict, title: str, left_out: str | None, not_held
 def verdict_of(metrics: dict) -> str:
     """How much the perplexity of each section changed, and whether the change is significant."""
     measured = {name: label for name, label in SECTIONS.items() if f"{name}_ppl_base" in metrics}
+    if not any(f"{name}_ppl_tuned" in metrics for name in measured):
+        return "No claim: one model's perplexity, without a second model to compare."
     return " ".join(_change(metrics, name, label) for name, label in measured.items())
 
 
@@ -102,6 +104,8 @@ def _change(metrics: dict, name: str, label: str) -> str:
 
 def _table(metrics: dict, title: str) -> str:
     """Base beside tuned, three lines per section: perplexity per token, mean over units, bits per byte."""
+    if not any(f"{name}_ppl_tuned" in metrics for name in SECTIONS):
+        return _table_of_one(metrics, title)
     lines = [("perplexity", "units / tokens", "base", "tuned", "tuned - base [95%]", "p")]
     for name in SECTIONS:
         if f"{name}_ppl_base" in metrics:
@@ -120,6 +124,18 @@ def _table(metrics: dict, title: str) -> str:
     return render_table(title, lines)
 
 
+def _table_of_one(metrics: dict, title: str) -> str:
+    """The table of one model: perplexity per token with its interval, mean over units, bits per byte."""
+    lines = [("perplexity", "units / tokens", "per token [95%]", "mean over units", "bits per byte")]
+    for name in SECTIONS:
+        if f"{name}_ppl_base" in metrics:
+            tokens, bits = metrics[f"{name}_tokens"], metrics[f"{name}_bits_per_byte_base"]["value"]
+            shown = estimate(metrics[f"{name}_ppl_base"], 1, 3), cell(metrics[f"{name}_ppl_mean_base"], 1, 3)
+            label = SHORT_LABELS[name].replace("\n", " ")
+            lines.append((label, f"{tokens['n']} / {tokens['value']}", *shown, f"{bits:.4f}"))
+    return render_table(title, lines)
+
+
 def draw(path, metrics: dict, rows: list[dict], text_rows: list[dict], title: str) -> None:
     """Three panels: perplexity of base and tuned; histogram of the change; change over length. Rank 0 only.
 
@@ -130,6 +146,11 @@ def draw(path, metrics: dict, rows: list[dict], text_rows: list[dict], title: st
         return
     fig, axes = figure(1, 3, title)
     _draw_perplexities(axes[0], metrics)
+    if not any(name.endswith("_ppl_tuned") for name in metrics):
+        for ax, name in zip(axes[1:], ("Change by row", "Change by length"), strict=True):
+            ax.set_title(name)
+            empty_panel(ax, "one model alone")
+        return save(fig, path)
     # Change in nats per token: {set of rows: (change per row, scored tokens per row)}.
     changes = {}
     for side in SIDES if rows else ():
@@ -152,7 +173,9 @@ def _draw_perplexities(ax, metrics: dict) -> None:
     names = [name for name in SHORT_LABELS if f"{name}_ppl_base" in metrics]
     largest, smallest = 0.0, float("inf")
     for side, colour, shift in (("base", NEUTRAL, -0.17), ("tuned", CHOSEN, 0.17)):
-        ppls = [metrics[f"{name}_ppl_{side}"] for name in names]
+        ppls = [metrics[f"{name}_ppl_{side}"] for name in names if f"{name}_ppl_{side}" in metrics]
+        if not ppls:
+            continue
         value = np.array([m["value"] for m in ppls], float)
         at = np.arange(len(names)) + shift
         # Dots, not bars: on a logarithmic axis the length of a bar means nothing.

@@ -77,11 +77,11 @@ def trained_prompts(comparison: Comparison, own: bool = False) -> set[str]:
             --train_test_overlap keep.
     """
     keys, unread = set(), []
-    places = [comparison.adapter or comparison.tuned, comparison.base_adapter, comparison.base]
-    for side, place in enumerate(places):
+    evaluated = comparison.adapter or comparison.tuned or comparison.base
+    for place in dict.fromkeys([evaluated, comparison.base_adapter, comparison.base]):
         folder = Path(place or "").expanduser()
         args = run_manifest(folder).get("args") if place and folder.is_dir() else None
-        if not args or (side == 0 and own and args.get("train_test_overlap") != "keep"):
+        if not args or (place == evaluated and own and args.get("train_test_overlap") != "keep"):
             continue
         try:
             keys |= _prompts_of_run(args, folder.parent if is_checkpoint(folder) else folder)

@@ -53,17 +53,16 @@ class TwoModels:
 
     Attributes:
         tokenizer: makes the token ids that both models score.
+        sides: base and tuned, or base alone.
         tokenizers: by side, for prompts that the models answer: a complete tuned model has its own chat template.
 
     Raises:
         UserError: the two models have different vocabularies, or a model cannot be read.
     """
 
-    sides = ("base", "tuned")
-
     def __init__(self, comparison: Comparison):
         args, trained = comparison.args, comparison.trained
-        self.comparison = comparison
+        self.comparison, self.sides = comparison, comparison.sides
         # A run that trained under autocast is evaluated under it, so that its own metrics are reproduced.
         own = trained.get("dtype") if trained.get("dtype") not in (None, "auto") else None
         compute = "bfloat16" if trained.get("bf16") else "float16" if trained.get("fp16") else None
@@ -115,10 +114,11 @@ class TwoModels:
         if self._base is None and self._tuned is None:
             args, c = self.comparison.args, self.comparison
             # Tuned first: with an adapter, the base is the same object. A side behind a server has no weights here.
-            self._tuned = None if "tuned" in c.servers else self.load_one(*c.weights("tuned"))
+            here = [side for side in self.sides if side not in c.servers]
+            self._tuned = self.load_one(*c.weights("tuned")) if "tuned" in here else None
             if c.adapter:
                 self._base = self._tuned
-            elif "base" not in c.servers:
+            elif "base" in here:
                 self._base = self.load_one(*c.weights("base"))
             if c.base_adapter:
                 # A second adapter on the shared weights (an SFT adapter that DPO started from, for example).
@@ -222,6 +222,5 @@ class TwoModels:
 
     def describe(self) -> dict:
         """The `model` section of an artifact."""
-        base, tuned = self.identity("base"), self.identity("tuned")
         names = self.comparison.names
-        return {"base": {**base, "name": names["base"]}, "tuned": {**tuned, "name": names["tuned"]}}
+        return {side: {**self.identity(side), "name": names[side]} for side in self.sides}

@@ -71,7 +71,7 @@ def resolve_models(args, extra: list[str]) -> Comparison:
     """
     requested = args.batch_size, args.max_length
     args.batch_size, args.after_dashes = None, extra
-    comparison = resolve(args)
+    comparison = resolve(args, alone=True)
     args.batch_size, args.max_length = requested
     return comparison
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import t as student_t
 
-from preflab.evaluation.comparison import ensure_models_differ
+from preflab.evaluation.comparison import Comparison, ensure_models_differ
 from preflab.harness.calls import UNQUANTISED, Call
 from preflab.harness.results import ModelResults, figures_of, leaves, read_side
 from preflab.harness.suites import Suite, averages, errors, load_reference
@@ -31,6 +31,7 @@ class SuiteResults:
         sides: `{"base": ModelResults, "tuned": ModelResults}`.
         rows: from `rows`. averages: from `suite_averages`. references: from `load_reference`.
         settings: see `settings_of`.
+        alone: whether there is one model only; it then takes both places in the rows, without differences and tests.
     """
 
     title: str
@@ -40,9 +41,12 @@ class SuiteResults:
     averages: dict[str, dict]
     references: list[dict]
     settings: dict
+    alone: bool = False
 
 
-def compare(title: str, suite: Suite, calls: dict[str, list[Call]], settings: dict, seed: int) -> SuiteResults:
+def compare(
+    comparison: Comparison, suite: Suite, calls: dict[str, list[Call]], settings: dict, seed: int
+) -> SuiteResults:
     """Read the results of both models and compare them.
 
     Args:
@@ -52,10 +56,16 @@ def compare(title: str, suite: Suite, calls: dict[str, list[Call]], settings: di
         UserError: both models gave the same answers everywhere.
     """
     sides = {side: read_side(side_calls) for side, side_calls in calls.items()}
-    ensure_adapter_applied(**sides)
-    references = [load_reference(name) for name in suite.references]
-    figures = rows(**sides, suite=suite, seed=seed)
-    return SuiteResults(title, suite, sides, figures, suite_averages(suite, **sides, seed=seed), references, settings)
+    references, alone = [load_reference(name) for name in suite.references], len(sides) == 1
+    both = {"base": sides["base"], "tuned": sides["base" if alone else "tuned"]}
+    if not alone:
+        ensure_answers_differ(**both, comparison=comparison)
+    figures = rows(**both, suite=suite, seed=seed)
+    means = suite_averages(suite, **both, seed=seed)
+    for row in [*figures, *means.values()] if alone else ():
+        row.update(difference=metric(None), p=None, note=None)
+    title = f"{comparison.name}: {suite.title}"
+    return SuiteResults(title, suite, sides, figures, means, references, settings, alone)
 
 
 def settings_of(options: dict, arguments: dict, missing: dict[str, str], quantized: bool) -> dict:
@@ -88,17 +98,17 @@ def leading_bos(tokenizer, prompt: str) -> int:
 
 def metrics(results: SuiteResults) -> dict[str, dict]:
     """`{"task/metric,filter/side": metric}` and `{"average/side": metric}`; side: base, tuned or difference."""
-    kinds = ("base", "tuned", "difference")
+    kinds = ("base",) if results.alone else ("base", "tuned", "difference")
     figures = {f"{r['task']}/{r['metric']},{r['filter']}/{k}": r[k] for r in results.rows for k in kinds}
     return figures | {f"{name}/{k}": m[k] for name, m in results.averages.items() for k in kinds}
 
 
-def ensure_adapter_applied(base: ModelResults, tuned: ModelResults) -> None:
-    """Raise UserError if both models gave the same answer to every request: the adapter was not applied."""
+def ensure_answers_differ(base: ModelResults, tuned: ModelResults, comparison: Comparison) -> None:
+    """Raise UserError if both models gave the same answer to every request (`ensure_models_differ`)."""
     # Responses include log-likelihoods, which an applied adapter changes even where no choice changes.
     pairs = [(a[k], tuned.samples[task][k]) for task, a in base.samples.items() for k in a if k in tuned.samples[task]]
     identical = bool(pairs) and all(a["answer"] == b["answer"] for a, b in pairs)
-    ensure_models_differ(identical, f"the same answer to all {len(pairs)} requests")
+    ensure_models_differ(identical, f"the same answer to all {len(pairs)} requests", comparison)
 
 
 # ----------------------------------------------------------------------------------------------------- paired figures

@@ -28,10 +28,11 @@ def render(results: SuiteResults) -> Report:
     Marks rows as `significant` and attaches published figures to them, see `verdict_of` and `attach_published`.
     """
     # First, because both set keys of the rows that the tables below read.
-    verdict, reasons = verdict_of(results.rows), attach_published(results)
-    parts = [tables.render(results.title, table_lines(results))]
+    verdict, reasons = verdict_of(results.rows, results.alone), attach_published(results)
+    parts = [tables.render(results.title, shown_lines(results, table_lines(results)))]
     if results.averages:
-        parts.append(tables.render("averages, as the leaderboard defines them", average_lines(results)))
+        lines = shown_lines(results, average_lines(results))
+        parts.append(tables.render("averages, as the leaderboard defines them", lines))
         published = published_average_lines(results)
         parts += [tables.render("published averages", published)] if published else []
     notes = [*notes_of(results, reasons), *(about(r, results.settings) for r in results.references), PURPOSE]
@@ -42,7 +43,7 @@ def render(results: SuiteResults) -> Report:
 
 def markdown(results: SuiteResults) -> str:
     """The full report for lm_eval.md: all of the harness's columns, published figures beside ours."""
-    verdict, reasons = verdict_of(results.rows), attach_published(results)
+    verdict, reasons = verdict_of(results.rows, results.alone), attach_published(results)
     headers = [f"- {name}: `{line}`" for name, side in results.sides.items() for line in side.headers]
     parts = [f"# {results.title}", "\n".join(headers), *([MIXED] if is_mixed(results) else [])]
     parts.append(full_table(results))
@@ -55,18 +56,19 @@ def markdown(results: SuiteResults) -> str:
 
 def is_mixed(results: SuiteResults) -> bool:
     """Whether calls differ in the use of a chat template."""
-    base, tuned = (results.sides[side].templates for side in ("base", "tuned"))
     # `templates` has one value if all calls of a side agree.
-    return len(base) > 1 or len(tuned) > 1 or base != tuned
+    return len(set().union(*(side.templates for side in results.sides.values()))) > 1
 
 
-def verdict_of(rows: list[dict]) -> str:
+def verdict_of(rows: list[dict], alone: bool = False) -> str:
     """Which tasks changed significantly: the `top` rows, with Holm's correction for their number.
 
     Sets `p_holm` and `significant` of those rows.
     """
     # Subtasks repeat their group's documents and would inflate Holm's number of tests.
     tested = [row for row in rows if row["top"] and row["p"] is not None]
+    if alone:
+        return "No claim: one model's figures, without a second model to compare."
     if not tested:
         return "No claim: no figure of these tasks could be tested."
     better, worse = [], []
@@ -135,6 +137,17 @@ def table_lines(results: SuiteResults) -> list[tuple]:
             shown, difference = _published_cells(row, published)
             lines.append((f"{indent}    published: {name}", "", shown, difference, ""))
     return lines
+
+
+def shown_lines(results: SuiteResults, lines: list[tuple]) -> list[tuple]:
+    """Lines of (label, base, tuned, difference, p); of a model alone, its figure and, in published lines, theirs."""
+    return [line if len(line) < 5 else (line[0], line[1] or line[2]) for line in lines] if results.alone else lines
+
+
+def rows_for_summary(results: SuiteResults) -> list[dict]:
+    """The rows of lm_eval.json; of a model alone without what is of two models."""
+    of_two = ("tuned", "difference", "p", "test", "note") if results.alone else ()
+    return [{key: value for key, value in row.items() if key not in of_two} for row in results.rows]
 
 
 def new_groups(row: dict, named: set) -> list[tuple[int, str]]:
@@ -223,20 +236,22 @@ def full_table(results: SuiteResults) -> str:
                 *(f"{shown}, tuned {moved}" if moved else shown for shown, moved in published),
             ]
         )
-    return markdown_table(lines)
+    # Without the columns of tuned, the difference and p.
+    return markdown_table([[*line[:8], *line[13:]] for line in lines] if results.alone else lines)
 
 
 def full_averages(results: SuiteResults) -> str:
     """A line per model and a column per average, as Markdown; parentheses mark another setting."""
     digits = digits_of_averages(results)
     lines = [["Model", *results.averages]]
-    for side in ("base", "tuned"):
+    for side in results.sides:
         lines.append([side, *(_cell(m[side], "", digits[name]) for name, m in results.averages.items())])
     differences = [
         _cell(m["difference"], "+", digits[name]) + ("" if m["p"] is None else f" {p_equals(m['p'])}")
         for name, m in results.averages.items()
     ]
-    lines.append(["tuned - base", *differences])
+    if not results.alone:
+        lines.append(["tuned - base", *differences])
     return markdown_table([*lines, *(list(line) for line in published_average_lines(results)[1:])])
 
 
@@ -342,11 +357,11 @@ def notes_of(results: SuiteResults, reasons: dict[str, dict[str, list[str]]]) ->
     if settings["missing"]:
         missing = "; ".join(f"{task}: {reason}" for task, reason in settings["missing"].items())
         notes.append(f"LEFT OUT (--skip-missing): {missing}.")
-    lengths = [f"{task} {sides['base'].lengths[task]:.0f} and {sides['tuned'].lengths[task]:.0f}"
+    lengths = [f"{task} {' and '.join(f'{side.lengths[task]:.0f}' for side in sides.values())}"
                for task in sides["base"].lengths]  # fmt: skip
     if lengths:
-        notes.append(f"Mean length of generated answers in characters, base and tuned: {', '.join(lengths)}.")
-    notes += eq_bench(results.rows)
+        notes.append(f"Mean length of generated answers in characters, {' and '.join(sides)}: {', '.join(lengths)}.")
+    notes += eq_bench(results.rows, tuple(sides))
     unpaired = [f"{row['task']} {row['metric']}: {row['note']}" for row in results.rows if row["note"]]
     if unpaired:
         notes.append("Differences with unpaired errors: " + "; ".join(dict.fromkeys(unpaired)) + ".")
@@ -358,14 +373,14 @@ def notes_of(results: SuiteResults, reasons: dict[str, dict[str, list[str]]]) ->
     return [*notes, *results.suite.notes]
 
 
-def eq_bench(rows: list[dict]) -> list[str]:
+def eq_bench(rows: list[dict], sides=("base", "tuned")) -> list[str]:
     """EQ-Bench's own average of the parsed answers; the harness counts answers that cannot be parsed as 0."""
     figures = {row["metric"]: row for row in rows if row["task"] == "eq_bench"}
     if not {"eqbench", "percent_parseable"} <= set(figures):
         return []
     # EQ-Bench fails a model with fewer than 83.33% parsed answers (configs/lm_eval/eq_bench.yaml).
     parts = []
-    for side in ("base", "tuned"):
+    for side in sides:
         score, parsed = (figures[key][side]["value"] for key in ("eqbench", "percent_parseable"))
         # The harness's score averages over all answers with 0 for those that were not parsed; dividing by the parsed
         # share (a percentage) leaves the mean of the parsed ones.
@@ -409,7 +424,8 @@ def draw(path, results: SuiteResults) -> None:
         return save(fig, path)
     fig.set_size_inches(9.5, max(2.6, 1.6 + 0.32 * len(shown)))
     y = np.arange(len(shown))
-    for side, colour, shift in (("base", NEUTRAL, -0.14), ("tuned", CHOSEN, 0.14)):
+    places = (("base", NEUTRAL, -0.14), ("tuned", CHOSEN, 0.14))
+    for side, colour, shift in places[:1] if results.alone else places:
         rates = [with_interval(r[side], r["n"]) for r in shown]
         value = 100 * np.array([m["value"] for m in rates])
         error = interval_lengths(rates, 100)
@@ -432,6 +448,11 @@ def draw(path, results: SuiteResults) -> None:
     axes[0].set_yticks(y, names, fontsize=7)
     axes[0].set(title="Base and tuned, 95% intervals", xlabel="score (%)")
     axes[0].legend()
+    if results.alone:
+        axes[1].set_title("Tuned - base")
+        empty_panel(axes[1], "one model alone")
+        axes[0].set_ylim(len(shown) - 0.4, -0.6)
+        return save(fig, path)
     difference = 100 * np.array([r["difference"]["value"] for r in shown])
     # Shape (2, rows): distances below and above the point, since the intervals are not symmetric.
     error = interval_lengths([r["difference"] for r in shown], 100)

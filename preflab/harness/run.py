@@ -93,22 +93,22 @@ def main():
     missing, documents = drop_missing(suite, args)
     arguments = arguments_of_models(models, suite, folder)
     # Detected for tuned, which has the adapter in addition, and used for both models.
-    args.batch_size = batch_size(args.batch_size, args.backend, arguments["tuned"], folder / "batch_size.json")
+    args.batch_size = batch_size(args.batch_size, args.backend, arguments[models.sides[-1]], folder / "batch_size.json")
     options = call_options(suite, args, documents, extra)
 
     calls = run_calls(suite, models, arguments, options, folder, caller)
-    settings = settings_of(options, arguments["tuned"], missing, bool(models.quantized))
-    results = compare(f"{comparison.name}: {suite.title}", suite, calls, settings, args.seed)
+    settings = settings_of(options, arguments[models.sides[-1]], missing, bool(models.quantized))
+    results = compare(comparison, suite, calls, settings, args.seed)
     base = results.sides["base"]
     settings["tokenizer_bos"] = leading_bos(models.tokenizer, base.first_prompt)
     stage.publish(
         folder / "lm_eval.json",
         models.describe(),
         metrics(results),
-        report.render(results),
+        report.render(results).noted(comparison.identical),
         run={"run_name": comparison.name, "limit": args.limit},
         seed=args.seed,
-        summary_rows=results.rows,
+        summary_rows=report.rows_for_summary(results),
         figure=lambda path: report.draw(path, results),
         files={folder / "lm_eval.md": report.markdown(results)},
         averages=results.averages,

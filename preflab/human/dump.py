@@ -31,7 +31,10 @@ def answer_prompts(stage, comparison, args) -> tuple[list, dict[str, list[dict]]
     about = {
         "stage": "human_eval_dump",
         # `answering` starts with base and tuned, which describe() covers.
-        "model": {**models.describe(), "others": {model.name: model.identity for model in answering[2:]}},
+        "model": {
+            **models.describe(),
+            "others": {model.name: model.identity for model in answering[len(models.sides) :]},
+        },
         "sampling": args.sampling(c.seed),
         "metrics": {name: answer_metrics(by_model, c.seed) for name, by_model in answers.items()},
         "args": all_arguments(stage.arguments),

@@ -14,6 +14,7 @@ from pathlib import Path
 import nh3
 from markdown_it import MarkdownIt
 
+from preflab.data.messages import well_formed
 from preflab.human.latex import keep_latex
 from utils.tables import CUT_OFF_TEXT
 
@@ -40,7 +41,7 @@ _MARKDOWN = keep_latex(
 
 def markdown(text: str) -> str:
     """Safe HTML of an answer's Markdown: no scripts, styles, images, relative links, ids or classes."""
-    text = _well_formed(text)
+    text = well_formed(text)
     # Also text of invisible characters only: annotators would take an empty box for an error of the page.
     if not any(c.isprintable() and not c.isspace() for c in text):
         return EMPTY
@@ -92,7 +93,7 @@ def _turn(message: dict) -> str:
 
 
 def _typed(text: str) -> str:
-    return f'<div class="typed" dir="auto">{html.escape(_well_formed(text))}</div>'
+    return f'<div class="typed" dir="auto">{html.escape(well_formed(text))}</div>'
 
 
 def build_page(study: str, title: str, items: list[dict]) -> str:
@@ -110,13 +111,13 @@ def build_page(study: str, title: str, items: list[dict]) -> str:
     shown = [{key: item[key] for key in ("id", "prompt", "left", "right")} for item in items]
     style, script = ((TEMPLATE / f"human_eval.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
     parts = {
-        "title": html.escape(_well_formed(title)),
+        "title": html.escape(well_formed(title)),
         # Nothing may be fetched, and only this script and style run, identified by their hashes.
         "policy": f"default-src 'none'; script-src {_source(script)}; style-src {_source(style)}; img-src 'none'; "
         "base-uri 'none'; form-action 'none'",
         "style": style,
         "script": script,
-        "data": _embedded({"format": FORMAT, "study": _well_formed(study), "items": shown}),
+        "data": _embedded({"format": FORMAT, "study": well_formed(study), "items": shown}),
     }
     page = (TEMPLATE / "human_eval.html").read_text(encoding="utf-8")
     # One pass, so that a placeholder inside an answer is not replaced.
@@ -128,12 +129,6 @@ def checksum(study: str, annotator: str, votes: list[dict]) -> str:
     # The same text as JSON.stringify in the page: no spaces, characters beyond ASCII not escaped.
     text = json.dumps([study, annotator, votes], ensure_ascii=False, separators=(",", ":"))
     return f"{zlib.crc32(text.encode('utf-8', 'surrogatepass')):08x}"
-
-
-def _well_formed(text: str) -> str:
-    """`text` with U+FFFD in place of lone surrogates, which UTF-8 cannot encode."""
-    # UTF-16 joins a valid pair of surrogates into its character; "replace" leaves U+FFFD for a lone one.
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _source(text: str) -> str:

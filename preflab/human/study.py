@@ -190,6 +190,14 @@ def write_study(paths: dict[str, Path], prompts, answers, title: str, about: dic
             f"{paths['key']}: belongs to another study (other answers or settings), whose votes would be lost; choose"
             " another folder with --output_dir, or replace the study with --overwrite"
         )
+    candidates_file = paths["candidates"]
+    if existing and candidates_file.exists() and not overwrite:
+        before = existing.get("candidates_sha256")
+        if sha256_of(candidates_file.read_bytes()) not in (before, key["candidates_sha256"]):
+            raise UserError(
+                f"{candidates_file}: edited since the page was made from it; choose another folder with --output_dir,"
+                " or replace it with --overwrite"
+            )
     # The key first: a page without its key could be sent out, and its votes could never be unblinded.
     write_json(paths["key"], key)
     write_text(paths["candidates"], content)

@@ -3,6 +3,7 @@
 import unicodedata
 from pathlib import Path
 
+from preflab.data.messages import well_formed
 from preflab.human.page import CHOICES, FORMAT, SKIPS, checksum
 from utils.artifacts import read_json
 from utils.errors import UserError
@@ -75,6 +76,10 @@ def _check_form(path: str, export) -> None:
     # After the checks of form, because the checksum needs these keys.
     if checksum(export["study"], export["annotator"], export["votes"]) != export["checksum"]:
         raise UserError(f"{path}: edited after the export (the checksum differs); give the file that the page saved")
+    # After the checksum, which is over the export as it is. Artifacts are UTF-8.
+    export["annotator"] = well_formed(export["annotator"])
+    for vote in export["votes"]:
+        vote["comment"] = well_formed(vote["comment"])
     # An empty export would count as an annotator in every table.
     if not any(vote["choice"] for vote in export["votes"]):
         raise UserError(f"{path}: {export['annotator']} judged no pair; remove the file from --score")

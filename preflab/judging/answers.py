@@ -272,14 +272,15 @@ def answer_prompts_with_all(
             models.unload()
         answers[model.name] = answer_all(model, prompts, settings, models.comparison.args)
     models.unload()
-    ensure_adapter_applied(answers)
+    if len(models.sides) > 1:
+        ensure_answers_differ(answers, models.comparison)
     return answers
 
 
-def ensure_adapter_applied(answers: dict[str, list[dict]]) -> None:
-    """Raise UserError if base and tuned gave the same answer to every prompt: the adapter was not applied."""
+def ensure_answers_differ(answers: dict[str, list[dict]], comparison) -> None:
+    """Raise UserError if base and tuned gave the same answer to every prompt (`ensure_models_differ`)."""
     base, tuned = ([answer["text"] for answer in answers[side]] for side in ("base", "tuned"))
-    ensure_models_differ(base == tuned, f"the same answer to all {len(base)} prompts")
+    ensure_models_differ(base == tuned, f"the same answer to all {len(base)} prompts", comparison)
 
 
 def engine_name(model: AnsweringModel, engine: str) -> str:

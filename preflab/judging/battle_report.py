@@ -55,6 +55,8 @@ def verdict_of(sections: dict) -> str:
         if preferred:
             return f"The judge prefers {'tuned' if preferred > 0 else 'base'}: {result}."
         return f"Inconclusive: {result}, {undecided(d, p['value'], 0, 'no difference')}."
+    if "tuned" not in sections["answers"]:
+        return "No claim: one model alone, without a tuned model to compare."
     if has_opponent(sections):
         return "No claim: no prompt has verdicts for both models."
     if "win_rate" not in m:

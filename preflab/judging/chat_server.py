@@ -10,6 +10,7 @@ from urllib.parse import unquote, urlsplit
 import httpx2
 import openai
 
+from preflab.data.messages import well_formed
 from preflab.evaluation.servers import SERVER
 from utils.secrets_in_text import without_secrets
 
@@ -148,7 +149,8 @@ def refused(error: openai.APIStatusError, messages: list[dict], settings: dict, 
 
 def text_of(choice) -> str:
     """The text of a choice; content is None in refusals, tool calls and replies that were cut off in a thought."""
-    return (choice.message.content if choice.message else None) or ""
+    # A server that cuts a reply inside an emoji may send half of it.
+    return well_formed((choice.message.content if choice.message else None) or "")
 
 
 def in_threads(call: Callable, items: list, workers: int) -> Iterator[tuple[int, object]]:

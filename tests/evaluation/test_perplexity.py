@@ -1,5 +1,6 @@
 """eval_perplexity.py: equality with a slow loop, `evaluate`'s formula and lm-eval's rolling windows; bad input."""
 
+import json
 import math
 
 import numpy as np
@@ -11,6 +12,7 @@ from helpers import slow_logp
 from preflab.evaluation.perplexity import bos_protocol, cut_documents, prefix_id, section_metrics, text_units, windows
 from preflab.models.loading import load_model, load_tokenizer
 from utils.artifacts import RowFile, read_json
+from utils.errors import UserError
 
 TEXTS = [
     "The garden lay under snow, and nobody had come for weeks. A stone wall ran down to the river.",
@@ -253,3 +255,22 @@ def test_empty_and_binary_texts_are_errors(call, trained, tmp_path):
         code, _, err = call("eval_perplexity", *eval_args(trained, tmp_path, "--skip_pairs", flag, tmp_path / name))
         assert code == 2
         assert_one_line(err, name, detail)
+
+
+def test_lone_surrogates_in_a_text_column_are_named(tmp_path):
+    from preflab.evaluation.perplexity import read_documents
+
+    path = tmp_path / "texts.jsonl"
+    path.write_text(json.dumps({"text": "whole"}) + "\n" + json.dumps({"text": "cut \ud83d"}) + "\n")
+    with pytest.raises(UserError, match="texts.jsonl line 2: text is not valid Unicode"):
+        read_documents([], str(path), None, "test", "text")
+
+
+def test_line_ends_and_byte_order_mark_are_not_text(tmp_path):
+    from preflab.evaluation.perplexity import read_documents
+
+    (tmp_path / "unix.txt").write_bytes(b"one\ntwo\n")
+    (tmp_path / "windows.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\r\n")
+    names = [str(tmp_path / name) for name in ("unix.txt", "windows.txt")]
+    documents, _ = read_documents(names, None, None, "test", "text")
+    assert documents[0]["text"] == documents[1]["text"] == "one\ntwo\n"

@@ -1,5 +1,7 @@
 """Texts of both evaluation scripts, rendered from the artifacts of docs/example_run."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from conftest import ROOT
@@ -9,6 +11,7 @@ from preflab.evaluation.comparison import ensure_models_differ
 from preflab.evaluation.reward_table import comparison_row, minus_half
 from utils.artifacts import metric, read_json
 from utils.errors import UserError
+from utils.stage import Report
 from utils.stats import share, sign_test
 from utils.tables import WIDTH
 
@@ -93,9 +96,22 @@ def test_comparison_row():
 
 
 def test_ensure_models_differ():
-    ensure_models_differ(False, "the same answer to all 2 prompts")
+    results = "the same answer to all 2 prompts"
+    comparison = SimpleNamespace(args=SimpleNamespace(allow_identical=False), adapter="lora", servers={})
+    ensure_models_differ(False, results, comparison)
     with pytest.raises(UserError, match="the same answer to all 2 prompts: the adapter was not applied"):
-        ensure_models_differ(True, "the same answer to all 2 prompts")
+        ensure_models_differ(True, results, comparison)
+    # Two complete models have no adapter.
+    comparison.adapter = None
+    with pytest.raises(UserError, match="one model, or too alike.*--allow_identical") as refused:
+        ensure_models_differ(True, results, comparison)
+    assert "adapter" not in str(refused.value)
+    comparison.args.allow_identical = True
+    ensure_models_differ(True, results, comparison)
+    report = Report("table\n\nInconclusive.", "Inconclusive.").noted(comparison.identical)
+    assert report.verdict == f"IDENTICAL: base and tuned gave {results}. Inconclusive."
+    assert report.text.endswith(f"IDENTICAL: base and tuned gave {results}.")
+    assert report.noted("") is report
 
 
 @pytest.mark.parametrize(

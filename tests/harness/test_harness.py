@@ -21,7 +21,7 @@ from preflab.harness.logged import compare_folders
 from preflab.harness.metrics import (
     SuiteResults,
     degrees_of_freedom,
-    ensure_adapter_applied,
+    ensure_answers_differ,
     leading_bos,
     normal,
     paired,
@@ -474,9 +474,10 @@ def test_row_order():
 
 def test_identical_models_are_refused():
     side = side_of({"t": {"acc": [1, 0]}})
+    comparison = SimpleNamespace(args=SimpleNamespace(allow_identical=False), adapter="lora", servers={})
     with pytest.raises(UserError, match="2 requests.*adapter"):
-        ensure_adapter_applied(side, side_of({"t": {"acc": [1, 0]}}))
-    ensure_adapter_applied(side, side_of({"t": {"acc": [1, 1]}}))
+        ensure_answers_differ(side, side_of({"t": {"acc": [1, 0]}}), comparison)
+    ensure_answers_differ(side, side_of({"t": {"acc": [1, 1]}}), comparison)
 
 
 # ------------------------------------------------------------------------------------------------------------ report

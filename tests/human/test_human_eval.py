@@ -660,3 +660,43 @@ def test_study_of_an_earlier_version_keeps_its_votes(tmp_path):
     assert write_study(*call, overwrite=False)["study"] == key["study"]
     with pytest.raises(UserError, match="another study"):
         write_study(*call[:5], {**settings, "repeat_share": 0.5}, overwrite=False)
+
+
+# ----------------------------------------------------------------------------------------------- files that people edit
+
+
+def test_half_an_emoji_in_a_comment_or_name_does_not_stop_the_scoring(tmp_path):
+    key, *_ = study(count=4, repeat_share=0)
+    cut = "\ud83d"
+    votes = export(key, lambda item: {"choice": "tie", "comment": f"fine {cut}"}, annotator=f"SYNTHETIC {cut}")
+    (tmp_path / "v.json").write_text(json.dumps(votes))
+    (read,) = read_votes([str(tmp_path / "v.json")]).values()
+    assert read["annotator"] == "SYNTHETIC \ufffd" and read["votes"][0]["comment"] == "fine \ufffd"
+
+
+def test_one_name_in_two_unicode_forms_is_one_person(tmp_path):
+    key, *_ = study(count=4, repeat_share=0)
+    for form, name in (("nfc", "SYNTHETIC Ren\u00e9"), ("nfd", "SYNTHETIC Rene\u0301")):
+        (tmp_path / f"{form}.json").write_text(json.dumps(export(key, lambda item: {"choice": "tie"}, name)))
+    with pytest.raises(UserError, match="also exported"):
+        read_votes([str(tmp_path / "nfc.json"), str(tmp_path / "nfd.json")])
+
+
+def test_edited_candidates_are_not_overwritten(tmp_path):
+    prompts = [Prompt([{"role": "user", "content": f"prompt {k}"}], f"row {k}") for k in range(6)]
+    names = {"candidates": "manual_eval_candidates.json", "page": "human_eval.html", "key": "human_eval_key.json"}
+    paths = {kind: tmp_path / name for kind, name in names.items()}
+    settings = {"pairs_per_prompt": 1, "repeat_share": 0, "limit": None, "sides_seed": None}
+
+    def write(overwrite=False):
+        return write_study(paths, prompts, answers_of(("base", "tuned"), 6), "t", {}, settings, overwrite)
+
+    key = write()
+    assert write()["study"] == key["study"]
+    edited = paths["candidates"].read_text().replace("tuned says 0", "my own answer")
+    paths["candidates"].write_text(edited)
+    with pytest.raises(UserError, match="manual_eval_candidates.json: edited"):
+        write()
+    assert paths["candidates"].read_text() == edited
+    write(overwrite=True)
+    assert "my own answer" not in paths["candidates"].read_text()

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from scipy.special import expit
 from scipy.stats import wilcoxon
 
 from preflab.data.prompts import Prompt
-from preflab.judging.answers import ensure_adapter_applied
+from preflab.judging.answers import ensure_answers_differ
 from preflab.judging.battle_metrics import (
     against_opponent,
     answer_metrics,
@@ -189,9 +190,10 @@ def test_both_orders_skip_missing_answers(tmp_path):
 
 def test_identical_models_are_refused():
     a, b = [{"text": "x"}, {"text": "y"}], [{"text": "x"}, {"text": "z"}]
-    ensure_adapter_applied({"base": a, "tuned": b})
+    comparison = SimpleNamespace(args=SimpleNamespace(allow_identical=False), adapter="lora", servers={})
+    ensure_answers_differ({"base": a, "tuned": b}, comparison)
     with pytest.raises(UserError, match="2 prompts"):
-        ensure_adapter_applied({"base": a, "tuned": [dict(each) for each in a]})
+        ensure_answers_differ({"base": a, "tuned": [dict(each) for each in a]}, comparison)
 
 
 def test_opponent_scores_are_paired_by_prompt():

@@ -36,6 +36,13 @@ def test_rows_needed_are_those_of_cohens_tables():
         assert pilot.detectable(n) <= d < pilot.detectable(n - 1)
 
 
+def test_five_rows_detect_no_mean():
+    """A signed-rank test of five equal signs has p = 0.0625, of six 0.03125."""
+    pilot = Pilot(n=5, mean=3.0, deviation=1.0)
+    assert pilot.detectable(5) is None and pilot.detectable(6) is not None and pilot.needed(50.0) == 6
+    assert signed_rank([1, 2, 3, 4, 5]) > 0.05 > signed_rank([1, 2, 3, 4, 5, 6])
+
+
 def test_sign_test_power_by_hand():
     # 10 rows without ties: p < 0.05 for 0, 1, 9 and 10 wins (2 * 11 / 1024 = 0.021; two losses give 0.109).
     win = 0.8
