@@ -5,9 +5,10 @@
 Runs `run_sppo_iteration.sh` for every iteration of every seed, once with the toy scorer's scores (the trait is short
 words, configs/scorers/plain_words.py) and once with the scores shuffled among each prompt's answers, which makes the
 labels uninformative. After each iteration the model answers the 60 prompts of data/eval_prompts, --samples times.
-Prints and writes the mean letters per word after each iteration, the change in each iteration with its 95% interval
-over prompts (averaged over seeds) and Wilcoxon's signed-rank test, the changes of each seed, and the difference between
-scored and shuffled labels. Results are stored in --folder, so an interrupted call continues.
+Prints and writes the mean letters per word after each iteration, the change in each iteration, and the difference
+between scored and shuffled labels, each with two 95% intervals and tests: over prompts, on the mean over seeds (how
+much these models differ on other prompts), and over seeds, on the mean over prompts, by Student's t (how much other
+training runs would). Results are stored in --folder, so an interrupted call continues.
 """
 
 import re
@@ -25,6 +26,7 @@ from utils.stage import start
 
 ROOT = Path(__file__).resolve().parent.parent
 LABELS = ("scored", "shuffled")
+UNITS = ("prompts", "seeds")
 
 
 @dataclass
@@ -166,39 +168,59 @@ def compare(curves: dict, base) -> tuple[dict, list[tuple]]:
         curves: letters per word by label, shape (seeds, iterations + 1, prompts).
         base: of the initial model, shape (prompts,).
     """
-    import numpy as np
 
     from utils.artifacts import metric
-    from utils.stats import bootstrap, signed_rank
+    from utils.stats import bootstrap, mean_test
     from utils.tables import cell, difference
+
+    def change_of(name: str, by_seed) -> tuple[str, str]:
+        """Add the metrics of changes, shape (seeds, prompts); return the table's cells, over prompts and over seeds."""
+        by_prompt, of_seeds = by_seed.mean(0), by_seed.mean(1)
+        metrics[name], p = bootstrap(by_prompt), metric(mean_test(by_prompt), n=len(by_prompt))
+        metrics[f"{name}_over_seeds"], p_seeds = over_seeds(of_seeds)
+        metrics[f"p_{name}"], metrics[f"p_{name}_over_seeds"] = p, p_seeds
+        metrics[f"{name}_by_seed"] = of_seeds.tolist()
+        return difference(metrics[name], p, 1, 3), difference(metrics[f"{name}_over_seeds"], p_seeds, 1, 3)
 
     iterations = curves["scored"].shape[1] - 1
     metrics, lines = {}, [("letters per word, held-out answers", *LABELS)]
     lines.append(("initial model", *[cell(bootstrap(base), 1, 3)] * 2))
     for t in range(1, iterations + 1):
-        level, changes = [], []
         for label, values in curves.items():
-            by_prompt = values.mean(0)
-            metrics[f"{label}_letters_{t}"] = bootstrap(by_prompt[t])
-            change = metrics[f"{label}_change_{t}"] = bootstrap(np.stack([by_prompt[t], by_prompt[t - 1]], 1))
-            p = metric(signed_rank(by_prompt[t] - by_prompt[t - 1]), n=len(base))
-            metrics[f"p_{label}_change_{t}"] = p
-            metrics[f"{label}_change_{t}_by_seed"] = [float(seed[t].mean() - seed[t - 1].mean()) for seed in values]
-            level.append(cell(metrics[f"{label}_letters_{t}"], 1, 3))
-            changes.append(difference(change, p, 1, 3))
+            metrics[f"{label}_letters_{t}"] = bootstrap(values.mean(0)[t])
+        changes = [
+            change_of(f"{label}_change_{t}", values[:, t] - values[:, t - 1]) for label, values in curves.items()
+        ]
         by_seed = [metrics[f"{label}_change_{t}_by_seed"] for label in LABELS]
-        lines += [(f"after iteration {t}", *level), ("  changed by", *changes)]
-        lines.append(
-            ("  of each seed", *(", ".join(f"{x:+.3f}" for x in changes_of_label) for changes_of_label in by_seed))
-        )
+        lines.append((f"after iteration {t}", *(cell(metrics[f"{label}_letters_{t}"], 1, 3) for label in LABELS)))
+        lines += [
+            (f"  changed by, over {unit}", *cells)
+            for unit, cells in zip(UNITS, zip(*changes, strict=True), strict=True)
+        ]
+        lines.append(("  of each seed", *(", ".join(f"{x:+.3f}" for x in seeds) for seeds in by_seed)))
+    lines.append(("scored less shuffled", *(f"over {unit}" for unit in UNITS)))
     for t, name in [*((t, f"iteration {t}") for t in range(1, iterations + 1)), (0, "all iterations")]:
         # Over one iteration, and from the start to the end.
         before, after = (t - 1, t) if t else (0, iterations)
-        changes = [values.mean(0)[after] - values.mean(0)[before] for values in curves.values()]
-        gap = metrics[f"scored_minus_shuffled_{t or 'all'}"] = bootstrap(np.stack(changes, 1))
-        p = metrics[f"p_scored_minus_shuffled_{t or 'all'}"] = metric(signed_rank(changes[0] - changes[1]), n=len(base))
-        lines.append((f"scored less shuffled, {name}", difference(gap, p, 1, 3), ""))
+        scored, shuffled = (curves[label][:, after] - curves[label][:, before] for label in LABELS)
+        lines.append((f"  {name}", *change_of(f"scored_minus_shuffled_{t or 'all'}", scored - shuffled)))
     return metrics, lines
+
+
+def over_seeds(values) -> tuple[dict, dict]:
+    """(mean of one value per seed with Student's interval, p-value of Student's t test that it is 0)."""
+    from scipy.stats import ttest_1samp
+
+    from utils.artifacts import metric
+
+    if len(values) < 2:
+        return metric(float(values.mean()), None, None, len(values)), metric(None, n=len(values))
+    test = ttest_1samp(values, 0)
+    ends = test.confidence_interval()
+    stderr = float(values.std(ddof=1)) / len(values) ** 0.5
+    return metric(float(values.mean()), stderr, (float(ends.low), float(ends.high)), len(values)), metric(
+        float(test.pvalue), n=len(values)
+    )
 
 
 def main():

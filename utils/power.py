@@ -1,7 +1,7 @@
 """Statistical power: which difference a paired test can detect with this many rows, and how many a difference needs.
 
-Computed for the exact sign test, where every row is a win, a tie or a loss, and else for the t-test of a mean, whose
-power signed-rank and permutation tests of means have approximately. Levels are two-sided.
+Computed for the exact sign test, where every row is a win, a tie or a loss, and else for `utils.stats.mean_test` on
+normal rows, a t-test with a larger critical value for few rows. Levels are two-sided.
 """
 
 import math
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from utils.stats import independent_values
+from utils.stats import critical_distance, independent_values
 from utils.tables import number
 from utils.tables import render as render_table
 
@@ -47,11 +47,13 @@ class Pilot:
         """The probability that the test on `n` rows is significant if the true difference is `difference`."""
         if self.decided is not None:
             return sign_test_power(n, self.decided, abs(difference) / self.step, level)
-        return t_test_power(n, abs(difference) / self.deviation, level) if self.is_testable(n, level) else 0.0
+        return t_test_power(n, abs(difference) / self.deviation, level, critical_distance(n, level))
 
     def is_testable(self, n: int, level: float) -> bool:
-        """Whether a test on `n` rows can be significant: equal signs everywhere have p = 2^(1 - n), 0.0625 for five."""
-        return 2.0 ** (1 - n) < level
+        """Whether a test on `n` rows can be significant: five equal signs have p = 0.0625 in the sign test."""
+        if self.decided is not None:
+            return 2.0 ** (1 - n) < level
+        return math.isfinite(critical_distance(n, level))
 
     def detectable(self, n: int, level: float = LEVEL) -> float | None:
         """The smallest difference that `n` rows detect with `POWER`; None where no possible one is."""
@@ -152,8 +154,13 @@ def sign_test_power(n: int, decided: float, difference: float, level: float = LE
     return float((binom.pmf(counts, n, decided) * np.where(critical < 0, 0, significant)).sum())
 
 
-def t_test_power(n: int, effect: float, level: float = LEVEL) -> float:
-    """Power of the two-sided one-sample t-test on `n` rows; `effect` is the mean over the standard deviation."""
+def t_test_power(n: int, effect: float, level: float = LEVEL, critical: float | None = None) -> float:
+    """Power of the two-sided one-sample t-test on `n` rows.
+
+    Args:
+        effect: the mean over the standard deviation.
+        critical: the smallest significant |t|; default: Student's.
+    """
     from scipy.stats import chi2, norm, t
 
     shift = effect * math.sqrt(n)
@@ -165,7 +172,8 @@ def t_test_power(n: int, effect: float, level: float = LEVEL) -> float:
     # The noncentral t distribution as a mean over the sample's deviation, at equally likely values of it:
     # scipy's nct is NaN for some arguments.
     quantiles = (np.arange(2000) + 0.5) / 2000
-    thresholds = t.ppf(1 - level / 2, n - 1) * np.sqrt(chi2.ppf(quantiles, n - 1) / (n - 1))
+    critical = float(t.ppf(1 - level / 2, n - 1)) if critical is None else critical
+    thresholds = critical * np.sqrt(chi2.ppf(quantiles, n - 1) / (n - 1))
     return float((norm.sf(thresholds - shift) + norm.cdf(-thresholds - shift)).mean())
 
 
@@ -185,7 +193,7 @@ def power_record(pilot: Pilot, unit: str, level: float = LEVEL) -> dict:
         "needed": pilot.needed(pilot.mean, level),
         "power": POWER,
         "level": level,
-        "test": "t-test" if pilot.decided is None else "sign test",
+        "test": "permutation test" if pilot.decided is None else "sign test",
         "ties": None if pilot.decided is None else 1 - pilot.decided,
         "deviation": pilot.deviation,
         "step": pilot.step,

@@ -1,7 +1,9 @@
 """Intervals and paired tests on per-row figures. Rows are the resampled unit.
 
 Every interval is a 95% interval. `share` is for rates (accuracies, win rates, agreement) and their paired differences,
-`bootstrap` for all other figures. tests/utils/test_stats.py measures their coverage.
+`bootstrap` for means, `of_sums` for ratios of sums and functions of them, `bootstrap` with a statistic for all other
+figures. tests/utils/test_coverage.py measures their coverage, tests/end_to_end/test_false_claims.py how often a verdict
+claims a difference where there is none.
 """
 
 import math
@@ -15,9 +17,17 @@ from utils.artifacts import metric
 RESAMPLES = 2000
 # The normal distribution's 97.5% quantile.
 Z95 = 1.959963984540054
-# BCa's jackknife computes the statistic once per row on all other rows; with more rows than this, percentile and BCa
-# intervals hardly differ.
-MOST_ROWS_FOR_BCA = 1000
+# With more rows than this, the skewness correction equals the bootstrap-t interval, and percentile intervals equal BCa,
+# whose jackknife computes the statistic once per row, within a few percent of the width.
+MANY_ROWS = 1000
+# Few rows of a skewed distribution have too small a skewness on average (at most about sqrt(n)); hence this factor. It
+# and the next bound were chosen by the simulations of tests/utils/test_coverage.py.
+SKEWNESS_FACTOR = 1.5
+# Hall's correction widens the half of an interval on the side of the long tail, with this bound at most 2.4 times.
+MOST_CORRECTION = 0.99
+# Sign patterns of up to this many rows are enumerated; for more rows they are drawn, in two steps.
+MOST_ROWS_ENUMERATED = 16
+FLIPS, MOST_FLIPS = 9_999, 99_999
 
 
 # ------------------------------------------------------------------------------------------------------------- shares
@@ -118,11 +128,10 @@ def score_interval(wins: float, losses: float, n: float, z: float = Z95) -> tupl
 def bootstrap(
     values, seed: int = 42, resamples: int = RESAMPLES, statistic=None, bca: bool = True, groups=None
 ) -> dict:
-    """Mean of `values` with its standard error and 95% interval.
+    """Mean of `values` with its standard error and the 95% interval of `of_sums`; or a statistic with its BCa interval.
 
-    The interval of a mean is the smallest that holds both Student's and the bootstrap-t interval (Efron & Tibshirani
-    1993, section 12.5): the first covers with heavy tails, the second with skewed rows. The interval of a statistic is
-    BCa (section 14.3), or the percentile interval where BCa is undefined or too slow; its error is the bootstrap's.
+    The interval of a statistic is BCa (Efron & Tibshirani 1993, section 14.3), or the percentile interval where BCa is
+    undefined or too slow; its error is the bootstrap's.
 
     Args:
         values: one figure per row, shape (n,), or two paired columns a and b, shape (n, 2), whose mean(a - b) is taken.
@@ -138,8 +147,9 @@ def bootstrap(
         rows = np.asarray(values, dtype=np.float64)
         # Paired columns become one column of differences: for a mean this equals resampling the pairs.
         rows = rows[:, 0] - rows[:, 1] if rows.ndim == 2 else rows
-        # An artifact's n counts rows.
-        return _mean(independent_values(rows, groups), seed, resamples) | {"n": len(rows)}
+        if _group_numbers(groups, len(rows))[1] == len(rows):
+            return of_sums(rows[:, None], lambda sums: sums[..., 0] / len(rows), seed, resamples)
+        return of_sums(np.stack([rows, np.ones(len(rows))], 1), ratio, seed, resamples, groups)
     value, result, n = _resampled(values, seed, resamples, statistic, groups=groups)
     if result is None:
         return metric(value, None, None, n)
@@ -148,56 +158,96 @@ def bootstrap(
     interval = result.confidence_interval
     if not np.isfinite([interval.low, interval.high]).all():
         return metric(value, None, None, n)
-    if bca and n <= MOST_ROWS_FOR_BCA:
+    if bca and n <= MANY_ROWS:
         better = _resampled(values, seed, 0, statistic, "BCa", result, groups)[1].confidence_interval
         interval = better if np.isfinite([better.low, better.high]).all() else interval
     return metric(value, float(result.standard_error), (float(interval.low), float(interval.high)), n)
 
 
-def _mean(x: np.ndarray, seed: int, resamples: int) -> dict:
-    """Mean of the rows x, shape (n,), with the interval that `bootstrap` describes."""
+def ratio(sums):
+    """First sum over second, shape (..., columns) to (...): nats over tokens, say, or a mean with a column of ones."""
+    return sums[..., 0] / sums[..., 1]
+
+
+def of_sums(values, figure=ratio, seed: int = 42, resamples: int = RESAMPLES, groups=None) -> dict:
+    """A smooth function of the rows' sums with its standard error (delta method) and 95% interval.
+
+    The interval is the smallest that holds three: Student's, which covers with heavy tails; the bootstrap-t interval
+    (Efron & Tibshirani 1993, section 12.5; up to 1,000 rows), each resample studentised with its own error; and
+    Student's after Hall's correction for skewness (1992, Journal of the Royal Statistical Society B 54, 221-228), which
+    covers with few skewed rows.
+
+    Args:
+        values: shape (n, columns).
+        figure: a function from sums over rows, shape (..., columns), to figures, shape (...); made of numpy functions
+            that take complex numbers. Default: the first sum over the second.
+        groups: as in `bootstrap`; rows are summed within their group first.
+
+    Returns:
+        A metric, as `bootstrap`.
+    """
     from scipy.stats import t
 
-    n = len(x)
-    value = float(x.mean()) if n else float("nan")
+    rows = np.asarray(values, dtype=np.float64)
+    n_rows = len(rows)
+    value = float(figure(rows.sum(0))) if n_rows else float("nan")
+    rows = group_sums(rows, groups)
+    n = len(rows)
     if n < 2:
-        return metric(value, None, None, n)
-    stderr = float(x.std(ddof=1)) / math.sqrt(n)
-    # Rows that are equal up to rounding have no spread: their deviation would be the error of the mean.
-    if not np.isfinite(stderr) or np.ptp(x) <= 1e-12 * np.abs(x).max():
-        return metric(value, stderr, (value, value), n)
-    half = float(t.ppf(0.975, n - 1)) * stderr
-    low, high = value - half, value + half
-    # How many standard errors, each resample with its own, the mean of a resample is from the mean of all rows.
+        return metric(value, None, None, n_rows)
+    linear = _linearised(rows[None], figure)[0]
+    spread = float(linear.std())
+    stderr = float(linear.std(ddof=1)) / math.sqrt(n)
+    # Rows that are equal up to rounding have no spread: their deviation would be the error of the sums.
+    if not np.isfinite(stderr) or spread <= 1e-12 * max(abs(value), np.abs(linear).max()):
+        return metric(value, stderr, (value, value), n_rows)
+    student = float(t.ppf(0.975, n - 1))
+    # The side of the long tail needs the wider half: few rows of the tail make the mean and its error small together.
+    skewness = sample_skewness(linear)
+    bend = min(SKEWNESS_FACTOR * abs(skewness) / math.sqrt(n), MOST_CORRECTION / student)
+    wide = 3 * (1 - (1 - bend * student) ** (1 / 3)) / bend if bend > 1e-9 else student
+    low, high = (-wide, student) if skewness < 0 else (-student, wide)
+    low, high = value + stderr * low, value + stderr * high
+    # How many standard errors, each resample with its own, the figure of a resample is from that of all rows.
     rng, distances = np.random.default_rng(seed), []
-    for start in range(0, resamples, 256):
+    for start in range(0, resamples if n <= MANY_ROWS else 0, 256):
         # In batches, which bounds the memory.
-        drawn = x[rng.integers(0, n, (min(256, resamples - start), n))]
-        spread = drawn.std(1)
+        drawn = rows[rng.integers(0, n, (min(256, resamples - start), n))]
+        spreads = _linearised(drawn, figure).std(1)
         # A resample of equal rows has no standard error.
-        varied = spread > 1e-9 * x.std()
-        distances.append((drawn.mean(1)[varied] - value) / spread[varied])
-    distances = np.concatenate(distances)
+        varied = spreads > 1e-9 * spread
+        distances.append((figure(drawn[varied].sum(1)) - value) / spreads[varied])
+    distances = np.concatenate([[], *distances])
     # Where many resamples have no standard error (few distinct rows), the quantiles mean nothing.
-    if len(distances) >= 0.975 * resamples:
-        far_left, far_right = np.quantile(distances, (0.025, 0.975)) * x.std()
-        # A distribution with its long tail on the left has the true mean on the right: the ends change sides.
+    if len(distances) >= max(1, 0.975 * resamples):
+        far_left, far_right = np.quantile(distances, (0.025, 0.975)) * spread
+        # A distribution with its long tail on the left has the true figure on the right: the ends change sides.
         low, high = min(low, value - float(far_right)), max(high, value - float(far_left))
-    return metric(value, stderr, (low, high), n)
+    return metric(value, stderr, (low, high), n_rows)
 
 
-def bootstrap_test(values, statistic, seed: int = 42, resamples: int = RESAMPLES) -> float:
-    """Two-sided p-value of the bootstrap test that a statistic is 0 (Efron & Tibshirani 1993, section 16.4).
+def _linearised(rows: np.ndarray, figure) -> np.ndarray:
+    """The contribution of each row to `figure` of the sums, shape (..., n), for rows of shape (..., n, columns).
 
-    It is the share of resamples at least as far from the figure as the figure is from 0. One is added to both counts
-    (Davison & Hinkley 1997, section 4.2), so the p-value is never 0. Arguments as in `bootstrap`.
+    Up to a constant, n times the row's product with the gradient: their standard deviation over sqrt(n) is the figure's
+    standard error by the delta method.
     """
-    value, result, _ = _resampled(values, seed, resamples, statistic)
-    if result is None or value == 0:
-        return 1.0
-    # Resamples are centred at the figure; shifting them by -value gives the distribution under the null.
-    far = np.abs(result.bootstrap_distribution - value) >= abs(value)
-    return float((1 + far.sum()) / (1 + far.size))
+    sums = rows.sum(-2)
+    products = 0.0
+    for k in range(rows.shape[-1]):
+        # Complex-step derivative (Squire & Trapp 1998): exact, since nothing is subtracted.
+        step = np.zeros(rows.shape[-1], complex)
+        step[k] = 1e-30j
+        products = products + rows[..., k] * (figure(sums + step).imag / 1e-30)[..., None]
+    return rows.shape[-2] * products
+
+
+def sample_skewness(x: np.ndarray) -> float:
+    """The adjusted skewness G1 of x, shape (n,); 0 for fewer than three rows or without spread."""
+    n, spread = len(x), x.std()
+    if n < 3 or not spread > 0:
+        return 0.0
+    return float(((x - x.mean()) ** 3).mean() / spread**3) * math.sqrt(n * (n - 1)) / (n - 2)
 
 
 def _resampled(values, seed: int, resamples: int, statistic, method="percentile", earlier=None, groups=None):
@@ -275,6 +325,14 @@ def _grouped(table: np.ndarray, statistic, numbers: np.ndarray, count: int) -> t
     return (np.arange(count),), function
 
 
+def group_sums(rows: np.ndarray, groups=None) -> np.ndarray:
+    """The sum of each group's rows, shape (groups, columns), ordered by first occurrence; `rows` without groups."""
+    numbers, count = _group_numbers(groups, len(rows))
+    if count == len(rows):
+        return rows
+    return np.stack([np.bincount(numbers, column, count) for column in rows.T], 1)
+
+
 def group_means(values, groups=None) -> np.ndarray:
     """The mean of each group, in the order of first occurrence; `values` where every row is its own group.
 
@@ -310,11 +368,6 @@ def holm(p_values: list[float]) -> list[float]:
     return adjusted
 
 
-def ratio_of_sums(rows) -> float:
-    """Sum of the first column divided by the sum of the second, shape (n, 2) to a number (nats over tokens, say)."""
-    return float(rows[:, 0].sum() / rows[:, 1].sum())
-
-
 def rank_correlation(rows) -> float:
     """Spearman's rank correlation of two columns, shape (n, 2); NaN if one is constant."""
     from scipy.stats import rankdata
@@ -345,17 +398,93 @@ def sign_test(right, groups=None) -> float:
     return float(binomtest(int((decided > 0.5).sum()), len(decided), 0.5).pvalue) if len(decided) else 1.0
 
 
-def signed_rank(differences, groups=None) -> float:
-    """Two-sided p-value of Wilcoxon's signed-rank test that paired differences are symmetric about 0.
+def mean_test(differences, groups=None, seed: int = 42) -> float:
+    """Two-sided p-value of the test that paired differences have mean 0.
+
+    The largest of three:
+    - the sign-flip permutation test (Fisher 1935; exact for symmetric differences): the share of sign patterns whose
+      sum is at least as far from 0 as the observed one; all patterns for up to 16 rows, else up to 99,999 random ones
+      with p = (1 + count) / (1 + draws), so that Holm's correction over 100 tests can reach significance;
+    - Student's t test after Hall's correction for skewness (1992), if that weakens the claim. Rows with a rare large
+      value on the other side are where a permutation test and a t test claim too often (27% for lognormal rows);
+    - 0.6^n, the chance that all of n rows are on one side of 0 if 60% of the distribution is.
 
     Args:
-        groups: the group of each row; the test is then over the means of the groups.
+        differences: shape (n,).
+        groups: the group of each row; the test is then over the sums of the groups.
     """
-    from scipy.stats import wilcoxon
+    differences = group_sums(np.asarray(differences, dtype=np.float64)[:, None], groups)[:, 0]
+    if not np.any(differences):
+        return 1.0
+    p = max(sign_flip(differences, seed), skewness_corrected(differences))
+    return float(max(p, 0.6 ** len(differences)))
 
-    differences = group_means(differences, groups)
-    # scipy drops zero differences and is undefined if none is left.
-    return float(wilcoxon(differences).pvalue) if np.any(differences) else 1.0
+
+def sign_flip(x: np.ndarray, seed: int = 42) -> float:
+    """Two-sided p-value of the sign-flip permutation test that x, shape (n,), is symmetric about 0."""
+    # Without its zeros, whose sign does not matter, and scaled against under- and overflow.
+    sizes, total = np.abs(x[x != 0]), abs(x.sum())
+    n, largest = len(sizes), sizes.sum()
+    # Sums that are equal in exact arithmetic count as equal.
+    far = total - 1e-10 * largest
+
+    def count(positive) -> int:
+        """Of the sign patterns, shape (draws, n), 1 for positive, those whose sum is at least as far from 0."""
+        return int((np.abs(2 * (positive.astype(np.float64) @ sizes) - largest) >= far).sum())
+
+    if n <= MOST_ROWS_ENUMERATED:
+        # The first sign is fixed: a pattern and its opposite are equally far from 0.
+        patterns = (np.arange(2 ** (n - 1))[:, None] >> np.arange(n)) & 1
+        return count(patterns) / len(patterns)
+    rng, reached, drawn = np.random.default_rng(seed), 0, 0
+    # The second step only refines small p-values. Fewer draws for many rows, which bounds the time.
+    for draws in (FLIPS, MOST_FLIPS):
+        draws = min(draws, max(FLIPS, 50_000_000 // n))
+        while drawn < draws:
+            batch = min(draws - drawn, max(1, 2_000_000 // n))
+            bits = np.unpackbits(np.frombuffer(rng.bytes(batch * -(-n // 8)), np.uint8).reshape(batch, -1), axis=1)
+            reached, drawn = reached + count(bits[:, :n]), drawn + batch
+        if (1 + reached) / (1 + drawn) >= 0.01:
+            break
+    return (1 + reached) / (1 + drawn)
+
+
+def skewness_corrected(x: np.ndarray) -> float:
+    """Two-sided p-value of Student's t test that x, shape (n,), has mean 0, weakened for skewness as Hall (1992) does.
+
+    Skewness against the claim (a long tail on the other side of 0) is taken 1.5 times, plus its standard error for
+    normal rows: the sample's own is too small where the tail is missing from it. Skewness along the claim is ignored.
+    """
+    from scipy.stats import t
+
+    n = len(x)
+    if n < 3:
+        return 1.0
+    stderr = x.std(ddof=1) / math.sqrt(n)
+    if not stderr > 1e-12 * np.abs(x).max():
+        return 0.0
+    distance, error = abs(x.mean()) / stderr, skewness_error(n)
+    against = -math.copysign(1.0, x.mean()) * sample_skewness(x)
+    against = max(0.0, SKEWNESS_FACTOR * against + error)
+    # Hall's monotone cubic, u (1 - z + z^2 / 3).
+    z = against / math.sqrt(n) * distance / 3
+    return float(2 * t.sf(min(distance, distance * (1 - z + z * z / 3)), n - 1))
+
+
+def skewness_error(n: int) -> float:
+    """The standard error of `sample_skewness` for n normal rows."""
+    return math.sqrt(6 * n * (n - 1) / ((n - 2) * (n + 1) * (n + 3)))
+
+
+def critical_distance(n: int, level: float = 0.05) -> float:
+    """How many standard errors from 0 the mean of n rows without skewness must be for `mean_test` to have p < level."""
+    from scipy.stats import t
+
+    if n < 3 or 0.6**n >= level:
+        return math.inf
+    # Hall's cubic solved for the distance.
+    bend, student = skewness_error(n) / math.sqrt(n), float(t.ppf(1 - level / 2, n - 1))
+    return 3 * (1 - float(np.cbrt(1 - bend * student))) / bend
 
 
 def mcnemar(right_a, right_b, groups=None) -> float:

@@ -9,7 +9,7 @@ from preflab.judging.judges import notes_of
 from utils.artifacts import metric
 from utils.errors import UserError
 from utils.power import with_power
-from utils.stats import share, signed_rank
+from utils.stats import mean_test, share
 
 NO_INTERVAL = "on some resamples the package's regression left all its coefficients at zero"
 # The judge of AlpacaEval 2's leaderboard.
@@ -40,11 +40,7 @@ def summarise(sides: dict, controls: dict, eval_out: str, seed: int, resamples: 
     both = [k for k in range(len(sides["base"])) if None not in (_preference(sides, s, k) for s in sides)]
     # Shape (judged by both, 2): tuned, base. Preferences are percentages of a win after the factor 100.
     pairs = np.array([[_preference(sides, s, k) for s in ("tuned", "base")] for k in both], float).reshape(-1, 2)
-    difference = share(pairs - 1, seed, 100)
-    metrics["difference_win_rate"] = with_power(difference, pairs[:, 0] - pairs[:, 1], "instructions", scale=100)
-    # Wilcoxon's signed-rank test on rows: preferences of a probability judge are continuous, so a sign test would
-    # ignore their size.
-    metrics["p_difference_win_rate"] = metric(signed_rank(pairs[:, 0] - pairs[:, 1]), n=len(pairs))
+    metrics |= win_rate_difference(pairs, seed)
     judged = {side: [rows[k] for k in both] for side, rows in sides.items()}
     rates, errors, section, name = _length_controlled(sides["base"], judged, eval_out, seed, resamples)
     if rates:
@@ -63,6 +59,20 @@ def summarise(sides: dict, controls: dict, eval_out: str, seed: int, resamples: 
         "leaderboards_judge": judge == LEADERBOARD_JUDGE,
         # Without the last entry, "unknown": the package's default does not show where an instruction is from.
         "alpacaeval": any(row.get("dataset") in package.DATASETS[:-1] for row in sides["base"]),
+    }
+
+
+def win_rate_difference(pairs: np.ndarray, seed: int) -> dict:
+    """The paired difference of the win rates in percentage points, and its test.
+
+    Args:
+        pairs: preferences from 1 to 2 of tuned and base, shape (n, 2).
+    """
+    difference = share(pairs - 1, seed, 100)
+    return {
+        "difference_win_rate": with_power(difference, pairs[:, 0] - pairs[:, 1], "instructions", scale=100),
+        # Preferences of a probability judge are continuous, so a sign test would ignore their size.
+        "p_difference_win_rate": metric(mean_test(pairs[:, 0] - pairs[:, 1], seed=seed), n=len(pairs)),
     }
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 
 from utils.artifacts import metric
-from utils.stats import bootstrap, share, sign_test
+from utils.stats import bootstrap, of_sums, ratio, share, sign_test
 
 
 def words(text: str) -> int:
@@ -32,9 +32,7 @@ def length_bias(lengths: list[tuple[int, int]], seed: int = 42, prompts: list[st
         # Two columns: the mean of chosen minus rejected, paired by row.
         "difference": bootstrap(x, seed, groups=prompts),
         # A ratio of means, not a mean of ratios: one very short rejected answer would dominate the latter.
-        "relative_difference": bootstrap(
-            x, seed, statistic=lambda r: r[:, 0].mean() / r[:, 1].mean() - 1, groups=prompts
-        ),
+        "relative_difference": of_sums(x, lambda sums: ratio(sums) - 1, seed, groups=prompts),
         "share_chosen_longer": share(longer == 1, seed, groups=prompts),
         "share_rejected_longer": share(longer == 0, seed, groups=prompts),
         "share_equal": share(longer == 0.5, seed, groups=prompts),

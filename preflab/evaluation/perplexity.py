@@ -3,7 +3,6 @@
 import math
 import re
 from dataclasses import dataclass, field
-from functools import partial
 
 import numpy as np
 
@@ -18,7 +17,7 @@ from utils.artifacts import metric
 from utils.errors import UserError
 from utils.power import LEVEL, linearised_ratio, with_power
 from utils.provenance import local_path
-from utils.stats import bootstrap, ratio_of_sums, signed_rank
+from utils.stats import bootstrap, mean_test, of_sums, ratio
 
 SIDES = ("chosen", "rejected")
 # Metrics that compare two models, or are of the second.
@@ -217,7 +216,7 @@ def window_sequences(tokens: list[int], window: int, stride: int, bos: str, pref
 
 
 def cut_documents(documents: list[dict], tokenizer, window: int, stride: int, bos: str) -> tuple[list, list[dict]]:
-    """Sequences of all documents, with one row each: document, window, predicted tokens, and their UTF-8 bytes."""
+    """Sequences of all documents, with one row each: document, window, scored tokens, and their UTF-8 bytes."""
     sequences, rows = [], []
     for number, document in enumerate(documents):
         # No special tokens: the windows add the prefix that the BOS protocol requires. Offsets are in characters.
@@ -225,18 +224,19 @@ def cut_documents(documents: list[dict], tokenizer, window: int, stride: int, bo
         tokens, offsets = encoded["input_ids"], [start for start, _ in encoded["offset_mapping"]]
         spans = windows(len(tokens), window, stride, bos)
         cut = window_sequences(tokens, window, stride, bos, prefix_id(tokenizer))
-        for k, ((_, first, end), sequence) in enumerate(zip(spans, cut, strict=True)):
-            # From the start of the window's first token to the start of the next window's, so that the bytes of all
-            # windows add up to the text's, also where a token holds part of a character.
-            last = offsets[end] if end < len(tokens) else len(document["text"])
-            # Leading characters without a token (stripped whitespace) belong to the first window.
-            text = document["text"][offsets[first] if first else 0 : last]
-            # 0 for a document of a single token under --bos none: nothing to score.
+        for k, ((_, _, end), sequence) in enumerate(zip(spans, cut, strict=True)):
             count = len(sequence.ids) - sequence.start
-            if count:
-                sequences.append(sequence)
-                row = {"set": "text", "document": number, "where": document["where"], "window": k}
-                rows.append({**row, "tokens": count, "bytes": len(text.encode())})
+            if not count:
+                # A document of a single token under --bos none.
+                continue
+            # From the start of the first scored token to the start of the next window's first token, so that the bytes
+            # of all windows add up to the text's, also where a token holds part of a character.
+            start, last = end - count, offsets[end] if end < len(tokens) else len(document["text"])
+            # Leading characters without a token (stripped whitespace) belong to the first token, if that is scored.
+            text = document["text"][offsets[start] if start else 0 : last]
+            sequences.append(sequence)
+            row = {"set": "text", "document": number, "where": document["where"], "window": k}
+            rows.append({**row, "tokens": count, "bytes": len(text.encode())})
     return sequences, rows
 
 
@@ -255,7 +255,7 @@ def perplexity_metrics(pairs: PairScores, text: TextScores, skip_kl: bool, seed:
     for side in SIDES if pairs.rows and not skip_kl else ():
         # Shape (pairs, 2): KL summed over an answer's tokens (nats), and their number.
         kl = np.array([[row[f"kl_{side}"], row[f"tokens_response_{side}"]] for row in pairs.rows])
-        metrics[f"kl_{side}"] = bootstrap(kl, seed, statistic=ratio_of_sums, groups=prompts)
+        metrics[f"kl_{side}"] = of_sums(kl, seed=seed, groups=prompts)
     if text.rows:
         units, unit["text"] = text_units(text.rows)
         sections["text"] = units, unit["text"], None
@@ -281,33 +281,30 @@ def section_metrics(name: str, units: np.ndarray, seed: int, groups=None) -> dic
     Returns:
         ppl_* is exp(sum of nll / sum of tokens); ppl_mean_* is the mean over units of exp(nll / tokens), as in
         `evaluate`'s perplexity; nll_* is in nats per token; bits_per_byte_* is over the scored text. p_* is the
-        two-sided p-value of Wilcoxon's signed-rank test on the units' mean nll.
+        two-sided p-value of `utils.stats.mean_test` on the units' differences in nll (nats): the perplexities are equal
+        exactly where these have mean 0.
     """
-    # Each of shape (n,). All statistics use the same seed, so base and tuned share their resamples.
+    # Each of shape (n,). All figures use the same seed, so base and tuned share their resamples.
     base, tuned, tokens, size = units.T
-    resampled = partial(bootstrap, groups=groups)
+
+    def per(numerator, denominator):
+        # Numerator and denominator of a unit are resampled together: a ratio of sums, not a mean of ratios.
+        return of_sums(np.stack([numerator, denominator], 1), seed=seed, groups=groups)
+
     metrics = {}
     for side, nll in (("base", base), ("tuned", tuned)):
-        # Numerator and denominator of a unit are resampled together: a ratio of sums, not a mean of ratios.
-        pair = np.stack([nll, tokens], 1)
+        metrics[f"{name}_nll_{side}"] = per(nll, tokens)
+        metrics[f"{name}_ppl_{side}"] = exponential(metrics[f"{name}_nll_{side}"])
+        metrics[f"{name}_ppl_mean_{side}"] = bootstrap(np.exp(nll / tokens), seed, groups=groups)
         # Nats to bits: log 2 nats are one bit.
-        bits = np.stack([nll / math.log(2), size], 1)
-        metrics[f"{name}_ppl_{side}"] = resampled(pair, seed, statistic=lambda x: math.exp(ratio_of_sums(x)))
-        metrics[f"{name}_ppl_mean_{side}"] = resampled(np.exp(nll / tokens), seed)
-        metrics[f"{name}_nll_{side}"] = resampled(pair, seed, statistic=ratio_of_sums)
-        metrics[f"{name}_bits_per_byte_{side}"] = resampled(bits, seed, statistic=ratio_of_sums)
-    # exp of the difference in nats per token is the ratio of the two perplexities.
-    change = np.stack([tuned - base, tokens], 1)
-    metrics[f"{name}_nll_difference"] = resampled(change, seed, statistic=ratio_of_sums)
-    metrics[f"{name}_ppl_ratio"] = resampled(change, seed, statistic=lambda x: math.exp(ratio_of_sums(x)))
-    # Columns 0, 1, 2: nll under base, nll under tuned, tokens.
-    metrics[f"{name}_ppl_difference"] = resampled(
-        units[:, :3],
-        seed,
-        statistic=lambda x: math.exp(ratio_of_sums(x[:, [1, 2]])) - math.exp(ratio_of_sums(x[:, [0, 2]])),
-    )
-    # Per token, so that a long unit does not outrank others by its length alone.
-    metrics[f"p_{name}_nll_difference"] = metric(signed_rank((tuned - base) / tokens, groups), n=len(units))
+        metrics[f"{name}_bits_per_byte_{side}"] = per(nll / math.log(2), size)
+    metrics |= change_metrics(name, units, seed, groups)
+
+    def ppl_difference(sums):
+        # Columns 0, 1, 2: nll under base, nll under tuned, tokens.
+        return np.exp(ratio(sums[..., [1, 2]])) - np.exp(ratio(sums[..., [0, 2]]))
+
+    metrics[f"{name}_ppl_difference"] = of_sums(units[:, :3], ppl_difference, seed, groups=groups)
     metrics[f"{name}_tokens"] = metric(int(tokens.sum()), n=len(units))
     metrics[f"{name}_bytes"] = metric(int(size.sum()), n=len(units))
     return metrics
@@ -323,6 +320,27 @@ def add_power(metrics: dict, sections: dict) -> None:
         change = linearised_ratio(np.stack([units[:, 1] - units[:, 0], units[:, 2]], 1))
         m = metrics[f"{name}_nll_difference"]
         metrics[f"{name}_nll_difference"] = with_power(m, change, unit, groups=groups, level=LEVEL / len(sections))
+
+
+def change_metrics(name: str, units: np.ndarray, seed: int, groups=None) -> dict:
+    """The metrics of a section that its verdict rests on: difference, ratio and p-value; arguments as above."""
+    base, tuned, tokens, _ = units.T
+    change = of_sums(np.stack([tuned - base, tokens], 1), seed=seed, groups=groups)
+    p = mean_test(tuned - base, groups, seed)
+    return {
+        f"{name}_nll_difference": change,
+        # exp of the difference in nats per token is the ratio of the two perplexities.
+        f"{name}_ppl_ratio": exponential(change),
+        f"p_{name}_nll_difference": metric(p, n=len(units)),
+    }
+
+
+def exponential(m: dict) -> dict:
+    """The metric of exp(m), for perplexities from nats per token; its error by the delta method."""
+    # exp overflows beyond 709.
+    value, *ends = (math.exp(min(x, 700.0)) for x in (m["value"], *(m["ci95"] or ())))
+    stderr = None if m["stderr"] is None else value * m["stderr"]
+    return metric(value, stderr, ends or None, m["n"])
 
 
 def text_units(rows: list[dict]) -> tuple[np.ndarray, str]:

@@ -10,7 +10,7 @@ from utils.errors import is_main_process
 from utils.plots import CHOSEN, NEUTRAL, REJECTED, count_axis, empty_panel, figure, interval_lengths, save
 from utils.power import power_sentence
 from utils.stage import Report, fits_terminal
-from utils.stats import direction
+from utils.stats import direction, holm
 from utils.tables import cell, difference, estimate, number, p_equals, p_value
 from utils.tables import render as render_table
 
@@ -35,7 +35,7 @@ COLOURS = {"chosen": CHOSEN, "rejected": REJECTED, "text": NEUTRAL}
 # Perplexities that differ by more than this factor are drawn on a logarithmic axis.
 LOGARITHMIC_FROM = 20
 
-# With five units even equal signs everywhere give the signed-rank test a p-value of 0.0625.
+# With five units even equal signs everywhere give the permutation test a p-value of 0.0625.
 FEWEST_UNITS_FOR_A_TEST = 6
 
 
@@ -65,20 +65,29 @@ def render(metrics: dict, bias: dict, title: str, left_out: str | None, not_held
 
 
 def verdict_of(metrics: dict) -> str:
-    """How much the perplexity of each section changed, and whether the change is significant."""
-    measured = {name: label for name, label in SECTIONS.items() if f"{name}_ppl_base" in metrics}
+    """How much the perplexity of each section changed, and whether the change is significant.
+
+    The p-values have Holm's correction for the number of sections that can be tested.
+    """
+    measured = [name for name in SECTIONS if f"{name}_ppl_base" in metrics]
     if not any(f"{name}_ppl_tuned" in metrics for name in measured):
         return "No claim: one model's perplexity, without a second model to compare."
-    return " ".join(_change(metrics, name, label) for name, label in measured.items())
+    p_values = adjusted(metrics)
+    return " ".join(_change(metrics, name, SECTIONS[name], p_values) for name in measured)
+
+
+def adjusted(metrics: dict) -> dict[str, float]:
+    """The p-value of each section with enough units for a test, with Holm's correction for their number."""
+    sections = {name: metrics[f"{name}_ppl_ratio"]["n"] for name in SECTIONS if f"{name}_ppl_ratio" in metrics}
+    tested = [name for name, n in sections.items() if n >= FEWEST_UNITS_FOR_A_TEST]
+    return dict(zip(tested, holm([metrics[f"p_{name}_nll_difference"]["value"] for name in tested]), strict=True))
 
 
 def power_notes(metrics: dict) -> str:
     """What the texts could have shown, a line per section whose perplexity did not change significantly."""
-    notes = []
+    notes, p_values = [], adjusted(metrics)
     for name, label in SECTIONS.items():
-        if f"{name}_ppl_ratio" in metrics and not direction(
-            metrics[f"{name}_ppl_ratio"], metrics[f"p_{name}_nll_difference"]["value"], 1
-        ):
+        if f"{name}_ppl_ratio" in metrics and not direction(metrics[f"{name}_ppl_ratio"], p_values.get(name, 1.0), 1):
             notes.append(change_power(metrics[f"{name}_nll_difference"], label))
     return "\n".join(filter(None, notes))
 
@@ -88,17 +97,18 @@ def change_power(m: dict, of: str = "") -> str:
     return power_sentence(m, lambda nats: f"{number(100 * math.expm1(nats), 2)}%", "a change of perplexity", of)
 
 
-def _change(metrics: dict, name: str, label: str) -> str:
-    ratio, p = metrics[f"{name}_ppl_ratio"], metrics[f"p_{name}_nll_difference"]["value"]
+def _change(metrics: dict, name: str, label: str, p_values: dict[str, float]) -> str:
+    ratio = metrics[f"{name}_ppl_ratio"]
     change = f"{100 * (ratio['value'] - 1):+.2f}%"
     if ratio["ci95"] is None:
         return f"{label.capitalize()}: perplexity {change}, one unit, so no interval."
-    if ratio["n"] < FEWEST_UNITS_FOR_A_TEST:
+    if name not in p_values:
         return f"{label.capitalize()}: perplexity {change}, {ratio['n']} units, too few for a test."
-    low, high = (100 * (x - 1) for x in ratio["ci95"])
+    low, high, p = *(100 * (x - 1) for x in ratio["ci95"]), p_values[name]
     outcome = {1: "rose", -1: "fell", 0: "did not change significantly"}[direction(ratio, p, 1)]
     # Where interval and test differ, the reader sees both.
-    test = f"; signed-rank test {p_equals(p)}" if (p < 0.05) != (low > 0 or high < 0) else ""
+    corrected = f" after Holm's correction for {len(p_values)} sections" if len(p_values) > 1 else ""
+    test = f"; permutation test {p_equals(p)}{corrected}" if (p < 0.05) != (low > 0 or high < 0) else ""
     return f"{label.capitalize()}: perplexity {outcome} ({change}, 95% interval {low:+.2f} to {high:+.2f}%{test})."
 
 

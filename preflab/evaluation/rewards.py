@@ -10,7 +10,7 @@ from preflab.evaluation.logprob_scoring import Sequence, score_sequences
 from preflab.evaluation.two_models import TwoModels
 from utils.artifacts import metric
 from utils.power import with_power
-from utils.stats import bootstrap, mcnemar, pairwise_correct, share, sign_test, signed_rank
+from utils.stats import bootstrap, mcnemar, mean_test, pairwise_correct, share, sign_test
 
 
 @dataclass
@@ -90,8 +90,8 @@ def reward_metrics(rows: list[dict], surface=None, seed: int = 42) -> dict:
     Returns:
         `{name: metric}`. reward_accuracy counts a margin of 0 as half; reward_accuracy_strict counts it as wrong, as
         TRL does. likelihood_ranking_* is the share of pairs whose chosen answer has the higher log-probability. `p_*`
-        are two-sided p-values: exact sign test against 50%, exact McNemar test of paired shares, else Wilcoxon's
-        signed-rank test.
+        are two-sided p-values: exact sign test against 50%, exact McNemar test of paired shares, else the
+        permutation test of `utils.stats.mean_test`.
     """
     # Each of shape (pairs,).
     columns = {key: np.array([row[key] for row in rows]) for key in rows[0]}
@@ -127,14 +127,14 @@ def reward_metrics(rows: list[dict], surface=None, seed: int = 42) -> dict:
         "p_reward_accuracy_is_half": metric(sign_test(correct, groups), n=len(rows)),
         "p_likelihood_ranking_difference": metric(mcnemar(tuned, base, groups), n=len(rows)),
         "p_reward_accuracy_is_base_ranking": metric(mcnemar(correct, base, groups), n=len(rows)),
-        "p_reward_margin_is_0": metric(signed_rank(columns["margin"], groups), n=len(rows)),
+        "p_reward_margin_is_0": metric(mean_test(columns["margin"], groups, seed), n=len(rows)),
     }
     for side in ("chosen", "rejected"):
         metrics[f"logps_{side}_base"] = mean(columns[f"ref_{side}"])
         metrics[f"logps_{side}_tuned"] = mean(columns[side])
         # Below 0 for chosen: likelihood displacement, the chosen answer itself became less likely.
         metrics[f"logps_{side}_difference"] = mean(np.stack([columns[side], columns[f"ref_{side}"]], 1))
-        p = signed_rank(columns[side] - columns[f"ref_{side}"], groups)
+        p = mean_test(columns[side] - columns[f"ref_{side}"], groups, seed)
         metrics[f"p_logps_{side}_difference"] = metric(p, n=len(rows))
     if surface is not None:
         surface_correct = pairwise_correct(surface, zero)

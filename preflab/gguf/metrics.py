@@ -1,14 +1,13 @@
 """Each GGUF file beside the model that it was made from, on the same answers: differences with paired intervals."""
 
-import math
-
 import numpy as np
 
 from preflab.evaluation.merge_check import SIDES
+from preflab.evaluation.perplexity import exponential
 from preflab.models.merging import tolerance
 from utils.artifacts import metric
 from utils.errors import UserError
-from utils.stats import bootstrap, mcnemar, pairwise_correct, ratio_of_sums, share, signed_rank
+from utils.stats import bootstrap, mcnemar, mean_test, of_sums, pairwise_correct, share
 
 # Types whose log-probabilities must be those of the source up to rounding, and the dtype that sets the tolerance.
 # F32 has the tolerance of 16 bits: llama.cpp's exponentials and rotary tables are approximations.
@@ -52,7 +51,7 @@ def file_metrics(
 
     Returns:
         logp_difference (nats per answer), ppl, ppl_ratio, same_preference, likelihood_ranking and reward_accuracy with
-        their differences from the source model, and p-values: signed-rank test and exact McNemar test.
+        their differences from the source model, and p-values: `utils.stats.mean_test` and exact McNemar test.
     """
     nll = -logps.sum(1), -source.sum(1)
     pairs = np.stack([nll[0] - nll[1], tokens.sum(1)], 1)
@@ -60,8 +59,8 @@ def file_metrics(
         # Mean of both answers, because a pair is the unit that is resampled.
         "logp_difference": bootstrap((logps - source).mean(1), seed, groups=prompts),
         "ppl": _perplexity(nll[0], tokens, seed, prompts),
-        "ppl_ratio": bootstrap(pairs, seed, statistic=lambda x: math.exp(ratio_of_sums(x)), groups=prompts),
-        "p_ppl_ratio": metric(signed_rank((nll[0] - nll[1]) / tokens.sum(1), prompts), n=len(tokens)),
+        "ppl_ratio": exponential(of_sums(pairs, seed=seed, groups=prompts)),
+        "p_ppl_ratio": metric(mean_test(nll[0] - nll[1], prompts, seed), n=len(tokens)),
         "same_preference": share(
             np.sign(logps[:, 0] - logps[:, 1]) == np.sign(source[:, 0] - source[:, 1]), seed, groups=prompts
         ),
@@ -87,7 +86,7 @@ def source_metrics(source: np.ndarray, base: np.ndarray | None, tokens: np.ndarr
 def _perplexity(nll: np.ndarray, tokens: np.ndarray, seed: int, prompts) -> dict:
     """exp of nats per token of both answers of every pair."""
     units = np.stack([nll, tokens.sum(1)], 1)
-    return bootstrap(units, seed, statistic=lambda x: math.exp(ratio_of_sums(x)), groups=prompts)
+    return exponential(of_sums(units, seed=seed, groups=prompts))
 
 
 def _ranking(name: str, scores: np.ndarray, source: np.ndarray, seed: int, prompts) -> dict:

@@ -12,13 +12,13 @@ from preflab.harness.calls import UNQUANTISED, Call
 from preflab.harness.results import ModelResults, figures_of, leaves, read_side
 from preflab.harness.suites import Suite, averages, errors, load_reference
 from utils.artifacts import metric
-from utils.stats import bootstrap, bootstrap_test, mcnemar, share
+from utils.stats import bootstrap, mcnemar, mean_test, of_sums, share
 
 # How the harness turns a mean over documents into its figure: unchanged, perplexity, bits per byte.
 AGGREGATIONS = {
     "mean": lambda r: r,
     # r is the mean log-likelihood in nats per unit; exp overflows beyond 709.
-    "perplexity": lambda r: math.exp(min(-r, 700)),
+    "perplexity": lambda r: np.exp(np.minimum(-r, 700)),
     "bits": lambda r: -r / math.log(2),
 }
 
@@ -184,8 +184,8 @@ def paired(
 ) -> dict:
     """Tuned minus base over the documents of `tasks`: `{difference, p, test, n, note}`.
 
-    0/1 metrics are tested by exact McNemar, others by a paired bootstrap. If the harness's figure cannot be reproduced
-    from its samples, or the prompts differ between the models, the error is unpaired and there is no test.
+    0/1 metrics are tested by exact McNemar, others by `utils.stats.mean_test`. If the harness's figure cannot be
+    reproduced from its samples, or the prompts differ between the models, the error is unpaired and there is no test.
 
     Args:
         reported: `{"base": metric, "tuned": metric}` as the harness reports the figure.
@@ -219,12 +219,8 @@ def paired(
         difference = (share if right_or_wrong else bootstrap)(values[:, :2], seed)
     else:
         figure = AGGREGATIONS[aggregation]
-        difference = bootstrap(
-            values,
-            seed,
-            # Ratio of sums within each resample, as corpus-level perplexity and accuracy over instructions are defined.
-            statistic=lambda v: figure(v[:, 0].sum() / v[:, 2].sum()) - figure(v[:, 1].sum() / v[:, 2].sum()),
-        )
+        # Ratio of sums within each resample, as corpus-level perplexity and accuracy over instructions are defined.
+        difference = of_sums(values, lambda s: figure(s[..., 0] / s[..., 2]) - figure(s[..., 1] / s[..., 2]), seed)
     if plain_mean and len(values) > 1:
         # The sample's standard error, with n - 1, as the harness computes those of both columns.
         spread = np.std(values[:, 0] - values[:, 1], ddof=1)
@@ -233,9 +229,8 @@ def paired(
     if right_or_wrong:
         p, test = mcnemar(values[:, 0], values[:, 1]), "McNemar"
     else:
-        # Test the means: the aggregation is monotonic, so the figures are equal exactly when the means are.
-        p = bootstrap_test(values, lambda v: (v[:, 0].sum() - v[:, 1].sum()) / v[:, 2].sum(), seed)
-        test = "bootstrap"
+        # Test the sums: the aggregation is monotonic, so the figures are equal exactly where the sums are.
+        p, test = mean_test(values[:, 0] - values[:, 1], seed=seed), "permutation"
     return {**result, "difference": difference, "p": p, "test": test}
 
 

@@ -10,7 +10,7 @@ from utils import tables
 from utils.plots import CHOSEN, EVAL, NEUTRAL, empty_panel, figure, interval_lengths, save, shorten
 from utils.power import LEVEL, pilot_of_metric, points, power_record, power_sentence
 from utils.stage import Report, fits_terminal
-from utils.stats import holm, score_interval
+from utils.stats import direction, holm, score_interval
 from utils.tables import markdown_table, number, p_equals, p_value, paragraphs
 
 PURPOSE = (
@@ -63,6 +63,8 @@ def is_mixed(results: SuiteResults) -> bool:
 def verdict_of(rows: list[dict], alone: bool = False) -> str:
     """Which tasks changed significantly: the `top` rows, with Holm's correction for their number.
 
+    The 95% interval must exclude 0 too (`utils.stats.direction`).
+
     Sets `p_holm` and `significant` of those rows.
     """
     # Subtasks repeat their group's documents and would inflate Holm's number of tests.
@@ -73,10 +75,11 @@ def verdict_of(rows: list[dict], alone: bool = False) -> str:
         return "No claim: no figure of these tasks could be tested."
     better, worse = [], []
     for row, p in zip(tested, holm([row["p"] for row in tested]), strict=True):
-        row["p_holm"], row["significant"] = p, p < 0.05
-        if row["significant"] and row["higher"] is not None:
+        moved = direction(row["difference"], p)
+        row["p_holm"], row["significant"] = p, moved != 0
+        if moved and row["higher"] is not None:
             # For perplexities (higher is False), a negative difference is an improvement.
-            up = (row["difference"]["value"] > 0) == row["higher"]
+            up = (moved > 0) == row["higher"]
             (better if up else worse).append(f"{row['task']} {row['metric']} ({row['difference']['value']:+.4f})")
     tests = (
         f"{len(tested)} paired tests with Holm's correction (* in the table; without it, about"

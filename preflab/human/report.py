@@ -10,7 +10,7 @@ from preflab.judging.battle_report import categories_table
 from utils.plots import CHOSEN, EVAL, NEUTRAL, REJECTED, empty_panel, figure, name_bars, rate_bars, save
 from utils.power import power_sentence
 from utils.stage import Report, fits_terminal, wrote
-from utils.stats import direction
+from utils.stats import direction, holm
 from utils.tables import answer_label, cell, difference, estimate, p_equals, p_value, side_by_side
 from utils.tables import render as render_table
 
@@ -67,19 +67,23 @@ def render(sections: dict, title: str, data: dict | None = None) -> Report:
 
 
 def verdict_of(m: dict) -> str:
-    """One sentence: whose answers people prefer, and what qualifies that."""
+    """One sentence: whose answers people prefer, and what qualifies that.
+
+    Preference and position bias are two claims of one verdict, so their p-values have Holm's correction.
+    """
     # There are votes, but only on other pairings.
     if "win_rate" not in m:
         return "No claim: nobody judged tuned against base."
     rate, p = m["win_rate"], m["p_win_rate_is_half"]["value"]
+    p_preferred, p_left = holm([p, m["p_left_wins_is_half"]["value"]])
     shown = (
         f"tuned wins {estimate(rate, 100)}% against base (95% interval over prompts; ties half;"
         f" sign test {p_equals(p)})"
     )
     outcomes = {1: "People prefer tuned", -1: "People prefer base", 0: "Inconclusive"}
-    verdict = f"{outcomes[direction(rate, p, 0.5)]}: {shown}."
+    verdict = f"{outcomes[direction(rate, p_preferred, 0.5)]}: {shown}."
     # Sides are balanced, so a position bias costs power but does not favour a model.
-    if m["p_left_wins_is_half"]["value"] < 0.05:
+    if direction(m["left_wins"], p_left, 0.5):
         verdict += f" Position bias: the left answer wins {estimate(m['left_wins'], 100)}%."
     # Neither judged nor skipped: the page was not finished.
     missing = m["judged"]["n"] - m["judged"]["value"] - m["skipped"]["value"]

@@ -9,7 +9,7 @@ from preflab.evaluation.reward_slices import calibration_error, calibration_erro
 from preflab.judging.judge_prompt import Item, Verdict
 from preflab.judging.style import markdown_counts
 from utils.artifacts import metric
-from utils.stats import direction, share, signed_rank
+from utils.stats import direction, mean_test, share
 from utils.tables import cell, estimate
 from utils.tables import render as render_table
 
@@ -143,7 +143,7 @@ def against_longer(judge: list[Verdict], longer: list[Verdict], seed: int, promp
     both, groups = both[judged], None if prompts is None else np.array(prompts)[judged].tolist()
     if not len(both):
         return {"difference": metric(float("nan"), n=0), "p": metric(float("nan"), n=0)}
-    p = signed_rank(both[:, 0] - both[:, 1], groups)
+    p = mean_test(both[:, 0] - both[:, 1], groups, seed)
     return {"difference": share(both, seed, groups=groups), "p": metric(p, n=len(both))}
 
 

@@ -6,7 +6,7 @@ from scipy.special import expit, log_expit
 from preflab.judging.style import scaled, style_differences
 from utils.artifacts import metric
 from utils.power import with_power
-from utils.stats import bootstrap, ratio_of_sums, share, sign_test, signed_rank
+from utils.stats import bootstrap, mean_test, of_sums, share, sign_test
 
 # 1 / variance of the prior on each logit: a normal prior of standard deviation 10.
 RIDGE = 1e-2
@@ -126,10 +126,12 @@ def battle_metrics(rows: list[dict], seed: int) -> dict:
 
 def win_rate_votes(votes: np.ndarray, seed: int) -> dict:
     """Votes for `a` over all votes: a ratio of sums, so that strong verdicts weigh more. `votes` has shape (n, 2)."""
-    rate = bootstrap(votes, seed, statistic=ratio_of_sums)
     of_rows = votes[:, 0] / votes[:, 1]
-    # Where all rows agree, every resample does, but the interval of a share is never a point.
-    return rate if np.ptp(of_rows) else share(of_rows, seed)
+    if not np.ptp(of_rows) or len(votes) < 2:
+        # Where all rows agree, every resample does, but the interval of a share is never a point.
+        return share(of_rows, seed)
+    rate = of_sums(votes, seed=seed)
+    return {**rate, "ci95": [min(max(end, 0.0), 1.0) for end in rate["ci95"]]}
 
 
 def by_category(rows: list[dict], seed: int) -> dict:
@@ -165,7 +167,7 @@ def against_opponent(rows: list[dict], seed: int) -> dict:
     pairs = np.array([[scores["tuned"][k], scores["base"][k]] for k in prompts])
     return {
         "win_rate_difference": with_power(share(pairs, seed), pairs[:, 0] - pairs[:, 1], "prompts"),
-        "p_win_rate_difference": metric(signed_rank(pairs[:, 0] - pairs[:, 1]), n=len(prompts)),
+        "p_win_rate_difference": metric(mean_test(pairs[:, 0] - pairs[:, 1], seed=seed), n=len(prompts)),
     }
 
 

@@ -9,8 +9,8 @@ from utils.stats import direction
 from utils.tables import cell, difference, estimate, p_equals, p_value, undecided
 from utils.tables import render as render_table
 
-# A judge whose verdict changes with the order of the answers on more than half of at least 20 prompts is unreliable.
-UNRELIABLE_FLIP_RATE, FEWEST_FLIP_PROMPTS = 0.5, 20
+# A judge whose verdict changes with the order of the answers on more than half of the prompts is unreliable.
+UNRELIABLE_FLIP_RATE = 0.5
 # The share of prompts without a verdict above which the verdict says so.
 MANY_DROPPED = 0.1
 
@@ -93,8 +93,8 @@ def judge_caveats(sections: dict) -> str:
     caveats = ""
     if "flip_rate" in m:
         flips = m["flip_rate"]
-        # A coin that ignores the answers flips on half of the prompts.
-        if flips["value"] > UNRELIABLE_FLIP_RATE and flips["n"] >= FEWEST_FLIP_PROMPTS:
+        # A coin that ignores the answers flips on half of the prompts; the complete interval must be above that.
+        if flips["ci95"] and flips["ci95"][0] > UNRELIABLE_FLIP_RATE:
             caveats += (
                 f" This judge is unreliable: its verdict changes with the answer order on {flips['value']:.1%} of"
                 f" prompts (the first answer wins {m['first_slot_wins']['value']:.1%})."

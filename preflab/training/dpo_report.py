@@ -67,11 +67,11 @@ def surface_caveat(metrics: dict) -> str:
 def displacement(metrics: dict) -> str | None:
     """A warning where both mean log-probabilities fell beyond chance on the held-out pairs, else None.
 
-    Likelihood displacement (Razin et al. 2024): the 95% intervals of both differences are below 0.
+    Likelihood displacement (Razin et al. 2024): for both, 95% interval and test say that the difference is below 0.
     """
     changes = [metrics[f"logps_{side}_difference"] for side in ("chosen", "rejected")]
-    # The upper end of each interval must be below 0. Without an interval (one pair) the value itself counts.
-    if any((change["ci95"] or [None, change["value"]])[1] >= 0 for change in changes):
+    tests = [metrics[f"p_logps_{side}_difference"]["value"] for side in ("chosen", "rejected")]
+    if any(direction(change, p) >= 0 for change, p in zip(changes, tests, strict=True)):
         return None
     return displacement_text(*(change["value"] for change in changes))
 

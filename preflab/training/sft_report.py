@@ -55,7 +55,7 @@ def table_lines(metrics: dict) -> list[tuple]:
 def verdict_of(metrics: dict) -> tuple[bool, str]:
     """Whether held-out perplexity fell beyond chance, and the sentence about it.
 
-    Both the 95% interval of the ratio and the signed-rank test must agree.
+    Both the 95% interval of the ratio and the permutation test must agree.
     """
     if "heldout_ppl_base" not in metrics:
         return False, SHARDED
@@ -68,5 +68,5 @@ def verdict_of(metrics: dict) -> tuple[bool, str]:
     rose = direction(ratio, p, 1)
     if rose:
         verdict = "hurt" if rose > 0 else "helped"
-        return rose < 0, f"Training {verdict}: {finding}, signed-rank {p_equals(p)})."
+        return rose < 0, f"Training {verdict}: {finding}, permutation test {p_equals(p)})."
     return False, f"Inconclusive: {finding}), {undecided(ratio, p, 1, 'no change')}."

@@ -25,6 +25,7 @@ from scipy.stats import binomtest
 import utils.cli
 import utils.stage
 from preflab.evaluation.run_list import list_of_runs
+from utils.tables import p_value
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGES += [ROOT / name / "README.md" for name in ("data", "eval_out", "benchmarks")]
@@ -393,6 +394,13 @@ def test_sppo_table_matches_the_experiment():
         scored, shuffled = (metrics[f"{name}_letters_{iteration}"] for name in ("scored", "shuffled"))
         assert_row("docs/sppo.md", shown(scored, 3), shown(shuffled, 3))
     assert_row("docs/sppo.md", interval(metrics["scored_minus_shuffled_all"], 3))
+    text = " ".join((ROOT / "docs/sppo.md").read_text().split())
+    low, high = metrics["scored_minus_shuffled_all_over_seeds"]["ci95"]
+    assert f"[{low:.3f}, {high:.3f}] by Student's t over the three seeds" in text
+    for ends in ("", "_over_seeds"):
+        for label in ("scored", "shuffled"):
+            values = (metrics[f"p_{label}_change_{t}{ends}"]["value"] for t in (1, 2, 3))
+            assert f"p = {', '.join(p_value(p) for p in values)}" in text, (label, ends)
 
 
 def test_lm_eval_table_matches_the_example_run():

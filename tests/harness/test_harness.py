@@ -43,7 +43,7 @@ from preflab.harness.suites import (
     suites,
 )
 from preflab.harness.tasks import expand, missing, task_manager
-from utils.artifacts import write_json
+from utils.artifacts import metric, write_json
 from utils.errors import UserError
 from utils.progress import LineProgress
 from utils.provenance import ROOT
@@ -273,12 +273,12 @@ def test_binary_metrics_use_mcnemar():
     assert result["difference"]["stderr"] < math.hypot(0.1, 0.1)
 
 
-def test_other_metrics_use_a_paired_bootstrap():
+def test_other_metrics_use_a_permutation_test():
     rng = np.random.default_rng(0)
     a = rng.normal(0.4, 0.2, 200)
     b = a + rng.normal(0.02, 0.05, 200)
     result = compare(side_of({"t": {"acc": list(a)}}), side_of({"t": {"acc": list(b)}}))
-    assert result["test"] == "bootstrap" and result["difference"]["value"] == pytest.approx((b - a).mean())
+    assert result["test"] == "permutation" and result["difference"]["value"] == pytest.approx((b - a).mean())
     z = (b - a).mean() / ((b - a).std() / math.sqrt(200))
     assert result["p"] == pytest.approx(2 * norm.sf(abs(z)), abs=0.01)
 
@@ -289,7 +289,7 @@ def test_perplexity_from_log_likelihoods():
     tuned = side_of({"t": {"perplexity": b}}, results={"t": {"perplexity,none": math.exp(-np.mean(b))}})
     result = compare(base, tuned, metric="perplexity")
     assert result["difference"]["value"] == pytest.approx(math.exp(-np.mean(b)) - math.exp(-np.mean(a)))
-    assert result["test"] == "bootstrap" and result["note"] is None
+    assert result["test"] == "permutation" and result["note"] is None
 
 
 def test_word_perplexity_weights_by_words():
@@ -307,7 +307,9 @@ def test_ifeval_is_resampled_by_document():
     base = side_of({"t": {"inst": a}}, results={"t": {"inst,none": 3 / 6}})
     tuned = side_of({"t": {"inst": b}}, results={"t": {"inst,none": 5 / 6}})
     result = compare(base, tuned, metric="inst")
-    assert result["difference"]["value"] == pytest.approx(2 / 6) and result["n"] == 3 and result["test"] == "bootstrap"
+    assert (
+        result["difference"]["value"] == pytest.approx(2 / 6) and result["n"] == 3 and result["test"] == "permutation"
+    )
 
 
 def test_different_prompts_are_not_paired():
@@ -608,8 +610,8 @@ def test_printed_tables_of_every_suite_fit(name):
         assert average["name"] in printed and average["name"] in full
 
 
-def row_of(task, p, difference=0.1, higher=True, depth=0):
-    row = {"task": task, "metric": "acc", "p": p, "difference": {"value": difference}}
+def row_of(task, p, difference=0.1, higher=True, depth=0, ci95=(0.02, 0.18)):
+    row = {"task": task, "metric": "acc", "p": p, "difference": metric(difference, 0.04, ci95, 50)}
     return {**row, "higher": higher, "depth": depth, "top": not depth}
 
 
@@ -621,6 +623,9 @@ def test_verdict_corrects_for_the_number_of_tasks():
     assert "better on a acc (+0.1000)" in text and "worse on ppl acc (+0.1000)" in text and "3 paired tests" in text
     assert result[0]["significant"] and not result[2]["significant"] and "significant" not in result[3]
     assert verdict_of([row_of("sub", 0.01, depth=1)]).startswith("No claim")
+    # The interval must agree with the test.
+    assert verdict_of([row_of("a", 0.001, ci95=(-0.01, 0.2))]).startswith("Inconclusive")
+    assert "worse on a acc" in verdict_of([row_of("a", 0.001, -0.1, ci95=(-0.18, -0.02))])
 
 
 def test_eq_bench_average_of_parsed_answers():

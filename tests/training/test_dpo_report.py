@@ -23,12 +23,13 @@ def test_accuracy_below_one_half_is_harmful():
         assert verdict_of(metrics)[0] is False and verdict_of(metrics)[1].startswith(sentence)
 
 
-def test_displacement_needs_both_intervals_below_zero():
-    def text(chosen, rejected):
+def test_displacement_needs_both_intervals_and_tests_below_zero():
+    def text(chosen, rejected, p=0.001):
         sides = {"chosen": chosen, "rejected": rejected}
-        return displacement({f"logps_{k}_difference": {"value": sum(v) / 2, "ci95": v} for k, v in sides.items()})
+        changes = {f"logps_{k}_difference": {"value": sum(v) / 2, "ci95": v} for k, v in sides.items()}
+        return displacement(changes | {f"p_logps_{k}_difference": {"value": p} for k in sides})
 
-    assert "-2.00 nats" in text((-3, -1), (-5, -4))
+    assert "-2.00 nats" in text((-3, -1), (-5, -4)) and text((-3, -1), (-5, -4), 0.2) is None
     assert text((-3, 0.1), (-5, -4)) is None and text((1, 3), (-5, -4)) is None and text((-3, -1), (-1, 2)) is None
 
 
