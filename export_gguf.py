@@ -74,6 +74,7 @@ def main():
         args.base_model = base_of_merged(args.tuned_model) or args.tuned_model
     chooses_pairs = args.dataset_name is not None
     comparison = resolve(args)
+    comparison.hold(comparison.path("gguf", ".json"))
     if gguf_args.lora and not comparison.adapter:
         raise UserError(f"--lora: {comparison.tuned} is a complete model, so there is no adapter to convert")
     require_tools()
@@ -92,24 +93,12 @@ def main():
     title = f"{comparison.name}: GGUF files beside the model ({export.models.dtype})"
     report = render(metrics, files, title, export.source, export.note)
     base = None if comparison.base == comparison.tuned else public_name(comparison.base, gguf_args.base_hub_id)
-    run_info = run_record(args.seed, stage.seconds)
-    exported = exported_name(comparison, base)
+    names = comparison.name, exported_name(comparison, base), gguf_args.model_hub_id, base
     written, modelfile = export.modelfile(list(files)[-1])
-    card = gguf_card(
-        comparison.name,
-        exported,
-        gguf_args.model_hub_id,
-        base,
-        metrics,
-        files,
-        export.checked,
-        written,
-        report,
-        run_info,
-    )
+    made = report, run_record(args.seed, stage.seconds)
+    card = gguf_card(*names, metrics, files, export.checked, export.tools, written, *made)
     write_text(export.folder.path / "Modelfile", modelfile)
     write_text(export.folder.path / "README.md", card)
-    export.folder.close()
     stage.publish(
         comparison.path("gguf", ".json"),
         export.models.describe(),
@@ -127,6 +116,8 @@ def main():
         tools=export.tools,
         data=export.data.summary(),
     )
+    # Last: an interrupted call continues from it.
+    export.folder.close()
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from preflab.gguf.files import TYPES
 from preflab.gguf.verify import SPEED_PROMPT
 from preflab.models.public_names import PublicName
 from utils.markdown import code_block, code_span, escaped, visible
@@ -21,6 +22,7 @@ def gguf_card(
     metrics: dict,
     files: dict[str, dict],
     checked: dict,
+    tools: dict,
     template_written: bool,
     report: Report,
     run: dict,
@@ -34,6 +36,7 @@ def gguf_card(
         base: the model that it was trained from.
         files: by type, as in gguf.json.
         checked: of `verify.ensure_same_text`.
+        tools: versions of what wrote the files.
         template_written: whether the Modelfile has the chat template.
         run: the `run` section of the summary.
     """
@@ -47,8 +50,8 @@ def gguf_card(
         tags=["gguf", "llama.cpp", "ollama", "preference-tuning"],
         model_name=visible(name),
     )
-    # The last file is the smallest.
-    example = list(files)[-1]
+    # The last file of a model is the smallest; an adapter's file does not answer alone.
+    example = [kind for kind in files if kind in TYPES][-1]
     lines = [["file", "MB", "bits per weight", "perplexity", "same preference, %"]]
     lines += [
         [
@@ -75,6 +78,8 @@ def gguf_card(
         question=SPEED_PROMPT,
         answer=code_block(files[example]["answer"]) if files[example]["answer"] else None,
         checked=checked,
+        # xllamacpp numbers its versions by year, month and llama.cpp's build.
+        build=tools["xllamacpp"].rpartition(".")[2],
         table=code_block(report.text),
         run=run,
     )

@@ -1,6 +1,7 @@
 """Text and picture of export_gguf.py."""
 
-from utils.plots import CHOSEN, NEUTRAL, figure, interval_lengths, name_bars, save
+from preflab.gguf.files import TYPES
+from utils.plots import CHOSEN, SMALL, figure, interval_lengths, name_bars, save
 from utils.stage import Report, fits_terminal
 from utils.tables import cell, difference, estimate, number
 from utils.tables import render as table
@@ -74,6 +75,8 @@ def figures(file: dict) -> tuple[str, str, str, str]:
 
 def verdict_of(metrics: dict, kinds: list[str]) -> str:
     """What is equal, and how far the figures move, in two sentences; no claim beyond the measured pairs."""
+    # An adapter's file has no vocabulary and no template of its own.
+    kinds = [kind for kind in kinds if kind in TYPES]
     ratios = {kind: metrics[f"ppl_ratio_{kind}"]["value"] for kind in kinds}
     same = {kind: metrics[f"same_preference_{kind}"]["value"] for kind in kinds}
     best, worst = min(ratios, key=ratios.get), max(ratios, key=ratios.get)
@@ -88,34 +91,20 @@ def verdict_of(metrics: dict, kinds: list[str]) -> str:
 
 
 def draw(path, metrics: dict, files: dict[str, dict], title: str) -> None:
-    """Left: perplexity against size. Right: change of the answers' log-probability, with 95% intervals."""
+    """Left: change of perplexity over size. Right: change of the answers' log-probability. Paired 95% intervals."""
     fig, (sizes, changes) = figure(1, 2, title)
-    ppl = [metrics[f"ppl_{kind}"] for kind in files]
-    megabytes = [file["bytes"] / 1e6 for file in files.values()]
-    sizes.errorbar(
-        megabytes,
-        [m["value"] for m in ppl],
-        yerr=interval_lengths(ppl),
-        fmt="o",
-        color=CHOSEN,
-        capsize=2,
-        label="files",
-    )
-    for x, m, kind in zip(megabytes, ppl, files, strict=True):
-        sizes.annotate(kind, (x, m["value"]), textcoords="offset points", xytext=(5, 4), fontsize=7)
-    sizes.axhline(metrics["ppl_source"]["value"], color=NEUTRAL, ls="--", lw=1, label="model")
-    sizes.set(xlabel="file size (MB)", ylabel="perplexity of the answers", title="size and perplexity")
+    points = {"fmt": "o", "color": CHOSEN, "capsize": 2}
+    models = [kind for kind in files if kind in TYPES]
+    ratios = [metrics[f"ppl_ratio_{kind}"] for kind in models]
+    megabytes = [files[kind]["bytes"] / 1e6 for kind in models]
+    sizes.errorbar(megabytes, [m["value"] for m in ratios], yerr=interval_lengths(ratios), **points)
+    for x, m, kind in zip(megabytes, ratios, models, strict=True):
+        sizes.annotate(kind, (x, m["value"]), textcoords="offset points", xytext=(5, 4), fontsize=SMALL)
+    sizes.axhline(1, color="grey", ls=":", lw=1)
+    sizes.set(xlabel="file size (MB)", ylabel="perplexity, file / model", title="perplexity of the answers")
     sizes.margins(x=0.2)
-    sizes.legend()
     shifts = [metrics[f"logp_difference_{kind}"] for kind in files]
-    changes.errorbar(
-        [m["value"] for m in shifts],
-        range(len(shifts)),
-        xerr=interval_lengths(shifts),
-        fmt="o",
-        color=CHOSEN,
-        capsize=2,
-    )
+    changes.errorbar([m["value"] for m in shifts], range(len(shifts)), xerr=interval_lengths(shifts), **points)
     name_bars(changes, list(files))
     changes.axvline(0, color="grey", ls=":", lw=1)
     changes.set(xlabel="file - model (nats per answer)", title="log-probability of the answers")

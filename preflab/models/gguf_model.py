@@ -112,6 +112,9 @@ class IdentityHead(nn.Module):
 class GgufModel(PreTrainedModel, GenerationMixin):
     """The model in a GGUF file, computed by llama.cpp on the CPU.
 
+    Args:
+        lora: GGUF file of an adapter that is applied.
+
     Raises:
         UserError: as `GgufFile`.
     """
@@ -120,8 +123,8 @@ class GgufModel(PreTrainedModel, GenerationMixin):
     base_model_prefix = "backbone"
     main_input_name = "input_ids"
 
-    def __init__(self, path: Path):
-        file = GgufFile(path)
+    def __init__(self, path: Path, lora: Path | None = None):
+        file = GgufFile(path, lora=lora)
         config = PreTrainedConfig(
             vocab_size=file.vocabulary,
             max_position_embeddings=file.longest,

@@ -325,13 +325,15 @@ def load_model(
         if adapter or quantization_config is not None:
             raise UserError(f"model {name}: a GGUF file is quantised and merged already; give no adapter and no 4 bits")
         return GgufModel(gguf)
+    # Absent, not None: that would make transformers ignore the quantisation of a folder that is quantised already.
+    quantized = {} if quantization_config is None else {"quantization_config": quantization_config}
     try:
         model = AutoModelForCausalLM.from_pretrained(
             location,
             revision=revision,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
             attn_implementation=attn_implementation,
-            quantization_config=quantization_config,
+            **quantized,
             trust_remote_code=trust_remote_code,
             # bitsandbytes quantizes while loading to the device; other models are moved by the trainer or below.
             device_map={"": device} if quantization_config is not None else None,
