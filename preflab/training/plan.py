@@ -36,6 +36,17 @@ def plan_training(config, rows: int, world_size: int) -> dict:
     }
 
 
+def part_of_epoch(plan: dict) -> str:
+    """A sentence on a run that --max_steps ends before it has seen every row; "" for other runs."""
+    steps, all_steps = plan["steps"], plan.get("steps_per_epoch", 0)
+    if steps >= all_steps:
+        return ""
+    return (
+        f"--max_steps ended training after {steps} of the {all_steps} steps of one epoch: read the figures as those of"
+        " a trial run."
+    )
+
+
 def reached_rows(trainer, plan: dict, finished: int = 0) -> list[int]:
     """The train rows that the steps after the `finished` ones reach, in the order of the first epoch.
 

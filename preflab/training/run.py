@@ -23,6 +23,7 @@ from preflab.models.loading import (
 from preflab.models.start_adapter import StartAdapter, merge_start_adapter, resolve_start_adapter
 from preflab.training.lora_targets import check_targets
 from preflab.training.next_steps import next_commands
+from preflab.training.plan import part_of_epoch
 from preflab.training.preflight import run_preflight
 from preflab.training.preflight_checks import refuse_fatal
 from preflab.training.run_config import RunConfig, check_run_config, fit_global_batch
@@ -42,7 +43,7 @@ from utils.cli import run_name
 from utils.distributed import keep_fsdp_on_cpu, on_main_process
 from utils.errors import Stopped, UserError, exit_code, is_main_process
 from utils.stage import Report, Stage, print_main
-from utils.tables import paragraphs
+from utils.tables import paragraphs, terminal_width
 
 
 @dataclass
@@ -288,7 +289,8 @@ class TrainingRun:
         Args:
             flight: the preflight; gets the step-0 figures of a sharded model, which exist only now.
         """
-        print_main(f"before training: {', '.join(f'{name} {seconds:.0f} s' for name, seconds in self.phases.items())}")
+        phases = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in self.phases.items())
+        print_main(paragraphs(f"before training: {phases}", width=terminal_width()))
         if self.checkpoint:
             print_main(f"resuming from {self.checkpoint}")
         trainer.continue_from(self.checkpoint)
@@ -342,6 +344,9 @@ class TrainingRun:
         if not is_main_process():
             return
         results, log = self.folders.results, self.row_log.read()
+        if part := part_of_epoch(flight["plan"]):
+            report.text = f"{report.text}\n\n{part}"
+            report.printed = report.printed and f"{report.printed}\n\n{paragraphs(part, width=terminal_width())}"
         summary = self.stage.summary(
             self.describe_model(trainer),
             metrics,
@@ -369,7 +374,8 @@ class TrainingRun:
         self.stage.write(results / "train.json", summary, files, report.printed, [p for p in earlier if p.exists()])
         # After train.json, which the same command prints from then on.
         self.folders.finish()
-        print_main(f"weights and tokenizer are in {self.folders.weights}/, all results in {results}/")
+        places = f"weights and tokenizer are in {self.folders.weights}/, all results in {results}/"
+        print_main(paragraphs(places, width=terminal_width()))
         print_main(f"training took {trainer.seconds:.0f} s, the command in total {self.stage.seconds:.0f} s")
         self.print_next(held_out=splits.test_ids is not None)
 

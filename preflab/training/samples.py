@@ -9,6 +9,7 @@ from preflab.training.run import TrainingRun
 from preflab.training.run_config import SAMPLE_TOKENS
 from utils.artifacts import write_text
 from utils.errors import is_main_process
+from utils.progress import progress
 from utils.tables import answer_label, side_by_side
 
 
@@ -73,9 +74,13 @@ def answer_prompts(
     with trainer.accelerator.autocast():
         for name, context in models.items():
             with context as model:
-                generated = generate(model, trainer.processing_class, prompts, SAMPLE_TOKENS)
+                answers[name] = []
+                with progress(len(prompts), f"samples of {name}", "prompt", leave=False) as bar:
+                    for answer in generate(model, trainer.processing_class, prompts, SAMPLE_TOKENS):
+                        answers[name].append(answer)
+                        bar.update()
                 # `generate` answers the longest prompts first.
-                answers[name] = sorted(generated, key=lambda answer: answer["index"])
+                answers[name].sort(key=lambda answer: answer["index"])
     entries = [
         (
             f"Prompt {i + 1}",

@@ -24,6 +24,9 @@ def test_run_writes_all_artifacts(train, tiny, prefs, tmp_path):
     )
     assert code == 0, err
     assert read_json(tmp_path / "out/r/train.json")["claim"] in " ".join(out.split())
+    # 24 pairs in batches of 4.
+    assert "--max_steps ended training after 4 of the 6 steps of one epoch" in out
+    assert "> A trial run of 4 of the 6 steps of one epoch (--max_steps)." in (tmp_path / "ck/r/README.md").read_text()
     folder, weights = tmp_path / "out" / "r", tmp_path / "ck" / "r"
     names = {p.name for p in folder.iterdir()}
     assert names == {
