@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -320,6 +321,29 @@ def inputs(tiny, trained, prefs, tmp_path_factory):
     folder = made_once(tmp_path_factory, "inputs", make)
     files = (folder / "conversations", folder / "prompts.jsonl", folder / "reference.jsonl")
     return Inputs(tiny, trained, prefs, *files)
+
+
+NO_BROWSER = "no browser: pip install -r requirements/browser-tests.txt; Debian: apt-get install chromium"
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """Chromium: $CHROMIUM, else one on the path, else playwright's own."""
+    try:
+        from playwright.sync_api import Error, sync_playwright
+    except ImportError:
+        pytest.skip(NO_BROWSER)
+    names = ("chromium", "chromium-browser", "google-chrome")
+    path = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, names)), None)
+    with sync_playwright() as playwright:
+        try:
+            chromium = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        except Error:
+            if path:
+                raise
+            pytest.skip(NO_BROWSER)
+        yield chromium
+        chromium.close()
 
 
 @contextmanager

@@ -37,6 +37,9 @@ STAGES = {
     "human_eval.py": lambda i, folder: eval_args(i.trained, folder / "out", "--prompts", i.prompts),
     "run_lm_eval.sh": lambda i, folder: ["--checkpoints", i.trained / "ck", "--eval-out", folder / "out"],
     "run_sppo_iteration.sh": lambda i, folder: [],
+    "report.py": lambda i, folder: [
+        *("--checkpoints", i.trained / "ck", "--eval_out", i.trained / "out", "--output_dir", folder / "out")
+    ],
 }
 
 
@@ -62,6 +65,7 @@ ARGUMENTS = {
     "run_alpacaeval_local.py": _of(COMPARISON, "run_alpacaeval_local:AlpacaEvalArguments"),
     "human_eval.py": _of(COMPARISON, "human_eval:HumanEvalArguments"),
     "run_lm_eval.sh": _of("preflab.harness.arguments:HarnessArguments"),
+    "report.py": _of("preflab.reporting.arguments:ReportArguments"),
 }
 NO_STAGES = {"quickstart.sh", "run_tests.sh", "doctor.sh", "install_gguf.sh"}
 SCRIPTS = sorted({stage.split()[0] for stage in STAGES})

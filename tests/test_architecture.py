@@ -14,6 +14,7 @@ FLOORS = [
     {"evaluation"},
     {"training", "judging", "harness", "doctor", "gguf"},
     {"pairs", "alpacaeval", "human"},
+    {"reporting"},
     {"scripts", "benchmarks"},
 ]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
@@ -92,7 +93,10 @@ def test_no_circular_imports():
         visit(name, [])
 
 
-@pytest.mark.parametrize("module", ["utils.cli", "preflab.evaluation.arguments", "preflab.harness.arguments"])
+@pytest.mark.parametrize(
+    "module",
+    ["utils.cli", "preflab.evaluation.arguments", "preflab.harness.arguments", "preflab.reporting.arguments"],
+)
 def test_argument_modules_are_light(module):
     """`--help` must be instant, so what it needs imports neither torch nor transformers."""
     import subprocess

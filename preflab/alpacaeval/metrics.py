@@ -12,8 +12,6 @@ from utils.power import with_power
 from utils.stats import mean_test, share
 
 NO_INTERVAL = "on some resamples the package's regression left all its coefficients at zero"
-# The judge of AlpacaEval 2's leaderboard.
-LEADERBOARD_JUDGE = "weighted_alpaca_eval_gpt4_turbo"
 
 
 def summarise(sides: dict, controls: dict, eval_out: str, seed: int, resamples: int) -> dict:
@@ -56,7 +54,7 @@ def summarise(sides: dict, controls: dict, eval_out: str, seed: int, resamples: 
         "lc_name": name,
         "judge": judge,
         "judge_notes": notes_of([order for rows in sides.values() for row in rows for order in row.get("orders", [])]),
-        "leaderboards_judge": judge == LEADERBOARD_JUDGE,
+        "leaderboards_judge": judge == package.LEADERBOARD_JUDGE,
         # Without the last entry, "unknown": the package's default does not show where an instruction is from.
         "alpacaeval": any(row.get("dataset") in package.DATASETS[:-1] for row in sides["base"]),
     }

@@ -24,6 +24,8 @@ from utils.provenance import sha256_of, sha256_of_files
 from utils.stats import bootstrap, share
 
 REPOSITORY = "tatsu-lab/alpaca_eval"
+# The judge of AlpacaEval 2's leaderboard.
+LEADERBOARD_JUDGE = "weighted_alpaca_eval_gpt4_turbo"
 # The `dataset` column of AlpacaEval's 805 instructions; "unknown" is the package's default for rows without one.
 DATASETS = ("helpful_base", "koala", "oasst", "selfinstruct", "vicuna", "unknown")
 # Regressions of the package: with and without the difficulty of each instruction.

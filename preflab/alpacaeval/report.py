@@ -81,7 +81,15 @@ def render(results: dict, rows: dict, audit: dict | None, title: str, trained_on
 
 def results_table(results: dict, title: str) -> str:
     """Rates of base and tuned against the reference, with 95% intervals, and what qualifies them."""
-    m, name = results["metrics"], results["lc_name"]
+    return render_table(f"{title}, against the reference", table_lines(results["metrics"], results["lc_name"]))
+
+
+def table_lines(m: dict, name: str) -> list[tuple]:
+    """The lines of the table of results, its head first.
+
+    Args:
+        m: all metrics. name: of the length-controlled rate.
+    """
     n, common = (m[k]["n"] for k in ("base_unparsed", "difference_win_rate"))
     lines = [
         (f"{n} instructions, 95% intervals", *SIDES, "tuned - base", "p"),
@@ -107,7 +115,7 @@ def results_table(results: dict, title: str) -> str:
         *_optional(m, "truncated_share", "truncated answers, %", 100),
         ("judged instructions", *(str(m[f"{s}_n_total"]["value"]) for s in SIDES), f"{common} by both", ""),
     ]
-    return render_table(f"{title}, against the reference", lines)
+    return lines
 
 
 def _length_control_note(results: dict) -> list[str]:

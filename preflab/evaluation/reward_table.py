@@ -1,6 +1,6 @@
 """Table rows that compare base and tuned, shared by the reports of DPO training and of eval_win_rate.py."""
 
-from utils.tables import cell, difference
+from utils.tables import cell, difference, is_missing
 
 # Rewards are log-ratios against the base model, so its own rewards are 0 and its accuracy is 50%, by definition.
 NO_REWARD, COIN_FLIP = "0 by def.", "50.0 by def."
@@ -39,4 +39,4 @@ def minus_half(share: dict) -> dict:
     """The metric of a share as its distance from 50%."""
     # A constant shift moves the interval and leaves the standard error as it is.
     interval = [x - 0.5 for x in share["ci95"]] if share["ci95"] else None
-    return {**share, "value": share["value"] - 0.5, "ci95": interval}
+    return {**share, "value": None if is_missing(share["value"]) else share["value"] - 0.5, "ci95": interval}

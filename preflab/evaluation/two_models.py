@@ -10,11 +10,11 @@ from accelerate import PartialState
 from preflab.evaluation.arguments import ComparisonArguments
 from preflab.evaluation.comparison import Comparison
 from preflab.evaluation.servers import SERVER
+from preflab.models.adapter_files import adapter_sha256
 from preflab.models.fast import fused_lora, shared_prompt
 from preflab.models.loading import (
     BUILTIN,
     adapter_errors,
-    adapter_sha256,
     default_dtype,
     identify,
     load_model,

@@ -45,7 +45,7 @@ def render(
     verdict = verdict_of(metrics, base_run)
     if not_held_out:
         verdict = f"{not_held_out} ({verdict})"
-    blocks = [_table(metrics, title, not not_held_out), _slices_table(slices), left_out]
+    blocks = [render_table(title, table_lines(metrics, not not_held_out)), _slices_table(slices), left_out]
     blocks.append("\n".join(sentence(split, b) for split, b in bias.items()))
     if expected:
         blocks.append(_expected_table(expected))
@@ -94,11 +94,11 @@ def power_note(metrics: dict, base_run: str | None = None) -> str:
     return power_sentence(ahead, what="a difference from the base model's own ranking")
 
 
-def _table(m: dict, title: str, held_out: bool) -> str:
-    """Base beside tuned."""
+def table_lines(m: dict, held_out: bool = True) -> list[tuple]:
+    """The lines of the printed table, its head first: base beside tuned."""
     per_token_p = m["p_win_rate_length_normalised_is_half"]["value"]
     correlation, _, correlation_interval = estimate(m["margin_length_correlation"], 1, 2).partition(" ")
-    lines = [
+    return [
         heading(m["evaluated_examples"]["value"], held_out),
         accuracy_row("win rate by reward, % (ties half)", m["win_rate_ties_half"], m["p_win_rate_is_half"]),
         (
@@ -136,7 +136,6 @@ def _table(m: dict, title: str, held_out: bool) -> str:
         *_calibration_line(m),
         ("rank correlation, margin/length", "", correlation, correlation_interval),
     ]
-    return render_table(title, lines)
 
 
 def _calibration_line(m: dict) -> list[tuple]:

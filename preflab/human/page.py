@@ -3,8 +3,6 @@
 It contains only what annotators may see: prompts and answers in display order, under opaque ids.
 """
 
-import base64
-import hashlib
 import html
 import json
 import re
@@ -17,6 +15,7 @@ from markdown_it import MarkdownIt
 from preflab.data.messages import well_formed
 from preflab.human.latex import keep_latex
 from utils.tables import CUT_OFF_TEXT
+from utils.web_page import content_policy
 
 CHOICES = ("left_much", "left", "tie", "right", "right_much", "both_bad")
 SKIPS = ("unclear_prompt", "not_my_field", "cannot_read", "upsetting", "other")
@@ -48,7 +47,7 @@ def markdown(text: str) -> str:
     tokens = _MARKDOWN.parse(text)
     if any(token.level >= NESTING - 1 for token in tokens):
         # The parser drops deeper nesting, so show the source instead.
-        return _typed(text)
+        return typed(text)
     for token in tokens:
         if token.type in ("heading_open", "heading_close"):
             # The page uses h1 to h3, so an answer's headings start at h4.
@@ -89,10 +88,11 @@ def conversation(messages: list[dict]) -> str:
 def _turn(message: dict) -> str:
     if message["role"] == "assistant":
         return markdown(message["content"])
-    return _typed(message["content"])
+    return typed(message["content"])
 
 
-def _typed(text: str) -> str:
+def typed(text: str) -> str:
+    """HTML of a text as it was typed, without Markdown."""
     return f'<div class="typed" dir="auto">{html.escape(well_formed(text))}</div>'
 
 
@@ -113,8 +113,7 @@ def build_page(study: str, title: str, items: list[dict]) -> str:
     parts = {
         "title": html.escape(well_formed(title)),
         # Nothing may be fetched, and only this script and style run, identified by their hashes.
-        "policy": f"default-src 'none'; script-src {_source(script)}; style-src {_source(style)}; img-src 'none'; "
-        "base-uri 'none'; form-action 'none'",
+        "policy": content_policy(script, style),
         "style": style,
         "script": script,
         "data": _embedded({"format": FORMAT, "study": well_formed(study), "items": shown}),
@@ -129,11 +128,6 @@ def checksum(study: str, annotator: str, votes: list[dict]) -> str:
     # The same text as JSON.stringify in the page: no spaces, characters beyond ASCII not escaped.
     text = json.dumps([study, annotator, votes], ensure_ascii=False, separators=(",", ":"))
     return f"{zlib.crc32(text.encode('utf-8', 'surrogatepass')):08x}"
-
-
-def _source(text: str) -> str:
-    """The Content-Security-Policy source expression that allows exactly this inline script or style."""
-    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
 def _embedded(value) -> str:

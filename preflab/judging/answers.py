@@ -15,10 +15,10 @@ from preflab.evaluation.two_models import TwoModels
 from preflab.judging.endpoint_answers import EndpointModel
 from preflab.judging.judges import notes_of
 from preflab.models import vllm_engine
+from preflab.models.adapter_files import adapter_sha256
 from preflab.models.generation import generate
 from preflab.models.loading import (
     BUILTIN,
-    adapter_sha256,
     default_dtype,
     identify,
     load_model,

@@ -114,10 +114,10 @@ def judges_tables(sections: dict, title: str) -> list[str]:
     """One table per pairing, the judge and its controls side by side; rates are those of the pairing's first model."""
     matches = sections["matches"]
     if len(matches) == 1:
-        tables = [render_table(title, _judge_lines(matches[0]["judges"]))]
+        tables = [render_table(title, judge_lines(matches[0]["judges"]))]
     else:
         tables = [title]
-        tables += [render_table(f"{m['a']} vs {m['b']}", _judge_lines(m["judges"])) for m in matches]
+        tables += [render_table(f"{m['a']} vs {m['b']}", judge_lines(m["judges"])) for m in matches]
     notes = [
         "win rate: a tie where the two orders of the answers disagree.",
         "style-controlled: length and Markdown held equal; - if style and model are collinear.",
@@ -131,7 +131,7 @@ def judges_tables(sections: dict, title: str) -> list[str]:
     return [*tables[:-1], "\n".join([tables[-1], *notes])]
 
 
-def _judge_lines(judges: dict[str, dict]) -> list[tuple]:
+def judge_lines(judges: dict[str, dict]) -> list[tuple]:
     """Rows of a pairing's table: one per metric, a column for the judge and for each of its controls."""
 
     def percent(name: str):

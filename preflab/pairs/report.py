@@ -17,7 +17,7 @@ def render(sections: dict, title: str) -> Report:
     Args:
         sections: from `preflab.pairs.metrics.pair_sections`.
     """
-    blocks = [render_table(title, _pair_lines(sections))]
+    blocks = [render_table(title, pair_lines(sections))]
     if sections["agreement"]:
         blocks.append(render_table("agreement with other scorers (chance: 50% same order)", _agreement_lines(sections)))
     verdict = verdict_of(sections)
@@ -38,7 +38,7 @@ def verdict_of(sections: dict) -> str:
     return verdict
 
 
-def _pair_lines(sections: dict) -> list[tuple[str, str]]:
+def pair_lines(sections: dict) -> list[tuple[str, str]]:
     """Rows of the main table: the answers as sampled, then the pairs."""
     sampling, pairs, counts = sections["sampling"], sections["pairs"], sections["counts"]
     lines = [("sampled answers and their pairs", "value")]

@@ -11,7 +11,7 @@ LEGEND_ROW = 11
 LEGEND = {"fontsize": 7, "borderaxespad": 0.2, "handlelength": 1.4, "columnspacing": 1.0}
 
 
-def _smooth(values: list[float]) -> list[float]:
+def smooth(values: list[float]) -> list[float]:
     """Centred running mean over a tenth of the run, so that single steps do not hide the trend."""
     # On each side; at the ends of the run the window has only the values that exist.
     half = len(values) // 20
@@ -25,7 +25,7 @@ def _curve(ax, rows: list[dict], key: str, colour: str, label: str) -> None:
     if points:
         x, y = zip(*points, strict=True)
         ax.plot(x, y, color=colour, **PALE)
-        ax.plot(x, _smooth(y), color=colour, lw=1.8, label=f"{label}, train")
+        ax.plot(x, smooth(y), color=colour, lw=1.8, label=f"{label}, train")
     # Means over pairs where the log has them, else TRL's means over batches.
     tests = [(r["step"], r.get(key + PAIR_MEAN, r.get(key))) for r in rows if r["split"] == "eval"]
     points = [(step, value) for step, value in tests if value is not None]
@@ -54,9 +54,9 @@ def _rate_and_norm(ax, train: list[dict]) -> None:
     norms = [r.get("grad_norm") for r in train]
     norm.plot(steps, norms, color=EVAL, **PALE)
     # A step without gradient norm has nothing to smooth.
-    smooth = _smooth([n for n in norms if n is not None])
+    smoothed = smooth([n for n in norms if n is not None])
     places = [step for step, n in zip(steps, norms, strict=True) if n is not None]
-    lines = rate + norm.plot(places, smooth, color=EVAL, lw=1.8, label="gradient norm")
+    lines = rate + norm.plot(places, smoothed, color=EVAL, lw=1.8, label="gradient norm")
     norm.set_ylabel("gradient norm")
     # The grid of the left axis is enough; two grids with different steps would overlap.
     norm.grid(False)

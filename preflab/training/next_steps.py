@@ -5,7 +5,17 @@ from pathlib import Path
 
 
 def next_commands(weights: Path, results: Path, *, pairs: bool, held_out: bool, lora: bool) -> str:
-    """The commands under the heading `next:`, each with what it is for.
+    """The commands of `commands_for` under the heading `next:`, each with what it is for. Arguments as there."""
+    commands = commands_for(weights, results, pairs=pairs, held_out=held_out, lora=lora)
+    width = max(len(command) for command, _ in commands)
+    if width + max(len(purpose) for _, purpose in commands) + 6 <= 100:
+        return "\n".join(["next:", *(f"  {command.ljust(width)}  # {purpose}" for command, purpose in commands)])
+    # With long names, the purpose is above its command.
+    return "\n".join(["next:", *(f"  # {purpose}\n  {command}" for command, purpose in commands)])
+
+
+def commands_for(weights: Path, results: Path, *, pairs: bool, held_out: bool, lora: bool) -> list[tuple[str, str]]:
+    """(command, what it is for) of everything that can follow a finished run.
 
     Args:
         weights, results: the run's folders.
@@ -33,9 +43,5 @@ def next_commands(weights: Path, results: Path, *, pairs: bool, held_out: bool, 
             adapter = shlex.quote(str(weights))
             continued = f"--config FILE.yaml --start_adapter {adapter} --start_adapter_use continue"
             commands += [(f"python dpo_train_human_preference.py {continued}", "preference training on top")]
-    commands += [(f"python eval_win_rate.py --list{folders}", "all runs with their figures")]
-    width = max(len(command) for command, _ in commands)
-    if width + max(len(purpose) for _, purpose in commands) + 6 <= 100:
-        return "\n".join(["next:", *(f"  {command.ljust(width)}  # {purpose}" for command, purpose in commands)])
-    # With long names, the purpose is above its command.
-    return "\n".join(["next:", *(f"  # {purpose}\n  {command}" for command, purpose in commands)])
+    commands += [(f"python report.py{folders}", "one page of all results")]
+    return [*commands, (f"python eval_win_rate.py --list{folders}", "all runs with their figures")]

@@ -137,6 +137,18 @@ CASES = {
         (("1", "--name", "quickstart-sppo", "--launch", "nowhere.yaml"), ("nowhere.yaml",)),
         (("1", "--name", "quickstart-sppo", "--pairs", "--seed 3 --limit 8"), ("dataset_name",)),
     ],
+    "report.py": [
+        (("--runs", "nobody"), ("--runs nobody", "--list")),
+        (("--runs", "r", "r"), ("--runs", "r is named twice")),
+        (("--compare", "r"), ("--compare", "--baseline")),
+        (("--compare", "r", "s"), ("--compare s",)),
+        (("--compare", "r", "--baseline", "q"), ("--baseline q",)),
+        (("--baseline", "r"), ("--baseline", "--compare")),
+        (("--answers", "-1"), ("--answers -1",)),
+        (("--status", "--compare", "r", "s"), ("--status", "--compare")),
+        (("--published", "gone.yaml"), ("gone.yaml",)),
+        (("--published", "configs/published/juanako-7b-v1.yaml"), ("--published", "juanako")),
+    ],
     "merge_adapter.py": [
         (("--tuned_model", "TINY", "--base_model", "TINY"), ("adapter",)),
         (("--dataset_name", "gone.jsonl"), ("gone.jsonl",)),

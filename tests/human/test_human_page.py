@@ -1,9 +1,7 @@
 """The annotation page: its content, and its use in a real browser, opened from disk without a network."""
 
 import json
-import os
 import re
-import shutil
 import statistics
 import time
 from html.parser import HTMLParser
@@ -17,7 +15,6 @@ from preflab.human.page import CHOICES, SKIPS, answer, build_page, checksum, con
 from preflab.human.study import lay_out
 from preflab.human.votes import read_votes, unblind
 
-INSTALL_HINT = "no browser: pip install -r requirements/browser-tests.txt; Debian: apt-get install chromium"
 ATTACKS = [
     "<script>window.hacked=1</script>",
     "<img src=x onerror=window.hacked=1>",
@@ -194,26 +191,6 @@ def test_page_and_scorer_share_codes():
 
 
 # ---- in a browser
-
-
-@pytest.fixture(scope="module")
-def browser():
-    """Chromium: $CHROMIUM, else one on the path, else playwright's own."""
-    try:
-        from playwright.sync_api import Error, sync_playwright
-    except ImportError:
-        pytest.skip(INSTALL_HINT)
-    names = ("chromium", "chromium-browser", "google-chrome")
-    path = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, names)), None)
-    with sync_playwright() as playwright:
-        try:
-            chromium = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        except Error:
-            if path:
-                raise
-            pytest.skip(INSTALL_HINT)
-        yield chromium
-        chromium.close()
 
 
 class Reader:

@@ -1,0 +1,200 @@
+"""What a reader must know before believing a figure: warnings from the artifacts of a run, and judge audits."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from preflab.data.length_bias import sentence as length_bias_sentence
+from preflab.judging.battle_report import judge_caveats
+from preflab.reporting.artifacts import Artifact, RunArtifacts
+from preflab.reporting.stages import title_of
+from preflab.training.dpo_report import displacement
+from preflab.training.preflight_checks import TRUNCATED
+from utils.stats import direction
+from utils.tables import cell, estimate, p_equals
+
+# Shares of truncated sequences and answers from which there is a warning: as the preflight's.
+MANY_TRUNCATED = TRUNCATED[0]
+# How the claim of an evaluation starts whose prompts were trained on (preflab.evaluation.trained_prompts).
+NOT_HELD_OUT = re.compile(r"(PARTLY )?NOT HELD OUT.*?(\.(?= |$)|$)")
+
+
+@dataclass
+class Finding:
+    """A warning.
+
+    Attributes:
+        about: its topic: trial, displacement, length, truncation, contamination, judge, verdicts, files, stale, code.
+        where: the stage that it concerns.
+        text: one sentence.
+    """
+
+    about: str
+    where: str
+    text: str
+
+
+@dataclass
+class Audit:
+    """A judge's audit: passed, failed, or not made (None)."""
+
+    where: str
+    judge: str
+    passed: bool | None
+    text: str
+
+
+def findings_of(run: RunArtifacts) -> list[Finding]:
+    """All warnings of a run but those about stale results, in the order of its stages."""
+    found = [Finding("files", "files", problem) for problem in run.problems]
+    state = run.run.state
+    if run.is_training and state != "finished" and not state.startswith("finished, trial"):
+        found.append(Finding("files", "Training", f"this run is not complete: {state}"))
+    for warning in (run.others.get("preflight") or {}).get("warning") or []:
+        found.append(Finding("preflight", "Preflight", str(warning)))
+    found += [finding for finding in _truncated_sequences("Preflight", run.others.get("preflight") or {})]
+    for artifact in run.artifacts:
+        if artifact.problem:
+            continue
+        where = title_of(artifact)
+        try:
+            found += [Finding(about, where, text) for about, text in _of_artifact(artifact)]
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            found.append(Finding("files", where, f"{artifact.path}: warnings could not be read ({error!r})"))
+    return _once([*found, *_code(run)])
+
+
+def _once(found: list[Finding]) -> list[Finding]:
+    """Equal sentences of several stages once, under the stages' names together."""
+    merged: dict[tuple, Finding] = {}
+    for finding in found:
+        first = merged.setdefault((finding.about, finding.text), finding)
+        if first is not finding and finding.where not in first.where.split("; "):
+            first.where += f"; {finding.where}"
+    return list(merged.values())
+
+
+def _of_artifact(artifact: Artifact) -> Iterator[tuple[str, str]]:
+    """(topic, sentence) of every warning of a readable summary."""
+    summary, metrics = artifact.summary, artifact.metrics
+    if artifact.limit is not None:
+        yield "trial", f"a trial on --limit {artifact.limit:g}: its figures are no result"
+    warned = summary.get("warning")
+    if warned:
+        yield "displacement" if "displacement" in warned else "warning", str(warned)
+    elif "logps_chosen_difference" in metrics and "logps_rejected_difference" in metrics:
+        # Of evaluations, whose summaries have no warning of it.
+        displaced = displacement(metrics)
+        if displaced:
+            yield "displacement", displaced
+    not_held_out = NOT_HELD_OUT.match(str(summary.get("claim") or ""))
+    if not_held_out:
+        yield "contamination", not_held_out[0]
+    for split, dropped in _dropped(summary.get("data")):
+        kept = dropped.get("prompt_in_test_split_kept")
+        if kept:
+            yield "contamination", f"{kept} prompts of the {split} data are also in the test split and were trained on"
+    for split, bias in (summary.get("length_bias") or {}).items():
+        longer, p = bias["words"]["share_chosen_longer"], bias["words"]["p_chosen_longer_is_half"]["value"]
+        if p is not None and p < 0.05:
+            yield "length", f"{length_bias_sentence(split, bias)} (sign test {p_equals(p)}, n={longer['n']})"
+    correlation = metrics.get("margin_length_correlation")
+    if correlation and correlation["ci95"] and not correlation["ci95"][0] <= 0 <= correlation["ci95"][1]:
+        shown = estimate(correlation, 1, 2)
+        yield "length", f"reward margins follow answer lengths: rank correlation {shown} (95% interval)"
+    yield from _truncated_texts(summary)
+    yield from _verdicts(artifact)
+
+
+def _dropped(data) -> Iterator[tuple[str, dict]]:
+    """(split, counts of what was left out) of a summary's section `data`."""
+    for split, content in (data or {}).items():
+        if isinstance(content, dict) and isinstance(content.get("dropped"), dict):
+            yield split, content["dropped"]
+
+
+def _truncated_sequences(where: str, section: dict) -> Iterator[Finding]:
+    counts = section.get("truncation") or {}
+    pairs = (section.get("train") or {}).get("pairs") or section.get("pairs")
+    for part in ("prompt", "chosen", "rejected"):
+        count = counts.get(f"truncated_{part}") or 0
+        if pairs and count >= MANY_TRUNCATED * pairs:
+            text = f"{count} of {pairs} pairs have a truncated {part} ({count / pairs:.0%}): raise --max_length"
+            yield Finding("truncation", where, text)
+
+
+def _truncated_texts(summary: dict) -> Iterator[tuple[str, str]]:
+    """Truncated sequences of an evaluation, and answers that reached the token limit."""
+    data = summary.get("data") or {}
+    for section in (data, data.get("pairs")):
+        if isinstance(section, dict) and isinstance(section.get("truncation"), dict):
+            yield from ((f.about, f.text) for f in _truncated_sequences("", section))
+    by_model = summary.get("answers") if summary["stage"] == "battle" else None
+    if summary["stage"] == "human_eval_dump":
+        by_model = summary["metrics"]
+    for model, m in (by_model or {}).items():
+        if isinstance(m, dict) and (m.get("truncated_share") or {}).get("value", 0) > MANY_TRUNCATED:
+            yield "truncation", f"{cell(m['truncated_share'], 100)}% of the answers of {model} reached the token limit"
+    if summary["stage"] == "alpacaeval":
+        for side in ("base", "tuned"):
+            cut = summary["metrics"].get(f"{side}_truncated_share")
+            if cut and (cut["value"] or 0) > MANY_TRUNCATED:
+                yield "truncation", f"{cell(cut, 100)}% of the answers of {side} reached the token limit"
+
+
+def _verdicts(artifact: Artifact) -> Iterator[tuple[str, str]]:
+    """What makes the verdicts of a judge doubtful."""
+    summary, metrics = artifact.summary, artifact.metrics
+    if artifact.stage == "battle":
+        caveats = judge_caveats(summary).strip()
+        if caveats:
+            yield "judge", caveats
+        rate, longer = metrics.get("win_rate"), metrics.get("longer_win_rate")
+        preferred = direction(rate, metrics["p_win_rate_is_half"]["value"] or 1, 0.5) if rate else 0
+        if preferred and longer and preferred * (longer["value"] - rate["value"]) >= 0:
+            yield "length", f"the length-only control gives {cell(longer, 100)}%, the judge {cell(rate, 100)}%"
+        unparsed = metrics.get("unparsed_verdicts")
+        if unparsed and unparsed["value"]:
+            yield "judge", f"{unparsed['value']} of {unparsed['n']} replies of the judge had no verdict"
+    if artifact.stage == "alpacaeval" and metrics.get("base_unparsed"):
+        for side in ("base", "tuned"):
+            unparsed = metrics[f"{side}_unparsed"]
+            if unparsed["value"]:
+                yield "judge", f"{unparsed['value']} of {unparsed['n']} verdicts on {side} are missing"
+
+
+def _code(run: RunArtifacts) -> Iterator[Finding]:
+    """Results that several versions of the code or of a package made."""
+    made = {title_of(a): a.run for a in run.artifacts if not a.problem and a.run}
+    dirty = [name for name, record in made.items() if str(record.get("git_commit")).endswith("-dirty")]
+    if dirty:
+        yield Finding(
+            "code", "; ".join(dirty), "made with changes that were not committed: the commit alone cannot repeat it"
+        )
+    for package in ("torch", "transformers", "trl", "peft"):
+        versions = {str((record.get("versions") or {}).get(package)) for record in made.values()} - {"None"}
+        if len(versions) > 1:
+            yield Finding("code", "all stages", f"several versions of {package}: {', '.join(sorted(versions))}")
+
+
+def audits_of(run: RunArtifacts) -> list[Audit]:
+    """The audit of every judge of a run."""
+    audits = []
+    for artifact in run.artifacts:
+        if artifact.problem or artifact.stage not in ("alpacaeval", "battle"):
+            continue
+        audit, where = artifact.summary.get("audit"), title_of(artifact)
+        if isinstance(audit, dict) and isinstance(audit.get("passed"), bool):
+            audits.append(Audit(where, str(audit.get("judge")), audit["passed"], str(audit.get("verdict", ""))))
+        elif artifact.stage == "battle":
+            audits.append(Audit(where, _judge(artifact), None, BATTLE_AUDIT))
+        else:
+            audits.append(Audit(where, _judge(artifact), None, "not audited (--audit_limit 0), so there is no claim"))
+    return audits
+
+
+BATTLE_AUDIT = "battles have no audit of their own: the controls and the flip rate are in the table; AlpacaEval audits"
+
+
+def _judge(artifact: Artifact) -> str:
+    return str(artifact.args.get("judge") or "?")
