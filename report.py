@@ -7,10 +7,10 @@
     python report.py --status                         # what ran, what is stale, what to run next
 
 report.html is one file without a server or network: a page for all runs and one per run, with the
-question that each stage answers, base beside tuned with intervals, pictures, warnings, judges'
-audits, answers side by side, lineage, time, memory and disk, and the command, commit and versions behind
-every figure. Figures come from the JSON artifacts; a missing or damaged one is named, never shown
-as 0. Also writes report.json and, of several training runs, report.png with their curves.
+question that each stage answers, base beside tuned with intervals, pictures, warnings, audits of
+judges, answers side by side, lineage, time, memory and disk, and the command, commit and versions
+behind every figure. Figures come from the JSON artifacts; a missing or damaged one is named, never
+shown as 0. Also writes report.json and, of several training runs, report.png with their curves.
 
 The keys that matter (flags and YAML keys are the same, the command line wins; [x] is the default;
 --help_all lists every key, --help_all WORD those about WORD):

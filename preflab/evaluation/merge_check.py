@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
+from preflab.evaluation.reward_table import SIDES
 from preflab.models.fast import fused_lora, shared_prompt
 from preflab.models.logprobs import attach_head, pair_batches, token_logps
 from preflab.models.merging import tolerance
@@ -14,7 +15,6 @@ from utils.stats import bootstrap, share
 from utils.tables import cell
 from utils.tables import render as table
 
-SIDES = ("chosen", "rejected")
 # Pairs per forward pass.
 BATCH = 4
 

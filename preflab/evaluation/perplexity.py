@@ -11,6 +11,7 @@ from preflab.data.preferences import PreferenceData
 from preflab.data.rows import read_rows
 from preflab.evaluation.held_out import held_out_pairs
 from preflab.evaluation.logprob_scoring import Sequence, score_sequences
+from preflab.evaluation.reward_table import SIDES
 from preflab.evaluation.rewards import number_prompts, prompts_of
 from preflab.evaluation.two_models import TwoModels
 from utils.artifacts import metric
@@ -19,7 +20,6 @@ from utils.power import LEVEL, linearised_ratio, with_power
 from utils.provenance import local_path
 from utils.stats import bootstrap, mean_test, of_sums, ratio
 
-SIDES = ("chosen", "rejected")
 # Metrics that compare two models, or are of the second.
 OF_TWO_MODELS = re.compile(r"_tuned$|_difference$|_ratio$|^p_|^kl_")
 

@@ -5,7 +5,7 @@ import math
 import numpy as np
 
 from preflab.data.length_bias import sentence
-from preflab.evaluation.perplexity import SIDES
+from preflab.evaluation.reward_table import SIDES
 from utils.errors import is_main_process
 from utils.plots import CHOSEN, NEUTRAL, REJECTED, count_axis, empty_panel, figure, interval_lengths, save
 from utils.power import power_sentence

@@ -2,6 +2,8 @@
 
 from utils.tables import cell, difference, is_missing
 
+# The two answers of a pair.
+SIDES = ("chosen", "rejected")
 # Rewards are log-ratios against the base model, so its own rewards are 0 and its accuracy is 50%, by definition.
 NO_REWARD, COIN_FLIP = "0 by def.", "50.0 by def."
 

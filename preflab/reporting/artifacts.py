@@ -32,6 +32,20 @@ SUMMARIES = (
 )
 
 
+# The kinds of sections that the report reads, where a summary has them.
+SECTIONS = {
+    **dict.fromkeys(("claim", "text", "warning"), str),
+    **dict.fromkeys(("matches", "rows"), list),
+    **dict.fromkeys(("model", "data", "training", "plan", "start", "answers", "averages", "suite", "settings"), dict),
+    **dict.fromkeys(("audit", "study", "length_bias", "counts", "generated_characters"), dict),
+}
+RUN = {
+    **dict.fromkeys(("versions", "hardware", "peak_memory_gib"), dict),
+    **dict.fromkeys(("wall_seconds", "world_size", "limit"), (int, float)),
+    "command": list,
+}
+
+
 @dataclass
 class Artifact:
     """One summary file.
@@ -206,6 +220,10 @@ def _problem(summary: dict) -> str | None:
     for key in ("metrics", "args", "run"):
         if not isinstance(summary.get(key), dict):
             return f"has no section `{key}`"
+    for place, section in ((summary, SECTIONS), (summary["run"], RUN)):
+        for key, kind in section.items():
+            if place.get(key) is not None and not isinstance(place[key], kind):
+                return f"`{key}` is not of the kind that its stage writes"
     for name, metric in metrics_of(summary["metrics"]):
         if not isinstance(metric, dict) or "value" not in metric:
             return f"metric {name} has no value"

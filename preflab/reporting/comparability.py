@@ -118,20 +118,23 @@ def _data(artifact: Artifact) -> tuple[str, str]:
 def _sources(section: dict, unit: str) -> str:
     """`120 rows of data/quickstart_prefs test`."""
     names = []
-    for source in section.get("sources") or []:
+    for source in _of(section):
         split = f" {source['split']}" if source.get("split") else ""
         names.append(f"{source.get('name')}{split}")
     count = section.get("pairs") or section.get("conversations") or section.get("prompts") or section.get("rows")
     return f"{count if isinstance(count, int) else ''} {unit} of {', '.join(names) or 'unknown data'}".strip()
 
 
+def _of(section: dict) -> list[dict]:
+    """The sources of a section of `data`."""
+    return [source for source in section.get("sources") or [] if isinstance(source, dict)]
+
+
 def _identity(section: dict) -> str:
     """The hash of the rows as read; without it, the hashes of the files."""
     if section.get("text_sha256"):
         return str(section["text_sha256"])
-    files = [
-        (s.get("sha256") or s.get("revision"), s.get("split"), s.get("rows")) for s in section.get("sources") or []
-    ]
+    files = [(s.get("sha256") or s.get("revision"), s.get("split"), s.get("rows")) for s in _of(section)]
     return json.dumps([files, section.get("prompts")])
 
 

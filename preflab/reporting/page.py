@@ -1,6 +1,7 @@
 """The report as one HTML file that opens from disk, and as Markdown. Every text is escaped."""
 
 import os
+import re
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -34,6 +35,8 @@ TOPICS = {
     "code": "code",
     "missing": "not run",
 }
+# A figure with its interval and p-value.
+FIGURE = re.compile(r"[-+≠ \d.,%±e\[\]]*( p[=<]?[-\d.e]+)?")
 TOPIC_CLASSES = {"files": "bad", "contamination": "bad", "missing": "plain", "code": "plain"}
 
 
@@ -117,12 +120,23 @@ def _choices(entries: list[SideBySide]) -> list[str]:
 
 
 def _markdown_table(table: Table) -> str:
-    """A Markdown table; a line that spans all columns is bold in the first one."""
-    lines = []
-    for line in table.lines:
-        # `markdown_table` escapes the bars itself.
-        cells = [escaped(cell).replace("\\|", "|") for cell in line]
-        if len(line) == 1 and len(table.head) > 1:
-            cells = [f"**{cells[0]}**", *[""] * (len(table.head) - 1)]
-        lines.append(cells)
-    return markdown_table(lines)
+    """Markdown tables: a line that spans all columns is a sentence between two of them."""
+    parts, lines = [], []
+    for line in table.body:
+        if len(line) == len(table.head):
+            lines.append(line)
+            continue
+        parts += [_aligned([table.head, *lines])] if lines else []
+        parts.append(f"{escaped(line[0])}:")
+        lines = []
+    return "\n\n".join([*parts, *([_aligned([table.head, *lines])] if lines else [])])
+
+
+def _aligned(lines: list[tuple]) -> str:
+    # `markdown_table` escapes the bars itself.
+    return markdown_table([[_cell(text).replace("\\|", "|") for text in line] for line in lines])
+
+
+def _cell(text: str) -> str:
+    """A cell as Markdown; a figure as it is, since brackets without a link behind them are no markup."""
+    return text if FIGURE.fullmatch(text) else escaped(text)

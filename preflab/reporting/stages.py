@@ -5,7 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from preflab.alpacaeval.report import table_lines as alpacaeval_lines
-from preflab.evaluation.reward_table import comparison_row
+from preflab.evaluation.perplexity_report import SECTIONS
+from preflab.evaluation.reward_table import SIDES, comparison_row
 from preflab.evaluation.win_rate_report import table_lines as win_rate_lines
 from preflab.judging.battle_report import judge_lines
 from preflab.pairs.report import pair_lines
@@ -113,24 +114,15 @@ def _win_rate(artifact: Artifact) -> list[Table]:
     return [Table(win_rate_lines(artifact.metrics, held_out))]
 
 
-PERPLEXITIES = {
-    "response_chosen": "chosen answers",
-    "response_rejected": "rejected answers",
-    "whole_chosen": "prompt and chosen answer",
-    "whole_rejected": "prompt and rejected answer",
-    "text": "plain text",
-}
-
-
 def _perplexity(artifact: Artifact) -> list[Table]:
     m = artifact.metrics
     lines = [("perplexity per token", "base", "tuned", "tuned - base [95% interval]")]
-    for name, label in PERPLEXITIES.items():
+    for name, label in SECTIONS.items():
         if f"{name}_ppl_base" in m:
             base, tuned, change = (m[f"{name}_ppl_{key}"] for key in ("base", "tuned", "difference"))
             p = m[f"p_{name}_nll_difference"] if m[f"{name}_tokens"]["n"] > 1 else None
             lines.append(comparison_row(label, base, tuned, change, p, digits=3))
-    for side in ("chosen", "rejected"):
+    for side in SIDES:
         if f"kl_{side}" in m:
             lines.append(
                 (f"KL(tuned || base), {side}, nats per token", "0 by def.", estimate(m[f"kl_{side}"], 1, 4), "")

@@ -9,38 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT, assert_one_line
+from example_runs import ATTACK, EXAMPLE, rewrite, write_run
 from scipy.stats import binomtest, wilcoxon
 
 from preflab.reporting.artifacts import read_all
 from preflab.reporting.published import COLUMNS, published_table, read_comparison
 from preflab.reporting.status import STALE, states_of
-
-EXAMPLE = ROOT / "docs" / "example_run"
-ATTACK = "<script>window.hacked=1</script><img src=x onerror=window.hacked=1>"
-
-
-def rewrite(path: Path, change) -> None:
-    """Read a JSON file, change it in place with `change(content)`, and write it."""
-    content = json.loads(path.read_text())
-    change(content)
-    path.write_text(json.dumps(content))
-
-
-def write_run(root: Path, name: str) -> Path:
-    """A finished run whose results are those of docs/example_run; returns the folder of the results."""
-    results, weights = root / "out" / name, root / "ck" / name
-    (results / "lm_eval" / "quick").mkdir(parents=True)
-    weights.mkdir(parents=True)
-    for file in EXAMPLE.iterdir():
-        if file.suffix in (".json", ".jsonl") and not file.name.startswith(("sppo", "human", "lm_eval")):
-            shutil.copy(file, results)
-    shutil.copy(EXAMPLE / "lm_eval_quick.json", results / "lm_eval" / "quick" / "lm_eval.json")
-    summary = json.loads((EXAMPLE / "train.json").read_text())
-    (weights / "run.json").write_text(
-        json.dumps({"args": summary["args"], "finished": True, "finished_utc": "2026-11-21T13:49:53Z"})
-    )
-    (weights / "config.json").write_text("{}")
-    return results
 
 
 @pytest.fixture
@@ -138,6 +112,7 @@ def test_texts_are_escaped(root, report):
     tags = [tag for tag, _ in elements(page)]
     assert tags.count("script") == 1 and all(a.get("src", "data:").startswith("data:") for t, a in elements(page))
     assert "window.hacked" in texts(page), "the text is shown"
+    assert "+21.7 [+13.0, +29.0] p=2.3e-06" in markdown
     # In Markdown, outside code, nothing starts a tag.
     outside = re.sub(r"`[^`]*`", "", markdown)
     assert "Claim &lt;script>" in markdown and "<script" not in outside and "<img" not in outside

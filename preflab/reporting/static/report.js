@@ -4,7 +4,8 @@ const pages = [...document.querySelectorAll(".page")];
 const links = [...document.querySelectorAll(".top nav a")];
 
 function show() {
-  const id = decodeURIComponent(location.hash.slice(1));
+  // Ids have letters, digits and hyphens only, so nothing in an address needs decoding.
+  const id = location.hash.slice(1);
   const target = id && document.getElementById(id);
   const page = (target && target.closest(".page")) || pages[0];
   for (const each of pages) each.classList.toggle("shown", each === page);
