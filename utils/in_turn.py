@@ -24,14 +24,15 @@ def commands(words: list[str]) -> list[list[str]]:
 
 
 def main() -> None:
-    for argv in commands(sys.argv[1:]):
+    for number, argv in enumerate(commands(sys.argv[1:])):
+        if number:
+            print(flush=True)
         sys.argv = argv
         try:
             runpy.run_path(argv[0], run_name="__main__")
         except SystemExit as stop:
             if stop.code:
                 raise
-        print(flush=True)
 
 
 if __name__ == "__main__":
