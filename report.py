@@ -41,6 +41,7 @@ def main():
 
     from preflab.reporting import page, published, summary, view
     from preflab.reporting.artifacts import read_all, select
+    from preflab.reporting.lineage import lineage
     from preflab.reporting.status import disk_lines, status_text
     from utils.artifacts import check_writable
 
@@ -53,10 +54,10 @@ def main():
     # Everything that can be wrong comes before the first file is written.
     rows = published.read_comparison(args.published)
     compared = summary.compare_runs(runs, args) if args.compare else None
-    runs = select(runs, args.runs, "--runs")
+    trees, runs = lineage(runs), select(runs, args.runs, "--runs")
     check_writable(out, "--output_dir" if args.output_dir else "--eval_out")
 
-    content = view.report_view(runs, rows, args.answers, f"PreferenceLab: {eval_out}", summary.made())
+    content = view.report_view(runs, trees, rows, args.answers, f"PreferenceLab: {eval_out}", summary.made())
     content.disk.lines += disk_lines(runs, checkpoints, eval_out)[1:]
     content.comparison = compared and compared.view
     curves = summary.curves_of(runs, content.problems)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from preflab.reporting.artifacts import Artifact
+from preflab.reporting.findings import not_held_out
 
 LENGTHS = ("max_length", "max_prompt_length", "prompt_format", "chat_template_path")
 ANSWERS = ("max_new_tokens", "temperature", "top_p", "seed")
@@ -19,6 +20,8 @@ SETTINGS = {
     "human_eval": (),
     "lm_eval": ("num_fewshot", "apply_chat_template", "batch_size", "dtype"),
 }
+# Values that say nothing, left out of the text of a basis.
+HIDDEN = ("None", "", "yes")
 # Losses without a reference model have no beta that scales log-ratios; rewards of two betas have other units.
 UNIT_OF_REWARDS = "beta"
 # What a figure of a tuned model is measured against.
@@ -56,13 +59,14 @@ class Basis:
                 same_name = mine[0] == its[0]
                 shown = [f"{text} ({identity[:8]})" if same_name else text for text, identity in (mine, its)]
                 reasons.append(f"other {name}: {shown[0]}, not {shown[1]}")
-        theirs = dict(other.settings)
-        changed = [(k, v, theirs.get(k)) for k, v in self.settings if v != theirs.get(k)]
+        mine, theirs = dict(self.settings), dict(other.settings)
+        keys = dict.fromkeys([*mine, *theirs])
+        changed = [(k, mine.get(k), theirs.get(k)) for k in keys if mine.get(k) != theirs.get(k)]
         return reasons + [f"other setting: {key} {value}, not {its}" for key, value, its in changed]
 
     def text(self) -> str:
         """All of it on one line."""
-        settings = ", ".join(f"{key} {value}" for key, value in self.settings if value not in ("None", ""))
+        settings = ", ".join(f"{key} {value}" for key, value in self.settings if value not in HIDDEN)
         return f"{self.data[0]}; base {self.base[0]}" + (f"; {settings}" if settings else "")
 
 
@@ -80,6 +84,7 @@ def basis_of(artifact: Artifact, rewards: bool = False) -> Basis:
     # A judge under the same name may have other weights.
     judge = (artifact.summary.get("model") or {}).get("judge")
     settings = [(key, str(values.get(key))) for key in keys]
+    settings.append(("held out", "no" if not_held_out(artifact) else "yes"))
     if isinstance(judge, dict):
         settings += [("judge's weights", str(judge.get("weights_sha256") or judge.get("revision"))[:12])]
     return Basis(_data(artifact), *_base(artifact), tuple(settings))

@@ -8,6 +8,7 @@ import numpy as np
 from preflab.evaluation.rewards import prompts_of
 from preflab.reporting.artifacts import Artifact, RunArtifacts
 from preflab.reporting.comparability import BASE, NOTHING, WEIGHTS, basis_of
+from preflab.reporting.findings import doubt_about_judge, not_held_out
 from preflab.reporting.stages import Table, title_of
 from utils.errors import UserError
 from utils.stats import bootstrap, direction, holm, mcnemar, pairwise_correct, ratio_of_sums, share, signed_rank
@@ -38,7 +39,7 @@ class Kind:
     Attributes:
         label: with its unit.
         values: (artifact) gives its rows; KeyError where the artifact does not have them.
-        of: share, mean or ratio.
+        of: share (right or wrong), outcome (won, tied or lost, or a preference between), mean, ratio or task.
         higher: whether more is better; None where neither is.
         rewards: whether it is in units of rewards.
         against: what it is measured against (preflab.reporting.comparability).
@@ -56,7 +57,12 @@ class Kind:
 
 @dataclass
 class Line:
-    """One run in the table of a figure; `reason` where it has no figure, or one that is not comparable."""
+    """One run in the table of a figure.
+
+    Attributes:
+        reason: why it has no figure, or one that is not comparable.
+        doubt: why its figure supports no claim.
+    """
 
     run: str
     value: dict | None = None
@@ -64,6 +70,7 @@ class Line:
     p: float | None = None
     p_holm: float | None = None
     reason: str | None = None
+    doubt: str | None = None
 
     @property
     def comparable(self) -> bool:
@@ -84,6 +91,8 @@ class Compared:
         """better, worse, changed or no claim, by interval and Holm-corrected test."""
         if not line.comparable:
             return "not comparable"
+        if line.doubt:
+            return "no claim"
         way = direction(line.change, line.p_holm if line.p_holm is not None else 1.0)
         if not way:
             return "no claim"
@@ -196,8 +205,10 @@ KINDS = {
         Kind("loss of plain text, nats per token", _ratio_values(_text_nll), "ratio", 1, 4, False, against=WEIGHTS),
         Kind("KL(tuned || base), nats per token", _ratio_values(_kl), "ratio", 1, 4),
     ),
-    "battle": (Kind("wins against base under the judge, %", _battle_values, "share", 100, 1, True),),
-    "alpacaeval": (Kind("wins against the reference, %", _alpacaeval_values, "share", 100, 1, True, against=NOTHING),),
+    "battle": (Kind("wins against base under the judge, %", _battle_values, "outcome", 100, 1, True),),
+    "alpacaeval": (
+        Kind("wins against the reference, %", _alpacaeval_values, "outcome", 100, 1, True, against=NOTHING),
+    ),
 }
 
 
@@ -250,7 +261,11 @@ def _compare_figure(kind: Kind, first: Artifact, baseline: RunArtifacts, runs: l
             lines.append(Line(run.name, reason=problem))
             continue
         line = Line(run.name, _estimate(kind, values, seed))
+        line.doubt = doubt_about_judge(first) or doubt_about_judge(found[0])
         differs = basis_of(found[0], kind.rewards).differs(basis, kind.against)
+        trained_on = not_held_out(first) or not_held_out(found[0])
+        if trained_on:
+            differs.append(trained_on)
         if found[0].limit != first.limit:
             differs.append(f"other rows: --limit {found[0].limit}, not {first.limit}")
         if not differs and values.keys != ours.keys:
@@ -291,7 +306,7 @@ def _values(kind: Kind, artifact: Artifact) -> tuple[Values | None, str | None]:
 
 
 def _estimate(kind: Kind, values: Values, seed: int) -> dict:
-    if kind.of == "share":
+    if kind.of in ("share", "outcome"):
         return share(values.rows, seed, groups=values.groups)
     if kind.of == "ratio":
         return bootstrap(values.rows, seed, statistic=ratio_of_sums, groups=values.groups)
@@ -307,11 +322,10 @@ def _difference(kind: Kind, a: Values, b: Values, seed: int) -> tuple[dict, floa
         return bootstrap(change, seed, statistic=ratio_of_sums, groups=groups), p
     both = np.stack([a.rows, b.rows], 1)
     if kind.of == "share":
-        binary = np.isin(both, (0, 0.5, 1)).all()
-        # Preferences between 0 and 1 have a size, which McNemar's test ignores.
-        p = mcnemar(*both.T, groups) if binary else signed_rank(both[:, 0] - both[:, 1], groups)
-        return share(both, seed, groups=groups), p
-    return bootstrap(both, seed, groups=groups), signed_rank(both[:, 0] - both[:, 1], groups)
+        return share(both, seed, groups=groups), mcnemar(*both.T, groups)
+    # Ties are many among outcomes, and McNemar's test would drop them.
+    p = signed_rank(both[:, 0] - both[:, 1], groups)
+    return (share if kind.of == "outcome" else bootstrap)(both, seed, groups=groups), p
 
 
 def _lm_eval(first: Artifact, baseline: RunArtifacts, runs: list[RunArtifacts]) -> Iterator[Compared]:
@@ -386,7 +400,9 @@ def stage_tables(figures: list[Compared]) -> list[Table]:
                 lines.append((line.run, value, change, p_value(line.p), p_value(line.p_holm), compared.verdict(line)))
         if len(lines) > 1:
             key = (compared.stage, compared.basis)
-            empty = Table([("run", *HEAD)], compared.stage, f"on {compared.basis}")
+            doubts = list(dict.fromkeys(line.doubt for line in compared.lines if line.doubt))
+            doubted = f". No claim: {'; '.join(doubts)}" if doubts else ""
+            empty = Table([("run", *HEAD)], compared.stage, f"on {compared.basis}{doubted}")
             tables.setdefault(key, empty).lines += [(kind.label,), *lines]
     return list(tables.values())
 

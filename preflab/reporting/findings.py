@@ -87,9 +87,9 @@ def _of_artifact(artifact: Artifact) -> Iterator[tuple[str, str]]:
         displaced = displacement(metrics)
         if displaced:
             yield "displacement", displaced
-    not_held_out = NOT_HELD_OUT.match(str(summary.get("claim") or ""))
-    if not_held_out:
-        yield "contamination", not_held_out[0]
+    trained_on = not_held_out(artifact)
+    if trained_on:
+        yield "contamination", trained_on
     for split, dropped in _dropped(summary.get("data")):
         kept = dropped.get("prompt_in_test_split_kept")
         if kept:
@@ -104,6 +104,24 @@ def _of_artifact(artifact: Artifact) -> Iterator[tuple[str, str]]:
         yield "length", f"reward margins follow answer lengths: rank correlation {shown} (95% interval)"
     yield from _truncated_texts(summary)
     yield from _verdicts(artifact)
+
+
+def not_held_out(artifact: Artifact) -> str | None:
+    """The sentence of an evaluation whose prompts the run was trained on, None for held-out ones."""
+    found = NOT_HELD_OUT.match(str(artifact.summary.get("claim") or ""))
+    return found[0] if found else None
+
+
+def doubt_about_judge(artifact: Artifact) -> str | None:
+    """Why the verdicts of a judge support no claim, None where they do or where nobody judged."""
+    if artifact.stage == "alpacaeval":
+        audit = artifact.summary.get("audit")
+        if not audit:
+            return "the judge was not audited"
+        return None if audit.get("passed") else "the judge failed its audit"
+    if artifact.stage == "battle" and "unreliable" in judge_caveats(artifact.summary):
+        return "the judge is unreliable"
+    return None
 
 
 def _dropped(data) -> Iterator[tuple[str, dict]]:

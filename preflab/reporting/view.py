@@ -11,7 +11,7 @@ from preflab.reporting.answers import Answers, answers_of
 from preflab.reporting.artifacts import Artifact, RunArtifacts
 from preflab.reporting.comparability import BASE, NOTHING, WEIGHTS, basis_of
 from preflab.reporting.findings import Audit, Finding, audits_of, findings_of
-from preflab.reporting.lineage import Node, lineage, path_to
+from preflab.reporting.lineage import Node, path_to
 from preflab.reporting.published import published_table
 from preflab.reporting.stages import STAGES, Table, tables_of, title_of
 from preflab.reporting.status import MISSING, STALE, StageState, command_of, states_of
@@ -318,15 +318,17 @@ def all_costs(runs: list[RunArtifacts]) -> Table:
     return Table([head, *lines])
 
 
-def report_view(runs: list[RunArtifacts], published: dict, most_answers: int, title: str, made: str) -> ReportView:
+def report_view(
+    runs: list[RunArtifacts], trees: list[Node], published: dict, most_answers: int, title: str, made: str
+) -> ReportView:
     """The content of the report but for curves, disk and comparison, which the caller adds.
 
     Args:
+        runs: those that are shown. trees: the lineage of all runs.
         published: from `read_comparison`.
         most_answers: prompts shown side by side per stage.
         made: when and by which commit.
     """
-    trees = lineage(runs)
     views = [run_view(run, trees, most_answers, number) for number, run in enumerate(runs)]
     return ReportView(
         title,

@@ -1,6 +1,7 @@
 """Shell scripts: interpreter checks, installation failures, and reuse of an up-to-date environment."""
 
 import os
+import shutil
 import subprocess
 import sys
 
@@ -164,3 +165,24 @@ def test_sppo_arguments(arguments, words):
     done = bash(f"bash run_sppo_iteration.sh {arguments}", PYTHON="true")
     assert done.returncode == 2
     assert_one_line(done.stderr, *words)
+
+
+@pytest.mark.parametrize(
+    ("flags", "folders"),
+    [
+        ("", ""),
+        ("--learning_rate 1e-4", ""),
+        ("--eval_out 'my out' --output_dir=runs", " --eval_out my out --checkpoints runs"),
+    ],
+)
+def test_quickstart_ends_with_the_report_of_its_folders(flags, folders, tmp_path):
+    (tmp_path / "utils").mkdir()
+    shutil.copy(ROOT / "quickstart.sh", tmp_path)
+    # With an environment whose Python prints its arguments.
+    functions = 'answer_help_and_version() { :; }\nprepare_environment() { python="echo"; }\n'
+    (tmp_path / "utils/env.sh").write_text(functions)
+    done = bash(f"bash {tmp_path}/quickstart.sh {flags}")
+    assert done.returncode == 0, done.stderr
+    last = done.stdout.splitlines()[-1]
+    assert last.startswith("-m utils.in_turn dpo_train_human_preference.py --config configs/quickstart.yaml")
+    assert last.endswith(f"--then report.py{folders}")

@@ -345,15 +345,35 @@ def test_paired_differences_by_hand(root, report):
     assert f"over all {m} tests" in texts(page) and f"over all {m} tests" in markdown
 
 
+def test_no_claim_from_a_judge_that_ignores_the_answers(root, report):
+    """The example's judge flips on 95% of the prompts: another run that always wins is not called better."""
+    results = write_run(root, "other")
+    path = results / "battle_rows.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps({**row, "consistent": 1.0}) + "\n" for row in rows))
+    _, page, _ = report("--compare", "quickstart", "other")
+    shown = texts(page)
+    battles = shown[shown.index("wins against base under the judge, %") :][:400]
+    assert "other 100.0" in battles and "no claim" in battles and "better" not in battles
+    assert "No claim: the judge is unreliable" in shown
+    # The same rows under a judge without that defect.
+    for name in ("quickstart", "other"):
+        rewrite(root / "out" / name / "battle.json", lambda s: [
+            m["flip_rate"].update(value=0.1) for match in s["matches"] for m in match["judges"].values()])  # fmt: skip
+    battles = texts(report("--compare", "quickstart", "other")[1])
+    assert "better" in battles[battles.index("wins against base under the judge, %") :][:400]
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
+        (lambda s: s.update(claim="NOT HELD OUT: the run was trained on these prompts. (Helped.)"), "NOT HELD OUT"),
         (lambda s: s["data"]["test"].update(text_sha256="0" * 64), "other data"),
         (lambda s: s["model"].update(weights_sha256="0" * 64), "other base model"),
         (lambda s: s["args"].update(max_length=256), "other setting: max_length 256, not 512"),
         (lambda s: s["model"].update(dtype="bfloat16"), "other base model"),
     ],
-    ids=["data", "base", "setting", "precision"],
+    ids=["trained on", "data", "base", "setting", "precision"],
 )
 def test_not_comparable_is_never_in_the_column(root, report, change, reason):
     shifted(root, "other", 3)
@@ -363,7 +383,7 @@ def test_not_comparable_is_never_in_the_column(root, report, change, reason):
     assert not any(name.startswith("Preference training") for name in metrics)
     shown = texts(page)
     listed = shown[shown.index("Not comparable") : shown.index("quickstart state finished")]
-    assert "Preference training other " + reason in listed
+    assert re.search(f"Preference training other [^|]*{reason}", listed)
     # On the first page the figures of both runs are under different headings.
     overview = shown[shown.index("Figures of the tuned models") : shown.index("Beside published models")]
     assert "not comparable with the runs above" in overview

@@ -17,6 +17,7 @@ def page_file(tmp_path_factory):
     from preflab.reporting import page, published, view
     from preflab.reporting.artifacts import read_all
     from preflab.reporting.compare import compare
+    from preflab.reporting.lineage import lineage
 
     root = tmp_path_factory.mktemp("report")
     for name in ("first", "second <run>"):
@@ -28,7 +29,8 @@ def page_file(tmp_path_factory):
         row["answer_a"]["text"] = f"{ATTACK} and the word xylophone"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     runs = sorted(read_all(root / "ck", root / "out"), key=lambda run: run.name)
-    content = view.report_view(runs, published.read_comparison("configs/published/comparison.yaml"), 100, "Report", "m")
+    rows = published.read_comparison("configs/published/comparison.yaml")
+    content = view.report_view(runs, lineage(runs), rows, 100, "Report", "m")
     content.comparison = view.comparison_view("first", [runs[1].name], compare(runs[1:], runs[0], 42))
     file = root / "report.html"
     file.write_text(page.html(content, 100), encoding="utf-8")
