@@ -195,8 +195,8 @@ def is_locked(weights: Path) -> bool:
 def _training_seconds(weights: Path, results: Path) -> float | None:
     """Wall time of training over all calls: of a finished run, else up to the newest complete checkpoint."""
     try:
-        return read_json(results / "train.json")["training"]["seconds"]
-    except (UserError, KeyError, TypeError):
+        return float(read_json(results / "train.json")["training"]["seconds"])
+    except (UserError, KeyError, TypeError, ValueError):
         saved = newest_checkpoint(weights)
         return read_json(saved / MANIFEST).get("seconds") if saved else None
 

@@ -46,6 +46,13 @@ RUN = {
 }
 
 
+def part(content: dict, *keys: str) -> dict:
+    """The object under `keys`, one inside the other; {} where it is missing or no object, as in a damaged file."""
+    for key in keys:
+        content = content.get(key) if isinstance(content, dict) else None
+    return content if isinstance(content, dict) else {}
+
+
 @dataclass
 class Artifact:
     """One summary file.
@@ -62,25 +69,30 @@ class Artifact:
     summary: dict = field(default_factory=dict)
     problem: str | None = None
 
+    def part(self, *keys: str) -> dict:
+        """A section of the summary, or a section inside it."""
+        return part(self.summary, *keys)
+
     @property
     def metrics(self) -> dict:
         """`{name: metric}`."""
-        return self.summary.get("metrics") or {}
+        return self.part("metrics")
 
     @property
     def args(self) -> dict:
         """The arguments of the call."""
-        return self.summary.get("args") or {}
+        return self.part("args")
 
     @property
     def run(self) -> dict:
         """What is needed to repeat it: commit, command, versions, hardware, time."""
-        return self.summary.get("run") or {}
+        return self.part("run")
 
     @property
     def limit(self) -> float | None:
         """Rows of a trial (--limit), None for a full evaluation."""
-        return self.run.get("limit")
+        limit = self.run.get("limit")
+        return limit if isinstance(limit, (int, float)) else None
 
     @property
     def suite(self) -> str | None:

@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from preflab.reporting.artifacts import Artifact
+from preflab.reporting.artifacts import Artifact, part
 from preflab.reporting.findings import not_held_out
 
 LENGTHS = ("max_length", "max_prompt_length", "prompt_format", "chat_template_path")
@@ -77,12 +77,12 @@ def basis_of(artifact: Artifact, rewards: bool = False) -> Basis:
         rewards: of figures in units of rewards (beta × nats), which also depend on beta.
     """
     args = artifact.args
-    values = {**args, **({} if artifact.stage != "lm_eval" else artifact.summary.get("settings") or {})}
+    values = {**args, **({} if artifact.stage != "lm_eval" else artifact.part("settings"))}
     if artifact.stage == "alpacaeval":
         values["order"] = artifact.summary.get("order")
     keys = [key for key in SETTINGS.get(artifact.stage, ()) if rewards or key != UNIT_OF_REWARDS]
     # A judge under the same name may have other weights.
-    judge = (artifact.summary.get("model") or {}).get("judge")
+    judge = artifact.part("model").get("judge")
     settings = [(key, str(values.get(key))) for key in keys]
     settings.append(("held out", "no" if not_held_out(artifact) else "yes"))
     if isinstance(judge, dict):
@@ -91,16 +91,16 @@ def basis_of(artifact: Artifact, rewards: bool = False) -> Basis:
 
 
 def _data(artifact: Artifact) -> tuple[str, str]:
-    data, args, stage = artifact.summary.get("data") or {}, artifact.args, artifact.stage
+    data, args, stage = artifact.part("data"), artifact.args, artifact.stage
     if stage in ("train", "sft"):
-        section = data.get("test") or {}
+        section = part(data, "test")
         return _sources(section, "rows"), _identity(section)
     if stage == "win_rate":
         return _sources(data, "rows"), _identity(data)
     if stage == "perplexity":
-        pairs, texts = data.get("pairs") or {}, args.get("text_file") or args.get("text_dataset") or []
+        pairs, texts = part(data, "pairs"), args.get("text_file") or args.get("text_dataset") or []
         texts = [texts] if isinstance(texts, str) else texts
-        size = (artifact.metrics.get("text_bytes") or {}).get("value")
+        size = artifact.part("metrics", "text_bytes").get("value")
         shown = [
             *([_sources(pairs, "rows")] if pairs else []),
             *([f"text {', '.join(map(str, texts))}"] if texts else []),
@@ -111,11 +111,11 @@ def _data(artifact: Artifact) -> tuple[str, str]:
         tasks = sorted((row["task"], str(row.get("version")), row.get("n")) for row in rows if row.get("top"))
         return f"suite {artifact.suite}", json.dumps([artifact.suite, tasks])
     if stage == "alpacaeval":
-        n = (artifact.metrics.get("base_unparsed") or {}).get("n")
+        n = artifact.part("metrics", "base_unparsed").get("n")
         return f"{n} instructions of {args.get('reference')}", json.dumps([args.get("reference"), n])
     if stage == "human_eval":
         # Votes of one study are never those of another one.
-        study = str((artifact.summary.get("study") or {}).get("study"))
+        study = str(artifact.part("study").get("study"))
         return f"votes of study {study[:8]}", study
     return _sources(data, "prompts"), _identity(data)
 
@@ -145,9 +145,9 @@ def _identity(section: dict) -> str:
 
 def _base(artifact: Artifact) -> tuple[tuple[str, str], tuple[str, str]]:
     """(the base with its adapter, the base alone), each as short text and what identifies it."""
-    model = artifact.summary.get("model") or {}
-    start = artifact.summary.get("start") or {}
-    base = model if artifact.stage in ("train", "sft") else model.get("base") or {}
+    model = artifact.part("model")
+    start = artifact.part("start")
+    base = model if artifact.stage in ("train", "sft") else part(model, "base")
     adapter = base.get("adapter_sha256")
     name = weights = Path(str(base.get("name", "?"))).name
     # The reference of a run that continues an adapter is the model with that adapter.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from preflab.data.length_bias import sentence as length_bias_sentence
 from preflab.judging.battle_report import judge_caveats
-from preflab.reporting.artifacts import Artifact, RunArtifacts
+from preflab.reporting.artifacts import Artifact, RunArtifacts, part
 from preflab.reporting.stages import title_of
 from preflab.training.dpo_report import displacement
 from preflab.training.preflight_checks import TRUNCATED
@@ -50,9 +50,10 @@ def findings_of(run: RunArtifacts) -> list[Finding]:
     state = run.run.state
     if run.is_training and state != "finished" and not state.startswith("finished, trial"):
         found.append(Finding("files", "Training", f"this run is not complete: {state}"))
-    for warning in (run.others.get("preflight") or {}).get("warning") or []:
+    warnings = part(run.others, "preflight").get("warning")
+    for warning in warnings if isinstance(warnings, list) else []:
         found.append(Finding("preflight", "Preflight", str(warning)))
-    found += [finding for finding in _truncated_sequences("Preflight", run.others.get("preflight") or {})]
+    found += [finding for finding in _truncated_sequences("Preflight", part(run.others, "preflight"))]
     for artifact in run.artifacts:
         if artifact.problem:
             continue
@@ -94,7 +95,7 @@ def _of_artifact(artifact: Artifact) -> Iterator[tuple[str, str]]:
         kept = dropped.get("prompt_in_test_split_kept")
         if kept:
             yield "contamination", f"{kept} prompts of the {split} data are also in the test split and were trained on"
-    for split, bias in (summary.get("length_bias") or {}).items():
+    for split, bias in part(summary, "length_bias").items():
         longer, p = bias["words"]["share_chosen_longer"], bias["words"]["p_chosen_longer_is_half"]["value"]
         if p is not None and p < 0.05:
             yield "length", f"{length_bias_sentence(split, bias)} (sign test {p_equals(p)}, n={longer['n']})"
@@ -132,18 +133,18 @@ def _dropped(data) -> Iterator[tuple[str, dict]]:
 
 
 def _truncated_sequences(where: str, section: dict) -> Iterator[Finding]:
-    counts = section.get("truncation") or {}
-    pairs = (section.get("train") or {}).get("pairs") or section.get("pairs")
-    for part in ("prompt", "chosen", "rejected"):
-        count = counts.get(f"truncated_{part}") or 0
-        if pairs and count >= MANY_TRUNCATED * pairs:
-            text = f"{count} of {pairs} pairs have a truncated {part} ({count / pairs:.0%}): raise --max_length"
+    counts = part(section, "truncation")
+    pairs = part(section, "train").get("pairs") or section.get("pairs")
+    for text_part in ("prompt", "chosen", "rejected"):
+        count = counts.get(f"truncated_{text_part}")
+        if isinstance(count, int) and isinstance(pairs, int) and count >= max(1, MANY_TRUNCATED * pairs):
+            text = f"{count} of {pairs} pairs have a truncated {text_part} ({count / pairs:.0%}): raise --max_length"
             yield Finding("truncation", where, text)
 
 
 def _truncated_texts(summary: dict) -> Iterator[tuple[str, str]]:
     """Truncated sequences of an evaluation, and answers that reached the token limit."""
-    data = summary.get("data") or {}
+    data = part(summary, "data")
     for section in (data, data.get("pairs")):
         if isinstance(section, dict) and isinstance(section.get("truncation"), dict):
             yield from ((f.about, f.text) for f in _truncated_sequences("", section))
@@ -151,7 +152,7 @@ def _truncated_texts(summary: dict) -> Iterator[tuple[str, str]]:
     if summary["stage"] == "human_eval_dump":
         by_model = summary["metrics"]
     for model, m in (by_model or {}).items():
-        if isinstance(m, dict) and (m.get("truncated_share") or {}).get("value", 0) > MANY_TRUNCATED:
+        if isinstance(m, dict) and part(m, "truncated_share").get("value", 0) > MANY_TRUNCATED:
             yield "truncation", f"{cell(m['truncated_share'], 100)}% of the answers of {model} reached the token limit"
     if summary["stage"] == "alpacaeval":
         for side in ("base", "tuned"):
@@ -190,7 +191,7 @@ def _code(run: RunArtifacts) -> Iterator[Finding]:
             "code", "; ".join(dirty), "made with changes that were not committed: the commit alone cannot repeat it"
         )
     for package in ("torch", "transformers", "trl", "peft"):
-        versions = {str((record.get("versions") or {}).get(package)) for record in made.values()} - {"None"}
+        versions = {str(part(record, "versions").get(package)) for record in made.values()} - {"None"}
         if len(versions) > 1:
             yield Finding("code", "all stages", f"several versions of {package}: {', '.join(sorted(versions))}")
 

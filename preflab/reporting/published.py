@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from preflab.alpacaeval.package import LEADERBOARD_JUDGE
 from preflab.alpacaeval.report import ALPACAEVAL_SIZE
-from preflab.reporting.artifacts import RunArtifacts
+from preflab.reporting.artifacts import RunArtifacts, part
 from preflab.reporting.stages import Table, lc_name
 from utils.artifacts import read_published
 from utils.errors import UserError
@@ -84,7 +84,7 @@ def _alpacaeval(run: RunArtifacts, side: str) -> dict[str, Cell]:
     if not found or f"{side}_win_rate" not in found[0].metrics:
         return {}
     m, judge = found[0].metrics, str(found[0].args.get("judge"))
-    count = (m.get("base_unparsed") or {}).get("n")
+    count = part(m, "base_unparsed").get("n")
     judged = () if judge == LEADERBOARD_JUDGE else (f"AlpacaEval judged by {judge}",)
     instructions = () if count == ALPACAEVAL_SIZE else (f"AlpacaEval on {count} instructions, not {ALPACAEVAL_SIZE}",)
     cells, name = {"ae_wr": Cell(cell(m[f"{side}_win_rate"]), judged + instructions)}, lc_name(m)
@@ -109,7 +109,7 @@ def _arena_hard(run: RunArtifacts, side: str) -> dict[str, Cell]:
         if not score or match.get("b") in SIDES:
             continue
         reasons = (f"Arena-Hard judged by {artifact.args.get('judge')}",)
-        tokens = (artifact.summary.get("answers") or {}).get(side, {}).get("tokens")
+        tokens = artifact.part("answers").get(side, {}).get("tokens")
         of_length = ("Arena-Hard lengths in tokens of the run's tokenizer",)
         length = {"ah_length": Cell(number(tokens["value"], 0), of_length)} if tokens else {}
         return {"ah": Cell(cell(score, 100), reasons), **length}
@@ -122,8 +122,8 @@ def _generated(run: RunArtifacts, side: str) -> dict[str, Cell]:
     if found is None:
         return {}
     reasons = ("GSM8K and MMLU with lm-eval's prompts and parsing, their lengths in characters",)
-    averages, cells = found.summary.get("averages") or {}, {}
-    lengths = (found.summary.get("generated_characters") or {}).get(side) or {}
+    averages, cells = found.part("averages"), {}
+    lengths = found.part("generated_characters").get(side) or {}
     for key, name in (("gsm8k", "GSM8K generated"), ("mmlu", "MMLU generated")):
         if side in averages.get(name, {}):
             cells[key] = Cell(cell(averages[name][side]), reasons)

@@ -207,7 +207,7 @@ def _merge(artifact: Artifact) -> list[Table]:
 
 def _lm_eval(artifact: Artifact) -> list[Table]:
     settings, tables = artifact.summary["settings"], []
-    averages = artifact.summary.get("averages") or {}
+    averages = artifact.part("averages")
     if averages:
         lines = [("average", "base", "tuned", "tuned - base", "p")]
         lines += [(name, *_three(m, 2), p_value(m["p"])) for name, m in averages.items()]

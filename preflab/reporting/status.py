@@ -11,7 +11,7 @@ from preflab.evaluation.run_list import disk, disk_use, duration
 from preflab.evaluation.runs import checkpoints as checkpoints_of
 from preflab.evaluation.runs import folder_size
 from preflab.models.adapter_files import adapter_sha256
-from preflab.reporting.artifacts import Artifact, RunArtifacts
+from preflab.reporting.artifacts import Artifact, RunArtifacts, part
 from preflab.reporting.stages import STAGES, title_of
 from preflab.training.next_steps import commands_for
 from utils.provenance import ROOT, sha256_of, sha256_of_files
@@ -104,7 +104,7 @@ def stale_reasons(artifact: Artifact, run: RunArtifacts) -> list[str]:
         if all(f.is_file() for f in files) and sha256_of_files(files) != source["sha256"]:
             reasons.append(f"{source['name']} changed since")
     reasons += _changed_models(artifact, run)
-    study = artifact.summary.get("study") or {}
+    study = artifact.part("study")
     candidates = artifact.path.with_name("manual_eval_candidates.json")
     if artifact.stage == "human_eval" and study.get("candidates_sha256") and candidates.is_file():
         if sha256_of(candidates.read_text(encoding="utf-8")) != study["candidates_sha256"]:
@@ -132,15 +132,15 @@ def _path(name) -> Path | None:
 
 
 def _changed_models(artifact: Artifact, run: RunArtifacts) -> Iterator[str]:
-    model, ended = artifact.summary.get("model") or {}, artifact.path.stat().st_mtime
-    start = artifact.summary.get("start") or {}
+    model, ended = artifact.part("model"), artifact.path.stat().st_mtime
+    start = artifact.part("start")
     made_with = {
         "the adapter that it started from": (start.get("adapter"), start.get("adapter_sha256")),
-        "the policy's adapter": (artifact.args.get("adapter_path"), (model.get("policy") or {}).get("adapter_sha256")),
-        "the base's adapter": (artifact.args.get("base_adapter"), (model.get("base") or {}).get("adapter_sha256")),
+        "the policy's adapter": (artifact.args.get("adapter_path"), part(model, "policy").get("adapter_sha256")),
+        "the base's adapter": (artifact.args.get("base_adapter"), part(model, "base").get("adapter_sha256")),
     }
     if artifact.stage not in ("train", "sft", "preference_pairs"):
-        tuned = model.get("tuned") or {}
+        tuned = part(model, "tuned")
         # The run may have been renamed or moved since: its own weights come first.
         folder = run.weights if (run.weights / "adapter_config.json").is_file() else tuned.get("name")
         made_with["the adapter"] = (str(folder), tuned.get("adapter_sha256"))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from preflab.evaluation.run_list import HEADLINES, disk, duration, figures_of
 from preflab.reporting.answers import Answers, answers_of
-from preflab.reporting.artifacts import Artifact, RunArtifacts
+from preflab.reporting.artifacts import Artifact, RunArtifacts, part
 from preflab.reporting.comparability import BASE, NOTHING, WEIGHTS, basis_of
 from preflab.reporting.findings import Audit, Finding, audits_of, findings_of
 from preflab.reporting.lineage import Node, path_to
@@ -141,7 +141,7 @@ def _run_facts(run: RunArtifacts) -> list[tuple[str, str]]:
     facts += [("base", run.run.base)] if run.run.base else []
     facts += [("training time", duration(run.run.seconds))] if run.run.seconds is not None else []
     if run.training:
-        plan, training = run.training.summary.get("plan") or {}, run.training.summary.get("training") or {}
+        plan, training = run.training.part("plan"), run.training.part("training")
         if plan.get("steps") and training.get("steps"):
             facts.append(
                 ("steps", f"{training['steps']} of {plan['steps']}, global batch {plan.get('global_batch_size')}")
@@ -173,9 +173,9 @@ def repeat_facts(artifact: Artifact) -> list[tuple[str, str]]:
     facts = [("command", command_of(artifact)), ("commit", str(run.get("git_commit") or "not recorded"))]
     facts.append(("finished", str(run.get("finished_utc") or "not recorded")))
     facts.append(("on", basis_of(artifact).text()))
-    versions = run.get("versions") or {}
+    versions = part(run, "versions")
     facts.append(("versions", ", ".join(f"{name} {version}" for name, version in versions.items())))
-    hardware = run.get("hardware") or {}
+    hardware = part(run, "hardware")
     machine = [f"{hardware.get('cores')} cores of {hardware.get('cpu')}", f"{hardware.get('memory_gib')} GiB"]
     machine += [str(gpu) for gpu in hardware.get("gpus") or []]
     facts.append(("machine", ", ".join(machine) if hardware else "not recorded"))
@@ -197,7 +197,7 @@ def cost_lines(run: RunArtifacts) -> list[tuple]:
         if artifact.problem:
             continue
         record = artifact.run
-        memory = record.get("peak_memory_gib") or {}
+        memory = part(record, "peak_memory_gib")
         seconds = record.get("wall_seconds")
         if artifact.stage in ("train", "sft") and run.run.seconds is not None:
             # Over all calls of a run that was resumed.

@@ -131,8 +131,10 @@ def test_texts_are_escaped(root, report):
         (lambda f: rewrite(f, lambda s: s["metrics"].update(avg_margin={"n": 3})), "metric avg_margin has no value"),
         (lambda f: rewrite(f, lambda s: s["metrics"]["win_rate"].update(value="much")), "'much' is not a number"),
         (lambda f: f.write_bytes(b"\xff\xfe\x00"), "not valid JSON"),
+        (lambda f: rewrite(f, lambda s: s["run"].update(limit=["4"])), "`limit` is not of the kind"),
+        (lambda f: rewrite(f, lambda s: s.update(data=[1])), "`data` is not of the kind"),
     ],
-    ids=["cut off", "a list", "no metrics", "a metric missing", "no value", "text", "binary"],
+    ids=["cut off", "a list", "no metrics", "a metric missing", "no value", "text", "binary", "limit", "data"],
 )  # fmt: skip
 def test_damaged_artifact_is_named(root, report, damage, words):
     damage(root / "out" / "quickstart" / "win_rate.json")
