@@ -125,7 +125,7 @@ def read_run(weights: Path, results: Path) -> Run:
     if not manifest.is_file():
         return run
     try:
-        args, ended = read_json(manifest).get("args", {}), finished_at(manifest)
+        args, ended = dict(read_json(manifest).get("args", {})), finished_at(manifest)
     except (UserError, ValueError, AttributeError, TypeError):
         run.state = "damaged: run.json cannot be read"
         return run

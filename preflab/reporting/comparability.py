@@ -108,7 +108,8 @@ def _data(artifact: Artifact) -> tuple[str, str]:
         return " and ".join(shown), json.dumps([_identity(pairs), texts, size])
     if stage == "lm_eval":
         rows = artifact.summary.get("rows") or []
-        tasks = sorted((row["task"], str(row.get("version")), row.get("n")) for row in rows if row.get("top"))
+        tops = [part(row) for row in rows if part(row).get("top")]
+        tasks = sorted(f"{row.get('task')} {row.get('version')} {row.get('n')}" for row in tops)
         return f"suite {artifact.suite}", json.dumps([artifact.suite, tasks])
     if stage == "alpacaeval":
         n = artifact.part("metrics", "base_unparsed").get("n")
