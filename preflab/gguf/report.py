@@ -17,6 +17,21 @@ def render(metrics: dict, files: dict[str, dict], title: str, source: dict, note
         source: the source model's size and speed.
         note: where the pairs are from, if they were not held out.
     """
+    changes, levels = table_lines(metrics, files, source)
+    notes = [note] if note else []
+    fallback = {kind: file["fallback_tensors"] for kind, file in files.items() if file.get("fallback_tensors")}
+    if fallback:
+        kinds = ", ".join(f"{kind} {count}" for kind, count in fallback.items())
+        notes.append(
+            f"Tensors in another type than the file's name says, because their rows are not a multiple of 256: {kinds}."
+        )
+    verdict = verdict_of(metrics, list(files))
+    blocks = [table(title, changes), table("model and files", levels), *notes, verdict]
+    return Report("\n\n".join(blocks), verdict)
+
+
+def table_lines(metrics: dict, files: dict[str, dict], source: dict) -> tuple[list[tuple], list[tuple]]:
+    """The lines of both tables, their heads first: changes against the model, and the model beside its files."""
     pairs = metrics["ppl_source"]["n"]
     # Without a base model, the model's own likelihood ranks the pairs.
     ranking = "reward_accuracy" if "reward_accuracy_source" in metrics else "likelihood_ranking"
@@ -46,16 +61,7 @@ def render(metrics: dict, files: dict[str, dict], title: str, source: dict, note
             for kind, file in files.items()
         ),
     ]
-    notes = [note] if note else []
-    fallback = {kind: file["fallback_tensors"] for kind, file in files.items() if file.get("fallback_tensors")}
-    if fallback:
-        kinds = ", ".join(f"{kind} {count}" for kind, count in fallback.items())
-        notes.append(
-            f"Tensors in another type than the file's name says, because their rows are not a multiple of 256: {kinds}."
-        )
-    verdict = verdict_of(metrics, list(files))
-    blocks = [table(title, changes), table("model and files", levels), *notes, verdict]
-    return Report("\n\n".join(blocks), verdict)
+    return changes, levels
 
 
 def difference_of_ratio(m: dict) -> str:

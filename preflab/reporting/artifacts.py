@@ -28,6 +28,7 @@ SUMMARIES = (
     "alpacaeval",
     "human_eval",
     "merge",
+    "gguf",
     "lm_eval",
 )
 
@@ -209,8 +210,8 @@ def read_artifacts(run: Run, weights: Path) -> RunArtifacts:
 
 # The stages in the order in which they are usually run.
 ORDER = (
-    "preference_pairs", "train", "sft", "merge", "win_rate", "perplexity", "battle", "alpacaeval", "human_eval_dump",
-    "human_eval", "lm_eval",
+    "preference_pairs", "train", "sft", "merge", "gguf", "win_rate", "perplexity", "battle", "alpacaeval",
+    "human_eval_dump", "human_eval", "lm_eval",
 )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from preflab.alpacaeval.report import table_lines as alpacaeval_lines
 from preflab.evaluation.perplexity_report import SECTIONS
 from preflab.evaluation.reward_table import SIDES, comparison_row
 from preflab.evaluation.win_rate_report import table_lines as win_rate_lines
+from preflab.gguf.report import table_lines as gguf_lines
 from preflab.judging.battle_report import judge_lines
 from preflab.pairs.report import pair_lines
 from preflab.reporting.artifacts import Artifact
@@ -205,6 +206,11 @@ def _merge(artifact: Artifact) -> list[Table]:
     return [Table([*lines, ("same answer preferred, %", "100 by def.", cell(m["same_preference"], 100), "")])]
 
 
+def _gguf(artifact: Artifact) -> list[Table]:
+    changes, levels = gguf_lines(artifact.metrics, artifact.summary["gguf"], artifact.summary["source"])
+    return [Table(changes), Table(levels)]
+
+
 def _lm_eval(artifact: Artifact) -> list[Table]:
     settings, tables = artifact.summary["settings"], []
     averages = artifact.part("averages")
@@ -251,6 +257,7 @@ STAGES = {
         _sft,
     ),
     "merge": Stage("Merge", "Is the merged folder the same model?", "python merge_adapter.py", _merge),
+    "gguf": Stage("GGUF files", "What does each quantisation lose?", "python export_gguf.py", _gguf),
     "win_rate": Stage(
         "Win rate by rewards",
         "Do implicit rewards rank held-out pairs correctly?",

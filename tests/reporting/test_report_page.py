@@ -100,10 +100,10 @@ def test_search_finds_prompts_and_answers(reading):
     tab.fill("#run0-first [type=search]", "zzqqxx")
     assert visible() == 0
     tab.fill("#run0-first [type=search]", "")
-    tab.select_option("#run0-first select", "judge: tuned")
+    tab.select_option("#run0-first select", "judge: tie")
     found = int(re.search(r"of (\d+) found", tab.inner_text("#run0-first output"))[1])
     rows = [json.loads(line) for line in (EXAMPLE / "battle_rows.jsonl").read_text().splitlines()]
-    assert found == sum(row["consistent"] == 1 for row in rows[:100])
+    assert found == sum(row["consistent"] == 0.5 for row in rows[:100])
 
 
 def test_hostile_answers_do_nothing(reading):
