@@ -10,6 +10,7 @@ from urllib.parse import quote
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from preflab.data.messages import well_formed
 from preflab.human import page as human_page
 from preflab.reporting.answers import Answer, SideBySide
 from preflab.reporting.findings import Finding
@@ -17,7 +18,7 @@ from preflab.reporting.stages import Table
 from preflab.reporting.view import ReportView
 from utils.markdown import code_span, escaped
 from utils.tables import markdown_table
-from utils.web_page import content_policy, well_formed
+from utils.web_page import content_policy
 
 STATIC = Path(__file__).parent / "static"
 STATE_CLASSES = {"done": "ok", "stale": "warn", "trial": "warn", "damaged": "bad", "not run": "plain"}

@@ -117,6 +117,11 @@ def _win_rate(artifact: Artifact) -> list[Table]:
 
 def _perplexity(artifact: Artifact) -> list[Table]:
     m = artifact.metrics
+    if not any(f"{name}_ppl_tuned" in m for name in SECTIONS):
+        # --base_model without a tuned one: figures of one model.
+        lines = [(label, estimate(m[f"{name}_ppl_base"], 1, 3)) for name, label in SECTIONS.items()
+                 if f"{name}_ppl_base" in m]  # fmt: skip
+        return [Table([("perplexity per token", "value [95% interval]"), *lines])]
     lines = [("perplexity per token", "base", "tuned", "tuned - base [95% interval]")]
     for name, label in SECTIONS.items():
         if f"{name}_ppl_base" in m:
