@@ -11,7 +11,7 @@ from preflab.reporting.comparability import BASE, NOTHING, WEIGHTS, basis_of
 from preflab.reporting.findings import doubt_about_judge, not_held_out
 from preflab.reporting.stages import Table, title_of
 from utils.errors import UserError
-from utils.stats import bootstrap, direction, holm, mcnemar, pairwise_correct, ratio_of_sums, share, signed_rank
+from utils.stats import bootstrap, direction, holm, mcnemar, mean_test, of_sums, pairwise_correct, share
 from utils.tables import cell, difference, estimate, p_value
 
 NOT_EVALUATED = "not evaluated"
@@ -309,7 +309,7 @@ def _estimate(kind: Kind, values: Values, seed: int) -> dict:
     if kind.of in ("share", "outcome"):
         return share(values.rows, seed, groups=values.groups)
     if kind.of == "ratio":
-        return bootstrap(values.rows, seed, statistic=ratio_of_sums, groups=values.groups)
+        return of_sums(values.rows, seed=seed, groups=values.groups)
     return bootstrap(values.rows, seed, groups=values.groups)
 
 
@@ -318,13 +318,12 @@ def _difference(kind: Kind, a: Values, b: Values, seed: int) -> tuple[dict, floa
     groups = a.groups
     if kind.of == "ratio":
         change = np.stack([a.rows[:, 0] - b.rows[:, 0], a.rows[:, 1]], 1)
-        p = signed_rank(change[:, 0] / change[:, 1], groups)
-        return bootstrap(change, seed, statistic=ratio_of_sums, groups=groups), p
+        return of_sums(change, seed=seed, groups=groups), mean_test(change[:, 0], groups, seed)
     both = np.stack([a.rows, b.rows], 1)
     if kind.of == "share":
         return share(both, seed, groups=groups), mcnemar(*both.T, groups)
     # Ties are many among outcomes, and McNemar's test would drop them.
-    p = signed_rank(both[:, 0] - both[:, 1], groups)
+    p = mean_test(both[:, 0] - both[:, 1], groups, seed)
     return (share if kind.of == "outcome" else bootstrap)(both, seed, groups=groups), p
 
 
