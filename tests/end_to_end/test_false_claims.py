@@ -99,8 +99,10 @@ def eval_perplexity(kind, rng, n) -> bool:
         for part, change in (("response", answer), ("whole", answer + prompt)):
             units = np.stack([2 * tokens, 2 * tokens + change, tokens, 4 * tokens], 1)
             name = f"{part}_{side}"
-            metrics |= {f"{name}_ppl_base": metric(1.0)} | change_metrics(name, units, 42, groups)
+            metrics |= {f"{name}_ppl_{model}": metric(1.0) for model in ("base", "tuned")}
+            metrics |= change_metrics(name, units, 42, groups)
     verdict = perplexity_report.verdict_of(metrics)
+    assert "No claim" not in verdict
     return "perplexity rose" in verdict or "perplexity fell" in verdict
 
 
@@ -200,6 +202,7 @@ def run_lm_eval(kind, rng, n) -> bool:
         figures = paired(*sides, ["t"], "acc", "none", reported, 42)
         rows.append({"task": f"t{k}", "metric": "acc", "top": True, "higher": True, **figures})
     verdict = harness_report.verdict_of(rows)
+    assert "No claim" not in verdict
     return "better" in verdict or "worse" in verdict
 
 
