@@ -32,7 +32,8 @@ The keys that matter (flags and YAML keys are the same, the command line wins; [
            [hf:builtin:smollm2-135m-instruct]   --judge_prompt FILE [configs/judges/pairwise.yaml]
            --prompts ID|FILE   --prompts_split NAME [test]   --max_new_tokens N [256]
            --temperature X [0]   --top_p X [1]   --models name=FOLDER ...   --opponent_outputs FILE
-           --published FILE   (base, tuned and --models may be openai:MODEL@URL, a server)
+           --published FILE   --contamination RUN|DATASET (win rate without prompts that are in
+           its training data)   (base, tuned and --models may be openai:MODEL@URL, a server)
   plan     --plan N|FILE (N prompts are judged first, or an earlier result is read: prints prompts
            against detectable difference and time, and stops)
   run      --batch_tokens N   --batch_size N   --seed N [42]   --output_dir DIR | --output_json FILE
@@ -44,7 +45,7 @@ command continues.
 
 from dataclasses import dataclass
 
-from preflab.evaluation.arguments import HELP_OF_PLAN, ComparisonArguments, JudgeArguments
+from preflab.evaluation.arguments import HELP_OF_PLAN, ComparisonArguments, ContaminationArguments, JudgeArguments
 from preflab.evaluation.run_list import print_runs
 from utils.artifacts import read_published
 from utils.cli import option
@@ -53,7 +54,7 @@ from utils.stage import start
 
 
 @dataclass
-class WinRateArguments(JudgeArguments):
+class WinRateArguments(JudgeArguments, ContaminationArguments):
     """Arguments of this script."""
 
     battle: bool = option("Compare answers under a judge instead of implicit rewards.", False)
@@ -135,7 +136,8 @@ def reward_work(pairs) -> dict:
 
 def battle_mode(stage, models, args):
     """Battles under a judge: answer, judge in both orders, compute, publish."""
-    from preflab.judging.battle_metrics import battle_sections
+    from preflab.evaluation.contamination import TrainingText
+    from preflab.judging.battle_metrics import battle_sections, battles_without_overlap
     from preflab.judging.battle_report import battle_figure, render
     from preflab.judging.battles import answer_prompts, judge_battle, judge_notes, make_judges, rows_with_controls
     from utils.cache import measured_work
@@ -143,6 +145,7 @@ def battle_mode(stage, models, args):
     comparison, comparison_args = models.comparison, models.comparison.args
     # Files and judges first, so that bad input fails before the weights are loaded.
     published = read_published(args.published) if args.published else None
+    training = TrainingText.read(args, comparison_args.checkpoints)
     judges = make_judges(args, comparison_args)
     if args.plan and not comparison.servers:
         # The pilot's time per prompt must not include loading the models.
@@ -157,6 +160,9 @@ def battle_mode(stage, models, args):
         return
     battle.data["judge_notes"] = judge_notes(judged[judges[0].name])
     sections = battle_sections(judged, battle.answers, battle.pairs, battle.names, comparison_args.seed)
+    if training:
+        overlap = battles_without_overlap(judged, battle.prompts, battle.pairs, training, comparison_args.seed)
+        sections["contamination"] = overlap
     title = f"{comparison.name}: {battle.title}, judge {judges[0].name}, both orders"
     # Base and tuned come first and are in `models.describe()`.
     further = {model.name: model.identity for model in battle.answering[len(models.sides) :]}
@@ -182,7 +188,8 @@ def check(args, trained: dict):
     args.beta = args.beta if args.beta is not None else trained.get("beta") or 0.1
     if not args.beta > 0:
         raise UserError(f"--beta {args.beta}: must be above 0")
-    battle_only = [k for k in ("prompts", "models", "opponent_outputs", "published") if getattr(args, k) is not None]
+    keys = ("prompts", "models", "opponent_outputs", "published", "contamination")
+    battle_only = [k for k in keys if getattr(args, k) is not None]
     # --judge has a default, so only another value shows that it was given.
     if not args.battle and (battle_only or args.judge != WinRateArguments.judge):
         raise UserError(f"--{(battle_only or ['judge'])[0]} is for battles only: add --battle")

@@ -19,7 +19,8 @@ The keys that matter (flags and YAML keys are the same, the command line wins; [
   models     --run_name NAME | --base_model ID with --adapter_path FOLDER or --tuned_model ID
              --base_run NAME (a run in the base's place)   --list (all runs, with figures)
   data       --reference FILE|hf://FILE [data/eval_prompts/reference.jsonl] (instructions with
-             reference answers)   --limit N
+             reference answers)   --limit N   --contamination RUN|DATASET (rates without those
+             that are in its training data)
   generate   --max_new_tokens N [256]   --temperature X [0]   --top_p X [1]
              --engine auto|hf|vllm [auto]   (both models may be openai:MODEL@URL, a server)
   judge      --judge hf:MODEL|rm:MODEL|vllm:MODEL|openai:MODEL@URL|longer|random|<an evaluator of
@@ -41,7 +42,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from preflab.evaluation.arguments import HELP_OF_PLAN, ComparisonArguments, JudgeArguments
+from preflab.evaluation.arguments import HELP_OF_PLAN, ComparisonArguments, ContaminationArguments, JudgeArguments
 from preflab.evaluation.run_list import print_runs
 from utils.cli import option
 from utils.errors import UserError, is_main_process, run
@@ -49,7 +50,7 @@ from utils.stage import start
 
 
 @dataclass
-class AlpacaEvalArguments(JudgeArguments):
+class AlpacaEvalArguments(JudgeArguments, ContaminationArguments):
     """Keys of this script."""
 
     stage: str = option(
@@ -90,6 +91,7 @@ def check(args, c) -> None:
 def score_file(stage, args, comparison_args) -> None:
     """Score one annotations.json, without a model: the table, alpacaeval.json, leaderboard.csv and the picture."""
     from preflab.alpacaeval import files, metrics, report
+    from preflab.evaluation.contamination import TrainingText
     from utils.provenance import sha256_of_files, shorten_paths
 
     c, path = comparison_args, Path(args.annotations)
@@ -98,6 +100,9 @@ def score_file(stage, args, comparison_args) -> None:
     files.ensure_same_file(folder / "alpacaeval.json", path, c.overwrite)
     try:
         results = metrics.summarise_file(annotations, c.eval_out, c.seed, args.lc_resamples)
+        if training := TrainingText.read(args, c.checkpoints):
+            settings = (training, c.eval_out, c.seed, args.lc_resamples)
+            results["contamination"] = metrics.file_without_overlap(annotations, *settings)
     except UserError as error:
         raise UserError(f"--annotations {path}: {error}") from None
     sides, title = {results["model"]: ""}, f"{results['model']}: AlpacaEval, judged by {results['judge']}"
@@ -111,6 +116,7 @@ def score_file(stage, args, comparison_args) -> None:
         figure=partial(report.draw, metrics=results["metrics"], published_rows=published, title=title, sides=sides),
         files={folder / "leaderboard.csv": report.leaderboard(results, published, sides)},
         length_control=results["length_control"],
+        **({"contamination": results["contamination"]} if "contamination" in results else {}),
         annotations={"file": shorten_paths(str(path)), "sha256": sha256_of_files([path])},
         published=published,
     )
@@ -125,6 +131,7 @@ def main():
     from preflab.alpacaeval import files, metrics, report, stages
     from preflab.evaluation import plan
     from preflab.evaluation.comparison import resolve
+    from preflab.evaluation.contamination import TrainingText
     from utils.artifacts import with_limit_suffix
     from utils.distributed import join_processes
 
@@ -143,6 +150,7 @@ def main():
     comparison.hold(folder / "alpacaeval.json")
     reference = files.read_reference(args.reference, comparison_args.limit)
     published = report.published(args.published)
+    training = TrainingText.read(args, comparison_args.checkpoints)
     # Made before the answers, so that an unknown judge fails at once.
     judging = args.stage in ("judge", "all")
     judge = stages.load_judge(args, comparison_args) if judging else None
@@ -163,6 +171,9 @@ def main():
     trained_on = stages.trained_instructions(comparison, reference)
     sides, controls, audit = stages.read_judged(folder, with_audit=args.audit_limit > 0)
     results = metrics.summarise(sides, controls, eval_out, seed, args.lc_resamples)
+    if training:
+        overlap = metrics.instructions_without_overlap(sides, training, eval_out, seed, args.lc_resamples)
+        results["contamination"] = overlap
     # What made the files, which may be an earlier call with other defaults.
     models, judges = stages.origins(folder)
     title = f"{comparison.name}: AlpacaEval, judged by {results['judge']}"
@@ -182,6 +193,7 @@ def main():
         length_control=results["length_control"],
         order=judges["base"].get("order"),
         trained_on=trained_on,
+        **({"contamination": results["contamination"]} if training else {}),
         audit=audit,
         published=published,
         seconds=stages.timings(models, judges, audit, time.monotonic() - scoring_started),

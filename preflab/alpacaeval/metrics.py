@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from preflab.alpacaeval import package
+from preflab.evaluation.contamination import without_overlap
 from preflab.judging.judges import notes_of
 from utils.artifacts import metric
 from utils.errors import UserError
@@ -72,6 +73,25 @@ def win_rate_difference(pairs: np.ndarray, seed: int) -> dict:
         # Preferences of a probability judge are continuous, so a sign test would ignore their size.
         "p_difference_win_rate": metric(mean_test(pairs[:, 0] - pairs[:, 1], seed=seed), n=len(pairs)),
     }
+
+
+def instructions_without_overlap(sides: dict, training, eval_out: str, seed: int, resamples: int) -> dict:
+    """Rates with and without the instructions that overlap with training data (--contamination).
+
+    Args:
+        sides, resamples: as for `summarise`. training: preflab.evaluation.contamination.TrainingText.
+    """
+    sides = _same_order(sides)
+
+    def figures(places: list[int]) -> dict:
+        results = summarise({side: [rows[k] for k in places] for side, rows in sides.items()}, {}, eval_out, seed,
+                            resamples)  # fmt: skip
+        names = ("win_rate", results["lc_name"])
+        keys = [f"{prefix}_{name}" for name in names for prefix in ("base", "tuned", "difference")]
+        found = {key: results["metrics"][key] for key in keys if key in results["metrics"]}
+        return {**found, "p": results["metrics"]["p_difference_win_rate"]}
+
+    return without_overlap(training, [row["instruction"] for row in sides["base"]], figures)
 
 
 def _same_order(sides: dict) -> dict:
@@ -144,6 +164,20 @@ def summarise_file(annotations: list[dict], eval_out: str, seed: int, resamples:
         "judge": str(first["annotator"]),
         "rows": len(annotations),
     }
+
+
+def file_without_overlap(annotations: list[dict], training, eval_out: str, seed: int, resamples: int) -> dict:
+    """`instructions_without_overlap` of one annotations file: the rates of its model."""
+
+    def figures(places: list[int]) -> dict:
+        rows = [annotations[k] for k in places]
+        if all(row["preference"] is None for row in rows):
+            return {}
+        results = summarise_file(rows, eval_out, seed, resamples)
+        found = {"win_rate": "win_rate", "length_controlled": results["lc_name"]}
+        return {key: results["metrics"][name] for key, name in found.items() if name in results["metrics"]}
+
+    return without_overlap(training, [row["instruction"] for row in annotations], figures)
 
 
 def lc_name(reason: str | None) -> str:

@@ -4,6 +4,7 @@ import csv
 import io
 
 from preflab.alpacaeval import package
+from preflab.evaluation.contamination import overlap_table
 from utils.artifacts import read_published
 from utils.errors import UserError
 from utils.plots import CHOSEN, NEUTRAL, figure, interval_lengths, rate_bars, save, shorten
@@ -62,6 +63,8 @@ def render(results: dict, rows: dict, audit: dict | None, title: str, trained_on
         )
     if results["judge_notes"]:
         blocks.append(f"JUDGE: {'; '.join(results['judge_notes'])}.")
+    if "contamination" in results:
+        blocks.append(_overlap(results["contamination"]))
     blocks += _length_control_note(results)
     # A part of AlpacaEval is easier or harder than all of it.
     if results["alpacaeval"] and n != ALPACAEVAL_SIZE:
@@ -77,6 +80,25 @@ def render(results: dict, rows: dict, audit: dict | None, title: str, trained_on
             f" trained on (first: {trained_on['first']}). ({verdict})"
         )
     return Report("\n\n".join(filter(None, [*blocks, verdict, power_note(m)])), verdict)
+
+
+def _overlap(section: dict) -> str:
+    """Rates with and without the instructions that overlap with training data."""
+
+    def cells(figures: dict) -> list[str]:
+        rates = [estimate(figures[f"{side}_win_rate"]) for side in SIDES]
+        return [*rates, difference(figures["difference_win_rate"], figures["p"])]
+
+    return overlap_table(section, ["base, %", "tuned, %", "tuned - base"], cells)
+
+
+def _overlap_of_file(section: dict) -> str:
+    """The rates of one file's model with and without the instructions that overlap with training data."""
+
+    def cells(figures: dict) -> list[str]:
+        return [estimate(figures[k], 1, 2) if k in figures else "-" for k in ("win_rate", "length_controlled")]
+
+    return overlap_table(section, ["win rate, %", "length-controlled, %"], cells)
 
 
 def results_table(results: dict, title: str) -> str:
@@ -239,6 +261,8 @@ def render_file(results: dict, name: str) -> Report:
         blocks.append(f"No interval of the length-controlled rate: {section['why_no_interval']}.")
     if not section["why_not_whole"] and results["rows"] != ALPACAEVAL_SIZE:
         blocks.append(f"ONLY {results['rows']} OF ALPACAEVAL'S {ALPACAEVAL_SIZE} INSTRUCTIONS.")
+    if "contamination" in results:
+        blocks.append(_overlap_of_file(results["contamination"]))
     verdict = f"No claim: one model's judgements, without a second model to compare ({results['model']})."
     return Report("\n\n".join([*blocks, verdict]), verdict)
 

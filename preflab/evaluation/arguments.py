@@ -21,7 +21,7 @@ HELP_OF_PLAN = (
 TOPICS = {
     "models": "(base|tuned)_(model|revision|adapter)|model_.*|adapter_path|allow_(other_base|identical)|checkpoints"
     "|dtype|load_in_4bit|attn_implementation|chat_template_path|template_date|trust_remote_code",
-    "data": "dataset_.*|split|prompt_format|max_(prompt_)?length|limit",
+    "data": "contamination.*|dataset_.*|split|prompt_format|max_(prompt_)?length|limit",
     "answers": "max_new_tokens|temperature|top_p|engine|sampling_seeds|server_.*",
     "judge": "judge.*",
     "batches": "batch_.*|shared_prompt",
@@ -106,6 +106,19 @@ class ComparisonArguments(ModelArguments, DatasetArguments, OutputArguments):
     seed: int = option("Seed of bootstrap resampling and of sampled answers.", 42)
     output_dir: str | None = option("Folder of the results, instead of <eval_out>/<run_name>/.")
     output_json: str | None = option("Path of the summary; rows and picture are written next to it.")
+
+
+@dataclass
+class ContaminationArguments:
+    """Which training data the evaluated documents are compared with."""
+
+    contamination: str | None = option(
+        "A run in --checkpoints, or a dataset: count the documents that share an n-gram of words with its rows, and"
+        " print the figures without them."
+    )
+    contamination_split: str | None = option(
+        f"Split of --contamination (default: train; train_prefs of {ULTRAFEEDBACK})."
+    )
 
 
 @dataclass

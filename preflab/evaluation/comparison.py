@@ -38,7 +38,7 @@ ARGUMENTS_NOT_IN_IDENTITY = {
     "expected", "expected_batch_size", "expected_processes", "length_bias_splits", "published", "judge_attempts",
     "judge_timeout", "judge_concurrency", "trust_remote_code", "allow_other_base", "processes", "tensor_parallel",
     "skip_missing", "shared_prompt", "server_timeout", "server_concurrency",
-    "plan", "allow_identical",
+    "plan", "allow_identical", "contamination", "contamination_split",
 }  # fmt: skip
 
 

@@ -4,13 +4,13 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from preflab.evaluation.arguments import ComparisonArguments
+from preflab.evaluation.arguments import ComparisonArguments, ContaminationArguments
 from utils.cli import option
 from utils.errors import UserError
 
 
 @dataclass
-class HarnessArguments(ComparisonArguments):
+class HarnessArguments(ComparisonArguments, ContaminationArguments):
     """Keys of run_lm_eval.sh: those of every evaluation, and the harness's."""
 
     batch_size: str = option("Requests per batch, the same for both models; auto detects it once.", "auto")
@@ -115,10 +115,10 @@ def make_paths_absolute(args: HarnessArguments, caller: Path) -> None:
         # Defaults are relative to the repository, values of the user to the caller's folder.
         if value not in (None, HarnessArguments.__dataclass_fields__[key].default):
             setattr(args, key, absolute(value))
-    for key in ("adapter_path", "base_model", "tuned_model"):
+    for key in ("adapter_path", "base_model", "tuned_model", "contamination"):
         value = getattr(args, key)
-        # A name that is not a folder there is a hub id, or a folder of the repository.
-        if value is not None and Path(absolute(value)).is_dir():
+        # A name that is not a folder (or file) there is a hub id, a run, or a folder of the repository.
+        if value is not None and Path(absolute(value)).exists():
             setattr(args, key, absolute(value))
     for folder in args.compare or []:
         if not Path(absolute(folder)).is_dir():

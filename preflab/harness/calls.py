@@ -180,7 +180,10 @@ def call_options(suite: Suite, args, documents: int, extra: list[str]) -> dict:
     gpus = torch.cuda.device_count()
     return {
         **{key: getattr(args, key) for key in ("backend", "batch_size", "limit", "seed", "num_fewshot")},
-        **{key: getattr(suite, key) for key in ("apply_chat_template", "fewshot_as_multiturn", "include_path")},
+        **{
+            key: getattr(suite, key)
+            for key in ("apply_chat_template", "fewshot_as_multiturn", "include_path", "gen_kwargs")
+        },
         # Data parallel: every rank needs at least one document.
         "processes": min(args.processes or max(gpus, 1), documents),
         "tasks_sha256": hash_of_local_tasks(suite),
@@ -228,7 +231,8 @@ def plan(
     Args:
         arguments: from `model_arguments`. identity: of the model's weights and precision.
         options: backend, batch_size, limit, seed, apply_chat_template, fewshot_as_multiturn, num_fewshot,
-            include_path, tasks_sha256 (of local task files), processes, device, extra (arguments after `--`).
+            gen_kwargs, include_path, tasks_sha256 (of local task files), processes, device, extra (arguments after
+            `--`).
         cache: the folder of response caches. lm_eval looks responses up by request alone, so each model, precision,
             backend, length and batch size needs its own.
     """
@@ -288,6 +292,8 @@ def _harness(o: dict, arguments: dict, tasks: list[str], shots: int | None) -> l
         command += ["--apply_chat_template"]
         if o["fewshot_as_multiturn"] is not None:
             command += ["--fewshot_as_multiturn", str(o["fewshot_as_multiturn"]).lower()]
+    if o.get("gen_kwargs"):
+        command += ["--gen_kwargs", ",".join(f"{key}={value}" for key, value in o["gen_kwargs"].items())]
     if o["include_path"]:
         command += ["--include_path", o["include_path"]]
     return command

@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
+from preflab.evaluation.contamination import TrainingText
 from preflab.harness import report
+from preflab.harness.contamination import contamination
 from preflab.harness.metrics import SuiteResults, metrics, rows
 from preflab.harness.results import ModelResults, add_results, figures_of
 from preflab.harness.suites import Suite
@@ -70,7 +72,10 @@ def read_folder(folder: Path) -> ModelResults:
 
 def publish_comparison(stage, args) -> None:
     """Compare two folders of logged samples and write lm_eval.json, lm_eval.md and lm_eval.png."""
+    training = TrainingText.read(args, args.checkpoints)
     results = compare_folders(args)
+    if training:
+        results.contamination = contamination(results, training, args.seed)
     names = [Path(path).name for path in args.compare]
     out = Path(args.output_dir or Path(args.eval_out) / "lm_eval_compare") / "-vs-".join(reversed(names))
     files = {
@@ -97,6 +102,7 @@ def publish_comparison(stage, args) -> None:
         figure=lambda path: report.draw(path, results),
         files={out / "lm_eval.md": report.markdown(results)},
         settings=results.settings,
+        **({"contamination": results.contamination} if training else {}),
         headers={name: side.headers for name, side in results.sides.items()},
         generated_characters={name: side.lengths for name, side in results.sides.items()},
         seconds={name: side.seconds for name, side in results.sides.items()},

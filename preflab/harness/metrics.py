@@ -32,6 +32,7 @@ class SuiteResults:
         rows: from `rows`. averages: from `suite_averages`. references: from `load_reference`.
         settings: see `settings_of`.
         alone: whether there is one model only; it then takes both places in the rows, without differences and tests.
+        contamination: from `preflab.harness.contamination.contamination`, None without --contamination.
     """
 
     title: str
@@ -42,6 +43,7 @@ class SuiteResults:
     references: list[dict]
     settings: dict
     alone: bool = False
+    contamination: dict | None = None
 
 
 def compare(
@@ -190,7 +192,7 @@ def paired(
     Args:
         reported: `{"base": metric, "tuned": metric}` as the harness reports the figure.
     """
-    values, unpaired = _values(base, tuned, tasks, measure, filtered)
+    values, unpaired = values_of(base, tuned, tasks, measure, filtered)
     # The fallback: the harness's own figures with the error of independent samples, usually too large for paired data.
     point = reported["tuned"]["value"] - reported["base"]["value"]
     result = {
@@ -234,7 +236,7 @@ def paired(
     return {**result, "difference": difference, "p": p, "test": test}
 
 
-def _values(
+def values_of(
     base: ModelResults, tuned: ModelResults, tasks: list[str], measure: str, filtered: str
 ) -> tuple[np.ndarray, int]:
     """(tuned's sum, base's sum, weight) per document, shape (n, 3), and the number of documents without a partner."""
@@ -417,7 +419,7 @@ def _subset(entry: dict, base: ModelResults, tuned: ModelResults, seed: int) -> 
         )
         for side in (base, tuned)
     ]
-    values, unpaired = _values(*subsets, [entry["task"]], entry["metric"], entry.get("filter", "none"))
+    values, unpaired = values_of(*subsets, [entry["task"]], entry["metric"], entry.get("filter", "none"))
     if unpaired or not len(values):
         return None
     interval_of = share if np.isin(values[:, :2], (0, 1)).all() else bootstrap

@@ -4,7 +4,9 @@ from importlib.metadata import version
 
 import numpy as np
 
+from preflab.harness import contamination
 from preflab.harness.metrics import SuiteResults
+from preflab.harness.results import leaves
 from preflab.harness.suites import on_harness_scale, published_averages, published_row
 from utils import tables
 from utils.plots import CHOSEN, EVAL, NEUTRAL, empty_panel, figure, interval_lengths, save, shorten
@@ -36,6 +38,8 @@ def render(results: SuiteResults) -> Report:
         published = published_average_lines(results)
         parts += [tables.render("published averages", published)] if published else []
     notes = [*notes_of(results, reasons), *(about(r, results.settings) for r in results.references), PURPOSE]
+    if results.contamination:
+        parts.append(contamination.table(results.contamination))
     warning = MIXED if is_mixed(results) else None
     parts += [paragraphs(*([warning] if warning else []), *notes), paragraphs(verdict, *power_notes(results.rows))]
     return Report("\n\n".join(parts), verdict, warning)
@@ -49,6 +53,8 @@ def markdown(results: SuiteResults) -> str:
     parts.append(full_table(results))
     if results.averages:
         parts.append(full_averages(results))
+    if results.contamination:
+        parts.append(f"```\n{contamination.table(results.contamination)}\n```")
     parts += notes_of(results, reasons)
     parts += [about(reference, results.settings) for reference in results.references]
     return "\n\n".join([*parts, PURPOSE, verdict, *power_notes(results.rows)]) + "\n"
@@ -360,8 +366,10 @@ def notes_of(results: SuiteResults, reasons: dict[str, dict[str, list[str]]]) ->
     if settings["missing"]:
         missing = "; ".join(f"{task}: {reason}" for task, reason in settings["missing"].items())
         notes.append(f"LEFT OUT (--skip-missing): {missing}.")
-    lengths = [f"{task} {' and '.join(f'{side.lengths[task]:.0f}' for side in sides.values())}"
-               for task in sides["base"].lengths]  # fmt: skip
+    lengths = [
+        f"{name} {' and '.join(f'{mean:.0f}' for mean in of_side.values())}"
+        for name, of_side in mean_lengths(sides).items()
+    ]
     if lengths:
         notes.append(f"Mean length of generated answers in characters, {' and '.join(sides)}: {', '.join(lengths)}.")
     notes += eq_bench(results.rows, tuple(sides))
@@ -374,6 +382,21 @@ def notes_of(results: SuiteResults, reasons: dict[str, dict[str, list[str]]]) ->
         if parts:
             notes.append(f"{name}, in parentheses: measured in another setting, so not compared: {'; '.join(parts)}.")
     return [*notes, *results.suite.notes]
+
+
+def mean_lengths(sides: dict) -> dict[str, dict[str, float]]:
+    """`{task or group: {side: mean characters of its generated answers}}`, over the documents of all its tasks."""
+    base, lengths = sides["base"], {}
+    members = {child for children in base.subtasks.values() for child in children}
+    for name in (name for name in [*base.subtasks, *base.lengths] if name not in members):
+        tasks = [task for task in leaves(base, name) if task in base.lengths]
+        counts = [len({document for _, document in base.samples.get(task, ())}) or 1 for task in tasks]
+        if tasks:
+            lengths[name if len(tasks) == 1 else f"{name} ({len(tasks)} tasks)"] = {
+                side: float(np.average([results.lengths[task] for task in tasks], weights=counts))
+                for side, results in sides.items()
+            }
+    return lengths
 
 
 def eq_bench(rows: list[dict], sides=("base", "tuned")) -> list[str]:

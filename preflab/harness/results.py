@@ -22,6 +22,7 @@ class ModelResults:
         headers: the line above the harness's table, one per call.
         templates: whether a chat template was used; two values if the calls differ.
         lengths: mean characters of generated answers by task.
+        questions: `{task: {doc_id: question}}`, see `question_of`.
     """
 
     results: dict = field(default_factory=dict)
@@ -34,6 +35,7 @@ class ModelResults:
     headers: list = field(default_factory=list)
     templates: set = field(default_factory=set)
     lengths: dict = field(default_factory=dict)
+    questions: dict = field(default_factory=dict)
     first_prompt: str = ""
     seconds: float = 0.0
 
@@ -81,7 +83,7 @@ def _samples(path: Path, side: ModelResults, task: str) -> dict[tuple, dict]:
     """Read logged samples as `{(filter, doc_id): {document, prompt, values, options, answer}}`.
 
     document and prompt are the harness's hashes, values the metrics by name, options the number of answer options.
-    Also updates the side's `lengths` and `first_prompt`.
+    Also updates the side's `lengths`, `questions` and `first_prompt`.
     """
     samples, lengths = {}, []
     # Lengths only for generated text: likelihood tasks log one pair of numbers per option.
@@ -94,6 +96,7 @@ def _samples(path: Path, side: ModelResults, task: str) -> dict[tuple, dict]:
         if not line.strip():
             continue
         row = json.loads(line)
+        side.questions.setdefault(task, {})[row["doc_id"]] = question_of(row.get("doc"), side.configs[task])
         # One response per request: one per answer option of a multiple-choice task, else one.
         answers = row["resps"]
         answer = json.dumps(answers)
@@ -116,6 +119,28 @@ def _samples(path: Path, side: ModelResults, task: str) -> dict[tuple, dict]:
     if lengths:
         side.lengths[task] = sum(lengths) / len(lengths)
     return samples
+
+
+# Columns of a document that hold its question, in order of preference.
+QUESTION_KEYS = (
+    "question", "query", "problem", "prompt", "instruction", "goal", "question_stem", "ctx", "sentence", "inputs",
+    "input", "text", "passage", "context", "premise",
+)  # fmt: skip
+
+
+def question_of(document, config: dict) -> str:
+    """A document's question without instructions, examples and answer options, to be searched in training data.
+
+    The column that the task names for lm-eval's own decontamination, else a column that usually holds the question,
+    else all text of the document.
+    """
+    if not isinstance(document, dict):
+        return document if isinstance(document, str) else ""
+    named = str(config.get("doc_to_decontamination_query") or "").strip("{} ")
+    for key in (named, *QUESTION_KEYS):
+        if isinstance(document.get(key), str) and document[key].strip():
+            return document[key]
+    return " ".join(value for value in document.values() if isinstance(value, str))
 
 
 def leaves(side: ModelResults, name: str) -> list[str]:

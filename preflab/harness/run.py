@@ -21,6 +21,7 @@ The keys that matter (flags and YAML keys are the same, the command line wins; [
   tasks    --suite quick|seed|zeroshot|openllm_v1|openllm_v2|nous|eq_bench|generated|FILE.yaml
            (default: quick)   --tasks a,b   --num-fewshot N   --limit N or a share, per task
            --apply-chat-template (--no-apply-chat-template)   --skip-missing
+           --contamination RUN|DATASET (figures without questions that are in its training data)
   run      --backend hf|vllm [hf]   --batch-size N|auto [auto]   --processes N (GPUs, data parallel)
            --tensor-parallel N (vLLM)   --max-length N   --seed N [1234]   --output-dir DIR
            --overwrite
@@ -76,14 +77,16 @@ def main():
 
         return publish_comparison(stage, args)
 
+    from preflab.evaluation.contamination import TrainingText
     from preflab.evaluation.two_models import TwoModels
-    from preflab.harness import report
+    from preflab.harness import contamination, report
     from preflab.harness.calls import arguments_of_models, batch_size, call_options, resolve_models, run_calls
     from preflab.harness.metrics import compare, leading_bos, metrics, settings_of
     from preflab.harness.tasks import choose_suite, drop_missing
 
     # Everything that can be wrong is checked before the first request: names of tasks first, then the models.
     suite = choose_suite(args)
+    training = TrainingText.read(args, args.checkpoints)
     comparison = resolve_models(args, extra)
     models = TwoModels(comparison)
     folder = comparison.out / "lm_eval" / with_limit_suffix(suite.name, args.limit)
@@ -99,6 +102,8 @@ def main():
     calls = run_calls(suite, models, arguments, options, folder, caller)
     settings = settings_of(options, arguments[models.sides[-1]], missing, bool(models.quantized))
     results = compare(comparison, suite, calls, settings, args.seed)
+    if training:
+        results.contamination = contamination.contamination(results, training, args.seed)
     base = results.sides["base"]
     settings["tokenizer_bos"] = leading_bos(models.tokenizer, base.first_prompt)
     stage.publish(
@@ -112,6 +117,7 @@ def main():
         figure=lambda path: report.draw(path, results),
         files={folder / "lm_eval.md": report.markdown(results)},
         averages=results.averages,
+        **({"contamination": results.contamination} if training else {}),
         suite={**suite.__dict__, "include_path": suite.include_path and shorten_paths(suite.include_path)},
         settings={**settings, "first_prompt": base.first_prompt[:2000]},
         headers={name: side.headers for name, side in results.sides.items()},

@@ -22,6 +22,7 @@ class Suite:
         tasks: `{task, num_fewshot}` each; without num_fewshot the task's own number of shots is used.
         averages: `{name, of, scale, round}` each; see `averages`.
         references: names of files in configs/lm_eval/reference.
+        gen_kwargs: settings of generation in place of the tasks', such as max_gen_toks.
         needs: packages, extras, nltk data and gated data by task; see `preflab.harness.tasks.missing`.
     """
 
@@ -32,6 +33,7 @@ class Suite:
     apply_chat_template: bool = False
     fewshot_as_multiturn: bool | None = None
     include_path: str | None = None
+    gen_kwargs: dict = field(default_factory=dict)
     averages: list[dict] = field(default_factory=list)
     references: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)

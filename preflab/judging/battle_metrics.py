@@ -3,6 +3,7 @@
 import numpy as np
 from scipy.special import expit, log_expit
 
+from preflab.evaluation.contamination import without_overlap
 from preflab.judging.style import scaled, style_differences
 from utils.artifacts import metric
 from utils.power import with_power
@@ -50,6 +51,30 @@ def battle_sections(
     # With two models, the strength is only the win rate on the logit scale.
     strengths = bradley_terry(decided, everyone, seed) if len(everyone) > 2 and decided else None
     return {"metrics": metrics, "matches": matches, "answers": lengths, "bradley_terry": strengths}
+
+
+def battles_without_overlap(
+    judged: dict[str, list[dict]], prompts: list, pairs: list[tuple[str, str]], training, seed: int
+) -> list[dict]:
+    """Win rates with and without the prompts that overlap with training data, per pairing, under the first judge.
+
+    Args:
+        training: preflab.evaluation.contamination.TrainingText.
+
+    Returns:
+        `{a, b, ...}` each, as `preflab.evaluation.contamination.without_overlap`.
+    """
+    rows, sections = next(iter(judged.values())), []
+    for a, b in pairs:
+        of_pair = [row for row in rows if (row["a"], row["b"]) == (a, b)]
+
+        def figures(places: list[int], of_pair=of_pair) -> dict:
+            metrics = battle_metrics([of_pair[place] for place in places], seed)
+            return {key: metrics[key] for key in ("win_rate", "p_win_rate_is_half") if key in metrics}
+
+        documents = ["\n".join(m["content"] for m in prompts[row["prompt"]].messages) for row in of_pair]
+        sections.append({"a": a, "b": b, **without_overlap(training, documents, figures)})
+    return sections
 
 
 def main_metrics(matches: list[dict], opponent: str | None) -> dict:

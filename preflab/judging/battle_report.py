@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from preflab.evaluation.contamination import overlap_table
 from utils.plots import CHOSEN, EVAL, NEUTRAL, empty_panel, figure, name_bars, rate_bars, save, shorten
 from utils.power import power_sentence
 from utils.stage import Report, fits_terminal
@@ -34,6 +35,7 @@ def render(sections: dict, published: dict | None, title: str, data: dict) -> Re
         blocks.append(data["trained_on"])
     if data.get("judge_notes"):
         blocks.append(f"JUDGE: {'; '.join(data['judge_notes'])}.")
+    blocks += [overlap_of_pairing(each) for each in sections.get("contamination", ())]
     if published:
         blocks.append(
             f"published: {published['source']}; {published['setting']}. It used another judge, so the scores are not"
@@ -84,6 +86,17 @@ def power_note(m: dict) -> str:
     else:
         return ""
     return "" if direction(rate, p, null) else power_sentence(rate)
+
+
+def overlap_of_pairing(section: dict) -> str:
+    """The win rate of a pairing with and without the prompts that overlap with training data."""
+
+    def cells(figures: dict) -> list[str]:
+        if "win_rate" not in figures:
+            return ["-", "-"]
+        return [estimate(figures["win_rate"], 100), p_value(figures["p_win_rate_is_half"]["value"])]
+
+    return overlap_table(section, [f"win rate of {section['a']} vs {section['b']}, %", "p"], cells)
 
 
 def judge_caveats(sections: dict) -> str:

@@ -28,7 +28,16 @@ from preflab.harness.metrics import (
     rows,
     suite_averages,
 )
-from preflab.harness.report import clock, differs, eq_bench, markdown, render, table_lines, verdict_of
+from preflab.harness.report import (
+    clock,
+    differs,
+    eq_bench,
+    markdown,
+    mean_lengths,
+    render,
+    table_lines,
+    verdict_of,
+)
 from preflab.harness.results import ModelResults, add_results, leaves
 from preflab.harness.suites import (
     Suite,
@@ -690,6 +699,27 @@ def planned(tmp_path, side="base", arguments=None, identity=None, **options):
     suite = load_suite("openllm_v1")
     return plan(suite, side, arguments or {"pretrained": "m"}, identity or {"base": 1}, {**OPTIONS, **options},
                 tmp_path / "out", tmp_path / "cache")  # fmt: skip
+
+
+def test_suite_sets_the_room_for_generated_answers(tmp_path):
+    suite = load_suite("generated")
+    (call,) = plan(suite, "base", {"pretrained": "m"}, {}, {**OPTIONS, "gen_kwargs": suite.gen_kwargs},
+                   tmp_path / "out", tmp_path / "cache")  # fmt: skip
+    assert call.command[call.command.index("--gen_kwargs") + 1] == "max_gen_toks=1024"
+    assert "--gen_kwargs" not in planned(tmp_path)[0].command
+
+
+def test_mean_lengths_of_groups_count_documents():
+    """A group's mean is that of its documents, not of its tasks; tasks of groups are not listed again."""
+    sides = {}
+    for side, lengths in (("base", (10.0, 40.0, 7.0)), ("tuned", (20.0, 80.0, 9.0))):
+        sides[side] = side_of({"x": {"em": [1] * 3}, "y": {"em": [0]}, "z": {"em": [0]}})
+        sides[side].subtasks = {"g": ["h"], "h": ["x", "y"]}
+        sides[side].lengths = dict(zip("xyz", lengths, strict=True))
+    assert mean_lengths(sides) == {
+        "g (2 tasks)": {"base": (3 * 10 + 40) / 4, "tuned": (3 * 20 + 80) / 4},
+        "z": {"base": 7.0, "tuned": 9.0},
+    }
 
 
 def cache_of(call) -> str:
