@@ -48,6 +48,7 @@ from preflab.pairs.folder import STAGES, open_folder
 from utils.artifacts import all_arguments, read_yaml, with_limit_suffix
 from utils.cli import option, run_name
 from utils.errors import UserError, run
+from utils.secrets_in_text import without_secrets
 from utils.stage import print_main, start
 
 
@@ -211,7 +212,7 @@ def main():
     if args.stage in ("sample", "score"):
         return print_main(f"{args.stage}: done, see {folder.path}/manifest.json")
 
-    title = f"{with_limit_suffix(args.run_name, args.limit)}: pairs ranked by {args.scorer}"
+    title = f"{with_limit_suffix(args.run_name, args.limit)}: pairs ranked by {without_secrets(args.scorer)}"
     stage.publish(
         folder.path / "preference_pairs.json",
         {"policy": folder.about("sample").get("model"), "scorers": folder.about("score").get("scorers")},

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
+from utils.markdown import plain
 from utils.secrets_in_text import without_secrets
 
 RESUME_HINT = "use a smaller batch, model or precision, then run the same command again: finished work is kept"
@@ -179,7 +180,7 @@ def fail(message: str) -> None:
     if not is_main_process():
         rank = f"[process {os.environ['RANK']}] "
         time.sleep(5)
-    print(for_terminal(f"error: {rank}" + without_secrets(" ".join(message.split()))), file=sys.stderr)
+    print(for_terminal(f"error: {rank}" + plain(without_secrets(" ".join(message.split())))), file=sys.stderr)
     sys.stderr.flush()
     sys.exit(2)
 

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from utils.machine import usable_cores
-from utils.secrets_in_text import without_secrets
+from utils.secrets_in_text import without_secret_flags
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = (
@@ -113,7 +113,7 @@ def shorten_paths(text) -> str:
 def command_line() -> list[str]:
     """The command line with shortened paths, without passwords; of a script that wraps a module, its name."""
     script = os.environ.get("INVOKED_AS") or Path(sys.argv[0]).name
-    return [without_secrets(shorten_paths(a)) for a in [script, *sys.argv[1:]]]
+    return without_secret_flags([shorten_paths(a) for a in [script, *sys.argv[1:]]])
 
 
 def run_record(seed: int, wall_seconds: float, **extra) -> dict:

@@ -11,6 +11,7 @@ from utils.artifacts import all_arguments, envelope, write_json, write_rows, wri
 from utils.cli import parse, quick_help
 from utils.distributed import quiet_libraries
 from utils.errors import discard_output, is_main_process
+from utils.markdown import plain
 from utils.provenance import run_record
 from utils.tables import WIDTH, at_width, paragraphs, terminal_width, wrap_sentences
 
@@ -223,6 +224,6 @@ def print_main(text: str) -> None:
     """Print from rank 0 only. Without a reader (`| head`) the script continues: its files are the results."""
     if is_main_process():
         try:
-            print(text, flush=True)
+            print(plain(text), flush=True)
         except BrokenPipeError:
             discard_output()

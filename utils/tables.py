@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+from utils.markdown import sentence, without_html
+
 WIDTH = 100
 GAP = "  "
 # The width that tables are rendered at. Artifacts always have WIDTH, so that they do not depend on a terminal.
@@ -224,8 +226,8 @@ def answer_label(name: str, cut_off: bool) -> str:
 
 
 def quoted(text: str) -> str:
-    """`text` as a Markdown quotation, so that an unclosed code fence ends with it."""
-    return "".join(f"> {line}\n" for line in text.splitlines() or ["(empty)"])
+    """`text` as a Markdown quotation, so that an unclosed code fence ends with it; its HTML is shown as text."""
+    return "".join(f"> {line}\n" for line in without_html(text).splitlines() or ["(empty)"])
 
 
 def side_by_side(title: str, entries: list[tuple], note: str = "") -> str:
@@ -235,9 +237,9 @@ def side_by_side(title: str, entries: list[tuple], note: str = "") -> str:
         entries: (heading, prompt, {label: answer}) each; a fourth member is Markdown that follows the answers.
         note: a line below the title.
     """
-    parts = [f"# {title}\n", *([f"{note}\n"] if note else [])]
+    parts = [f"# {sentence(title)}\n", *([f"{note}\n"] if note else [])]
     for heading, prompt, answers, *after in entries:
-        parts.append(f"---\n\n## {heading}\n\n{quoted(prompt)}")
-        parts += [f"### {label}\n\n{quoted(answer)}" for label, answer in answers.items()]
+        parts.append(f"---\n\n## {sentence(heading)}\n\n{quoted(prompt)}")
+        parts += [f"### {sentence(label)}\n\n{quoted(answer)}" for label, answer in answers.items()]
         parts += [f"{text}\n" for text in after]
     return "\n".join(parts)

@@ -7,6 +7,7 @@ import numpy as np
 from preflab.human.metrics import MOST_KAPPAS_WITH_INTERVAL
 from preflab.human.study import COLUMN_OF, TRUNCATED
 from preflab.judging.battle_report import categories_table
+from utils.markdown import sentence
 from utils.plots import CHOSEN, EVAL, NEUTRAL, REJECTED, empty_panel, figure, name_bars, rate_bars, save
 from utils.power import power_sentence
 from utils.stage import Report, fits_terminal, wrote
@@ -228,7 +229,8 @@ def _votes_list(votes: list[dict]) -> str:
     for vote in votes:
         outcome = "both bad" if vote["both_bad"] else STEP_NAMES[vote["preference"]]
         comment = f": {' '.join(vote['comment'].split())}" if vote["comment"] else ""
-        lines.append(f"- {vote['annotator']}: {vote['a']} {outcome}{comment}")
+        # Names and comments are the annotators' own text.
+        lines.append(f"- {sentence(vote['annotator'])}: {sentence(vote['a'])} {outcome}{sentence(comment)}")
     return "\n".join(lines)
 
 

@@ -14,8 +14,8 @@ from preflab.data.messages import well_formed
 from preflab.evaluation.servers import SERVER
 from utils.secrets_in_text import without_secrets
 
-# The largest reply that is read, in bytes: some 100 times the longest answers and thoughts.
-LARGEST_REPLY = 32 * 2**20
+# The largest reply that is read, in bytes: more than ten times the longest answers and thoughts.
+LARGEST_REPLY = 4 * 2**20
 # What a reply raises that is not a chat completion: servers differ in what they leave out.
 MALFORMED = (ValueError, TypeError, AttributeError, KeyError, IndexError)
 # A parameter that a server may refuse, and the words of its error message that name it. In this order: `logprobs` is
@@ -59,7 +59,8 @@ class ChatServer:
             default_headers={"Authorization": f"Basic {base64.b64encode(login).decode()}"} if parts.username else None,
             max_retries=attempts,
             timeout=timeout,
-            http_client=openai.DefaultHttpxClient(transport=BoundedTransport(timeout)),
+            # A redirection is an error that names the status: prompts and key go to the address that was given only.
+            http_client=openai.DefaultHttpxClient(transport=BoundedTransport(timeout), follow_redirects=False),
         )
 
     def reply(self, messages: list[dict], settings: dict):

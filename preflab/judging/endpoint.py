@@ -12,6 +12,8 @@ from preflab.judging.replies import starts_with_thought
 
 # Failed connections in a row after which the endpoint counts as down and gets no more requests.
 FAILURES_UNTIL_DOWN = 3
+# The same for requests that timed out, each also in its retries: more, since a busy server answers some in time.
+TIMEOUTS_UNTIL_DOWN = 16
 TOP_LOGPROBS = 5
 # Room for the thoughts of a judge that gives no usable log-probability of a label as its first token.
 ROOM_FOR_THOUGHTS = 4096
@@ -28,6 +30,7 @@ class EndpointJudge:
         self.server = ChatServer(model, url, options["attempts"], options["timeout"])
         self.name = self.server.name
         # Shared by the threads without a lock: an approximate count is enough to stop early.
+        self.timeouts = 0
         self.failed_connections, self.reads_text = 0, prompt.verdict == "text"
 
     def identity(self) -> dict:
@@ -42,13 +45,14 @@ class EndpointJudge:
         verdict = unparsed("not requested")
         # The client retries errors; this loop asks again after a reply that cannot be parsed.
         for _ in range(1 + self.options["attempts"]):
-            if self.failed_connections >= FAILURES_UNTIL_DOWN:
+            if self.failed_connections >= FAILURES_UNTIL_DOWN or self.timeouts >= TIMEOUTS_UNTIL_DOWN:
                 return unparsed("the endpoint does not answer")
             try:
                 verdict = self._request(item)
-                self.failed_connections = 0
+                self.failed_connections = self.timeouts = 0
             # A subclass of APIConnectionError, so it comes first. The client has already retried it.
             except openai.APITimeoutError:
+                self.timeouts += 1
                 return unparsed(f"no answer within {self.options['timeout']:g} s")
             except openai.APIConnectionError as error:
                 self.failed_connections += 1

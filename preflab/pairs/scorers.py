@@ -299,7 +299,8 @@ class JudgeScorer:
 
     def __init__(self, spec: str, options: dict):
         self.judge = make_judge(spec, options["judge_prompt"], options, "--scorer judge:")
-        self.name = f"judge:{spec}"
+        # Not the specification, which may hold a login.
+        self.name = f"judge:{self.judge.name}"
 
     def identity(self) -> dict:
         return {"kind": "judge", **self.judge.identity()}
