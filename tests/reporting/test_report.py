@@ -360,6 +360,10 @@ def test_paired_differences_by_hand(root, report):
 def test_no_claim_from_a_judge_that_ignores_the_answers(root, report):
     """The example's judge flips on 95% of the prompts: another run that always wins is not called better."""
     results = write_run(root, "other")
+    for each in (results, root / "out" / "quickstart"):
+        # Only battles are compared, and no curves drawn.
+        for name in ("train.json", "train_log.jsonl", "win_rate.json", "perplexity.json", "lm_eval/quick/lm_eval.json"):
+            (each / name).unlink()
     path = results / "battle_rows.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     path.write_text("".join(json.dumps({**row, "consistent": 1.0}) + "\n" for row in rows))
