@@ -5,6 +5,7 @@ import os
 import warnings
 
 from utils.errors import UserError
+from utils.hub import report_retries_once
 
 
 def keep_fsdp_on_cpu() -> None:
@@ -67,6 +68,7 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=UserWarning, module=r"(torch|peft|transformers|accelerate|trl)\b")
     for name in ("bitsandbytes", "accelerate", "trl", "httpx", "torch.distributed", "torch.utils.checkpoint"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    report_retries_once()
     # Imported after the filters, which then cover the libraries' import-time warnings too.
     import datasets
     import transformers

@@ -1,8 +1,34 @@
 """Download one file of a hub repository, with readable errors."""
 
+import logging
 from pathlib import Path
 
 from utils.errors import UserError
+
+
+class OneRetryNotice(logging.Filter):
+    """One line for all retries of a request, in place of huggingface_hub's two lines per retry."""
+
+    def __init__(self):
+        super().__init__()
+        self.reported = False
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if self.reported or record.levelno != logging.WARNING:
+            return record.levelno > logging.WARNING
+        self.reported = True
+        record.msg = (
+            "the hub does not answer; trying again for about half a minute (HF_HUB_OFFLINE=1: only cached files)"
+        )
+        record.args = ()
+        return True
+
+
+def report_retries_once() -> None:
+    """Report in one line that requests to the hub are repeated."""
+    logger = logging.getLogger("huggingface_hub.utils._http")
+    if not any(isinstance(known, OneRetryNotice) for known in logger.filters):
+        logger.addFilter(OneRetryNotice())
 
 
 def fetch(repo: str, file: str, kind: str, revision: str | None = None, instead: str = "a local file") -> Path:

@@ -1,10 +1,13 @@
 """Errors of the hub (unknown, gated, unreachable models and datasets), simulated by a local server."""
 
+import logging
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from conftest import assert_one_line, command, train_args
+
+from utils.hub import report_retries_once
 
 
 class RefusingHub(BaseHTTPRequestHandler):
@@ -74,3 +77,27 @@ def test_no_network_for_the_model(tmp_path, prefs, offline):
 def test_no_network_for_the_data(tmp_path, tiny):
     err = run_against("http://127.0.0.1:9", tmp_path, tiny, "org/data", HF_HUB_OFFLINE="1")
     assert_one_line(err, "org/data", "HF_HUB_OFFLINE is set", "docs/install.md")
+
+
+def test_retries_are_reported_once():
+    """huggingface_hub retries an unreachable hub five times, with two lines each."""
+    from huggingface_hub.utils import _http
+
+    records = []
+    logger = _http.logger
+    earlier, logger.filters = logger.filters, []
+    handler = logging.Handler()
+    handler.emit = records.append
+    logger.addHandler(handler)
+    try:
+        report_retries_once()
+        report_retries_once()
+        for k in range(3):
+            logger.warning("'%s' thrown while requesting", OSError())
+            logger.warning(f"Retrying in 1s [Retry {k}/3].")
+        logger.error("another error")
+    finally:
+        logger.removeHandler(handler)
+        logger.filters = earlier
+    lines = [record.getMessage() for record in records]
+    assert len(lines) == 2 and "does not answer" in lines[0] and lines[1] == "another error"
