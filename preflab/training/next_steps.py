@@ -43,5 +43,6 @@ def commands_for(weights: Path, results: Path, *, pairs: bool, held_out: bool, l
             adapter = shlex.quote(str(weights))
             continued = f"--config FILE.yaml --start_adapter {adapter} --start_adapter_use continue"
             commands += [(f"python dpo_train_human_preference.py {continued}", "preference training on top")]
+    commands += [(f"python export_gguf.py {run}", "GGUF files for llama.cpp and Ollama, verified")]
     commands += [(f"python report.py{folders}", "one page of all results")]
     return [*commands, (f"python eval_win_rate.py --list{folders}", "all runs with their figures")]

@@ -31,6 +31,7 @@ def test_default_folders_are_not_repeated():
         # Without held-out pairs, the merge is checked on the shipped ones.
         ({"held_out": False}, "merge_adapter.py", "eval_perplexity.py"),
         ({"pairs": False}, "merge_adapter.py", "eval_perplexity.py"),
+        ({"pairs": False, "lora": False}, "export_gguf.py", "merge_adapter.py"),
     ],
 )
 def test_commands_fit_the_run(kind, present, absent):
