@@ -37,6 +37,10 @@ STAGES = {
     "human_eval.py": lambda i, folder: eval_args(i.trained, folder / "out", "--prompts", i.prompts),
     "run_lm_eval.sh": lambda i, folder: ["--checkpoints", i.trained / "ck", "--eval-out", folder / "out"],
     "run_sppo_iteration.sh": lambda i, folder: [],
+    "release.py": lambda i, folder: [
+        *eval_args(i.trained, i.trained / "out", "--release_dir", folder / "release", "--base_hub_id", "me/tiny"),
+        *("--license", "mit", "--language", "en"),
+    ],
     "report.py": lambda i, folder: [
         *("--checkpoints", i.trained / "ck", "--eval_out", i.trained / "out", "--output_dir", folder / "out")
     ],
@@ -65,6 +69,7 @@ ARGUMENTS = {
     "run_alpacaeval_local.py": _of(COMPARISON, "run_alpacaeval_local:AlpacaEvalArguments"),
     "human_eval.py": _of(COMPARISON, "human_eval:HumanEvalArguments"),
     "run_lm_eval.sh": _of("preflab.harness.arguments:HarnessArguments"),
+    "release.py": _of("preflab.release.arguments:ReleaseArguments"),
     "report.py": _of("preflab.reporting.arguments:ReportArguments"),
 }
 NO_STAGES = {"quickstart.sh", "run_tests.sh", "doctor.sh", "install_gguf.sh"}

@@ -15,6 +15,7 @@ FLOORS = [
     {"training", "judging", "harness", "doctor", "gguf"},
     {"pairs", "alpacaeval", "human"},
     {"reporting"},
+    {"release"},
     {"scripts", "benchmarks"},
 ]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

@@ -84,7 +84,7 @@ def model_card(
         hyperparameters={key: sentence(args[key]) for key in HYPERPARAMETERS if key in args},
         sources={name: _sources(split) for name, split in summary["data"].items() if split},
         speed=_speed(summary["training"]),
-        machine=sentence(_machine(summary["run"]["hardware"])),
+        machine=sentence(machine(summary["run"]["hardware"])),
     )
     return str(card).rstrip() + "\n"
 
@@ -227,7 +227,8 @@ def _speed(training: dict) -> str:
     return f"{training['seconds']:.0f} s of training, {tokens} (MFU {mfu})"
 
 
-def _machine(hardware: dict) -> str:
+def machine(hardware: dict) -> str:
+    """A processor with its cores, and GPUs."""
     return ", ".join([f"{hardware['cpu']} ({hardware['cores']} cores)", *hardware["gpus"]])
 
 

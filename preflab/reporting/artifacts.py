@@ -30,6 +30,7 @@ SUMMARIES = (
     "merge",
     "gguf",
     "lm_eval",
+    "release",
 )
 
 
@@ -211,7 +212,7 @@ def read_artifacts(run: Run, weights: Path) -> RunArtifacts:
 # The stages in the order in which they are usually run.
 ORDER = (
     "preference_pairs", "train", "sft", "merge", "gguf", "win_rate", "perplexity", "battle", "alpacaeval",
-    "human_eval_dump", "human_eval", "lm_eval",
+    "human_eval_dump", "human_eval", "lm_eval", "release",
 )  # fmt: skip
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from preflab.alpacaeval.package import LEADERBOARD_JUDGE
 from preflab.alpacaeval.report import ALPACAEVAL_SIZE
-from preflab.reporting.artifacts import RunArtifacts, part
+from preflab.reporting.artifacts import Artifact, RunArtifacts, part
 from preflab.reporting.stages import Table, lc_name
 from utils.artifacts import read_published
 from utils.errors import UserError
@@ -28,10 +28,21 @@ NOT_COMPARABLE = "≠"
 
 @dataclass
 class Cell:
-    """One figure of a run: its text, and why it is not comparable with the published column; () if it is."""
+    """One figure of a run.
+
+    Attributes:
+        text: as shown.
+        reasons: why it is not comparable with the published column; () if it is.
+        artifact: the summary that it is from.
+        keys: of its value in the summary; of several, the figure is their mean.
+        scale: from the summary's unit to the column's.
+    """
 
     text: str
     reasons: tuple[str, ...] = ()
+    artifact: Artifact | None = None
+    keys: tuple[tuple, ...] = ()
+    scale: float = 1
 
 
 def read_comparison(path: str) -> dict:
@@ -87,14 +98,19 @@ def _alpacaeval(run: RunArtifacts, side: str) -> dict[str, Cell]:
     count = part(m, "base_unparsed").get("n")
     judged = () if judge == LEADERBOARD_JUDGE else (f"AlpacaEval judged by {judge}",)
     instructions = () if count == ALPACAEVAL_SIZE else (f"AlpacaEval on {count} instructions, not {ALPACAEVAL_SIZE}",)
-    cells, name = {"ae_wr": Cell(cell(m[f"{side}_win_rate"]), judged + instructions)}, lc_name(m)
+    name = lc_name(m)
+
+    def of(kind: str) -> tuple:
+        return found[0], (("metrics", f"{side}_{kind}", "value"),)
+
+    cells = {"ae_wr": Cell(cell(m[f"{side}_win_rate"]), judged + instructions, *of("win_rate"))}
     if f"{side}_{name}" in m:
         minimal = ("the package's minimal length control",) if "minimal" in name else ()
-        cells["ae_lc"] = Cell(cell(m[f"{side}_{name}"]), judged + instructions + minimal)
+        cells["ae_lc"] = Cell(cell(m[f"{side}_{name}"]), judged + instructions + minimal, *of(name))
     length = m.get(f"{side}_avg_length")
     if length:
         # Lengths do not depend on the judge, but they do on the instructions.
-        cells["ae_length"] = Cell(number(length["value"], 0), instructions)
+        cells["ae_length"] = Cell(number(length["value"], 0), instructions, *of("avg_length"))
     return cells
 
 
@@ -103,16 +119,20 @@ def _arena_hard(run: RunArtifacts, side: str) -> dict[str, Cell]:
     for artifact in run.of_stage("battle"):
         if "arena" not in str(artifact.args.get("published") or artifact.args.get("prompts")):
             continue
-        match = next((m for m in artifact.summary.get("matches") or [] if m.get("a") == side), None)
-        figures = next(iter((match or {}).get("judges", {}).values()), {})
-        score = figures.get("win_rate_votes") or figures.get("win_rate")
+        matches = artifact.summary.get("matches") or []
+        k, match = next(((k, m) for k, m in enumerate(matches) if m.get("a") == side), (None, {}))
+        judge, figures = next(iter(match.get("judges", {}).items()), (None, {}))
+        kind = "win_rate_votes" if figures.get("win_rate_votes") else "win_rate"
+        score = figures.get(kind)
         if not score or match.get("b") in SIDES:
             continue
+        place = ("matches", k, "judges", judge, kind, "value")
         reasons = (f"Arena-Hard judged by {artifact.args.get('judge')}",)
         tokens = artifact.part("answers").get(side, {}).get("tokens")
         of_length = ("Arena-Hard lengths in tokens of the run's tokenizer",)
-        length = {"ah_length": Cell(number(tokens["value"], 0), of_length)} if tokens else {}
-        return {"ah": Cell(cell(score, 100), reasons), **length}
+        of = artifact, (("answers", side, "tokens", "value"),)
+        length = {"ah_length": Cell(number(tokens["value"], 0), of_length, *of)} if tokens else {}
+        return {"ah": Cell(cell(score, 100), reasons, artifact, (place,), 100), **length}
     return {}
 
 
@@ -126,8 +146,10 @@ def _generated(run: RunArtifacts, side: str) -> dict[str, Cell]:
     lengths = found.part("generated_characters").get(side) or {}
     for key, name in (("gsm8k", "GSM8K generated"), ("mmlu", "MMLU generated")):
         if side in averages.get(name, {}):
-            cells[key] = Cell(cell(averages[name][side]), reasons)
-        of_task = [length for task, length in lengths.items() if task.startswith(key)]
+            cells[key] = Cell(cell(averages[name][side]), reasons, found, (("averages", name, side, "value"),))
+        of_task = [task for task in lengths if task.startswith(key)]
         if of_task:
-            cells[f"{key}_length"] = Cell(number(sum(of_task) / len(of_task), 0), reasons)
+            mean = sum(lengths[task] for task in of_task) / len(of_task)
+            places = tuple(("generated_characters", side, task) for task in of_task)
+            cells[f"{key}_length"] = Cell(number(mean, 0), reasons, found, places)
     return cells

@@ -216,6 +216,11 @@ def _gguf(artifact: Artifact) -> list[Table]:
     return [Table(changes), Table(levels)]
 
 
+def _release(artifact: Artifact) -> list[Table]:
+    lines = [("file", "bytes")]
+    return [Table([*lines, *((str(file["name"]), str(file["size"])) for file in artifact.summary["files_released"])])]
+
+
 def _lm_eval(artifact: Artifact) -> list[Table]:
     settings, tables = artifact.summary["settings"], []
     averages = artifact.part("averages")
@@ -305,6 +310,7 @@ STAGES = {
         "bash run_lm_eval.sh",
         _lm_eval,
     ),
+    "release": Stage("Release", "What is uploaded, and where is each figure from?", "python release.py", _release),
 }  # fmt: skip
 
 __all__ = ["STAGES", "Stage", "Table", "answer_lines", "lc_name", "p_equals", "tables_of", "title_of"]

@@ -149,6 +149,18 @@ CASES = {
         (("--published", "gone.yaml"), ("gone.yaml",)),
         (("--published", "configs/published/juanako-7b-v1.yaml"), ("--published", "juanako")),
     ],
+    "release.py": [
+        (("--run_name", "nobody"), ("--run_name nobody",)),
+        (("--push", "me"), ("--push me", "OWNER/NAME")),
+        (("--no_dry_run",), ("--no_dry_run", "--push")),
+        (("--temperature", "-1"), ("--temperature -1",)),
+        (("--top_k", "-1"), ("--top_k -1",)),
+        (("--top_p", "2"), ("--top_p 2",)),
+        (("--family", "gguf"), ("--family gguf", "LABEL=OWNER/NAME")),
+        (("--tracker", "wandb"), ("--tracker wandb", "http")),
+        (("--published", "gone.yaml"), ("gone.yaml",)),
+        (("--merged",), ("r-merged", "merge_adapter.py")),
+    ],
     "merge_adapter.py": [
         (("--tuned_model", "TINY", "--base_model", "TINY"), ("adapter",)),
         (("--dataset_name", "gone.jsonl"), ("gone.jsonl",)),

@@ -23,6 +23,7 @@ PAGES = {
     "eval_perplexity.py": ("accelerate launch", "--text_file"),
     "run_alpacaeval_local.py": ("--reference", "--judge"),
     "human_eval.py": ("--score", "--prompts"),
+    "release.py": ("--push", "--license"),
     "report.py": ("--compare", "--status"),
     "run_lm_eval.sh": ("bash run_lm_eval.sh", "--skip-missing"),
     "run_sppo_iteration.sh": ("bash run_sppo_iteration.sh", "--launch YAML"),

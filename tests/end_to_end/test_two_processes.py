@@ -79,6 +79,7 @@ ELSEWHERE = {
     "human_eval.py": "no test: its answers come from the code that run_alpacaeval_local.py shares out",
     "merge_adapter.py": "no test: one process merges",
     "export_gguf.py": "no test: one process exports",
+    "release.py": "no test: one process copies files",
     "report.py": "no test: one process reads files",
 }
 
