@@ -39,7 +39,7 @@ def summarise(sides: dict, controls: dict, eval_out: str, seed: int, resamples: 
     both = [k for k in range(len(sides["base"])) if None not in (_preference(sides, s, k) for s in sides)]
     # Shape (judged by both, 2): tuned, base. Preferences are percentages of a win after the factor 100.
     pairs = np.array([[_preference(sides, s, k) for s in ("tuned", "base")] for k in both], float).reshape(-1, 2)
-    metrics |= win_rate_difference(pairs, seed)
+    metrics |= win_rate_difference(pairs, seed, package.prompt_groups([sides["base"][k] for k in both]))
     judged = {side: [rows[k] for k in both] for side, rows in sides.items()}
     rates, errors, section, name = _length_controlled(sides["base"], judged, eval_out, seed, resamples)
     if rates:
@@ -61,17 +61,18 @@ def summarise(sides: dict, controls: dict, eval_out: str, seed: int, resamples: 
     }
 
 
-def win_rate_difference(pairs: np.ndarray, seed: int) -> dict:
+def win_rate_difference(pairs: np.ndarray, seed: int, groups: list[str] | None = None) -> dict:
     """The paired difference of the win rates in percentage points, and its test.
 
     Args:
         pairs: preferences from 1 to 2 of tuned and base, shape (n, 2).
+        groups: the prompt of each row, which is resampled, and enters the test, as one unit.
     """
-    difference = share(pairs - 1, seed, 100)
+    difference, changes = share(pairs - 1, seed, 100, groups), pairs[:, 0] - pairs[:, 1]
     return {
-        "difference_win_rate": with_power(difference, pairs[:, 0] - pairs[:, 1], "instructions", scale=100),
+        "difference_win_rate": with_power(difference, changes, "instructions", groups=groups, scale=100),
         # Preferences of a probability judge are continuous, so a sign test would ignore their size.
-        "p_difference_win_rate": metric(mean_test(pairs[:, 0] - pairs[:, 1], seed=seed), n=len(pairs)),
+        "p_difference_win_rate": metric(mean_test(changes, groups, seed), n=len(pairs)),
     }
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from preflab.data.chat_template import CONTROL_TOKENS, break_up
+from preflab.data.sources import folded
 from preflab.judging.judge_prompt import JudgePrompt, Verdict, unparsed
 from utils.artifacts import metric, write_text
 from utils.errors import UserError
@@ -98,6 +99,11 @@ def is_switched(instruction: str, seed: int = 0) -> bool:
 # ---------------------------------------------------------------------------------------------------------- metrics
 
 
+def prompt_groups(annotations: list[dict]) -> list[str]:
+    """The group of each row for resampling: instructions that differ only in case and spacing are one prompt."""
+    return [folded(row["instruction"]) for row in annotations]
+
+
 def rates(annotations: list[dict], seed: int) -> dict:
     """The package's win rates of one model, in percent, with bootstrap intervals.
 
@@ -109,33 +115,36 @@ def rates(annotations: list[dict], seed: int) -> dict:
     with quiet():
         from alpaca_eval.metrics import get_winrate
 
-        parsed = [row["preference"] for row in annotations if row["preference"] is not None]
+        judged = [row for row in annotations if row["preference"] is not None]
+        parsed = [row["preference"] for row in judged]
         # From the package, so that reported values equal those of its leaderboard; intervals are added below.
         package_rates = get_winrate([{"preference": p} for p in parsed])
     preference = np.array(parsed)
     discrete = np.select([preference > 1.5, preference < 1.5], [1.0, 0.0], 0.5)
-    n = len(parsed)
+    n, groups, all_groups = len(parsed), prompt_groups(judged), prompt_groups(annotations)
     lengths = [len(row["output_2"]) for row in annotations]
     metrics = {
         # The value is the package's, the interval the bootstrap's; both are means of preference - 1.
-        "win_rate": {**share(preference - 1, seed, 100), "value": float(package_rates["win_rate"])},
+        "win_rate": {**share(preference - 1, seed, 100, groups), "value": float(package_rates["win_rate"])},
         "discrete_win_rate": {
-            **share(discrete, seed, 100),
+            **share(discrete, seed, 100, groups),
             "value": float(package_rates["discrete_win_rate"]),
         },
         "standard_error": metric(float(package_rates["standard_error"]), n=n),
         # The package truncates the mean length to an integer.
-        "avg_length": {**bootstrap(lengths, seed), "value": int(np.mean(lengths))},
+        "avg_length": {**bootstrap(lengths, seed, groups=all_groups), "value": int(np.mean(lengths))},
         "unparsed": metric(len(annotations) - n, n=len(annotations)),
     }
-    truncated = [row["finish_reason"] == "length" for row in annotations if row.get("finish_reason") is not None]
-    if truncated:
-        metrics["truncated_share"] = share(truncated, seed)
+    ended = [row for row in annotations if row.get("finish_reason") is not None]
+    if ended:
+        truncated = [row["finish_reason"] == "length" for row in ended]
+        metrics["truncated_share"] = share(truncated, seed, groups=prompt_groups(ended))
     # Preferences are in terms of output_1 and output_2 already, so a consistent judge gives equal ones in both orders.
     orders = [[order["preference"] for order in row.get("orders", [])] for row in annotations]
-    both = [pair for pair in orders if len(pair) == 2 and None not in pair]
+    both = [k for k, pair in enumerate(orders) if len(pair) == 2 and None not in pair]
     if both:
-        metrics["flip_rate"] = share([(a > 1.5) != (b > 1.5) or (a < 1.5) != (b < 1.5) for a, b in both], seed)
+        flipped = [(a > 1.5) != (b > 1.5) or (a < 1.5) != (b < 1.5) for a, b in (orders[k] for k in both)]
+        metrics["flip_rate"] = share(flipped, seed, groups=[all_groups[k] for k in both])
     mass = [order["mass"] for row in annotations for order in row.get("orders", []) if order.get("mass") is not None]
     if mass:
         metrics["verdict_mass_median"] = metric(float(np.median(mass)), n=len(mass))
@@ -232,7 +241,7 @@ class LengthControl:
             sides: `{name: annotations}`; row k of every side is on the same instruction.
         """
         # All statistics below see the same resamples (same seed), so each side is fitted once per resample.
-        fitted = {}
+        fitted, groups = {}, prompt_groups(next(iter(sides.values())))
 
         def rate(name, rows):
             # The resampled row numbers identify a fit; fits are slow, so the difference reuses those of its sides.
@@ -246,11 +255,14 @@ class LengthControl:
         index = np.arange(len(sides[first]))
         rates = {}
         for name in sides:
-            rates[name] = bootstrap(index, seed, resamples, lambda rows, name=name: rate(name, rows), bca=False)
+            rates[name] = bootstrap(
+                index, seed, resamples, lambda rows, name=name: rate(name, rows), bca=False, groups=groups
+            )
         for name in others:
             rates[f"{name} - {first}"] = bootstrap(
-                index, seed, resamples, lambda rows, name=name: rate(name, rows) - rate(first, rows), bca=False
-            )
+                index, seed, resamples, lambda rows, name=name: rate(name, rows) - rate(first, rows), bca=False,
+                groups=groups,
+            )  # fmt: skip
         return rates
 
 

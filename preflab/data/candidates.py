@@ -40,7 +40,7 @@ def load_candidates(sources: list[dict], limit: int | None = None) -> tuple[list
         if answers is None:
             answers = _candidate_answers(row, prompt.source)
             numbers = _candidate_numbers(row, len(answers), prompt.source)
-        candidates[prompt.key] = (prompt, answers, numbers)
+        candidates[prompt.prompt_key] = (prompt, answers, numbers)
     return list(candidates.values()), prompts_summary(candidates, left_out, about, sources)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from preflab.data.columns import rename_columns
-from preflab.data.messages import check_messages, check_unicode, from_json_text, role_of, up_to_last
+from preflab.data.messages import check_messages, check_unicode, from_json_text, role_of, transcript, up_to_last
 from preflab.data.pair_rows import to_pair
 from preflab.data.prompt_format import AS_CHAT
 from preflab.data.row_fields import (
@@ -19,7 +19,7 @@ from preflab.data.row_fields import (
 )
 from preflab.data.rows import read_rows
 from preflab.data.schemas import PAIRS, schema_of
-from preflab.data.sources import read_source
+from preflab.data.sources import folded, read_source
 from utils.cache import cache_key
 from utils.errors import UserError
 
@@ -54,6 +54,11 @@ class Prompt:
         return cache_key(self.messages)
 
     @property
+    def prompt_key(self) -> str:
+        """The conversation without case and spacing: equal for prompts that count as duplicates."""
+        return folded(transcript(self.messages))
+
+    @property
     def text(self) -> str:
         """The conversation as a judge reads it: a single question as plain text, several turns with their roles."""
         # The judge prompts have one field for the question, so several turns need their roles inside it.
@@ -71,7 +76,8 @@ def load_prompts(sources: list[dict], category_key: str = "category", limit: int
         limit: number of prompts.
 
     Returns:
-        (prompts, summary): duplicates are read once; the summary counts the rows that were left out, by reason.
+        (prompts, summary): duplicates (`Prompt.prompt_key`) are read once, since statistics over prompts take them as
+        independent; the summary counts the rows that were left out, by reason.
 
     Raises:
         UserError: a row without a prompt, named by source, or no prompt at all.
@@ -81,7 +87,7 @@ def load_prompts(sources: list[dict], category_key: str = "category", limit: int
     for prompt, row in distinct_prompts(sources, prompts, left_out, about):
         prompt.category = None if row.get(category_key) is None else str(row[category_key])
         check_unicode([prompt.category or "", prompt.uid or ""], prompt.source)
-        prompts[prompt.key] = prompt
+        prompts[prompt.prompt_key] = prompt
         # The limit counts distinct, usable prompts. Rows behind it are not validated.
         if limit is not None and len(prompts) >= limit:
             break
@@ -98,6 +104,7 @@ def distinct_prompts(
     """(prompt, row) of every row whose prompt is not in `known`; counts the others in `left_out`.
 
     Args:
+        known: by `Prompt.prompt_key`.
         about: filled with what identifies each source.
         add: called with a row of a known prompt, its source and the prompt's entry; whether it uses the row.
     """
@@ -113,8 +120,8 @@ def distinct_prompts(
         prompt = None if isinstance(messages, str) else Prompt(messages, source, _uid(row))
         if prompt is None:
             left_out[messages] += 1
-        elif prompt.key in known:
-            if add is None or not add(row, source, known[prompt.key]):
+        elif prompt.prompt_key in known:
+            if add is None or not add(row, source, known[prompt.prompt_key]):
                 left_out["duplicate_prompt"] += 1
         else:
             # The caller adds the prompt to `known` before it asks for the next row; otherwise duplicates would pass.

@@ -186,11 +186,13 @@ def _battle_values(artifact: Artifact) -> Values:
 def _alpacaeval_values(artifact: Artifact) -> Values:
     """Preferences of the tuned model against the reference, from 0 to 1."""
     from preflab.alpacaeval.files import read_annotations
+    from preflab.alpacaeval.package import prompt_groups
 
     judged = [row for row in read_annotations(artifact.path.with_name("annotations_tuned.json")) if row["preference"]]
     if not judged:
         raise KeyError("annotations")
-    return Values([row["instruction"] for row in judged], np.array([row["preference"] - 1 for row in judged], float))
+    wins = np.array([row["preference"] - 1 for row in judged], float)
+    return Values([row["instruction"] for row in judged], wins, prompt_groups(judged))
 
 
 KINDS = {

@@ -255,6 +255,28 @@ def test_fit_that_kept_its_coefficients_at_zero_is_refused(tmp_path):
         assert not [name for name in results["metrics"] if "length_controlled" in name]
 
 
+def test_spellings_of_an_instruction_are_one_prompt(tmp_path):
+    """Repeated in another case and spacing, the same judgements give the same errors, test and power."""
+
+    def results(copies):
+        sides = {}
+        for seed, side in enumerate(SIDES):
+            rows = [{**row, "dataset": "mine"} for row in judged(count=60, seed=seed)]
+            other = [{**row, "instruction": f" {row['instruction'].upper()} "} for row in rows]
+            sides[side] = rows + other * (copies - 1)
+        return summarise(sides, {}, str(tmp_path), 1, 3)["metrics"]
+
+    once, twice = results(1), results(2)
+    assert twice["base_win_rate"]["n"] == 120
+    for name in ("base_win_rate", "tuned_discrete_win_rate", "base_avg_length", "difference_win_rate"):
+        assert twice[name]["value"] == pytest.approx(once[name]["value"])
+        assert twice[name]["stderr"] == pytest.approx(once[name]["stderr"], rel=1e-6)
+        assert np.ptp(twice[name]["ci95"]) == pytest.approx(np.ptp(once[name]["ci95"]), rel=0.1)
+    assert twice["p_difference_win_rate"]["value"] == pytest.approx(once["p_difference_win_rate"]["value"], abs=0.01)
+    power, unit = twice["difference_win_rate"]["power"], once["difference_win_rate"]["power"]
+    assert (power["n"], power["unit"]) == (60, "prompts") and power["detectable"] == pytest.approx(unit["detectable"])
+
+
 @pytest.mark.parametrize("kind, word", [("same", "same number of characters"), ("few", "at least 50")])
 def test_rates_without_a_length_control(tmp_path, kind, word):
     """Every length difference equal, or fewer rows than the fit needs: the rates that exist, and the reason."""

@@ -59,6 +59,22 @@ def test_duplicate_prompts_are_counted(tmp_path):
     assert summary["left_out"] == {"duplicate_prompt": 2, "empty_prompt": 1}
 
 
+def test_spellings_of_a_prompt_are_duplicates(tmp_path):
+    """Battles and human evaluations take prompts as independent: other case or spacing adds no evidence."""
+    texts = [f"{start} about {k}{end}" for k in range(12) for start, end in (("Write", "."), (" write ", ". "))]
+    rows = [{"prompt": text} for text in texts] + [
+        {"messages": [user("WRITE\nabout 0.")]},
+        {"prompt": "Write about 0?"},
+    ]
+    prompts, summary = loaded(tmp_path, *rows)
+    assert [p.text for p in prompts] == [*texts[::2], "Write about 0?"]
+    assert summary["left_out"] == {"duplicate_prompt": 13}
+    # Given answers belong to the prompt with their exact text, so both spellings may have one.
+    answers = [{"prompt": text, "output": f"{k}"} for k, text in enumerate(texts)]
+    _, given, _ = load_answers(str(write_jsonl(tmp_path / "answers.jsonl", answers)), prompts)
+    assert given == [*map(str, range(0, 24, 2)), None]
+
+
 def test_row_without_user_turn_is_left_out(tmp_path):
     prompts, summary = loaded(tmp_path, {"messages": [assistant("Hello")]}, {"prompt": "a"})
     assert [p.text for p in prompts] == ["a"] and summary["left_out"] == {"empty_prompt": 1}
