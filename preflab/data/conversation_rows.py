@@ -24,7 +24,7 @@ from preflab.data.row_fields import (
     read_options,
     read_prompt,
 )
-from preflab.data.schemas import PAIRS, Schema, parse_pair, read_answer, schema_of
+from preflab.data.schemas import GIVEN, LISTS, PAIRS, Schema, parse_pair, read_answer, schema_of
 from preflab.data.sources import folded
 from utils.errors import UserError
 
@@ -131,6 +131,11 @@ def _read(fields: Fields, parsed: Parsed, prompt_format: PromptFormat) -> Conver
         return _prompt_and_answer(fields, parsed, answer_key, prompt_format)
     if schema:
         return _chosen_of_pair(fields, parsed)
+    listed = schema_of(row, LISTS)
+    if listed:
+        raise UserError(
+            f"{source}: a row of {listed.name} holds several answers; {GIVEN}, whose chosen answers SFT uses"
+        )
     raise UserError(
         f"{source}: no conversation found (keys: {', '.join(sorted(map(str, row)))}); a row has 'messages',"
         " 'instruction' and 'output' (optionally 'input'), 'prompt' and 'completion', or 'prompt' and 'chosen'; name"

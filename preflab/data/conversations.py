@@ -143,8 +143,11 @@ def tokenize(data: ConversationData, tokenizer, loss_on: str, max_length: int | 
         [*identity_of(tokenizer, template or tokenizer.chat_template), loss_on, str(max_length)],
         f"tokenizing {desc}",
     )
+    # Without truncation, what has no labelled token is excluded by its weights.
+    cut_off = outcome.dropped["nothing_left_to_train_on"] and outcome.counts["truncated"]
+    hint = f"; no answer to train on begins within --max_length {max_length}: raise it" if cut_off else ""
     # Invariant: row k of the dataset belongs to `data.conversations[k]`.
-    data.conversations = data.usable(data.conversations, outcome, f"{desc} conversations")
+    data.conversations = data.usable(data.conversations, outcome, f"{desc} conversations", hint)
     return dataset, {**outcome.counts, "training_template": int(template is not None)}
 
 

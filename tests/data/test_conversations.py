@@ -62,6 +62,8 @@ def test_unusable_rows_are_counted(row, reason, tmp_path):
         ({"prompt": "a", "completion": 3}, ("row 7", "'completion', message 0", "int")),
         ({"prompt": 3, "completion": "a"}, ("row 7", "'prompt', message 0", "int")),
         ({"messages": "a"}, ("row 7", "'messages'", "str")),
+        ({"prompt": "a", "answers": [{"answer": "x", "rank": 1}]}, ("row 7", "Nectar", "pairs.py --answers given")),
+        ({"instruction": "a", "completions": [{"response": "x"}]}, ("row 7", "UltraFeedback", "--answers given")),
         ([1], ("row 7", "list")),
         ({"messages": [QUESTION, {"role": "assistant", "content": "\ud800"}]}, ("row 7", "Unicode")),
     ],
@@ -272,12 +274,10 @@ def test_loss_on_everything_and_truncation(smol_tokenizer):
     room = len(labelled(smol_tokenizer, {"instruction": "?", "output": "A."})[0])
     rows, counts = tokenize(data, smol_tokenizer, "responses", room - 1)
     assert len(rows) >= 1 and counts["truncated"] == 2
-    with pytest.raises(UserError, match="nothing_left_to_train_on"):
-        tokenize(
-            ConversationData(
-                conversations=[to_conversation({"messages": [QUESTION, ANSWER]}, "x")], sources=[], rows=1
-            ),
-            smol_tokenizer,
-            "responses",
-            8,
-        )
+
+
+def test_nothing_left_names_max_length_only_where_it_cuts(smol_tokenizer):
+    for answer, max_length in ((ANSWER, 8), ({**ANSWER, "weight": 0}, 1024)):
+        with pytest.raises(UserError, match="nothing_left_to_train_on': 1") as error:
+            labelled(smol_tokenizer, {"messages": [QUESTION, answer]}, max_length=max_length)
+        assert ("--max_length 8: raise it" in str(error.value)) == (max_length == 8)
