@@ -46,7 +46,8 @@ def role_of(message, default: str | None = None) -> str | None:
     """
     if not isinstance(message, dict):
         return None
-    role = message.get("role", message.get("from", default))
+    # One of the two may be null, where rows of both forms are in one table.
+    role = next((message[key] for key in ("role", "from") if message.get(key) is not None), default)
     role = ALIASES.get(role, role) if isinstance(role, str) else None
     return role if role in ROLES else None
 
@@ -74,12 +75,13 @@ def check_messages(
 def _message(turn, place: str, default_role: str | None, unused: Counter | None) -> dict:
     if not isinstance(turn, dict) or not ({"role", "from"} & set(turn) or default_role):
         raise UserError(f"{place}: expected {{'role': ..., 'content': ...}}")
-    role, content = role_of(turn, default_role), turn.get("content", turn.get("value"))
+    role, content = role_of(turn, default_role), turn.get("content")
+    content = turn.get("value") if content is None else content
     if turn.get("from") == "function_call":
         # LlamaFactory's name of an assistant's turn that is a call, as JSON text.
         return {"role": "assistant", "content": "", "tool_calls": [_function_call(content, place)]}
     if role is None:
-        name = turn.get("role", turn.get("from"))
+        name = next((turn[key] for key in ("role", "from") if turn.get(key) is not None), None)
         raise UserError(f"{place}: unknown role {name!r}; use one of {', '.join(ROLES)}")
     if content is None and any(turn.get(k) for k in ("tool_calls", *THOUGHT_KEYS)):
         content = ""

@@ -35,6 +35,10 @@ METADATA = {
 }  # fmt: skip
 PICTURE_COLUMNS = ("image", "images", "video", "videos", "audio", "audios")
 TRANSCRIPT = "\n\nHuman:"
+# Arguments of the tokenizer's renderer that a row must not set: data do not replace a model's chat template.
+RENDERER_ARGUMENTS = (
+    "chat_template", "conversation", "messages", "tokenize", "add_generation_prompt", "continue_final_message",
+)  # fmt: skip
 # Estimated win probabilities of the two answers (SPPO): this project's names, and those of UCLA-AGI's data.
 WIN_KEYS = {"win_chosen": ("win_chosen", "chosen_probs_win"), "win_rejected": ("win_rejected", "chosen_probs_lose")}
 # Scores of the chosen and the rejected answer.
@@ -119,7 +123,8 @@ class Parsed:
 def is_number(value) -> bool:
     try:
         float(value)
-    except (TypeError, ValueError):
+    # Overflow: an integer of more than 308 digits.
+    except (TypeError, ValueError, OverflowError):
         return False
     return not isinstance(value, bool)
 
@@ -130,12 +135,13 @@ def is_true(label) -> bool:
 
 
 def number(value, key: str, source: str) -> float | None:
-    """A number, also as the text of a CSV file; None for null and for an empty cell. Raises UserError."""
+    """A number, also as the text of a CSV file; None for null, NaN and an empty cell. Raises UserError."""
     if value is None or value == "":
         return None
     if not is_number(value):
-        raise UserError(f"{source}: key {key!r} must be a number, not {value!r}")
-    return float(value)
+        raise UserError(f"{source}: key {key!r} must be a number, not {str(value)[:60]!r}")
+    # NaN is how data frames write a missing number; no filter could decide on it.
+    return None if math.isnan(float(value)) else float(value)
 
 
 def required_number(fields: Fields, name: str, flags: bool = False) -> float:
@@ -147,7 +153,7 @@ def required_number(fields: Fields, name: str, flags: bool = False) -> float:
     value = fields.required(name)
     flag = {"true": 1.0, "false": 0.0}.get(str(value).strip().lower()) if flags else None
     value = number(value, name, fields.source) if flag is None else flag
-    if value is None or math.isnan(value):
+    if value is None:
         raise UserError(f"{fields.source}: key {name!r} holds no number; fix the row, or pass --on_bad_row skip")
     return value
 
@@ -178,6 +184,14 @@ def read_options(fields: Fields) -> dict:
                 raise UserError(f"{fields.source}: key {name!r} is not valid JSON ({error})") from None
         if value:
             options[name] = without_nulls(value)
+    arguments = options.get("chat_template_kwargs", {})
+    if not isinstance(arguments, dict):
+        raise UserError(
+            f"{fields.source}: key 'chat_template_kwargs' must be an object, not {type(arguments).__name__}"
+        )
+    reserved = [name for name in RENDERER_ARGUMENTS if name in arguments]
+    if reserved:
+        raise UserError(f"{fields.source}: key 'chat_template_kwargs' must not set {reserved[0]!r}: remove it")
     return options
 
 
@@ -212,7 +226,8 @@ def read_prompt(fields: Fields, parsed: Parsed, names: tuple[str, ...]) -> None:
     elif isinstance(prompt, list) and name != "prompt":
         prompt = _without_answer(prompt, parsed, name, source)
     parsed.prompt = prompt
-    system = fields.take(*SYSTEM)
+    # As for prompts: an empty text counts only where the other column holds no more.
+    system = fields.take(*sorted(SYSTEM, key=lambda k: not row.get(k)))
     if isinstance(system, str) and system.strip():
         parsed.before.append({"role": "system", "content": system})
     elif system is not None and not isinstance(system, str):
@@ -248,8 +263,13 @@ def _text_of(answer):
 
 
 def read_history(history, source: str) -> list[dict]:
-    """Earlier turns: LlamaFactory's list of [question, answer], or messages."""
+    """Earlier turns: LlamaFactory's list of [question, answer], or messages; either also as JSON text."""
     turns = []
+    if isinstance(history, str) and history.lstrip().startswith("["):
+        try:
+            history = parse_json(history)
+        except ValueError as error:
+            raise UserError(f"{source}: key 'history' is not valid JSON ({error})") from None
     if isinstance(history, list) and history and isinstance(history[0], dict):
         return check_messages(history, source, "history")
     for entry in history if isinstance(history, list) else [history]:

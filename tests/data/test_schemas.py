@@ -94,9 +94,12 @@ def test_prompt_sets_read_the_same_prompt(name, tmp_path):
     [
         ({"system": SYSTEM["content"], "question": ASK["content"], **TEXTS}, [SYSTEM, ASK]),
         ({"system_prompt": SYSTEM["content"], "prompt": [ASK], **TEXTS}, [SYSTEM, ASK]),
+        ({"system": "", "system_prompt": SYSTEM["content"], "prompt": [ASK], **TEXTS}, [SYSTEM, ASK]),
         ({"system": SYSTEM["content"], "chosen": [ASK, GOOD], "rejected": [ASK, BAD]}, [SYSTEM, ASK]),
         ({"system": SYSTEM["content"], "chosen": [SYSTEM, ASK, GOOD], "rejected": [SYSTEM, ASK, BAD]}, [SYSTEM, ASK]),
         ({"history": [["Hi", "Hello"]], "instruction": ASK["content"], **TEXTS}, [*EARLIER, ASK]),
+        ({"history": '[["Hi", "Hello"]]', "instruction": ASK["content"], **TEXTS}, [*EARLIER, ASK]),
+        ({"prompt": [{"role": None, "content": None, "from": "human", "value": ASK["content"]}], **TEXTS}, [ASK]),
         ({"history": EARLIER, "system": SYSTEM["content"], "prompt": ASK["content"], **TEXTS},
          [SYSTEM, *EARLIER, ASK]),
         ({"prompt": "\n\nHuman: Why is grass green?\n\nAssistant:", "system": SYSTEM["content"], **TEXTS},
@@ -143,6 +146,11 @@ def test_rows_that_differ_in_their_system_text_are_different_prompts(tmp_path):
         ({"prompt": [{"role": "user", "content": [{"type": "image", "image": "x"}]}], **TEXTS}, ("'image'", "text")),
         ({"prompt": "a", "images": ["x.png"], **TEXTS}, ("'images'", "text")),
         ({"prompt": "a", "tools": "[{", "chosen": [GOOD], "rejected": [BAD]}, ("'tools'", "JSON")),
+        ({"prompt": "a", "chat_template_kwargs": ["x"], **TEXTS}, ("'chat_template_kwargs'", "object", "list")),
+        ({"prompt": "a", "chat_template_kwargs": {"chat_template": "x"}, **TEXTS}, ("must not set 'chat_template'",)),
+        ({"prompt": "a", "chat_template_kwargs": '{"messages": []}', **TEXTS}, ("must not set 'messages'",)),
+        ({"prompt": "a", "score_chosen": 10**400, **TEXTS}, ("'score_chosen'", "number")),
+        ({"history": "[[", "prompt": "a", **TEXTS}, ("'history'", "JSON")),
         ({"history": "Hi", "prompt": "a", **TEXTS}, ("'history'", "[question, answer]")),
         ({**ONE_TURN["HelpSteer 3"], "overall_preference": ""}, ("'overall_preference'", "--on_bad_row skip")),
         ({**ONE_TURN["HelpSteer 3"], "overall_preference": float("nan")}, ("'overall_preference'", "no number")),
@@ -216,6 +224,14 @@ def test_metadata_is_no_prompt_and_unused_columns_are_named(tmp_path):
 def test_scores_under_other_names(names):
     pair = to_pair({"prompt": "a", **TEXTS, names[0]: "4.5", names[1]: 2}, "row 0")
     assert (pair.score_chosen, pair.score_rejected) == (4.5, 2.0)
+
+
+def test_scores_that_are_nan_are_missing(tmp_path):
+    row = {"prompt": "Why?", **TEXTS, "score_chosen": float("nan"), "score_rejected": 1}
+    assert to_pair(row, "row 0").score_chosen is None
+    path = write_jsonl(tmp_path / "x.jsonl", [row])
+    with pytest.raises(UserError, match="line 1: .*need 'score_chosen'"):
+        load_pairs([{"name": str(path), "split": "x"}], min_score_margin=1)
 
 
 def test_kto_rows_with_a_false_label_are_not_trained_on():
