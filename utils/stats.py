@@ -412,9 +412,13 @@ def mean_test(differences, groups=None, seed: int = 42) -> float:
     Args:
         differences: shape (n,).
         groups: the group of each row; the test is then over the sums of the groups.
+
+    Returns:
+        The p-value; 1 for differences that are all 0 or not all finite.
     """
     differences = group_sums(np.asarray(differences, dtype=np.float64)[:, None], groups)[:, 0]
-    if not np.any(differences):
+    # Every comparison with NaN is false, so that a permutation would never count as far as the rows themselves.
+    if not np.any(differences) or not np.isfinite(differences).all():
         return 1.0
     p = max(sign_flip(differences, seed), skewness_corrected(differences))
     return float(max(p, 0.6 ** len(differences)))

@@ -329,3 +329,11 @@ def test_effective_rows_by_hand():
     variance = 3 / 2 * (residuals**2).sum() / 25
     values = independent_values(rows, groups)
     assert values.var(ddof=1) / 3 == pytest.approx(variance) and values.mean() == pytest.approx(0.6)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_differences_that_are_not_finite_support_no_claim(value):
+    differences = [*np.linspace(1, 2, 60), value]
+    with np.errstate(invalid="ignore"):
+        assert mean_test(differences) == 1 and mean_test(differences, list(range(30)) * 2 + [99]) == 1
+        assert direction(bootstrap(differences), mean_test(differences)) == 0
