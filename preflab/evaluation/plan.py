@@ -1,5 +1,6 @@
 """--plan: how many prompts a comparison needs, from a pilot: a small number of prompts, or an earlier result."""
 
+import re
 from pathlib import Path
 
 from utils.artifacts import check_writable, metric, read_json
@@ -23,7 +24,7 @@ def pilot_size(plan: str | None, limit: int | None) -> int | None:
     Raises:
         UserError: not above 0, or --limit beside it.
     """
-    if plan is None or not plan.lstrip("+-").isdigit():
+    if plan is None or not re.fullmatch(r"[+-]?[0-9]+", plan):
         return None
     if int(plan) < 1:
         raise UserError(f"--plan {plan}: must be a number of prompts above 0, or the JSON of an earlier result")
@@ -36,6 +37,8 @@ def pilot_file(plan: str | None, limit: int | None) -> Path | None:
     """The file of `--plan FILE`; None for a number or without --plan."""
     if plan is None or pilot_size(plan, limit) is not None:
         return None
+    if not Path(plan).expanduser().is_file():
+        raise UserError(f"--plan {plan}: neither a number of prompts above 0 nor the JSON of an earlier result")
     return Path(plan).expanduser()
 
 

@@ -79,7 +79,7 @@ def test_refused_plans(call, trained, tmp_path):
     for extra, words in (
         (("--plan", "0"), ("--plan 0", "above 0")),
         (("--plan", "5", "--limit", "3"), ("--plan 5", "--limit 3")),
-        (("--plan", tmp_path / "none.json"), ("none.json", "no such file")),
+        (("--plan", tmp_path / "none.json"), ("--plan", "none.json", "neither a number")),
     ):
         code, _, err = call("eval_win_rate", *eval_args(trained, tmp_path, *extra))
         assert code == 2
@@ -106,3 +106,10 @@ def test_time_is_scaled_to_what_was_not_cached():
         COMPUTED["answers-base"] += 3
         COMPUTED["judgements"] += 7
     assert entry["computed"] == 3
+
+
+@pytest.mark.parametrize("plan", ["", "abc", "2.5", "--5", "\u00b2"])
+def test_plan_that_is_neither_a_number_nor_a_file(call, plan):
+    code, _, err = call("eval_win_rate", f"--plan={plan}")
+    assert code == 2
+    assert_one_line(err, f"--plan {plan}: ", "number of prompts")
