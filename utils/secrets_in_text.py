@@ -4,7 +4,8 @@ import os
 import re
 
 # user:password@ of an address. It may hold a second @, never a slash or white space.
-LOGIN = re.compile(r"(?<=://)[^/\s\"']*@")
+# Libraries that take an address for a path write http:/ with one slash.
+LOGIN = re.compile(r"(://|\bhttps?:/)[^/\s\"']*@")
 # Values of a query whose names say that they are secret.
 SECRET_VALUE = re.compile(r"([?&][^=&\s\"']*(?:key|token|secret|sig|pass)[^=&\s\"']*=)[^&\s\"']+", re.IGNORECASE)
 
@@ -26,7 +27,7 @@ def without_secrets(text: str) -> str:
     for name, value in os.environ.items():
         if len(value) >= SHORTEST and value in text and SECRET_VARIABLE.search(name):
             text = text.replace(value, "***")
-    return TOKEN.sub("***", SECRET_VALUE.sub(r"\1***", LOGIN.sub("", text)))
+    return TOKEN.sub("***", SECRET_VALUE.sub(r"\1***", LOGIN.sub(r"\1", text)))
 
 
 def without_secret_flags(argv: list[str]) -> list[str]:

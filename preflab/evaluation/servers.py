@@ -17,9 +17,18 @@ def model_and_url(spec: str, place: str) -> tuple[str, str]:
     """Model and address in openai:MODEL@BASE_URL. Raises UserError, naming `place`, for another specification."""
     model, at, url = spec.removeprefix(SERVER).partition("@http")
     url = f"http{url}"
-    if not (model and at and url.startswith(("http://", "https://")) and urlsplit(url).hostname):
+    # What is not an address may still hold a login, which no message shows.
+    name, _, rest = spec.removeprefix(SERVER).partition("@")
+    shown = place.replace(spec, f"{SERVER}{name}@...") if "@" in rest else place
+    try:
+        host = urlsplit(url).hostname
+        if urlsplit(url).port == 0:
+            raise ValueError("port 0")
+    except ValueError as error:
+        raise UserError(f"{shown}: not an address ({error}); write / : @ of a password as %2F %3A %40") from None
+    if not (model and at and url.startswith(("http://", "https://")) and host):
         raise UserError(
-            f"{place}: expected openai:MODEL@BASE_URL, such as openai:gpt-4o@https://host/v1 or"
+            f"{shown}: expected openai:MODEL@BASE_URL, such as openai:gpt-4o@https://host/v1 or"
             " openai:gemma@http://localhost:8000/v1"
         )
     if urlsplit(url).query or urlsplit(url).fragment:

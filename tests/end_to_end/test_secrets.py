@@ -49,10 +49,14 @@ def test_servers(call, endpoint, inputs, tmp_path, planted):
     failing = with_login(endpoint(lambda *_: 401)[0])
     nowhere = f"openai:m@http://planted-user:{PASSWORD}@127.0.0.1:9/v1"
     malformed = f"openai:m@ftp://planted-user:{PASSWORD}@127.0.0.1:9/v1"
+    no_scheme = f"openai:m@planted-user:{PASSWORD}@127.0.0.1:9/v1"
+    slash = f"openai:m@http://planted-user:a/{PASSWORD}@127.0.0.1:9/v1"
     battle = eval_args(inputs.trained, tmp_path / "out", "--battle", "--limit", "2", "--max_new_tokens", "4")
     outputs = []
-    for args in ((judge, "--models", f"other={answers}"), (failing,), (nowhere,), (malformed,)):
-        outputs += call("eval_win_rate", *battle, "--overwrite", "--judge", *args, "--judge_attempts", "0")[1:]
+    for args in ((judge, "--models", f"other={answers}"), (failing,), (nowhere,), (malformed,), (no_scheme,), (slash,)):
+        code, *printed = call("eval_win_rate", *battle, "--overwrite", "--judge", *args, "--judge_attempts", "0")
+        assert code in (0, 2), printed
+        outputs += printed
     scorer = pair_args(inputs.tiny, inputs.prompts, tmp_path / "pairs", "--scorer", f"judge:{judge}", "--overwrite")
     code, *rest = call("generate_preference_pairs", *scorer)
     assert code in (0, 2), rest
@@ -63,4 +67,9 @@ def test_errors_name_no_secret(call, tmp_path, planted):
     code, out, err = call("dpo_train_human_preference", "--no_such_flag", FLAG, "--hub_token", FLAG)
     assert code == 2
     assert_one_line(err, "--no_such_flag")
+    assert_none_leaks(tmp_path, out, err)
+    # The library that looks for a local file writes http:/ with one slash.
+    address = f"https://planted-user:{PASSWORD}@host/rows"
+    code, out, err = call("dpo_train_human_preference", "--dataset_name", address, "--model_name_or_path", "gpt2")
+    assert code == 2
     assert_none_leaks(tmp_path, out, err)

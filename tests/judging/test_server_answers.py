@@ -142,6 +142,7 @@ def test_replies_are_bounded_in_time_and_size(chunk, count, pause, error):
     ("text", "shown"),
     [
         ("openai:m@http://me:hunter2@host:1/v1", "openai:m@http://host:1/v1"),
+        ("no file at /home/x/https:/me:hunter2@host/v1", "no file at /home/x/https:/host/v1"),
         ("https://me:p@ss@host/v1 and me@host", "https://host/v1 and me@host"),
         ("https://host/v1?api_key=hunter2&n=3", "https://host/v1?api_key=***&n=3"),
         ("hf://datasets/a/b@main/c.json, a@b", "hf://datasets/a/b@main/c.json, a@b"),
