@@ -4,7 +4,6 @@ The trainer averages over batches first, so its metrics differ from plain means 
 much as a full one.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,8 +81,8 @@ def read_logged_metrics(path: str, step: int | None = None) -> dict:
             raise UserError(f"--expected {path}: no such file")
         try:
             entries = RowFile(path).read()
-        except json.JSONDecodeError:
-            raise UserError(f"--expected {path}: not a training log in JSON lines") from None
+        except UserError as error:
+            raise UserError(f"--expected {path}: not a training log in JSON lines ({error})") from None
     else:
         content = read_json(path)
         # trainer_state.json has a history; eval_results.json is a single entry.

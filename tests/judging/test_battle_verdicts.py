@@ -7,7 +7,7 @@ from utils.artifacts import metric
 
 
 def sections(**metrics) -> dict:
-    return {"metrics": metrics, "matches": [{"a": "tuned", "b": "base"}]}
+    return {"metrics": metrics, "matches": [{"a": "tuned", "b": "base"}], "answers": {"base": {}, "tuned": {}}}
 
 
 @pytest.mark.parametrize(

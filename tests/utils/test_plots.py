@@ -172,8 +172,9 @@ def test_lm_eval(tasks, tmp_path):
                      "base": metric_of(base, stderr=0.0 if k % 3 == 0 else 0.05),
                      "tuned": metric_of(tuned, stderr=0.03),
                      "difference": metric_of(tuned - base, -0.138, 1.0), "significant": k == 0})  # fmt: skip
-    draw(tmp_path / "l.png", SimpleNamespace(rows=rows, title=TITLES[tasks > 1]))
-    draw(tmp_path / "none.png", SimpleNamespace(rows=[], title="no shares"))
+    draw(tmp_path / "l.png", SimpleNamespace(rows=rows, title=TITLES[tasks > 1], alone=False))
+    draw(tmp_path / "alone.png", SimpleNamespace(rows=rows, title=TITLES[tasks > 1], alone=True))
+    draw(tmp_path / "none.png", SimpleNamespace(rows=[], title="no shares", alone=False))
 
 
 def test_human(tmp_path):
