@@ -55,7 +55,8 @@ def single(tiny, prefs, tmp_path_factory):
     return made_once(tmp_path_factory, "single", make)
 
 
-@pytest.mark.parametrize("name", ["cpu_2proc", "multi_gpu", "fsdp2"])
+# multi_gpu launches as cpu_2proc does.
+@pytest.mark.parametrize("name", ["cpu_2proc", pytest.param("multi_gpu", marks=pytest.mark.slow), "fsdp2"])
 def test_two_processes_equal_one(tiny, prefs, tmp_path, single, shipped_config, name):
     extra = ("--global_batch_size", 4, "--eval_strategy", "steps", "--eval_steps", 4)
     done = launch(shipped_config(name), *train_args(tiny, prefs, tmp_path, *extra))

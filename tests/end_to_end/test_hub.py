@@ -62,6 +62,7 @@ def test_unknown_model(hub, tmp_path, prefs):
     assert_one_line(run_against(hub, tmp_path, "org/misspelt", prefs), "org/misspelt")
 
 
+@pytest.mark.slow
 def test_unknown_dataset(hub, tmp_path, tiny):
     assert_one_line(run_against(hub, tmp_path, tiny, "org/misspelt-data"), "org/misspelt-data")
 
@@ -74,6 +75,7 @@ def test_no_network_for_the_model(tmp_path, prefs, offline):
     assert_one_line(err, "org/model", *fix)
 
 
+@pytest.mark.slow
 def test_no_network_for_the_data(tmp_path, tiny):
     err = run_against("http://127.0.0.1:9", tmp_path, tiny, "org/data", HF_HUB_OFFLINE="1")
     assert_one_line(err, "org/data", "HF_HUB_OFFLINE is set", "docs/install.md")

@@ -106,7 +106,7 @@ def test_sppo_with_certain_wins_is_half_of_sppo_hard(tiny, tmp_path):
     assert_equal(own_steps, stock(tiny, "sppo_hard", tmp_path, rows))
 
 
-@pytest.mark.parametrize("loss_type", losses.OWN_LOSSES)
+@pytest.mark.parametrize("loss_type", ["simpo", pytest.param("sppo", marks=pytest.mark.slow)])
 def test_speedups_do_not_change_own_losses(loss_type, train, tiny, tmp_path):
     rows = [{**row, "win_chosen": 0.6 + 0.01 * i, "win_rejected": 0.3} for i, row in enumerate(make_pairs(24))]
     data = write_jsonl(tmp_path / "data" / "train.jsonl", rows).parent

@@ -75,7 +75,15 @@ def kill_when(args, condition, number=signal.SIGKILL, timeout=120):
     return done.returncode, done.stdout, done.stderr
 
 
-@pytest.mark.parametrize("moment", ["between_saves", "during_a_save", "before_the_first_save"])
+# The other moments are among those that test_drills.py draws at random.
+@pytest.mark.parametrize(
+    "moment",
+    [
+        pytest.param("between_saves", marks=pytest.mark.slow),
+        "during_a_save",
+        pytest.param("before_the_first_save", marks=pytest.mark.slow),
+    ],
+)
 def test_kill_9_and_resume(tiny, prefs, tmp_path, uninterrupted, moment):
     ck = tmp_path / "ck" / "r"
     condition = {
