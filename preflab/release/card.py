@@ -10,11 +10,12 @@ from preflab.models.loading import BUILTIN
 from preflab.models.public_names import PublicName, public_source
 from preflab.release.arguments import ReleaseArguments
 from preflab.release.citations import citations
+from preflab.release.figures import MARK
 from preflab.release.results import document_of, model_index, section_of
 from preflab.release.sources import Document, Sources, name_in
 from preflab.release.usage import read_sample, usage
 from preflab.reporting.artifacts import Artifact, RunArtifacts
-from preflab.reporting.findings import findings_of
+from preflab.reporting.findings import doubt_about_judge, findings_of
 from preflab.reporting.lineage import Node, path_to
 from preflab.reporting.published import COLUMNS, NOT_COMPARABLE, cells_of
 from utils.markdown import escaped, visible
@@ -153,7 +154,7 @@ def _comparison(release: Release, sources: Sources) -> dict | None:
     sources.section = "published"
     document = Document(name_in(local_path(release.args.published), ROOT), published)
     base = next((row for row in published["rows"] if release.base.loads.lower().endswith(f"/{row.lower()}")), None)
-    lines, reasons = [["", *(heading for _, heading, _ in COLUMNS)]], {}
+    lines, reasons, doubts = [["", *(heading for _, heading, _ in COLUMNS)]], {}, {}
     for row in filter(None, (base, name)):
         cells = [
             sources.number(document, "rows", row, key, digits=digits)
@@ -171,15 +172,19 @@ def _comparison(release: Release, sources: Sources) -> dict | None:
                 continue
             reasons |= dict.fromkeys(figure.reasons)
             shown = sources.mean(document_of(figure.artifact, release.run), figure.keys, figure.scale, digits)
-            cells.append(f"{NOT_COMPARABLE} {shown}" if figure.reasons else shown)
+            doubt = doubt_about_judge(figure.artifact)
+            doubts |= {doubt: None} if doubt else {}
+            marks = (f"{NOT_COMPARABLE} " if figure.reasons else "", f" {MARK}" if doubt else "")
+            cells.append(f"{marks[0]}{shown}{marks[1]}")
         lines.append([f"this run: {side}", *cells])
     headings = [sources.name(heading, None) for heading in lines[0][1:]]
-    note = f"{NOT_COMPARABLE} not comparable with the published figures: {'; '.join(reasons)}." if reasons else None
+    notes = [f"{NOT_COMPARABLE} not comparable with the published figures: {'; '.join(reasons)}."] if reasons else []
+    notes += [f"{MARK} {'; '.join(doubts)}: these figures support no claim."] if doubts else []
     return {
         "source": sources.text(document, "source"),
         "setting": sources.text(document, "setting"),
         "table": markdown_table([["model", *headings], *lines[1:]]),
-        "note": sources.name(note, None) if note else None,
+        "note": sources.name(" ".join(notes), None) if notes else None,
     }
 
 

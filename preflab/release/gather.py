@@ -32,6 +32,11 @@ def gather(name: str, args: ReleaseArguments) -> tuple[Path, Release, list[str]]
     peft = (weights / "adapter_config.json").exists()
     if base.hub_id is None:
         raise UserError(f"--base_hub_id: the base is the {base.shown}, which others do not have; give its OWNER/NAME")
+    if peft and run.training.part("start").get("merged") and not args.base_hub_id:
+        raise UserError(
+            f"--run_name {name}: its adapter fits a base with another adapter merged into it, not {base.shown}: run"
+            " merge_adapter.py and pass --merged, or give the hub id of that merged base with --base_hub_id"
+        )
     ensure_system_prompt(weights, args.system)
     shown, left_out = used(run)
     pictures = {"training_curves.png": run.training.picture()}

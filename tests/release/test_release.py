@@ -149,6 +149,39 @@ def test_failed_judges_are_marked(made, release, tmp_path):
     assert text.count("†") == 2
 
 
+@pytest.mark.parametrize(
+    ("audit", "words"),
+    [({"passed": True}, None), ({"passed": False}, "the judge failed its audit"), (None, "the judge was not audited")],
+)
+def test_audit_of_alpacaeval(made, release, tmp_path, audit, words):
+    """In the stage's table, in the published layout and in the model index."""
+    results = made("gemma-2-9b-it-simpo", "google/gemma-2-9b-it")
+    metric = {"value": 40.25, "stderr": 2.0, "ci95": [36.0, 44.0], "n": 8}
+    rates = ("win_rate", "length_controlled_winrate", "longer_win_rate", "avg_length")
+    metrics = {f"{side}_{rate}": metric for side in ("base", "tuned", "difference") for rate in rates}
+    metrics["base_unparsed"] = {**metric, "value": 0}
+    summary = json.loads((results / "win_rate.json").read_text())
+    summary |= {"stage": "alpacaeval", "metrics": metrics, "audit": audit}
+    summary["args"]["judge"] = "hf:me/judge"
+    (results / "alpacaeval").mkdir()
+    (results / "alpacaeval/alpacaeval.json").write_text(json.dumps(summary))
+    code, _, err = release()
+    assert code == 0, err
+    _, text, data, entries = card_of(tmp_path, "gemma-2-9b-it-simpo")
+    names = [m["name"] for model in data["model-index"] for r in model["results"] for m in r["metrics"]]
+    section = text.partition("### AlpacaEval")[2].partition("\n### ")[0]
+    (published,) = re.findall(r"^\| this run: tuned .*", text, re.MULTILINE)
+    assert "40.2" in published and "≠" in published and "hf:me/judge" in section
+    for entry in (e for e in entries if e["section"] == "published"):
+        check_entry(results, entry)
+    if words is None:
+        assert "†" not in section + published and "tuned_win_rate" in names
+    else:
+        # Base, tuned and difference of both rates; not the control and the lengths.
+        assert section.count("†") == 7 and f"† {words}" in section and published.count("†") == 3
+        assert f"tuned_win_rate ({words})" in names and f"tuned_length_controlled_winrate ({words})" in names
+
+
 def test_card_has_what_the_hub_needs(made, release, tmp_path):
     made()
     links = ("--family", "GGUF=me/x-GGUF", "--tracker", "https://t.example/run/1")
@@ -191,6 +224,26 @@ def test_licence_of_the_base(made, release, tmp_path, call):
     # A licence of one's own has no name or link of the base's.
     assert release(*own, "--license", "mit", known=())[0] == 0
     assert "license_name" not in card_of(tmp_path)[2]
+
+
+def test_adapter_on_a_merged_base(made, release, tmp_path):
+    """Loaded on the original base, it would be another model."""
+    results = made()
+    start = {"base": "HuggingFaceTB/SmolLM2-135M-Instruct", "adapter": "sft", "merged": str(tmp_path / "sft-merged")}
+    rewrite(results / "train.json", lambda s: s.update(start=start))
+    code, _, err = release()
+    assert code == 2 and not (tmp_path / "ck/quickstart-release").exists()
+    assert_one_line(err, "--run_name quickstart", "--merged", "--base_hub_id")
+    # A merged folder is complete.
+    merged = tmp_path / "ck/quickstart-merged"
+    merged.mkdir()
+    (merged / "config.json").write_text("{}")
+    (merged / "model.safetensors").write_bytes(b"weights")
+    (merged / "merged_from.json").write_text(json.dumps(start))
+    assert release("--merged")[0] == 0
+    folder, text, data, _ = card_of(tmp_path)
+    assert data["base_model_relation"] == "finetune" and "merged into its base" in text
+    assert (folder / "model.safetensors").exists() and not (folder / "merged_from.json").exists()
 
 
 def test_nothing_of_the_machine(made, release, tmp_path, monkeypatch):
