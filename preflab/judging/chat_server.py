@@ -17,7 +17,7 @@ from utils.secrets_in_text import without_secrets
 # The largest reply that is read, in bytes: more than ten times the longest answers and thoughts.
 LARGEST_REPLY = 4 * 2**20
 # What a reply raises that is not a chat completion: servers differ in what they leave out.
-MALFORMED = (ValueError, TypeError, AttributeError, KeyError, IndexError)
+MALFORMED = (ValueError, TypeError, AttributeError, KeyError, IndexError, RecursionError)
 # A parameter that a server may refuse, and the words of its error message that name it. In this order: `logprobs` is
 # part of the name `top_logprobs`.
 REFUSABLE = {

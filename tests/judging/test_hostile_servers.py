@@ -37,6 +37,14 @@ def ten_megabytes(handler):
     handler.wfile.write(b"A" * 10 * 2**20)
 
 
+def nested_deeply(handler):
+    handler.send_response(200)
+    handler.send_header("Content-Type", "application/json")
+    handler.send_header("Content-Length", "100000")
+    handler.end_headers()
+    handler.wfile.write(b"[" * 100_000)
+
+
 def redirects_to_itself(handler):
     handler.send_response(307)
     handler.send_header("Location", handler.path)
@@ -95,7 +103,16 @@ def server(monkeypatch):
         running.server_close()
 
 
-BEHAVIOURS = [hangs, never_ends, ten_megabytes, redirects_to_itself, redirects_elsewhere, hangs_up, endless_headers]
+BEHAVIOURS = [
+    nested_deeply,
+    hangs,
+    never_ends,
+    ten_megabytes,
+    redirects_to_itself,
+    redirects_elsewhere,
+    hangs_up,
+    endless_headers,
+]
 
 
 @pytest.mark.parametrize("behaviour", BEHAVIOURS, ids=lambda behaviour: behaviour.__name__)
