@@ -59,6 +59,9 @@ class TrainingText:
         except UserError as error:
             raise UserError(f"--contamination {args.contamination}: {error}") from None
         rows = [row for part, _ in data for _, row in part if isinstance(row, dict)]
+        # Without any text, "nothing overlaps" would say nothing.
+        if not any(text.strip() for row in rows for text in _texts(row)):
+            raise UserError(f"--contamination {args.contamination}: no row is an object that holds text")
         return cls(name, [row for row in rows if _content(row) not in held_out], [about for _, about in data])
 
     def texts(self) -> Iterator[str]:

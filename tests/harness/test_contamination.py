@@ -1,17 +1,20 @@
 """Figures without the documents that overlap with training data, against calculations by hand."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from conftest import assert_one_line, write_jsonl
 from scipy.stats import binomtest
 
+from preflab.evaluation.contamination import TrainingText
 from preflab.harness.contamination import contamination, table
 from preflab.harness.metrics import SuiteResults, rows
 from preflab.harness.results import ModelResults, question_of
 from preflab.harness.suites import Suite
 from utils.artifacts import read_json, write_json
+from utils.errors import UserError
 
 WORDS = "amber basil cedar delta ember fjord grove heath inlet jetty knoll larch mossy north ocean".split()
 
@@ -188,3 +191,12 @@ def test_held_out_rows_of_a_run_are_not_training_data(tmp_path):
     training = TrainingText.read(args, str(tmp_path / "ck"))
     assert [row["prompt"] for row in training.rows] == [question(0), question(2)]
     assert training.overlap([question(0), question(1)]).found[13].tolist() == [True, False]
+
+
+@pytest.mark.parametrize("line", ['"a text that is not an object"', '{"a": 1}'])
+def test_training_data_without_text_is_refused(tmp_path, line):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(line + "\n")
+    args = SimpleNamespace(contamination=str(path), contamination_split=None)
+    with pytest.raises(UserError, match="no row is an object that holds text"):
+        TrainingText.read(args, "checkpoints")
