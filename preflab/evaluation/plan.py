@@ -53,7 +53,10 @@ def plan_from_file(stage: Stage, path: Path, output_dir: str | None, seed: int) 
         found = summary.get("stage") if isinstance(summary, dict) else None
         raise UserError(f"--plan {path}: needs the summary of an earlier result ({stage.name}.json), found {found}")
     folder = check_writable(output_dir or path.parent, "--output_dir")
-    publish_plan(stage, summary, folder / path.name, seed)
+    try:
+        publish_plan(stage, summary, folder / path.name, seed)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"--plan {path}: not as the stage writes it ({error!r}); run the evaluation again") from None
 
 
 def publish_plan(stage: Stage, summary: dict, path: Path, seed: int) -> None:

@@ -113,3 +113,11 @@ def test_plan_that_is_neither_a_number_nor_a_file(call, plan):
     code, _, err = call("eval_win_rate", f"--plan={plan}")
     assert code == 2
     assert_one_line(err, f"--plan {plan}: ", "number of prompts")
+
+
+@pytest.mark.parametrize("edited", [{"metrics": None}, {"metrics": {"win_rate_ties_half": "x"}}, {"run": []}])
+def test_plan_from_an_edited_result(call, tmp_path, edited):
+    write_json(tmp_path / "edited.json", {**read_json(ROOT / "docs/example_run/win_rate.json"), **edited})
+    code, _, err = call("eval_win_rate", "--plan", tmp_path / "edited.json")
+    assert code == 2
+    assert_one_line(err, "--plan", "edited.json", "run the evaluation again")
