@@ -4,6 +4,7 @@
     python human_eval.py --run_name gemma-2b-it-dpo --prompts my_prompts.jsonl
     python human_eval.py --models other=princeton-nlp/gemma-2-9b-it-SimPO   # more than two models
     python human_eval.py --score votes-*.json               # the files that the annotators exported
+    python human_eval.py --score votes-*.json --pairs my_votes.jsonl   # and pairs to train on
 
 Without --score, the models answer the prompts and an annotation page is made. Send only
 human_eval.html to the annotators: it opens in any browser, needs no server and no network, and does
@@ -27,6 +28,8 @@ The keys that matter (flags and YAML keys are the same, the command line wins; [
   page      --repeat_share X [0.05] (pairs shown twice, sides swapped)
             --sides_seed N (default: random, and recorded)
   score     --score FILE ...   --key FILE (default: the key of the votes' study below --eval_out)
+            --pairs FILE (preference pairs out of the votes, for training)
+            --min_agreement X [0.5] (share of a pair's votes that must prefer the chosen answer)
   plan      --plan FILE (a scored study, human_eval.json: prints prompts against detectable
             difference and time, and stops)
   run       --output_dir DIR   --overwrite
@@ -61,6 +64,8 @@ class HumanEvalArguments(GenerationArguments):
     sides_seed: int | None = option("Seed of sides and order (default: random, and recorded in the key).")
     score: list[str] | None = option("Votes files to score, as the page exported them.")
     key: str | None = option("Key of the votes' study (default: the one below --eval_out).")
+    pairs: str | None = option("JSON lines file for preference pairs out of the scored votes.")
+    min_agreement: float = option("Share of a pair's votes that must prefer the chosen answer of --pairs.", 0.5)
     plan: str | None = option(
         HELP_OF_PLAN.replace("from a pilot of this many prompts, which are judged first, or ", "")
     )
@@ -83,6 +88,8 @@ def check(args, c) -> None:
         )
     if args.key and not args.score:
         raise UserError("--key needs --score: give the votes files too")
+    if args.pairs and not args.score:
+        raise UserError("--pairs needs --score: give the votes files too")
     # Run and limit are recorded in the key; flags could only contradict it.
     if args.score and (c.run_name or c.limit):
         raise UserError("--score finds the run by the votes' study: remove --run_name and --limit")
@@ -103,10 +110,12 @@ def main():
 
     from preflab.evaluation import plan
     from preflab.evaluation.comparison import resolve
-    from preflab.human import dump, metrics, report, study, votes
+    from preflab.human import dump, metrics, pairs, report, study, votes
+    from preflab.judging.vote_pairs import check_agreement, sentence
     from utils.artifacts import check_writable, with_limit_suffix
     from utils.distributed import join_processes
 
+    check_agreement(args.min_agreement)
     eval_out, output_dir = comparison_args.eval_out, comparison_args.output_dir
     if args.plan:
         return plan.plan_from_file(stage, Path(args.plan).expanduser(), output_dir, comparison_args.seed)
@@ -139,6 +148,10 @@ def main():
     votes_files = votes.describe_files(exports)
     # Before the metrics, so that a refused call writes nothing.
     votes.ensure_no_votes_lost(summary_file, votes_files, comparison_args.overwrite)
+    pair_rows, pair_counts = [], {}
+    if args.pairs:
+        pairs.ensure_own_file(Path(args.pairs), study_id, comparison_args.overwrite)
+        pair_rows, pair_counts = pairs.pairs_of_study(rows, candidates, about, study_id, args.min_agreement)
 
     sections = metrics.summarise(rows, key, candidates, about, comparison_args.seed)
     name = about["run"]["run_name"]
@@ -155,13 +168,20 @@ def main():
         seed=comparison_args.seed,
         rows=rows,
         figure=partial(report.draw, sections=sections, title=title),
-        files={summary_file.with_name(f"{summary_file.stem}_strongest.md"): report.strongest(rows, candidates, title)},
+        files={
+            summary_file.with_name(f"{summary_file.stem}_strongest.md"): report.strongest(rows, candidates, title),
+            # An empty file could not be trained on.
+            **({Path(args.pairs): pair_rows} if pair_rows else {}),
+        },
         **sections,
+        **({"pairs": pair_counts} if args.pairs else {}),
         study={k: key[k] for k in ("study", "sides_seed", "repeat_share", "pairs_per_prompt", "candidates_sha256")},
         votes=votes_files,
         data=about["data"],
         sampling=about["sampling"],
     )
+    if args.pairs:
+        print_main(f"\n{sentence(pair_counts, args.pairs, args.min_agreement)}")
 
 
 if __name__ == "__main__":

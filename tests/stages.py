@@ -35,6 +35,7 @@ STAGES = {
     "eval_perplexity.py": lambda i, folder: eval_args(i.trained, folder / "out"),
     "run_alpacaeval_local.py": lambda i, folder: alpaca_args(i.trained, folder, i.reference, i.tiny),
     "human_eval.py": lambda i, folder: eval_args(i.trained, folder / "out", "--prompts", i.prompts),
+    "chat.py": lambda i, folder: eval_args(i.trained, folder / "out", "--prompt", "Hi", "--max_new_tokens", 4),
     "run_lm_eval.sh": lambda i, folder: ["--checkpoints", i.trained / "ck", "--eval-out", folder / "out"],
     "run_sppo_iteration.sh": lambda i, folder: [],
     "release.py": lambda i, folder: [
@@ -68,6 +69,7 @@ ARGUMENTS = {
     "eval_perplexity.py": _of(COMPARISON, "eval_perplexity:PerplexityArguments"),
     "run_alpacaeval_local.py": _of(COMPARISON, "run_alpacaeval_local:AlpacaEvalArguments"),
     "human_eval.py": _of(COMPARISON, "human_eval:HumanEvalArguments"),
+    "chat.py": _of(COMPARISON, "chat:ChatArguments"),
     "run_lm_eval.sh": _of("preflab.harness.arguments:HarnessArguments"),
     "release.py": _of("preflab.release.arguments:ReleaseArguments"),
     "report.py": _of("preflab.reporting.arguments:ReportArguments"),

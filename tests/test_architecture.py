@@ -13,7 +13,7 @@ FLOORS = [
     {"models"},
     {"evaluation"},
     {"training", "judging", "harness", "doctor", "gguf"},
-    {"pairs", "alpacaeval", "human"},
+    {"pairs", "alpacaeval", "human", "chat"},
     {"reporting"},
     {"release"},
     {"scripts", "benchmarks"},

@@ -41,7 +41,7 @@ def answer_prompts(stage, comparison, args) -> tuple[list, dict[str, list[dict]]
         "run": run_record(c.seed, stage.seconds, run_name=comparison.name, limit=c.limit),
         "data": data,
         # The candidates' file has no place for these, because its columns are prompt and models.
-        "prompts": [{"where": p.source, "uid": p.uid, "category": p.category} for p in prompts],
+        "prompts": [{"where": p.source, "uid": p.uid, "category": p.category, "messages": p.messages} for p in prompts],
         "answers": {
             name: [{k: answer[k] for k in ("tokens", "finish_reason")} for answer in by_model]
             for name, by_model in answers.items()

@@ -27,6 +27,7 @@ REFUSABLE = {
     "max_tokens": ("max_tokens",),
     "temperature": ("temperature",),
     "top_p": ("top_p",),
+    "top_k": ("top_k",),
     "seed": ("seed",),
     "system": ("system role", "system message", "role system", "'system'", '"system"', "roles must alternate"),
 }
@@ -135,7 +136,11 @@ def accepted(messages: list[dict], settings: dict, given_up: tuple[str, ...]) ->
     if "system" in given_up and messages[0]["role"] == "system":
         system, first, *others = messages
         messages = [{**first, "content": f"{system['content']}\n\n{first['content']}"}, *others]
-    return {"messages": messages, **{key: value for key, value in settings.items() if key not in dropped}}
+    sent = {"messages": messages, **{key: value for key, value in settings.items() if key not in dropped}}
+    if "top_k" in sent:
+        # OpenAI's interface has none, so the client takes it as a further field of the request.
+        sent["extra_body"] = {"top_k": sent.pop("top_k")}
+    return sent
 
 
 def refused(error: openai.APIStatusError, messages: list[dict], settings: dict, given_up: tuple) -> str | None:
@@ -143,7 +148,7 @@ def refused(error: openai.APIStatusError, messages: list[dict], settings: dict, 
     if error.status_code not in REFUSED:
         return None
     sent = accepted(messages, settings, given_up)
-    present = {*sent, *(["system"] if sent["messages"][0]["role"] == "system" else [])}
+    present = {*sent, *sent.get("extra_body", {}), *(["system"] if sent["messages"][0]["role"] == "system" else [])}
     text = str(error).lower()
     return next((k for k, words in REFUSABLE.items() if k in present and any(word in text for word in words)), None)
 

@@ -31,7 +31,7 @@ class EndpointModel:
         """What its answers depend on, as far as it is known: the server may change its model unseen."""
         return {"endpoint": self.name}
 
-    def generate(self, prompts: list[list[dict]], tokenizer, *, max_new_tokens, temperature, top_p, seed, **_):
+    def generate(self, prompts: list[list[dict]], tokenizer, *, max_new_tokens, temperature, top_p, seed, top_k=0, **_):
         """As `preflab.models.generation.generate`; answers come as the server gives them.
 
         Tokens are counted with `tokenizer`, so that lengths are comparable with the other models'.
@@ -41,7 +41,7 @@ class EndpointModel:
         """
         settings = {"max_tokens": max_new_tokens, "temperature": temperature}
         if temperature:
-            settings |= {"top_p": top_p, "seed": seed}
+            settings |= {"top_p": top_p, "seed": seed, **({"top_k": top_k} if top_k else {})}
         for i, answer in in_threads(lambda prompt: self._answer(prompt, settings), prompts, self.concurrency):
             tokens = len(tokenizer(answer["text"], add_special_tokens=False)["input_ids"])
             yield {"index": i, "tokens": tokens, **answer}

@@ -1,11 +1,11 @@
 """Generation with transformers, for every stage: prompts in, answers with token counts and finish reasons out."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from preflab.data.chat_template import ChatRenderer, neutralise
 from preflab.models.batching import token_batches
@@ -25,6 +25,8 @@ def generate(
     batch_tokens: int = 8192,
     seed: int = 42,
     batch_size: int | None = None,
+    top_k: int = 0,
+    on_text: Callable[[int, str], None] | None = None,
 ) -> Iterator[dict]:
     """Answer conversations in batches, longest first.
 
@@ -36,6 +38,9 @@ def generate(
         temperature: 0 decodes greedily; above 0 samples.
         batch_tokens: maximum of prompt and answer tokens per batch, padding included.
         batch_size: maximum of prompts per batch.
+        top_k: sample among this many most likely tokens; 0 for all.
+        on_text: called after every token with a prompt's index and its answer so far, for display. Does not change
+            the answers.
 
     Yields:
         `{"index", "text", "tokens", "finish_reason"}` per prompt, batch by batch (`index` into `prompts`);
@@ -80,10 +85,15 @@ def generate(
             sampling = LogitsProcessorList([checked])
             if temperature:
                 seeds = [prompt_seed(seed, prompts[i]) for i in batch]
-                sampling.append(seeded_sampling(seeds, temperature, top_p, model.device))
+                sampling.append(seeded_sampling(seeds, temperature, top_p, model.device, top_k))
+            watch = StoppingCriteriaList([AnswersSoFar(batch, width, stops, tokenizer, on_text)] if on_text else [])
             with torch.no_grad(), only_settings(settings, model):
                 out = model.generate(
-                    input_ids=ids, attention_mask=mask, generation_config=settings, logits_processor=sampling
+                    input_ids=ids,
+                    attention_mask=mask,
+                    generation_config=settings,
+                    logits_processor=sampling,
+                    stopping_criteria=watch,
                 )
             checked.ensure_none(getattr(model.config, "_name_or_path", "") or "the model")
             for i, answer in zip(batch, out[:, width:].tolist(), strict=True):
@@ -99,6 +109,31 @@ def generate(
                 }
     finally:
         model.train(was_training)
+
+
+class AnswersSoFar(StoppingCriteria):
+    """Reports each answer of a batch after every token, and stops none.
+
+    Args:
+        batch: the prompts' indices. width: tokens of the padded prompts. stops: ids that end an answer.
+        on_text: called with (index, text of the answer so far); once more where an end token came.
+    """
+
+    def __init__(self, batch: list[int], width: int, stops: set[int], tokenizer, on_text: Callable[[int, str], None]):
+        self.batch, self.width, self.stops, self.tokenizer, self.on_text = batch, width, stops, tokenizer, on_text
+        self.ended = set()
+
+    def __call__(self, input_ids, scores, **_):
+        for index, answer in zip(self.batch, input_ids[:, self.width :].tolist(), strict=True):
+            if index in self.ended:
+                continue
+            if answer[-1] in self.stops:
+                self.ended.add(index)
+                answer.pop()
+            # Bytes of a character that is not complete yet decode to replacement characters.
+            text = self.tokenizer.decode(answer, skip_special_tokens=True).strip()
+            self.on_text(index, text if index in self.ended else text.rstrip("\ufffd"))
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 def batches_with_room(
@@ -170,7 +205,7 @@ def as_plain_text(messages: list[dict], tokenizer) -> list[dict]:
 TOP_TOKENS = 256
 
 
-def seeded_sampling(seeds: list[int], temperature: float, top_p: float, device) -> LogitsProcessor:
+def seeded_sampling(seeds: list[int], temperature: float, top_p: float, device, top_k: int = 0) -> LogitsProcessor:
     """A logits processor that makes greedy decoding sample, with one random generator per row.
 
     Gumbel-max trick: argmax_i (z_i - log E_i) with E_i ~ Exp(1) is distributed as softmax(z). Top-p keeps the most
@@ -178,6 +213,7 @@ def seeded_sampling(seeds: list[int], temperature: float, top_p: float, device) 
 
     Args:
         seeds: one per row of the batch.
+        top_k: sample among this many most likely tokens, before `top_p` (as transformers orders them); 0 for all.
     """
     generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
 
@@ -194,6 +230,8 @@ def seeded_sampling(seeds: list[int], temperature: float, top_p: float, device) 
 
         def __call__(self, input_ids, scores):
             scores = scores.float() / temperature  # (rows, vocab)
+            if 0 < top_k < scores.shape[1]:
+                scores = scores.masked_fill(scores < scores.topk(top_k).values[:, -1:], float("-inf"))
             if top_p < 1:
                 sampled = self.nucleus(scores)
             else:

@@ -137,6 +137,18 @@ CASES = {
         (("1", "--name", "quickstart-sppo", "--launch", "nowhere.yaml"), ("nowhere.yaml",)),
         (("1", "--name", "quickstart-sppo", "--pairs", "--seed 3 --limit 8"), ("dataset_name",)),
     ],
+    "chat.py": [
+        (("--file", "p.jsonl"), ("--prompt", "--file")),
+        (("--top_k", "-1"), ("--top_k -1",)),
+        (("--temperature", "-1"), ("--temperature -1",)),
+        (("--history", "mine"), ("--history", "mine")),
+        (("--limit", "3"), ("--limit", "--file")),
+        (("--score", "gone.jsonl"), ("--score", "--pairs")),
+        (("--pairs", "x.txt"), ("--pairs x.txt", ".jsonl")),
+        (("--min_agreement", "1.5"), ("--min_agreement 1.5",)),
+        (("--models", "x=openai:m"), ("--models", "openai:MODEL@BASE_URL")),
+        (("--annotator", ""), ("--annotator",)),
+    ],
     "report.py": [
         (("--runs", "nobody"), ("--runs nobody", "--list")),
         (("--runs", "r", "r"), ("--runs", "r is named twice")),

@@ -24,6 +24,7 @@ PAGES = {
     "run_alpacaeval_local.py": ("--reference", "--judge"),
     "human_eval.py": ("--score", "--prompts"),
     "release.py": ("--push", "--license"),
+    "chat.py": ("--system", "--vote"),
     "report.py": ("--compare", "--status"),
     "run_lm_eval.sh": ("bash run_lm_eval.sh", "--skip-missing"),
     "run_sppo_iteration.sh": ("bash run_sppo_iteration.sh", "--launch YAML"),

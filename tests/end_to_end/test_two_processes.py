@@ -80,6 +80,7 @@ ELSEWHERE = {
     "merge_adapter.py": "no test: one process merges",
     "export_gguf.py": "no test: one process exports",
     "release.py": "no test: one process copies files",
+    "chat.py": "no test: one person types",
     "report.py": "no test: one process reads files",
 }
 

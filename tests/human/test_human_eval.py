@@ -10,6 +10,7 @@ import pytest
 from conftest import assert_one_line, eval_args, write_jsonl
 from scipy.stats import binomtest
 
+from preflab.data.pair_rows import to_pair
 from preflab.data.prompts import Prompt
 from preflab.human.metrics import agreement, cohen_kappa, krippendorff_alpha, summarise
 from preflab.human.page import FORMAT, checksum
@@ -545,7 +546,8 @@ def test_page_then_score(call, trained, prompts, tmp_path):
         write(tmp_path / "votes-1.json", export(key, prefers("tuned"), "SYNTHETIC 1 (always tuned)")),
         write(tmp_path / "votes-2.json", export(key, lambda i: {"choice": "tie", "comment": "|x|"}, "SYNTHETIC 2")),
     ]
-    code, out, err = call("human_eval", "--score", *files, "--eval_out", tmp_path)
+    people = tmp_path / "people.jsonl"
+    code, out, err = call("human_eval", "--score", *files, "--eval_out", tmp_path, "--pairs", people)
     assert code == 0, err
     result = json.loads((folder / "human_eval.json").read_text())
     pairs = len(key["items"]) - sum(i["repeat_of"] is not None for i in key["items"])
@@ -560,6 +562,21 @@ def test_page_then_score(call, trained, prompts, tmp_path):
     rows = [json.loads(line) for line in (folder / "human_eval_rows.jsonl").read_text().splitlines()]
     assert len(rows) == 2 * len(key["items"])
     assert "tuned preferred" in (folder / "human_eval_strongest.md").read_text()
+
+    # One of the two votes on each pair prefers tuned, the other is a tie.
+    written = [json.loads(line) for line in people.read_text().splitlines()]
+    assert len(written) == pairs and {row["votes"] for row in written} == {2}
+    by_prompt = {c["prompt"]: c for c in json.loads((folder / "manual_eval_candidates.json").read_text())}
+    for row in written:
+        candidate, pair = by_prompt[row["prompt"][0]["content"]], to_pair(row, "row")
+        assert (pair.chosen, pair.rejected) == (candidate["dpo"], candidate["base"])
+    assert result["pairs"]["ties"] == result["pairs"]["by_several"] == pairs and result["pairs"]["disagreements"] == 0
+    assert f"{pairs} preference pairs of {pairs} judged ones" in out
+    # Pairs of the same study are replaced, other rows are not.
+    write_jsonl(people, [*written, {"prompt": "a", "chosen": "b", "rejected": "c"}])
+    code, _, err = call("human_eval", "--score", *files, "--eval_out", tmp_path, "--pairs", people)
+    assert code == 2
+    assert_one_line(err, "--pairs", "people.jsonl", "--overwrite")
 
     # A score with fewer annotators does not replace one with more.
     code, _, err = call("human_eval", "--score", files[1], "--eval_out", tmp_path)

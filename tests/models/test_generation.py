@@ -48,3 +48,19 @@ def test_samples_follow_the_seed_only(tiny):
 
 def test_prompt_ends_where_the_answer_starts(smol_tokenizer):
     assert ChatRenderer(smol_tokenizer).prompt_text(PROMPTS[0]).endswith("<|im_start|>assistant\n")
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"temperature": 1.0, "top_k": 40, "top_p": 0.9}], ids=["greedy", "sampled"])
+def test_streamed_text_is_the_answer(kwargs, builtin):
+    """Of a batch: the answers are unchanged, each grows token by token, and the last report is the complete text."""
+    model, tokenizer = builtin
+    seen = {}
+    streamed = answers(
+        model, tokenizer, max_new_tokens=8, on_text=lambda i, t: seen.setdefault(i, []).append(t), **kwargs
+    )
+    assert streamed == answers(model, tokenizer, max_new_tokens=8, **kwargs)
+    for answer in streamed:
+        texts = seen[answer["index"]]
+        assert texts[-1] == answer["text"] and len(set(texts)) > 1
+        assert len(texts) == answer["tokens"] + (answer["finish_reason"] == "stop")
+        assert all(later.startswith(text) for text, later in zip(texts, texts[1:], strict=False))

@@ -12,9 +12,9 @@ from preflab.models.loading import load_model, load_tokenizer
 LOGITS = np.array([2.0, 1.0, 0.5, 0.0, -1.0, -2.0])
 
 
-def drawn(seeds, steps=1, temperature=1.0, top_p=1.0, logits=LOGITS) -> np.ndarray:
+def drawn(seeds, steps=1, temperature=1.0, top_p=1.0, logits=LOGITS, top_k=0) -> np.ndarray:
     """Sampled tokens, shape (steps, rows)."""
-    sampling = seeded_sampling(list(seeds), temperature, top_p, "cpu")
+    sampling = seeded_sampling(list(seeds), temperature, top_p, "cpu", top_k)
     scores = torch.tensor(logits, dtype=torch.float32).expand(len(seeds), -1)
     return np.stack([sampling(None, scores.clone()).argmax(-1).numpy() for _ in range(steps)])
 
@@ -118,3 +118,18 @@ def test_generation_config_of_the_model_is_ignored(tiny):
     model.generation_config.repetition_penalty, model.generation_config.no_repeat_ngram_size = 5.0, 1
     generated = [list(generate(model, tokenizer, PROMPTS[:2], max_new_tokens=12, temperature=t)) for t in (0.0, 1.0)]
     assert generated == expected and model.generation_config.repetition_penalty == 5.0
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(3, 1.0), (3, 0.7), (0, 0.7)])
+def test_top_k_equals_transformers(top_k, top_p):
+    """Top-k, then top-p of what is left, as transformers applies its warpers."""
+    from transformers import TopKLogitsWarper, TopPLogitsWarper
+
+    warped = torch.tensor(LOGITS)[None]
+    for warper in ([TopKLogitsWarper(top_k)] if top_k else []) + ([TopPLogitsWarper(top_p)] if top_p < 1 else []):
+        warped = warper(None, warped)
+    expected = warped[0].softmax(0).numpy()
+    tokens = drawn(range(3000), top_p=top_p, top_k=top_k).ravel()
+    left = np.flatnonzero(expected)
+    assert set(tokens) == set(left)
+    assert p_value(np.searchsorted(left, tokens), expected[left]) > 1e-3
