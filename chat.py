@@ -1,16 +1,16 @@
-"""Talk to base and tuned side by side in the terminal, and vote: a conversation becomes training data.
+"""Talk to base and tuned side by side in the terminal; votes become training data.
 
     python chat.py                                          # the latest run against its base
     python chat.py --run_name mine --system "Answer in one sentence." --temperature 0.7 --top_p 0.9
     python chat.py --prompt "Why is the sky blue?"          # one answer of each model, then the end
-    python chat.py --file my_prompts.jsonl --vote --blind   # many prompts, names hidden until the vote
+    python chat.py --file my_prompts.jsonl --vote --blind   # many; names hidden until the vote
     python chat.py --models other=FOLDER served=openai:gemma@http://localhost:8000/v1
     python chat.py --base_model FOLDER                      # one model alone
-    python chat.py --score ann_votes.jsonl bob_votes.jsonl --pairs mine.jsonl   # several people's votes
+    python chat.py --score ann_votes.jsonl bob_votes.jsonl --pairs both.jsonl   # several people
 
 A line is a message; /1 or /2 says which answer was better, /tie or /bad (both bad) neither; /new
-starts over, /help lists all commands, Ctrl-D ends. Without a terminal, stdin has one message per line.
-Answers are those of the evaluations: same template, same generation, same seeds.
+starts over, /help lists all commands, Ctrl-D ends. Without a terminal, stdin has one message per
+line. Answers are those of the evaluations: same template, same generation, same seeds.
 
 Votes go to chat_pairs_votes.jsonl, and the preference pairs out of them to chat_pairs.jsonl in
 <eval_out>/<run_name>/, which dpo_train_human_preference.py --dataset_name reads.
@@ -25,10 +25,11 @@ The keys that matter (flags and YAML keys are the same, the command line wins; [
             --prompts_split NAME [test]   --limit N
             --history shared|own|none [shared] (shared: all models continue with the answer that was
             preferred, without a vote with that of the last model; own: each continues its own)
-  generate  --max_new_tokens N [256]   --temperature X [0]   --top_k N [0: all]   --top_p X [1]
-            --seed N [42]
+  generate  --max_new_tokens N [256]   --temperature X [0]   --top_k N [0] (0: all tokens)
+            --top_p X [1]   --seed N [42]
   votes     --vote (wait for a vote after each prompt of --prompt and --file)   --blind
-            --pairs FILE.jsonl   --annotator NAME   --score FILE ... (no chat)   --overwrite
+            --pairs FILE.jsonl   --annotator NAME [annotator]   --overwrite
+            --score FILE ... (several people's votes into --pairs, without a chat)
             --min_agreement X [0.5] (share of a pair's votes that must prefer the chosen answer)
 """
 

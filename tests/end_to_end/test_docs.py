@@ -33,6 +33,8 @@ PAGES += [ROOT / name / "README.md" for name in ("data", "eval_out", "benchmarks
 # Names in commands that stand for a reader's own files.
 PLACEHOLDERS = {"my_pairs.jsonl", "my.txt", "annotations.json", "votes-ann.json", "votes-bob.json", "votes-*.json"}
 PLACEHOLDERS |= {"my_prompts.jsonl", "prompts.jsonl", "ranked.jsonl"}
+PLACEHOLDERS |= {"my_votes.jsonl", "people.jsonl", "prompts.txt", "ann_votes.jsonl", "bob_votes.jsonl", "both.jsonl"}
+PLACEHOLDERS |= {"ann.jsonl", "bob.jsonl"}
 # Programs whose arguments are not checked.
 OTHER_PROGRAMS = {
     "git",
