@@ -45,4 +45,5 @@ def commands_for(weights: Path, results: Path, *, pairs: bool, held_out: bool, l
             commands += [(f"python dpo_train_human_preference.py {continued}", "preference training on top")]
     commands += [(f"python export_gguf.py {run}", "GGUF files for llama.cpp and Ollama, verified")]
     commands += [(f"python report.py{folders}", "one page of all results")]
+    commands += [(f"python release.py {run}", "one folder for the hub, with a model card")]
     return [*commands, (f"python eval_win_rate.py --list{folders}", "all runs with their figures")]
