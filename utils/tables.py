@@ -139,6 +139,14 @@ def number(x: float | None, digits: int = 1, sign: str = "") -> str:
     return f"{x:{sign}z.{digits}f}" if abs(x) < LARGE else f"{x:{sign}.3g}"
 
 
+def decimals_of(values, digits: int = 1) -> int:
+    """The number of decimals, `digits` at least and 6 at most, with which no value that is not 0 is shown as 0."""
+    smallest = min((abs(x) for x in values if not is_missing(x) and x != 0), default=1.0)
+    while digits < 6 and smallest < 0.5 * 10**-digits:
+        digits += 1
+    return digits
+
+
 def p_value(p: float | None) -> str:
     """Format a p-value with two significant digits, more where rounding would move it across 0.05; never as 0."""
     if is_missing(p):

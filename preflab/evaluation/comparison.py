@@ -412,6 +412,9 @@ def held_out_sources(args: ComparisonArguments, trained: dict) -> tuple[list[dic
         UserError: the run held nothing out and no data are given.
     """
     if args.dataset_name is not None:
+        if args.dataset_name == ULTRAFEEDBACK and not _names_data(trained) and is_main_process():
+            known = f"run {args.run_name} was not trained on pairs" if args.run_name else "no run names the pairs"
+            print(f"note: {known}: reading those of {ULTRAFEEDBACK}; --dataset_name names others", file=sys.stderr)
         source = {"name": args.dataset_name, "config": args.dataset_config, "revision": args.dataset_revision}
         return [{**source, "split": args.split, **reading(args.columns, args.on_bad_row)}], False
     sources = _test_sources(trained)
@@ -426,7 +429,11 @@ def held_out_sources(args: ComparisonArguments, trained: dict) -> tuple[list[dic
 
 def has_held_out(trained: dict) -> bool:
     """Whether the run that trained the model held pairs out."""
-    return bool((trained.get("dataset_name") or trained.get("datasets")) and _test_sources(trained))
+    return bool(_names_data(trained) and _test_sources(trained))
+
+
+def _names_data(trained: dict) -> bool:
+    return bool(trained.get("dataset_name") or trained.get("datasets"))
 
 
 def _test_sources(trained: dict) -> list[dict]:
@@ -457,7 +464,7 @@ def _ensure_same_base(adapter: str, base: str) -> None:
 
 def _set_defaults(args: ComparisonArguments, trained: dict) -> None:
     """Set missing arguments to those of the run, else to the project's defaults."""
-    if args.dataset_name is None and not (trained.get("dataset_name") or trained.get("datasets")):
+    if args.dataset_name is None and not _names_data(trained):
         args.dataset_name = ULTRAFEEDBACK
     if args.dataset_name is not None:
         args.split = args.split or ("test_prefs" if args.dataset_name == ULTRAFEEDBACK else "test")

@@ -11,7 +11,7 @@ from utils.plots import CHOSEN, NEUTRAL, REJECTED, count_axis, empty_panel, figu
 from utils.power import power_sentence
 from utils.stage import Report, fits_terminal
 from utils.stats import direction, holm
-from utils.tables import cell, difference, estimate, number, p_equals, p_value
+from utils.tables import cell, decimals_of, difference, estimate, number, p_equals, p_value
 from utils.tables import render as render_table
 
 SECTIONS = {
@@ -94,7 +94,12 @@ def power_notes(metrics: dict) -> str:
 
 def change_power(m: dict, of: str = "") -> str:
     """`power_sentence` of a difference in nats per token, as a change of perplexity."""
-    return power_sentence(m, lambda nats: f"{number(100 * math.expm1(nats), 2)}%", "a change of perplexity", of)
+
+    def percent(nats: float) -> str:
+        change = 100 * math.expm1(nats)
+        return f"{number(change, decimals_of([change], 2))}%"
+
+    return power_sentence(m, percent, "a change of perplexity", of)
 
 
 def _change(metrics: dict, name: str, label: str, p_values: dict[str, float]) -> str:
@@ -105,11 +110,14 @@ def _change(metrics: dict, name: str, label: str, p_values: dict[str, float]) ->
     if name not in p_values:
         return f"{label.capitalize()}: perplexity {change}, {ratio['n']} units, too few for a test."
     low, high, p = *(100 * (x - 1) for x in ratio["ci95"]), p_values[name]
+    digits = decimals_of((100 * (ratio["value"] - 1), low, high), 2)
+    change = f"{100 * (ratio['value'] - 1):+.{digits}f}%"
     outcome = {1: "rose", -1: "fell", 0: "did not change significantly"}[direction(ratio, p, 1)]
     # Where interval and test differ, the reader sees both.
     corrected = f" after Holm's correction for {len(p_values)} sections" if len(p_values) > 1 else ""
     test = f"; permutation test {p_equals(p)}{corrected}" if (p < 0.05) != (low > 0 or high < 0) else ""
-    return f"{label.capitalize()}: perplexity {outcome} ({change}, 95% interval {low:+.2f} to {high:+.2f}%{test})."
+    interval = f"95% interval {low:+.{digits}f} to {high:+.{digits}f}%"
+    return f"{label.capitalize()}: perplexity {outcome} ({change}, {interval}{test})."
 
 
 def _table(metrics: dict, title: str) -> str:

@@ -80,6 +80,9 @@ def _of_artifact(artifact: Artifact) -> Iterator[tuple[str, str]]:
     summary, metrics = artifact.summary, artifact.metrics
     if artifact.limit is not None:
         yield "trial", f"a trial on --limit {artifact.limit:g}: its figures are no result"
+    steps, epoch = (artifact.part("plan").get(key) for key in ("steps", "steps_per_epoch"))
+    if all(isinstance(count, int) for count in (steps, epoch)) and steps < epoch:
+        yield "trial", f"training ended after {steps} of the {epoch} steps of one epoch (--max_steps)"
     warned = summary.get("warning")
     if warned:
         yield "displacement" if "displacement" in warned else "warning", str(warned)

@@ -4,7 +4,7 @@ from preflab.evaluation.perplexity_report import change_power
 from preflab.training.training_table import SFT_FIGURES, render_training, with_kept_overlap
 from utils.stage import Report, fits_terminal
 from utils.stats import direction
-from utils.tables import cell, difference, p_equals, undecided
+from utils.tables import cell, decimals_of, difference, p_equals, undecided
 from utils.tables import render as render_table
 
 SHARDED = "No claim: a sharded model cannot be scored before training; use eval_perplexity.py to compare."
@@ -64,7 +64,9 @@ def verdict_of(metrics: dict) -> tuple[bool, str]:
         return False, "No claim: one held-out conversation is too few for an interval."
     # The ratio of perplexities, tuned over base, as a change in percent.
     change, low, high = (100 * (x - 1) for x in (ratio["value"], *ratio["ci95"]))
-    finding = f"held-out perplexity changed by {change:+.1f}% (95% interval {low:+.1f} to {high:+.1f}"
+    digits = decimals_of((change, low, high))
+    finding = f"held-out perplexity changed by {change:+.{digits}f}%"
+    finding += f" (95% interval {low:+.{digits}f} to {high:+.{digits}f}"
     rose = direction(ratio, p, 1)
     if rose:
         verdict = "hurt" if rose > 0 else "helped"

@@ -12,6 +12,8 @@ import pytest
 from conftest import ROOT, assert_one_line, eval_args, train_args
 from filelock import FileLock
 
+from preflab.evaluation.arguments import ULTRAFEEDBACK, ComparisonArguments
+from preflab.evaluation.comparison import held_out_sources
 from preflab.evaluation.run_list import disk, duration, list_of_runs
 from preflab.evaluation.runs import TIME_FORMAT, latest_run, lock_path, read_run
 from preflab.training.run_folder import write_manifest
@@ -296,3 +298,14 @@ def test_wrong_base_run(flags, words, call, trained, tmp_path):
     code, _, err = call("eval_win_rate", "--checkpoints", tmp_path / "ck", "--run_name", "r", *flags)
     assert code == 2
     assert_one_line(err, *words)
+
+
+def test_default_pairs_of_a_run_without_pairs_are_named(capsys):
+    """An SFT run was trained on conversations, so its evaluation reads the project's default pairs."""
+    args = ComparisonArguments(run_name="sg", dataset_name=ULTRAFEEDBACK, split="test_prefs")
+    sources, own = held_out_sources(args, {})
+    assert not own and sources[0]["name"] == ULTRAFEEDBACK
+    err = capsys.readouterr().err
+    assert "run sg was not trained on pairs" in err and ULTRAFEEDBACK in err and "--dataset_name" in err
+    held_out_sources(args, {"dataset_name": ULTRAFEEDBACK})
+    assert not capsys.readouterr().err

@@ -187,6 +187,7 @@ def test_warnings(root, report):
     rewrite(results / "win_rate.json", lambda s: s["run"].update(limit=4))
     rewrite(results / "train.json", lambda s: s.update(warning="likelihood displacement: both fell"))
     rewrite(results / "train.json", lambda s: s["data"]["train"]["dropped"].update(prompt_in_test_split_kept=3))
+    rewrite(results / "train.json", lambda s: s["plan"].update(steps=4, steps_per_epoch=30))
     rewrite(results / "preflight.json", lambda s: s["truncation"].update(truncated_chosen=48))
     rewrite(results / "battle.json", lambda s: s["answers"]["tuned"]["truncated_share"].update(value=0.4, stderr=0.1))
     for part in ("share_chosen_longer", "p_chosen_longer_is_half"):
@@ -195,6 +196,7 @@ def test_warnings(root, report):
     shown = texts(page)
     for words in (
         "a trial on --limit 4",
+        "training ended after 4 of the 30 steps of one epoch (--max_steps)",
         "likelihood displacement: both fell",
         "3 prompts of the train data are also in the test split",
         "48 of 240 pairs have a truncated chosen (20%)",

@@ -2,13 +2,19 @@
 
 import pytest
 
-from utils.tables import cell, difference, estimate, markdown_table, number, p_value, paragraphs, render
+from utils.tables import cell, decimals_of, difference, estimate, markdown_table, number, p_value, paragraphs, render
 
 WIDE = [
     ("on 120 held-out pairs", "base", "tuned", "tuned - base [95% interval]"),
     ("reward per token, % (ties half)", "50.0 by definition", "68.3 ± 4.3", "+18.3 [+10.0, +26.7] p=7.3e-05"),
     ("  mean over units", "63.472 ± 31.578", "55.701 ± 23.807", ""),
 ]  # fmt: skip
+
+
+def test_decimals_show_small_values():
+    assert decimals_of((-3.2, -0.06)) == 1 and decimals_of((-0.012, 0.0, None)) == 2
+    assert decimals_of((0.5, float("nan")), 2) == 2 and decimals_of((1e-12,)) == 6
+    assert f"{-0.004:.{decimals_of((-0.004,))}f}" == "-0.004"
 
 
 def test_narrow_table():
