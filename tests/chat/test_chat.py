@@ -2,9 +2,11 @@
 
 import io
 import json
+import os
 import signal
 import sys
 import time
+from functools import partial
 
 import pytest
 from conftest import assert_one_line, eval_args, train_args, write_jsonl
@@ -180,3 +182,28 @@ def test_ctrl_c_is_one_line(trained, tmp_path):
     done = process.result()
     assert done.returncode == 130 and "Traceback" not in done.stderr, done.stderr
     assert done.stderr.strip().splitlines()[-1].startswith("interrupted")
+
+
+def read_from(fifo: str) -> None:
+    """Messages from a named pipe. Opened for writing too, so that the open does not wait for the writer."""
+    sys.stdin = os.fdopen(os.open(fifo, os.O_RDWR))
+
+
+def test_votes_survive_kill_9(chat, trained, tmp_path):
+    """Killed while it waits for the next message; the next chat appends to the same files."""
+    fifo = tmp_path / "messages"
+    os.mkfifo(fifo)
+    flags = eval_args(trained, tmp_path / "out", *SHORT)
+    process = Script("chat.py", *flags, before=partial(read_from, str(fifo)))
+    start, votes = time.monotonic(), tmp_path / "out/r/chat_pairs_votes.jsonl"
+    with open(fifo, "r+b", buffering=0) as messages:
+        messages.write(b"Name a colour.\n/2\n")
+        while not votes.exists() or not votes.read_bytes().endswith(b"\n"):
+            assert process.poll() is None and time.monotonic() - start < 100, process.args
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        assert process.result().returncode == -signal.SIGKILL
+    code, out, err = chat("Why?\n/1\n")
+    assert code == 0, err
+    assert [vote["winner"] for vote in rows(votes)] == ["tuned", "base"]
+    assert [pair["chosen_model"] for pair in rows(tmp_path / "out/r/chat_pairs.jsonl")] == ["tuned", "base"]
