@@ -164,7 +164,7 @@ def main():
         stages.judge_outputs(comparison, args, judge, reference, folder)
     # Scoring only reads files, so one process does it.
     if args.stage not in ("score", "all") or not is_main_process():
-        return
+        return stages.report_files(args.stage, folder)
 
     scoring_started = time.monotonic()
     # From the files, also after judging in this call: each stage alone gives the same figures.

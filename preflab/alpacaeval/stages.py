@@ -46,6 +46,7 @@ from preflab.models.vllm_engine import choose_engine
 from utils.artifacts import read_json, write_json
 from utils.cache import measured_work
 from utils.errors import UserError
+from utils.stage import print_main
 
 SIDES = ("base", "tuned")
 CONTROLS = ("longer", "random")
@@ -76,6 +77,13 @@ def generate(comparison, args, reference: list[dict], folder: Path) -> None:
         write_outputs(folder, model.name, comparison.names[model.name], reference, answers[model.name], origin)
     # Frees the GPU for a local judge.
     models.unload()
+
+
+def report_files(stage: str, folder: Path) -> None:
+    """Print where the files of --stage generate or judge are, and what follows."""
+    if stage in ("generate", "judge"):
+        following = "judge" if stage == "generate" else "score"
+        print_main(f"stage {stage}: its files are in {folder}; next: the same command with --stage {following}")
 
 
 def load_judge(args, comparison_args):

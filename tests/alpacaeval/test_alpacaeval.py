@@ -520,6 +520,8 @@ def test_single_stages_equal_stage_all(call, trained, tiny, reference, tmp_path)
     for stage in ("generate", "judge", "score"):
         code, out, err = call("run_alpacaeval_local", *args, "--stage", stage)
         assert code == 0, err
+        following = {"generate": "--stage judge", "judge": "--stage score", "score": "leaderboard.csv"}[stage]
+        assert following in " ".join(out.split()) and str(folder) in out
     names = {p.name for p in folder.iterdir()}
     assert {"model_outputs_base.json", "annotations_tuned.json", "judge_audit.json", "leaderboard.csv", "samples.md",
             "alpacaeval.png", "alpacaeval.json", "llm_comparator.json"} <= names  # fmt: skip
