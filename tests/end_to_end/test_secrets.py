@@ -3,6 +3,7 @@
 import pytest
 from conftest import assert_one_line, eval_args, train_args
 from helpers import pair_args
+from stages import STAGES
 
 ENVIRONMENT = {
     "HF_TOKEN": "hf_PlantedTokenOfTheHub0123456789",
@@ -40,6 +41,20 @@ def test_training(train, tiny, prefs, tmp_path, planted):
     code, out, err = train(*args)
     assert code == 0, err
     assert assert_none_leaks(tmp_path, *outputs, out, err) > 10
+
+
+@pytest.mark.parametrize(
+    "stage",
+    ["eval_perplexity.py", "run_alpacaeval_local.py", "human_eval.py", "merge_adapter.py", "report.py", "release.py"],
+)
+def test_other_stages(stage, call, inputs, endpoint, tmp_path, planted):
+    """run_lm_eval.sh starts a process: tests/harness/test_run_lm_eval.py searches its files."""
+    args = STAGES[stage](inputs, tmp_path)
+    if stage == "run_alpacaeval_local.py":
+        args += ["--judge", with_login(endpoint(lambda *_: "m")[0])]
+    code, out, err = call(stage.removesuffix(".py"), *args)
+    assert code == 0, err
+    assert assert_none_leaks(tmp_path, out, err)
 
 
 def test_servers(call, endpoint, inputs, tmp_path, planted):

@@ -17,6 +17,7 @@ from utils.artifacts import read_json
 
 SCRIPT = ROOT / "run_lm_eval.sh"
 TASKS = "quick_facts,quick_cloze,quick_sums"
+PLANTED = {"HF_TOKEN": "hf_PlantedTokenOfTheHub0123456789", "WANDB_API_KEY": "planted0wandb0key0123456789"}
 
 
 def shell(*args, cwd=ROOT, env=None) -> subprocess.CompletedProcess:
@@ -38,7 +39,7 @@ def done(trained, tmp_path_factory):
     """A finished call on the newest run below ck/, from another folder: (results folder, its stdout, its stderr)."""
 
     def make(out):
-        result = shell(*arguments_for(trained, out), cwd=out)
+        result = shell(*arguments_for(trained, out), cwd=out, env=PLANTED)
         assert result.returncode == 0, result.stderr[-3000:]
         (out / "stdout.txt").write_text(result.stdout)
         (out / "stderr.txt").write_text(result.stderr)
@@ -125,6 +126,15 @@ def test_figures_equal_a_direct_call(done, trained, tiny, tmp_path):
         (path,) = tmp_path.glob(f"{side}_*.json")
         assert figures(read_json(path)) == figures(results(folder, side))
     assert figures(results(folder, "tuned")) != figures(results(folder, "base"))
+
+
+def test_no_file_has_a_secret_of_the_environment(done):
+    """Results, samples, logs and printed text of both lm_eval calls."""
+    files = [path for path in done[0].parents[2].rglob("*") if path.is_file()]
+    assert len(files) > 10
+    for path in files:
+        content = path.read_bytes()
+        assert not [name for name, secret in PLANTED.items() if secret.encode() in content], path
 
 
 def test_second_call_runs_nothing(done, call, trained):
