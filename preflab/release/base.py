@@ -53,7 +53,7 @@ def base_card(base: PublicName, folder: str) -> tuple[dict, str]:
         try:
             path, why = fetch(base.hub_id, "README.md", "model"), "its card on the hub does not have it"
         except UserError as error:
-            why = str(error).partition(":")[0]
+            why = str(error).partition(": check")[0]
     data = {}
     if path:
         try:
