@@ -132,8 +132,8 @@ def main():
             key_is_found = paths["key"].parent.resolve().parent == Path(eval_out).resolve()
             searched = "" if eval_out == ComparisonArguments.eval_out else f" --eval_out {eval_out}"
             key_flag = searched if key_is_found else f" --key {paths['key']}"
-            found = [about["data"][key] for key in ("trained_on", "not_held_out") if key in about["data"]]
-            print_main("\n\n".join([*found, report.render_page(key, about["metrics"], paths, title, key_flag)]))
+            notes = [about["data"][key] for key in ("trained_on", "not_held_out") if key in about["data"]]
+            print_main("\n\n".join([*notes, report.render_page(key, about["metrics"], paths, title, key_flag)]))
         return
 
     exports = votes.read_votes(args.score)

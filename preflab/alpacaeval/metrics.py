@@ -89,8 +89,8 @@ def instructions_without_overlap(sides: dict, training, eval_out: str, seed: int
                             resamples)  # fmt: skip
         names = ("win_rate", results["lc_name"])
         keys = [f"{prefix}_{name}" for name in names for prefix in ("base", "tuned", "difference")]
-        found = {key: results["metrics"][key] for key in keys if key in results["metrics"]}
-        return {**found, "p": results["metrics"]["p_difference_win_rate"]}
+        known = {key: results["metrics"][key] for key in keys if key in results["metrics"]}
+        return {**known, "p": results["metrics"]["p_difference_win_rate"]}
 
     return without_overlap(training, [row["instruction"] for row in sides["base"]], figures)
 
@@ -175,8 +175,8 @@ def file_without_overlap(annotations: list[dict], training, eval_out: str, seed:
         if all(row["preference"] is None for row in rows):
             return {}
         results = summarise_file(rows, eval_out, seed, resamples)
-        found = {"win_rate": "win_rate", "length_controlled": results["lc_name"]}
-        return {key: results["metrics"][name] for key, name in found.items() if name in results["metrics"]}
+        names = {"win_rate": "win_rate", "length_controlled": results["lc_name"]}
+        return {key: results["metrics"][name] for key, name in names.items() if name in results["metrics"]}
 
     return without_overlap(training, [row["instruction"] for row in annotations], figures)
 

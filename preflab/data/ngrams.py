@@ -50,7 +50,7 @@ class NgramIndex:
                 length = min(size, len(document))
                 if length >= SHORTEST:
                     entries.setdefault(length, []).append((_ngrams(document, length), number, place))
-        self.tables = {length: _table(found) for length, found in sorted(entries.items())}
+        self.tables = {length: _table(hashes) for length, hashes in sorted(entries.items())}
 
     @property
     def too_short(self) -> int:
@@ -84,11 +84,11 @@ class NgramIndex:
             yield length, places[hashes[places] == ngrams]
 
     def _documents(self, seen: dict[int, np.ndarray]) -> dict[int, np.ndarray]:
-        found = np.zeros((len(self.sizes), self.count), bool)
+        overlapping = np.zeros((len(self.sizes), self.count), bool)
         for length, (_, places, documents, sizes) in self.tables.items():
             hit = seen[length][places]
-            found[sizes[hit], documents[hit]] = True
-        return dict(zip(self.sizes, found, strict=True))
+            overlapping[sizes[hit], documents[hit]] = True
+        return dict(zip(self.sizes, overlapping, strict=True))
 
 
 def _table(entries: list[tuple[np.ndarray, int, int]]) -> tuple[np.ndarray, ...]:

@@ -87,14 +87,14 @@ class TrainingText:
 
 @dataclass
 class Overlap:
-    """`found`: {n-gram size: which documents overlap}, shape (documents,); too_short: documents never counted."""
+    """`overlapping`: {n-gram size: which documents overlap}, shape (documents,); too_short: documents never counted."""
 
-    found: dict[int, np.ndarray]
+    overlapping: dict[int, np.ndarray]
     too_short: int
 
     def counts(self) -> dict[str, int]:
         """Overlapping documents by n-gram size."""
-        return {str(size): int(found.sum()) for size, found in self.found.items()}
+        return {str(size): int(overlapping.sum()) for size, overlapping in self.overlapping.items()}
 
 
 def _sources_of_run(folder: Path) -> tuple[list[dict], set[str]]:
@@ -134,8 +134,8 @@ def without_overlap(training: TrainingText, documents: list[str], figures) -> di
     """
     overlap = training.overlap(documents)
     without = {}
-    for size, found in overlap.found.items():
-        clean = [place for place, hit in enumerate(found) if not hit]
+    for size, overlapping in overlap.overlapping.items():
+        clean = [place for place, hit in enumerate(overlapping) if not hit]
         without[str(size)] = figures(clean) if clean and len(clean) < len(documents) else None
     return {
         **training.describe(),

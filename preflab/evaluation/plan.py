@@ -50,8 +50,8 @@ def plan_from_file(stage: Stage, path: Path, output_dir: str | None, seed: int) 
     """
     summary = read_json(path)
     if not isinstance(summary, dict) or summary.get("stage") != stage.name:
-        found = summary.get("stage") if isinstance(summary, dict) else None
-        raise UserError(f"--plan {path}: needs the summary of an earlier result ({stage.name}.json), found {found}")
+        other = summary.get("stage") if isinstance(summary, dict) else None
+        raise UserError(f"--plan {path}: needs the summary of an earlier result ({stage.name}.json), not {other}")
     folder = check_writable(output_dir or path.parent, "--output_dir")
     try:
         publish_plan(stage, summary, folder / path.name, seed)

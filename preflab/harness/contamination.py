@@ -36,8 +36,8 @@ def contamination(results: SuiteResults, training: TrainingText, seed: int) -> d
             "too_short": overlap.too_short,
             "overlapping": overlap.counts(),
         }
-        for size, found in overlap.found.items():
-            flagged[str(size)][task] = {document for document, hit in zip(questions, found, strict=True) if hit}
+        for size, overlapping in overlap.overlapping.items():
+            flagged[str(size)][task] = {document for document, hit in zip(questions, overlapping, strict=True) if hit}
     figures = []
     for row in results.rows:
         if not row["top"]:

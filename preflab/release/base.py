@@ -57,8 +57,8 @@ def base_card(base: PublicName, folder: str) -> tuple[dict, str]:
     data = {}
     if path:
         try:
-            found = ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()
-            data = {key: found[key] for key in INHERITED if found.get(key)}
+            metadata = ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()
+            data = {key: metadata[key] for key in INHERITED if metadata.get(key)}
         except (ValueError, OSError, TypeError) as error:
             why = f"its card cannot be read: {type(error).__name__}"
     return data, why or "it has no card"

@@ -115,11 +115,11 @@ def ensure_public(path: Path, folder: Path) -> None:
     if without_secrets(text) != text:
         raise UserError(f"{name}: holds a token, key or login; remove it from the file that it was made from")
     places = {str(Path.cwd()), str(folder.parent.resolve()), str(Path.home())} - {"/", "/root", "/home"}
-    found = next((place for place in sorted(places) if place in text), None)
-    if found is None and not _matches(path.name, VOCABULARIES):
-        found = next((match for match in _paths(text) if Path(match).is_absolute() and Path(match).exists()), None)
-    if found:
-        raise UserError(f"{name}: names the path {found} of this machine; load the model by its hub id (--base_hub_id)")
+    local = next((place for place in sorted(places) if place in text), None)
+    if local is None and not _matches(path.name, VOCABULARIES):
+        local = next((match for match in _paths(text) if Path(match).is_absolute() and Path(match).exists()), None)
+    if local:
+        raise UserError(f"{name}: names the path {local} of this machine; load the model by its hub id (--base_hub_id)")
 
 
 def _paths(text: str) -> Iterator[str]:

@@ -142,12 +142,15 @@ def eval_results(shown: list[Artifact], run: RunArtifacts, repository: str | Non
     for artifact in (a for a in shown if a.stage == "lm_eval"):
         document, rows = document_of(artifact, run), list(enumerate(artifact.summary.get("rows") or []))
         for task, (dataset, task_id, metric) in BENCHMARKS.items():
-            found = [(k, row) for k, row in rows if row["task"] == task and row["metric"] == metric]
-            found = sorted((p for p in found if p[1]["filter"] in FILTERS), key=lambda p: FILTERS.index(p[1]["filter"]))
+            matching = [(k, row) for k, row in rows if row["task"] == task and row["metric"] == metric]
+            matching = [place for place in matching if place[1]["filter"] in FILTERS]
+            matching.sort(key=lambda place: FILTERS.index(place[1]["filter"]))
+                (p for p in matching if p[1]["filter"] in FILTERS), key=lambda p: FILTERS.index(p[1]["filter"])
+            )
             name = f"{dataset.partition('/')[2].lower()}.yaml"
-            if not found or found[0][1]["tuned"]["value"] is None or name in files:
+            if not matching or matching[0][1]["tuned"]["value"] is None or name in files:
                 continue
-            k, row = found[0]
+            k, row = matching[0]
             value = round(100 * row["tuned"]["value"], 4)
             sources.record(repr(value), "eval_results", document, ("rows", k, "tuned", "value"), scale=100, digits=4)
             shots = "" if row["shots"] is None else f"{row['shots']}-shot, "

@@ -190,7 +190,7 @@ def test_held_out_rows_of_a_run_are_not_training_data(tmp_path):
     args = SimpleNamespace(contamination="r", contamination_split=None)
     training = TrainingText.read(args, str(tmp_path / "ck"))
     assert [row["prompt"] for row in training.rows] == [question(0), question(2)]
-    assert training.overlap([question(0), question(1)]).found[13].tolist() == [True, False]
+    assert training.overlap([question(0), question(1)]).overlapping[13].tolist() == [True, False]
 
 
 @pytest.mark.parametrize("line", ['"a text that is not an object"', '{"a": 1}'])
