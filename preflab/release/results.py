@@ -145,8 +145,6 @@ def eval_results(shown: list[Artifact], run: RunArtifacts, repository: str | Non
             matching = [(k, row) for k, row in rows if row["task"] == task and row["metric"] == metric]
             matching = [place for place in matching if place[1]["filter"] in FILTERS]
             matching.sort(key=lambda place: FILTERS.index(place[1]["filter"]))
-                (p for p in matching if p[1]["filter"] in FILTERS), key=lambda p: FILTERS.index(p[1]["filter"])
-            )
             name = f"{dataset.partition('/')[2].lower()}.yaml"
             if not matching or matching[0][1]["tuned"]["value"] is None or name in files:
                 continue
