@@ -1,6 +1,7 @@
 """What a reader must know before believing a figure: warnings from the artifacts of a run, and judge audits."""
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -65,6 +66,18 @@ def findings_of(run: RunArtifacts) -> list[Finding]:
     return _once([*found, *_code(run)])
 
 
+def _overlap(section: dict) -> Iterator[str]:
+    """What --contamination counted: of a harness's tasks together, or of one set of prompts."""
+    tasks = section["tasks"].values() if "tasks" in section else [section]
+    documents = sum(task["documents"] for task in tasks)
+    counts: Counter = Counter()
+    for task in tasks:
+        counts.update(task["overlapping" if "tasks" in section else "removed"])
+    shared = [f"{count} share {'an' if size == '8' else 'a'} {size}-gram" for size, count in counts.items() if count]
+    if shared:
+        yield f"of {documents} documents {' and '.join(shared)} of words with {section['training_data']}"
+
+
 def _once(found: list[Finding]) -> list[Finding]:
     """Equal sentences of several stages once, under the stages' names together."""
     merged: dict[tuple, Finding] = {}
@@ -94,6 +107,9 @@ def _of_artifact(artifact: Artifact) -> Iterator[tuple[str, str]]:
     trained_on = not_held_out(artifact)
     if trained_on:
         yield "contamination", trained_on
+    sections = summary.get("contamination", [])
+    for section in sections if isinstance(sections, list) else [sections]:
+        yield from (("contamination", text) for text in _overlap(section))
     for split, dropped in _dropped(summary.get("data")):
         kept = dropped.get("prompt_in_test_split_kept")
         if kept:

@@ -206,6 +206,22 @@ def test_warnings(root, report):
         assert words in shown, words
 
 
+def test_overlap_with_training_data(root, report):
+    """What --contamination counted, of a prompt set and of a harness's tasks."""
+    results, data = root / "out" / "quickstart", {"training_data": "my/data"}
+    counts = {"documents": 60, "removed": {"13": 2, "8": 5}}
+    rewrite(results / "battle.json", lambda s: s.update(contamination=[{**data, **counts}]))
+    tasks = {
+        "a": {"documents": 10, "overlapping": {"13": 0, "8": 1}},
+        "b": {"documents": 7, "overlapping": {"13": 0, "8": 2}},
+    }
+    rewrite(results / "lm_eval/quick/lm_eval.json", lambda s: s.update(contamination={**data, "tasks": tasks}))
+    _, page, _ = report()
+    shown = texts(page)
+    assert "of 60 documents 2 share a 13-gram and 5 share an 8-gram of words with my/data" in shown
+    assert "of 17 documents 3 share an 8-gram of words with my/data" in shown and "0 share" not in shown
+
+
 def test_displacement_of_an_evaluation(root, report):
     """eval_win_rate.py does not store the warning; the report finds it from both intervals."""
 
