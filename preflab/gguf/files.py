@@ -12,7 +12,7 @@ from pathlib import Path
 from gguf import GGUFReader
 
 from preflab.models.llama_cpp import require_tools, threads
-from utils.artifacts import read_json, write_json
+from utils.artifacts import holds_files, read_json, remove_folder, write_json
 from utils.errors import UserError
 from utils.suggestions import choose_from
 
@@ -57,12 +57,12 @@ class GgufFolder:
     def __post_init__(self):
         self.part = Path(f"{self.path}.part")
         for folder in (self.path, self.part):
-            if not folder.exists() or not any(folder.iterdir()):
+            if not holds_files(folder):
                 continue
             if not (folder / MARK).exists():
                 raise UserError(f"{folder} was not written by this script: choose another folder with --gguf_dir")
             if self.overwrite or (folder == self.part and read_json(folder / MARK) != self.source):
-                shutil.rmtree(folder)
+                remove_folder(folder, [MARK])
             elif read_json(folder / MARK) != self.source:
                 raise UserError(
                     f"{folder} holds GGUF files of another model: choose another folder with --gguf_dir, or --overwrite"
@@ -77,10 +77,6 @@ class GgufFolder:
     def file(self, kind: str) -> Path:
         """Where the finished file of a type is."""
         return self.path / f"{self.name}-{kind}.gguf"
-
-    def finished(self) -> list[str]:
-        """Types that have a finished file, in the order of TYPES."""
-        return [kind for kind in TYPES if self.file(kind).exists()]
 
     def write(self, kind: str, make) -> Path:
         """The file of a type: the finished one, or an unverified one that `make(path)` writes.
@@ -115,7 +111,7 @@ class GgufFolder:
 
     def close(self) -> None:
         """Delete what only the work needed."""
-        shutil.rmtree(self.part, ignore_errors=True)
+        remove_folder(self.part, [MARK])
 
 
 def convert(folder: Path, target: Path, kind: str) -> None:

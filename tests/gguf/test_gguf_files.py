@@ -1,5 +1,8 @@
 """Names of the types, and the folder of files: what it refuses, and how it continues."""
 
+import os
+from pathlib import Path
+
 import pytest
 
 from preflab.gguf.files import MARK, GgufFolder, chosen_types
@@ -26,7 +29,7 @@ def test_file_gets_its_name_only_when_published(tmp_path):
     path = folder.write("F16", lambda place: place.write_text("x"))
     assert path.exists() and not folder.file("F16").exists()
     folder.publish("F16")
-    assert folder.file("F16").read_text() == "x" and folder.finished() == ["F16"]
+    assert folder.file("F16").read_text() == "x" and not folder.file("Q8_0").exists()
     folder.close()
     assert not folder.part.exists()
 
@@ -45,6 +48,23 @@ def test_interrupted_file_is_written_again_and_a_complete_one_is_reused(tmp_path
     folder.open()
     assert folder.write("F16", lambda place: place.write_text("whole")).read_text() == "whole"
     assert folder.write("F16", interrupted).read_text() == "whole"
+
+
+def test_killed_between_the_first_writes(tmp_path):
+    """Neither a folder whose mark was being written nor one that was being deleted is taken for the user's own."""
+    for name in ("files", "files.part"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / ".partial-gguf_from-x.json").touch()
+    folder = folder_in(tmp_path)
+    folder.open()
+    for k in range(3):
+        (folder.path / f"run-{k}.gguf").write_text("x")
+    deleted = []
+    with pytest.MonkeyPatch.context() as patch:
+        # The mark goes last.
+        patch.setattr(Path, "unlink", lambda path, **_: deleted.append(path.name) or os.unlink(path))
+        folder_in(tmp_path, overwrite=True)
+    assert len(deleted) > 3 and MARK not in deleted and not folder.path.exists()
 
 
 def test_rejected_file_is_deleted(tmp_path):
