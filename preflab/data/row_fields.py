@@ -172,16 +172,21 @@ def read_scores(fields: Fields) -> dict:
     return scores | {k: float(v) if is_number(v) else None for k, v in values.items()}
 
 
+def json_text(text: str, key: str, source: str):
+    """The value of a cell that holds JSON as text. Raises UserError, naming row and key."""
+    try:
+        return parse_json(text)
+    except ValueError as error:
+        raise UserError(f"{source}: key {key!r} is not valid JSON ({error})") from None
+
+
 def read_options(fields: Fields) -> dict:
     """What the row gives its chat template beside the messages, as TRL passes it."""
     options = {}
     for name in OPTIONS:
         value = fields.take(name)
         if isinstance(value, str):
-            try:
-                value = parse_json(value) if value.strip() else None
-            except ValueError as error:
-                raise UserError(f"{fields.source}: key {name!r} is not valid JSON ({error})") from None
+            value = json_text(value, name, fields.source) if value.strip() else None
         if value:
             options[name] = without_nulls(value)
     arguments = options.get("chat_template_kwargs", {})
@@ -266,10 +271,7 @@ def read_history(history, source: str) -> list[dict]:
     """Earlier turns: LlamaFactory's list of [question, answer], or messages; either also as JSON text."""
     turns = []
     if isinstance(history, str) and history.lstrip().startswith("["):
-        try:
-            history = parse_json(history)
-        except ValueError as error:
-            raise UserError(f"{source}: key 'history' is not valid JSON ({error})") from None
+        history = json_text(history, "history", source)
     if isinstance(history, list) and history and isinstance(history[0], dict):
         return check_messages(history, source, "history")
     for entry in history if isinstance(history, list) else [history]:

@@ -4,7 +4,6 @@ A rule recognises a row by its columns and reads it as `Parsed`: what decides th
 order.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -17,6 +16,7 @@ from preflab.data.row_fields import (
     ensure_no_pictures,
     is_metadata,
     is_true,
+    json_text,
     read_options,
     read_prompt,
     read_scores,
@@ -228,10 +228,7 @@ def _dialogue(fields: Fields, name: str) -> list[dict] | None:
     for key in ("prompt", name):
         texts = fields.required(key)
         if isinstance(texts, str):
-            try:
-                texts = json.loads(texts)
-            except ValueError as error:
-                raise UserError(f"{source}: key {key!r} is not valid JSON ({error})") from None
+            texts = json_text(texts, key, source)
         if not isinstance(texts, list) or not texts or not all(isinstance(t, str) for t in texts if t is not None):
             raise UserError(f"{source}: key {key!r} must be a list with the text of each turn")
         columns[key] = texts

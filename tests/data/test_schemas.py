@@ -160,6 +160,7 @@ def test_rows_that_differ_in_their_system_text_are_different_prompts(tmp_path):
         ({**ONE_TURN["summaries"], "summaries": [{"text": "a"}]}, ("'summaries'", "two")),
         ({**ONE_TURN["PKU"], "prompt": 5}, ("'prompt'", "int")),
         ({**ONE_TURN["Arena 55k"], "response_a": "Paint."}, ("'response_a'", "JSON")),
+        ({**ONE_TURN["Arena 55k"], "response_a": "[" * 100_000}, ("'response_a'", "JSON", "deeply")),
         ({**ONE_TURN["Arena 55k"], "response_a": "[1]"}, ("'response_a'", "list", "text of each turn")),
         ({**ONE_TURN["Arena 55k"], "response_a": '["a", "b"]'}, ("'prompt' has 1", "'response_a' 2")),
     ],
