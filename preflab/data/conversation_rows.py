@@ -182,10 +182,9 @@ def _prompt_and_answer(fields: Fields, parsed: Parsed, key: str, prompt_format: 
         prompt_part = [] if prompt is None or repeated else prompt_turns(prompt, source, "prompt")
     conversation = _usable(answer_turns if repeated else [*prompt_part, *answer_turns], source)
     if isinstance(conversation, Conversation) and isinstance(prompt, str) and isinstance(answer, str):
-        # A transcript is turns already; a system text or earlier turns exist in a chat template only.
-        format_of_row = AS_CHAT if parsed.before and prompt_format.choice == "auto" else prompt_format
+        # A transcript is turns already.
         if not prompt.startswith(TRANSCRIPT):
-            conversation.prompt_kind = format_of_row.kind(prompt, (answer,), "")
+            conversation.prompt_kind = prompt_format.with_turns_before(parsed.before).kind(prompt, (answer,), "")
     return conversation
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from preflab.data.chat_template import shared_prefix
 from preflab.data.messages import check_messages, extras, read_transcript, transcript
-from preflab.data.prompt_format import AS_CHAT, AS_TEXT, NEEDS_TEMPLATE, TURNS, WRAPPED, PromptFormat
+from preflab.data.prompt_format import AS_TEXT, NEEDS_TEMPLATE, TURNS, WRAPPED, PromptFormat
 from preflab.data.row_fields import TRANSCRIPT, Fields, Parsed, complete_messages, prompt_turns
 from preflab.data.schemas import parse_pair
 from preflab.data.sources import folded
@@ -94,9 +94,7 @@ def to_pair(row: dict, source: str, prompt_format: PromptFormat = AS_TEXT, unuse
         elif isinstance(prompt, list):
             chosen, rejected = ([{"role": "assistant", "content": text}] for text in (chosen, rejected))
         else:
-            # A system text or earlier turns exist in a chat template only.
-            format_of_row = AS_CHAT if parsed.before and prompt_format.choice == "auto" else prompt_format
-            pair = _plain_pair(prompt, chosen, rejected, source, format_of_row)
+            pair = _plain_pair(prompt, chosen, rejected, source, prompt_format.with_turns_before(parsed.before))
     if pair is None:
         pair = _chat_pair(prompt, chosen, rejected, source, fields.unused)
     return pair if isinstance(pair, str) else _complete(pair, parsed)

@@ -48,7 +48,11 @@ class PromptFormat:
         special = special_token_pattern(tokenizer)
         return cls(choice, re.compile(f"{CONTROL_TOKENS.pattern}|{special.pattern}") if special else CONTROL_TOKENS)
 
-    def kind(self, prompt: str, answers: tuple[str, str], cut_from_answers: str) -> str:
+    def with_turns_before(self, before: list[dict]) -> "PromptFormat":
+        """The format of a row's text prompt that follows a system text or earlier turns: these need a chat template."""
+        return AS_CHAT if before and self.choice == "auto" else self
+
+    def kind(self, prompt: str, answers: tuple[str, ...], cut_from_answers: str) -> str:
         """WRAPPED, or the key of LEFT_AS_TEXT that says why the prompt stays text.
 
         Args:
