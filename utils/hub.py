@@ -3,7 +3,7 @@
 import logging
 from pathlib import Path
 
-from utils.errors import UserError
+from utils.errors import UserError, first_line
 
 
 class OneRetryNotice(logging.Filter):
@@ -87,8 +87,3 @@ def why_unreachable(error: Exception | None = None) -> str:
         )
     detail = f" ({first_line(error)})" if error else ""
     return f"the hub {constants.ENDPOINT} cannot be reached{detail}: check the network, HTTPS_PROXY and HF_ENDPOINT"
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's text, or its type where it has none."""
-    return (str(error).splitlines() or [type(error).__name__])[0]

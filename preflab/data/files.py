@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pyarrow.parquet
 
-from utils.errors import UserError
+from utils.errors import UserError, first_line
 from utils.parsing import parse_json
 
 TEXT_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv")
@@ -48,7 +48,7 @@ def read_file(path: Path, keep_bad: bool = False) -> list[tuple[str, dict]]:
             # Rows are numbered from 0, as indices of a data set; lines of a JSON lines file from 1, as in editors.
             return [(f"{path} row {i}", row) for i, row in enumerate(pyarrow.parquet.read_table(path).to_pylist())]
         except (OSError, ValueError) as error:
-            raise UserError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]})") from None
+            raise UserError(f"{path}: not a readable parquet file ({first_line(error)})") from None
     text = _text(path, suffix)
     if suffix.startswith((".csv", ".tsv")):
         return _csv_rows(path, text, "\t" if suffix.startswith(".tsv") else None)

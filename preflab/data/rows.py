@@ -12,7 +12,7 @@ from huggingface_hub import errors as hub
 from huggingface_hub import parse_hf_uri
 
 from preflab.data.files import read_file, suffix_of
-from utils.errors import UserError
+from utils.errors import UserError, first_line
 from utils.hub import fetch, why_unreachable
 from utils.provenance import hub_revision, local_path, sha256_of_files
 
@@ -68,7 +68,7 @@ def _read_saved(path: Path, split: str) -> tuple[list[tuple[str, dict]], dict]:
     try:
         data = load_from_disk(str(path))
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path}: not a readable data set of save_to_disk ({str(error).splitlines()[0]})") from None
+        raise UserError(f"{path}: not a readable data set of save_to_disk ({first_line(error)})") from None
     if isinstance(data, DatasetDict):
         if split not in data:
             raise UserError(
@@ -101,13 +101,13 @@ def _read_hub(name: str, split: str, config: str | None, revision: str | None) -
     # `datasets` reports unknown configurations and splits as ValueError and lists the valid ones.
     except ValueError as error:
         raise UserError(
-            f"dataset {name}: {str(error).splitlines()[0]} (set --dataset_config, --dataset_train_split and"
+            f"dataset {name}: {first_line(error)} (set --dataset_config, --dataset_train_split and"
             " --dataset_test_split, or --split in an evaluation; --dataset_test_split none: no evaluation)"
         ) from None
     # Loading scripts and builders raise errors of many types; all of them become one line.
     except Exception as error:
         raise UserError(
-            f"dataset {name} split {split}: {type(error).__name__}: {str(error).splitlines()[0]}"
+            f"dataset {name} split {split}: {type(error).__name__}: {first_line(error)}"
         ) from error
     # The commit, not the branch: `main` may point to other data tomorrow.
     source = {"name": name, "config": config, "split": split, "revision": hub_revision(name, "dataset", revision)}

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from preflab.doctor.checks import GIB, OK, PROBLEM, WARNING, Finding
 from utils.config_file import read_config
-from utils.errors import UserError
-from utils.hub import first_line, why_no_access, why_unreachable
+from utils.errors import UserError, first_line
+from utils.hub import why_no_access, why_unreachable
 
 # Seconds to wait for the hub.
 TIMEOUT = 15

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, GenerationMixin, PreTrainedConfig, PreTr
 from transformers.modeling_outputs import CausalLMOutput
 
 from preflab.models.llama_cpp import GgufFile
-from utils.errors import UserError
+from utils.errors import UserError, first_line
 
 PREFIX = "gguf:"
 # Texts whose token ids show whether a tokenizer is that of a file: prose, code, digits, white space, other scripts.
@@ -47,10 +47,9 @@ def gguf_tokenizer(path: Path):
         tokenizer = AutoTokenizer.from_pretrained(path.parent, **({} if beside else {"gguf_file": path.name}))
     # Architectures that transformers cannot read from GGUF end in one of these.
     except (ValueError, OSError, KeyError, ImportError, NotImplementedError, AttributeError) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"{path}: transformers cannot read its tokenizer ({first[:200]}): put the original model's tokenizer.json"
-            " and tokenizer_config.json into the same folder"
+            f"{path}: transformers cannot read its tokenizer ({first_line(error)[:200]}): put the original model's"
+            " tokenizer.json and tokenizer_config.json into the same folder"
         ) from None
     tokenizer.chat_template = file.template or tokenizer.chat_template
     different = next((text for text in PROBES if tokenizer(text, add_special_tokens=False)["input_ids"]

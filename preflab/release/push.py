@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from preflab.release.files import files_of
-from utils.errors import UserError
-from utils.hub import first_line, why_unreachable
+from utils.errors import UserError, first_line
+from utils.hub import why_unreachable
 from utils.tables import number, render
 
 

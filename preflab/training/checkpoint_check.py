@@ -10,7 +10,7 @@ from pathlib import Path
 
 from preflab.evaluation.runs import MANIFEST, step_of
 from utils.artifacts import read_json
-from utils.errors import explain
+from utils.errors import explain, first_line
 from utils.machine import usable_cores
 from utils.provenance import sha256_of_file
 
@@ -37,8 +37,8 @@ def damage(checkpoint: Path) -> str | None:
     # Manifests of earlier versions hold sizes only.
     saved = read_json(checkpoint / MANIFEST).get("sha256")
     if isinstance(saved, dict):
-        found = file_hashes(checkpoint)
-        changed = sorted(name for name in saved if found.get(name) != saved[name])
+        hashes = file_hashes(checkpoint)
+        changed = sorted(name for name in saved if hashes.get(name) != saved[name])
         if changed:
             return f"{changed[0]} does not hold what was saved"
     return _trainer_state(checkpoint) or next(filter(None, map(_unreadable, _state_files(checkpoint))), None)
@@ -52,7 +52,7 @@ def _trainer_state(checkpoint: Path) -> str | None:
         step = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")).global_step
     # TypeError: keys that TrainerState does not have, or no object at all.
     except (OSError, ValueError, TypeError, RecursionError) as error:
-        return f"trainer_state.json cannot be read ({_first_line(error)})"
+        return f"trainer_state.json cannot be read ({first_line(error)})"
     return None if step == step_of(checkpoint) else f"trainer_state.json is of step {step}"
 
 
@@ -84,7 +84,3 @@ def _unreadable(path: Path) -> str | None:
     if is_rng and not (isinstance(state, dict) and RNG_KEYS <= state.keys()):
         return f"{path.name} holds no random state"
     return None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

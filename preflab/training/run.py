@@ -41,7 +41,7 @@ from utils import stage as stages
 from utils.artifacts import RowFile, all_arguments, read_json, read_published, write_json, write_rows
 from utils.cli import run_name
 from utils.distributed import keep_fsdp_on_cpu, on_main_process
-from utils.errors import Stopped, UserError, exit_code, is_main_process
+from utils.errors import Stopped, UserError, exit_code, first_line, is_main_process
 from utils.stage import Report, Stage, print_main
 from utils.tables import paragraphs, terminal_width
 
@@ -219,7 +219,7 @@ class TrainingRun:
                 row_log=self.row_log,
             )
         except (ValueError, NotImplementedError) as error:
-            raise UserError(f"{model_args.model_name_or_path}: {str(error).splitlines()[0]}") from error
+            raise UserError(f"{model_args.model_name_or_path}: {first_line(error)}") from error
 
     def _check_model_reads(self, policy, sizes: dict[str, tuple[int, int]]) -> None:
         """Raise UserError, before the first forward, for token ids or lengths that the model cannot read.

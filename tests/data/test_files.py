@@ -127,3 +127,14 @@ def test_run_on_mapped_csv_files_is_evaluated_as_it_was_trained(call, train, tin
     trained = read_json(tmp_path / "out/r/train.json")["metrics"]
     evaluated = read_json(tmp_path / "out/r/win_rate.json")["metrics"]
     assert trained["reward_margin"]["value"] == pytest.approx(evaluated["avg_margin"]["value"], abs=1e-4) != 0
+
+
+def test_hub_error_without_text_is_named_by_its_type(monkeypatch):
+    """A builder's bare `assert` has no first line of text."""
+
+    def failing(*args, **kwargs):
+        raise AssertionError
+
+    monkeypatch.setattr("preflab.data.rows.load_dataset", failing)
+    with pytest.raises(UserError, match="somebody/data split train: AssertionError"):
+        read_rows("somebody/data", "train")
