@@ -106,9 +106,7 @@ def _read_hub(name: str, split: str, config: str | None, revision: str | None) -
         ) from None
     # Loading scripts and builders raise errors of many types; all of them become one line.
     except Exception as error:
-        raise UserError(
-            f"dataset {name} split {split}: {type(error).__name__}: {first_line(error)}"
-        ) from error
+        raise UserError(f"dataset {name} split {split}: {type(error).__name__}: {first_line(error)}") from error
     # The commit, not the branch: `main` may point to other data tomorrow.
     source = {"name": name, "config": config, "split": split, "revision": hub_revision(name, "dataset", revision)}
     return [(f"{name} {split} row {i}", row) for i, row in enumerate(dataset)], source
