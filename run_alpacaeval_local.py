@@ -102,7 +102,7 @@ def score_file(stage, args, comparison_args) -> None:
         results = metrics.summarise_file(annotations, c.eval_out, c.seed, args.lc_resamples)
         if training := TrainingText.read(args, c.checkpoints):
             settings = (training, c.eval_out, c.seed, args.lc_resamples)
-            results["contamination"] = metrics.file_without_overlap(annotations, *settings)
+            results["contamination"] = metrics.file_without_overlap(annotations, results, *settings)
     except UserError as error:
         raise UserError(f"--annotations {path}: {error}") from None
     sides, title = {results["model"]: ""}, f"{results['model']}: AlpacaEval, judged by {results['judge']}"
@@ -172,8 +172,8 @@ def main():
     sides, controls, audit = stages.read_judged(folder, with_audit=args.audit_limit > 0)
     results = metrics.summarise(sides, controls, eval_out, seed, args.lc_resamples)
     if training:
-        overlap = metrics.instructions_without_overlap(sides, training, eval_out, seed, args.lc_resamples)
-        results["contamination"] = overlap
+        settings = (training, eval_out, seed, args.lc_resamples)
+        results["contamination"] = metrics.instructions_without_overlap(sides, results, *settings)
     # What made the files, which may be an earlier call with other defaults.
     models, judges = stages.origins(folder)
     title = f"{comparison.name}: AlpacaEval, judged by {results['judge']}"

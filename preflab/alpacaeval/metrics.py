@@ -76,23 +76,31 @@ def win_rate_difference(pairs: np.ndarray, seed: int, groups: list[str] | None =
     }
 
 
-def instructions_without_overlap(sides: dict, training, eval_out: str, seed: int, resamples: int) -> dict:
+def instructions_without_overlap(
+    sides: dict, results: dict, training, eval_out: str, seed: int, resamples: int
+) -> dict:
     """Rates with and without the instructions that overlap with training data (--contamination).
 
     Args:
-        sides, resamples: as for `summarise`. training: preflab.evaluation.contamination.TrainingText.
+        sides, resamples: as for `summarise`. results: from `summarise`.
+        training: preflab.evaluation.contamination.TrainingText.
     """
     sides = _same_order(sides)
 
-    def figures(places: list[int]) -> dict:
-        results = summarise({side: [rows[k] for k in places] for side, rows in sides.items()}, {}, eval_out, seed,
-                            resamples)  # fmt: skip
+    def chosen(results: dict) -> dict:
         names = ("win_rate", results["lc_name"])
         keys = [f"{prefix}_{name}" for name in names for prefix in ("base", "tuned", "difference")]
         known = {key: results["metrics"][key] for key in keys if key in results["metrics"]}
         return {**known, "p": results["metrics"]["p_difference_win_rate"]}
 
-    return without_overlap(training, [row["instruction"] for row in sides["base"]], figures)
+    def figures(places: list[int]) -> dict:
+        if all(None in (_preference(sides, side, k) for side in sides) for k in places):
+            return {}
+        clean = {side: [rows[k] for k in places] for side, rows in sides.items()}
+        return chosen(summarise(clean, {}, eval_out, seed, resamples))
+
+    overlap = training.overlap([row["instruction"] for row in sides["base"]])
+    return without_overlap(training, overlap, chosen(results), figures)
 
 
 def _same_order(sides: dict) -> dict:
@@ -167,18 +175,23 @@ def summarise_file(annotations: list[dict], eval_out: str, seed: int, resamples:
     }
 
 
-def file_without_overlap(annotations: list[dict], training, eval_out: str, seed: int, resamples: int) -> dict:
+def file_without_overlap(
+    annotations: list[dict], results: dict, training, eval_out: str, seed: int, resamples: int
+) -> dict:
     """`instructions_without_overlap` of one annotations file: the rates of its model."""
+
+    def chosen(results: dict) -> dict:
+        names = {"win_rate": "win_rate", "length_controlled": results["lc_name"]}
+        return {key: results["metrics"][name] for key, name in names.items() if name in results["metrics"]}
 
     def figures(places: list[int]) -> dict:
         rows = [annotations[k] for k in places]
         if all(row["preference"] is None for row in rows):
             return {}
-        results = summarise_file(rows, eval_out, seed, resamples)
-        names = {"win_rate": "win_rate", "length_controlled": results["lc_name"]}
-        return {key: results["metrics"][name] for key, name in names.items() if name in results["metrics"]}
+        return chosen(summarise_file(rows, eval_out, seed, resamples))
 
-    return without_overlap(training, [row["instruction"] for row in annotations], figures)
+    overlap = training.overlap([row["instruction"] for row in annotations])
+    return without_overlap(training, overlap, chosen(results), figures)
 
 
 def lc_name(reason: str | None) -> str:

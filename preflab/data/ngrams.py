@@ -53,9 +53,9 @@ class NgramIndex:
         self.tables = {length: _table(hashes) for length, hashes in sorted(entries.items())}
 
     @property
-    def too_short(self) -> int:
-        """Documents of fewer than SHORTEST words, which are never counted."""
-        return int((self.lengths < SHORTEST).sum())
+    def too_short(self) -> np.ndarray:
+        """Which documents have fewer than SHORTEST words and are never counted, shape (documents,)."""
+        return self.lengths < SHORTEST
 
     def found_in(self, texts: Iterable[str]) -> dict[int, np.ndarray]:
         """`{size: which documents share an n-gram with one of the texts}`, booleans of shape (documents,)."""

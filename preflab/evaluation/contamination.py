@@ -71,8 +71,17 @@ class TrainingText:
 
     def overlap(self, documents: list[str]) -> "Overlap":
         """Which documents share an n-gram with these rows."""
-        index = NgramIndex(documents)
-        return Overlap(index.found_in(self.texts()), index.too_short)
+        return self.overlaps({"": documents})[""]
+
+    def overlaps(self, groups: dict) -> dict:
+        """The `Overlap` of each group, a list of documents. The rows are searched once for all groups."""
+        index = NgramIndex([document for documents in groups.values() for document in documents])
+        overlapping, result, start = index.found_in(self.texts()), {}, 0
+        for name, documents in groups.items():
+            part = slice(start, start := start + len(documents))
+            of_group = {size: hits[part] for size, hits in overlapping.items()}
+            result[name] = Overlap(of_group, int(index.too_short[part].sum()))
+        return result
 
     def describe(self) -> dict:
         """The artifact's record of the data and the rule."""
@@ -121,28 +130,28 @@ def _texts(value) -> Iterator[str]:
             yield from _texts(each)
 
 
-def without_overlap(training: TrainingText, documents: list[str], figures) -> dict:
+def without_overlap(training: TrainingText, overlap: Overlap, everything: dict, figures) -> dict:
     """The artifact's section of a stage whose documents are one prompt set: figures with and without the overlap.
 
     Args:
-        documents: the prompts' texts.
-        figures: a function of a list of positions in `documents`, the figures on these.
+        overlap: of the prompts' texts.
+        everything: the figures on all prompts.
+        figures: a function of a list of positions among the prompts, the figures on these.
 
     Returns:
         `{training_data, rows, ..., documents, too_short, removed: {size: count}, all, without: {size: figures or
         None}}`; None where nothing overlaps, or where nothing would be left.
     """
-    overlap = training.overlap(documents)
     without = {}
     for size, overlapping in overlap.overlapping.items():
         clean = [place for place, hit in enumerate(overlapping) if not hit]
-        without[str(size)] = figures(clean) if clean and len(clean) < len(documents) else None
+        without[str(size)] = figures(clean) if clean and len(clean) < len(overlapping) else None
     return {
         **training.describe(),
-        "documents": len(documents),
+        "documents": len(next(iter(overlap.overlapping.values()))),
         "too_short": overlap.too_short,
         "removed": overlap.counts(),
-        "all": figures(list(range(len(documents)))),
+        "all": everything,
         "without": without,
     }
 

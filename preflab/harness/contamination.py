@@ -29,8 +29,9 @@ def contamination(results: SuiteResults, training: TrainingText, seed: int) -> d
     # One model alone takes both places, as in the rows.
     tuned = results.sides.get("tuned", base)
     tasks, flagged = {}, {str(size): {} for size in training.describe()["ngram_sizes"]}
+    overlaps = training.overlaps({task: list(questions.values()) for task, questions in base.questions.items()})
     for task, questions in base.questions.items():
-        overlap = training.overlap(list(questions.values()))
+        overlap = overlaps[task]
         tasks[task] = {
             "documents": len(questions),
             "too_short": overlap.too_short,

@@ -7,11 +7,10 @@ from evalica import alpha
 from pandas import DataFrame
 
 from preflab.human.study import COLUMN_OF
-from preflab.judging.battle_metrics import answer_metrics, bradley_terry, by_category, style_controlled
+from preflab.judging.battle_metrics import answer_metrics, bradley_terry, by_category, style_controlled, win_rate
 from preflab.judging.battles import pairings
 from preflab.judging.style import style_differences
 from utils.artifacts import metric
-from utils.power import with_power
 from utils.stats import RESAMPLES, bootstrap, share, sign_test
 
 # Ten annotators have 45 pairs, forty have 780: their bootstraps would take half an hour, and nobody reads as many rows.
@@ -122,8 +121,7 @@ def match_metrics(rows: list[dict], units: list[dict], candidates: list[dict], a
         "wins": metric(int((y > 0.5).sum()), n=len(y)),
         "ties": metric(int((y == 0.5).sum()), n=len(y)),
         "losses": metric(int((y < 0.5).sum()), n=len(y)),
-        "win_rate": with_power(share(y, seed), y, "prompts", 0.5),
-        "p_win_rate_is_half": metric(sign_test(y), n=len(y)),
+        **win_rate(y, seed),
         # Features of `a` relative to `b`: length, headers, lists, bold.
         "win_rate_style_controlled": style_controlled(style_differences(*texts, *tokens), y, seed),
         "preference_steps": bootstrap([unit["preference"] for unit in units], seed),

@@ -64,16 +64,19 @@ def battles_without_overlap(
     Returns:
         `{a, b, ...}` each, as `preflab.evaluation.contamination.without_overlap`.
     """
-    rows, sections = next(iter(judged.values())), []
-    for a, b in pairs:
-        of_pair = [row for row in rows if (row["a"], row["b"]) == (a, b)]
+    rows, texts = next(iter(judged.values())), ["\n".join(m["content"] for m in prompt.messages) for prompt in prompts]
+    rows_of = {pair: [row for row in rows if (row["a"], row["b"]) == pair] for pair in pairs}
+    overlaps = training.overlaps({pair: [texts[row["prompt"]] for row in rows_of[pair]] for pair in pairs})
+    sections = []
+    for (a, b), of_pair in rows_of.items():
 
         def figures(places: list[int], of_pair=of_pair) -> dict:
-            metrics = battle_metrics([of_pair[place] for place in places], seed)
-            return {key: metrics[key] for key in ("win_rate", "p_win_rate_is_half") if key in metrics}
+            outcomes = [of_pair[place]["consistent"] for place in places]
+            decided = np.array([outcome for outcome in outcomes if outcome is not None])
+            return win_rate(decided, seed) if len(decided) else {}
 
-        documents = ["\n".join(m["content"] for m in prompts[row["prompt"]].messages) for row in of_pair]
-        sections.append({"a": a, "b": b, **without_overlap(training, documents, figures)})
+        everything = figures(range(len(of_pair)))
+        sections.append({"a": a, "b": b, **without_overlap(training, overlaps[a, b], everything, figures)})
     return sections
 
 
@@ -122,14 +125,13 @@ def battle_metrics(rows: list[dict], seed: int) -> dict:
         "wins": metric(int((y == 1).sum()), n=len(y)),
         "losses": metric(int((y == 0).sum()), n=len(y)),
         "ties": metric(int((y == 0.5).sum()), n=len(y)),
-        "win_rate": with_power(share(y, seed), y, "prompts", 0.5),
+        **win_rate(y, seed),
         "wins_average_of_orders": metric(sum(row["average"] > 0.5 for row in decided), n=len(y)),
         "losses_average_of_orders": metric(sum(row["average"] < 0.5 for row in decided), n=len(y)),
         "ties_average_of_orders": metric(sum(row["average"] == 0.5 for row in decided), n=len(y)),
         "win_rate_average_of_orders": share([row["average"] for row in decided], seed),
         "win_rate_votes": win_rate_votes(votes, seed),
         "win_rate_style_controlled": style_controlled(styles, y, seed),
-        "p_win_rate_is_half": metric(sign_test(y), n=len(y)),
         "flip_rate": share([row["flipped"] for row in decided], seed),
         "first_slot_wins": share(first_slot, seed),
         "tokens_a": bootstrap(tokens[0], seed),
@@ -147,6 +149,14 @@ def battle_metrics(rows: list[dict], seed: int) -> dict:
         metrics["verdict_mass_median"] = metric(float(np.median(mass)), n=len(mass))
         metrics["verdict_mass_below_half"] = metric(float(np.mean(np.array(mass) < 0.5)), n=len(mass))
     return metrics
+
+
+def win_rate(y: np.ndarray, seed: int) -> dict:
+    """The mean of outcomes (1 win, 0.5 tie, 0 loss), one per prompt, and its test against one half."""
+    return {
+        "win_rate": with_power(share(y, seed), y, "prompts", 0.5),
+        "p_win_rate_is_half": metric(sign_test(y), n=len(y)),
+    }
 
 
 def win_rate_votes(votes: np.ndarray, seed: int) -> dict:

@@ -116,6 +116,19 @@ def test_perplexity_without_overlapping_documents():
     assert [without[s]["value"] for s in ("base", "tuned")] == pytest.approx([np.exp(1.5), np.exp(1.0)])
 
 
+def test_training_data_are_read_once_for_all_tasks(monkeypatch):
+    read, texts = [], TrainingText.texts
+    monkeypatch.setattr(TrainingText, "texts", lambda self: read.append(1) or texts(self))
+    values = {"t": BASE, "u": TUNED[:3]}
+    sides = [side_of(values), side_of(values)]
+    sides[0].questions["u"] = {0: question(20), 1: "too short", 2: question(30)}
+    section = section_of(*sides, question(2), question(30, 9))
+    assert read == [1] and section["tasks"] == {
+        "t": {"documents": 12, "too_short": 0, "overlapping": {"13": 1, "8": 1}},
+        "u": {"documents": 3, "too_short": 1, "overlapping": {"13": 0, "8": 1}},
+    }
+
+
 def test_tasks_without_overlap_are_named():
     section = section_of(side_of({"t": BASE, "u": BASE}), side_of({"t": TUNED, "u": TUNED}), "nothing of it")
     assert section["figures"][0]["without"] == {"13": None, "8": None}

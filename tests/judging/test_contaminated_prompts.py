@@ -7,6 +7,8 @@ from conftest import assert_one_line, eval_args, write_jsonl
 from helpers import alpaca_args
 from scipy.stats import binomtest
 
+from preflab.alpacaeval.metrics import instructions_without_overlap, summarise
+from preflab.evaluation.contamination import TrainingText, overlap_table
 from utils.artifacts import read_json
 
 WORDS = "amber basil cedar delta ember fjord grove heath inlet jetty knoll larch mossy north ocean".split()
@@ -89,3 +91,20 @@ def test_given_judgements_without_overlapping_instructions(call, tmp_path):
     assert section["all"]["win_rate"]["value"] == 100 * np.mean(np.array(preferences) - 1)
     assert section["without"]["13"]["win_rate"]["value"] == 100 * np.mean(np.array(preferences[1:7]) - 1)
     assert "6 (-2)" in stdout
+
+
+def test_no_verdict_on_the_instructions_that_are_left(tmp_path):
+    """The judge failed on all instructions but those that overlap: their figures are absent, the others stay."""
+    sides = {
+        side: [
+            {"instruction": prompt, "output_1": "a b", "generator_1": "ref", "output_2": "c " * k, "annotator": "judge",
+             "generator_2": side, "preference": 1.5 + (k % 2) / 4 if k < 6 else None, "dataset": "mine"}
+            for k, prompt in enumerate(PROMPTS)
+        ]
+        for side in ("base", "tuned")
+    }  # fmt: skip
+    training = TrainingText("mine", [{"text": prompt} for prompt in PROMPTS[:6]], [])
+    results = summarise(sides, {}, str(tmp_path), 0, 2)
+    section = instructions_without_overlap(sides, results, training, str(tmp_path), 0, 2)
+    assert section["without"] == {"13": {}, "8": {}} and section["all"]["base_win_rate"]["n"] == 6
+    assert "2 (-6)" in overlap_table(section, ["base, %"], lambda figures: [str(figures["base_win_rate"]["value"])])
