@@ -39,7 +39,7 @@ def main():
     stage, args = start("report", __doc__, ReportArguments, listing=print_runs)
     args.check()
 
-    from preflab.reporting import page, published, summary, view
+    from preflab.reporting import curves, page, published, stages, summary, view
     from preflab.reporting.artifacts import read_all, select
     from preflab.reporting.lineage import lineage
     from preflab.reporting.status import disk_lines, status_text
@@ -58,9 +58,9 @@ def main():
     check_writable(out, "--output_dir" if args.output_dir else "--eval_out")
 
     content = view.report_view(runs, trees, rows, args.answers, f"PreferenceLab: {eval_out}", summary.made())
-    content.disk.lines += disk_lines(runs, checkpoints, eval_out)[1:]
+    content.disk = stages.Table(disk_lines(runs, checkpoints, eval_out))
     content.comparison = compared and compared.view
-    curves = summary.curves_of(runs, content.problems)
+    logs = summary.curves_of(runs, content.problems)
     stage.publish(
         out / "report.json",
         {},
@@ -68,10 +68,10 @@ def main():
         summary.render(content, out / "report.html"),
         run={"run_name": None, "limit": None},
         seed=args.seed,
-        figure=curves and partial(summary.draw, logs=curves, title=f"Training curves in {eval_out}"),
+        figure=logs and partial(curves.draw, logs=logs, title=f"Training curves in {eval_out}"),
         files={
-            out / "report.html": partial(summary.write_html, content, curves, args.answers),
-            out / "report.md": page.markdown(content, out, out / "report.png" if curves else None),
+            out / "report.html": partial(summary.write_html, content, logs, args.answers),
+            out / "report.md": page.markdown(content, out, out / "report.png" if logs else None),
         },
         problems=content.problems,
     )

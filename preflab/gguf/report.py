@@ -42,7 +42,7 @@ def table_lines(metrics: dict, files: dict[str, dict], source: dict) -> tuple[li
             (
                 kind,
                 difference(metrics[f"logp_difference_{kind}"], None, 1, 3),
-                difference_of_ratio(metrics[f"ppl_ratio_{kind}"]),
+                estimate(metrics[f"ppl_ratio_{kind}"], 1, 3),
                 cell(metrics[f"same_preference_{kind}"], 100),
             )
             for kind in files
@@ -62,11 +62,6 @@ def table_lines(metrics: dict, files: dict[str, dict], source: dict) -> tuple[li
         ),
     ]
     return changes, levels
-
-
-def difference_of_ratio(m: dict) -> str:
-    """A ratio with its interval, three decimals."""
-    return estimate(m, 1, 3)
 
 
 def figures(file: dict) -> tuple[str, str, str, str]:

@@ -14,7 +14,7 @@ from preflab.pairs.report import pair_lines
 from preflab.reporting.artifacts import Artifact
 from preflab.training.dpo_report import table_lines as dpo_lines
 from preflab.training.sft_report import table_lines as sft_lines
-from utils.tables import cell, difference, estimate, number, p_equals, p_value
+from utils.tables import cell, difference, estimate, number, p_value
 
 
 @dataclass
@@ -312,5 +312,3 @@ STAGES = {
     ),
     "release": Stage("Release", "What is uploaded, and where is each figure from?", "python release.py", _release),
 }  # fmt: skip
-
-__all__ = ["STAGES", "Stage", "Table", "answer_lines", "lc_name", "p_equals", "tables_of", "title_of"]

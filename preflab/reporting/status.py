@@ -155,6 +155,8 @@ def _changed_models(artifact: Artifact, run: RunArtifacts) -> Iterator[str]:
 
 # ---------------------------------------------------------------------------------------------------------------- disk
 
+DISK = ("place", "size", "deleting it loses")
+
 
 def disk_lines(runs: list[RunArtifacts], checkpoints: Path, eval_out: Path) -> list[tuple]:
     """(place, size, what is lost with it), the largest first: runs, their checkpoints, caches and leftovers."""
@@ -166,14 +168,15 @@ def disk_lines(runs: list[RunArtifacts], checkpoints: Path, eval_out: Path) -> l
         if saved:
             entries.append((states, f"{run.weights}/checkpoint-*", "only resuming and evaluating earlier steps"))
         entries.append((folder_size(run.run.results), f"{run.run.results}", "its results"))
-    cache = [left for left in leftovers(checkpoints, eval_out) if left.path.parent == eval_out / ".cache"]
-    others = [left for left in leftovers(checkpoints, eval_out) if left.path.parent != eval_out / ".cache"]
-    if cache:
-        # Its folders have names that say nothing; doctor.sh --clean lists them one by one.
-        entries.append((sum(left.size for left in cache), f"{eval_out}/.cache", cache[0].costs))
-    entries += [(left.size, str(left.path), left.costs) for left in others]
+    sizes: dict[tuple[str, str], int] = {}
+    for left in leftovers(checkpoints, eval_out):
+        # The cache's folders have names that say nothing; doctor.sh --clean lists them one by one.
+        place = left.path.parent if left.path.parent == eval_out / ".cache" else left.path
+        key = (str(place), left.costs)
+        sizes[key] = sizes.get(key, 0) + left.size
+    entries += [(size, *key) for key, size in sizes.items()]
     shown = sorted((entry for entry in entries if entry[0]), reverse=True)
-    return [("place", "size", "deleting it loses"), *((place, disk(size), lost) for size, place, lost in shown)]
+    return [DISK, *((place, disk(size), lost) for size, place, lost in shown)]
 
 
 # ------------------------------------------------------------------------------------------------------------ terminal

@@ -71,11 +71,6 @@ def curves_of(runs: list[RunArtifacts], problems: list[str]) -> dict | None:
     return logs if len(logs) > 1 else None
 
 
-def draw(path: Path, logs: dict, title: str) -> None:
-    """The picture of `curves_of`."""
-    curves.draw(path, logs, title)
-
-
 def write_html(content: ReportView, logs: dict | None, most_answers: int, path: Path) -> None:
     """Write the page, with the overlaid curves that were drawn before."""
     picture = path.with_name("report.png")

@@ -14,7 +14,7 @@ from preflab.reporting.findings import Audit, Finding, audits_of, findings_of
 from preflab.reporting.lineage import Node, path_to
 from preflab.reporting.published import published_table
 from preflab.reporting.stages import STAGES, Table, tables_of, title_of
-from preflab.reporting.status import MISSING, STALE, StageState, command_of, states_of
+from preflab.reporting.status import DISK, MISSING, STALE, StageState, command_of, states_of
 
 # Colours of the embedded pictures: lines and areas stay as they are, only their edges have fewer shades.
 PNG_COLOURS = 128
@@ -339,7 +339,7 @@ def report_view(
         figure_tables(runs),
         trees,
         all_costs(runs),
-        Table([("place", "size", "deleting it loses")]),
+        Table([DISK]),
         published_table(runs, published),
         [problem for run in runs for problem in run.problems],
     )
