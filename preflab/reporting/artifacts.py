@@ -5,7 +5,7 @@ problem; it never becomes a figure.
 """
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -129,6 +129,7 @@ class RunArtifacts:
         artifacts: its summaries, in the order of the stages.
         others: further JSON files by stem (preflight, manifest), {} for one that is missing.
         problems: what could not be read, one sentence each.
+        hashes: of files that its results name (`once`).
     """
 
     run: Run
@@ -136,6 +137,7 @@ class RunArtifacts:
     artifacts: list[Artifact]
     others: dict[str, dict]
     problems: list[str]
+    hashes: dict[tuple, str] = field(default_factory=dict, repr=False)
 
     @property
     def name(self) -> str:
@@ -156,6 +158,13 @@ class RunArtifacts:
         """Its readable summaries of a stage; without trials unless `trials`."""
         found = [a for a in self.artifacts if a.stage == stage and not a.problem]
         return [a for a in found if trials or a.limit is None or self.name.endswith(f"_LIMIT{a.limit}")]
+
+    def once(self, compute: Callable, what) -> str:
+        """`compute(what)`, a hash of files, computed once: most results of a run name the same data and adapter."""
+        key = (compute, str(what))
+        if key not in self.hashes:
+            self.hashes[key] = compute(what)
+        return self.hashes[key]
 
     def log(self) -> list[dict]:
         """The rows of train_log.jsonl. Raises UserError for a damaged row."""

@@ -101,7 +101,7 @@ def stale_reasons(artifact: Artifact, run: RunArtifacts) -> list[str]:
         if place is None or not source.get("files") or not source.get("sha256"):
             continue
         files = [place / str(name) for name in source["files"]] if place.is_dir() else [place]
-        if all(f.is_file() for f in files) and sha256_of_files(files) != source["sha256"]:
+        if all(f.is_file() for f in files) and run.once(sha256_of_files, files) != source["sha256"]:
             reasons.append(f"{source['name']} changed since")
     reasons += _changed_models(artifact, run)
     study = artifact.part("study")
@@ -149,7 +149,12 @@ def _changed_models(artifact: Artifact, run: RunArtifacts) -> Iterator[str]:
             yield f"{run.weights} was trained again after it"
     for what, (folder, before) in made_with.items():
         place = _path(folder)
-        if before and place and (place / "adapter_config.json").is_file() and adapter_sha256(str(place)) != before:
+        if (
+            before
+            and place
+            and (place / "adapter_config.json").is_file()
+            and run.once(adapter_sha256, str(place)) != before
+        ):
             yield f"{what} in {folder} was trained again since"
 
 

@@ -12,6 +12,7 @@ from conftest import ROOT, assert_one_line
 from example_runs import ATTACK, EXAMPLE, rewrite, write_run
 from scipy.stats import binomtest, ttest_1samp
 
+from preflab.reporting import status
 from preflab.reporting.artifacts import read_all
 from preflab.reporting.published import COLUMNS, published_table, read_comparison
 from preflab.reporting.status import STALE, states_of
@@ -309,6 +310,24 @@ def test_stale_after_another_training(root, monkeypatch):
     (weights / "adapter_model.safetensors").write_bytes(b"two")
     state, reasons = states(root)["Win rate by rewards"]
     assert state == STALE and "trained again" in reasons[0]
+
+
+def test_files_are_hashed_once_per_run(root, monkeypatch):
+    """The adapter and the data that all results of a run name."""
+    weights, hashed = root / "ck" / "quickstart", []
+    (weights / "adapter_config.json").write_text("{}")
+    for name in ("win_rate", "perplexity", "battle"):
+        path = root / "out" / "quickstart" / f"{name}.json"
+        rewrite(path, lambda s: s["model"]["tuned"].update(adapter_sha256="0" * 64))
+
+    def counted(function):
+        return lambda what: hashed.append(str(what)) or function(what)
+
+    for name in ("sha256_of_files", "adapter_sha256"):
+        monkeypatch.setattr(status, name, counted(getattr(status, name)))
+    made = states(root)
+    assert {made[title][0] for title in ("Win rate by rewards", "Perplexity", "Battles")} == {STALE}
+    assert len(hashed) == len(set(hashed)) > 1
 
 
 def test_status_writes_nothing(root, report):
