@@ -177,8 +177,11 @@ class GgufFile:
         self.path, self.lib = Path(path), library()
         if not self.path.is_file():
             raise UserError(f"{path}: no such file")
-        if self.path.open("rb").read(4) != b"GGUF":
-            raise UserError(f"{path}: not a GGUF file")
+        with self.path.open("rb") as file:
+            if file.read(4) != b"GGUF":
+                raise UserError(f"{path}: not a GGUF file")
+        # Before anything can fail: `close` frees what is there.
+        self.context, self.adapter, self._capacity, self._cached = None, None, (0, 0), []
         c = self.lib.c
         settings = c.llama_model_default_params()
         settings.n_gpu_layers, settings.vocab_only = 0, not weights
@@ -190,12 +193,10 @@ class GgufFile:
         self.vocabulary = c.llama_vocab_n_tokens(self.vocab)
         self.longest = c.llama_model_n_ctx_train(self.model)
         self.size, self.parameters = c.llama_model_size(self.model), c.llama_model_n_params(self.model)
-        self.adapter = None
         if lora is not None:
             self.adapter = c.llama_adapter_lora_init(self.model, os.fsencode(lora))
             if not self.adapter:
                 raise UserError(f"{lora}: llama.cpp cannot apply it to {path} ({self.lib.last_error()})")
-        self.context, self._capacity, self._cached = None, (0, 0), []
 
     @property
     def description(self) -> str:

@@ -234,3 +234,16 @@ def test_not_a_gguf_file(tmp_path):
     (tmp_path / "x.gguf").write_bytes(b"GGUF" + b"\0" * 50)
     with pytest.raises(UserError, match="x.gguf: llama.cpp cannot load it"):
         GgufFile(tmp_path / "x.gguf")
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+def test_adapter_that_is_no_adapter(exported, tmp_path):
+    """One error, and nothing is printed when the half-opened file is deleted."""
+    import gc
+
+    from utils.errors import UserError
+
+    (tmp_path / "lora.gguf").write_bytes(b"GGUF" + b"\0" * 50)
+    with pytest.raises(UserError, match="lora.gguf: llama.cpp cannot apply it"):
+        GgufFile(exported / "ck/r-gguf/r-F32.gguf", lora=tmp_path / "lora.gguf")
+    gc.collect()
