@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from utils.stats import critical_distance, independent_values
-from utils.tables import number
+from utils.tables import duration, number
 from utils.tables import render as render_table
 
 # The power and the level that a difference "can be detected" with (Cohen 1988).
@@ -288,12 +288,3 @@ def plan_table(pilot: Pilot, unit: str, seconds: float | None, title: str, shown
         detectable = "none" if row["detectable"] is None else shown(row["detectable"])
         lines.append((f"{row['n']:,}", detectable, duration(row["seconds"]), ", ".join(marks)))
     return render_table(title, lines), rows
-
-
-def duration(seconds: float | None) -> str:
-    """`45 s`, `12 min`, `3.5 h`, or a dash."""
-    if seconds is None:
-        return "-"
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -147,6 +147,15 @@ def decimals_of(values, digits: int = 1) -> int:
     return digits
 
 
+def duration(seconds: float | None) -> str:
+    """`45 s`, `12 min` or `3.4 h`; a dash if it is not known."""
+    if seconds is None:
+        return "-"
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
 def p_value(p: float | None) -> str:
     """Format a p-value with two significant digits, more where rounding would move it across 0.05; never as 0."""
     if is_missing(p):

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from utils.artifacts import check_writable, metric, read_json
 from utils.errors import UserError
-from utils.power import duration, pilot_from_record, plan_table, points
+from utils.power import pilot_from_record, plan_table, points
 from utils.stage import Report, Stage, fits_terminal
-from utils.tables import number, paragraphs
+from utils.tables import duration, number, paragraphs
 
 # The metric that a stage's verdict is about; of a battle against an opponent, the difference.
 METRICS = {

@@ -9,7 +9,7 @@ from preflab.evaluation.runs import Run, folder_size, latest_run, read_run
 from utils.artifacts import read_json
 from utils.cache import user_cache
 from utils.errors import UserError
-from utils.tables import estimate, paragraphs, render
+from utils.tables import duration, estimate, paragraphs, render
 
 # What a reader looks for first in each summary: (file, figure, metric, factor, digits).
 HEADLINES = (
@@ -146,15 +146,6 @@ def _rank(line: tuple) -> int:
     """The place of a figure in HEADLINES; others come after them."""
     labels = [label for _, label, *_ in HEADLINES]
     return labels.index(line[0]) if line[0] in labels else len(labels)
-
-
-def duration(seconds: float | None) -> str:
-    """`45 s`, `12 min` or `3.4 h`; a dash if it is not known."""
-    if seconds is None:
-        return "-"
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def disk(size: int) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from preflab.doctor.cleaning import leftovers
-from preflab.evaluation.run_list import disk, disk_use, duration
+from preflab.evaluation.run_list import disk, disk_use
 from preflab.evaluation.runs import checkpoints as checkpoints_of
 from preflab.evaluation.runs import folder_size
 from preflab.models.adapter_files import adapter_sha256
@@ -15,7 +15,7 @@ from preflab.reporting.artifacts import Artifact, RunArtifacts, part
 from preflab.reporting.stages import STAGES, title_of
 from preflab.training.next_steps import commands_for
 from utils.provenance import ROOT, sha256_of, sha256_of_files
-from utils.tables import paragraphs, render
+from utils.tables import duration, paragraphs, render
 
 CURRENT, STALE, TRIAL, DAMAGED, MISSING = "done", "stale", "trial", "damaged", "not run"
 

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from preflab.evaluation.run_list import HEADLINES, disk, duration, figures_of
+from preflab.evaluation.run_list import HEADLINES, disk, figures_of
 from preflab.reporting.answers import Answers, answers_of
 from preflab.reporting.artifacts import Artifact, RunArtifacts, part
 from preflab.reporting.comparability import BASE, NOTHING, WEIGHTS, basis_of
@@ -15,6 +15,7 @@ from preflab.reporting.lineage import Node, path_to
 from preflab.reporting.published import published_table
 from preflab.reporting.stages import STAGES, Table, tables_of, title_of
 from preflab.reporting.status import DISK, MISSING, STALE, StageState, command_of, states_of
+from utils.tables import duration
 
 # Colours of the embedded pictures: lines and areas stay as they are, only their edges have fewer shades.
 PNG_COLOURS = 128

@@ -14,11 +14,12 @@ from filelock import FileLock
 
 from preflab.evaluation.arguments import ULTRAFEEDBACK, ComparisonArguments
 from preflab.evaluation.comparison import held_out_sources
-from preflab.evaluation.run_list import disk, duration, list_of_runs
+from preflab.evaluation.run_list import disk, list_of_runs
 from preflab.evaluation.runs import TIME_FORMAT, latest_run, lock_path, read_run
 from preflab.training.run_folder import write_manifest
 from utils.artifacts import metric, read_json, write_json, write_rows
 from utils.errors import UserError
+from utils.tables import duration
 
 LORA = {"loss_type": ["sigmoid"], "use_peft": True, "model_name_or_path": "org/base-1b", "limit": None}
 
