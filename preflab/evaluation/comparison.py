@@ -7,14 +7,22 @@ and not loaded (see preflab.evaluation.two_models).
 import difflib
 import re
 import sys
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from preflab.data.preferences import DataArguments
 from preflab.data.sources import SourceArguments, reading
 from preflab.data.template_date import choose_template_date
 from preflab.evaluation.arguments import ULTRAFEEDBACK, ComparisonArguments
-from preflab.evaluation.runs import HELD_OUT_ROWS, WEIGHTS, latest_run, newest_checkpoint, step_of
+from preflab.evaluation.runs import (
+    HELD_OUT_ROWS,
+    WEIGHTS,
+    data_of_run,
+    latest_run,
+    newest_checkpoint,
+    read_manifest,
+    run_folder_of,
+    step_of,
+)
 from preflab.evaluation.servers import SERVER, model_and_url, model_of_server
 from preflab.models.loading import default_batch_tokens, ensure_readable, hub_name, locate_adapter
 from preflab.models.start_adapter import FROZEN
@@ -313,36 +321,28 @@ def _put_run_in_place_of_base(args: ComparisonArguments, adapter: str | None, tu
         )
 
 
-def run_manifest(folder: Path) -> dict:
-    """The run.json of the run that wrote `folder` (its weights or one of its checkpoints); {} if there is none."""
-    # Checkpoints are subfolders of the run's folder.
-    places = (place / "run.json" for place in (folder, folder.parent))
-    return next((read_json(place) for place in places if place.exists()), {})
-
-
-def _run_arguments(folder: Path) -> dict:
-    """The arguments of the run that wrote `folder` (its weights or one of its checkpoints); {} if it is not known.
+def _run_arguments(weights: Path) -> dict:
+    """The arguments of the run that wrote `weights` (a run's folder or one of its checkpoints); {} if it is not known.
 
     SFT runs trained on conversations, not pairs, so the arguments that choose their rows are ignored.
     """
-    # Checkpoints are subfolders of the run's folder.
-    for run_folder in (folder, folder.parent):
-        if (run_folder / "run.json").exists():
-            manifest = read_json(run_folder / "run.json")
-            arguments = manifest.get("args", {})
-            if "prompt_format" in arguments:
-                # Runs that did not record it are older than the wrapping of text prompts: their `auto` left them text.
-                before = "text" if arguments["prompt_format"] == "auto" else arguments["prompt_format"]
-                arguments["prompt_format"] = manifest.get("prompt_format", before)
-            arguments["template_date"] = manifest.get("template_date")
-            if (run_folder / HELD_OUT_ROWS).exists():
-                # Rows of the train split that training held out (--test_rows): the run's test split is this file.
-                held_out = {"test_dataset_name": str(run_folder / HELD_OUT_ROWS), "dataset_test_split": "test"}
-                arguments |= {**held_out, "test_rows": 0, "columns": None}
-            # Only SFT has loss_on.
-            ignored = {*SourceArguments.__dataclass_fields__} - {"prompt_format"} if "loss_on" in arguments else ()
-            return {key: value for key, value in arguments.items() if key not in ignored}
-    return {}
+    folder = run_folder_of(weights)
+    if folder is None:
+        return {}
+    manifest = read_manifest(folder)
+    arguments = manifest["args"]
+    if "prompt_format" in arguments:
+        # Runs that did not record it are older than the wrapping of text prompts: their `auto` left them text.
+        before = "text" if arguments["prompt_format"] == "auto" else arguments["prompt_format"]
+        arguments["prompt_format"] = manifest.get("prompt_format", before)
+    arguments["template_date"] = manifest.get("template_date")
+    if (folder / HELD_OUT_ROWS).exists():
+        # Rows of the train split that training held out (--test_rows): the run's test split is this file.
+        held_out = {"test_dataset_name": str(folder / HELD_OUT_ROWS), "dataset_test_split": "test"}
+        arguments |= {**held_out, "test_rows": 0, "columns": None}
+    # Only SFT has loss_on.
+    ignored = {*SourceArguments.__dataclass_fields__} - {"prompt_format"} if "loss_on" in arguments else ()
+    return {key: value for key, value in arguments.items() if key not in ignored}
 
 
 def _note_unfinished(folder: Path | None) -> None:
@@ -438,9 +438,7 @@ def _names_data(trained: dict) -> bool:
 
 def _test_sources(trained: dict) -> list[dict]:
     """The sources of a run's test split; none if it held nothing out."""
-    # run.json holds the arguments of all dataclasses of the training script.
-    known = {f.name for f in fields(DataArguments)}
-    return DataArguments(**{k: v for k, v in trained.items() if k in known}).sources()[1]
+    return data_of_run(trained).sources()[1]
 
 
 def _ensure_same_base(adapter: str, base: str) -> None:

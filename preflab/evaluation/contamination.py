@@ -2,18 +2,16 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from preflab.data.conversations import SFTArguments
 from preflab.data.ngrams import SHORTEST, SIZES, NgramIndex
-from preflab.data.preferences import DataArguments
 from preflab.data.sources import read_sources
 from preflab.evaluation.arguments import ULTRAFEEDBACK
-from preflab.evaluation.runs import HELD_OUT_ROWS
-from utils.artifacts import RowFile, read_json
+from preflab.evaluation.runs import HELD_OUT_ROWS, data_of_run, read_manifest
+from utils.artifacts import RowFile
 from utils.errors import UserError
 from utils.tables import render
 
@@ -108,11 +106,9 @@ class Overlap:
 
 def _sources_of_run(folder: Path) -> tuple[list[dict], set[str]]:
     """(the train sources of a run, the rows that it held out of them)."""
-    trained = read_json(folder / "run.json").get("args", {})
-    kind = SFTArguments if "loss_on" in trained else DataArguments
-    data = kind(**{f.name: trained[f.name] for f in fields(kind) if f.name in trained})
     own = folder / HELD_OUT_ROWS
-    return data.sources()[0], {_content(row) for row in RowFile(own).read()} if own.exists() else set()
+    sources, _ = data_of_run(read_manifest(folder)["args"]).sources()
+    return sources, {_content(row) for row in RowFile(own).read()} if own.exists() else set()
 
 
 def _content(row: dict) -> str:

@@ -7,7 +7,7 @@ import calendar
 import os
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from utils.artifacts import RowFile, read_json
@@ -114,6 +114,30 @@ def is_complete(checkpoint: Path) -> bool:
 def newest_checkpoint(folder: str | os.PathLike) -> Path | None:
     """The newest complete checkpoint of a run."""
     return next(filter(is_complete, checkpoints(folder)), None)
+
+
+def run_folder_of(weights: Path) -> Path | None:
+    """The folder of the run that wrote `weights`: itself, or of a checkpoint its parent; None without a run.json."""
+    return next((folder for folder in (weights, weights.parent) if (folder / "run.json").exists()), None)
+
+
+def read_manifest(folder: Path) -> dict:
+    """The run.json of a run's folder, with its arguments under `args`. Raises UserError for another file."""
+    manifest = read_json(folder / "run.json")
+    if not isinstance(manifest, dict) or not isinstance(manifest.setdefault("args", {}), dict):
+        raise UserError(f"{folder / 'run.json'}: damaged: not as training writes it; restore it, or train again")
+    return manifest
+
+
+def data_of_run(args: dict):
+    """A run's data (SFTArguments or DataArguments) from `args` in run.json, which has all dataclasses of its script."""
+    # Not at the top: the list of runs needs neither, and they take 100 ms.
+    from preflab.data.conversations import SFTArguments
+    from preflab.data.preferences import DataArguments
+
+    # Only SFT has loss_on.
+    kind = SFTArguments if "loss_on" in args else DataArguments
+    return kind(**{f.name: args[f.name] for f in fields(kind) if f.name in args})
 
 
 def read_run(weights: Path, results: Path) -> Run:

@@ -3,7 +3,7 @@ prompt, or the same answers swapped, are no evidence either.
 """
 
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 from preflab.data.conversations import SFTArguments, hold_out, load_conversations
@@ -11,8 +11,8 @@ from preflab.data.messages import transcript
 from preflab.data.preferences import DataArguments, load_pairs
 from preflab.data.prompt_format import AS_CHAT
 from preflab.data.sources import folded
-from preflab.evaluation.comparison import Comparison, is_checkpoint, run_manifest
-from preflab.evaluation.runs import HELD_OUT_ROWS
+from preflab.evaluation.comparison import Comparison
+from preflab.evaluation.runs import HELD_OUT_ROWS, data_of_run, read_manifest, run_folder_of
 from utils.errors import UserError, is_main_process
 
 # The reason in `dropped`.
@@ -80,11 +80,12 @@ def trained_prompts(comparison: Comparison, own: bool = False) -> set[str]:
     evaluated = comparison.adapter or comparison.tuned or comparison.base
     for place in dict.fromkeys([evaluated, comparison.base_adapter, comparison.base]):
         folder = Path(place or "").expanduser()
-        args = run_manifest(folder).get("args") if place and folder.is_dir() else None
+        home = run_folder_of(folder) if place and folder.is_dir() else None
+        args = read_manifest(home)["args"] if home else {}
         if not args or (place == evaluated and own and args.get("train_test_overlap") != "keep"):
             continue
         try:
-            keys |= _prompts_of_run(args, folder.parent if is_checkpoint(folder) else folder)
+            keys |= _prompts_of_run(args, home)
         except UserError as error:
             unread.append(f"{place}: {error}")
     if unread and is_main_process():
@@ -95,11 +96,9 @@ def trained_prompts(comparison: Comparison, own: bool = False) -> set[str]:
 
 def _prompts_of_run(args: dict, folder: Path) -> set[str]:
     """The keys of the prompts that a run was trained on, without those that it held out."""
-    is_sft = "loss_on" in args
-    kind = SFTArguments if is_sft else DataArguments
-    data = kind(**{f.name: args[f.name] for f in fields(kind) if f.name in args})
+    data = data_of_run(args)
     train, test = data.sources()
-    if is_sft:
+    if isinstance(data, SFTArguments):
         conversations = load_conversations(train, data.limit)
         if not test and data.dataset_test_split is None:
             hold_out(conversations, data.held_out_rows)

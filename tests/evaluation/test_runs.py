@@ -12,8 +12,9 @@ import pytest
 from conftest import ROOT, assert_one_line, eval_args, train_args
 from filelock import FileLock
 
-from preflab.evaluation.arguments import ULTRAFEEDBACK, ComparisonArguments
+from preflab.evaluation.arguments import ULTRAFEEDBACK, ComparisonArguments, ContaminationArguments
 from preflab.evaluation.comparison import held_out_sources
+from preflab.evaluation.contamination import TrainingText
 from preflab.evaluation.run_list import disk, list_of_runs
 from preflab.evaluation.runs import TIME_FORMAT, latest_run, lock_path, read_run
 from preflab.training.run_folder import write_manifest
@@ -310,3 +311,15 @@ def test_default_pairs_of_a_run_without_pairs_are_named(capsys):
     assert "run sg was not trained on pairs" in err and ULTRAFEEDBACK in err and "--dataset_name" in err
     held_out_sources(args, {"dataset_name": ULTRAFEEDBACK})
     assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [[], {"args": None}, {"args": 3}])
+def test_edited_manifest_is_one_line(call, tmp_path, content):
+    weights = make_run(tmp_path, "edited")
+    write_json(weights / "run.json", content)
+    common = ("--base_model", "org/base-1b", "--checkpoints", tmp_path / "ck", "--eval_out", tmp_path / "out")
+    code, _, err = call("eval_win_rate", "--adapter_path", weights, *common)
+    assert code == 2
+    assert_one_line(err, "run.json", "damaged")
+    with pytest.raises(UserError, match="run.json: damaged"):
+        TrainingText.read(ContaminationArguments("edited"), str(tmp_path / "ck"))
