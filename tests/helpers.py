@@ -1,6 +1,7 @@
 """Helpers that tests of several rooms share; fixtures are in conftest.py."""
 
 import sys
+from types import SimpleNamespace
 
 import torch
 from conftest import ROOT, eval_args, lora_args, make_pairs
@@ -60,6 +61,27 @@ def instructions(count: int, offset: int = 0) -> list[dict]:
         {"instruction": r["prompt"], "input": "in one line" if i % 3 == 0 else "", "output": r["chosen"][1]["content"]}
         for i, r in enumerate(rows)
     ]
+
+
+def stock_sft_rows(rows: list[dict], tokenizer, **choices):
+    """Rows as TRL's own SFTTrainer tokenises them.
+
+    Args:
+        choices: chat_template, completion_only_loss and assistant_only_loss of the trainer.
+    """
+    from datasets import Dataset
+    from trl import SFTTrainer
+
+    defaults = {"chat_template": None, "completion_only_loss": False, "assistant_only_loss": False}
+    stock = SimpleNamespace(_tokenizer=tokenizer, **{**defaults, **choices})
+    args = SimpleNamespace(
+        dataset_num_proc=None,
+        max_length=None,
+        dataset_text_field="text",
+        assistant_only_loss=stock.assistant_only_loss,
+        shuffle_dataset=False,
+    )
+    return SFTTrainer._prepare_dataset(stock, Dataset.from_list(rows), tokenizer, args, False, None, "train")
 
 
 def sft_args(model, data, folder, *extra) -> list[str]:

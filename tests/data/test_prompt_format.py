@@ -2,11 +2,10 @@
 
 import json
 from collections import Counter
-from types import SimpleNamespace
 
 import pytest
 from conftest import assert_one_line, save_tiny, train_args, write_jsonl
-from helpers import sft_args
+from helpers import sft_args, stock_sft_rows
 
 from preflab.data.conversations import load_conversations
 from preflab.data.conversations import tokenize as tokenize_conversations
@@ -125,22 +124,10 @@ def test_sft_decides_as_training_on_pairs(row, kind, smol_tokenizer, tmp_path):
 
 def test_text_rows_of_sft_have_the_tokens_of_trl(smol_tokenizer, tmp_path):
     """Prompt without loss, completion with the end of the text, as stock SFTTrainer has them; BOS where it is added."""
-    from datasets import Dataset
-    from trl import SFTTrainer
-
     sources = [{"name": str(write_jsonl(tmp_path / "x.jsonl", CONTINUATIONS)), "split": "train"}]
     data = load_conversations(sources, prompt_format=PromptFormat.of("auto", smol_tokenizer))
     own, counts = tokenize_conversations(data, smol_tokenizer, "responses", None)
-    stock = SimpleNamespace(_tokenizer=smol_tokenizer, chat_template=None, completion_only_loss=True)
-    args = SimpleNamespace(
-        dataset_num_proc=None,
-        max_length=None,
-        dataset_text_field="text",
-        assistant_only_loss=False,
-        shuffle_dataset=False,
-    )
-    rows = Dataset.from_list(CONTINUATIONS)
-    expected = SFTTrainer._prepare_dataset(stock, rows, smol_tokenizer, args, False, None, "train")
+    expected = stock_sft_rows(CONTINUATIONS, smol_tokenizer, completion_only_loss=True)
     assert own["input_ids"][:] == expected["input_ids"][:] and own["labels"][:] == expected["labels"][:]
     assert counts["answers"] == counts["answers_trained"] == 8
 

@@ -8,7 +8,8 @@ import pytest
 import trl
 from conftest import small_tokenizer, write_jsonl
 from datasets import Dataset
-from trl import DPOTrainer, SFTTrainer
+from helpers import stock_sft_rows
+from trl import DPOTrainer
 from trl.chat_template_utils import get_training_chat_template
 
 from preflab.data.conversations import load_conversations
@@ -98,17 +99,8 @@ def test_conversations_have_the_ids_of_stock_sft(name, template, under, tmp_path
     tokenizer, row = under(template), CONVERSATIONS[name]
     if (name, template) == ("tools", "deepseek_r1_distill"):
         pytest.skip("this template refuses a tool call with an object as its arguments")
-    stock = SimpleNamespace(
-        _tokenizer=tokenizer, chat_template=get_training_chat_template(tokenizer), completion_only_loss=False
-    )
-    args = SimpleNamespace(
-        dataset_num_proc=None,
-        max_length=None,
-        dataset_text_field="text",
-        assistant_only_loss=True,
-        shuffle_dataset=False,
-    )
-    expected = SFTTrainer._prepare_dataset(stock, Dataset.from_list([row]), tokenizer, args, False, None, "train")
+    training = get_training_chat_template(tokenizer)
+    expected = stock_sft_rows([row], tokenizer, chat_template=training, assistant_only_loss=True)
     ids, counts = tokenize_conversations(read(tmp_path, [row], load_conversations), tokenizer, "responses", None)
     assert ids["input_ids"] == expected["input_ids"]
     assert counts["answers_trained"] == counts["answers"] and counts["training_template"] == 1
