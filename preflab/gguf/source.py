@@ -8,7 +8,7 @@ from huggingface_hub import snapshot_download
 from preflab.evaluation.comparison import Comparison
 from preflab.evaluation.two_models import TwoModels
 from preflab.models.loading import locate, locate_adapter
-from preflab.models.merging import MARK, ensure_same_model, probe_logps, write_merged
+from preflab.models.merging import MARK, ensure_same_model, is_merge_of, probe_logps, write_merged
 from preflab.models.public_names import PublicName, public_name
 from utils.artifacts import read_json
 
@@ -39,7 +39,7 @@ def source_folder(models: TwoModels, staged) -> Path:
         return Path(location if os.path.isdir(location) else downloaded(location, comparison.args.tuned_revision))
     about = {"base": comparison.base, "adapter": models.identity("tuned")}
     merged = Path(comparison.args.checkpoints) / f"{comparison.name}-merged"
-    if (merged / MARK).exists() and read_json(merged / MARK) == about:
+    if is_merge_of(merged, about):
         return merged
     return staged("merged", lambda path: merge(models, path, about))
 

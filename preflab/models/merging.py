@@ -117,6 +117,11 @@ def write_merged(folder: Path, model, tokenizer, about: dict) -> None:
         path.chmod((folder / MARK).stat().st_mode)
 
 
+def is_merge_of(folder: Path, about: dict) -> bool:
+    """Whether a folder holds the merge that `about` names (`write_merged`)."""
+    return (folder / MARK).exists() and read_json(folder / MARK) == json.loads(dumps(about))
+
+
 class MergedFolder:
     """The place of a merged model: written to `<path>.part`, and renamed to `path` once it is complete.
 
@@ -132,8 +137,7 @@ class MergedFolder:
 
     def __init__(self, path: Path, overwrite: bool, unfinished: dict | None = None):
         self.path, self.staging, self.old = path, Path(f"{path}.part"), Path(f"{path}.old")
-        same = unfinished and (path / MARK).exists() and read_json(path / MARK) == json.loads(dumps(unfinished))
-        if path.exists() and not (overwrite or same):
+        if path.exists() and not (overwrite or unfinished and is_merge_of(path, unfinished)):
             raise UserError(f"{path} already exists: choose another folder with --merged_dir, or pass --overwrite")
         # Checked before anything is computed, for all three names that this class writes or deletes.
         for folder in (path, self.staging, self.old):
