@@ -234,7 +234,7 @@ def compare(runs: list[RunArtifacts], baseline: RunArtifacts, seed: int) -> list
         if (compared := _compare_figure(kind, artifact, baseline, runs, seed))
     ]
     figures += [
-        compared for artifact in baseline.of_stage("lm_eval") for compared in _lm_eval(artifact, baseline, runs)
+        compared for artifact in baseline.of_stage("lm_eval") for compared in _lm_eval(artifact, baseline, runs, seed)
     ]
     tested = [line for figure in figures for line in figure.lines if line.p is not None]
     for line, corrected in zip(tested, holm([line.p for line in tested]), strict=True):
@@ -329,7 +329,7 @@ def _difference(kind: Kind, a: Values, b: Values, seed: int) -> tuple[dict, floa
     return (share if kind.of == "outcome" else bootstrap)(both, seed, groups=groups), p
 
 
-def _lm_eval(first: Artifact, baseline: RunArtifacts, runs: list[RunArtifacts]) -> Iterator[Compared]:
+def _lm_eval(first: Artifact, baseline: RunArtifacts, runs: list[RunArtifacts], seed: int) -> Iterator[Compared]:
     """The tasks of a suite, paired over the documents that the harness logged for the tuned models."""
     # Its import takes seconds.
     from preflab.harness.metrics import rows
@@ -339,24 +339,23 @@ def _lm_eval(first: Artifact, baseline: RunArtifacts, runs: list[RunArtifacts]) 
     basis = basis_of(first)
     tables: dict[tuple, Compared] = {}
     others = [(run, next((a for a in run.of_stage("lm_eval") if a.suite == first.suite), None)) for run in runs]
-    for row in first.summary["rows"]:
+    for key, row in _by_figure(first.summary.get("rows")).items():
         if row["top"]:
             kind = Kind(
                 f"{row['alias']}: {row['metric']}, {row['filter']}", None, "task", 1, 4, row["higher"], against=NOTHING
             )
             lines = [Line(baseline.name, row["tuned"] | {"ci95": row["tuned"].get("ci95")})]
-            key = (row["task"], row["metric"], row["filter"])
             tables[key] = Compared(kind, title_of(first), basis.text(), lines)
     for run, artifact in others:
         differs, figures = [NOT_EVALUATED], {}
         if artifact:
             theirs, its_problem = _logged(artifact)
             differs = basis_of(artifact).differs(basis, NOTHING) or [text for text in (problem, its_problem) if text]
-            figures = {(r["task"], r["metric"], r["filter"]): r for r in artifact.summary["rows"]}
+            figures = _by_figure(artifact.summary.get("rows"))
         paired = {}
         if not differs:
             suite = Suite("compare", "", "", [{"task": task} for task in ours.results])
-            paired = {(r["task"], r["metric"], r["filter"]): r for r in rows(ours, theirs, suite, 42)}
+            paired = _by_figure(rows(ours, theirs, suite, seed))
         for key, table in tables.items():
             line = Line(run.name, figures[key]["tuned"] if key in figures else None)
             row = paired.get(key)
@@ -366,6 +365,11 @@ def _lm_eval(first: Artifact, baseline: RunArtifacts, runs: list[RunArtifacts]) 
                 line.change, line.p = row["difference"], row["p"]
             table.lines.append(line)
     yield from tables.values()
+
+
+def _by_figure(rows: list[dict] | None) -> dict[tuple, dict]:
+    """Rows of a suite by task, metric and filter."""
+    return {(row["task"], row["metric"], row["filter"]): row for row in rows or []}
 
 
 def _logged(artifact: Artifact):

@@ -466,6 +466,65 @@ def test_rows_of_other_pairs_are_not_paired(root, report):
     assert "other rows under the same data" in texts(page)
 
 
+def logged(results: Path, right: list[int], scale: float) -> list[float]:
+    """Samples of the tuned model in lm_eval's own files: right or wrong, and a score; returns the scores."""
+    folder, scores = results / "lm_eval/quick/tuned-call/model", [scale * (k % 7) + k / 10 for k in range(len(right))]
+    folder.mkdir(parents=True)
+    figures = {"acc,none": float(np.mean(right)), "score,none": float(np.mean(scores))}
+    row = {"filter": "none", "prompt_hash": "p", "metrics": ["acc", "score"], "resps": [["x"]],
+           "arguments": {"gen_args_0": {"arg_0": "Q"}}}  # fmt: skip
+    rows = [{**row, "doc_id": k, "doc_hash": f"d{k}", "acc": a, "score": s}
+            for k, (a, s) in enumerate(zip(right, scores, strict=True))]  # fmt: skip
+    (folder / "samples_t_1.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
+    report = {"results": {"t": {"alias": "t", **figures}}, "configs": {"t": {}},
+              "higher_is_better": {"t": {"acc": True, "score": True}},
+              "config": dict.fromkeys(("model", "model_args", "gen_kwargs", "limit", "batch_size"), "x")}  # fmt: skip
+    (folder / "results_1.json").write_text(json.dumps(report))
+
+    def change(summary):
+        first = summary["rows"][0]
+        summary["rows"] = [
+            {
+                **first,
+                "task": "t",
+                "alias": "t",
+                "metric": name,
+                "tuned": {**first["tuned"], "value": figures[f"{name},none"]},
+            }
+            for name in ("acc", "score")
+        ]
+
+    rewrite(results / "lm_eval/quick/lm_eval.json", change)
+    return scores
+
+
+def test_tasks_of_the_harness_by_hand(root, report):
+    other = write_run(root, "other")
+    for results in (root / "out/quickstart", other):
+        for path in results.iterdir():
+            if path.is_file():
+                path.unlink()
+    right = {"quickstart": [0] * 9 + [1] * 31, "other": [1] * 8 + [0] + [1] * 29 + [0] * 2}
+    scores = {
+        name: logged(root / "out" / name, right[name], scale) for name, scale in (("quickstart", 1), ("other", 1.2))
+    }
+    metrics = {}
+    for seed in (42, 43):
+        report("--compare", "quickstart", "other", "--seed", seed)
+        metrics[seed] = json.loads((root / "out/report.json").read_text())["metrics"]
+    acc, score = (f"lm-evaluation-harness, suite quick/t: {name}, none/other-quickstart" for name in ("acc", "score"))
+    # 8 documents became right and 2 wrong.
+    assert metrics[42][acc]["value"] == pytest.approx(6 / 40)
+    assert metrics[42][f"p_{acc}"]["value"] == pytest.approx(binomtest(8, 10, 0.5).pvalue)
+    change = np.subtract(scores["other"], scores["quickstart"])
+    assert metrics[42][score]["value"] == pytest.approx(change.mean())
+    assert metrics[42][score]["stderr"] == pytest.approx(change.std(ddof=1) / 40**0.5)
+    assert metrics[42][f"p_holm_{acc}"]["value"] == pytest.approx(metrics[42][f"p_{acc}"]["value"])
+    assert metrics[42][f"p_holm_{score}"]["value"] == pytest.approx(2 * metrics[42][f"p_{score}"]["value"])
+    # The seed is that of the flag.
+    assert metrics[42][score]["ci95"] != metrics[43][score]["ci95"]
+
+
 def test_baseline_without_rows(call, root):
     write_run(root, "other")
     for path in (root / "out/quickstart").rglob("*rows.jsonl"):
