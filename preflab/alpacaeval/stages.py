@@ -26,6 +26,7 @@ from preflab.evaluation.trained_prompts import key_of, trained_prompts
 from preflab.evaluation.two_models import TwoModels
 from preflab.judging.answers import (
     answer_all,
+    answer_notes,
     answerable,
     base_and_tuned,
     engine_name,
@@ -41,7 +42,7 @@ from preflab.judging.audit import (
     verdict_of,
     whose_labels,
 )
-from preflab.judging.judges import judge_all, make_judge, notes_of
+from preflab.judging.judges import judge_all, make_judge
 from preflab.models.vllm_engine import choose_engine
 from utils.artifacts import read_json, write_json
 from utils.cache import measured_work
@@ -73,7 +74,7 @@ def generate(comparison, args, reference: list[dict], folder: Path) -> None:
     ensure_answers_differ(answers, comparison)
     for model in answering:
         made = {"engine": engine_name(model, engine), **about_work(work[model.name])}
-        origin = {**model.identity, **sampling, **made, "notes": notes_of(answers[model.name], "answers")}
+        origin = {**model.identity, **sampling, **made, "notes": answer_notes(answers[model.name])}
         write_outputs(folder, model.name, comparison.names[model.name], reference, answers[model.name], origin)
     # Frees the GPU for a local judge.
     models.unload()

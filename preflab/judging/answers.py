@@ -243,10 +243,16 @@ def answer_each(
     # After all settings: `gather` is a barrier, and one per setting would make fast processes wait each time.
     gathered = [cache.gather() for cache in caches]
     answers_of = [[answers[key] for key in keys] for answers in gathered]
-    for note in notes_of([answer for answers in answers_of for answer in answers], "answers"):
+    for note in answer_notes([answer for answers in answers_of for answer in answers]):
         if is_main_process():
             print(f"note: {model.name}: {note}", file=sys.stderr)
     return answers_of
+
+
+def answer_notes(answers: list[dict]) -> list[str]:
+    """What was given up to get answers (`notes_of`), and how many of them are empty."""
+    empty = sum(not answer["text"].strip() for answer in answers)
+    return [*notes_of(answers, "answers"), *([f"no text ({empty} of {len(answers)} answers)"] if empty else [])]
 
 
 def _answer_cache(model: AnsweringModel, settings: dict, args, engine: str) -> ResultCache:

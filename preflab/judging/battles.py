@@ -10,6 +10,7 @@ from preflab.evaluation.trained_prompts import without_trained
 from preflab.evaluation.two_models import TwoModels
 from preflab.judging.answers import (
     AnsweringModel,
+    answer_notes,
     answer_prompts_with_all,
     answerable,
     answering_models,
@@ -93,7 +94,7 @@ def answer_prompts(models: TwoModels, args) -> Battle:
         # Counted with the tokenizer of base and tuned, so that lengths are comparable.
         answers[opponent] = given_answers([given[k] for k in answered], models.tokenizer)
     answers |= answer_prompts_with_all(models, answering, prompts, args.sampling(comparison.args.seed))
-    notes = [f"{name}: {note}" for name in names for note in notes_of(answers[name], "answers")]
+    notes = [f"{name}: {note}" for name in names for note in answer_notes(answers[name])]
     if notes:
         data["answer_notes"] = notes
     return Battle(prompts, answering, answers, pairings(names, opponent), {**data, "opponent": source})

@@ -35,6 +35,25 @@ REFUSABLE = {
 REFUSED = (400, 404, 422, 500)
 
 
+class ErrorReply(ValueError):
+    """A reply of status 200 that has an error in place of an answer; some servers pass errors of others on like that.
+
+    Args:
+        error: the reply's `error`: OpenAI's `{"message": ...}`, or a text.
+    """
+
+    def __init__(self, error):
+        message = str((isinstance(error, dict) and error.get("message")) or error).strip()
+        super().__init__((message.splitlines() or ["no message"])[0][:200])
+
+
+def malformed(error: Exception) -> str:
+    """What an exception of MALFORMED says about the reply."""
+    if isinstance(error, ErrorReply):
+        return f"the server replied with an error: {error}"
+    return f"the reply is not a chat completion ({type(error).__name__})"
+
+
 class ChatServer:
     """A model behind a server with OpenAI's chat completions. The client retries timeouts, 429 and 5xx with backoff.
 
@@ -69,7 +88,7 @@ class ChatServer:
 
         Raises:
             openai.OpenAIError: the request failed for another reason.
-            one of MALFORMED: the reply is not a chat completion, or has no choice.
+            one of MALFORMED: the reply is not a chat completion, has no choice, or an error (ErrorReply).
         """
         given_up = self.given_up
         while True:
@@ -83,9 +102,13 @@ class ChatServer:
                 continue
             # Only now: an error message may name a parameter for another reason, such as a prompt that is too long.
             self.given_up = tuple(dict.fromkeys((*self.given_up, *given_up)))
-            if not getattr(reply, "choices", None):
+            choices = getattr(reply, "choices", None)
+            choice = choices[0] if choices else None
+            if error := getattr(reply, "error", None) or getattr(choice, "error", None):
+                raise ErrorReply(error)
+            if choice is None:
                 raise IndexError("no choices")
-            return reply.choices[0]
+            return choice
 
     @property
     def note(self) -> str | None:
@@ -157,6 +180,11 @@ def text_of(choice) -> str:
     """The text of a choice; content is None in refusals, tool calls and replies that were cut off in a thought."""
     # A server that cuts a reply inside an emoji may send half of it.
     return well_formed((choice.message.content if choice.message else None) or "")
+
+
+def joined(*notes: str | None) -> str | None:
+    """Notes as one text, None if there is none."""
+    return "; ".join(note for note in notes if note) or None
 
 
 def in_threads(call: Callable, items: list, workers: int) -> Iterator[tuple[int, object]]:

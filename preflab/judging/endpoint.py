@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import openai
 
 from preflab.data.chat_template import CONTROL_TOKENS, break_up
-from preflab.judging.chat_server import MALFORMED, ChatServer, in_threads, text_of
+from preflab.judging.chat_server import MALFORMED, ChatServer, in_threads, joined, malformed, text_of
 from preflab.judging.judge_prompt import PARSER, Item, JudgePrompt, Verdict, unparsed
 from preflab.judging.replies import starts_with_thought
 
@@ -60,7 +60,7 @@ class EndpointJudge:
             except openai.OpenAIError as error:
                 return unparsed(f"{type(error).__name__}: {str(error).splitlines()[0][:200]}")
             except MALFORMED as error:
-                verdict = unparsed(f"the reply is not a chat completion ({type(error).__name__})")
+                verdict = unparsed(malformed(error))
             if verdict.first is not None:
                 break
         return verdict
@@ -109,8 +109,3 @@ class EndpointJudge:
         verdict = self.prompt.parse(text_of(choice), choice.finish_reason)
         verdict.note = joined(None if by_text else FROM_TEXT, self.server.note)
         return verdict
-
-
-def joined(*notes: str | None) -> str | None:
-    """Notes as one text, None if there is none."""
-    return "; ".join(note for note in notes if note) or None

@@ -3,7 +3,7 @@
 import openai
 
 from preflab.evaluation.servers import model_and_url
-from preflab.judging.chat_server import MALFORMED, ChatServer, in_threads, text_of
+from preflab.judging.chat_server import MALFORMED, ChatServer, in_threads, joined, malformed, text_of
 from preflab.judging.replies import without_thoughts
 from utils.errors import UserError
 
@@ -47,7 +47,7 @@ class EndpointModel:
             yield {"index": i, "tokens": tokens, **answer}
 
     def _answer(self, messages: list[dict], settings: dict) -> dict:
-        """`{text, finish_reason}`, with `note` where the server refused a parameter."""
+        """`{text, finish_reason}`, with `note` where the server refused a parameter or gave no text."""
         try:
             plain = [{key: message[key] for key in ("role", "content")} for message in messages]
             choice = self.server.reply(plain, settings)
@@ -59,7 +59,15 @@ class EndpointModel:
                 f"{self.name}: {reason.splitlines()[0][:300]}; finished answers are cached, run the same command again"
             ) from None
         except MALFORMED as error:
-            raise UserError(f"{self.name}: the reply is not a chat completion ({type(error).__name__})") from None
+            raise UserError(f"{self.name}: {malformed(error)}") from None
+        text = without_thoughts(text).strip()
         reason = "length" if choice.finish_reason == "length" else "stop"
-        note = {"note": self.server.note} if self.server.note else {}
-        return {"text": without_thoughts(text).strip(), "finish_reason": reason, **note}
+        note = joined(self.server.note, None if text or reason == "length" else why_empty(choice))
+        return {"text": text, "finish_reason": reason, **({"note": note} if note else {})}
+
+
+def why_empty(choice) -> str:
+    """The note on a reply without text, in the server's words: a refusal, a content filter, a tool call."""
+    refusal = str(getattr(choice.message, "refusal", None) or "").strip()
+    reason = f"refusal: {refusal.splitlines()[0][:100]}" if refusal else f"finish_reason: {choice.finish_reason}"
+    return f"the server's reply has no text ({reason})"

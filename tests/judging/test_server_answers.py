@@ -10,12 +10,14 @@ import pytest
 from chat_servers import raw
 from conftest import assert_one_line, eval_args
 from helpers import alpaca_args, pair_args
+from test_judges import OPTIONS, PAIRWISE, item_of
 
 from preflab.data.prompts import Prompt
 from preflab.evaluation.servers import model_and_url
 from preflab.judging.answers import AnsweringModel, answer_all
 from preflab.judging.chat_server import BoundedTransport
 from preflab.judging.endpoint_answers import EndpointModel
+from preflab.judging.judges import make_judge
 from utils.artifacts import RowFile, read_json
 from utils.errors import UserError
 from utils.secrets_in_text import without_secrets
@@ -100,6 +102,56 @@ def test_answer_that_the_server_cut_off(endpoint, smol_tokenizer):
     server = EndpointModel(endpoint(lambda *_: reply)[0], "--models", ARGS)
     (answer,) = server.generate([conversation("q")], smol_tokenizer, max_new_tokens=3, temperature=0, top_p=1, seed=1)
     assert (answer["text"], answer["finish_reason"], answer["tokens"]) == ("", "length", 0)
+
+
+def question_to(server: EndpointModel, tokenizer) -> list[dict]:
+    return list(server.generate([conversation("q")], tokenizer, max_new_tokens=3, temperature=0, top_p=1, seed=1))
+
+
+@pytest.mark.parametrize(
+    ("choice", "words"),
+    [
+        ({"finish_reason": "content_filter", "message": {"role": "assistant", "content": None}}, "content_filter"),
+        ({"message": {"role": "assistant", "content": None, "refusal": "I cannot\nhelp"}}, "refusal: I cannot)"),
+        ({"finish_reason": "tool_calls", "message": {"role": "assistant"}}, "tool_calls"),
+    ],
+)
+def test_reply_without_text_is_noted_in_the_server_s_words(endpoint, smol_tokenizer, choice, words):
+    (answer,) = question_to(EndpointModel(endpoint(lambda *_: raw(choice))[0], "--models", ARGS), smol_tokenizer)
+    assert answer["text"] == "" and words in answer["note"]
+
+
+ERRORS = [
+    json.dumps({"error": {"message": "model is loading\nstep 2", "code": 503}}).encode(),
+    json.dumps({"error": "model is loading"}).encode(),
+    json.dumps({"object": "chat.completion", "choices": [], "error": {"message": "model is loading"}}).encode(),
+    raw({"finish_reason": "error", "error": {"code": 502, "message": "model is loading"}}),
+]
+
+
+@pytest.mark.parametrize("reply", ERRORS)
+def test_error_with_status_200_is_named(endpoint, smol_tokenizer, reply):
+    spec, requests = endpoint(lambda *_: reply)
+    with pytest.raises(UserError, match="openai:m@.*: the server replied with an error: model is loading$"):
+        question_to(EndpointModel(spec, "--models", ARGS), smol_tokenizer)
+    judge = make_judge(spec, PAIRWISE, {**OPTIONS, "attempts": 1})
+    before = len(requests)
+    ((_, verdict),) = judge.judge([item_of("q")])
+    assert verdict.first is None and verdict.error == "the server replied with an error: model is loading"
+    assert len(requests) == before + 2, "asked again"
+
+
+def test_empty_answers_of_a_battle_are_counted(endpoint, call, tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"Question {i}?"}) + "\n" for i in range(5)))
+    base, _ = endpoint(lambda *_: "Something.")
+    tuned, _ = endpoint(lambda question, _: "<think>hm</think>" if question[9] in "13" else f"Answer to {question}")
+    args = ("--battle", "--base_model", base, "--tuned_model", tuned, "--prompts", prompts, "--judge", "longer")
+    code, stdout, err = call("eval_win_rate", *args, "--eval_out", tmp_path / "out")
+    assert code == 0 and "note: tuned: no text (2 of 5 answers)" in err
+    summary = read_json(tmp_path / "out/m/battle.json")
+    assert summary["data"]["answer_notes"][-1] == "tuned: no text (2 of 5 answers)"
+    assert "tuned: no text (2 of 5 answers)" in " ".join(stdout.split())
 
 
 # ------------------------------------------------------------------------------------------------------------- bounds
