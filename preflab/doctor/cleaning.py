@@ -40,15 +40,17 @@ class Leftover:
 
 def leftovers(checkpoints: Path, eval_out: Path) -> Iterator[Leftover]:
     """Everything that --clean may delete. Runs, results and locks in use are never part of it."""
-    for folder in sorted((eval_out / ".cache").glob("*")):
+    caches = eval_out / ".cache"
+    for folder in sorted(caches.glob("*")):
         yield Leftover(folder, "recomputed by the next evaluation or training that needs it")
     if user_cache().exists():
         yield Leftover(user_cache(), "the builtin model and tokenised rows, made again when they are used")
     # Evaluations lock the files that they write.
     for lock in sorted([*checkpoints.glob(".*.lock"), *eval_out.rglob(".*.lock")]):
-        if not is_held(lock):
+        # Files in a cache are deleted with it.
+        if caches not in lock.parents and not is_held(lock):
             yield Leftover(lock, "nothing: its process has ended")
     for path in sorted([*checkpoints.rglob(f"{TEMPORARY}*"), *eval_out.rglob(f"{TEMPORARY}*")]):
         # A file that is being written has its final name within seconds.
-        if path.stat().st_mtime < time.time() - SECONDS_OF_A_WRITE:
+        if caches not in path.parents and path.stat().st_mtime < time.time() - SECONDS_OF_A_WRITE:
             yield Leftover(path, "nothing: its process was killed while it wrote the file")

@@ -140,8 +140,9 @@ def test_clean_deletes_caches_and_unused_locks_only(tmp_path):
         path.parent.mkdir(parents=True)
         path.write_text("x" * 5000)
     (checkpoints / ".ended.lock").touch()
-    for name, age in (("old", 7200), ("new", 0)):
-        half = eval_out / "run" / f"{TEMPORARY}{name}"
+    # The last one is deleted with its cache.
+    for name, age in (("run/{}old", 7200), ("run/{}new", 0), (".cache/reference-1/{}identity", 7200)):
+        half = eval_out / name.format(TEMPORARY)
         half.touch()
         os.utime(half, (time.time() - age,) * 2)
     places = ("--checkpoints", checkpoints, "--eval_out", eval_out)
@@ -149,6 +150,7 @@ def test_clean_deletes_caches_and_unused_locks_only(tmp_path):
         listed = doctor("--clean", *places, PREFERENCELAB_CACHE=str(cache))
         assert listed.returncode == 0 and "reference-1" in listed.stdout and ".ended.lock" in listed.stdout
         assert ".used.lock" not in listed.stdout and (cache / "weights").exists()
+        assert listed.stdout.count("reference-1") == 1
         deleted = doctor("--clean", "--yes", *places, PREFERENCELAB_CACHE=str(cache))
         assert deleted.returncode == 0 and "10 KiB" in deleted.stdout
         assert not cache.exists() and not list((eval_out / ".cache").iterdir())
