@@ -271,20 +271,30 @@ def about(count: int) -> str:
     return f"about {round(count, -digits):,}"
 
 
-def plan_table(pilot: Pilot, unit: str, seconds: float | None, title: str, shown=points) -> tuple[str, list[dict]]:
-    """The table of --plan: number of rows against the detectable difference and the time. Returns (text, rows).
+def plan_rows(pilot: Pilot, needed: int | None, seconds: float | None) -> list[dict]:
+    """The rows of --plan, `{n, detectable, seconds}`: fixed numbers of rows, the pilot's, and `needed` ones.
 
     Args:
         seconds: per row; None where it is not known.
     """
-    counts = sorted({*PLANNED, pilot.n, *filter(None, [pilot.needed(pilot.mean)])})
-    rows = [
+    counts = sorted({*PLANNED, pilot.n, *filter(None, [needed])})
+    return [
         {"n": n, "detectable": pilot.detectable(n), "seconds": None if seconds is None else n * seconds} for n in counts
     ]
+
+
+def plan_table(rows: list[dict], n: int, needed: int | None, unit: str, title: str, shown=points) -> str:
+    """The table of --plan: number of rows against the detectable difference and the time.
+
+    Args:
+        rows: from `plan_rows`.
+        n: rows of the pilot.
+        needed: rows that the pilot's own difference needs.
+    """
     lines = [(unit, f"difference detected with {POWER:.0%} power", "time", "")]
     for row in rows:
-        marks = ["the pilot"] if row["n"] == pilot.n else []
-        marks += ["for the pilot's difference"] if row["n"] == pilot.needed(pilot.mean) else []
+        marks = ["the pilot"] if row["n"] == n else []
+        marks += ["for the pilot's difference"] if row["n"] == needed else []
         detectable = "none" if row["detectable"] is None else shown(row["detectable"])
         lines.append((f"{row['n']:,}", detectable, duration(row["seconds"]), ", ".join(marks)))
-    return render_table(title, lines), rows
+    return render_table(title, lines)

@@ -249,9 +249,9 @@ def perplexity_metrics(pairs: PairScores, text: TextScores, skip_kl: bool, seed:
     prompts = prompts_of(pairs.rows)
     for part in ("response", "whole") if pairs.rows else ():
         for side in SIDES:
-            sections[f"{part}_{side}"] = pair_units(pairs.rows, part, side), "pairs", prompts
-            metrics |= section_metrics(f"{part}_{side}", pair_units(pairs.rows, part, side), seed, prompts)
-            unit["pairs"] = "pairs"
+            units, unit["pairs"] = pair_units(pairs.rows, part, side), "pairs"
+            sections[f"{part}_{side}"] = units, unit["pairs"], prompts
+            metrics |= section_metrics(f"{part}_{side}", units, seed, prompts)
     for side in SIDES if pairs.rows and not skip_kl else ():
         # Shape (pairs, 2): KL summed over an answer's tokens (nats), and their number.
         kl = np.array([[row[f"kl_{side}"], row[f"tokens_response_{side}"]] for row in pairs.rows])

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from utils.artifacts import check_writable, metric, read_json
 from utils.errors import UserError
-from utils.power import pilot_from_record, plan_table, points
+from utils.power import pilot_from_record, plan_rows, plan_table, points
 from utils.stage import Report, Stage, fits_terminal
 from utils.tables import duration, number, paragraphs
 
@@ -74,8 +74,10 @@ def publish_plan(stage: Stage, summary: dict, path: Path, seed: int) -> None:
         raise UserError(f"{path}: the pilot's {pilot.n} {record['unit']} are all equal; use a larger pilot")
     # AlpacaEval's rates are percentages already.
     shown = (lambda x: f"{number(x, 1)} points") if stage.name == "alpacaeval" else points
-    report, rows = render(pilot, record["unit"], seconds, shown, stage.name, summary.get("run", {}).get("run_name"))
+    needed = pilot.needed(pilot.mean)
+    rows = plan_rows(pilot, needed, seconds)
     plan = {"metric": name, "pilot": record, "seconds_per_unit": seconds, "rows": rows}
+    report = render(plan, needed, shown, stage.name, summary.get("run", {}).get("run_name"))
     metrics = {f"detectable_{row['n']}": metric(row["detectable"], n=row["n"]) for row in rows}
     stage.publish(
         path.with_name(f"{path.stem}_plan.json"),
@@ -89,17 +91,20 @@ def publish_plan(stage: Stage, summary: dict, path: Path, seed: int) -> None:
 
 
 @fits_terminal
-def _report(text: str, verdict: str) -> Report:
-    return Report(text, verdict)
+def render(plan: dict, needed: int | None, shown, stage: str, run_name: str | None) -> Report:
+    """The table and what to read from it.
 
-
-def render(pilot, unit: str, seconds: float | None, shown, stage: str, run_name: str | None) -> tuple[Report, list]:
-    """(report, rows of the table)."""
-    title = f"{run_name or stage}: plan from a pilot of {pilot.n} {unit}"
-    table, rows = plan_table(pilot, unit, seconds, title, shown)
-    needed = pilot.needed(pilot.mean)
-    ties = "" if pilot.decided is None else f" {1 - pilot.decided:.0%} of the pilot are ties."
-    verdict = f"The pilot's own difference, {shown(abs(pilot.mean))}, needs about {needed:,} {unit}" if needed else ""
+    Args:
+        plan: the artifact's section.
+        needed: rows that the pilot's own difference needs.
+        shown: formats a difference.
+    """
+    pilot, seconds = plan["pilot"], plan["seconds_per_unit"]
+    n, unit = pilot["n"], pilot["unit"]
+    title = f"{run_name or stage}: plan from a pilot of {n} {unit}"
+    table = plan_table(plan["rows"], n, needed, unit, title, shown)
+    ties = "" if pilot["ties"] is None else f" {pilot['ties']:.0%} of the pilot are ties."
+    verdict = f"The pilot's own difference, {shown(pilot['observed'])}, needs about {needed:,} {unit}" if needed else ""
     time = duration(needed * seconds) if needed and seconds is not None else ""
     verdict += f" ({time})." if time else "." if needed else "The pilot shows no difference."
     notes = [
@@ -112,7 +117,7 @@ def render(pilot, unit: str, seconds: float | None, shown, stage: str, run_name:
         notes.append("Time: not known, since the pilot's results were cached or given.")
     else:
         notes.append("Time: as the pilot's, on the same machine; loading a judge is included, so that more take less.")
-    return _report("\n\n".join([table, paragraphs(*notes), verdict]), verdict), rows
+    return Report("\n\n".join([table, paragraphs(*notes), verdict]), verdict)
 
 
 def seconds_per_prompt(summary: dict) -> float | None:

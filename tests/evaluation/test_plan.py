@@ -121,3 +121,13 @@ def test_plan_from_an_edited_result(call, tmp_path, edited):
     code, _, err = call("eval_win_rate", "--plan", tmp_path / "edited.json")
     assert code == 2
     assert_one_line(err, "--plan", "edited.json", "run the evaluation again")
+
+
+def test_plan_fits_a_narrow_terminal(call, monkeypatch, tmp_path):
+    shutil.copy(ROOT / "docs/example_run/win_rate.json", tmp_path / "win_rate.json")
+    monkeypatch.setattr("utils.stage.terminal_width", lambda: 50)
+    code, out, err = call("eval_win_rate", "--plan", tmp_path / "win_rate.json")
+    assert code == 0, err
+    assert max(map(len, out.partition("wrote")[0].splitlines())) <= 50
+    # The artifact does not depend on the terminal.
+    assert max(map(len, read_json(tmp_path / "win_rate_plan.json")["text"].splitlines())) > 50

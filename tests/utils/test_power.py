@@ -11,6 +11,7 @@ from utils.power import (
     linearised_ratio,
     pilot_of,
     pilot_of_metric,
+    plan_rows,
     plan_table,
     power_record,
     power_sentence,
@@ -150,7 +151,9 @@ def test_records_are_on_the_metrics_scale():
 
 def test_plan_lists_rows_detectable_differences_and_time():
     pilot = pilot_of([1, 0, 0.5, 0.5, 1] * 4, 0.5)
-    text, rows = plan_table(pilot, "prompts", 3.0, "plan")
+    rows = plan_rows(pilot, 124, 3.0)
+    assert pilot.needed(pilot.mean) == 124
+    text = plan_table(rows, pilot.n, 124, "prompts", "plan")
     assert [row["n"] for row in rows] == sorted({20, 124, 50, 100, 200, 400, 800, 1600, 3200, 6400})
     detectable = [row["detectable"] for row in rows]
     assert detectable == sorted(detectable, reverse=True)
