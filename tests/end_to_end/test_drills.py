@@ -87,7 +87,7 @@ CASES = {
 ELSEWHERE = {
     "export_gguf.py": "tests/gguf/test_export.py, where llama.cpp is installed",
     "run_lm_eval.sh": "tests/harness/test_run_lm_eval.py: lm_eval has its own cache",
-    "release.py": "tests/release/test_release.py: a second push continues the first",
+    "release.py": "tests/release/test_release.py: kill -9, full disk and Ctrl-C; a second push continues the first",
     "chat.py": "tests/chat/test_chat.py: kill -9 between votes; it has no summary to compare",
     "report.py": "no test: it reads files and has nothing to resume",
     "run_sppo_iteration.sh": "it calls two scripts of this table; its signals: tests/end_to_end/test_signals.py",

@@ -1,14 +1,17 @@
 """release.py: every figure of the card traced to its file, what the folder holds, and uploads to a stand-in hub."""
 
+import errno
 import json
 import os
 import re
+import signal
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import yaml
 from conftest import ROOT, assert_one_line
+from drills import Fault, run_with, writes_of
 from example_runs import EXAMPLE, rewrite, write_run
 from hub_server import hub_server
 from huggingface_hub import ModelCard, parse_eval_result_entries
@@ -396,6 +399,22 @@ def test_push_and_push_again(made, release, tmp_path, monkeypatch):
         code, _, err = release(*push, "--no_dry_run")
         assert code == 2
         assert_one_line(err, "--push me/quick", "403", "hf auth login")
+
+
+def test_kill_full_disk_and_ctrl_c(made, tmp_path):
+    """While files are written, with an earlier release in place; the next call makes the folder all the same."""
+    made()
+    flags = ("--checkpoints", tmp_path / "ck", "--eval_out", tmp_path / "out", "--run_name", "quickstart", *KNOWN)
+    assert run_with(Fault(str(tmp_path)), "release.py", flags).returncode == 0
+    folder, last = tmp_path / "ck/quickstart-release", writes_of(tmp_path) - 1
+    content = {path.name: path.read_bytes() for path in folder.iterdir()}
+    for kind, at, code in (("kill", 6, -9), (errno.ENOSPC, 8, 2), ("signal", 9, 130), ("kill", last, -9)):
+        done = run_with(Fault(str(tmp_path), at, kind, signal.SIGINT), "release.py", flags)
+        assert done.returncode == code and "Traceback" not in done.stderr, done.stderr
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == content
+    assert run_with(Fault(str(tmp_path)), "release.py", flags).returncode == 0
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == content
+    assert not Path(f"{folder}.part").exists()
 
 
 def test_usage_example_runs(made, release, tmp_path, tiny, monkeypatch, capsys):
