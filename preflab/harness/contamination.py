@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from preflab.evaluation.contamination import TrainingText
-from preflab.harness.metrics import AGGREGATIONS, SuiteResults, aggregation_of, paired, values_of
+from preflab.harness.metrics import AGGREGATIONS, SuiteResults, aggregation_of, figures_of_tasks, paired, values_of
 from preflab.harness.results import ModelResults, leaves
 from utils import tables
 from utils.artifacts import metric
@@ -65,21 +65,16 @@ def _without(base: ModelResults, tuned: ModelResults, row: dict, flagged: dict[s
     tasks, measure, filtered = leaves(base, row["task"]), row["metric"], row["filter"]
     clean = {side: _clean(model, tasks, flagged) for side, model in zip(SIDES, (base, tuned), strict=True)}
     figures = _figures(base, tuned, clean, tasks, measure, filtered, row)
-    if figures is None and len(tasks) > 1:
-        # A group whose figure is the plain mean of its tasks'.
-        parts = []
-        for task in tasks:
-            reported = _reported(base, tuned, task, measure, filtered)
-            parts.append(_figures(base, tuned, clean, [task], measure, filtered, reported))
-        if None in parts:
+    if figures is None:
+        of_tasks = figures_of_tasks(base, tuned, tasks, measure, filtered, row) or {}
+        parts = [_figures(base, tuned, clean, [task], measure, filtered, pair) for task, pair in of_tasks.items()]
+        if not parts or None in parts:
             return None
         for task, part in zip(tasks, parts, strict=True):
             for side in SIDES:
                 keys = f"{measure},{filtered}", f"{measure}_stderr,{filtered}"
                 clean[side].results[task] = dict(zip(keys, (part[side]["value"], part[side]["stderr"]), strict=True))
         figures = {side: metric(float(np.mean([part[side]["value"] for part in parts]))) for side in SIDES}
-    if figures is None:
-        return None
     compared = paired(clean["base"], clean["tuned"], tasks, measure, filtered, figures, seed)
     documents = len({(task, key[1]) for task in tasks for key in clean["base"].samples.get(task, {})})
     return {"documents": documents, **figures, "difference": compared["difference"], "p": compared["p"]}
@@ -92,11 +87,6 @@ def _clean(model: ModelResults, tasks: list[str], flagged: dict[str, set]) -> Mo
         for task in tasks
     }
     return dataclasses.replace(model, samples=samples, results=dict(model.results))
-
-
-def _reported(base: ModelResults, tuned: ModelResults, task: str, measure: str, filtered: str) -> dict:
-    models = zip(SIDES, (base, tuned), strict=True)
-    return {side: metric(model.results.get(task, {}).get(f"{measure},{filtered}")) for side, model in models}
 
 
 def _figures(base, tuned, clean, tasks, measure, filtered, reported) -> dict | None:

@@ -9,7 +9,7 @@ from scipy.stats import t as student_t
 
 from preflab.evaluation.comparison import Comparison, ensure_models_differ
 from preflab.harness.calls import UNQUANTISED, Call
-from preflab.harness.results import ModelResults, figures_of, leaves, read_side
+from preflab.harness.results import ModelResults, figures_of, leaves, read_side, reported_figures
 from preflab.harness.suites import Suite, averages, errors, load_reference
 from utils.artifacts import metric
 from utils.stats import bootstrap, mcnemar, mean_test, of_sums, share
@@ -153,8 +153,7 @@ def rows(base: ModelResults, tuned: ModelResults, suite: Suite, seed: int) -> li
 def _row(
     base: ModelResults, tuned: ModelResults, name: str, measure: str, filtered: str, depth: int, seed: int
 ) -> dict:
-    sides = {"base": base, "tuned": tuned}
-    reported = {key: _reported(side, name, measure, filtered) for key, side in sides.items()}
+    reported = reported_figures(base, tuned, name, measure, filtered)
     return {
         "task": name,
         "alias": _alias(base, name),
@@ -172,13 +171,6 @@ def _row(
 
 def _alias(side: ModelResults, name: str) -> str:
     return str(side.results.get(name, {}).get("alias", name)).strip(" -")
-
-
-def _reported(side: ModelResults, name: str, measure: str, filtered: str) -> dict:
-    results = side.results.get(name, {})
-    value, error = results.get(f"{measure},{filtered}"), results.get(f"{measure}_stderr,{filtered}")
-    # lm_eval writes "N/A" where it has no standard error.
-    return metric(value, error if isinstance(error, (int, float)) else None)
 
 
 def paired(
@@ -295,25 +287,30 @@ def _independent(reported: dict) -> float | None:
     return None if None in parts else math.hypot(*parts)
 
 
-def _by_task(base, tuned, tasks, measure, filtered, reported, seed) -> dict | None:
-    """The difference of a group whose figure is the unweighted mean of its tasks'; None for other groups."""
+def figures_of_tasks(base, tuned, tasks, measure, filtered, reported) -> dict[str, dict] | None:
+    """`{task: {base, tuned}}` of a group whose figure is the unweighted mean of its tasks'; None for other groups."""
     if len(tasks) < 2:
         return None
-    each = [
-        {key: _reported(side, t, measure, filtered) for key, side in (("base", base), ("tuned", tuned))} for t in tasks
-    ]
-    if any(pair[side]["value"] is None for pair in each for side in pair):
-        return None
+    of_tasks = {task: reported_figures(base, tuned, task, measure, filtered) for task in tasks}
+    for side in ("base", "tuned"):
+        values = [pair[side]["value"] for pair in of_tasks.values()]
+        if None in values or not np.isclose(np.mean(values), reported[side]["value"], rtol=1e-6):
+            return None
+    return of_tasks
+
+
+def _by_task(base, tuned, tasks, measure, filtered, reported, seed) -> dict | None:
+    """The difference of a group of `figures_of_tasks`; None for other groups."""
     # A group weighted by documents (MMLU) is reproduced from its pooled samples and does not reach this point.
-    means = [np.mean([pair[side]["value"] for pair in each]) for side in ("base", "tuned")]
-    if not np.allclose(means, [reported[side]["value"] for side in ("base", "tuned")], rtol=1e-6):
+    of_tasks = figures_of_tasks(base, tuned, tasks, measure, filtered, reported)
+    if of_tasks is None:
         return None
     # Paired within each task; tasks have different documents, so their errors are independent.
-    parts = [paired(base, tuned, [t], measure, filtered, pair, seed) for t, pair in zip(tasks, each, strict=True)]
-    stderr = _plain_mean([part["difference"] for part in parts])["stderr"]
+    parts = [paired(base, tuned, [task], measure, filtered, pair, seed) for task, pair in of_tasks.items()]
+    difference = _plain_mean([part["difference"] for part in parts])
     freedom = degrees_of_freedom([(part["difference"]["stderr"], part["n"]) for part in parts])
     return {
-        **normal(float(means[1] - means[0]), stderr, freedom),
+        **normal(difference["value"], difference["stderr"], freedom),
         "test": "t",
         "n": sum(p["n"] for p in parts),
         "note": None,
@@ -399,7 +396,7 @@ def _entry(entry: dict, base: ModelResults, tuned: ModelResults, seed: int) -> d
         return {kind: _plain_mean([part[kind] for part in parts]) for kind in ("base", "tuned", "difference")}
     if "choices" in entry:
         return _subset(entry, base, tuned, seed)
-    sides = {key: _reported(side, entry["task"], measure, filtered) for key, side in (("base", base), ("tuned", tuned))}
+    sides = reported_figures(base, tuned, entry["task"], measure, filtered)
     if sides["base"]["value"] is None or sides["tuned"]["value"] is None:
         return None
     return {**sides, **paired(base, tuned, leaves(base, entry["task"]), measure, filtered, sides, seed)}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from preflab.harness.calls import Call
 from preflab.models.generation import not_a_number
-from utils.artifacts import read_json
+from utils.artifacts import metric, read_json
 from utils.errors import UserError
 from utils.provenance import shorten_paths
 
@@ -159,3 +159,14 @@ def figures_of(side: ModelResults, name: str) -> set[str]:
         if filtered and not measure.endswith("_stderr") and isinstance(value, (int, float)):
             keys.add(key)
     return keys
+
+
+def reported_figures(base: ModelResults, tuned: ModelResults, name: str, measure: str, filtered: str) -> dict:
+    """`{base: metric, tuned: metric}`: the harness's own figure of a task or group, with its standard error."""
+    reported = {}
+    for side, model in (("base", base), ("tuned", tuned)):
+        results = model.results.get(name, {})
+        value, error = results.get(f"{measure},{filtered}"), results.get(f"{measure}_stderr,{filtered}")
+        # lm_eval writes "N/A" where it has no standard error.
+        reported[side] = metric(value, error if isinstance(error, (int, float)) else None)
+    return reported

@@ -105,6 +105,15 @@ def test_group_without_overlapping_documents(weighted):
         assert figure["without"]["13"][side]["value"] == pytest.approx(expected)
 
 
+def test_group_with_another_mean_has_no_figure_without_overlap():
+    """Neither the mean over documents nor that over tasks gives the harness's figure of all documents."""
+    values = {"x": BASE, "y": TUNED[:6]}
+    side = side_of(values, subtasks={"g": ["x", "y"]}, group_value=0.123)
+    figure = section_of(side, side, question(2))["figures"][0]
+    assert figure["task"] == "g" and figure["removed"] == {"13": 2, "8": 2}
+    assert figure["without"] == {"13": None, "8": None}
+
+
 def test_perplexity_without_overlapping_documents():
     base, tuned = [[-2.0, 1], [-3.0, 1], [-1.0, 1]], [[-1.0, 1], [-3.5, 1], [-1.0, 1]]
     sides = [side_of({"t": [0, 0, 0]}, "ppl") for _ in range(2)]
