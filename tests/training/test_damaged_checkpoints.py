@@ -3,6 +3,7 @@
 import json
 import pickle
 import shutil
+import subprocess
 
 import pytest
 import torch
@@ -40,6 +41,8 @@ def test_undamaged_checkpoint(checkpoint):
     manifest = read_json(checkpoint / MANIFEST)
     files = {str(p.relative_to(checkpoint)) for p in checkpoint.rglob("*") if p.is_file()} - {MANIFEST}
     assert files == set(manifest["sha256"]) == set(manifest["files"])
+    printed = subprocess.run(["sha256sum", checkpoint / "optimizer.pt"], capture_output=True, text=True).stdout
+    assert manifest["sha256"]["optimizer.pt"] == printed.split()[0]
     # Manifests of earlier versions have no hashes.
     write_json(checkpoint / MANIFEST, {k: v for k, v in manifest.items() if k != "sha256"})
     assert damage(checkpoint) is None
