@@ -53,9 +53,10 @@ def main():
 
     # Card and metadata, each figure with its source.
     sources = Sources()
-    texts = {"README.md": release_card(release, folder.path, sources)}
-    for file, text in eval_results(release.shown, release.run, args.push, sources).items():
-        texts[f".eval_results/{file}"] = text
+    with sources.damage_named():
+        texts = {"README.md": release_card(release, folder.path, sources)}
+        for file, text in eval_results(release.shown, release.run, args.push, sources).items():
+            texts[f".eval_results/{file}"] = text
     texts["card_sources.json"] = sources_text(sources.entries, name)
 
     # The folder, then the summary, and the upload last.

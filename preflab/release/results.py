@@ -52,8 +52,11 @@ def used(run: RunArtifacts) -> tuple[list[Artifact], list[str]]:
         # Training's data may have changed since: the weights are still those of that training.
         if stale and artifact.stage not in ("train", "sft"):
             left_out.append(f"{artifact.path}: stale: {'; '.join(stale)}")
-        elif figures_of(artifact):
-            shown.append(artifact)
+            continue
+        try:
+            shown += [artifact] if figures_of(artifact) else []
+        except (KeyError, TypeError, AttributeError) as error:
+            left_out.append(f"{artifact.path}: is not as its stage writes it ({error!r})")
     return shown, left_out
 
 

@@ -1,10 +1,13 @@
 """The ledger of a card: every number and sentence in it, with the file and the key that it was read from."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 
+from utils.errors import UserError
 from utils.markdown import escaped, sentence
 from utils.secrets_in_text import without_secrets
 from utils.tables import decimals, number, p_value
@@ -44,6 +47,17 @@ class Sources:
     def __init__(self):
         self.entries: list[dict] = []
         self.section = ""
+
+    @contextmanager
+    def damage_named(self) -> Iterator[None]:
+        """Raise UserError, naming the section of the card, where an artifact is not as its stage writes it."""
+        try:
+            yield
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            raise UserError(
+                f"card, section {self.section!r}: the artifact is not as its stage writes it ({error!r}); run it"
+                " again, or move its file away"
+            ) from error
 
     def record(self, shown: str, kind: str, document: Document | None, keys: tuple, **more) -> str:
         """Append an entry and return `shown`."""

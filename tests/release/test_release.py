@@ -312,6 +312,20 @@ def test_stale_results_and_trials_are_left_out(made, release, tmp_path):
     assert "changed since" in out and "--limit 8" in out and "battle.json" in out
 
 
+def test_damaged_artifacts_are_named(made, release, tmp_path):
+    """A suite whose rows lack a key is left out; of training, which the card needs, the section is named."""
+    results = made()
+    rewrite(results / "lm_eval/quick/lm_eval.json", lambda s: s["rows"][0].pop("shots"))
+    code, out, err = release()
+    assert code == 0, err
+    assert "lm_eval.json: is not as its stage writes it" in " ".join(out.split()) and "'shots'" in out
+    assert "### lm-evaluation-harness" not in card_of(tmp_path)[1]
+    rewrite(results / "train.json", lambda s: s["plan"].pop("global_batch_size"))
+    code, _, err = release()
+    assert code == 2
+    assert_one_line(err, "hyperparameters", "global_batch_size")
+
+
 def test_eval_results_of_the_hub(made, release, tmp_path):
     results = made()
 
