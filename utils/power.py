@@ -223,13 +223,6 @@ def with_power(m: dict, rows, unit: str, null: float = 0.0, groups=None, level: 
     return {**m, "power": {**record, **scaled}}
 
 
-def linearised_ratio(rows: np.ndarray) -> np.ndarray:
-    """Rows whose mean is the ratio of two columns' sums, with the spread of that ratio. Shape (n, 2) to (n,)."""
-    ratio = rows[:, 0].sum() / rows[:, 1].sum()
-    # The delta method: deviations of numerator and denominator, over the denominator's mean.
-    return ratio + (rows[:, 0] - ratio * rows[:, 1]) / rows[:, 1].mean()
-
-
 def points(difference: float) -> str:
     """A difference of shares in percentage points."""
     return f"{number(100 * difference, 1)} points"

@@ -195,7 +195,7 @@ def of_sums(values, figure=ratio, seed: int = 42, resamples: int = RESAMPLES, gr
     n = len(rows)
     if n < 2:
         return metric(value, None, None, n_rows)
-    linear = _linearised(rows[None], figure)[0]
+    linear = _linearised(rows, figure)
     spread = float(linear.std())
     stderr = float(linear.std(ddof=1)) / math.sqrt(n)
     # Rows that are equal up to rounding have no spread: their deviation would be the error of the sums.
@@ -205,7 +205,7 @@ def of_sums(values, figure=ratio, seed: int = 42, resamples: int = RESAMPLES, gr
     # The side of the long tail needs the wider half: few rows of the tail make the mean and its error small together.
     skewness = sample_skewness(linear)
     bend = min(SKEWNESS_FACTOR * abs(skewness) / math.sqrt(n), MOST_CORRECTION / student)
-    wide = 3 * (1 - (1 - bend * student) ** (1 / 3)) / bend if bend > 1e-9 else student
+    wide = uncorrected(student, bend)
     low, high = (-wide, student) if skewness < 0 else (-student, wide)
     low, high = value + stderr * low, value + stderr * high
     # How many standard errors, each resample with its own, the figure of a resample is from that of all rows.
@@ -240,6 +240,11 @@ def _linearised(rows: np.ndarray, figure) -> np.ndarray:
         step[k] = 1e-30j
         products = products + rows[..., k] * (figure(sums + step).imag / 1e-30)[..., None]
     return rows.shape[-2] * products
+
+
+def linearised_ratio(rows: np.ndarray) -> np.ndarray:
+    """Values whose mean is the ratio of two columns' sums, with the spread of that ratio. Shape (n, 2) to (n,)."""
+    return ratio(rows.sum(0)) + _linearised(rows, ratio)
 
 
 def sample_skewness(x: np.ndarray) -> float:
@@ -300,14 +305,11 @@ def _group_numbers(groups, n: int) -> tuple[np.ndarray, int]:
 def independent_values(rows: np.ndarray, groups=None) -> np.ndarray:
     """One value per group, with the mean of all rows and the spread of a mean over groups; `rows` without groups.
 
-    The value of a group is the overall mean plus its rows' summed deviations, scaled so that equal sizes give the
-    groups' own means: the linearised ratio of the groups' sums and sizes. Shape (groups,).
+    The mean is the ratio of the groups' sums and sizes, here linearised. Groups of equal sizes have their own means.
+    Shape (groups,).
     """
-    numbers, count = _group_numbers(groups, len(rows))
-    if count == len(rows):
-        return rows
-    mean = rows.mean()
-    return mean + np.bincount(numbers, rows - mean, count) * count / len(rows)
+    sums = group_sums(np.stack([rows, np.ones(len(rows))], 1), groups)
+    return rows if len(sums) == len(rows) else linearised_ratio(sums)
 
 
 def _grouped(table: np.ndarray, statistic, numbers: np.ndarray, count: int) -> tuple:
@@ -470,9 +472,18 @@ def skewness_corrected(x: np.ndarray) -> float:
     distance, error = abs(x.mean()) / stderr, skewness_error(n)
     against = -math.copysign(1.0, x.mean()) * sample_skewness(x)
     against = max(0.0, SKEWNESS_FACTOR * against + error)
-    # Hall's monotone cubic, u (1 - z + z^2 / 3).
-    z = against / math.sqrt(n) * distance / 3
-    return float(2 * t.sf(min(distance, distance * (1 - z + z * z / 3)), n - 1))
+    return float(2 * t.sf(min(distance, corrected(distance, against / math.sqrt(n))), n - 1))
+
+
+def corrected(distance: float, bend: float) -> float:
+    """Hall's monotone cubic (1992): a distance in standard errors, corrected for the skewness `bend` times sqrt(n)."""
+    z = bend * distance / 3
+    return distance * (1 - z + z * z / 3)
+
+
+def uncorrected(distance: float, bend: float) -> float:
+    """The inverse of `corrected`."""
+    return 3 * (1 - float(np.cbrt(1 - bend * distance))) / bend if bend > 1e-9 else distance
 
 
 def skewness_error(n: int) -> float:
@@ -486,9 +497,7 @@ def critical_distance(n: int, level: float = 0.05) -> float:
 
     if n < 3 or 0.6**n >= level:
         return math.inf
-    # Hall's cubic solved for the distance.
-    bend, student = skewness_error(n) / math.sqrt(n), float(t.ppf(1 - level / 2, n - 1))
-    return 3 * (1 - float(np.cbrt(1 - bend * student))) / bend
+    return uncorrected(float(t.ppf(1 - level / 2, n - 1)), skewness_error(n) / math.sqrt(n))
 
 
 def mcnemar(right_a, right_b, groups=None) -> float:

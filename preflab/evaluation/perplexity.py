@@ -16,9 +16,9 @@ from preflab.evaluation.rewards import number_prompts, prompts_of
 from preflab.evaluation.two_models import TwoModels
 from utils.artifacts import metric
 from utils.errors import UserError
-from utils.power import LEVEL, linearised_ratio, with_power
+from utils.power import LEVEL, with_power
 from utils.provenance import local_path
-from utils.stats import bootstrap, mean_test, of_sums, ratio
+from utils.stats import bootstrap, linearised_ratio, mean_test, of_sums, ratio
 
 # Metrics that compare two models, or are of the second.
 OF_TWO_MODELS = re.compile(r"_tuned$|_difference$|_ratio$|^p_|^kl_")

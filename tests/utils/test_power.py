@@ -8,7 +8,6 @@ from scipy.stats import binom, nct, norm, t
 
 from utils.power import (
     Pilot,
-    linearised_ratio,
     pilot_of,
     pilot_of_metric,
     plan_rows,
@@ -19,7 +18,7 @@ from utils.power import (
     t_test_power,
     with_power,
 )
-from utils.stats import bootstrap, direction, mean_test, share, sign_test
+from utils.stats import bootstrap, direction, linearised_ratio, mean_test, share, sign_test
 
 
 @pytest.mark.parametrize("n, effect", [(5, 1.0), (24, 0.6), (120, 0.2), (900, 0.1), (5000, 0.04)])
