@@ -236,7 +236,7 @@ KINDS = ("binary", "normal", "skewed", "heavy tails", "clustered")
 WITHOUT_CLUSTERS = {battles, battles_with_opponent, run_alpacaeval, sppo_over_seeds}
 
 
-WITH_POWER = ("evaluation.rewards", "judging.battle_metrics", "human.metrics", "alpacaeval.metrics")
+WITH_POWER = ("evaluation.rewards", "judging.battle_metrics", "alpacaeval.metrics")
 
 
 @pytest.fixture
