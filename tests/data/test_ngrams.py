@@ -37,10 +37,10 @@ def test_overlap_equals_a_search_word_by_word(seed, chunk, monkeypatch):
         return [" ".join(rng.choices("abc", k=rng.randrange(longest))) for _ in range(count)]
 
     documents, training = texts(60, 20), texts(40, 30)
-    found = NgramIndex(documents).found_in(iter(training))
+    overlaps = NgramIndex(documents).found_in(iter(training))
     for size in (13, 8):
         expected = brute_force(documents, training, size)
-        assert found[size].tolist() == expected
+        assert overlaps[size].tolist() == expected
     assert 0 < sum(brute_force(documents, training, 8)) < 60
 
 
@@ -57,8 +57,8 @@ def test_words_and_ngrams_are_those_of_lm_eval(size):
         janitor.register_contaminant_python(text)
     # A text that is cleaned of an overlap comes back in pieces, or not at all.
     expected = [janitor.clean_python(document) != [document] for document in documents]
-    found = NgramIndex(documents, (size,)).found_in(training)[size].tolist()
-    assert found == expected and 0 < sum(found) < 40
+    overlaps = NgramIndex(documents, (size,)).found_in(training)[size].tolist()
+    assert overlaps == expected and 0 < sum(overlaps) < 40
 
 
 @pytest.mark.parametrize(
@@ -71,14 +71,14 @@ def test_words_and_ngrams_are_those_of_lm_eval(size):
     ],
 )
 def test_a_question_by_hand(training, thirteen, eight):
-    found = NgramIndex([QUESTION]).found_in([training])
-    assert (found[13][0], found[8][0]) == (thirteen, eight)
+    overlaps = NgramIndex([QUESTION]).found_in([training])
+    assert (overlaps[13][0], overlaps[8][0]) == (thirteen, eight)
 
 
 def test_short_documents_count_as_a_whole():
     index = NgramIndex(["Who then wrote Hamlet first?", "Who wrote Hamlet then?", ""])
-    found = index.found_in(["Tell me: who then wrote Hamlet first", "Who wrote Hamlet then?"])
-    assert found[13].tolist() == found[8].tolist() == [True, False, False] and index.too_short.sum() == 2
+    overlaps = index.found_in(["Tell me: who then wrote Hamlet first", "Who wrote Hamlet then?"])
+    assert overlaps[13].tolist() == overlaps[8].tolist() == [True, False, False] and index.too_short.sum() == 2
     assert not index.found_in(["then wrote Hamlet first"])[8].any()
 
 
