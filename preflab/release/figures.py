@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from preflab.reporting.artifacts import Artifact
-from preflab.reporting.stages import lc_name
+from preflab.reporting.stages import lc_name, task_label
 
 MARK = "†"
 
@@ -122,11 +122,8 @@ def _lm_eval(artifact: Artifact) -> list[Figure]:
     for k, row in enumerate(artifact.summary.get("rows") or []):
         if not row.get("top"):
             continue
-        shots = "" if row["shots"] is None else f", {row['shots']}-shot"
-        filtered = "" if row["filter"] == "none" else f", {row['filter']}"
-        label = f"{row['alias']}{shots}: {row['metric']}{filtered}"
         keys = (("rows", k, key) for key in ("tuned", "base", "difference", "p_holm"))
-        figures.append(Figure(label, *keys, 1, 4, index=f"{row['task']}/{row['metric']},{row['filter']}"))
+        figures.append(Figure(task_label(row), *keys, 1, 4, index=f"{row['task']}/{row['metric']},{row['filter']}"))
     return figures
 
 

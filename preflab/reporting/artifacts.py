@@ -156,8 +156,8 @@ class RunArtifacts:
 
     def of_stage(self, stage: str, trials: bool = False) -> list[Artifact]:
         """Its readable summaries of a stage; without trials unless `trials`."""
-        found = [a for a in self.artifacts if a.stage == stage and not a.problem]
-        return [a for a in found if trials or a.limit is None or self.name.endswith(f"_LIMIT{a.limit}")]
+        readable = [a for a in self.artifacts if a.stage == stage and not a.problem]
+        return [a for a in readable if trials or a.limit is None or self.name.endswith(f"_LIMIT{a.limit}")]
 
     def once(self, compute: Callable, what) -> str:
         """`compute(what)`, a hash of files, computed once: most results of a run name the same data and adapter."""
@@ -173,9 +173,9 @@ class RunArtifacts:
 
 def read_all(checkpoints: Path, eval_out: Path) -> list[RunArtifacts]:
     """Every run with weights or results, newest first."""
-    found = (read_artifacts(run, checkpoints / run.name) for run in read_runs(checkpoints, eval_out))
+    runs = (read_artifacts(run, checkpoints / run.name) for run in read_runs(checkpoints, eval_out))
     # Folders of the report itself and of a merged model have neither a run nor a summary.
-    return [run for run in found if run.artifacts or run.problems or run.is_training or run.others]
+    return [run for run in runs if run.artifacts or run.problems or run.is_training or run.others]
 
 
 def select(runs: list[RunArtifacts], names: list[str] | None, flag: str) -> list[RunArtifacts]:

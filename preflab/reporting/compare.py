@@ -257,19 +257,19 @@ def _compare_figure(kind: Kind, first: Artifact, baseline: RunArtifacts, runs: l
         return None
     basis, lines = basis_of(first, kind.rewards), [Line(baseline.name, _estimate(kind, ours, seed))]
     for run in runs:
-        found = run.of_stage(first.stage, trials=True)[:1]
-        values, problem = _values(kind, found[0]) if found else (None, NOT_EVALUATED)
+        artifact = next(iter(run.of_stage(first.stage, trials=True)), None)
+        values, problem = _values(kind, artifact) if artifact else (None, NOT_EVALUATED)
         if values is None:
             lines.append(Line(run.name, reason=problem))
             continue
         line = Line(run.name, _estimate(kind, values, seed))
-        line.doubt = doubt_about_judge(first) or doubt_about_judge(found[0])
-        differs = basis_of(found[0], kind.rewards).differs(basis, kind.against)
-        trained_on = not_held_out(first) or not_held_out(found[0])
+        line.doubt = doubt_about_judge(first) or doubt_about_judge(artifact)
+        differs = basis_of(artifact, kind.rewards).differs(basis, kind.against)
+        trained_on = not_held_out(first) or not_held_out(artifact)
         if trained_on:
             differs.append(trained_on)
-        if found[0].limit != first.limit:
-            differs.append(f"other rows: --limit {found[0].limit}, not {first.limit}")
+        if artifact.limit != first.limit:
+            differs.append(f"other rows: --limit {artifact.limit}, not {first.limit}")
         if not differs and values.keys != ours.keys:
             values, paired = _shared(values, ours)
             if paired is None:
@@ -420,14 +420,14 @@ def _shown(kind: Kind, value: dict | None) -> str:
 
 def left_out(figures: list[Compared]) -> Table | None:
     """The runs that are not comparable with the baseline, by stage, with the reason: never in the others' column."""
-    found: dict[tuple, list[str]] = {}
+    figures_of: dict[tuple, list[str]] = {}
     for compared in figures:
         for line in compared.lines[1:]:
             if not line.comparable:
                 shown = f"{compared.kind.label}: {_shown(compared.kind, line.value)}"
-                found.setdefault((compared.stage, line.run, line.reason or ""), []).append(shown)
+                figures_of.setdefault((compared.stage, line.run, line.reason or ""), []).append(shown)
     lines = [
         (stage, run, reason, "-" if reason == NOT_EVALUATED else "; ".join(shown))
-        for (stage, run, reason), shown in found.items()
+        for (stage, run, reason), shown in figures_of.items()
     ]
     return Table([("stage", "run", "why it is not compared", "its figures"), *lines]) if lines else None

@@ -47,23 +47,23 @@ class Audit:
 
 def findings_of(run: RunArtifacts) -> list[Finding]:
     """All warnings of a run but those about stale results, in the order of its stages."""
-    found = [Finding("files", "files", problem) for problem in run.problems]
+    findings = [Finding("files", "files", problem) for problem in run.problems]
     state = run.run.state
     if run.is_training and state != "finished" and not state.startswith("finished, trial"):
-        found.append(Finding("files", "Training", f"this run is not complete: {state}"))
+        findings.append(Finding("files", "Training", f"this run is not complete: {state}"))
     warnings = part(run.others, "preflight").get("warning")
     for warning in warnings if isinstance(warnings, list) else []:
-        found.append(Finding("preflight", "Preflight", str(warning)))
-    found += [finding for finding in _truncated_sequences("Preflight", part(run.others, "preflight"))]
+        findings.append(Finding("preflight", "Preflight", str(warning)))
+    findings += _truncated_sequences("Preflight", part(run.others, "preflight"))
     for artifact in run.artifacts:
         if artifact.problem:
             continue
         where = title_of(artifact)
         try:
-            found += [Finding(about, where, text) for about, text in _of_artifact(artifact)]
+            findings += [Finding(about, where, text) for about, text in _of_artifact(artifact)]
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            found.append(Finding("files", where, f"{artifact.path}: warnings could not be read ({error!r})"))
-    return _once([*found, *_code(run)])
+            findings.append(Finding("files", where, f"{artifact.path}: warnings could not be read ({error!r})"))
+    return _once([*findings, *_code(run)])
 
 
 def _overlap(section: dict) -> Iterator[str]:
@@ -78,10 +78,10 @@ def _overlap(section: dict) -> Iterator[str]:
         yield f"of {documents} documents {' and '.join(shared)} of words with {section['training_data']}"
 
 
-def _once(found: list[Finding]) -> list[Finding]:
+def _once(findings: list[Finding]) -> list[Finding]:
     """Equal sentences of several stages once, under the stages' names together."""
     merged: dict[tuple, Finding] = {}
-    for finding in found:
+    for finding in findings:
         first = merged.setdefault((finding.about, finding.text), finding)
         if first is not finding and finding.where not in first.where.split("; "):
             first.where += f"; {finding.where}"
@@ -128,8 +128,8 @@ def _of_artifact(artifact: Artifact) -> Iterator[tuple[str, str]]:
 
 def not_held_out(artifact: Artifact) -> str | None:
     """The sentence of an evaluation whose prompts the run was trained on, None for held-out ones."""
-    found = NOT_HELD_OUT.match(str(artifact.summary.get("claim") or ""))
-    return found[0] if found else None
+    sentence = NOT_HELD_OUT.match(str(artifact.summary.get("claim") or ""))
+    return sentence[0] if sentence else None
 
 
 def doubt_about_judge(artifact: Artifact) -> str | None:

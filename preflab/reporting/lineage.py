@@ -61,7 +61,7 @@ def path_to(name: str, trees: list[Node]) -> list[Node]:
 
 
 def _is_below(node: Node, above: Node) -> bool:
-    return any(node is found for _, found in above.lines())
+    return any(node is below for _, below in above.lines())
 
 
 def _is_model_or_pairs(run: RunArtifacts) -> bool:

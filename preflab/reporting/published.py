@@ -91,17 +91,17 @@ def cells_of(run: RunArtifacts, side: str) -> dict[str, Cell]:
 
 
 def _alpacaeval(run: RunArtifacts, side: str) -> dict[str, Cell]:
-    found = run.of_stage("alpacaeval")
-    if not found or f"{side}_win_rate" not in found[0].metrics:
+    summaries = run.of_stage("alpacaeval")
+    if not summaries or f"{side}_win_rate" not in summaries[0].metrics:
         return {}
-    m, judge = found[0].metrics, str(found[0].args.get("judge"))
+    m, judge = summaries[0].metrics, str(summaries[0].args.get("judge"))
     count = part(m, "base_unparsed").get("n")
     judged = () if judge == LEADERBOARD_JUDGE else (f"AlpacaEval judged by {judge}",)
     instructions = () if count == ALPACAEVAL_SIZE else (f"AlpacaEval on {count} instructions, not {ALPACAEVAL_SIZE}",)
     name = lc_name(m)
 
     def of(kind: str) -> tuple:
-        return found[0], (("metrics", f"{side}_{kind}", "value"),)
+        return summaries[0], (("metrics", f"{side}_{kind}", "value"),)
 
     cells = {"ae_wr": Cell(cell(m[f"{side}_win_rate"]), judged + instructions, *of("win_rate"))}
     if f"{side}_{name}" in m:
@@ -138,18 +138,18 @@ def _arena_hard(run: RunArtifacts, side: str) -> dict[str, Cell]:
 
 def _generated(run: RunArtifacts, side: str) -> dict[str, Cell]:
     """GSM8K and MMLU of lm-eval's suite `generated`."""
-    found = next((a for a in run.of_stage("lm_eval") if a.suite == "generated"), None)
-    if found is None:
+    artifact = next((a for a in run.of_stage("lm_eval") if a.suite == "generated"), None)
+    if artifact is None:
         return {}
     reasons = ("GSM8K and MMLU with lm-eval's prompts and parsing, their lengths in characters",)
-    averages, cells = found.part("averages"), {}
-    lengths = found.part("generated_characters").get(side) or {}
+    averages, cells = artifact.part("averages"), {}
+    lengths = artifact.part("generated_characters").get(side) or {}
     for key, name in (("gsm8k", "GSM8K generated"), ("mmlu", "MMLU generated")):
         if side in averages.get(name, {}):
-            cells[key] = Cell(cell(averages[name][side]), reasons, found, (("averages", name, side, "value"),))
+            cells[key] = Cell(cell(averages[name][side]), reasons, artifact, (("averages", name, side, "value"),))
         of_task = [task for task in lengths if task.startswith(key)]
         if of_task:
             mean = sum(lengths[task] for task in of_task) / len(of_task)
             places = tuple(("generated_characters", side, task) for task in of_task)
-            cells[f"{key}_length"] = Cell(number(mean, 0), reasons, found, places)
+            cells[f"{key}_length"] = Cell(number(mean, 0), reasons, artifact, places)
     return cells

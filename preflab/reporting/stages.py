@@ -232,12 +232,16 @@ def _lm_eval(artifact: Artifact) -> list[Table]:
     for row in artifact.summary["rows"]:
         # Subtasks are in lm_eval.md; here they would hide their groups.
         if row["top"]:
-            shots = "" if row["shots"] is None else f", {row['shots']}-shot"
-            filtered = "" if row["filter"] == "none" else f", {row['filter']}"
-            label = f"{row['alias']}{shots}: {row['metric']}{filtered}"
-            lines.append((label, *_three(row, 4), p_value(row.get("p_holm"))))
+            lines.append((task_label(row), *_three(row, 4), p_value(row.get("p_holm"))))
     template = "with" if settings["apply_chat_template"] else "without"
     return [*tables, Table(lines, note=f"{template} chat template; the harness's own scale")]
+
+
+def task_label(row: dict) -> str:
+    """A task of the harness with its shots, metric and filter."""
+    shots = "" if row["shots"] is None else f", {row['shots']}-shot"
+    filtered = "" if row["filter"] == "none" else f", {row['filter']}"
+    return f"{row['alias']}{shots}: {row['metric']}{filtered}"
 
 
 def _three(figures: dict, digits: int) -> tuple[str, str, str]:

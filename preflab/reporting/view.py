@@ -92,7 +92,7 @@ class ReportView:
 
 @dataclass
 class ComparisonView:
-    """What --compare found: `tests` is the number of tests in Holm's correction."""
+    """The result of --compare: `tests` is the number of tests in Holm's correction."""
 
     baseline: str
     runs: list[str]
@@ -272,19 +272,19 @@ def _states(view: RunView) -> list[StageState]:
 def figure_tables(runs: list[RunArtifacts]) -> list[Table]:
     """Every headline figure of all runs; runs on other data, another base or other settings are groups of their own."""
     labels = [label for _, label, *_ in HEADLINES]
-    found: dict[str, list[tuple]] = {}
+    by_label: dict[str, list[tuple]] = {}
     for run in runs:
         by_file = {str(a.path.relative_to(run.run.results)): a for a in run.artifacts}
         for label, name, value, rows, file in figures_of(run.run):
             artifact = by_file.get(file)
             # A suite without averages has its figures on the run's page.
             if artifact and not artifact.problem and value != "see lm_eval.md":
-                found.setdefault(label, []).append((artifact, name, value, rows))
+                by_label.setdefault(label, []).append((artifact, name, value, rows))
     tables = []
-    for label in sorted(found, key=lambda label: (labels.index(label) if label in labels else len(labels), label)):
+    for label in sorted(by_label, key=lambda label: (labels.index(label) if label in labels else len(labels), label)):
         rewards, against = "margin" in label, measured_against(label)
         groups: list[tuple] = []
-        for artifact, *line in found[label]:
+        for artifact, *line in by_label[label]:
             basis = basis_of(artifact, rewards)
             group = next((lines for other, lines in groups if not basis.differs(other, against)), None)
             if group is None:
