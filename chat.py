@@ -69,8 +69,7 @@ class ChatArguments(GenerationArguments):
 def check(args, c) -> None:
     """Raise UserError for contradictory or out-of-range arguments."""
     args.check()
-    if c.output_json:
-        raise UserError("--output_json: this script writes several files; set their folder with --output_dir")
+    c.refuse_output_json()
     if args.top_k < 0:
         raise UserError(f"--top_k {args.top_k}: must be at least 0")
     if args.prompt is not None and args.file is not None:

@@ -74,8 +74,7 @@ class HumanEvalArguments(GenerationArguments):
 def check(args, c) -> None:
     """Raise UserError for contradictory or out-of-range arguments."""
     args.check()
-    if c.output_json:
-        raise UserError("--output_json: this script writes several files; set their folder with --output_dir")
+    c.refuse_output_json()
     if args.pairs_per_prompt < 1:
         raise UserError(f"--pairs_per_prompt {args.pairs_per_prompt}: must be at least 1")
     # A repeat follows its first showing by half a page, so only pairs of the first half can be repeated.

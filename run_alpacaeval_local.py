@@ -73,8 +73,7 @@ class AlpacaEvalArguments(JudgeArguments, ContaminationArguments):
 
 def check(args, c) -> None:
     """Raise UserError for contradictory or out-of-range arguments."""
-    if c.output_json:
-        raise UserError("--output_json: this script writes a folder of files; set the folder with --output_dir")
+    c.refuse_output_json()
     # A part of a judged file would not give the rates that its leaderboard row reports.
     if args.annotations and c.limit:
         raise UserError("--annotations with --limit: the complete file is scored; remove --limit")

@@ -4,7 +4,7 @@ from itertools import combinations
 from pathlib import Path
 
 from preflab.data.messages import check_messages
-from preflab.judging.vote_pairs import LEAST_AGREEMENT, Judgement, preference_pairs, sentence
+from preflab.judging.vote_pairs import LEAST_AGREEMENT, Judgement, check_pairs_file, preference_pairs, sentence
 from utils.artifacts import RowFile, check_writable, write_rows
 from utils.errors import UserError, at_end
 from utils.locks import hold, let_go
@@ -65,8 +65,7 @@ class VotesFile:
     """
 
     def __init__(self, pairs: Path, annotator: str, least: float = LEAST_AGREEMENT, run: str = ""):
-        if pairs.suffix != ".jsonl" or pairs.is_dir():
-            raise UserError(f"--pairs {pairs}: give the name of a file that ends with .jsonl")
+        check_pairs_file(pairs)
         self.pairs, self.file = pairs, RowFile(votes_path(pairs))
         self.annotator, self.least, self.run = annotator, least, run
         self.counts, self.given, self.held = {}, 0, False
@@ -111,8 +110,7 @@ def score(files: list[str], pairs: Path, least: float, overwrite: bool) -> str:
     """
     if len({Path(file).resolve() for file in files}) < len(files):
         raise UserError("--score: a file is given twice")
-    if pairs.suffix != ".jsonl" or pairs.is_dir():
-        raise UserError(f"--pairs {pairs}: give the name of a file that ends with .jsonl")
+    check_pairs_file(pairs)
     if pairs.exists() and not overwrite:
         raise UserError(f"--pairs {pairs}: exists; choose another name, or --overwrite it")
     check_writable(pairs.parent, "--pairs")

@@ -107,6 +107,11 @@ class ComparisonArguments(ModelArguments, DatasetArguments, OutputArguments):
     output_dir: str | None = option("Folder of the results, instead of <eval_out>/<run_name>/.")
     output_json: str | None = option("Path of the summary; rows and picture are written next to it.")
 
+    def refuse_output_json(self) -> None:
+        """Raise UserError for --output_json, which names one file, in a script that writes several."""
+        if self.output_json:
+            raise UserError("--output_json: this script writes several files; set their folder with --output_dir")
+
 
 @dataclass
 class ContaminationArguments:

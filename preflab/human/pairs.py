@@ -4,7 +4,7 @@ from pathlib import Path
 
 from preflab.human.metrics import counted_votes
 from preflab.human.study import COLUMN_OF
-from preflab.judging.vote_pairs import Judgement, preference_pairs
+from preflab.judging.vote_pairs import Judgement, check_pairs_file, preference_pairs
 from utils.artifacts import RowFile, check_writable
 from utils.errors import UserError
 
@@ -39,8 +39,7 @@ def pairs_of_study(rows: list[dict], candidates: list[dict], about: dict, study:
 
 def ensure_own_file(path: Path, study: str, overwrite: bool) -> None:
     """Raise UserError where `path` cannot be written, or holds something other than pairs of this study."""
-    if path.suffix != ".jsonl" or path.is_dir():
-        raise UserError(f"--pairs {path}: give the name of a file that ends with .jsonl")
+    check_pairs_file(path)
     check_writable(path.parent, "--pairs")
     if path.exists() and not overwrite and any(_study(row) != study for row in RowFile(path).read()):
         raise UserError(

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 
 from utils.cache import cache_key
 from utils.errors import UserError
@@ -34,6 +35,12 @@ def check_agreement(share: float) -> None:
     """Raise UserError for a share outside (0, 1]."""
     if not 0 < share <= 1:
         raise UserError(f"--min_agreement {share}: must be above 0 and at most 1")
+
+
+def check_pairs_file(path: Path) -> None:
+    """Raise UserError where --pairs is not the name of a JSON lines file."""
+    if path.suffix != ".jsonl" or path.is_dir():
+        raise UserError(f"--pairs {path}: give the name of a file that ends with .jsonl")
 
 
 def preference_pairs(judgements: list[Judgement], least: float = LEAST_AGREEMENT) -> tuple[list[dict], dict]:
