@@ -294,6 +294,28 @@ def trained(tiny, prefs, tmp_path_factory):
 
 
 @pytest.fixture
+def root(tmp_path):
+    """A folder with one run of docs/example_run, `ck/quickstart` and `out/quickstart`."""
+    from example_runs import write_run
+
+    write_run(tmp_path, "quickstart")
+    return tmp_path
+
+
+@pytest.fixture
+def report(call, root):
+    """report(*flags) runs report.py on `root` and returns (stdout, HTML, Markdown)."""
+
+    def reporting(*flags) -> tuple[str, str, str]:
+        code, out, err = call("report", "--checkpoints", root / "ck", "--eval_out", root / "out", *flags)
+        assert code == 0, err
+        files = (root / "out" / f"report.{kind}" for kind in ("html", "md"))
+        return out, *(file.read_text(encoding="utf-8") if file.exists() else "" for file in files)
+
+    return reporting
+
+
+@pytest.fixture
 def endpoint(monkeypatch):
     """Start a stand-in for a server with OpenAI's chat completions (tests/chat_servers.py)."""
     from chat_servers import chat_servers

@@ -1,6 +1,7 @@
 """Helpers that tests of several rooms share; fixtures are in conftest.py."""
 
 import sys
+from html.parser import HTMLParser
 from types import SimpleNamespace
 
 import torch
@@ -107,3 +108,23 @@ def pair_args(model, prompts, folder, *extra) -> list[str]:
 def alpaca_args(trained, tmp_path, reference, tiny, *extra):
     own = ("--reference", reference, "--judge", f"hf:{tiny}", "--max_new_tokens", 6, "--lc_resamples", 3)
     return eval_args(trained, tmp_path / "out", *own, *extra)
+
+
+def texts(page: str) -> str:
+    """The text of a page as a reader sees it, on one line."""
+    parts, hidden = [], []
+    parser = HTMLParser()
+    parser.handle_starttag = lambda tag, _: hidden.append(tag) if tag in ("script", "style") else None
+    parser.handle_endtag = lambda tag: hidden.pop() if tag in ("script", "style") else None
+    parser.handle_data = lambda data: None if hidden else parts.append(data)
+    parser.feed(page)
+    return " ".join(" ".join(parts).split())
+
+
+def elements(page: str) -> list[tuple[str, dict]]:
+    """Tag and attributes of every element, as an HTML parser finds them."""
+    tags = []
+    parser = HTMLParser()
+    parser.handle_starttag = lambda tag, attributes: tags.append((tag, dict(attributes)))
+    parser.feed(page)
+    return tags

@@ -4,10 +4,10 @@ import json
 import re
 import statistics
 import time
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from helpers import elements
 
 from preflab.human import page as human_page
 from preflab.human.metrics import summarise
@@ -64,15 +64,6 @@ def make_items(count: int, text: str = "Answer") -> list[dict]:
 
 
 # ---- content
-
-
-def elements(text: str) -> list[tuple[str, dict]]:
-    """Tag and attributes of every element in `text`, as an HTML parser finds them."""
-    tags = []
-    parser = HTMLParser()
-    parser.handle_starttag = lambda tag, attributes: tags.append((tag, dict(attributes)))
-    parser.feed(text)
-    return tags
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
