@@ -3,7 +3,6 @@
 import shutil
 import time
 from contextlib import contextmanager
-from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -12,12 +11,12 @@ from datasets import load_from_disk
 from trl import DPOTrainer
 
 from preflab.data.row_fields import WIN_KEYS
-from preflab.models.checks import largest_and_longest
-from preflab.models.fast import fused_head, shared_prompt
+from preflab.models.fast import fused_head
 from preflab.models.logprobs import apply_adapters_to_head, pair_batches, sum_logps, without_adapter_shell
 from preflab.training import losses
 from preflab.training.dpo_report import displacement_text
 from preflab.training.log_keys import PAIR_MEAN, TIES_HALF
+from preflab.training.pair_batches import PairBatchesMixin
 from preflab.training.pair_means import pair_means
 from preflab.training.resumable import ResumableMixin, in_eval_mode
 from preflab.training.step0 import check_step0
@@ -36,11 +35,8 @@ BATCH_DEPENDENT_LOSSES = {"aot", "aot_unpaired", "bco_pair", "sft"}
 SCORE_KEYS = ("row", "chosen", "rejected", "ref_chosen", "ref_rejected")
 
 
-class ResumableDPOTrainer(ResumableMixin, DPOTrainer):
+class ResumableDPOTrainer(ResumableMixin, PairBatchesMixin, DPOTrainer):
     """DPOTrainer on rows tokenised by `data.preferences`, with complete checkpoints, exact resume, per-pair scores."""
-
-    # Columns of the token ids of a row's sequences.
-    SEQUENCES = (("prompt_ids", "chosen_ids"), ("prompt_ids", "rejected_ids"))
 
     # The cached reference (preflab.training.reference_cache); None where it is computed in every step.
     reference = None
@@ -54,28 +50,12 @@ class ResumableDPOTrainer(ResumableMixin, DPOTrainer):
         # TRL's collator keeps only the columns that it knows.
         if "sppo" in self.loss_types:
             self.data_collator = WinCollator(self.data_collator)
-        # Why pairs are computed padded, for the preflight; None where prompts are shared.
-        self.padded_because = "--no_shared_prompt"
-        if self.args.shared_prompt:
-            self.padded_because = shared_prompt.unsupported_reason(self.model, self.aux_loss_enabled)
-        if self.padded_because is None:
-            for model in (self.model, self.ref_model):
-                if model is not None:
-                    # `attach` replaces a method of the transformers model itself, so accelerate's wrapper is taken off
-                    # first.
-                    shared_prompt.attach(self.accelerator.unwrap_model(model))
-            # TRL passes every key that it does not know to the model, so the packed layout reaches the backbone through
-            # both of its forwards, policy and reference.
-            self.data_collator = shared_prompt.PackingCollator(self.data_collator)
+        # Policy and reference compute the same batches, each through its own forward.
+        models = [model for model in (self.model, self.ref_model) if model is not None]
+        self.share_prompts(models, self.aux_loss_enabled)
         # Scores of the pairs of an evaluation that has not been logged yet.
         self._eval_scores: list[dict] = []
         self.set_up(row_log, self._displacement)
-
-    @cached_property
-    def longest(self) -> int:
-        """Tokens of the longest training sequence."""
-        # Cached, because it reads every row and each optimizer step needs it where max_length is not set.
-        return largest_and_longest(self.train_dataset, self.SEQUENCES)[1]
 
     def _displacement(self, row: dict) -> str | None:
         """A warning where the means of an evaluation show likelihood displacement.
@@ -108,22 +88,11 @@ class ResumableDPOTrainer(ResumableMixin, DPOTrainer):
 
     # ------------------------------------------------------------------------------------------------ micro-batches
 
-    def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """The micro-batches of one optimizer step: the configured ones, or the same pairs rebatched by tokens."""
-        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        for batch in batches:
-            cached = cached_reference(batch)
-            if cached and torch.cat(cached).isnan().any():
-                # A pair that the plan of training did not foresee: its reference is computed now.
-                batch.update(zip(REFERENCE, self.reference_of_batch(batch), strict=True))
-        if not self.rebatches:
-            return batches, items
-        # At the end of an epoch the last micro-batch may be short. Stock TRL then weights its pairs more, and these
-        # batches stay as they are to give the same result.
-        if len({len(batch["input_ids"]) for batch in batches}) != 1:
-            return batches, items
-        budget = self.args.token_budget(self.args.max_length or self.longest)
-        return shared_prompt.rebatch(batches, budget, self.data_collator, self.accelerator), items
+    def complete_batch(self, batch: dict) -> None:
+        """Compute the reference of a pair that the plan of training did not foresee."""
+        cached = cached_reference(batch)
+        if cached and torch.cat(cached).isnan().any():
+            batch.update(zip(REFERENCE, self.reference_of_batch(batch), strict=True))
 
     def evaluate(self, *args, **kwargs):
         """TRL's evaluation; the reference of the test pairs is computed before the first one."""
@@ -137,35 +106,6 @@ class ResumableDPOTrainer(ResumableMixin, DPOTrainer):
             if self.started is not None and self.ended is None:
                 # Not part of the time of training, whose evaluation needs it.
                 self.started += seconds
-
-    def training_step(self, model, inputs, num_items_in_batch=None):
-        """transformers' training step; 0 for the empty batches that rebatching leaves."""
-        if inputs["input_ids"].numel() == 0:
-            # Empty batches come first in a step (`shared_prompt.rebatch`), so the backward that synchronises gradients
-            # is never one of those skipped here.
-            return torch.zeros((), device=self.args.device)
-        return super().training_step(model, inputs, num_items_in_batch)
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """TRL's loss; a rebatched micro-batch counts in proportion to its pairs."""
-        # loss_weight is the number of pairs here over the number in a configured micro-batch. input_ids has shape
-        # (2 x pairs, length): the chosen sequences, then the rejected ones.
-        weight, pairs = inputs.pop("loss_weight", None), len(inputs["input_ids"]) // 2
-        counts_before = {name: len(values) for name, values in self._metrics["train"].items()}
-        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if self.model.training:
-            loss = (result[0] if return_outputs else result).detach()
-            # It replaces transformers' mean over optimizer steps in the log.
-            self._metrics["train"]["loss"].append(self.accelerator.gather(loss).mean().item())
-        # TRL logs the plain mean over micro-batches. With each metric of this one repeated once per pair it is the mean
-        # over pairs, also over several steps and a short last step of an epoch.
-        for name, values in self._metrics["train"].items():
-            values += values[counts_before.get(name, 0) :] * (pairs - 1)
-        if weight is None:
-            return result
-        # transformers divides each loss by the number of micro-batches of the step, empty ones included. With these
-        # weights the sum is the mean over the step's pairs, as with the configured micro-batches.
-        return (result[0] * weight, *result[1:]) if return_outputs else result * weight
 
     @property
     def uncached_reference_because(self) -> str | None:
@@ -183,15 +123,7 @@ class ResumableDPOTrainer(ResumableMixin, DPOTrainer):
     @property
     def rebatches(self) -> bool:
         """Whether the pairs of a step are divided into micro-batches by their tokens."""
-        return self.padded_because is None and not BATCH_DEPENDENT_LOSSES & set(self.loss_types)
-
-    def rows_per_forward(self, mean_tokens: int) -> int:
-        """Pairs that one forward of training computes, given the mean tokens of a pair."""
-        configured = self.args.per_device_train_batch_size
-        if not self.rebatches:
-            return configured
-        budget = self.args.token_budget(self.args.max_length or self.longest)
-        return max(1, min(configured * self.args.gradient_accumulation_steps, budget // mean_tokens))
+        return super().rebatches and not BATCH_DEPENDENT_LOSSES & set(self.loss_types)
 
     def time_forward(self, rows: list[int]) -> float:
         """Seconds of the reference's forward on rows of the train split."""
