@@ -47,7 +47,8 @@ def measure(args, length: int, processes: int) -> dict:
         kind = "cpu_2proc" if args.device == "cpu" else "multi_gpu"
         config = SCRIPT.parent.parent / "configs" / "accelerate" / f"{kind}.yaml"
         launch += ["-m", "accelerate.commands.launch", "--config_file", str(config), "--num_processes", str(processes)]
-    settings = {"max_length": length, "batch": 1, "accumulation": PAIRS_PER_STEP // processes, "way": "ours"}
+    settings = {"max_length": length, "batch": 1, "accumulation": PAIRS_PER_STEP // processes}
+    settings |= {"way": "ours", "draws": 1}
     settings |= {key: getattr(args, key) for key in ("data", "split", "steps", "dtype", "device", "model")}
     settings["micro_batch_tokens"] = args.micro_batch_tokens
     flags = [part for key, value in settings.items() for part in (f"--{key}", str(value))]

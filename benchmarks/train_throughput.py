@@ -7,8 +7,12 @@
 Both trainers get the same model, the same token ids in the same order and the same steps. Their runs alternate, each in
 its own process, so that neither inherits the other's memory or patches. The first step of a run is not timed. The
 reference's log-probabilities are computed in every step, as stock TRL does. Prints and writes as JSON (--json FILE)
-pairs/s, tokens/s, the share of the machine's measured matmul rate (MFU), peak memory, the ratio with its range over
-rounds, and the largest difference of a step's loss.
+pairs/s, tokens/s, the share of the machine's matmul rate measured in the same run (MFU), peak memory, the ratio with
+its range, and the largest difference of a step's loss.
+
+What shared prompts without padding gain depends on the rows. So several draws of rows are timed (--draws, --seed), and
+the ratio of each is printed beside the tokens that stock TRL pads its rows to, over their tokens stored once. Draw k of
+seed s has the rows of draw 0 of seed s + k.
 
 Tokens are those of [prompt, chosen, rejected] stored once: padding and repeated prompts do not count. MFU counts 6
 floating-point operations per parameter and token: forward, the backward of activations, and the reference's forward.
@@ -17,6 +21,7 @@ floating-point operations per parameter and token: forward, the backward of acti
 
 import itertools
 import json
+import random
 import subprocess
 import sys
 import tempfile
@@ -54,8 +59,10 @@ class BenchmarkArguments:
                             "builtin:smollm2-135m-instruct")  # fmt: skip
     data: str = option("Preference data in any format of the training script.", "data/quickstart_prefs")
     split: str = option("Split of --data.", "train")
-    steps: int = option("Timed optimizer steps per run, after one untimed step.", 4)
-    rounds: int = option("Runs of each trainer, alternating.", 2)
+    draws: int = option("Random draws of rows, each with its own ratio.", 3)
+    seed: int = option("Seed of the first draw; the next ones count up.", 0)
+    steps: int = option("Timed optimizer steps per draw; one untimed step comes before the first draw.", 2)
+    rounds: int = option("Runs of each trainer on all draws, alternating.", 1)
     batch: int = option("Pairs per micro-batch.", 2)
     accumulation: int = option("Micro-batches per step.", 4)
     max_length: int = option("Longest sequence in tokens.", 512)
@@ -89,8 +96,21 @@ def load(args):
     return load_tokenizer(args.tokenizer), model
 
 
+def drawn(rows: int, count: int, seed: int, draws: int) -> list[list[int]]:
+    """Indices of `count` rows for each draw, without repeats in a draw.
+
+    Raises:
+        UserError: the split has fewer rows.
+    """
+    if rows < count:
+        raise UserError(
+            f"the split has {rows} usable rows, a draw needs {count}: lower --steps, --batch or --accumulation"
+        )
+    return [random.Random(seed + k).sample(range(rows), count) for k in range(draws)]
+
+
 def one_way(args) -> dict:
-    """Train with stock TRL or this project's trainer (--way): seconds of the timed steps, losses, tokens, memory."""
+    """Train with stock TRL or this project's trainer (--way): seconds, losses and tokens of each draw, and memory."""
     import torch
     from accelerate import PartialState
     from peft import LoraConfig
@@ -115,7 +135,7 @@ def one_way(args) -> dict:
         times, peak, kinds, profiler = [], None, None, None
 
         def on_step_begin(self, _, state, *others, **named):
-            if state.global_step == args.steps + 1:
+            if state.global_step == timed_steps + 1:
                 self.profiler = torch.profiler.profile()
                 self.profiler.start()
 
@@ -133,13 +153,17 @@ def one_way(args) -> dict:
     PartialState(cpu=args.device == "cpu")
     tokenizer, model = load(args)
     step = args.batch * args.accumulation * PartialState().num_processes
-    steps = args.steps + 1 + args.profile
-    data = load_pairs([{"name": args.data, "split": args.split}], keep_duplicate_prompts=True, limit=step * steps)
+    timed_steps = args.steps * args.draws
+    data = load_pairs([{"name": args.data, "split": args.split}], keep_duplicate_prompts=True)
+    draws = drawn(len(data.pairs), step * args.steps, args.seed, args.draws)
+    # The untimed step and the profiled one compute the first rows again.
+    order = [*draws[0][:step], *itertools.chain(*draws), *draws[0][: step * args.profile]]
+    data.pairs[:] = [data.pairs[k] for k in order]
     ids, _ = tokenize(data, tokenizer, args.max_length, args.max_length // 2)
     folder = tempfile.mkdtemp()
     settings = dict(
         output_dir=folder, per_device_train_batch_size=args.batch, gradient_accumulation_steps=args.accumulation,
-        max_steps=steps, learning_rate=1e-4, max_length=args.max_length, bf16=args.dtype == "bfloat16",
+        max_steps=len(order) // step, learning_rate=1e-4, max_length=args.max_length, bf16=args.dtype == "bfloat16",
         use_cpu=args.device == "cpu", gradient_checkpointing=False, save_strategy="no", report_to="none",
         logging_steps=1, disable_tqdm=True, seed=42, train_sampling_strategy="sequential",
     )  # fmt: skip
@@ -158,16 +182,25 @@ def one_way(args) -> dict:
     clock = Clock()
     trainer.add_callback(clock)
     trainer.train()
-    timed = ids.select(range(step, step * (args.steps + 1)))
-    times = clock.times[: args.steps + 1]
-    tokens = sum(len(row[f"{part}_ids"]) for row in timed for part in ("prompt", "chosen", "rejected"))
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    per_draw = []
+    for k, seed in enumerate(range(args.seed, args.seed + args.draws)):
+        # Step 0 is the untimed one.
+        first, end = 1 + k * args.steps, 1 + (k + 1) * args.steps
+        times = clock.times[first - 1 : end]
+        rows = ids.select(range(step * first, step * end))
+        per_draw.append({
+            "seed": seed,
+            "seconds": times[-1] - times[0],
+            "step_seconds": [after - before for before, after in itertools.pairwise(times)],
+            "pairs": len(rows),
+            "tokens": sum(len(row[f"{part}_ids"]) for row in rows for part in ("prompt", "chosen", "rejected")),
+            "padded_tokens": padded(rows, args.batch),
+            "losses": losses[first:end],
+        })  # fmt: skip
     return {
-        "seconds": times[-1] - times[0],
-        "step_seconds": [after - before for before, after in itertools.pairwise(times)],
-        "pairs": len(timed),
-        "tokens": tokens,
-        "padded_tokens": padded(timed, args.batch),
-        "losses": [row["loss"] for row in trainer.state.log_history if "loss" in row],
+        "draws": per_draw,
+        **{name: sum(draw[name] for draw in per_draw) for name in ("seconds", "pairs", "tokens", "padded_tokens")},
         "parameters": backbone,
         "peak_memory_gib": clock.peak,
         "time_by_kind": clock.kinds,
@@ -198,7 +231,7 @@ def main():
     if args.way:
         measured = one_way(args)
         return print(json.dumps(measured)) if is_main_process() else None
-    for key in ("steps", "rounds", "batch", "accumulation", "max_length"):
+    for key in ("draws", "steps", "rounds", "batch", "accumulation", "max_length"):
         if getattr(args, key) < 1:
             raise UserError(f"--{key} {getattr(args, key)}: must be at least 1")
 
@@ -207,50 +240,80 @@ def main():
     from utils.provenance import run_record
 
     runs = {"stock": [], "ours": []}
-    rate = matmul_rate(args.dtype, args.device)
+    rates = [matmul_rate(args.dtype, args.device)]
     for number in range(args.rounds):
         # Alternate the order too, so that a machine that warms up favours neither.
         for way in sorted(runs, reverse=number % 2 == 0):
             runs[way].append(child(way))
             print(f"round {number + 1}, {way}: {runs[way][-1]['seconds']:.1f} s", file=sys.stderr)
-    result = compare(runs, rate)
-    print_result(result, runs["stock"][0], args.rounds)
+            rates.append(matmul_rate(args.dtype, args.device))
+    # The highest of the run: other work on the machine can only lower it.
+    result = compare(runs, max(rates))
+    print_result(result, args.rounds)
     if args.json:
         write_json(args.json, {**result, "args": {**args.__dict__, "json": None}, "run": run_record(42, stage.seconds)})
 
 
 def compare(runs: dict[str, list[dict]], rate: float) -> dict:
-    """Ratio of the times, largest difference of losses, and the figures of each trainer.
+    """Ratio of the times, largest difference of losses, and the figures of each draw and of each trainer.
 
     Args:
-        runs: from `one_way`, by trainer ("stock", "ours"). rate: of this machine's matrix products, FLOP/s.
+        runs: from `one_way`, by trainer ("stock", "ours"), one per round. rate: of this machine's matrix products,
+            FLOP/s.
     """
-    rounds = list(zip(runs["stock"], runs["ours"], strict=True))
-    ratios = [stock["seconds"] / ours["seconds"] for stock, ours in rounds]
-    losses = [pair for stock, ours in rounds for pair in zip(stock["losses"], ours["losses"], strict=True)]
+    draws = [
+        compare_draw({way: [run["draws"][k] for run in measured] for way, measured in runs.items()})
+        for k in range(len(runs["stock"][0]["draws"]))
+    ]
+    seconds = {way: sum(run["seconds"] for run in measured) for way, measured in runs.items()}
     first = runs["stock"][0]
     return {
-        "ratio": sum(s["seconds"] for s in runs["stock"]) / sum(o["seconds"] for o in runs["ours"]),
-        "ratio_min": min(ratios),
-        "ratio_max": max(ratios),
-        "max_loss_difference": max(abs(a - b) for a, b in losses),
+        "ratio": seconds["stock"] / seconds["ours"],
+        "ratio_min": min(draw["ratio_min"] for draw in draws),
+        "ratio_max": max(draw["ratio_max"] for draw in draws),
+        "max_loss_difference": max(draw["max_loss_difference"] for draw in draws),
+        **{name: first[name] for name in ("pairs", "tokens", "padded_tokens")},
         "padded_over_stored_once": first["padded_tokens"] / first["tokens"],
         "matmul_rate": rate,
+        "draws": draws,
         "ways": {way: figures(measured, rate) for way, measured in runs.items()},
     }
 
 
-def print_result(result: dict, first: dict, rounds: int) -> None:
-    """Print the comparison; `first` is the first stock run."""
-    print(f"{first['pairs']} pairs, {first['tokens']} tokens stored once, {first['padded_tokens']} as stock TRL pads")
-    ways = result["ways"]
-    for way, m in ways.items():
+def compare_draw(rounds: dict[str, list[dict]]) -> dict:
+    """The same for one draw. `rounds`: its entry of `one_way`, by trainer, one per round."""
+    pairs = list(zip(rounds["stock"], rounds["ours"], strict=True))
+    ratios = [stock["seconds"] / ours["seconds"] for stock, ours in pairs]
+    losses = [pair for stock, ours in pairs for pair in zip(stock["losses"], ours["losses"], strict=True)]
+    first = rounds["stock"][0]
+    return {
+        **{name: first[name] for name in ("seed", "pairs", "tokens", "padded_tokens")},
+        "padded_over_stored_once": first["padded_tokens"] / first["tokens"],
+        "ratio": sum(s["seconds"] for s, _ in pairs) / sum(o["seconds"] for _, o in pairs),
+        "ratio_min": min(ratios),
+        "ratio_max": max(ratios),
+        "max_loss_difference": max(abs(a - b) for a, b in losses),
+        "step_seconds": {way: [run["step_seconds"] for run in measured] for way, measured in rounds.items()},
+        "losses": {way: measured[0]["losses"] for way, measured in rounds.items()},
+    }
+
+
+def print_result(result: dict, rounds: int) -> None:
+    """Print the comparison: a line per draw, then the totals."""
+    for draw in [*result["draws"], result]:
+        name = f"draw {draw['seed']}" if "seed" in draw else "together"
+        spread = f" ({draw['ratio_min']:.2f} to {draw['ratio_max']:.2f})"
+        print(
+            f"{name:<9} {draw['pairs']:4} pairs  {draw['tokens']:6} tokens stored once"
+            f"  padded over stored {draw['padded_over_stored_once']:.2f}"
+            f"  ratio {draw['ratio']:.2f}{spread if rounds > 1 or draw is result else ''}"
+        )
+    for way, m in result["ways"].items():
         speed = f"{m['pairs_per_second']:7.3f} pairs/s  {m['tokens_per_second']:8.0f} tokens/s"
         print(f"  {way:<6} {speed}  MFU {m['mfu']:.1%}  peak {max(m['peak_memory_gib'].values()):.2f} GiB")
-    spread = f"{result['ratio_min']:.2f} to {result['ratio_max']:.2f} over {rounds} rounds"
-    print(f"ratio {result['ratio']:.2f} ({spread})")
+    print(f"matrix products at {result['matmul_rate'] / 1e9:.0f} GFLOP/s")
     print(f"largest difference of a step's loss {result['max_loss_difference']:.2g}")
-    for way, m in ways.items():
+    for way, m in result["ways"].items():
         if m["time_by_kind"]:
             shares = ", ".join(f"{kind} {share:.0%}" for kind, share in m["time_by_kind"].items())
             print(f"one step of {way}: {shares}")
@@ -268,9 +331,7 @@ def figures(runs: list[dict], rate: float) -> dict:
         "tokens_per_second": tokens / seconds,
         "mfu": model_flops(first["parameters"], tokens) / seconds / rate,
         "peak_memory_gib": {k: max(run["peak_memory_gib"][k] for run in runs) for k in first["peak_memory_gib"]},
-        "step_seconds": [run["step_seconds"] for run in runs],
         "time_by_kind": first["time_by_kind"],
-        "losses": first["losses"],
         "micro_batch_tokens": first["micro_batch_tokens"],
         "padded_because": first["padded_because"],
     }
