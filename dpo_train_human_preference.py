@@ -30,7 +30,8 @@ The keys that matter (flags and YAML keys are the same, the command line wins; [
            several datasets: a `datasets:` list in the YAML, each {path, split, test_split,
            fraction}
   loss     --loss_type NAME ... [sigmoid] (DPO's; also ipo hinge robust sppo_hard apo_zero simpo
-           sppo ...)   --beta X [0.1]   --label_smoothing X [0]   --gamma_beta_ratio X [0.5] (simpo)
+           sppo cpo orpo ...)   --beta X [0.1] (orpo: lambda)   --label_smoothing X [0]
+           --gamma_beta_ratio X [0.5] (simpo)   --cpo_alpha X [1] (cpo)
   length   --max_length N [1024]
            --max_prompt_length N (half of max_length; used only in longer pairs)
   steps    --per_device_train_batch_size N [8]   --gradient_accumulation_steps N [1]

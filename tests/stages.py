@@ -37,6 +37,7 @@ STAGES = {
     "human_eval.py": lambda i, folder: eval_args(i.trained, folder / "out", "--prompts", i.prompts),
     "chat.py": lambda i, folder: eval_args(i.trained, folder / "out", "--prompt", "Hi", "--max_new_tokens", 4),
     "run_lm_eval.sh": lambda i, folder: ["--checkpoints", i.trained / "ck", "--eval-out", folder / "out"],
+    "run_online_iteration.sh": lambda i, folder: [],
     "run_sppo_iteration.sh": lambda i, folder: [],
     "release.py": lambda i, folder: [
         *eval_args(i.trained, i.trained / "out", "--release_dir", folder / "release", "--base_hub_id", "me/tiny"),
@@ -74,6 +75,8 @@ ARGUMENTS = {
     "release.py": _of("preflab.release.arguments:ReleaseArguments"),
     "report.py": _of("preflab.reporting.arguments:ReportArguments"),
 }
+# Shell scripts that run two other stages.
+ITERATIONS = ("run_online_iteration.sh", "run_sppo_iteration.sh")
 NO_STAGES = {"quickstart.sh", "run_tests.sh", "doctor.sh", "install_gguf.sh"}
 SCRIPTS = sorted({stage.split()[0] for stage in STAGES})
 
@@ -87,9 +90,9 @@ def assert_covers_all_scripts(table, without: dict[str, str] | None = None) -> N
 
 
 def run_stage(call, stage: str, *args) -> tuple[int, str, str]:
-    """(exit code, stdout, stderr) of a stage: Python scripts in this process, the SPPO shell script as a command."""
+    """(exit code, stdout, stderr) of a stage: Python scripts in this process, the scripts of iterations as commands."""
     script = stage.split()[0]
-    if script == "run_sppo_iteration.sh":
+    if script in ITERATIONS:
         command = ["bash", str(ROOT / script), *map(str, args)]
         env = {**os.environ, "PYTHON": sys.executable}
         done = subprocess.run(command, cwd="/", env=env, capture_output=True, text=True, timeout=600)

@@ -1,6 +1,6 @@
 # Sourced by the shell scripts. `answer_help_and_version` comes first. Two ways to get the interpreter, $python:
 #   prepare_environment   installs the pinned requirements into .venv, once (quickstart.sh, run_tests.sh)
-#   choose_python         uses an environment that exists (run_lm_eval.sh, run_sppo_iteration.sh, doctor.sh)
+#   choose_python         uses an environment that exists (run_lm_eval.sh, run_online_iteration.sh, doctor.sh)
 # PYTHON= chooses the interpreter in both.
 
 DISK_NEEDED="3 GB with a CPU build of torch, several GB more with the CUDA build; free some space"

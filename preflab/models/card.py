@@ -31,9 +31,9 @@ SFT_COLUMNS = (
 DIGITS = {"step": 0, "epoch": 2}
 
 HYPERPARAMETERS = (
-    "loss_type", "beta", "gamma_beta_ratio", "label_smoothing", "learning_rate", "lr_scheduler_type", "warmup_steps",
-    "optim", "weight_decay", "max_length", "max_prompt_length", "seed", "use_peft", "lora_r", "lora_alpha",
-    "lora_target_modules", "load_in_4bit", "dtype",
+    "loss_type", "beta", "gamma_beta_ratio", "cpo_alpha", "label_smoothing", "learning_rate", "lr_scheduler_type",
+    "warmup_steps", "optim", "weight_decay", "max_length", "max_prompt_length", "seed", "use_peft", "lora_r",
+    "lora_alpha", "lora_target_modules", "load_in_4bit", "dtype",
 )  # fmt: skip
 
 

@@ -36,7 +36,10 @@ def _curve(ax, rows: list[dict], key: str, colour: str, label: str) -> None:
 def _finish(ax, name: str, unit: str) -> None:
     ax.set(xlabel="optimizer step", ylabel=unit)
     ax.xaxis.get_major_locator().set_params(integer=True)
-    _titles(ax, name, ax.get_legend_handles_labels()[0])
+    lines = ax.get_legend_handles_labels()[0]
+    if not lines:
+        ax.text(0.5, 0.6, "not computed: the loss has no reference", ha="center", transform=ax.transAxes, fontsize=8)
+    _titles(ax, name, lines)
 
 
 def _titles(ax, name: str, lines: list) -> None:

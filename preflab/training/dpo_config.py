@@ -5,25 +5,18 @@ from dataclasses import dataclass, field
 from trl import DPOConfig
 
 from preflab.training.decisions import REFUSED, REFUSED_FOR_PAIRS
-from preflab.training.losses import OWN_LOSSES
+from preflab.training.loss_names import OWN_LOSSES, check_names, reference_free
 from preflab.training.pair_config import PairRunConfig
 from preflab.training.run_config import check_positive
 from utils.errors import UserError
-from utils.suggestions import choose_from, did_you_mean
+from utils.suggestions import choose_from
 
-TRL_LOSSES = (
-    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
-    "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
-)  # fmt: skip
-LOSS_TYPES = (*TRL_LOSSES, *OWN_LOSSES)
-# Names of methods, and the loss that each of them is.
-METHODS = {
-    "dpo": "sigmoid", "cdpo": "sigmoid", "rdpo": "robust", "robust_dpo": "robust", "slic": "hinge", "rso": "hinge",
-    "exo": "exo_pair", "nca": "nca_pair", "bco": "bco_pair", "apo": "apo_zero", "nll": "sft",
-}  # fmt: skip
 F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 # Keys of TRL's own losses, each with the value that has no effect.
 KEYS_OF_TRL_LOSSES = (("ld_alpha", None), ("use_weighting", False), ("f_divergence_type", "reverse_kl"))
+
+# Own losses without label smoothing.
+UNSMOOTHED = {"sppo": ", whose win probabilities express label noise", "orpo": ""}
 
 
 @dataclass
@@ -32,6 +25,9 @@ class DPORunConfig(PairRunConfig, DPOConfig):
 
     gamma_beta_ratio: float = field(
         default=0.5, metadata={"help": "simpo: the target margin gamma as a multiple of beta."}
+    )
+    cpo_alpha: float = field(
+        default=1.0, metadata={"help": "cpo: weight of the chosen answer's negative log-likelihood."}
     )
     max_prompt_length: int | None = field(
         default=None,
@@ -50,6 +46,11 @@ class DPORunConfig(PairRunConfig, DPOConfig):
         """Names of the losses, for the run's default name and its title."""
         return self.loss_type
 
+    @property
+    def reference_free(self) -> bool:
+        """Whether the training steps need no reference; evaluations compare with it in any case."""
+        return reference_free(self.loss_type)
+
     def keeps_reference_model(self, use_peft: bool) -> bool:
         """Whether a second copy of the weights is loaded as the reference.
 
@@ -59,12 +60,10 @@ class DPORunConfig(PairRunConfig, DPOConfig):
 
     def check(self) -> None:
         """Raise UserError for values that do not fit together; fill in the default of `max_prompt_length`."""
-        unknown = [loss for loss in self.loss_type if loss not in LOSS_TYPES]
-        if unknown:
-            method = METHODS.get(unknown[0].lower())
-            hint = f"did you mean {method} ({unknown[0].upper()})? " if method else did_you_mean(unknown[0], LOSS_TYPES)
-            raise UserError(f"--loss_type {unknown[0]}: unknown; {hint}choose from {', '.join(LOSS_TYPES)}")
+        check_names(self.loss_type)
         check_positive((self, ("beta", "micro_batch_tokens")))
+        if not self.cpo_alpha >= 0:
+            raise UserError(f"--cpo_alpha {self.cpo_alpha}: must be at least 0")
         self._check_lengths()
         self._check_losses()
         if self.f_divergence_type not in F_DIVERGENCES:
@@ -96,11 +95,10 @@ class DPORunConfig(PairRunConfig, DPOConfig):
         if set(self.loss_type) & set(OWN_LOSSES):
             for key, unused in KEYS_OF_TRL_LOSSES:
                 if getattr(self, key) != unused:
-                    raise UserError(f"--{key}: has no effect on simpo and sppo; remove it")
-            if "sppo" in self.loss_type and self.label_smoothing:
-                raise UserError(
-                    "--label_smoothing: has no effect on sppo, whose win probabilities express label noise; remove it"
-                )
+                    raise UserError(f"--{key}: has no effect on {', '.join(OWN_LOSSES)}; remove it")
+            for loss in set(self.loss_type) & set(UNSMOOTHED):
+                if self.label_smoothing:
+                    raise UserError(f"--label_smoothing: has no effect on {loss}{UNSMOOTHED[loss]}; remove it")
         # The loss has a term log(label_smoothing) (Ji et al. 2024, arXiv 2402.00856, eq. 16).
         if "exo_pair" in self.loss_type and self.label_smoothing == 0:
             raise UserError("--loss_type exo_pair needs --label_smoothing above 0 (its paper recommends 1e-3)")

@@ -16,6 +16,7 @@ from preflab.models.logprobs import apply_adapters_to_head, pair_batches, sum_lo
 from preflab.training import losses
 from preflab.training.dpo_report import displacement_text
 from preflab.training.log_keys import PAIR_MEAN, TIES_HALF
+from preflab.training.loss_names import OWN_LOSSES
 from preflab.training.pair_batches import PairBatchesMixin
 from preflab.training.pair_means import pair_means
 from preflab.training.resumable import ResumableMixin, in_eval_mode
@@ -28,6 +29,8 @@ from utils.stats import pairwise_correct
 WINS = tuple(WIN_KEYS)
 # TRL's columns of a precomputed reference.
 REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
+# TRL's metrics that are differences to the reference.
+RATIOS = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
 # Losses whose value depends on which pairs share a micro-batch (sorted or running statistics, means over tokens);
 # their micro-batches are never rebatched.
 BATCH_DEPENDENT_LOSSES = {"aot", "aot_unpaired", "bco_pair", "sft"}
@@ -149,6 +152,11 @@ class ResumableDPOTrainer(ResumableMixin, PairBatchesMixin, DPOTrainer):
     def _compute_loss(self, model, inputs, return_outputs):
         """TRL's losses and metrics, plus the losses of preflab.training.losses from the same forward passes."""
         outputs = []
+        without_reference = self.model.training and self.args.reference_free and not cached_reference(inputs)
+        if without_reference:
+            # TRL takes these in place of a forward of the reference; no loss reads them, and what it logs is removed.
+            pairs, device = len(inputs["input_ids"]) // 2, inputs["input_ids"].device
+            inputs = {**inputs, **dict.fromkeys(REFERENCE, torch.full((pairs,), torch.nan, device=device))}
 
         # TRL runs the reference through self.model or self.ref_model, so this sees the policy's forward only: its
         # output after wrappers such as DDP, with the autograd graph that the further losses need.
@@ -158,6 +166,10 @@ class ResumableDPOTrainer(ResumableMixin, PairBatchesMixin, DPOTrainer):
 
         with self._captured_logps() as captured:
             result = self._compute_all_losses(policy, inputs, return_outputs, captured, outputs)
+        if without_reference:
+            for name in RATIOS:
+                del self._metrics["train"][name]
+            return result
         # With ld_alpha the rewards that TRL logs are not differences of these log-probabilities.
         if self.model.training and self.ld_alpha is None:
             self._log_accuracy(sum_logps(outputs[0]).detach(), reference_of(captured, inputs))
@@ -185,16 +197,18 @@ class ResumableDPOTrainer(ResumableMixin, PairBatchesMixin, DPOTrainer):
         # Removed from the inputs, since TRL passes keys that it does not know to the model.
         wins = [inputs.pop(name, None) for name in WINS]
         weighted = list(zip(self.loss_types, self.loss_weights, strict=True))
-        own = [(loss, weight) for loss, weight in weighted if loss in losses.OWN_LOSSES]
+        own = [(loss, weight) for loss, weight in weighted if loss in OWN_LOSSES]
         if not own:
             return self._compute_trl_loss(policy, inputs, return_outputs, captured)
         # TRL gets its own losses only; with none left it still runs both forwards and logs its metrics.
         trl_losses = [pair for pair in weighted if pair not in own]
+        precomputed, self.precompute_ref_logps = self.precompute_ref_logps, REFERENCE[0] in inputs
         self.loss_types, self.loss_weights = [loss for loss, _ in trl_losses], [weight for _, weight in trl_losses]
         try:
             result = self._compute_trl_loss(policy, inputs, return_outputs, captured)
         finally:
             # Restored after an error too: the next micro-batch reads the complete lists again.
+            self.precompute_ref_logps = precomputed
             self.loss_types, self.loss_weights = [loss for loss, _ in weighted], [weight for _, weight in weighted]
         # Both of shape (2 x pairs,): chosen, then rejected. `logps` carries the policy's gradient.
         logps = sum_logps(outputs[0])
@@ -210,35 +224,46 @@ class ResumableDPOTrainer(ResumableMixin, PairBatchesMixin, DPOTrainer):
             reference: [chosen, rejected] of the reference, each of shape (pairs,).
             wins: [win_chosen, win_rejected], each of shape (pairs,), or None where the rows have none.
         """
+        if loss == "sppo":
+            # log pi - log pi_ref, chosen and rejected, each of shape (pairs,).
+            ratios = (side - ref for side, ref in zip(logps.chunk(2), reference, strict=True))
+            return losses.sppo(*ratios, *wins, self.beta)
+        # Response tokens, shape (2 x pairs,). The clamp keeps the mean of an empty response at 0.
+        lengths = inputs["completion_mask"].sum(1).clamp(min=1)
+        means, sums, smoothing = (logps / lengths).chunk(2), logps.chunk(2), self.label_smoothing
         if loss == "simpo":
-            # Response tokens, shape (2 x pairs,). An empty response has log-probability 0, and the clamp keeps its mean
-            # at 0.
-            lengths = inputs["completion_mask"].sum(1).clamp(min=1)
-            chosen_mean, rejected_mean = (logps / lengths).chunk(2)
-            self._log_simpo(self.beta * chosen_mean.detach(), self.beta * rejected_mean.detach())
-            return losses.simpo(
-                chosen_mean, rejected_mean, self.beta, self.args.gamma_beta_ratio, self.label_smoothing
-            )  # fmt: skip
-        if loss != "sppo":
-            raise NotImplementedError(f"the loss {loss} is in OWN_LOSSES, but has no branch here")
-        # log pi - log pi_ref, chosen and rejected, each of shape (pairs,).
-        ratios = (side - ref for side, ref in zip(logps.chunk(2), reference, strict=True))
-        return losses.sppo(*ratios, *wins, self.beta)
+            self._log_scores(loss, *means)
+            return losses.simpo(*means, self.beta, self.args.gamma_beta_ratio, smoothing)
+        if loss == "cpo":
+            self._log_scores(loss, *sums, nll=-means[0])
+            return losses.cpo(*sums, means[0], self.beta, self.args.cpo_alpha, smoothing)
+        if loss == "orpo":
+            self._log_scores(loss, *means, nll=-means[0])
+            return losses.orpo(*means, self.beta)
+        raise NotImplementedError(f"the loss {loss} is in OWN_LOSSES, but has no branch here")
 
-    def _log_simpo(self, chosen, rejected):
-        """Log SimPO's rewards (beta x mean log-probability) as simpo/*: rewards/* are log-ratios in every run."""
+    def _log_scores(self, loss: str, chosen, rejected, nll=None):
+        """Log what a reference-free loss compares, times beta, as <loss>/*: rewards/* are log-ratios in every run.
+
+        Args:
+            chosen, rejected: log-probabilities, summed or per token as the loss takes them. Shape (pairs,).
+            nll: mean negative log-likelihood per token of each chosen answer, where the loss has it. Shape (pairs,).
+        """
         # TRL averages these lists and empties them at the next logged step.
         metrics = self._metrics["train" if self.model.training else "eval"]
-        chosen, rejected = self.accelerator.gather(chosen), self.accelerator.gather(rejected)
-        metrics["simpo/chosen"].append(chosen.mean().item())
-        metrics["simpo/rejected"].append(rejected.mean().item())
-        metrics["simpo/accuracies"].append((chosen > rejected).float().mean().item())
+        chosen, rejected = (self.accelerator.gather(self.beta * side.detach()) for side in (chosen, rejected))
+        metrics[f"{loss}/chosen"].append(chosen.mean().item())
+        metrics[f"{loss}/rejected"].append(rejected.mean().item())
+        metrics[f"{loss}/accuracies"].append((chosen > rejected).float().mean().item())
+        if nll is not None:
+            metrics[f"{loss}/nll"].append(self.accelerator.gather(nll.detach()).mean().item())
 
     def _compute_trl_loss(self, model, inputs, return_outputs, captured: list):
         """TRL's loss; a sharded model's first micro-batch is also checked for rewards of 0."""
         result = super()._compute_loss(model, inputs, return_outputs)
         # global_step is 0 during all micro-batches of the first step; step0_reward is set by the first of them.
-        if not (self.is_sharded and self.model.training and self.state.global_step == 0 and self.step0_reward is None):
+        first = self.model.training and self.state.global_step == 0 and self.step0_reward is None
+        if self.args.reference_free or not (self.is_sharded and first):
             return result
         # A sharded model exists only inside training, so its step-0 rewards are taken from the first micro-batch.
         reference = torch.cat(tuple(reference_of(captured, inputs)))

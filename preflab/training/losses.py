@@ -1,8 +1,7 @@
 """Preference losses that TRL's DPOTrainer does not have. Arguments and results have shape (pairs,)."""
 
+import torch
 from torch.nn.functional import logsigmoid
-
-OWN_LOSSES = ("simpo", "sppo")
 
 
 def simpo(chosen_mean, rejected_mean, beta: float, gamma_beta_ratio: float, label_smoothing: float = 0.0):
@@ -22,6 +21,49 @@ def simpo(chosen_mean, rejected_mean, beta: float, gamma_beta_ratio: float, labe
     # With probability label_smoothing the label is wrong and the pair counts the other way round.
     # logsigmoid stays finite at large negative margins, where the log of a sigmoid underflows to -inf.
     return -(1 - label_smoothing) * logsigmoid(margin) - label_smoothing * logsigmoid(-margin)
+
+
+def cpo(chosen_sum, rejected_sum, chosen_mean, beta: float, alpha: float, label_smoothing: float = 0.0):
+    """-log sigma(beta (log pi(y_w) - log pi(y_l))) - alpha x mean log-probability per token of y_w.
+
+    Xu et al. 2024, "Contrastive Preference Optimization" (arXiv 2401.08417): DPO with a uniform reference, plus the
+    negative log-likelihood of the chosen answer. As in its published code, the likelihood is a mean over tokens; here
+    over those of each pair, so that the loss does not depend on the micro-batch.
+
+    Args:
+        chosen_sum, rejected_sum: log-probability summed over the answer, nats. Shape (pairs,).
+        chosen_mean: mean log-probability per token of the chosen answer, nats. Shape (pairs,).
+        alpha: weight of the negative log-likelihood.
+
+    Returns:
+        The loss of each pair. Shape (pairs,).
+    """
+    margin = beta * (chosen_sum - rejected_sum)
+    preference = -(1 - label_smoothing) * logsigmoid(margin) - label_smoothing * logsigmoid(-margin)
+    return preference - alpha * chosen_mean
+
+
+def orpo(chosen_mean, rejected_mean, weight: float):
+    """-log P(y_w) - weight x log sigma(log odds(y_w) - log odds(y_l)), with odds P / (1 - P), P = exp(mean log-prob).
+
+    Hong et al. 2024, "ORPO: Monolithic Preference Optimization without Reference Model" (arXiv 2403.07691), eq. 6, 7.
+    The first term is the negative log-likelihood per token of the chosen answer.
+
+    Args:
+        chosen_mean, rejected_mean: mean log-probability per token of the answer, nats, below 0. Shape (pairs,).
+        weight: the paper's lambda.
+
+    Returns:
+        The loss of each pair. Shape (pairs,).
+    """
+    return -chosen_mean - weight * logsigmoid(log_odds(chosen_mean) - log_odds(rejected_mean))
+
+
+def log_odds(mean_logp):
+    """log(P / (1 - P)) of P = exp(mean_logp), in nats; finite for P that rounds to 1."""
+    # expm1 is exact near 0, where 1 - exp() would cancel; the bound is the nearest probability below 1 in float32.
+    mean_logp = mean_logp.clamp(max=-1.2e-7)
+    return mean_logp - torch.log(-torch.expm1(mean_logp))
 
 
 def sppo(chosen_ratio, rejected_ratio, win_chosen, win_rejected, beta: float):

@@ -170,7 +170,7 @@ def describe_pairs(trainer, splits, data_args, config, plan: dict) -> RowFacts:
 
 def reference_tokens(trainer, plan: dict, row_tokens: list[int], test_tokens: int) -> dict[str, int]:
     """Tokens of the reference's forwards: of the train pairs that the steps reach, and of the test pairs."""
-    reached = sum(row_tokens[i] for i in reached_rows(trainer, plan))
+    reached = 0 if trainer.args.reference_free else sum(row_tokens[i] for i in reached_rows(trainer, plan))
     return {"reference": reached, "reference of test pairs": test_tokens}
 
 

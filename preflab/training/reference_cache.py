@@ -38,16 +38,20 @@ def prepare(training: TrainingRun, trainer, plan: dict) -> dict:
 
     Returns:
         `{computed, read, seconds}`, which grow when the test pairs are added, or `{in_every_step_because}` where the
-        reference cannot be cached.
+        reference cannot be cached. With a reference-free loss the train pairs have none; `in_every_step_because` is
+        then `uncached_because`.
     """
-    reason = trainer.uncached_reference_because
+    reason, free = trainer.uncached_reference_because, training.config.reference_free
     if reason is not None:
-        return {"in_every_step_because": reason}
+        return {"uncached_because" if free else "in_every_step_because": reason}
     finished = read_json(training.checkpoint / MANIFEST)["step"] if training.checkpoint else 0
     reference = ReferenceCache(trainer, training.config.eval_out, training.model_identity(trainer))
+    trainer.reference = reference
+    if free:
+        print_main("reference: none in training with this loss; test pairs at the first evaluation")
+        return reference.counts
     rows = reached_rows(trainer, plan, finished)
     reference.add("train_dataset", rows)
-    trainer.reference = reference
     counts = reference.counts
     training.end_phase("reference")
     later = ", test pairs at the first evaluation" if trainer.eval_dataset is not None else ""

@@ -18,6 +18,8 @@ def step0_margins(trainer, pairs: int) -> dict:
     step0 = {"largest_margin": None, "largest_reward": None, "pairs": 0, "tolerance": step0_tolerance(trainer.args)}
     if trainer.is_sharded:
         later = "will be checked on the first micro-batch: a sharded model exists only there"
+        if trainer.args.reference_free:
+            later = "not checked: a sharded model exists only in training, which needs no reference with this loss"
         return {**step0, "checked": later}
     count = min(pairs, CHECKED_ROWS * trainer.accelerator.num_processes)
     rows = reward_rows(trainer.score(trainer.train_dataset, range(count)), trainer.args.beta)

@@ -2,7 +2,7 @@
 
 import pytest
 from conftest import assert_one_line
-from stages import STAGES, assert_covers_all_scripts, run_stage
+from stages import ITERATIONS, STAGES, assert_covers_all_scripts, run_stage
 
 # Per stage: the arguments that are added to a small call, and what the error line must name.
 CASES = {
@@ -137,6 +137,12 @@ CASES = {
         (("1", "--name", "quickstart-sppo", "--launch", "nowhere.yaml"), ("nowhere.yaml",)),
         (("1", "--name", "quickstart-sppo", "--pairs", "--seed 3 --limit 8"), ("dataset_name",)),
     ],
+    "run_online_iteration.sh": [
+        (("1", "--name", "quickstart-sppo", "--loss", "dpo"), ("--loss dpo", "did you mean sigmoid (DPO)?")),
+        (("1", "--name", "quickstart-sppo", "--loss"), ("--loss", "needs a value")),
+        (("1", "--name", "nobody", "--loss", "sigmoid"), ("configs/nobody-iter1.yaml",)),
+        (("1", "--name", "quickstart-sppo", "--beta", "2"), ("--beta", "--train")),
+    ],
     "chat.py": [
         (("--file", "p.jsonl"), ("--prompt", "--file")),
         (("--top_k", "-1"), ("--top_k -1",)),
@@ -213,7 +219,7 @@ def test_bad_input(stage, flags, words, call, inputs, tmp_path):
 
 @pytest.mark.parametrize("stage", sorted({stage.split()[0] for stage in STAGES}))
 def test_bad_run_names_are_refused_at_the_start(stage, call):
-    flags = ("1", "--name") if stage == "run_sppo_iteration.sh" else ("--run_name",)
+    flags = ("1", "--name") if stage in ITERATIONS else ("--run_name",)
     for name in ("a\nb", "<b>x</b>"):
         code, out, err = run_stage(call, stage, *flags, name)
         assert (code, out) == (2, ""), err

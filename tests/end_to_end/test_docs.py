@@ -21,6 +21,7 @@ import pytest
 import yaml
 from conftest import ROOT, eval_args
 from scipy.stats import binomtest
+from stages import ITERATIONS
 
 import utils.cli
 import utils.stage
@@ -142,9 +143,9 @@ def parse_harness(arguments: list[str], monkeypatch) -> None:
         module.main()
 
 
-def parse_sppo(arguments: list[str], monkeypatch) -> None:
+def parse_iteration(script: str, arguments: list[str], monkeypatch) -> None:
     """With PYTHON=true the shell script checks its arguments and prints both commands, which are parsed in turn."""
-    command = ["bash", "run_sppo_iteration.sh", *arguments]
+    command = ["bash", script, *arguments]
     done = subprocess.run(command, cwd=ROOT, env={"PATH": "/usr/bin:/bin", "PYTHON": "true"}, capture_output=True)
     assert done.returncode == 0, done.stderr.decode()
     printed = [shlex.split(line) for line in done.stdout.decode().splitlines() if line.startswith("+ ")]
@@ -175,8 +176,8 @@ def test_command_parses(command, page, monkeypatch):
             assert (ROOT / word).exists(), f"{page}: {word} does not exist"
     if script == "run_lm_eval.sh":
         parse_harness(arguments, monkeypatch)
-    elif script == "run_sppo_iteration.sh":
-        parse_sppo(arguments, monkeypatch)
+    elif script in ITERATIONS:
+        parse_iteration(script, arguments, monkeypatch)
     elif script.endswith(".py") and words[1:3] != ["-m", "pytest"]:
         parse_python(script, arguments, monkeypatch)
 

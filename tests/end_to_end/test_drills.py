@@ -90,7 +90,8 @@ ELSEWHERE = {
     "release.py": "tests/release/test_release.py: kill -9, full disk and Ctrl-C; a second push continues the first",
     "chat.py": "tests/chat/test_chat.py: kill -9 between votes; it has no summary to compare",
     "report.py": "no test: it reads files and has nothing to resume",
-    "run_sppo_iteration.sh": "it calls two scripts of this table; its signals: tests/end_to_end/test_signals.py",
+    "run_online_iteration.sh": "it calls two scripts of this table; its signals: tests/end_to_end/test_signals.py",
+    "run_sppo_iteration.sh": "it is run_online_iteration.sh",
 }
 FULL, READ_ONLY, QUOTA = errno.ENOSPC, errno.EROFS, errno.EDQUOT
 STOPS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 138}

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 from conftest import ROOT, assert_one_line, eval_args, write_jsonl
-from stages import STAGES
+from stages import ITERATIONS, STAGES
 
 from utils.artifacts import read_json
 from utils.provenance import local_path
@@ -43,7 +43,7 @@ def test_defaults_from_another_folder(call, inputs, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [stage for stage in STAGES if stage != "run_sppo_iteration.sh"])
+@pytest.mark.parametrize("stage", [stage for stage in STAGES if stage not in ITERATIONS])
 def test_hostile_environment(stage, inputs, tmp_path):
     """No HOME, an ASCII locale, 60 columns, no terminal, another folder, spaces and umlauts; logs stay readable."""
     folder = tmp_path / "Ordner für Läufe"

@@ -27,6 +27,7 @@ PAGES = {
     "chat.py": ("--system", "--vote"),
     "report.py": ("--compare", "--status"),
     "run_lm_eval.sh": ("bash run_lm_eval.sh", "--skip-missing"),
+    "run_online_iteration.sh": ("bash run_online_iteration.sh", "--scorer SCORER"),
     "run_sppo_iteration.sh": ("bash run_sppo_iteration.sh", "--launch YAML"),
 }
 SHELL_PAGES = {

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 from conftest import ROOT, assert_one_line
+from stages import ITERATIONS
 
 SCRIPTS = ["quickstart.sh", "run_tests.sh"]
 
@@ -18,7 +19,7 @@ def bash(command: str, cwd=ROOT, **env) -> subprocess.CompletedProcess:
 
 @pytest.mark.parametrize(
     "script",
-    [*SCRIPTS, "run_sppo_iteration.sh", "run_lm_eval.sh", "doctor.sh", "install_gguf.sh", "utils/env.sh", ".ci/run"],
+    [*SCRIPTS, *ITERATIONS, "run_lm_eval.sh", "doctor.sh", "install_gguf.sh", "utils/env.sh", ".ci/run"],
 )
 def test_scripts_parse(script):
     assert bash(f"bash -n {script}").returncode == 0

@@ -75,7 +75,8 @@ CASES = [
 ELSEWHERE = {
     "dpo_train_human_preference.py": "test_distributed.py, under accelerate's launcher",
     "run_lm_eval.sh": "tests/harness/test_run_lm_eval.py: lm_eval starts its own processes",
-    "run_sppo_iteration.sh": "tests/pairs/test_sppo.py: it launches two scripts of this table",
+    "run_online_iteration.sh": "tests/pairs/test_sppo.py: it launches two scripts of this table",
+    "run_sppo_iteration.sh": "it is run_online_iteration.sh",
     "human_eval.py": "no test: its answers come from the code that run_alpacaeval_local.py shares out",
     "merge_adapter.py": "no test: one process merges",
     "export_gguf.py": "no test: one process exports",

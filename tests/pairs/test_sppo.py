@@ -1,4 +1,4 @@
-"""run_sppo_iteration.sh: each iteration starts from the previous one and uses its own start as the reference."""
+"""run_online_iteration.sh and run_sppo_iteration.sh: an iteration starts from the one before, its reference."""
 
 import os
 import shlex
@@ -7,14 +7,14 @@ import sys
 
 import pytest
 import yaml
-from conftest import ROOT, make_pairs, write_jsonl
+from conftest import ROOT, assert_one_line, make_pairs, write_jsonl
 from processes import run_script
 
 from utils.artifacts import RowFile, read_json
 
 
-def iteration(number, *flags, **env) -> subprocess.CompletedProcess:
-    command = ["bash", str(ROOT / "run_sppo_iteration.sh"), str(number), *map(str, flags)]
+def iteration(number, *flags, script="run_sppo_iteration.sh", **env) -> subprocess.CompletedProcess:
+    command = ["bash", str(ROOT / script), str(number), *map(str, flags)]
     env = {**os.environ, "PYTHON": sys.executable, **env}
     return subprocess.run(command, cwd="/", env=env, capture_output=True, text=True, timeout=600)
 
@@ -35,9 +35,9 @@ def stub(tmp_path):
     return path
 
 
-def forked(stub, number, *flags) -> subprocess.CompletedProcess:
+def forked(stub, number, *flags, script="run_sppo_iteration.sh") -> subprocess.CompletedProcess:
     """The last result of an iteration whose printed commands are forks: two starts of Python take 16 s."""
-    printed = iteration(number, *flags, PYTHON=str(stub))
+    printed = iteration(number, *flags, script=script, PYTHON=str(stub))
     assert printed.returncode == 0, printed.stderr
     for command in commands_of(printed):
         done = run_script(*command)
@@ -114,6 +114,80 @@ def test_help_and_missing_start_adapter(recipe, tmp_path):
     done = iteration(2, *recipe)
     assert done.returncode == 2 and "toy-iter1" in done.stderr
     assert done.stderr.count("error: ") == 1 and "Traceback" not in done.stderr
+
+
+def online(number, *flags, **env) -> subprocess.CompletedProcess:
+    return iteration(number, *flags, script="run_online_iteration.sh", **env)
+
+
+def test_without_a_loss_both_scripts_run_the_same_commands(recipe, stub):
+    old, new = (run(2, *recipe, PYTHON=str(stub)) for run in (iteration, online))
+    assert old.returncode == new.returncode == 0 and old.stdout == new.stdout
+    # The recipe's loss named again changes nothing.
+    assert online(2, *recipe, "--loss", "sppo", PYTHON=str(stub)).stdout == old.stdout
+
+
+@pytest.mark.parametrize(
+    ("flags", "run"),
+    [
+        (("--loss", "simpo"), "toy-simpo"),
+        (("--loss=sigmoid sft",), "toy-sigmoid-sft"),
+        (("--loss", "sigmoid", "--run_name", "mine"), "mine"),
+        (("--scorer", "longer", "--run_name=by length"), "by length"),
+    ],
+)
+def test_other_losses_and_scorers_have_their_folders(flags, run, recipe, stub, tmp_path):
+    done = online(2, *recipe, *flags, PYTHON=str(stub))
+    assert done.returncode == 0, done.stderr
+    pairs, training = commands_of(done)
+    value = {word: after for command in (pairs, training) for word, after in zip(command, command[1:], strict=False)}
+    assert pairs[pairs.index("--run_name") + 1] == f"{run}-iter2-pairs"
+    assert value["--eval_out"] == str(tmp_path / "out")
+    assert value["--dataset_name"] == str(tmp_path / f"out/{run}-iter2-pairs")
+    # Both halves continue from the run's own first iteration, not from the recipe's.
+    assert value["--adapter_path"] == value["--start_adapter"] == str(tmp_path / f"ck/{run}-iter1")
+    assert training[training.index("--run_name") + 1] == f"{run}-iter2"
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--loss", "dpo"), ("--loss dpo", "sigmoid")),
+        (("--loss", "sigmoid", "--train", "--loss_type ipo"), ("--loss_type", "--loss")),
+        (("--loss", "sigmoid", "--train", "--run_name x"), ("--run_name",)),
+        (("--scorer", "longer", "--pairs", "--scorer shorter"), ("--scorer",)),
+        (("--run_name", "a/b"), ("--run_name", "a/b")),
+    ],
+)
+def test_contradictions_are_refused_before_sampling(flags, words, recipe):
+    done = online(1, *recipe, *flags)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert_one_line(done.stderr, *words)
+
+
+def test_a_recipe_without_the_run_before_is_refused(recipe):
+    path = recipe[-1] / "toy-iter2.yaml"
+    path.write_text(path.read_text().replace("/toy-iter1", "/elsewhere"))
+    done = online(2, *recipe, "--loss", "sigmoid")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert_one_line(done.stderr, "toy-iter2.yaml", "start_adapter", "toy-sigmoid-iter1")
+
+
+@pytest.mark.slow
+def test_dpo_iterations_with_another_scorer(recipe, stub, tmp_path):
+    flags = (*recipe, "--loss", "sigmoid", "--scorer", "shorter")
+    for number in (1, 2):
+        done = forked(stub, number, *flags, script="run_online_iteration.sh")
+        assert done.returncode == 0, done.stderr[-2000:]
+    out = tmp_path / "out"
+    assert read_json(out / "toy-sigmoid-iter2/preflight.json")["step0"]["largest_margin"] <= 1e-3
+    assert not (out / "toy-iter1").exists()
+    pairs = read_json(out / "toy-sigmoid-iter2-pairs/preference_pairs.json")
+    start = read_json(out / "toy-sigmoid-iter2/train.json")["start"]
+    assert pairs["model"]["policy"]["adapter_sha256"] == start["adapter_sha256"]
+    assert pairs["model"]["scorers"][0]["name"] == "shorter", pairs["model"]["scorers"]
+    done = forked(stub, 2, *flags, script="run_online_iteration.sh")
+    assert done.returncode == 0 and "nothing to train" in done.stdout, done.stderr[-2000:]
 
 
 @pytest.mark.slow

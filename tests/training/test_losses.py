@@ -5,7 +5,7 @@ from conftest import make_pairs
 from stock_trl import assert_equal, ours, stock
 from trl import DPOTrainer
 
-from preflab.training.dpo_config import TRL_LOSSES
+from preflab.training.loss_names import TRL_LOSSES
 
 
 @pytest.mark.parametrize("loss_type", TRL_LOSSES)

@@ -1,4 +1,4 @@
-"""SimPO and SPPO: golden numbers by hand, TRL's own losses where they exist, and complete runs."""
+"""SimPO, SPPO, CPO and ORPO: golden numbers by hand, TRL's own losses where they exist, and complete runs."""
 
 import json
 from types import SimpleNamespace
@@ -6,9 +6,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import assert_one_line, make_pairs, train_args, write_jsonl
-from stock_trl import assert_equal, ours, stock, trainer_of
+from datasets import Dataset
+from stock_trl import SETTINGS, assert_equal, lora, ours, stock, trainer_of
+from stock_trl import steps as steps_of
 
+from preflab.models.loading import load_model, load_tokenizer
 from preflab.training import losses
+from preflab.training.dpo_trainer import ResumableDPOTrainer
 
 # Log-probabilities of two chosen and three rejected tokens, reference sums -4 and -4.5: d_w = 1, d_l = -0.5,
 # means -3/2 and -5/3. Each entry: settings, loss, gradient of each chosen and of each rejected token, by hand.
@@ -26,6 +30,11 @@ GOLDEN = {
     "sppo": ({"beta": 0.1}, 3.125, -2.0, 1.5),
     # log(1 + e^(2/3)): 2 (1/6 - 1/2) = -2/3; -+ 2 sigma(2/3) / 2 and / 3
     "simpo": ({"beta": 2.0, "gamma_beta_ratio": 0.5}, 1.0810367, -0.6607564, 0.4405042),
+    # log(1 + e^-0.2) + 2 x 3/2; -0.1 sigma(-0.2) - 2 / 2 and 0.1 sigma(-0.2)
+    "cpo": ({"beta": 0.1, "cpo_alpha": 2.0}, 3.5981389, -1.0450166, 0.0450166),
+    # P = e^(-3/2) and e^(-5/3); log odds -1.2475177 and -1.4573330, d = 0.2098153: 3/2 + 0.5 log(1 + e^-d);
+    # (-1 - 0.5 sigma(-d) / (1 - P_w)) / 2 and 0.5 sigma(-d) / (1 - P_l) / 3
+    "orpo": ({"beta": 0.5}, 1.7968661, -0.6440839, 0.0919994),
 }  # fmt: skip
 
 
@@ -100,13 +109,119 @@ def test_simpo_equals_trl_cpo_trainer(smoothing):
     assert torch.allclose(losses.simpo(chosen, rejected, 2.5, 0.55, smoothing), expected, atol=1e-6)
 
 
+TRAINING = dict(per_device_train_batch_size=1, gradient_accumulation_steps=3)
+
+
+def stock_reference_free(loss_type: str, tiny, tmp_path, rows: list[dict]) -> tuple[list[dict], list[dict]]:
+    """(logged steps, tokenised rows) of TRL's experimental trainer of that loss."""
+    from trl.experimental.cpo import CPOConfig, CPOTrainer
+    from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+
+    config, trainer = {"cpo": (CPOConfig, CPOTrainer), "orpo": (ORPOConfig, ORPOTrainer)}[loss_type]
+    settings = {key: value for key, value in (SETTINGS | TRAINING).items() if key != "label_smoothing"}
+    stock = trainer(
+        load_model(str(tiny)),
+        args=config(str(tmp_path / "stock"), bf16=False, **settings),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=load_tokenizer(str(tiny)),
+        peft_config=lora(),
+    )
+    steps = steps_of(stock)
+    # Rows of the stock trainer: the prompt's ids, then prompt and answer with -100 on the prompt.
+    tokenised = [
+        {
+            "prompt_ids": row["prompt_input_ids"],
+            **{f"{side}_ids": [i for i in row[f"{side}_labels"] if i != -100] for side in ("chosen", "rejected")},
+        }
+        for row in stock.train_dataset
+    ]
+    return steps, tokenised
+
+
+@pytest.mark.parametrize("loss_type", ["cpo", "orpo"])
+def test_training_equals_trls_experimental_trainer(loss_type, tiny, tmp_path):
+    """One pair per micro-batch: TRL's likelihood is a mean over the tokens of the micro-batch.
+
+    ORPO without prompts, since TRL's likelihood includes the prompt's tokens, which the paper's P(y | x) does not.
+    """
+    prompts = ["" if loss_type == "orpo" else f"Q{i}:" for i in range(12)]
+    rows = [
+        {"prompt": prompt, "chosen": f" yes {i} " * (1 + i % 3), "rejected": f" no {i}"}
+        for i, prompt in enumerate(prompts)
+    ]
+    expected, tokenised = stock_reference_free(loss_type, tiny, tmp_path, rows)
+    own = steps_of(trainer_of(tiny, tmp_path / "ours", tokenised, loss_type=[loss_type], **TRAINING))
+    for a, b in zip(own, expected, strict=True):
+        pairs = [(a["loss"], b["loss"]), (a["grad_norm"], b["grad_norm"]), (a[f"{loss_type}/nll"], b["nll_loss"])]
+        pairs += [(a[f"{loss_type}/{side}"], b[f"rewards/{side}"]) for side in ("chosen", "rejected", "accuracies")]
+        for value, trl_value in pairs:
+            assert value == pytest.approx(trl_value, abs=1e-5, rel=1e-4), a["step"]
+    assert own[-1]["loss"] != pytest.approx(own[0]["loss"], abs=1e-2), "the steps change the model"
+
+
+def test_terms_equal_trls(tiny):
+    from trl.experimental.cpo import CPOTrainer
+    from trl.experimental.orpo import ORPOTrainer
+
+    chosen, rejected = (-8 * torch.rand(7, requires_grad=False) - 0.01 for _ in range(2))
+    inputs = [side.requires_grad_() for side in (chosen, rejected)]
+    stub = SimpleNamespace(
+        alpha=0.0, beta=0.7, loss_type="sigmoid", label_smoothing=0.2, accelerator=SimpleNamespace(device="cpu")
+    )
+    expected = CPOTrainer.cpo_loss(stub, *inputs)[0]
+    assert torch.allclose(losses.cpo(*inputs, inputs[0], 0.7, 0.0, 0.2), expected, atol=1e-6)
+    own = losses.orpo(*inputs, 0.7) + inputs[0]
+    expected = -ORPOTrainer.odds_ratio_loss(stub, *inputs)[0]
+    assert torch.allclose(own, expected, atol=1e-6)
+    gradients = [torch.autograd.grad(loss.sum(), inputs, retain_graph=True) for loss in (own, expected)]
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients, strict=True))
+
+
+def test_log_odds_are_finite_at_certainty():
+    values = torch.tensor([0.0, -1e-9, -1e-4, -200.0], requires_grad=True)
+    odds = losses.log_odds(values)
+    odds.sum().backward()
+    assert odds.isfinite().all() and values.grad.isfinite().all()
+    assert odds[2].item() == pytest.approx(9.2102904, rel=1e-5) and odds[3].item() == -200
+
+
+@pytest.mark.parametrize(
+    "loss_type", ["orpo", *(pytest.param(loss, marks=pytest.mark.slow) for loss in ("simpo", "cpo"))]
+)
+def test_reference_free_losses_run_no_reference_in_training(loss_type, train, tiny, prefs, tmp_path, monkeypatch):
+    # Forwards of each micro-batch of training: the policy's, and the reference's where there is one.
+    forwards, compute = [], ResumableDPOTrainer._compute_trl_loss
+
+    def counted(self, model, inputs, return_outputs, captured):
+        result = compute(self, model, inputs, return_outputs, captured)
+        if self.model.training:
+            forwards.append(len(captured))
+        return result
+
+    monkeypatch.setattr(ResumableDPOTrainer, "_compute_trl_loss", counted)
+    code, out, err = train(*train_args(tiny, prefs, tmp_path, "--loss_type", loss_type, "--max_steps", "2"))
+    assert code == 0, err
+    assert "none in training" in out
+    results = json.loads((tmp_path / "out/r/train.json").read_text())
+    assert set(forwards) == {1}
+    # The reference of the test pairs only, which the table compares with.
+    pairs = results["data"]["test"]["pairs"]
+    assert results["training"]["reference"]["computed"] == results["metrics"]["reward_accuracy"]["n"] == pairs
+    rows = [json.loads(line) for line in (tmp_path / "out/r/train_log.jsonl").read_text().splitlines()]
+    trained = [row for row in rows if row["split"] == "train"]
+    assert all(f"{loss_type}/accuracies" in row and "rewards/margins" not in row for row in trained)
+    assert all("rewards/margins" in row for row in rows if row["split"] == "eval")
+
+
 def test_sppo_with_certain_wins_is_half_of_sppo_hard(tiny, tmp_path):
     rows = [{**row, "win_chosen": 1.0, "win_rejected": 0.0} for row in make_pairs(24)]
     own_steps = ours(tiny, "sppo", tmp_path, rows, loss_weights=[2.0])
     assert_equal(own_steps, stock(tiny, "sppo_hard", tmp_path, rows))
 
 
-@pytest.mark.parametrize("loss_type", ["simpo", pytest.param("sppo", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "loss_type", ["simpo", *(pytest.param(loss, marks=pytest.mark.slow) for loss in ("sppo", "cpo", "orpo"))]
+)
 def test_speedups_do_not_change_own_losses(loss_type, train, tiny, tmp_path):
     rows = [{**row, "win_chosen": 0.6 + 0.01 * i, "win_rejected": 0.3} for i, row in enumerate(make_pairs(24))]
     data = write_jsonl(tmp_path / "data" / "train.jsonl", rows).parent
@@ -156,6 +271,8 @@ def test_sppo_needs_win_probabilities(value, train, tiny, tmp_path):
         ("sppo", "--use_weighting"),
         ("simpo", "--f_divergence_type", "forward_kl"),
         ("sppo", "--label_smoothing", "0.1"),
+        ("orpo", "--label_smoothing", "0.1"),
+        ("cpo", "--cpo_alpha", "-1"),
     ],
 )
 def test_keys_without_effect_are_refused(flags, train, tiny, prefs, tmp_path):
