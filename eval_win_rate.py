@@ -28,8 +28,13 @@ The keys that matter (flags and YAML keys are the same, the command line wins; [
            tokens
   reward   --beta X (default: the run's, else 0.1)
            --expected FILE (eval metrics that the trainer logged; must be reproduced within 1e-3)
-  battle   --judge hf:MODEL|vllm:MODEL|openai:MODEL@URL|rm:MODEL|longer|random
-           [hf:builtin:smollm2-135m-instruct]   --judge_prompt FILE [configs/judges/pairwise.yaml]
+  battle   --judge hf:MODEL|vllm:MODEL|openai:MODEL@URL|rm:MODEL|longer|random ...
+           [hf:builtin:smollm2-135m-instruct] (several are a panel: each is audited, the majority of
+           those that pass decides)   --judge_prompt FILE [configs/judges/pairwise.yaml]
+           --audit_dataset ID|FILE (labelled pairs; default for a panel: the held-out pairs)
+           --audit_split NAME [test]   --audit_limit N [200]
+           --stop_when POINTS (judge in random order until the win rate is known within +/- POINTS, or
+           is not 50%)
            --prompts ID|FILE   --prompts_split NAME [test]   --max_new_tokens N [256]
            --temperature X [0]   --top_p X [1]   --models name=FOLDER ...   --opponent_outputs FILE
            --published FILE   --contamination RUN|DATASET (win rate without prompts that are in
@@ -45,7 +50,13 @@ command continues.
 
 from dataclasses import dataclass
 
-from preflab.evaluation.arguments import HELP_OF_PLAN, ComparisonArguments, ContaminationArguments, JudgeArguments
+from preflab.evaluation.arguments import (
+    DEFAULT_JUDGE,
+    HELP_OF_PLAN,
+    AuditedJudgeArguments,
+    ComparisonArguments,
+    ContaminationArguments,
+)
 from preflab.evaluation.run_list import print_runs
 from utils.artifacts import read_published
 from utils.cli import option
@@ -54,7 +65,7 @@ from utils.stage import start
 
 
 @dataclass
-class WinRateArguments(JudgeArguments, ContaminationArguments):
+class WinRateArguments(AuditedJudgeArguments, ContaminationArguments):
     """Arguments of this script."""
 
     battle: bool = option("Compare answers under a judge instead of implicit rewards.", False)
@@ -76,6 +87,14 @@ class WinRateArguments(JudgeArguments, ContaminationArguments):
     published: str | None = option("Battle: YAML of published scores to print next to the results.")
     judge_prompt: str = option("Battle: YAML of the judge's prompt.", "configs/judges/pairwise.yaml")
     plan: str | None = option(HELP_OF_PLAN)
+    stop_when: float | None = option(
+        "Battle: judge prompts in random order until the win rate is known within these points, or is not 50%."
+    )
+
+    @property
+    def audited(self) -> bool:
+        """Whether the judge is audited: those of a panel are, one judge where labelled pairs are named."""
+        return bool(self.audit_limit and (self.audit_dataset or len(self.judges) > 1))
 
 
 def reward_mode(stage, models, args):
@@ -137,47 +156,52 @@ def reward_work(pairs) -> dict:
 def battle_mode(stage, models, args):
     """Battles under a judge: answer, judge in both orders, compute, publish."""
     from preflab.evaluation.contamination import TrainingText
-    from preflab.judging.battle_metrics import battle_sections, battles_without_overlap
+    from preflab.judging.audit_run import labelled_pairs
+    from preflab.judging.battle_judging import judge_battle
+    from preflab.judging.battle_metrics import battle_sections, battles_without_overlap, with_confidence_sequence
     from preflab.judging.battle_report import battle_figure, render
-    from preflab.judging.battles import answer_prompts, judge_battle, judge_notes, make_judges, rows_with_controls
+    from preflab.judging.battles import answer_prompts, judge_notes, make_judges
     from utils.cache import measured_work
 
     comparison, comparison_args = models.comparison, models.comparison.args
     # Files and judges first, so that bad input fails before the weights are loaded.
     published = read_published(args.published) if args.published else None
     training = TrainingText.read(args, comparison_args.checkpoints)
-    judges = make_judges(args, comparison_args)
+    judges, controls = make_judges(args, comparison_args)
+    labelled = labelled_pairs(comparison, args) if args.audited else None
     if args.plan and not comparison.servers:
         # The pilot's time per prompt must not include loading the models.
         models.load()
     with measured_work("answers-") as answering:
         battle = answer_prompts(models, args)
     answering["of"] = len(battle.prompts) * len(battle.answering)
-    with measured_work("judgements") as judging:
-        judged = judge_battle(battle, judges, comparison_args.eval_out, comparison_args.overwrite)
-    judging["of"] = 0 if judges[0].instant else 2 * len(judged[judges[0].name])
+    judged = judge_battle(battle, judges, controls, labelled, args.stop_when, comparison_args)
     if not is_main_process():
         return
-    battle.data["judge_notes"] = judge_notes(judged[judges[0].name])
-    sections = battle_sections(judged, battle.answers, battle.pairs, battle.names, comparison_args.seed)
+    by_judge, name = judged.by_judge, judged.judge
+    battle.data["judge_notes"] = judge_notes(by_judge[name])
+    sections = battle_sections(by_judge, battle.answers, battle.pairs, battle.names, comparison_args.seed)
+    sections |= judged.sections
+    if "stopping" in sections:
+        with_confidence_sequence(sections, sections["stopping"])
     if training:
-        overlap = battles_without_overlap(judged, battle.prompts, battle.pairs, training, comparison_args.seed)
+        overlap = battles_without_overlap(by_judge, battle.prompts, battle.pairs, training, comparison_args.seed)
         sections["contamination"] = overlap
-    title = f"{comparison.name}: {battle.title}, judge {judges[0].name}, both orders"
+    title = f"{comparison.name}: {battle.title}, judge {name}, both orders"
     # Base and tuned come first and are in `models.describe()`.
     further = {model.name: model.identity for model in battle.answering[len(models.sides) :]}
     return stage.publish(
         comparison.path("battle", ".json"),
-        {**models.describe(), "others": further, "judge": judges[0].identity()},
+        {**models.describe(), "others": further, "judge": judged.identity},
         sections["metrics"],
         render(sections, published, title, battle.data).noted(comparison.identical),
         run=comparison.run_fields,
         seed=comparison_args.seed,
-        rows=rows_with_controls(judged),
+        rows=judged.rows,
         figure=lambda path: battle_figure(path, sections, title),
         **{key: section for key, section in sections.items() if key != "metrics"},
         published=published,
-        work={"answers": answering, "judging": judging},
+        work={"answers": answering, "judging": judged.work},
         data=battle.data,
     )
 
@@ -188,11 +212,15 @@ def check(args, trained: dict):
     args.beta = args.beta if args.beta is not None else trained.get("beta") or 0.1
     if not args.beta > 0:
         raise UserError(f"--beta {args.beta}: must be above 0")
-    keys = ("prompts", "models", "opponent_outputs", "published", "contamination")
+    keys = ("prompts", "models", "opponent_outputs", "published", "contamination", "stop_when", "audit_dataset")
     battle_only = [k for k in keys if getattr(args, k) is not None]
     # --judge has a default, so only another value shows that it was given.
-    if not args.battle and (battle_only or args.judge != WinRateArguments.judge):
+    if not args.battle and (battle_only or args.judges != [DEFAULT_JUDGE]):
         raise UserError(f"--{(battle_only or ['judge'])[0]} is for battles only: add --battle")
+    if args.stop_when is not None and not 0 < args.stop_when < 50:
+        raise UserError(f"--stop_when {args.stop_when:g}: must be points above 0 and below 50")
+    if args.stop_when is not None and args.plan:
+        raise UserError("--stop_when with --plan: a plan is for a number of prompts chosen in advance; remove one")
     args.check()
 
 

@@ -5,6 +5,7 @@
     python human_eval.py --models other=princeton-nlp/gemma-2-9b-it-SimPO   # more than two models
     python human_eval.py --score votes-*.json               # the files that the annotators exported
     python human_eval.py --score votes-*.json --pairs my_votes.jsonl   # and pairs to train on
+    python human_eval.py --score votes-*.json --judge rm:MODEL   # few votes, a judge's verdicts on all
 
 Without --score, the models answer the prompts and an annotation page is made. Send only
 human_eval.html to the annotators: it opens in any browser, needs no server and no network, and does
@@ -30,6 +31,8 @@ The keys that matter (flags and YAML keys are the same, the command line wins; [
   score     --score FILE ...   --key FILE (default: the key of the votes' study below --eval_out)
             --pairs FILE (preference pairs out of the votes, for training)
             --min_agreement X [0.5] (share of a pair's votes that must prefer the chosen answer)
+            --judge hf:MODEL|openai:MODEL@URL|rm:MODEL ... (judges all pairs, those without votes too,
+            and gives a win rate from both)   --judge_prompt FILE [configs/judges/pairwise.yaml]
   plan      --plan FILE (a scored study, human_eval.json: prints prompts against detectable
             difference and time, and stops)
   run       --output_dir DIR   --overwrite
@@ -42,7 +45,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from preflab.evaluation.arguments import HELP_OF_PLAN, ComparisonArguments, GenerationArguments
+from preflab.evaluation.arguments import HELP_OF_PLAN, ComparisonArguments, JudgeArguments
 from preflab.evaluation.run_list import print_runs
 from utils.cli import option
 from utils.errors import UserError, is_main_process, run
@@ -50,7 +53,7 @@ from utils.stage import print_main, start
 
 
 @dataclass
-class HumanEvalArguments(GenerationArguments):
+class HumanEvalArguments(JudgeArguments):
     """Keys of this script."""
 
     prompts: str = option("Prompts: a hub id, file or hf:// file.", "data/eval_prompts/reference.jsonl")
@@ -65,6 +68,10 @@ class HumanEvalArguments(GenerationArguments):
     score: list[str] | None = option("Votes files to score, as the page exported them.")
     key: str | None = option("Key of the votes' study (default: the one below --eval_out).")
     pairs: str | None = option("JSON lines file for preference pairs out of the scored votes.")
+    judge: list[str] | None = option(
+        "Score: a judge of all pairs, whose verdicts help few votes (prediction-powered); several are averaged."
+    )
+    judge_prompt: str = option("YAML of the judge's prompt.", "configs/judges/pairwise.yaml")
     min_agreement: float = option("Share of a pair's votes that must prefer the chosen answer of --pairs.", 0.5)
     plan: str | None = option(
         HELP_OF_PLAN.replace("from a pilot of this many prompts, which are judged first, or ", "")
@@ -87,6 +94,8 @@ def check(args, c) -> None:
         )
     if args.key and not args.score:
         raise UserError("--key needs --score: give the votes files too")
+    if args.judge and not args.score:
+        raise UserError("--judge needs --score: verdicts help votes; give the votes files too")
     if args.pairs and not args.score:
         raise UserError("--pairs needs --score: give the votes files too")
     # Run and limit are recorded in the key; flags could only contradict it.
@@ -109,7 +118,7 @@ def main():
 
     from preflab.evaluation import plan
     from preflab.evaluation.comparison import resolve
-    from preflab.human import dump, metrics, pairs, report, study, votes
+    from preflab.human import dump, metrics, pairs, powered, report, study, votes
     from preflab.judging.vote_pairs import check_agreement, sentence
     from utils.artifacts import check_writable, with_limit_suffix
     from utils.distributed import join_processes
@@ -152,7 +161,11 @@ def main():
         pairs.ensure_own_file(Path(args.pairs), study_id, comparison_args.overwrite)
         pair_rows, pair_counts = pairs.pairs_of_study(rows, candidates, about, study_id, args.min_agreement)
 
+    judges = powered.make_judges(args, comparison_args, about)
     sections = metrics.summarise(rows, key, candidates, about, comparison_args.seed)
+    if judges:
+        scores = powered.judged_pairs(judges, candidates, about, comparison_args)
+        powered.add(sections, rows, scores, comparison_args.seed)
     name = about["run"]["run_name"]
     annotators = "1 annotator" if len(exports) == 1 else f"{len(exports)} annotators"
     title = f"{name}: {annotators}, {len(candidates)} prompts, blind"

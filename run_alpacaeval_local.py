@@ -42,7 +42,12 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from preflab.evaluation.arguments import HELP_OF_PLAN, ComparisonArguments, ContaminationArguments, JudgeArguments
+from preflab.evaluation.arguments import (
+    HELP_OF_PLAN,
+    AuditedJudgeArguments,
+    ComparisonArguments,
+    ContaminationArguments,
+)
 from preflab.evaluation.run_list import print_runs
 from utils.cli import option
 from utils.errors import UserError, is_main_process, run
@@ -50,7 +55,7 @@ from utils.stage import start
 
 
 @dataclass
-class AlpacaEvalArguments(JudgeArguments, ContaminationArguments):
+class AlpacaEvalArguments(AuditedJudgeArguments, ContaminationArguments):
     """Keys of this script."""
 
     stage: str = option(
@@ -63,9 +68,6 @@ class AlpacaEvalArguments(JudgeArguments, ContaminationArguments):
     order: str = option(
         "Order of the two outputs: alpaca-eval's random order, or both orders.", "package", choices=["package", "both"]
     )
-    audit_dataset: str | None = option("Labelled pairs for the judge audit (default: the run's held-out pairs).")
-    audit_split: str = option("Split of --audit_dataset.", "test")
-    audit_limit: int = option("Maximum labelled pairs for the judge audit; 0 skips the audit.", 200)
     lc_resamples: int = option("Bootstrap refits for the interval of the length-controlled rate.", 200)
     published: str | None = option("YAML of further published rows.", "configs/published/alpacaeval.yaml")
     plan: str | None = option(HELP_OF_PLAN)
@@ -78,10 +80,10 @@ def check(args, c) -> None:
     if args.annotations and c.limit:
         raise UserError("--annotations with --limit: the complete file is scored; remove --limit")
     args.check()
+    if len(args.judges) > 1:
+        raise UserError(f"--judge {' '.join(args.judges)}: give one judge; panels are for eval_win_rate.py --battle")
     if args.plan and (args.annotations or args.stage != "all"):
         raise UserError("--plan: works on all stages of both models; remove --annotations and --stage")
-    if args.audit_limit < 0:
-        raise UserError(f"--audit_limit {args.audit_limit}: must be at least 0")
     # A standard error needs two refits.
     if args.lc_resamples < 2:
         raise UserError(f"--lc_resamples {args.lc_resamples}: must be at least 2")

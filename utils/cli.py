@@ -85,7 +85,7 @@ def normalised(argv: list[str], keys: dict[str, Key]) -> list[str]:
     Raises:
         UserError: a flag that does not exist, a missing value, or a word that belongs to no flag. Names the word.
     """
-    result, before, rest = [], None, list(argv)
+    result, before, rest, lists = [], None, list(argv), {}
     while rest:
         word = rest.pop(0)
         if not word.startswith("--") or word == "--":
@@ -111,8 +111,8 @@ def normalised(argv: list[str], keys: dict[str, Key]) -> list[str]:
         elif key.is_list:
             values = values or _take(rest, len(rest))
             _check_values(flag, key, values)
-            # argparse takes the words of a list only without the equals sign.
-            result += [f"--{key.name}", *values]
+            # argparse would use the last of several flags; `--judge A --judge B` is a list of two.
+            lists.setdefault(key.name, []).extend(values)
         elif not values and bool in key.members and (not rest or rest[0].startswith("--")):
             result.append(f"--{key.name}=true")
         else:
@@ -121,7 +121,8 @@ def normalised(argv: list[str], keys: dict[str, Key]) -> list[str]:
             # With the equals sign argparse does not mistake -1e-5 for a flag.
             result.append(f"--{key.name}={values[0]}")
         before = flag
-    return result
+    # argparse takes the words of a list only without the equals sign.
+    return result + [word for name, values in lists.items() for word in (f"--{name}", *values)]
 
 
 def _take(rest: list[str], count: int) -> list[str]:
@@ -234,4 +235,8 @@ def run_name(requested: str | None, source: str, suffix: str, limit: int | None)
 
 def option(text: str, default=None, **extra):
     """Define a dataclass field with a help text; `extra` goes to its metadata (choices, ...)."""
-    return field(default=default, metadata={"help": text, **extra})
+    metadata = {"help": text, **extra}
+    if isinstance(default, list):
+        # A list as default would be shared by all objects of the class.
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)

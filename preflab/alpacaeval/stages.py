@@ -3,7 +3,6 @@
 Each stage reads its input from files in the run's AlpacaEval folder, so that every stage can run on its own.
 """
 
-import time
 from pathlib import Path
 
 from preflab.alpacaeval.files import (
@@ -17,11 +16,7 @@ from preflab.alpacaeval.files import (
     write_outputs,
 )
 from preflab.alpacaeval.package import PackageEvaluator, clf_prompt, shipped_evaluators
-from preflab.data.preferences import load_pairs
-from preflab.data.prompt_format import AS_CHAT
 from preflab.data.prompts import Prompt
-from preflab.data.sources import reading
-from preflab.evaluation.comparison import held_out_sources
 from preflab.evaluation.trained_prompts import key_of, trained_prompts
 from preflab.evaluation.two_models import TwoModels
 from preflab.judging.answers import (
@@ -32,17 +27,8 @@ from preflab.judging.answers import (
     engine_name,
     ensure_answers_differ,
 )
-from preflab.judging.audit import (
-    against_longer,
-    audit,
-    audit_items,
-    audit_table,
-    passes,
-    sample_pairs,
-    verdict_of,
-    whose_labels,
-)
-from preflab.judging.judges import judge_all, make_judge
+from preflab.judging.audit_run import audit_judges, labelled_pairs
+from preflab.judging.judges import make_judge
 from preflab.models.vllm_engine import choose_engine
 from utils.artifacts import read_json, write_json
 from utils.cache import measured_work
@@ -121,7 +107,7 @@ def judge_outputs(comparison, args, judge, reference: list[dict], folder: Path) 
             }
             # Controls as `base_longer`, `tuned_random`, ...
             files[side if current is judge else f"{side}_{current.name}"] = (annotations, origin)
-    judge_audit = audit_judges(comparison, args, [judge, *controls]) if args.audit_limit else None
+    judge_audit = audit_judges(labelled_pairs(comparison, args), [judge], controls, c) if args.audit_limit else None
     # A vLLM judge holds the GPU's memory until it is closed.
     if hasattr(judge, "close"):
         judge.close()
@@ -130,41 +116,6 @@ def judge_outputs(comparison, args, judge, reference: list[dict], folder: Path) 
         write_annotations(folder, name, annotations, origin)
     if judge_audit:
         write_json(folder / "judge_audit.json", judge_audit)
-
-
-def audit_judges(comparison, args, judges: list) -> dict:
-    """Audit the judge, the first of `judges`, and its controls on a seeded sample of labelled pairs."""
-    c, started = comparison.args, time.monotonic()
-    sources = [{"name": args.audit_dataset, "split": args.audit_split, **reading(c.columns, c.on_bad_row)}]
-    if args.audit_dataset is None:
-        sources, _ = held_out_sources(c, comparison.trained)
-    # Several pairs of a prompt are several labels; plain prompts become messages, as the judge prompts require.
-    data = load_pairs(sources, keep_duplicate_prompts=True, prompt_format=AS_CHAT)
-    if not data.pairs:
-        raise UserError(
-            f"{sources[0]['name']}: no labelled pair is left for the audit (dropped: {dict(data.dropped)}); name other"
-            " pairs with --audit_dataset, or skip the audit with --audit_limit 0"
-        )
-    pairs = sample_pairs(data.pairs, args.audit_limit, c.seed)
-    items = audit_items(pairs)
-    verdicts = {judge.name: judge_all(judge, items, c.eval_out, c.overwrite) for judge in judges}
-    # Whether the audit's two orders are meaningful: an evaluator that chooses the order itself has no position to test.
-    ordered = {judge.name: not getattr(judge, "orders_itself", False) for judge in judges}
-    audits = {name: audit(pairs, by_judge, c.seed, ordered[name]) for name, by_judge in verdicts.items()}
-    first, labels = judges[0], whose_labels(sources)
-    against = against_longer(verdicts[first.name], verdicts["longer"], c.seed, [pair.prompt_key for pair in pairs])
-    return {
-        "labels": labels,
-        "judge": first.name,
-        "identity": first.identity(),
-        "data": {**data.summary(), "sampled": len(pairs)},
-        "audits": audits,
-        "against_longer": against,
-        "passed": passes(against),
-        "verdict": verdict_of(first.name, audits[first.name], against),
-        "table": audit_table(audits, labels),
-        "seconds": round(time.monotonic() - started, 1),
-    }
 
 
 def read_judged(folder: Path, with_audit: bool) -> tuple[dict, dict, dict | None]:

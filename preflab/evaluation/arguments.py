@@ -9,7 +9,7 @@ from utils.cli import option
 from utils.errors import UserError
 
 ULTRAFEEDBACK = "HuggingFaceH4/ultrafeedback_binarized"
-
+DEFAULT_JUDGE = "hf:builtin:smollm2-135m-instruct"
 
 HELP_OF_PLAN = (
     "Print prompts against detectable difference and time, then stop: from a pilot of this many prompts, which are"
@@ -23,7 +23,7 @@ TOPICS = {
     "|dtype|load_in_4bit|attn_implementation|chat_template_path|template_date|trust_remote_code",
     "data": "contamination.*|dataset_.*|split|prompt_format|max_(prompt_)?length|limit",
     "answers": "max_new_tokens|temperature|top_p|engine|sampling_seeds|server_.*",
-    "judge": "judge.*",
+    "judge": "judge.*|audit_.*",
     "batches": "batch_.*|shared_prompt",
     "run": "run_name|output_.*|eval_out|overwrite|seed",
 }
@@ -173,8 +173,10 @@ class GenerationArguments(ServerArguments):
 class JudgeArguments(GenerationArguments):
     """How models answer prompts, and the judge that compares the answers."""
 
-    judge: str = option(
-        "hf:MODEL, vllm:MODEL, openai:MODEL@BASE_URL, rm:MODEL, longer or random.", "hf:builtin:smollm2-135m-instruct"
+    judge: list[str] = option(
+        "hf:MODEL, vllm:MODEL, openai:MODEL@BASE_URL, rm:MODEL, longer or random; in battles several are a panel, of"
+        " which each is audited.",
+        [DEFAULT_JUDGE],
     )
     judge_dtype: str | None = option(
         "Precision of a local judge (default: bfloat16 on a GPU, else float32).",
@@ -188,9 +190,22 @@ class JudgeArguments(GenerationArguments):
         " compares label probabilities, the judge may think, and its reply is read."
     )
 
+    def __post_init__(self):
+        # One judge is a text in artifacts, as before panels.
+        if isinstance(self.judge, list) and len(self.judge) == 1:
+            (self.judge,) = self.judge
+
+    @property
+    def judges(self) -> list[str]:
+        """The judges of --judge."""
+        return [self.judge] if isinstance(self.judge, str) else self.judge or []
+
     def check(self) -> None:
         """Raise UserError for values outside their range."""
         super().check()
+        twice = [spec for spec in self.judges if self.judges.count(spec) > 1]
+        if twice:
+            raise UserError(f"--judge {twice[0]}: given twice; a panel is made of different judges")
         for key in ("judge_timeout", "judge_concurrency"):
             if not getattr(self, key) > 0:
                 raise UserError(f"--{key} {getattr(self, key)}: must be above 0")
@@ -214,3 +229,18 @@ class JudgeArguments(GenerationArguments):
             "trust_remote_code": comparison.trust_remote_code,
             **{key: getattr(self, f"judge_{key}") for key in ("attempts", "timeout", "concurrency", "max_new_tokens")},
         }
+
+
+@dataclass
+class AuditedJudgeArguments(JudgeArguments):
+    """A judge, and the labelled pairs on which it is audited."""
+
+    audit_dataset: str | None = option("Labelled pairs for the judge audit (default: the run's held-out pairs).")
+    audit_split: str = option("Split of --audit_dataset.", "test")
+    audit_limit: int = option("Maximum labelled pairs for the judge audit; 0 skips the audit.", 200)
+
+    def check(self) -> None:
+        """Raise UserError for values outside their range."""
+        super().check()
+        if self.audit_limit < 0:
+            raise UserError(f"--audit_limit {self.audit_limit}: must be at least 0")

@@ -3,12 +3,11 @@
 from itertools import combinations
 
 import numpy as np
-from evalica import alpha
-from pandas import DataFrame
 
 from preflab.human.study import COLUMN_OF
 from preflab.judging.battle_metrics import answer_metrics, bradley_terry, by_category, style_controlled, win_rate
 from preflab.judging.battles import pairings
+from preflab.judging.panel import krippendorff_alpha
 from preflab.judging.style import style_differences
 from utils.artifacts import metric
 from utils.stats import RESAMPLES, bootstrap, share, sign_test
@@ -263,19 +262,6 @@ def agreement(rows: list[dict], seed: int) -> dict:
         "alpha_nominal": krippendorff_alpha(np.sign(steps), "nominal", seed),
         "kappas": kappas,
     }
-
-
-def krippendorff_alpha(ratings: np.ndarray, distance: str, seed: int) -> dict:
-    """Krippendorff's alpha with an interval over units; NaN where all ratings are equal.
-
-    Args:
-        ratings: shape (units, annotators), NaN for a missing rating.
-        distance: nominal or ordinal.
-    """
-    if len(np.unique(ratings[~np.isnan(ratings)])) < 2:
-        return metric(float("nan"), n=len(ratings))
-    # evalica expects one row per annotator, hence the transpose.
-    return bootstrap(ratings, seed, statistic=lambda rows: alpha(DataFrame(rows.T), distance=distance).alpha)
 
 
 def cohen_kappa(both: np.ndarray, weights: str = "plain") -> float:

@@ -59,6 +59,8 @@ def render(sections: dict, title: str, data: dict | None = None) -> Report:
         blocks.append(agreement_table(sections["agreement"]))
     # A single category would repeat the pairing's own row.
     blocks += [categories_table(match) for match in sections["matches"] if len(match["categories"]) > 1]
+    if "powered" in sections:
+        blocks.append(powered_table(sections))
     verdict = verdict_of(sections["metrics"])
     if data.get("trained_on"):
         blocks.append(data["trained_on"])
@@ -75,11 +77,10 @@ def verdict_of(m: dict) -> str:
     # There are votes, but only on other pairings.
     if "win_rate" not in m:
         return "No claim: nobody judged tuned against base."
-    rate, p = m["win_rate"], m["p_win_rate_is_half"]["value"]
+    rate, p, source = _main_rate(m)
     p_preferred, p_left = holm([p, m["p_left_wins_is_half"]["value"]])
     shown = (
-        f"tuned wins {estimate(rate, 100)}% against base (95% interval over prompts; ties half;"
-        f" sign test {p_equals(p)})"
+        f"tuned wins {estimate(rate, 100)}% against base (95% interval over prompts; ties half; {source} {p_equals(p)})"
     )
     outcomes = {1: "People prefer tuned", -1: "People prefer base", 0: "Inconclusive"}
     verdict = f"{outcomes[direction(rate, p_preferred, 0.5)]}: {shown}."
@@ -93,8 +94,53 @@ def verdict_of(m: dict) -> str:
     return verdict
 
 
+def _main_rate(m: dict) -> tuple[dict, float, str]:
+    """(the win rate of the verdict, its p-value, what they come from): with --judge the prediction-powered ones."""
+    powered = m.get("win_rate_prediction_powered")
+    if powered and powered["ci95"]:
+        return powered, m["p_win_rate_prediction_powered_is_half"]["value"], "votes with a judge's verdicts"
+    return m["win_rate"], m["p_win_rate_is_half"]["value"], "sign test"
+
+
+def powered_table(sections: dict) -> str:
+    """The win rate from votes, from verdicts, and from both, and what the verdicts were worth in votes."""
+    m, powered = sections["metrics"], sections["powered"]
+    both = m["win_rate_prediction_powered"]
+    lines = [
+        ("tuned against base", "prompts", "win rate, %", "p"),
+        (
+            "votes alone",
+            str(m["win_rate"]["n"]),
+            estimate(m["win_rate"], 100),
+            p_value(m["p_win_rate_is_half"]["value"]),
+        ),
+        ("the judge's verdicts alone", str(powered["judged"]), estimate(m["win_rate_of_judge"], 100), ""),
+        (
+            "both: prediction-powered",
+            f"{powered['voted']} of {powered['judged']}",
+            estimate(both, 100),
+            p_value(m["p_win_rate_prediction_powered_is_half"]["value"]),
+        ),
+    ]
+    notes = [f"judge: {', '.join(powered['judges'])}; weight of its verdicts {powered['weight']:.2f} (0: useless)."]
+    if powered["voted"] == powered["judged"]:
+        notes.append("Every judged prompt has votes, so the verdicts add nothing.")
+    else:
+        notes.append(
+            f"Both are as precise as votes on {powered['as_precise_as']:.0f} prompts: {powered['votes_saved']:.0f}"
+            f" prompts of voting saved ({powered['share_saved']:.0%}). The judge's own interval ignores its bias. The"
+            " prompts with votes must be a random part: the page's order is random, so people may stop anywhere, but"
+            " not choose."
+        )
+    if powered["unparsed"]:
+        notes.append(f"Without a verdict, and left out of both: {powered['unparsed']} prompts.")
+    return "\n".join([render_table("few votes, many verdicts", lines), *notes])
+
+
 def power_note(m: dict) -> str:
     """What these prompts could have shown, where the verdict is inconclusive; else ""."""
+    if "win_rate_prediction_powered" in m:
+        return ""
     if "win_rate" not in m or direction(m["win_rate"], m["p_win_rate_is_half"]["value"], 0.5):
         return ""
     return power_sentence(m["win_rate"])

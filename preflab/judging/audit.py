@@ -171,6 +171,28 @@ def verdict_of(name: str, metrics: dict, comparison: dict) -> str:
     return f"JUDGE AUDIT FAILED: {result}; it does not beat the length-only baseline `longer`, so ignore its win rates."
 
 
+def members_verdict(members: dict[str, dict], panel: str) -> str:
+    """The audit of a panel's judges in two sentences: who has a vote, and who is left out of the claim.
+
+    Args:
+        members: per judge `audit`, `against_longer` and `passed`. panel: the name of the panel of those that pass.
+    """
+
+    def described(passed: bool) -> str:
+        return "; ".join(
+            f"{name} ({estimate(member['audit']['agreement'], 100)}% of the labels,"
+            f" {estimate(member['against_longer']['difference'], 100)} points more than `longer`)"
+            for name, member in members.items()
+            if member["passed"] == passed
+        )
+
+    passed, failed = described(True), described(False)
+    if not passed:
+        return f"JUDGE AUDIT FAILED by every judge of the panel: {failed}; ignore their win rates."
+    left_out = f" LEFT OUT OF THE PANEL, audit failed: {failed}." if failed else ""
+    return f"Judge audit passed by the {panel}: {passed}.{left_out}"
+
+
 def audit_table(audits: dict[str, dict], labels: str) -> str:
     """One row per metric, one column per judge.
 

@@ -53,6 +53,32 @@ def battle_sections(
     return {"metrics": metrics, "matches": matches, "answers": lengths, "bradley_terry": strengths}
 
 
+def with_confidence_sequence(sections: dict, stopping: dict) -> None:
+    """Give the figure that --stop_when watched its confidence sequence, and its test the anytime-valid p-value.
+
+    Args:
+        sections: from `battle_sections`. stopping: the section of preflab.judging.battle_judging.
+    """
+    rate, p = ("win_rate_difference", "p_win_rate_difference") if stopping["quantity"] == "difference" else (
+        "win_rate", "p_win_rate_is_half")  # fmt: skip
+    figures = [sections["metrics"]]
+    if stopping["quantity"] == "rate":
+        main = _main(sections)
+        figures += [next(iter(m["judges"].values())) for m in sections["matches"] if (m["a"], m["b"]) == main]
+    for metrics in figures:
+        if rate in metrics:
+            # Power is that of a test at a number of rows chosen in advance.
+            known = {key: value for key, value in metrics[rate].items() if key != "power"}
+            metrics[rate] = {**known, "ci95": [stopping["low"], stopping["high"]]}
+            metrics[p] = {**metrics[p], "value": stopping["p"]}
+
+
+def _main(sections: dict) -> tuple[str, str]:
+    """The pairing that the metrics are about: tuned against base, else the first."""
+    pairs = [(match["a"], match["b"]) for match in sections["matches"]]
+    return ("tuned", "base") if ("tuned", "base") in pairs else pairs[0]
+
+
 def battles_without_overlap(
     judged: dict[str, list[dict]], prompts: list, pairs: list[tuple[str, str]], training, seed: int
 ) -> list[dict]:

@@ -25,7 +25,14 @@ def render(sections: dict, published: dict | None, title: str, data: dict) -> Re
         published: published scores to print beside (utils.artifacts.read_published), or None.
         data: what was read and left out.
     """
-    blocks = [*judges_tables(sections, title), models_table(sections, published)]
+    blocks = judges_tables(sections, title)
+    if "panel" in sections:
+        blocks.append(panel_table(sections["panel"], sections.get("audit")))
+    if "audit" in sections:
+        blocks += [sections["audit"]["table"], sections["audit"]["verdict"]]
+    if "stopping" in sections:
+        blocks.append(stopping_note(sections["stopping"]))
+    blocks.append(models_table(sections, published))
     blocks += [categories_table(match) for match in sections["matches"] if len(match["categories"]) > 1]
     if data["left_out"]:
         blocks.append("LEFT OUT: " + ", ".join(f"{reason} {n}" for reason, n in data["left_out"].items()))
@@ -44,18 +51,35 @@ def render(sections: dict, published: dict | None, title: str, data: dict) -> Re
     verdict = verdict_of(sections) + judge_caveats(sections)
     if data.get("not_held_out"):
         verdict = f"{data['not_held_out']} ({verdict})"
-    return Report("\n\n".join(filter(None, [*blocks, verdict, power_note(sections["metrics"])])), verdict)
+    # A planned number of prompts has a power; a number that the outcomes decided has none.
+    power = "" if "stopping" in sections else power_note(sections["metrics"])
+    return Report("\n\n".join(filter(None, [*blocks, verdict, power])), verdict)
 
 
 def verdict_of(sections: dict) -> str:
-    """Which model the judge prefers, in one sentence. Inconclusive unless interval and test exclude no difference."""
+    """Which model the judge or panel prefers. Inconclusive unless interval and test exclude no difference.
+
+    No claim is made for a judge that failed its audit; the judges that a panel leaves out are named.
+    """
+    audit, panel = sections.get("audit"), "panel" in sections
+    result = _outcome(sections, "panel" if panel else "judge")
+    if audit and not audit["passed"] and not result.startswith("No claim"):
+        failed = "every judge of the panel failed its audit" if panel else "the judge failed its audit"
+        return f"No claim: {failed}. ({result})"
+    left_out = [name for name, member in (audit or {}).get("members", {}).items() if not member["passed"]]
+    if left_out:
+        result += f" Left out of the panel, because their audit failed: {', '.join(left_out)}."
+    return result
+
+
+def _outcome(sections: dict, judge: str) -> str:
     m = sections["metrics"]
     if "win_rate_difference" in m:
         d, p = m["win_rate_difference"], m["p_win_rate_difference"]
         result = f"against the same opponent, tuned - base is {difference(d, scale=100)} points"
         preferred = direction(d, p["value"])
         if preferred:
-            return f"The judge prefers {'tuned' if preferred > 0 else 'base'}: {result}."
+            return f"The {judge} prefers {'tuned' if preferred > 0 else 'base'}: {result}."
         return f"Inconclusive: {result}, {undecided(d, p['value'], 0, 'no difference')}."
     if "tuned" not in sections["answers"]:
         return "No claim: one model alone, without a tuned model to compare."
@@ -64,17 +88,18 @@ def verdict_of(sections: dict) -> str:
     if "win_rate" not in m:
         return "No claim: no prompt has verdicts in both orders."
     rate, p = m["win_rate"], m["p_win_rate_is_half"]["value"]
-    result = f"tuned wins {estimate(rate, 100)}% against base (95% interval; ties half; sign test {p_equals(p)})"
+    kind = ("confidence sequence", "anytime-valid") if "stopping" in sections else ("interval", "sign test")
+    result = f"tuned wins {estimate(rate, 100)}% against base (95% {kind[0]}; ties half; {kind[1]} {p_equals(p)})"
     preferred = direction(rate, p, 0.5)
     if preferred < 0:
-        return f"The judge prefers base: {result}."
+        return f"The {judge} prefers base: {result}."
     if not preferred:
         return f"Inconclusive: {result}."
     # A length-only judge that prefers tuned at least as strongly shows that length may explain the result.
     longer = m.get("longer_win_rate")
     if longer and longer["value"] >= rate["value"]:
-        return f"The judge prefers tuned: {result}. The length-only judge `longer` gives {100 * longer['value']:.1f}%."
-    return f"The judge prefers tuned: {result}."
+        result += f". The length-only judge `longer` gives {100 * longer['value']:.1f}%"
+    return f"The {judge} prefers tuned: {result}."
 
 
 def power_note(m: dict) -> str:
@@ -86,6 +111,57 @@ def power_note(m: dict) -> str:
     else:
         return ""
     return "" if direction(rate, p, null) else power_sentence(rate)
+
+
+def panel_table(panel: dict, audit: dict | None) -> str:
+    """A line per judge: its audit, its win rate, the panel's without it, and what its verdicts cost in this call."""
+    members, audited = panel["members"], (audit or {}).get("members", {})
+    lines = [("", "agrees with labels, %", "audit", "win rate, %", "panel without it, %", "verdicts", "seconds")]
+    names = []
+    for number, (name, m) in enumerate(members.items(), 1):
+        checked = audited.get(name)
+        without = m.get("without", {}).get("win_rate")
+        lines.append(
+            (
+                str(number),
+                estimate(checked["audit"]["agreement"], 100) if checked else "-",
+                ("passed" if checked["passed"] else "FAILED, no vote") if checked else "-",
+                estimate(m["win_rate"], 100) if "win_rate" in m else "-",
+                estimate(without, 100) if without else "-",
+                f"{m['cost']['computed']} of {m['cost']['of']}",
+                f"{m['cost']['seconds']:.1f}",
+            )
+        )
+        tokens = ", ".join(f"{m['cost'][k]:,} {k.replace('_', ' ')}" for k in ("tokens_read", "tokens_written")
+                           if m["cost"].get(k))  # fmt: skip
+        names.append(f"{number}: {name}" + (f" ({tokens})" if tokens else ""))
+    notes = [*names, "verdicts: computed in this call, the others were cached."]
+    if panel["agreement"]:
+        alphas = panel["agreement"]
+        shown = f"Krippendorff's alpha of the judges: {estimate(alphas['alpha'], 1, 2)}"
+        if "alpha_voting" in alphas:
+            shown += f"; of those with a vote {estimate(alphas['alpha_voting'], 1, 2)}"
+        notes.append(f"{shown} (1: they agree; 0: as chance would).")
+    return "\n".join([render_table("judges of the panel", lines), *notes])
+
+
+def stopping_note(stopping: dict) -> str:
+    """Whether --stop_when ended the judging, and what that saved."""
+    half = 50 * (stopping["high"] - stopping["low"])
+    what = "difference" if stopping["quantity"] == "difference" else "win rate"
+    null = "0" if stopping["quantity"] == "difference" else "50%"
+    if not stopping["reason"]:
+        return (
+            f"NOT STOPPED EARLY: after all {stopping['of']} prompts the {what}'s confidence sequence is"
+            f" +/- {half:.1f} points wide, more than {stopping['points']:g}, and includes {null}."
+        )
+    reason = f"excludes {null}" if stopping["reason"] == "decided" else f"is within {stopping['points']:g} points"
+    return (
+        f"STOPPED after {stopping['judged']} of {stopping['of']} prompts, in random order: the {what}'s confidence"
+        f" sequence, which holds at every number of prompts, {reason} (+/- {half:.1f} points). It saved"
+        f" {stopping['saved']:.1%} of the verdicts. Figures of the table are those of the judged prompts; other"
+        " intervals in it are for a number of prompts chosen in advance."
+    )
 
 
 def overlap_of_pairing(section: dict) -> str:

@@ -52,11 +52,12 @@ class Battle:
         return f"{pairings_text}, {len(self.prompts)} prompts"
 
 
-def make_judges(args, comparison_args) -> list[Judge]:
-    """The judge of `--judge`, then its controls. Raises UserError for a judge that cannot be made."""
+def make_judges(args, comparison_args) -> tuple[list[Judge], list[Judge]]:
+    """(the judges of `--judge`, their controls). Raises UserError for a judge that cannot be made."""
     options = args.judge_options(comparison_args)
-    # dict.fromkeys removes a control that is the judge itself, and keeps the order.
-    return [make_judge(spec, args.judge_prompt, options) for spec in dict.fromkeys([args.judge, *CONTROLS])]
+    # A control that is the judge itself is not its own control.
+    controls = [name for name in CONTROLS if [name] != args.judges]
+    return tuple([make_judge(spec, args.judge_prompt, options) for spec in specs] for specs in (args.judges, controls))
 
 
 def answer_prompts(models: TwoModels, args) -> Battle:
@@ -121,12 +122,6 @@ def pairings(names: list[str], opponent: str | None) -> list[tuple[str, str]]:
         return [(name, opponent) for name in names]
     # `a` is the later model, so that win rates read as tuned against base.
     return [(b, a) for a, b in combinations(names, 2)]
-
-
-def judge_battle(battle: Battle, judges: list[Judge], eval_out: str, overwrite: bool) -> dict[str, list[dict]]:
-    """{judge: one row per prompt and pairing}, each judged in both orders; the first judge comes first."""
-    items, rows = both_orders(battle.prompts, battle.answers, battle.pairs)
-    return {judge.name: judge_rows(judge, items, rows, eval_out, overwrite) for judge in judges}
 
 
 def both_orders(

@@ -64,10 +64,13 @@ class ChatServer:
     Attributes:
         name: openai:MODEL@URL without a login, for reports and caches.
         given_up: the parameters that the server refused, as far as requests without them succeeded.
+        usage: tokens read and written by replies so far, as the server counts them; threads share it without a lock,
+            so it is approximate.
     """
 
     def __init__(self, model: str, url: str, attempts: int, timeout: float):
         self.model, self.given_up = model, ()
+        self.usage = {"tokens_read": 0, "tokens_written": 0}
         parts, url = urlsplit(url), without_secrets(url)
         self.name = f"{SERVER}{model}@{url}"
         login = f"{unquote(parts.username or '')}:{unquote(parts.password or '')}".encode()
@@ -102,6 +105,9 @@ class ChatServer:
                 continue
             # Only now: an error message may name a parameter for another reason, such as a prompt that is too long.
             self.given_up = tuple(dict.fromkeys((*self.given_up, *given_up)))
+            for name, key in (("tokens_read", "prompt_tokens"), ("tokens_written", "completion_tokens")):
+                count = getattr(getattr(reply, "usage", None), key, None)
+                self.usage[name] += count if isinstance(count, int) else 0
             choices = getattr(reply, "choices", None)
             choice = choices[0] if choices else None
             if error := getattr(reply, "error", None) or getattr(choice, "error", None):

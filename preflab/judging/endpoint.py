@@ -28,7 +28,7 @@ class EndpointJudge:
     def __init__(self, model: str, url: str, prompt: JudgePrompt, options: dict):
         self.prompt, self.options = prompt, options
         self.server = ChatServer(model, url, options["attempts"], options["timeout"])
-        self.name = self.server.name
+        self.name, self.usage = self.server.name, self.server.usage
         # Shared by the threads without a lock: an approximate count is enough to stop early.
         self.timeouts = 0
         self.failed_connections, self.reads_text = 0, prompt.verdict == "text"

@@ -231,7 +231,7 @@ def audits_of(run: RunArtifacts) -> list[Audit]:
     return audits
 
 
-BATTLE_AUDIT = "battles have no audit of their own: the controls and the flip rate are in the table; AlpacaEval audits"
+BATTLE_AUDIT = "not audited (--audit_dataset); the controls and the flip rate are in the table"
 
 
 def _judge(artifact: Artifact) -> str:
