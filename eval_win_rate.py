@@ -28,7 +28,7 @@ The keys that matter (flags and YAML keys are the same, the command line wins; [
            tokens
   reward   --beta X (default: the run's, else 0.1)
            --expected FILE (eval metrics that the trainer logged; must be reproduced within 1e-3)
-  battle   --judge hf:MODEL|vllm:MODEL|openai:MODEL@URL|rm:MODEL|longer|random ...
+  battle   --judge hf:MODEL|vllm:MODEL|openai:MODEL@URL|rm:MODEL|pair:MODEL|implicit:RUN|longer|random
            [hf:builtin:smollm2-135m-instruct] (several are a panel: each is audited, the majority of
            those that pass decides)   --judge_prompt FILE [configs/judges/pairwise.yaml]
            --audit_dataset ID|FILE (labelled pairs; default for a panel: the held-out pairs)

@@ -6,6 +6,7 @@
     accelerate launch --config_file configs/accelerate/multi_gpu.yaml \\
         run_alpacaeval_local.py --config configs/alpacaeval.yaml --run_name gemma-2b-it-dpo
     python run_alpacaeval_local.py --annotations annotations.json     # score judgements, no model
+    python run_alpacaeval_local.py --audit_annotations gpt4-*.json --judge rm:MODEL   # audit a judge
 
 Reports how often the judge prefers base and tuned to the reference, raw and length-controlled,
 computed by the alpaca-eval package, and whether the judge is reliable enough for a claim. Writes
@@ -23,11 +24,13 @@ The keys that matter (flags and YAML keys are the same, the command line wins; [
              that are in its training data)
   generate   --max_new_tokens N [256]   --temperature X [0]   --top_p X [1]
              --engine auto|hf|vllm [auto]   (both models may be openai:MODEL@URL, a server)
-  judge      --judge hf:MODEL|rm:MODEL|vllm:MODEL|openai:MODEL@URL|longer|random|<an evaluator of
-             alpaca-eval> [hf:builtin:smollm2-135m-instruct]   --order package|both [package]
+  judge      --judge hf:MODEL|rm:MODEL|pair:MODEL|implicit:RUN|vllm:MODEL|openai:MODEL@URL|longer|
+             random|<an evaluator of alpaca-eval> [hf:builtin:smollm2-135m-instruct]   --order package|both [package]
              --judge_prompt FILE (configs/judges/alpacaeval_text.yaml: for judges that write)
   audit      --audit_dataset ID|FILE (default: the run's held-out pairs)   --audit_split NAME [test]
              --audit_limit N [200]
+             --audit_annotations FILE ... (published judgements of the leaderboard's judge, one file
+             per model, as labels: audits --judge on them and stops)
   plan       --plan N|FILE (N instructions are judged first, or an earlier result is read: prints
              instructions against detectable difference and time, and stops)
   run        --stage generate|judge|score|all [all]   --lc_resamples N [200]   --seed N [42]
@@ -63,6 +66,9 @@ class AlpacaEvalArguments(AuditedJudgeArguments, ContaminationArguments):
     )
     reference: str = option("Instructions with reference answers.", "data/eval_prompts/reference.jsonl")
     annotations: str | None = option("Score this annotations.json only.")
+    audit_annotations: list[str] | None = option(
+        "Audit --judge on these annotations of another judge (GPT-4 Turbo's), one file per model, and stop."
+    )
     engine: str = option("Engine that generates answers: auto, hf or vllm.", "auto", choices=["auto", "hf", "vllm"])
     judge_prompt: str | None = option("YAML of the judge's prompt (default: alpaca-eval's own, alpaca_eval_clf).")
     order: str = option(
@@ -80,7 +86,9 @@ def check(args, c) -> None:
     if args.annotations and c.limit:
         raise UserError("--annotations with --limit: the complete file is scored; remove --limit")
     args.check()
-    if len(args.judges) > 1:
+    if args.audit_annotations and (args.annotations or args.plan or not args.audit_limit):
+        raise UserError("--audit_annotations: audits a judge and stops; remove --annotations, --plan, --audit_limit 0")
+    if len(args.judges) > 1 and not args.audit_annotations:
         raise UserError(f"--judge {' '.join(args.judges)}: give one judge; panels are for eval_win_rate.py --battle")
     if args.plan and (args.annotations or args.stage != "all"):
         raise UserError("--plan: works on all stages of both models; remove --annotations and --stage")
@@ -123,6 +131,33 @@ def score_file(stage, args, comparison_args) -> None:
     )
 
 
+def audit_against_leaderboard(stage, args, comparison_args) -> None:
+    """Audit --judge on published judgements: the tables and leaderboard_audit.json, without models that answer."""
+    from preflab.alpacaeval import leaderboard, stages
+    from utils.artifacts import check_writable
+
+    c = comparison_args
+    folder = Path(c.output_dir or Path(c.eval_out) / (c.run_name or "leaderboard")) / "alpacaeval"
+    check_writable(folder, "--output_dir" if c.output_dir else "--eval_out")
+    judges, controls = stages.judges_and_controls(args, c)
+    result = leaderboard.compare_with_labels(args.audit_annotations, judges, controls, args, c)
+    if not is_main_process():
+        return
+    title = f"{', '.join(judge.name for judge in judges)} against {result['about']['judge']}"
+    stage.publish(
+        folder / "leaderboard_audit.json",
+        {"judge": result["audit"]["identity"]},
+        result["metrics"],
+        leaderboard.render(result, title),
+        run={"run_name": c.run_name, "limit": None},
+        seed=c.seed,
+        rows=result["rows"],
+        models=result["models"],
+        audit=result["audit"],
+        data=result["about"],
+    )
+
+
 def main():
     stage, comparison_args, args = start(
         "alpacaeval", __doc__, ComparisonArguments, AlpacaEvalArguments, listing=print_runs
@@ -138,6 +173,9 @@ def main():
 
     processes = join_processes()
     eval_out, seed = comparison_args.eval_out, comparison_args.seed
+    if args.audit_annotations:
+        stage.name = "leaderboard_audit"
+        return audit_against_leaderboard(stage, args, comparison_args)
     if args.annotations:
         return score_file(stage, args, comparison_args) if is_main_process() else None
 

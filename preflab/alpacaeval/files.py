@@ -222,12 +222,12 @@ def _annotation(judge, row: dict, answer: dict, verdicts: list[tuple[bool, Verdi
 def preference(verdict: Verdict, switched: bool, judge) -> float | None:
     """A verdict as alpaca_eval's preference: 1 where output_1 is better, 2 where output_2 is; None without a verdict.
 
-    Probabilities are used as weights, as in AlpacaEval 2: 2 - P(first) where output_1 was shown first. A reward
-    model's probability has no calibrated scale, so only its order counts.
+    Probabilities are used as weights, as in AlpacaEval 2: 2 - P(first) where output_1 was shown first. The probability
+    of a reward model, ranker or implicit reward has no calibrated scale, so only its order counts.
     """
     if verdict.first is None:
         return None
-    weighted = verdict.probability is not None and not judge.name.startswith("rm:")
+    weighted = verdict.probability is not None and not judge.name.startswith(("rm:", "pair:", "implicit:"))
     first = verdict.probability if weighted else verdict.first
     # `first` is the share of the answer shown first: the model's output if switched, else the reference.
     return 1 + first if switched else 2 - first

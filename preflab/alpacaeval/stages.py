@@ -83,6 +83,13 @@ def load_judge(args, comparison_args):
     return make_judge(args.judge, args.judge_prompt or clf_prompt(), args.judge_options(comparison_args))
 
 
+def judges_and_controls(args, c) -> tuple[list, list]:
+    """(the judges of --judge, the controls)."""
+    prompt, options = args.judge_prompt or clf_prompt(), args.judge_options(c)
+    controls = [make_judge(name, "", options) for name in CONTROLS if [name] != args.judges]
+    return [make_judge(spec, prompt, options) for spec in args.judges], controls
+
+
 def judge_outputs(comparison, args, judge, reference: list[dict], folder: Path) -> None:
     """Judge both models' outputs against the reference and audit the judge; all files are written at the end.
 

@@ -174,8 +174,8 @@ class JudgeArguments(GenerationArguments):
     """How models answer prompts, and the judge that compares the answers."""
 
     judge: list[str] = option(
-        "hf:MODEL, vllm:MODEL, openai:MODEL@BASE_URL, rm:MODEL, longer or random; in battles several are a panel, of"
-        " which each is audited.",
+        "hf:MODEL, vllm:MODEL, openai:MODEL@BASE_URL, rm:MODEL, pair:MODEL, implicit:RUN, longer or random; in battles"
+        " several are a panel, of which each is audited.",
         [DEFAULT_JUDGE],
     )
     judge_dtype: str | None = option(
@@ -227,6 +227,8 @@ class JudgeArguments(GenerationArguments):
             "attn_implementation": comparison.attn_implementation,
             "seed": comparison.seed,
             "trust_remote_code": comparison.trust_remote_code,
+            "checkpoints": comparison.checkpoints,
+            "eval_out": comparison.eval_out,
             **{key: getattr(self, f"judge_{key}") for key in ("attempts", "timeout", "concurrency", "max_new_tokens")},
         }
 

@@ -49,6 +49,9 @@ class Verdict:
     note: str | None = None
 
 
+NOT_FINITE = "the model's output is not a finite number"
+
+
 def unparsed(reason: str) -> Verdict:
     """No verdict. It is counted as unparsed, never as a win, and the next call asks again."""
     return Verdict(None, error=reason)

@@ -6,15 +6,17 @@ from collections.abc import Iterator
 
 from preflab.evaluation.servers import model_and_url
 from preflab.judging.endpoint import EndpointJudge
+from preflab.judging.implicit_reward import ImplicitReward
 from preflab.judging.judge_prompt import Item, Judge, JudgePrompt, Verdict
 from preflab.judging.local_judges import LocalJudge, VllmJudge
+from preflab.judging.pairrm import RankerJudge
 from preflab.judging.reward_model import RewardModel
 from utils.cache import ResultCache, cache_key
 from utils.errors import UserError
 from utils.progress import progress
 from utils.provenance import sha256_of
 
-KINDS = "hf:MODEL, vllm:MODEL, openai:MODEL@BASE_URL, rm:MODEL, longer or random"
+KINDS = "hf:MODEL, vllm:MODEL, openai:MODEL@BASE_URL, rm:MODEL, pair:MODEL, implicit:RUN, longer or random"
 
 
 def make_judge(spec: str, prompt: str | JudgePrompt, options: dict, flag: str = "--judge ") -> Judge:
@@ -22,8 +24,8 @@ def make_judge(spec: str, prompt: str | JudgePrompt, options: dict, flag: str = 
 
     Args:
         prompt: a judge prompt, or the path of one.
-        options: dtype, batch_tokens, batch_size, attn_implementation, seed, attempts, timeout, concurrency, and
-            max_new_tokens in place of the prompt's.
+        options: dtype, batch_tokens, batch_size, attn_implementation, seed, attempts, timeout, concurrency,
+            checkpoints and eval_out (of implicit:RUN), and max_new_tokens in place of the prompt's.
         flag: what precedes `spec` on the command line, for error messages.
 
     Raises:
@@ -40,6 +42,10 @@ def make_judge(spec: str, prompt: str | JudgePrompt, options: dict, flag: str = 
         return RandomJudge(options["seed"])
     if kind == "rm" and rest:
         return RewardModel(rest, options)
+    if kind == "pair" and rest:
+        return RankerJudge(rest, options)
+    if kind == "implicit" and rest:
+        return ImplicitReward(rest, options)
     if kind == "hf" and rest:
         return LocalJudge(rest, prompt, options)
     if kind == "vllm" and rest:

@@ -9,56 +9,91 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from preflab.data.chat_template import ChatRenderer, TemplateRefused, neutralise
 from preflab.data.prompts import Prompt
-from preflab.judging.judge_prompt import Item, Verdict, unparsed
+from preflab.judging.armorm import ARCHITECTURE, END_OF_PROMPT, ArmoRM
+from preflab.judging.judge_prompt import NOT_FINITE, Item, Verdict, unparsed
 from preflab.models.batching import pad_right, token_batches
 from preflab.models.checks import UNLIMITED, context_length
 from preflab.models.loading import LOAD_ERRORS, identify, load_error, load_tokenizer, locate
 from utils.errors import UserError
 
-NOT_FINITE = "the model's output is not a finite number"
 
+class ScoringJudge:
+    """A judge that scores each answer on its own: the answer with the higher reward wins, whatever the order.
 
-class RewardModel:
-    """A sequence classifier with one output, or with model code that computes one score (ArmoRM).
-
-    As a judge, the answer with the higher reward wins, whatever the order.
+    Subclasses have `score`: (prompt, answer) pairs to (index, reward), where a text says why there is no reward.
     """
 
     instant = False
 
+    def judge(self, items: list[Item]) -> Iterator[tuple[int, Verdict]]:
+        # Each distinct answer is scored once; a verdict is given as soon as both of its answers have a reward.
+        # Keyed by (prompt, answer text). items_of lists the items that wait for an answer's reward.
+        answers, items_of, rewards = {}, {}, {}
+        for i, item in enumerate(items):
+            for answer in (item.first, item.second):
+                answers.setdefault((item.prompt.key, answer), (item.prompt, answer))
+                items_of.setdefault((item.prompt.key, answer), []).append(i)
+        keys = list(answers)
+        for k, reward in self.score(list(answers.values())):
+            rewards[keys[k]] = reward
+            # Each item once, also if both of its answers are the same text.
+            for i in dict.fromkeys(items_of[keys[k]]):
+                pair = [rewards.get((items[i].prompt.key, text)) for text in (items[i].first, items[i].second)]
+                if None not in pair:
+                    yield i, self._verdict(*pair)
+
+    @staticmethod
+    def _verdict(a: float | str, b: float | str) -> Verdict:
+        """The higher reward wins with probability sigmoid(a - b); a text instead of a reward gives no verdict."""
+        if isinstance(a, str) or isinstance(b, str):
+            return unparsed(a if isinstance(a, str) else b)
+        # Clipped, because exp overflows beyond 709.
+        # Bradley-Terry: rewards are log-odds.
+        return Verdict(0.5 + 0.5 * ((a > b) - (a < b)), 1 / (1 + math.exp(-max(-700.0, min(700.0, a - b)))))
+
+
+class RewardModel(ScoringJudge):
+    """A sequence classifier with one output, ArmoRM, or a model with code of its own that computes one score."""
+
     def __init__(self, model: str, options: dict):
         self.name, self.model_name, self.options = f"rm:{model}", model, options
         locate(model)
-        self.custom_code = self._check_head()
+        self.gated, self.custom_code = self._check_head()
         self.tokenizer, self.model = load_tokenizer(model, trust_remote_code=self.custom_code), None
         self.chat = ChatRenderer(self.tokenizer)
 
     def identity(self) -> dict:
         return {"judge": self.name, **identify(self.model_name, self.tokenizer), "dtype": self.options["dtype"]}
 
-    def _check_head(self) -> bool:
-        """Whether the model brings its own code. Raises UserError, before any work, if it has no single score."""
+    def _check_head(self) -> tuple[bool, bool]:
+        """(whether the model is an ArmoRM, whether it runs its own code).
+
+        Raises UserError, before any work, if it has no single score.
+        """
         try:
             # Reading the config must not run the model's own code before --trust_remote_code allows it.
             config = AutoConfig.from_pretrained(locate(self.model_name), trust_remote_code=False)
         except LOAD_ERRORS as error:
             raise load_error(f"reward model {self.model_name}", error) from error
+        if ARCHITECTURE in (config.architectures or ()):
+            # Its own code is not needed (preflab.judging.armorm).
+            return True, False
         if "AutoModelForSequenceClassification" in (getattr(config, "auto_map", None) or {}):
             if not self.options.get("trust_remote_code"):
                 raise UserError(f"{self.name}: computes its score with its own code; allow it by --trust_remote_code")
-            return True
+            return False, True
         if config.num_labels != 1:
             raise UserError(f"{self.name}: has {config.num_labels} outputs; a reward model has one")
-        return False
+        return False, False
 
     def load(self) -> None:
         """Load the weights on first use."""
         if self.model is not None:
             return
         try:
-            self.model = AutoModelForSequenceClassification.from_pretrained(
-                locate(self.model_name), dtype=getattr(torch, self.options["dtype"]), trust_remote_code=self.custom_code
-            )
+            load = (ArmoRM if self.gated else AutoModelForSequenceClassification).from_pretrained
+            code = {} if self.gated else {"trust_remote_code": self.custom_code}
+            self.model = load(locate(self.model_name), dtype=getattr(torch, self.options["dtype"]), **code)
         except LOAD_ERRORS as error:
             raise load_error(f"reward model {self.model_name}", error) from error
         self.model.to(PartialState().device).eval()
@@ -99,35 +134,16 @@ class RewardModel:
             self.model.config.get_text_config().pad_token_id = self.model.config.pad_token_id = pad
             ids, mask = pad_right([rows[i] for i in batch_indices], pad, self.model.device)
             with torch.inference_mode():
-                output = self.model(input_ids=ids, attention_mask=mask)
-                # ArmoRM's code has one logit per attribute, and combines them into `score`.
-                reward = output.score if self.custom_code and hasattr(output, "score") else output.logits
+                output = self.model(input_ids=ids, attention_mask=mask, **self._further_inputs())
+                # Models with several outputs combine them into `score`.
+                combined = self.gated or (self.custom_code and hasattr(output, "score"))
+                reward = output.score if combined else output.logits
                 rewards = reward.float().reshape(len(batch)).tolist()
             for i, value in zip(batch_indices, rewards, strict=True):
                 yield i, value if math.isfinite(value) else NOT_FINITE
 
-    def judge(self, items: list[Item]) -> Iterator[tuple[int, Verdict]]:
-        # Each distinct answer is scored once; a verdict is given as soon as both of its answers have a reward.
-        # Keyed by (prompt, answer text). items_of lists the items that wait for an answer's reward.
-        answers, items_of, rewards = {}, {}, {}
-        for i, item in enumerate(items):
-            for answer in (item.first, item.second):
-                answers.setdefault((item.prompt.key, answer), (item.prompt, answer))
-                items_of.setdefault((item.prompt.key, answer), []).append(i)
-        keys = list(answers)
-        for k, reward in self.score(list(answers.values())):
-            rewards[keys[k]] = reward
-            # Each item once, also if both of its answers are the same text.
-            for i in dict.fromkeys(items_of[keys[k]]):
-                pair = [rewards.get((items[i].prompt.key, text)) for text in (items[i].first, items[i].second)]
-                if None not in pair:
-                    yield i, self._verdict(*pair)
-
-    @staticmethod
-    def _verdict(a: float | str, b: float | str) -> Verdict:
-        """The higher reward wins with probability sigmoid(a - b); a text instead of a reward gives no verdict."""
-        if isinstance(a, str) or isinstance(b, str):
-            return unparsed(a if isinstance(a, str) else b)
-        # Clipped, because exp overflows beyond 709.
-        # Bradley-Terry: rewards are log-odds.
-        return Verdict(0.5 + 0.5 * ((a > b) - (a < b)), 1 / (1 + math.exp(-max(-700.0, min(700.0, a - b)))))
+    def _further_inputs(self) -> dict:
+        if not self.gated:
+            return {}
+        (end,) = self.chat.ids([END_OF_PROMPT])
+        return {"end_of_prompt": end}

@@ -12,16 +12,17 @@ from pathlib import Path
 from typing import Protocol
 
 from preflab.data.prompts import Prompt
-from preflab.judging.judge_prompt import Item
+from preflab.judging.implicit_reward import ImplicitReward
+from preflab.judging.judge_prompt import NOT_FINITE, Item
 from preflab.judging.judges import judge_all, make_judge
-from preflab.judging.reward_model import NOT_FINITE, RewardModel
-from preflab.pairs.pairrm import PairRanker
+from preflab.judging.pairrm import PairRanker
+from preflab.judging.reward_model import RewardModel, ScoringJudge
 from utils.cache import ResultCache, cache_key
 from utils.errors import UserError
 from utils.progress import progress
 from utils.provenance import sha256_of, sha256_of_files
 
-KINDS = "rm:MODEL, pair:MODEL, judge:JUDGE, FILE.py:FUNCTION, columns, longer, shorter or random"
+KINDS = "rm:MODEL, pair:MODEL, implicit:RUN, judge:JUDGE, FILE.py:FUNCTION, columns, longer, shorter or random"
 # The controls' scores are log-odds as well: 100 characters more multiply the odds by e.
 CHARACTERS_PER_LOG_ODDS = 100
 
@@ -122,7 +123,9 @@ def make_scorer(spec: str, options: dict) -> Scorer:
     if spec == "columns":
         return ColumnScorer()
     if kind == "rm" and rest:
-        return RewardScorer(rest, options)
+        return RewardScorer(RewardModel(rest, options))
+    if kind == "implicit" and rest:
+        return RewardScorer(ImplicitReward(rest, options))
     if kind == "pair" and rest:
         return RankerScorer(rest, options)
     if kind == "judge" and rest:
@@ -224,11 +227,10 @@ class FunctionScorer:
 
 
 class RewardScorer:
-    """A reward model: its reward of an answer is the score (preflab.judging.reward_model)."""
+    """A reward model or a run's implicit reward: the reward of an answer is the score."""
 
-    def __init__(self, model: str, options: dict):
-        self.model = RewardModel(model, options)
-        self.name = self.model.name
+    def __init__(self, model: ScoringJudge):
+        self.model, self.name = model, model.name
 
     def identity(self) -> dict:
         return {"kind": "reward", **self.model.identity()}
@@ -252,7 +254,7 @@ class RewardScorer:
 
 
 class RankerScorer:
-    """A pairwise ranker such as PairRM, applied to every ordered pair of answers (preflab.pairs.pairrm)."""
+    """A pairwise ranker such as PairRM, applied to every ordered pair of answers (preflab.judging.pairrm)."""
 
     def __init__(self, model: str, options: dict):
         self.model = PairRanker(model, options)

@@ -30,6 +30,7 @@ def make_scorers(args) -> list:
         "attn_implementation": args.attn_implementation,
         "seed": args.seed,
         "trust_remote_code": args.trust_remote_code,
+        "eval_out": args.eval_out,
     }
     # dict.fromkeys drops a repeated scorer and keeps the order: the first one ranks.
     return [make_scorer(spec, options) for spec in dict.fromkeys([args.scorer, *args.also_score])]

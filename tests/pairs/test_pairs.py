@@ -17,11 +17,12 @@ from scipy.stats import chisquare
 from preflab.data.candidates import load_candidates
 from preflab.data.chat_template import ChatRenderer
 from preflab.data.prompts import Prompt
-from preflab.judging.judge_prompt import Verdict, unparsed
+from preflab.judging.judge_prompt import Item, Verdict, unparsed
+from preflab.judging.judges import judge_all, make_judge
+from preflab.judging.pairrm import FIRST, SECOND, SOURCE, PairRanker, PairRM
 from preflab.models.loading import load_tokenizer
 from preflab.pairs.metrics import agreement, pair_metrics
 from preflab.pairs.pairing import Sampled, candidates_of, held_out_keys, pair_of, pairs_of, part_of, shuffled
-from preflab.pairs.pairrm import FIRST, SECOND, SOURCE, PairRanker, PairRM
 from preflab.pairs.scorers import Candidates, Scores, make_scorer, mean_wins, ranker_scores, win_probabilities
 from utils.artifacts import read_json
 from utils.errors import UserError
@@ -290,6 +291,20 @@ def test_reward_scores_equal_model_and_are_cached(reward_model, smol_tokenizer, 
             assert score == pytest.approx(model(input_ids=torch.tensor(ids)).logits.item(), abs=1e-5)
     monkeypatch.setattr("preflab.judging.reward_model.RewardModel.score", lambda *a: pytest.fail("scored again"))
     assert scored(f"rm:{reward_model}", candidates, tmp_path) == [result]
+
+
+def test_pairwise_ranker_as_judge(pair_ranker, tmp_path):
+    """The verdict on each order is the sign of its logit; logits equal those of the scorer."""
+    ranker = PairRanker(str(pair_ranker), OPTIONS)
+    answers = ["I am a cat.", "The sea, and the sand.", "Nothing at all, sir."]
+    expected = ranker.logits("Name the sea.", answers)
+    question = Prompt([{"role": "user", "content": "Name the sea."}], "p")
+    pairs = [(0, 1), (1, 0), (2, 0), (1, 2)]
+    judge = make_judge(f"pair:{pair_ranker}", "", OPTIONS)
+    verdicts = judge_all(judge, [Item(question, answers[i], answers[j]) for i, j in pairs], str(tmp_path))
+    for (i, j), verdict in zip(pairs, verdicts, strict=True):
+        assert verdict.first == float(expected[i][j] > 0)
+        assert verdict.probability == pytest.approx(1 / (1 + math.exp(-expected[i][j])), abs=1e-6)
 
 
 def test_nan_output_leaves_prompt_unscored(reward_model, pair_ranker, tmp_path):

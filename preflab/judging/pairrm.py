@@ -6,14 +6,18 @@ first and second candidate) and applies a two-layer head to (source, candidate);
 value minus the second's.
 """
 
+import math
 import re
+from collections.abc import Iterator
 
 import torch
 from accelerate import PartialState
+from scipy.special import expit
 from torch import nn
 from transformers.models.deberta_v2.modeling_deberta_v2 import DebertaV2Model, DebertaV2PreTrainedModel
 
 from preflab.data.chat_template import break_up, neutralise
+from preflab.judging.judge_prompt import NOT_FINITE, Item, Verdict, unparsed
 from preflab.models.batching import pad_right, token_batches
 from preflab.models.loading import LOAD_ERRORS, identify, load_error, load_tokenizer, locate
 from utils.errors import UserError
@@ -71,7 +75,7 @@ class PairRanker:
         # positions.
         missing = [marker for marker in self.markers if marker not in vocabulary]
         if missing:
-            raise UserError(f"--scorer pair:{name}: its tokenizer has no {missing[0]}; give a ranker such as PairRM-hf")
+            raise UserError(f"pair:{name}: its tokenizer has no {missing[0]}; give a ranker such as PairRM-hf")
 
     def identity(self) -> dict:
         """Everything that the logits depend on."""
@@ -104,19 +108,43 @@ class PairRanker:
         limit = CANDIDATE_TOKENS + (SOURCE_TOKENS - len(source_ids)) // 2
         return [*source_ids, *truncated(FIRST, first, limit), *truncated(SECOND, second, limit)]
 
-    def logits(self, source: str, answers: list[str]) -> list[list[float]]:
-        """logit(i, j) of every ordered pair of answers, 0 on the diagonal; shape (n, n)."""
+    def ordered_logits(self, rows: list[tuple[str, str, str]]) -> Iterator[tuple[int, float]]:
+        """Yield (index, logit) of each (source, first answer, second answer), batch by batch, in any order."""
         self.load()
-        # Both orders: the encoder reads the candidates together, so logit(i, j) is not exactly -logit(j, i).
-        pairs = [(i, j) for i in range(len(answers)) for j in range(len(answers)) if i != j]
-        rows = [self.ids(source, answers[i], answers[j]) for i, j in pairs]
-        logits = [[0.0] * len(answers) for _ in answers]
+        ids_of = [self.ids(*row) for row in rows]
         budget = (self.options["batch_tokens"], self.options["batch_size"])
-        for batch in token_batches([len(row) for row in rows], *budget):
-            ids, mask = pad_right([rows[k] for k in batch], self.tokenizer.pad_token_id, self.model.device)
+        for batch in token_batches([len(ids) for ids in ids_of], *budget):
+            ids, mask = pad_right([ids_of[k] for k in batch], self.tokenizer.pad_token_id, self.model.device)
             with torch.inference_mode():
                 values = self.model(ids, mask, *self.markers.values()).float().tolist()
-            for k, value in zip(batch, values, strict=True):
-                i, j = pairs[k]
-                logits[i][j] = value
+            yield from zip(batch, values, strict=True)
+
+    def logits(self, source: str, answers: list[str]) -> list[list[float]]:
+        """logit(i, j) of every ordered pair of answers, 0 on the diagonal; shape (n, n)."""
+        # Both orders: the encoder reads the candidates together, so logit(i, j) is not exactly -logit(j, i).
+        pairs = [(i, j) for i in range(len(answers)) for j in range(len(answers)) if i != j]
+        logits = [[0.0] * len(answers) for _ in answers]
+        for k, value in self.ordered_logits([(source, answers[i], answers[j]) for i, j in pairs]):
+            i, j = pairs[k]
+            logits[i][j] = value
         return logits
+
+
+class RankerJudge:
+    """A pairwise ranker as a judge: the sigmoid of its logit is the probability that the first answer is better."""
+
+    instant = False
+
+    def __init__(self, model: str, options: dict):
+        self.name, self.ranker = f"pair:{model}", PairRanker(model, options)
+
+    def identity(self) -> dict:
+        return {"judge": self.name, **self.ranker.identity()}
+
+    def judge(self, items: list[Item]) -> Iterator[tuple[int, Verdict]]:
+        rows = [(item.prompt.text, item.first, item.second) for item in items]
+        for k, logit in self.ranker.ordered_logits(rows):
+            if math.isfinite(logit):
+                yield k, Verdict(0.5 + 0.5 * ((logit > 0) - (logit < 0)), float(expit(logit)))
+            else:
+                yield k, unparsed(NOT_FINITE)
