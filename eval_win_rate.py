@@ -28,13 +28,13 @@ The keys that matter (flags and YAML keys are the same, the command line wins; [
            tokens
   reward   --beta X (default: the run's, else 0.1)
            --expected FILE (eval metrics that the trainer logged; must be reproduced within 1e-3)
-  battle   --judge hf:MODEL|vllm:MODEL|openai:MODEL@URL|rm:MODEL|pair:MODEL|implicit:RUN|longer|random
-           [hf:builtin:smollm2-135m-instruct] (several are a panel: each is audited, the majority of
-           those that pass decides)   --judge_prompt FILE [configs/judges/pairwise.yaml]
+  battle   --judge hf:MODEL|vllm:MODEL|openai:MODEL@URL|rm:MODEL|pair:MODEL|implicit:RUN|longer|
+           random [hf:builtin:smollm2-135m-instruct]; several are a panel: each is audited, the
+           majority of those that pass decides   --judge_prompt FILE [configs/judges/pairwise.yaml]
            --audit_dataset ID|FILE (labelled pairs; default for a panel: the held-out pairs)
            --audit_split NAME [test]   --audit_limit N [200]
-           --stop_when POINTS (judge in random order until the win rate is known within +/- POINTS, or
-           is not 50%)
+           --stop_when POINTS (judge in random order until the win rate is known within these
+           points, or is not 50%)
            --prompts ID|FILE   --prompts_split NAME [test]   --max_new_tokens N [256]
            --temperature X [0]   --top_p X [1]   --models name=FOLDER ...   --opponent_outputs FILE
            --published FILE   --contamination RUN|DATASET (win rate without prompts that are in

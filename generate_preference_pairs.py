@@ -31,7 +31,8 @@ The keys that matter (flags and YAML keys are the same, the command line wins; [
   sampling  --sampling_seeds N ... [0 50 100 150 200] (one answer per seed)   --temperature X [0.7]
             --top_p X [0.9]   --max_new_tokens N [2048]
   scoring   --scorer NAME [pair:llm-blender/PairRM-hf]: rm:MODEL, pair:MODEL, implicit:RUN,
-            judge:hf:MODEL, judge:openai:MODEL@URL, FILE.py:FUNCTION, columns, longer, shorter or random
+            judge:hf:MODEL, judge:openai:MODEL@URL, FILE.py:FUNCTION, columns, longer, shorter,
+            random
             --also_score OTHER ...: report their agreement   --shuffle_scores SEED: a control
             --pairs best_worst|all [best_worst]   --min_score_margin X
   run       --stage all|sample|score|pair [all]   --run_name NAME   --eval_out DIR [eval_out]

@@ -5,7 +5,7 @@
     python human_eval.py --models other=princeton-nlp/gemma-2-9b-it-SimPO   # more than two models
     python human_eval.py --score votes-*.json               # the files that the annotators exported
     python human_eval.py --score votes-*.json --pairs my_votes.jsonl   # and pairs to train on
-    python human_eval.py --score votes-*.json --judge rm:MODEL   # few votes, a judge's verdicts on all
+    python human_eval.py --score votes-*.json --judge rm:MODEL   # few votes, many verdicts
 
 Without --score, the models answer the prompts and an annotation page is made. Send only
 human_eval.html to the annotators: it opens in any browser, needs no server and no network, and does
@@ -31,8 +31,8 @@ The keys that matter (flags and YAML keys are the same, the command line wins; [
   score     --score FILE ...   --key FILE (default: the key of the votes' study below --eval_out)
             --pairs FILE (preference pairs out of the votes, for training)
             --min_agreement X [0.5] (share of a pair's votes that must prefer the chosen answer)
-            --judge hf:MODEL|openai:MODEL@URL|rm:MODEL ... (judges all pairs, those without votes too,
-            and gives a win rate from both)   --judge_prompt FILE [configs/judges/pairwise.yaml]
+            --judge hf:MODEL|openai:MODEL@URL|rm:MODEL ... (judges all pairs, also those without
+            votes, for a win rate from both)   --judge_prompt FILE [configs/judges/pairwise.yaml]
   plan      --plan FILE (a scored study, human_eval.json: prints prompts against detectable
             difference and time, and stops)
   run       --output_dir DIR   --overwrite

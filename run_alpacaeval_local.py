@@ -6,7 +6,7 @@
     accelerate launch --config_file configs/accelerate/multi_gpu.yaml \\
         run_alpacaeval_local.py --config configs/alpacaeval.yaml --run_name gemma-2b-it-dpo
     python run_alpacaeval_local.py --annotations annotations.json     # score judgements, no model
-    python run_alpacaeval_local.py --audit_annotations gpt4-*.json --judge rm:MODEL   # audit a judge
+    python run_alpacaeval_local.py --audit_annotations gpt4-*.json --judge rm:MODEL  # its audit
 
 Reports how often the judge prefers base and tuned to the reference, raw and length-controlled,
 computed by the alpaca-eval package, and whether the judge is reliable enough for a claim. Writes
@@ -25,7 +25,8 @@ The keys that matter (flags and YAML keys are the same, the command line wins; [
   generate   --max_new_tokens N [256]   --temperature X [0]   --top_p X [1]
              --engine auto|hf|vllm [auto]   (both models may be openai:MODEL@URL, a server)
   judge      --judge hf:MODEL|rm:MODEL|pair:MODEL|implicit:RUN|vllm:MODEL|openai:MODEL@URL|longer|
-             random|<an evaluator of alpaca-eval> [hf:builtin:smollm2-135m-instruct]   --order package|both [package]
+             random|<an evaluator of alpaca-eval> [hf:builtin:smollm2-135m-instruct]
+             --order package|both [package]
              --judge_prompt FILE (configs/judges/alpacaeval_text.yaml: for judges that write)
   audit      --audit_dataset ID|FILE (default: the run's held-out pairs)   --audit_split NAME [test]
              --audit_limit N [200]

@@ -1,6 +1,6 @@
 """The implicit reward of a DPO run as a judge and scorer: beta (log pi(y|x) - log pi_ref(y|x)), Rafailov et al. 2023.
 
-A run ranks answers without a further model. It knows its own training pairs, so it is no audit of the run itself.
+A run ranks answers without a further model. It knows its own training pairs, so it cannot audit the run itself.
 """
 
 import math
@@ -61,7 +61,7 @@ class ImplicitReward(ScoringJudge):
         self.models.unload()
 
     def score(self, answers: list[tuple[Prompt, str]]) -> Iterator[tuple[int, float | str]]:
-        """Yield (index, reward in beta × nats) of each answer; a text in place of a reward says why there is none."""
+        """Yield (index, reward in beta × nats) of each answer; a text in place of a reward gives the reason."""
         self.models.load()
         with self.models.base() as model:
             limit = context_length(model) or UNLIMITED

@@ -20,7 +20,7 @@ from utils.errors import UserError
 class ScoringJudge:
     """A judge that scores each answer on its own: the answer with the higher reward wins, whatever the order.
 
-    Subclasses have `score`: (prompt, answer) pairs to (index, reward), where a text says why there is no reward.
+    Subclasses have `score`: (prompt, answer) pairs to (index, reward); a text in place of a reward gives the reason.
     """
 
     instant = False
@@ -53,7 +53,7 @@ class ScoringJudge:
 
 
 class RewardModel(ScoringJudge):
-    """A sequence classifier with one output, ArmoRM, or a model with code of its own that computes one score."""
+    """A sequence classifier with one output, ArmoRM, or a model that brings code which computes one score."""
 
     def __init__(self, model: str, options: dict):
         self.name, self.model_name, self.options = f"rm:{model}", model, options

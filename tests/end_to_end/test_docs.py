@@ -35,7 +35,7 @@ PAGES += [ROOT / name / "README.md" for name in ("data", "eval_out", "benchmarks
 PLACEHOLDERS = {"my_pairs.jsonl", "my.txt", "annotations.json", "votes-ann.json", "votes-bob.json", "votes-*.json"}
 PLACEHOLDERS |= {"my_prompts.jsonl", "prompts.jsonl", "ranked.jsonl"}
 PLACEHOLDERS |= {"my_votes.jsonl", "people.jsonl", "prompts.txt", "ann_votes.jsonl", "bob_votes.jsonl", "both.jsonl"}
-PLACEHOLDERS |= {"ann.jsonl", "bob.jsonl"}
+PLACEHOLDERS |= {"ann.jsonl", "bob.jsonl", "gpt4-*.json", "gpt4-gemma.json", "gpt4-zephyr.json", "gpt4-llama.json"}
 # Programs whose arguments are not checked.
 OTHER_PROGRAMS = {
     "git",
