@@ -3,15 +3,24 @@
 import math
 import time
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from preflab.training.run_config import SAMPLE_TOKENS
 from preflab.training.throughput import synchronize
+from utils.artifacts import read_json, write_json
+from utils.cache import user_cache
+from utils.distributed import on_main_process
+from utils.machine import usable_cores
+from utils.provenance import sha256_of, versions
 
 # Micro-batches that are timed: this many, but none is started after this many seconds.
-TIMED_BATCHES, MOST_SECONDS = 2, 20.0
+TIMED_BATCHES, MOST_SECONDS = 2, 8.0
+# Seconds for which a measured speed is used by further runs: a machine that was busy then is idle another day.
+VALID_SECONDS = 24 * 3600
 # Tokens of a timed micro-batch on a CPU. Measured on 2 cores: with 500 tokens a step takes 30% more time per token.
 CPU_TOKENS = 1024
 # Forwards with one token per prompt, of which the median is taken.
@@ -26,11 +35,13 @@ class Speed:
         step: seconds of a training step (forward, backward) per token of its rows.
         forward: seconds of a forward without gradients per token.
         decode: seconds in which one model generates one token of every sample answer.
+        measured_utc: when another run with the same model, settings and rows measured it; "" for this run's own.
     """
 
     step: float
     forward: float
     decode: float
+    measured_utc: str = ""
 
 
 @dataclass
@@ -48,6 +59,55 @@ class Work:
     once_tokens: dict[str, int]
     held_out_tokens: int
     sampling_models: int
+
+
+def speed_of(trainer, tokens: list[int]) -> Speed | None:
+    """The speed that a run of the last day measured with the same model, settings and rows, or `measure_speed`.
+
+    Collective: every process calls it. Arguments and result as those of `measure_speed`.
+    """
+    if trainer.is_sharded:
+        return None
+    file = user_cache() / "speed" / f"{sha256_of(str(_speed_identity(trainer, tokens)))[:16]}.json"
+    known = on_main_process(lambda: _read_speed(file))
+    if known is not None:
+        return known
+    speed = measure_speed(trainer, tokens)
+    on_main_process(lambda: _store_speed(file, speed))
+    return speed
+
+
+def _speed_identity(trainer, tokens: list[int]) -> list:
+    """What the speed of a training step depends on."""
+    args, device = trainer.args, trainer.accelerator.device
+    machine = torch.cuda.get_device_name() if device.type == "cuda" else f"{usable_cores()} cores"
+    config = {k: v for k, v in trainer.model.config.to_dict().items() if k != "_name_or_path"}
+    return [
+        *(type(trainer).__name__, device.type, machine, torch.get_num_threads(), trainer.accelerator.num_processes),
+        *(args.precision, args.gradient_checkpointing, args.token_budget(max(tokens)), args.sample_prompts),
+        *(getattr(args, name, None) for name in ("max_length", "per_device_train_batch_size", "loss_type")),
+        *(sorted(config.items(), key=str), [(p.shape, p.requires_grad) for p in trainer.model.parameters()]),
+        *(versions(), len(tokens), sum(tokens)),
+    ]
+
+
+def _read_speed(file: Path) -> Speed | None:
+    """A stored speed that is still valid."""
+    try:
+        speed = Speed(**read_json(file))
+    except (OSError, ValueError, TypeError):
+        return None
+    age = datetime.now(UTC) - datetime.fromisoformat(speed.measured_utc)
+    return speed if 0 <= age.total_seconds() < VALID_SECONDS else None
+
+
+def _store_speed(file: Path, speed: Speed) -> None:
+    """Store a speed for other runs, where the user's cache can be written to."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, {**asdict(speed), "measured_utc": datetime.now(UTC).isoformat(timespec="seconds")})
+    except OSError:
+        return
 
 
 def measure_speed(trainer, tokens: list[int]) -> Speed | None:
@@ -130,7 +190,8 @@ def estimated_minutes(work: Work, speed: Speed | None, plan: dict, config, rows:
     return {
         "minutes": round(sum(phases.values()) / 60, 1),
         "phases": {name: round(seconds / 60, 2) for name, seconds in phases.items() if seconds},
-        "speed": {name: float(f"{value:.3g}") for name, value in asdict(speed).items()},
+        "speed": {name: float(f"{value:.3g}") for name, value in asdict(speed).items() if name != "measured_utc"},
+        **({"measured_utc": speed.measured_utc} if speed.measured_utc else {}),
     }
 
 
@@ -152,4 +213,6 @@ def estimate_text(estimate: dict) -> str:
     if "minutes" not in estimate:
         return f"time unknown (a sharded model exists only inside training), {memory}"
     phases = ", ".join(f"{name} {minutes:.1f}" for name, minutes in estimate["phases"].items())
-    return f"{estimate['minutes']} minutes ({phases}), {memory}"
+    measured = estimate.get("measured_utc", "")
+    source = f", by the speed of an equal run at {measured[11:16]} UTC" if measured else ""
+    return f"{estimate['minutes']} minutes ({phases}{source}), {memory}"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from preflab.data import reading_report
 from preflab.data.messages import transcript
 from preflab.data.tokenised_rows import lengths
-from preflab.training.estimate import Speed, Work, estimate_text, estimated_minutes, measure_speed
+from preflab.training.estimate import Speed, Work, estimate_text, estimated_minutes, speed_of
 from preflab.training.memory import needed
 from preflab.training.plan import plan_training, reached_rows
 from preflab.training.preflight_checks import check_flight, repetition, tokenised
@@ -130,11 +130,11 @@ def describe_pairs(trainer, splits, data_args, config, plan: dict) -> RowFacts:
     sizes = pair_lengths(dataset)
     tokens = pair_tokens(*sizes)
     special = special_tokens(dataset, "prompt_ids", {"chosen": "chosen_ids", "rejected": "rejected_ids"}, tokenizer)
-    step0 = step0_margins(trainer, len(dataset))
     pair = decoded_pair(dataset, tokenizer)
     padded_because, cached = trainer.padded_because, trainer.uncached_reference_because is None
     shared = padded_because is None
     row_tokens = tokens_of_pairs(*sizes, shared).tolist()
+    step0 = step0_margins(trainer, row_tokens)
     test_tokens = int(tokens_of_pairs(*pair_lengths(splits.test_ids), shared).sum()) if splits.test else 0
     return RowFacts(
         sections={
@@ -149,7 +149,7 @@ def describe_pairs(trainer, splits, data_args, config, plan: dict) -> RowFacts:
             "tokens_stored_once": tokens["tokens_stored_once"],
         },
         longest=tokens["longest_sequence"],
-        speed=measure_speed(trainer, row_tokens),
+        speed=speed_of(trainer, row_tokens),
         work=Work(
             epoch_tokens=sum(row_tokens),
             once_tokens=reference_tokens(trainer, plan, row_tokens, test_tokens) if cached else {},
@@ -225,7 +225,7 @@ def describe_conversations(trainer, splits, data_args, config, plan: dict) -> Ro
             "trained_tokens_seen": tokens["trained_tokens_per_epoch"],
         },
         longest=tokens["longest_sequence"],
-        speed=measure_speed(trainer, lengths(trainer.train_dataset, "input_ids").tolist()),
+        speed=speed_of(trainer, lengths(trainer.train_dataset, "input_ids").tolist()),
         work=Work(
             epoch_tokens=tokens["tokens_per_epoch"],
             once_tokens={"base on held-out rows": test_tokens} if test_tokens else {},

@@ -4,16 +4,20 @@ from preflab.evaluation.rewards import reward_rows
 from preflab.training.dpo_config import DPORunConfig
 from utils.errors import UserError
 
-# Rows per process that are scored before training.
-CHECKED_ROWS = 4
+# Rows per process that are scored before training: of the first FIRST_ROWS pairs the shortest ones, since a deviation
+# shows in short pairs as well as in long ones, which take many times longer.
+CHECKED_ROWS, FIRST_ROWS = 4, 256
 # In nats. In 16 bits the batch's shape moves a log-probability by up to about 0.1 nats per answer.
 STEP0_TOLERANCE = {"float32": 1e-3, "16-bit": 0.5}
 
 
-def step0_margins(trainer, pairs: int) -> dict:
-    """The largest |reward| and |margin| before the first step, over a few train pairs.
+def step0_margins(trainer, row_tokens: list[int]) -> dict:
+    """The largest |reward| and |margin| before the first step, over a few short train pairs.
 
     A sharded model exists only inside training: there the trainer checks the first micro-batch.
+
+    Args:
+        row_tokens: tokens of every row of `trainer.train_dataset`.
     """
     step0 = {"largest_margin": None, "largest_reward": None, "pairs": 0, "tolerance": step0_tolerance(trainer.args)}
     if trainer.is_sharded:
@@ -21,15 +25,21 @@ def step0_margins(trainer, pairs: int) -> dict:
         if trainer.args.reference_free:
             later = "not checked: a sharded model exists only in training, which needs no reference with this loss"
         return {**step0, "checked": later}
-    count = min(pairs, CHECKED_ROWS * trainer.accelerator.num_processes)
-    rows = reward_rows(trainer.score(trainer.train_dataset, range(count)), trainer.args.beta)
+    checked = short_rows(row_tokens, CHECKED_ROWS * trainer.accelerator.num_processes)
+    rows = reward_rows(trainer.score(trainer.train_dataset, checked), trainer.args.beta)
     return {
         **step0,
         "largest_margin": max(abs(row["margin"]) for row in rows),
         "largest_reward": max(abs(row[f"reward_{side}"]) for row in rows for side in ("chosen", "rejected")),
-        "pairs": count,
+        "pairs": len(checked),
         "checked": "before training",
     }
+
+
+def short_rows(row_tokens: list[int], count: int) -> list[int]:
+    """The `count` shortest of the first rows, in their order."""
+    first = range(min(len(row_tokens), max(FIRST_ROWS, count)))
+    return sorted(sorted(first, key=lambda i: row_tokens[i])[:count])
 
 
 def step0_line(step0: dict) -> str:

@@ -8,7 +8,9 @@ import torch
 from conftest import train_args
 from stock_trl import trainer_of
 
-from preflab.training.estimate import Speed, Work, estimate_text, estimated_minutes, measure_speed
+from preflab.training import estimate
+from preflab.training.estimate import Speed, Work, estimate_text, estimated_minutes, measure_speed, speed_of
+from preflab.training.step0 import short_rows
 from preflab.training.throughput import model_flops_utilisation
 
 NO_EVALUATION = SimpleNamespace(eval_strategy="no", eval_steps=None, logging_steps=1)
@@ -65,6 +67,36 @@ def test_measurement_leaves_the_trainer_as_it_was(tiny, tmp_path):
     assert all(torch.equal(weights[name], p) and p.grad is None for name, p in trainer.model.named_parameters())
     assert not trainer._metrics["train"] and trainer._total_train_tokens == 0 and not trainer.precompute_ref_logps
     assert not trainer.model.is_gradient_checkpointing
+
+
+def test_equal_runs_share_a_measured_speed_for_a_day(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("PREFERENCELAB_CACHE", str(tmp_path / "cache"))
+    trainer, rows = trainer_of(tiny, tmp_path, loss_type=["sigmoid"]), [100] * 8
+    own = speed_of(trainer, rows)
+    monkeypatch.setattr(estimate, "measure_speed", lambda *_: Speed(9, 9, 9))
+    shared = speed_of(trainer, rows)
+    assert (shared.step, shared.forward, shared.decode) == (own.step, own.forward, own.decode)
+    assert not own.measured_utc and shared.measured_utc
+    # Other rows, other settings, an older or a damaged file: measured again.
+    assert speed_of(trainer, [200] * 8).step == 9
+    trainer.args.per_device_train_batch_size += 1
+    assert speed_of(trainer, rows).step == 9
+    trainer.args.per_device_train_batch_size -= 1
+    files = sorted((tmp_path / "cache" / "speed").iterdir())
+    assert len(files) == 3
+    monkeypatch.setattr(estimate, "VALID_SECONDS", -1)
+    assert speed_of(trainer, rows).step == 9
+    monkeypatch.setattr(estimate, "VALID_SECONDS", 3600)
+    for file in files:
+        file.write_text("{}")
+    assert speed_of(trainer, rows).step == 9
+
+
+def test_short_rows_of_the_first_ones():
+    assert short_rows([9, 3, 7, 3, 1], 2) == [1, 4]
+    assert short_rows([5], 4) == [0]
+    # Row 300 is the shortest, but not among the first 256.
+    assert short_rows([9] * 300 + [1], 1) == [0]
 
 
 def test_utilisation_is_none_where_it_says_nothing(monkeypatch):
