@@ -5,7 +5,8 @@
 
 Writes synthetic preference rows with the lengths of UltraFeedback's (61,135 pairs has its train_prefs split) and runs
 `dpo_train_human_preference.py --max_steps 10` on them twice: with empty caches, and again under another name. Every
-run is stopped after its first step. The time of each phase is the training script's own (printed before training).
+run is stopped after its first step. The time of each phase is the training script's own (printed before training);
+"before" is their sum without the reference of the ten steps' pairs, and both peaks are the script's resident memory.
 """
 
 import json
@@ -32,7 +33,8 @@ WORDS = {"prompt": (57, 1.3), "chosen": (152, 0.9), "rejected": (135, 0.9)}
 LONGEST = 1000
 # Seconds between two looks at the running script.
 POLL = 0.1
-PHASES = re.compile(r"before training: (.*)")
+PHASES = re.compile(r"before training: (.*(?:\n\S.* s\b.*)*)")
+SECONDS = re.compile(r"([a-z ]+?) ([0-9.]+) s\b")
 
 
 @dataclass
@@ -87,14 +89,20 @@ def command(args, data: Path, folder: Path, name: str) -> list[str]:
 
 
 def measure(args, data: Path, folder: Path, name: str) -> dict:
-    """Run the command up to its first step: `{seconds, peak_gib, phases}`."""
+    """Run the command up to its first step.
+
+    Returns:
+        `{seconds, before, peak_gib_before, peak_gib, phases}`: until the first step has ended, and before it begins
+        without the reference.
+    """
     log, output = folder / "eval_out" / name / "train_log.jsonl", folder / f"{name}.log"
     env = {**os.environ, "PYTHONPATH": str(ROOT), "PREFERENCELAB_CACHE": str(folder / "cache")}
-    started, peak = time.monotonic(), 0
+    started, peak, peak_before = time.monotonic(), 0, 0
     with output.open("w") as file:
         process = subprocess.Popen(command(args, data, folder, name), stdout=file, stderr=file, env=env, cwd=ROOT)
         while process.poll() is None and not (log.exists() and log.stat().st_size):
             peak = max(peak, peak_of(process.pid))
+            peak_before = peak_before if "before training" in output.read_text() else peak
             time.sleep(POLL)
         seconds = time.monotonic() - started
         stopped = process.poll() is None
@@ -103,7 +111,14 @@ def measure(args, data: Path, folder: Path, name: str) -> dict:
     phases = PHASES.search(output.read_text())
     if phases is None or not (stopped or args.tokenise_only):
         raise UserError(f"{name}: the command failed: {output.read_text().strip().splitlines()[-1:]}")
-    return {"seconds": round(seconds, 1), "peak_gib": round(peak / 2**20, 2), "phases": phases[1]}
+    before = {name.strip(): float(seconds) for name, seconds in SECONDS.findall(phases[1])}
+    return {
+        "seconds": round(seconds, 1),
+        "before": round(sum(before.values()) - before.get("reference", 0), 1),
+        "peak_gib_before": round((peak_before or peak) / 2**20, 2),
+        "peak_gib": round(peak / 2**20, 2),
+        "phases": " ".join(phases[1].split()),
+    }
 
 
 def peak_of(pid: int) -> int:
@@ -119,7 +134,7 @@ def peak_of(pid: int) -> int:
 def main():
     _, args = start("data_path", __doc__, DataPathArguments)
     figures = []
-    print("| rows | caches | seconds | peak GiB | phases |\n| --- | --- | --- | --- | --- |")
+    print("| rows | caches | seconds | before | peak GiB before | peak GiB | phases |\n|" + " --- |" * 7)
     for count in args.rows:
         folder = Path(tempfile.mkdtemp(prefix="data_path_"))
         try:
