@@ -14,6 +14,7 @@ from preflab.training.throughput import synchronize
 from utils.artifacts import read_json, write_json
 from utils.cache import user_cache
 from utils.distributed import on_main_process
+from utils.errors import UserError
 from utils.machine import usable_cores
 from utils.provenance import sha256_of, versions
 
@@ -95,9 +96,10 @@ def _read_speed(file: Path) -> Speed | None:
     """A stored speed that is still valid."""
     try:
         speed = Speed(**read_json(file))
-    except (OSError, ValueError, TypeError):
+        age = datetime.now(UTC) - datetime.fromisoformat(speed.measured_utc)
+    # No file, or a damaged one.
+    except (UserError, TypeError, ValueError):
         return None
-    age = datetime.now(UTC) - datetime.fromisoformat(speed.measured_utc)
     return speed if 0 <= age.total_seconds() < VALID_SECONDS else None
 
 

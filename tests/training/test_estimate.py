@@ -71,14 +71,15 @@ def test_measurement_leaves_the_trainer_as_it_was(tiny, tmp_path):
 
 def test_equal_runs_share_a_measured_speed_for_a_day(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("PREFERENCELAB_CACHE", str(tmp_path / "cache"))
-    trainer, rows = trainer_of(tiny, tmp_path, loss_type=["sigmoid"]), [100] * 8
+    trainer = trainer_of(tiny, tmp_path, loss_type=["sigmoid"])
+    rows = [100] * len(trainer.train_dataset)
     own = speed_of(trainer, rows)
     monkeypatch.setattr(estimate, "measure_speed", lambda *_: Speed(9, 9, 9))
     shared = speed_of(trainer, rows)
     assert (shared.step, shared.forward, shared.decode) == (own.step, own.forward, own.decode)
     assert not own.measured_utc and shared.measured_utc
     # Other rows, other settings, an older or a damaged file: measured again.
-    assert speed_of(trainer, [200] * 8).step == 9
+    assert speed_of(trainer, [200] * len(rows)).step == 9
     trainer.args.per_device_train_batch_size += 1
     assert speed_of(trainer, rows).step == 9
     trainer.args.per_device_train_batch_size -= 1
