@@ -104,9 +104,12 @@ def _read_speed(file: Path) -> Speed | None:
 
 
 def _store_speed(file: Path, speed: Speed) -> None:
-    """Store a speed for other runs, where the user's cache can be written to."""
+    """Store a speed for other runs, where the user's cache can be written to; delete those that are too old."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
+        for other in file.parent.iterdir():
+            if time.time() - other.stat().st_mtime > VALID_SECONDS:
+                other.unlink(missing_ok=True)
         write_json(file, {**asdict(speed), "measured_utc": datetime.now(UTC).isoformat(timespec="seconds")})
     except OSError:
         return
