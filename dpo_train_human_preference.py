@@ -61,8 +61,8 @@ def main():
     from preflab.training import dpo_report, reference_cache
     from preflab.training.curves import dpo_curves
     from preflab.training.dpo_config import DPORunConfig
-    from preflab.training.dpo_trainer import ResumableDPOTrainer
     from preflab.training.held_out import evaluate_pairs
+    from preflab.training.list_trainer import trainer_type
     from preflab.training.preflight import describe_pairs
     from preflab.training.run import TrainingRun, training_summary
     from preflab.training.samples import write_pair_samples
@@ -74,7 +74,7 @@ def main():
     if training.folders.finished:
         return training.print_results()
     splits = training.load_splits(load_pair_splits)
-    trainer = training.build_trainer(ResumableDPOTrainer, splits)
+    trainer = training.build_trainer(trainer_type(training.config), splits)
     flight = training.preflight(trainer, splits, describe_pairs)
     # Policy and reference are the same model before the first step, so every reward and margin must be 0.
     check_step0_margins(flight["step0"], training.config)
@@ -85,7 +85,7 @@ def main():
     training.train(trainer, flight)
     rows, metrics = evaluate_pairs(trainer, splits, training.config)
     samples = write_pair_samples(training, trainer, splits)
-    title = training.title(splits, "pairs")
+    title = training.title(splits, "lists" if training.config.uses_lists else "pairs")
     report = dpo_report.render(metrics, title, training.row_log.read(), samples, splits.kept_overlap)
     tokens, reference_in_step = flight["plan"]["tokens_stored_once"], "in_every_step_because" in reference
     speed = training_summary(trainer, flight, "pairs", tokens, reference_in_step)

@@ -7,13 +7,19 @@ TRL's explicit and implicit prompts, UltraFeedback's message lists that repeat t
 from collections import Counter
 from dataclasses import dataclass
 
+from preflab.data.answer_lists import is_list_row, parse_list
 from preflab.data.chat_template import shared_prefix
 from preflab.data.messages import check_messages, extras, read_transcript, transcript
 from preflab.data.prompt_format import AS_TEXT, NEEDS_TEMPLATE, TURNS, WRAPPED, PromptFormat
 from preflab.data.row_fields import TRANSCRIPT, Fields, Parsed, complete_messages, prompt_turns
-from preflab.data.schemas import parse_pair
+from preflab.data.schemas import LISTS, PAIRS, parse_pair, schema_of
 from preflab.data.sources import folded
 from utils.errors import UserError
+
+UNREAD_LIST = (
+    "train on all answers with --loss_type plackett_luce, on the best and the worst with --lists, or make pairs with"
+    " `python generate_preference_pairs.py --answers given --scorer columns --dataset_name NAME`"
+)
 
 
 @dataclass
@@ -28,6 +34,8 @@ class Pair:
         source: file and row, for error messages and artifacts.
         prompt_kind: TURNS, WRAPPED, or why a text prompt stays text (preflab.data.prompt_format).
         keys: what the chosen and the rejected message have beside their text (tool calls, thoughts).
+        others: of a row with several answers, those between the best (chosen) and the worst (rejected), best first.
+        scores: the score of every answer of such a row, from the best to the worst; empty for a pair.
     """
 
     chosen: str
@@ -41,6 +49,8 @@ class Pair:
     source: str = ""
     prompt_kind: str = TURNS
     keys: tuple[dict, dict] = ({}, {})
+    others: tuple[str, ...] = ()
+    scores: tuple[float, ...] = ()
 
     @property
     def prompt_text(self) -> str:
@@ -53,7 +63,13 @@ class Pair:
         return folded(self.prompt_text)
 
 
-def to_pair(row: dict, source: str, prompt_format: PromptFormat = AS_TEXT, unused: Counter | None = None) -> Pair | str:
+def to_pair(
+    row: dict,
+    source: str,
+    prompt_format: PromptFormat = AS_TEXT,
+    unused: Counter | None = None,
+    lists: bool = False,
+) -> Pair | str:
     """Normalise one row of any supported format.
 
     Args:
@@ -61,6 +77,7 @@ def to_pair(row: dict, source: str, prompt_format: PromptFormat = AS_TEXT, unuse
         source: file and row, for error messages and `Pair.source`.
         prompt_format: which text prompts become user turns.
         unused: counts what the row holds and this function does not use, by column.
+        lists: read a row with several scored answers as its best and its worst, with the others between them.
 
     Returns:
         A Pair, or the name of the filter that drops the row.
@@ -69,7 +86,19 @@ def to_pair(row: dict, source: str, prompt_format: PromptFormat = AS_TEXT, unuse
         UserError: the row fits no format; the message names row and key.
     """
     fields = Fields(row, source, "'chosen' and 'rejected'", unused)
-    parsed = parse_pair(fields)
+    answers, ranks = [], []
+    is_list = is_list_row(row)
+    if is_list and not lists and schema_of(row, PAIRS) is None:
+        schema = schema_of(row, LISTS)
+        raise UserError(
+            f"{source}: a row of {schema.name if schema else 'several answers'} holds no pair; {UNREAD_LIST}"
+        )
+    if is_list and lists:
+        parsed = parse_list(fields)
+        if not isinstance(parsed, str):
+            parsed, answers, ranks = parsed
+    else:
+        parsed = parse_pair(fields)
     if isinstance(parsed, str):
         return parsed
     fields.count_unused()
@@ -97,7 +126,13 @@ def to_pair(row: dict, source: str, prompt_format: PromptFormat = AS_TEXT, unuse
             pair = _plain_pair(prompt, chosen, rejected, source, prompt_format.with_turns_before(parsed.before))
     if pair is None:
         pair = _chat_pair(prompt, chosen, rejected, source, fields.unused)
-    return pair if isinstance(pair, str) else _complete(pair, parsed)
+    if isinstance(pair, str):
+        return pair
+    # What is cut from the best and the worst answer (a repeated prompt) is cut from all.
+    cut = len(answers[0]) - len(pair.chosen) if answers else 0
+    pair.others = tuple(text[cut:] if text.startswith(answers[0][:cut]) else text for text in answers[1:-1])
+    pair.scores = tuple(ranks)
+    return _complete(pair, parsed)
 
 
 def _complete(pair: Pair, parsed: Parsed) -> Pair:

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -28,6 +29,9 @@ from utils.errors import UserError
 from utils.provenance import sha256_of
 
 PARTS = ("prompt", "chosen", "rejected")
+# Further columns of a row with several answers: ids of those between the best (chosen) and the worst (rejected), one
+# after the other, how many each of them has, and the scores of all answers from the best to the worst.
+LIST_COLUMNS = {"others_ids": IDS, "others_lengths": IDS, "scores": pa.list_(pa.float64())}
 
 
 @dataclass
@@ -38,6 +42,13 @@ class DataArguments(SourceArguments):
     min_score_margin: float | None = field(default=None, metadata={"help": "Drop pairs with a smaller score margin."})
     keep_duplicate_prompts: bool = field(default=False, metadata={"help": "Keep pairs that share a prompt."})
     chat_template_path: str | None = field(default=None, metadata={"help": "Jinja file that replaces the template."})
+    lists: bool = field(
+        default=False,
+        metadata={"help": "Read rows with several scored answers; losses on pairs take their best and worst answer."},
+    )
+
+    def _reading(self, columns: list[str] | None = None) -> dict:
+        return {**super()._reading(columns), **({"lists": True} if self.lists else {})}
 
     def check(self) -> None:
         super().check()
@@ -75,6 +86,7 @@ class PreferenceData(SplitData):
                 # Win probabilities are targets of SPPO's loss; data without them keeps the hash of its texts alone.
                 *[str((p.win_chosen, p.win_rejected)) for p in self.pairs if p.win_chosen is not None],
                 *[json.dumps(p.keys, sort_keys=True) for p in self.pairs if any(p.keys)],
+                *[json.dumps([p.others, p.scores]) for p in self.pairs if p.scores],
             ),
         }
 
@@ -103,8 +115,10 @@ def load_pairs(
     # Sources are read one after another, so of a prompt in two sources the first one's pair is used.
     seen = set()
 
+    lists = any(source.get("lists") for source in sources)
+
     def read(row: dict, source: str, unused: Counter) -> Pair | str:
-        pair = to_pair(row, source, prompt_format, unused)
+        pair = to_pair(row, source, prompt_format, unused, lists)
         # The filters run before the search for duplicates, so a dropped pair does not hide a later usable one of its
         # prompt.
         reason = pair if isinstance(pair, str) else _drop_reason(pair, drop_ties, min_score_margin)
@@ -142,7 +156,7 @@ def hold_out_pairs(data: PreferenceData, count: int, sources: list[dict]) -> tup
 
 def _drop_reason(pair: Pair, drop_ties: bool, min_score_margin: float | None) -> str | None:
     """The name of the filter that drops `pair`, or None."""
-    check_unicode([pair.prompt_text, pair.chosen, pair.rejected], pair.source)
+    check_unicode([pair.prompt_text, pair.chosen, pair.rejected, *pair.others], pair.source)
     # An answer that only calls a tool has no text.
     if not (pair.chosen.strip() or pair.keys[0]) or not (pair.rejected.strip() or pair.keys[1]):
         return "empty_response"
@@ -164,18 +178,18 @@ def _drop_reason(pair: Pair, drop_ties: bool, min_score_margin: float | None) ->
 # ------------------------------------------------------------------------------------------------------- tokenising
 
 
-def truncate(prompt: list[int], chosen: list[int], rejected: list[int], max_length, max_prompt_length, bos_id):
+def truncate(prompt: list[int], answers: Sequence[list[int]], max_length, max_prompt_length, bos_id):
     """Truncate a pair that is longer than `max_length`: first the prompt to `max_prompt_length`, then the answers.
 
     The prompt keeps exactly one BOS (its first id, if that is `bos_id`) and its end; the answers keep their start.
     `max_prompt_length < max_length`, so every answer keeps at least one token.
 
     Returns:
-        (prompt, chosen, rejected) ids.
+        (prompt, *answers) ids.
     """
-    # The longer answer decides for both, so that chosen and rejected always follow the same prompt tokens.
-    if max_length is None or len(prompt) + max(len(chosen), len(rejected)) <= max_length:
-        return prompt, chosen, rejected
+    # The longest answer decides for all, so that all of them follow the same prompt tokens.
+    if max_length is None or len(prompt) + max(map(len, answers)) <= max_length:
+        return prompt, *answers
     if len(prompt) > max_prompt_length:
         keeps_bos = bos_id is not None and prompt[0] == bos_id and max_prompt_length > 1
         # The end of a prompt holds its question. Models such as Gemma need BOS at the first position.
@@ -183,10 +197,17 @@ def truncate(prompt: list[int], chosen: list[int], rejected: list[int], max_leng
         # Where BOS opens every turn (SmolLM2's <|im_start|>), the end may begin with one already.
         prompt = prompt[:1] + end if keeps_bos and end[0] != bos_id else end
     room = max_length - len(prompt)
-    return prompt, chosen[:room], rejected[:room]
+    return prompt, *(answer[:room] for answer in answers)
 
 
-def tokenize(data: PreferenceData, tokenizer, max_length: int | None, max_prompt_length: int | None, desc: str = ""):
+def tokenize(
+    data: PreferenceData,
+    tokenizer,
+    max_length: int | None,
+    max_prompt_length: int | None,
+    desc: str = "",
+    lists: bool = False,
+):
     """Tokenize every pair, in order, and count what was truncated.
 
     As in TRL, the answer starts where the tokens of the rendered prompt and of the rendered conversation diverge. That
@@ -195,6 +216,7 @@ def tokenize(data: PreferenceData, tokenizer, max_length: int | None, max_prompt
 
     Args:
         desc: the split's name, for progress and errors.
+        lists: add the columns of the losses on lists (LIST_COLUMNS), in which a pair is a list of two.
 
     Returns:
         (dataset, counts): columns prompt_ids, chosen_ids, rejected_ids and `pair` (index into `data.pairs`), and
@@ -207,8 +229,8 @@ def tokenize(data: PreferenceData, tokenizer, max_length: int | None, max_prompt
     chat = ChatRenderer(tokenizer) if any(p.messages is not None for p in data.pairs) else None
     ids, outcome = tokenise(
         data.pairs,
-        partial(_tokenise_batch, chat=chat, tokenizer=tokenizer, lengths=(max_length, max_prompt_length)),
-        pa.schema([(f"{part}_ids", IDS) for part in PARTS]),
+        partial(_tokenise_batch, chat=chat, tokenizer=tokenizer, lengths=(max_length, max_prompt_length), lists=lists),
+        pa.schema([*((f"{part}_ids", IDS) for part in PARTS), *(LIST_COLUMNS.items() if lists else ())]),
         [*identity_of(tokenizer, tokenizer.chat_template), f"{max_length} {max_prompt_length}"],
         f"tokenizing {desc}",
     )
@@ -225,37 +247,47 @@ def tokenize(data: PreferenceData, tokenizer, max_length: int | None, max_prompt
     return ids, dict(outcome.counts)
 
 
-def _tokenise_batch(pairs: list[Pair], chat: ChatRenderer | None, tokenizer, lengths: tuple) -> tuple[dict, Outcome]:
+def _tokenise_batch(
+    pairs: list[Pair], chat: ChatRenderer | None, tokenizer, lengths: tuple, lists: bool = False
+) -> tuple[dict, Outcome]:
     """The columns of token ids of some pairs, and which of them are left."""
-    columns, outcome = {f"{part}_ids": [] for part in PARTS}, Outcome()
-    positions, texts = [], []
+    columns, outcome = {f"{part}_ids": [] for part in PARTS} | {name: [] for name in LIST_COLUMNS if lists}, Outcome()
+    positions, starts, texts, is_plain = [], [], [], []
     for position, pair in enumerate(pairs):
         try:
-            # First the texts, then the pair: a refusal leaves both lists as they were, with three texts per pair.
-            texts += _texts(pair, chat, tokenizer)
+            # First the texts, then the pair: a refusal leaves all lists as they were.
+            rendered = _texts(pair, chat, tokenizer)
             positions.append(position)
+            starts.append(len(texts))
+            texts += rendered
+            is_plain += [pair.messages is None] * len(rendered)
         except TemplateRefused as error:
             outcome.refuse(pair.source, error)
-    is_plain = [pairs[i].messages is None for i in positions for _ in range(3)]
     ids = encoded(texts, is_plain, tokenizer)["input_ids"]
-    for k, position in enumerate(positions):
-        # Ids of the prompt, of prompt and chosen answer, of prompt and rejected answer.
-        prompt, full_chosen, full_rejected = ids[3 * k : 3 * k + 3]
+    for position, start in zip(positions, starts, strict=True):
+        pair = pairs[position]
+        # Ids of the prompt, of prompt and chosen answer, of prompt and rejected answer, of prompt and each other one.
+        prompt, *full = ids[start : start + 3 + len(pair.others)]
         # Tokens at the boundary may merge with the answer, so the prompt's own ids cannot be assumed to match.
-        answer = min(shared_prefix(prompt, full_chosen), shared_prefix(prompt, full_rejected))
+        answer = min(shared_prefix(prompt, tokens) for tokens in full)
         outcome.counts["prompt_end_rendered_differently"] += answer < len(prompt)
         # The prompt's ids are those of the conversations, so that prompt and answer together are exactly their tokens.
-        parts = (full_chosen[:answer], full_chosen[answer:], full_rejected[answer:])
-        cut = truncate(*parts, *lengths, tokenizer.bos_token_id)
-        thoughtless = _count_lost(outcome.counts, pairs[position], texts[3 * k : 3 * k + 3], chat)
-        for name, before, after in zip(PARTS, parts, cut, strict=True):
+        parts = (full[0][:answer], *(tokens[answer:] for tokens in full))
+        cut = truncate(parts[0], parts[1:], *lengths, tokenizer.bos_token_id)
+        thoughtless = _count_lost(outcome.counts, pair, texts[start : start + 3], chat)
+        for name, before, after in zip((*PARTS, *["other"] * len(pair.others)), parts, cut, strict=True):
             outcome.counts[f"truncated_{name}"] += len(after) < len(before)
         # Equal answers have a loss without gradient; an empty prompt leaves the first answer token without a context.
         if not cut[0] or cut[1] == cut[2]:
             outcome.dropped[_reason(parts, cut, thoughtless)] += 1
             continue
-        for column, value in zip(columns.values(), cut, strict=True):
-            column.append(value)
+        for name, value in zip(PARTS, cut, strict=False):
+            columns[f"{name}_ids"].append(value)
+        if lists:
+            others = cut[len(PARTS) :]
+            columns["others_ids"].append([token for tokens in others for token in tokens])
+            columns["others_lengths"].append([len(tokens) for tokens in others])
+            columns["scores"].append(list(pair.scores or (1.0, 0.0)))
         outcome.usable.append(position)
     return columns, outcome
 
@@ -289,7 +321,7 @@ def _reason(parts: tuple, cut: tuple, thoughtless: bool) -> str:
     """Why a pair without a difference to learn is dropped.
 
     Args:
-        parts, cut: token ids of (prompt, chosen, rejected), before and after truncation.
+        parts, cut: token ids of (prompt, chosen, rejected, *others), before and after truncation.
     """
     if not cut[0]:
         return "empty_prompt"
@@ -299,11 +331,12 @@ def _reason(parts: tuple, cut: tuple, thoughtless: bool) -> str:
 
 
 def _texts(pair: Pair, chat: ChatRenderer | None, tokenizer) -> list[str]:
-    """The rendered prompt, prompt with chosen answer, prompt with rejected answer."""
+    """The rendered prompt, prompt with chosen answer, prompt with rejected answer, prompt with each other answer."""
     if pair.messages is not None:
         return [
             chat.prompt_text(pair.messages),
             chat.full_text(pair.messages, pair.chosen, pair.keys[0]),
             chat.full_text(pair.messages, pair.rejected, pair.keys[1]),
+            *(chat.full_text(pair.messages, text, {}) for text in pair.others),
         ]
-    return plain_texts(pair.text, (pair.chosen, pair.rejected), tokenizer)
+    return plain_texts(pair.text, (pair.chosen, pair.rejected, *pair.others), tokenizer)

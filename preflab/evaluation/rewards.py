@@ -12,6 +12,9 @@ from utils.artifacts import metric
 from utils.power import with_power
 from utils.stats import bootstrap, mcnemar, mean_test, pairwise_correct, share, sign_test
 
+# What the metrics of `reward_rows` are computed from.
+COLUMNS = ("chosen", "rejected", "ref_chosen", "ref_rejected", "reward_chosen", "reward_rejected", "margin")
+
 
 @dataclass
 class PairRewards:
@@ -94,7 +97,7 @@ def reward_metrics(rows: list[dict], surface=None, seed: int = 42) -> dict:
         permutation test of `utils.stats.mean_test`.
     """
     # Each of shape (pairs,).
-    columns = {key: np.array([row[key] for row in rows]) for key in rows[0]}
+    columns = {key: np.array([row[key] for row in rows]) for key in COLUMNS}
     zero = np.zeros(len(rows))
     # 1, 0.5 or 0 per pair: ranked correctly by reward, by the base's and by the tuned model's likelihood.
     correct = pairwise_correct(columns["margin"], zero)

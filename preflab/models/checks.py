@@ -13,6 +13,7 @@ sequence beyond the context the model was made for gives figures that mean nothi
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from torch import nn
@@ -199,5 +200,13 @@ def largest_and_longest(dataset, parts: tuple[tuple[str, ...], ...]) -> tuple[in
     """
     names = {name for part in parts for name in part}
     largest = max(largest_id(dataset, name) for name in names)
-    sizes = {name: lengths(dataset, name) for name in names}
+    sizes = {name: longest_of_each(dataset, name) for name in names}
     return largest, max(int(sum(sizes[name] for name in part).max()) for part in parts)
+
+
+def longest_of_each(dataset, name: str):
+    """Tokens of each row of a column, shape (rows,); of several answers in one column the longest."""
+    several = name.replace("_ids", "_lengths")
+    if several not in dataset.column_names:
+        return lengths(dataset, name)
+    return np.array([max(sizes, default=0) for sizes in dataset[several]])

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from trl import DPOConfig
 
 from preflab.training.decisions import REFUSED, REFUSED_FOR_PAIRS
-from preflab.training.loss_names import OWN_LOSSES, check_names, reference_free
+from preflab.training.loss_names import LIST_LOSSES, OWN_LOSSES, check_names, reference_free
 from preflab.training.pair_config import PairRunConfig
 from preflab.training.run_config import check_positive
 from utils.errors import UserError
@@ -16,7 +16,7 @@ F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"
 KEYS_OF_TRL_LOSSES = (("ld_alpha", None), ("use_weighting", False), ("f_divergence_type", "reverse_kl"))
 
 # Own losses without label smoothing.
-UNSMOOTHED = {"sppo": ", whose win probabilities express label noise", "orpo": ""}
+UNSMOOTHED = {"sppo": ", whose win probabilities express label noise", **dict.fromkeys(("orpo", *LIST_LOSSES), "")}
 
 
 @dataclass
@@ -50,6 +50,15 @@ class DPORunConfig(PairRunConfig, DPOConfig):
     def reference_free(self) -> bool:
         """Whether the training steps need no reference; evaluations compare with it in any case."""
         return reference_free(self.loss_type)
+
+    @property
+    def uses_lists(self) -> bool:
+        """Whether the loss compares all answers of a row."""
+        return bool(set(self.loss_type) & set(LIST_LOSSES))
+
+    def adapt_data(self, data_args) -> None:
+        """Read rows with several answers, where the loss is made for them."""
+        data_args.lists = data_args.lists or self.uses_lists
 
     def keeps_reference_model(self, use_peft: bool) -> bool:
         """Whether a second copy of the weights is loaded as the reference.
@@ -92,13 +101,29 @@ class DPORunConfig(PairRunConfig, DPOConfig):
         # At 0.5 `robust` divides by 1 - 2 x 0.5 = 0; above, every smoothed loss would prefer the rejected answer.
         if not 0 <= self.label_smoothing < 0.5:
             raise UserError(f"--label_smoothing {self.label_smoothing}: must be at least 0 and below 0.5")
-        if set(self.loss_type) & set(OWN_LOSSES):
+        own = [loss for loss in self.loss_type if loss in (*OWN_LOSSES, *LIST_LOSSES)]
+        if own:
             for key, unused in KEYS_OF_TRL_LOSSES:
                 if getattr(self, key) != unused:
-                    raise UserError(f"--{key}: has no effect on {', '.join(OWN_LOSSES)}; remove it")
+                    raise UserError(f"--{key}: has no effect on {', '.join(own)}; remove it")
             for loss in set(self.loss_type) & set(UNSMOOTHED):
                 if self.label_smoothing:
                     raise UserError(f"--label_smoothing: has no effect on {loss}{UNSMOOTHED[loss]}; remove it")
+        if self.uses_lists:
+            self._check_list_loss()
         # The loss has a term log(label_smoothing) (Ji et al. 2024, arXiv 2402.00856, eq. 16).
         if "exo_pair" in self.loss_type and self.label_smoothing == 0:
             raise UserError("--loss_type exo_pair needs --label_smoothing above 0 (its paper recommends 1e-3)")
+
+    def _check_list_loss(self) -> None:
+        """Refuse what a loss on lists cannot be combined with."""
+        if len(self.loss_type) > 1:
+            raise UserError(
+                f"--loss_type {' '.join(self.loss_type)}: a loss on lists ({', '.join(LIST_LOSSES)}) is not"
+                " combined with others"
+            )
+        if self.precompute_ref_log_probs:
+            raise UserError(
+                f"--precompute_ref_log_probs: TRL's precomputation reads pairs; --loss_type {self.loss_type[0]} caches"
+                " its reference without it"
+            )

@@ -1,6 +1,7 @@
 """Printed table, verdict and warning of a preference-training run."""
 
 from preflab.evaluation.reward_table import accuracy_row, comparison_row, heading, margin_row, ranking_row
+from preflab.training.list_metrics import LIST_NOTE, list_rows_of_table
 from preflab.training.training_table import DPO_FIGURES, render_training, with_kept_overlap
 from utils.power import power_sentence
 from utils.stage import Report, fits_terminal
@@ -25,6 +26,7 @@ def render(
         return render_training(title, log or [], DPO_FIGURES, samples)
     verdict, warning = with_kept_overlap(verdict_of(metrics)[1], kept), displacement(metrics)
     parts = [render_table(title, table_lines(metrics)), verdict, power_note(metrics)]
+    parts += [LIST_NOTE] if "list_accuracy" in metrics else []
     parts += [f"warning: {warning}"] if warning else []
     return Report("\n\n".join(filter(None, parts)), verdict, warning)
 
@@ -102,4 +104,4 @@ def table_lines(metrics: dict) -> list[tuple]:
         baseline, ahead = metrics["surface_classifier_accuracy"], metrics["reward_accuracy_minus_surface"]
         behind = difference(ahead, metrics["p_reward_accuracy_is_surface"], 100)
         lines.append((f"bag-of-words baseline {cell(baseline, 100)}%; tuned reward - baseline {behind}",))
-    return lines
+    return lines + list_rows_of_table(metrics)

@@ -35,7 +35,7 @@ RATIOS = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accu
 # their micro-batches are never rebatched.
 BATCH_DEPENDENT_LOSSES = {"aot", "aot_unpaired", "bco_pair", "sft"}
 # Keys of a scored pair, in the order in which `score` reads the forwards.
-SCORE_KEYS = ("row", "chosen", "rejected", "ref_chosen", "ref_rejected")
+SCORE_KEYS = ("chosen", "rejected", "ref_chosen", "ref_rejected")
 
 
 class ResumableDPOTrainer(ResumableMixin, PairBatchesMixin, DPOTrainer):
@@ -43,6 +43,11 @@ class ResumableDPOTrainer(ResumableMixin, PairBatchesMixin, DPOTrainer):
 
     # The cached reference (preflab.training.reference_cache); None where it is computed in every step.
     reference = None
+    # Columns on which a row's reference depends, and per value of it the column that holds it.
+    KEYED = ("prompt_ids", "chosen_ids", "rejected_ids")
+    REFERENCE_COLUMNS = dict(zip(("chosen", "rejected"), REFERENCE, strict=True))
+    # In place of the reference of a row that the run does not reach.
+    UNKNOWN = torch.nan
 
     def __init__(self, *args, row_log: RowFile, **kwargs):
         # Before TRL's __init__, which already runs forwards under --precompute_ref_log_probs.
@@ -128,6 +133,10 @@ class ResumableDPOTrainer(ResumableMixin, PairBatchesMixin, DPOTrainer):
         """Whether the pairs of a step are divided into micro-batches by their tokens."""
         return super().rebatches and not BATCH_DEPENDENT_LOSSES & set(self.loss_types)
 
+    def unknown_reference(self, row: dict) -> dict:
+        """The columns of the reference as during training, with values that do not matter."""
+        return dict.fromkeys(REFERENCE, 0.0)
+
     def time_forward(self, rows: list[int]) -> float:
         """Seconds of the reference's forward on rows of the train split."""
         started = time.monotonic()
@@ -139,11 +148,10 @@ class ResumableDPOTrainer(ResumableMixin, PairBatchesMixin, DPOTrainer):
         """Seconds of a training step; it contains the reference's forward where that is not cached."""
         if self.uncached_reference_because is not None:
             return super().time_step(rows)
-        # As during training, where both are columns of the rows; their values do not matter here.
-        reference = dict.fromkeys(REFERENCE, 0.0)
+        examples = [self.train_dataset[i] for i in rows]
         self.precompute_ref_logps = True
         try:
-            return self._time_step([{**self.train_dataset[i], **reference} for i in rows])
+            return self._time_step([{**example, **self.unknown_reference(example)} for example in examples])
         finally:
             self.precompute_ref_logps = False
 
@@ -183,7 +191,10 @@ class ResumableDPOTrainer(ResumableMixin, PairBatchesMixin, DPOTrainer):
             reference: [chosen, rejected] of the reference, each of shape (pairs,).
         """
         # Each of shape (pairs,), in float32 as TRL's rewards.
-        chosen, rejected = (side - ref for side, ref in zip(logps.chunk(2), reference, strict=True))
+        self._log_accuracy_of(*(side - ref for side, ref in zip(logps.chunk(2), reference, strict=True)))
+
+    def _log_accuracy_of(self, chosen, rejected) -> None:
+        """Log the share of rewards `chosen` above those of `rejected`, ties half, both of shape (pairs,)."""
         right = torch.from_numpy(pairwise_correct(chosen.cpu(), rejected.cpu())).float().to(chosen.device)
         self._metrics["train"][TIES_HALF].append(self.accelerator.gather(right).mean().item())
 
@@ -261,18 +272,21 @@ class ResumableDPOTrainer(ResumableMixin, PairBatchesMixin, DPOTrainer):
     def _compute_trl_loss(self, model, inputs, return_outputs, captured: list):
         """TRL's loss; a sharded model's first micro-batch is also checked for rewards of 0."""
         result = super()._compute_loss(model, inputs, return_outputs)
+        if not self.args.reference_free:
+            # Both terms have shape (2 x pairs,), so that chosen and rejected answers are covered.
+            reference = torch.cat(tuple(reference_of(captured, inputs)))
+            self.check_sharded_step0(self.args.beta * (captured[0].detach() - reference))
+        return result
+
+    def check_sharded_step0(self, rewards) -> None:
+        """Check that the rewards of a sharded model's first micro-batch are 0: it exists only inside training."""
         # global_step is 0 during all micro-batches of the first step; step0_reward is set by the first of them.
         first = self.model.training and self.state.global_step == 0 and self.step0_reward is None
-        if self.args.reference_free or not (self.is_sharded and first):
-            return result
-        # A sharded model exists only inside training, so its step-0 rewards are taken from the first micro-batch.
-        reference = torch.cat(tuple(reference_of(captured, inputs)))
-        # Both terms have shape (2 x pairs,), so the maximum covers chosen and rejected answers.
-        reward = self.args.beta * (captured[0].detach() - reference).abs().max()
+        if not (self.is_sharded and first):
+            return
         # The largest over all processes, so that either all of them raise or none does.
-        self.step0_reward = self.accelerator.gather(reward).max().item()
+        self.step0_reward = self.accelerator.gather(rewards.abs().max()).max().item()
         check_step0(self.step0_reward, self.args)
-        return result
 
     def _precompute_ref_logps(self, dataset, name, batch_size):
         if self.accelerator.num_processes > 1:
@@ -293,11 +307,23 @@ class ResumableDPOTrainer(ResumableMixin, PairBatchesMixin, DPOTrainer):
         """TRL's step of an evaluation; also collects the scores of the pairs, for their means."""
         with self._captured_logps() as captured:
             result = super().prediction_step(model, inputs, *args, **kwargs)
-        sides = (*captured[0].chunk(2), *(side.to(captured[0].device) for side in reference_of(captured, inputs)))
-        # Shape (pairs, 4). Rows that fill up the last batch of several processes are removed.
-        scores = self.accelerator.gather_for_metrics(torch.stack([side.float() for side in sides], 1))
-        self._eval_scores += [dict(zip(SCORE_KEYS[1:], row, strict=True)) for row in scores.tolist()]
+        # Rows that fill up the last batch of several processes are removed.
+        scores = self.accelerator.gather_for_metrics(self.scores_of_batch(captured, inputs))
+        self._eval_scores += [self.score_row(values) for values in scores.tolist()]
         return result
+
+    def scores_of_batch(self, captured: list, batch: dict):
+        """Log-probabilities of each pair of a batch in the order of SCORE_KEYS, float32, shape (pairs, 4).
+
+        Args:
+            captured: from `_captured_logps`, of this batch.
+        """
+        sides = (*captured[0].chunk(2), *(side.to(captured[0].device) for side in reference_of(captured, batch)))
+        return torch.stack([side.float() for side in sides], 1)
+
+    def score_row(self, values: list[float]) -> dict:
+        """A pair's row of `scores_of_batch` with its keys."""
+        return dict(zip(SCORE_KEYS, values, strict=True))
 
     def log(self, logs, start_time=None):
         """TRL's log; an evaluation's row also gets the means over pairs, under keys that end in `_pair_mean`."""
@@ -333,10 +359,8 @@ class ResumableDPOTrainer(ResumableMixin, PairBatchesMixin, DPOTrainer):
                     # A batch's mean loss is repeated once per pair, so that the mean over the list is a mean over
                     # pairs.
                     batch_losses += [self.compute_loss(self.scored_model, batch).item()] * len(batch_indices)
-                # Four tensors of shape (pairs,), in the order of SCORE_KEYS.
-                sides = (*captured[0].chunk(2), *(side.float() for side in reference_of(captured, batch)))
-                values = zip(batch_indices, *(side.tolist() for side in sides), strict=True)
-                rows += [dict(zip(SCORE_KEYS, v, strict=True)) for v in values]
+                scores = self.scores_of_batch(captured, batch).tolist()
+                rows += [{"row": i, **self.score_row(v)} for i, v in zip(batch_indices, scores, strict=True)]
         if self.accelerator.num_processes > 1:
             rows, batch_losses = gather_object(rows), gather_object(batch_losses)
         # `share` may have repeated the last row.
@@ -353,10 +377,14 @@ class ResumableDPOTrainer(ResumableMixin, PairBatchesMixin, DPOTrainer):
         return rows
 
     @torch.no_grad()
-    def reference_logps(self, dataset, rows: list[int]) -> list[tuple[float, float]]:
-        """(chosen, rejected) summed reference log-probabilities of `rows`, in nats, by TRL's own reference forward."""
-        batch = self._prepare_inputs(self.data_collator([dataset[i] for i in rows]))
-        return list(zip(*(side.tolist() for side in self.reference_of_batch(batch)), strict=True))
+    def reference_logps(self, dataset, rows: list[int]) -> list[dict]:
+        """The keys of REFERENCE_COLUMNS for each of `rows`: summed reference log-probabilities, in nats."""
+        return self.reference_values(self._prepare_inputs(self.data_collator([dataset[i] for i in rows])))
+
+    def reference_values(self, batch: dict) -> list[dict]:
+        """`reference_logps` of a collated batch, by TRL's own reference forward."""
+        sides = zip(*(side.tolist() for side in self.reference_of_batch(batch)), strict=True)
+        return [dict(zip(self.REFERENCE_COLUMNS, pair, strict=True)) for pair in sides]
 
     @torch.no_grad()
     def reference_of_batch(self, batch: dict) -> list:

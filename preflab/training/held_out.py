@@ -5,6 +5,7 @@ import numpy as np
 from preflab.evaluation.perplexity import add_power, section_metrics
 from preflab.evaluation.rewards import number_prompts, prompts_of, reward_metrics, reward_rows
 from preflab.evaluation.surface_baseline import bag_of_words_scores
+from preflab.training.list_metrics import add_list_scores, list_metrics
 from preflab.training.run import TrainingRun
 
 
@@ -22,11 +23,15 @@ def evaluate_pairs(trainer, splits, config) -> tuple[list[dict], dict]:
     scores = trainer.score(trainer.eval_dataset, log=trainer.state.global_step not in logged)
     rows = reward_rows(scores, config.beta)
     number_prompts(rows, splits.test.pairs)
+    of_lists = {}
+    if config.uses_lists:
+        add_list_scores(rows, splits.test_ids["scores"], config.beta)
+        of_lists = list_metrics(rows, config.seed)
     for row, pair in zip(rows, splits.test.pairs, strict=True):
         row.update(where=pair.source, score_chosen=pair.score_chosen, score_rejected=pair.score_rejected)
     # The baseline is fitted on the texts of the train pairs and scores those of the test pairs.
     texts = [[(pair.chosen, pair.rejected) for pair in split.pairs] for split in (splits.train, splits.test)]
-    return rows, reward_metrics(rows, bag_of_words_scores(*texts, seed=config.seed), config.seed)
+    return rows, reward_metrics(rows, bag_of_words_scores(*texts, seed=config.seed), config.seed) | of_lists
 
 
 def score_base(training: TrainingRun, trainer, splits) -> list[float] | None:

@@ -8,7 +8,7 @@ TOPICS = {
     "|pad_token|eos_token"
     "|use_cache|router_aux_loss_coef|disable_dropout",
     "LoRA and quantisation": "use_peft|lora_.*|start_adapter.*|use_(rslora|dora)|load_in_.bit|(use_)?bnb_.*",
-    "data": "dataset.*|test_.*|train_test_overlap|drop_ties|min_score_margin|keep_duplicate_prompts|prompt_format"
+    "data": "dataset.*|test_.*|train_test_overlap|drop_ties|min_score_margin|lists|keep_duplicate_prompts|prompt_format"
     "|columns|on_bad_row|shuffle_dataset|remove_unused_columns|label_names|length_column_name",
     "length and packing": "max_(prompt_)?length|truncation_mode|(eval_)?packing.*|padding_free|pad_to_.*",
     "loss": "loss_.*|beta|label_smoothing.*|gamma_beta_ratio|cpo_alpha|ld_alpha|f_.*|use_weighting|discopop_tau"

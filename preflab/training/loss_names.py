@@ -14,13 +14,16 @@ TRL_LOSSES = (
 )  # fmt: skip
 # Losses of preflab.training.losses.
 OWN_LOSSES = ("simpo", "sppo", "cpo", "orpo")
-LOSS_TYPES = (*TRL_LOSSES, *OWN_LOSSES)
+# Losses of preflab.training.list_losses, on rows with several scored answers.
+LIST_LOSSES = ("all_pairs", "best_vs_rest", "plackett_luce")
+LOSS_TYPES = (*TRL_LOSSES, *OWN_LOSSES, *LIST_LOSSES)
 # Losses whose steps need no reference model; TRL's `sft` may be added to them.
 REFERENCE_FREE = {"simpo", "cpo", "orpo"}
 # Names of methods, and the loss that each of them is.
 METHODS = {
     "dpo": "sigmoid", "cdpo": "sigmoid", "rdpo": "robust", "robust_dpo": "robust", "slic": "hinge", "rso": "hinge",
     "exo": "exo_pair", "nca": "nca_pair", "bco": "bco_pair", "apo": "apo_zero", "nll": "sft",
+    "pl": "plackett_luce", "list_mle": "plackett_luce", "listwise": "plackett_luce",
 }  # fmt: skip
 
 

@@ -57,6 +57,14 @@ class PairBatchesMixin:
         budget = self.args.token_budget(self.args.max_length or self.longest)
         return max(1, min(configured * self.args.gradient_accumulation_steps, budget // mean_tokens))
 
+    def rows_of_batch(self, batch: dict) -> int:
+        """Number of pairs in a collated batch."""
+        return len(batch["input_ids"]) // 2
+
+    def examples_of_batch(self, batch: dict) -> list[dict]:
+        """The examples of a collated batch."""
+        return shared_prompt.split(batch)
+
     def complete_batch(self, batch: dict) -> None:
         """Complete a collated batch of training before its pairs are rebatched."""
 
@@ -69,10 +77,11 @@ class PairBatchesMixin:
             return batches, items
         # At the end of an epoch the last micro-batch may be short. Stock TRL then weights its pairs more, and these
         # batches stay as they are to give the same result.
-        if len({len(batch["input_ids"]) for batch in batches}) != 1:
+        if len({self.rows_of_batch(batch) for batch in batches}) != 1:
             return batches, items
         budget = self.args.token_budget(self.args.max_length or self.longest)
-        return shared_prompt.rebatch(batches, budget, self.data_collator, self.accelerator), items
+        split = self.examples_of_batch
+        return shared_prompt.rebatch(batches, budget, self.data_collator, self.accelerator, split), items
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """transformers' training step; 0 for the empty batches that rebatching leaves."""
@@ -84,9 +93,8 @@ class PairBatchesMixin:
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """TRL's loss; a rebatched micro-batch counts in proportion to its pairs."""
-        # loss_weight is the number of pairs here over the number in a configured micro-batch. input_ids has shape
-        # (2 x pairs, length): the chosen sequences, then the rejected ones.
-        weight, pairs = inputs.pop("loss_weight", None), len(inputs["input_ids"]) // 2
+        # loss_weight is the number of pairs here over the number in a configured micro-batch.
+        weight, pairs = inputs.pop("loss_weight", None), self.rows_of_batch(inputs)
         counts_before = {name: len(values) for name, values in self._metrics["train"].items()}
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if self.model.training:

@@ -27,11 +27,14 @@ class PairRunConfig(RunConfig):
 
     # A pair is at most two sequences: prompt + chosen and prompt + rejected.
     sequences_a_row = 2
+    # Whether the loss compares all answers of a row, not only two.
+    uses_lists = False
 
     def token_budget(self, longest: int) -> int:
         """Maximum tokens per forward. `longest`: tokens of the longest sequence in the data."""
         # Padded, each pair of a micro-batch takes two sequences of up to max_length tokens.
-        return self.micro_batch_tokens or 2 * self.per_device_train_batch_size * (self.max_length or longest)
+        sequences = self.sequences_a_row * self.per_device_train_batch_size
+        return self.micro_batch_tokens or sequences * (self.max_length or longest)
 
     def fit_memory(self, model, trained: int, longest: int, reference_beside: bool) -> str | None:
         """Choose micro-batch tokens, then gradient checkpointing; arguments and return as `RunConfig.fit_memory`."""

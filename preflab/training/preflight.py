@@ -17,10 +17,11 @@ from preflab.training.step0 import step0_line, step0_loss, step0_margins
 from preflab.training.token_figures import (
     conversation_tokens,
     leading_bos,
+    list_figures,
     pair_lengths,
     pair_tokens,
     special_tokens,
-    tokens_of_pairs,
+    tokens_of_rows,
 )
 
 CHECKPOINTED = ", activations computed twice (gradient checkpointing)"
@@ -127,15 +128,15 @@ def report(flight: dict, facts: RowFacts) -> str:
 def describe_pairs(trainer, splits, data_args, config, plan: dict) -> RowFacts:
     """Facts about preference pairs: the first one decoded, lengths, special tokens, margins before the first step."""
     dataset, tokenizer = splits.train_ids, trainer.processing_class
-    sizes = pair_lengths(dataset)
-    tokens = pair_tokens(*sizes)
+    # Of lists, the best and the worst answer are the pair; `list_figures` counts all answers.
+    tokens = pair_tokens(*pair_lengths(dataset)) | list_figures(dataset, trainer.SEQUENCES)
     special = special_tokens(dataset, "prompt_ids", {"chosen": "chosen_ids", "rejected": "rejected_ids"}, tokenizer)
     pair = decoded_pair(dataset, tokenizer)
     padded_because, cached = trainer.padded_because, trainer.uncached_reference_because is None
     shared = padded_because is None
-    row_tokens = tokens_of_pairs(*sizes, shared).tolist()
+    row_tokens = tokens_of_rows(dataset, shared).tolist()
     step0 = step0_margins(trainer, row_tokens)
-    test_tokens = int(tokens_of_pairs(*pair_lengths(splits.test_ids), shared).sum()) if splits.test else 0
+    test_tokens = int(tokens_of_rows(splits.test_ids, shared).sum()) if splits.test else 0
     return RowFacts(
         sections={
             "first_pair": pair,
@@ -157,13 +158,13 @@ def describe_pairs(trainer, splits, data_args, config, plan: dict) -> RowFacts:
             held_out_tokens=test_tokens * (2 - cached),
             sampling_models=2 if splits.test and any(pair.messages for pair in splits.test.pairs) else 0,
         ),
-        unit="pairs",
+        unit="lists" if config.uses_lists else "pairs",
         lines=pair_lines(pair, tokens, special, splits),
         compute="each prompt once, without padding" if shared else f"padded pairs: {padded_because}",
         step0_lines=[step0_line(step0)],
         repetition=repetition(
             (pair.prompt_key for pair in splits.train.pairs),
-            ((pair.prompt_text, pair.chosen, pair.rejected) for pair in splits.train.pairs),
+            ((pair.prompt_text, pair.chosen, pair.rejected, *pair.others) for pair in splits.train.pairs),
         ),
     )
 
@@ -189,11 +190,22 @@ def pair_lines(pair: dict, tokens: dict, special: dict, splits) -> list[str]:
         f"  rejected  {size['rejected']:>4} tokens, scored     | {excerpt(pair['rejected_scored'])}",
         *reading_report.pair_lines(train, splits.truncation),
         f"  data      {train['rows']} rows, {train['pairs']} train pairs; dropped: {dropped_rows(train)}; {held_out}",
+        *list_line(tokens),
         f"  lengths   chosen {tokens['chosen_tokens_mean']:.0f}, rejected {tokens['rejected_tokens_mean']:.0f}"
         f" tokens on average; chosen longer in {tokens['chosen_longer_share']:.1%} of pairs",
         f"  truncated prompt {truncated('prompt')}, chosen {truncated('chosen')}, rejected {truncated('rejected')} of"
         f" pairs; end token kept in {special['chosen_with_end_token']:.1%} of chosen,"
         f" {special['rejected_with_end_token']:.1%} of rejected",
+    ]
+
+
+def list_line(tokens: dict) -> list[str]:
+    """The printed line about the lists of a run; none for pairs."""
+    if "answers_mean" not in tokens:
+        return []
+    return [
+        f"  answers   {tokens['answers_mean']:.1f} per list ({tokens['answers_min']} to {tokens['answers_max']}); equal"
+        f" scores, not compared, in {tokens['lists_with_ties']} lists; chosen is the best answer, rejected the worst"
     ]
 
 

@@ -7,8 +7,9 @@ truncation; the folder by the reference's weights and precision. Evaluations use
 
 import time
 
+import numpy as np
+
 from preflab.models.batching import token_batches
-from preflab.training.dpo_trainer import REFERENCE
 from preflab.training.plan import reached_rows
 from preflab.training.run import TrainingRun
 from preflab.training.run_folder import MANIFEST
@@ -19,15 +20,12 @@ from utils.errors import UserError
 from utils.progress import progress
 from utils.stage import print_main
 
-PARTS = ("prompt_ids", "chosen_ids", "rejected_ids")
 # Cached pairs per split that are computed again before the cache is used: one of so many, and at most so many.
 ONE_OF, CHECKED = 20, 4
 # Tokens per forward.
 CPU_TOKENS, GPU_TOKENS = 4096, 32768
 # Pairs between two lookups, so that the rows of large batches are sorted by length among those of a few steps only.
 CHUNK = 1024
-# The reference of a pair that the run does not reach.
-UNKNOWN = float("nan")
 
 
 def prepare(training: TrainingRun, trainer, plan: dict) -> dict:
@@ -94,7 +92,10 @@ class ReferenceCache:
         """
         started, dataset = time.monotonic(), getattr(self.trainer, name)
         rows = list(range(len(dataset))) if rows is None else rows
-        keys = {i: cache_key(*(row[part] for part in PARTS)) for i, row in zip(rows, dataset.select(rows), strict=True)}
+        keys = {
+            i: cache_key(*(row[part] for part in self.trainer.KEYED))
+            for i, row in zip(rows, dataset.select(rows), strict=True)
+        }
         # The cache's identity does not include library versions and kernels, so some entries are computed again first.
         self._check(dataset, keys)
         # Pairs with equal token ids share a key and are computed once, where they are reached first.
@@ -106,11 +107,11 @@ class ReferenceCache:
         self._compute(dataset, keys, missing)
         # Each process has computed its own share only; this waits for all of them and reads their files.
         self.known = self.cache.gather()
-        for side, column in zip(("chosen", "rejected"), REFERENCE, strict=True):
-            values = [UNKNOWN] * len(dataset)
+        for name_of_value, column in self.trainer.REFERENCE_COLUMNS.items():
+            values = [self.trainer.UNKNOWN] * len(dataset)
             for i, key in keys.items():
-                values[i] = self.known[key][side]
-            # The columns that TRL's own precomputation adds; it then skips the reference's forward.
+                values[i] = self.known[key][name_of_value]
+            # For pairs the columns that TRL's own precomputation adds; it then skips the reference's forward.
             dataset = dataset.add_column(column, values)
         setattr(self.trainer, name, dataset)
         # TRL's flag: from here its loss reads the two columns instead of running the reference.
@@ -122,7 +123,7 @@ class ReferenceCache:
     def add_missing(self, name: str) -> float:
         """`add` of a complete split that has no reference yet; the seconds it took."""
         started = time.monotonic()
-        if REFERENCE[0] not in getattr(self.trainer, name).column_names:
+        if not set(self.trainer.REFERENCE_COLUMNS.values()) <= set(getattr(self.trainer, name).column_names):
             self.add(name)
         return time.monotonic() - started
 
@@ -135,12 +136,13 @@ class ReferenceCache:
             for start in range(0, len(missing), CHUNK):
                 chunk = missing[start : start + CHUNK]
                 # Tokens of the packed pair, its prompt counted once; the budget is in the same unit.
-                lengths = [sum(len(row[part]) for part in PARTS) for row in dataset.select(chunk)]
+                parts = [part for part in trainer.KEYED if part.endswith("_ids")]
+                lengths = [sum(len(row[part]) for part in parts) for row in dataset.select(chunk)]
                 for batch in cache.own_share(token_batches(lengths, budget)):
                     rows = [chunk[k] for k in batch]
-                    for i, (chosen, rejected) in zip(rows, trainer.reference_logps(dataset, rows), strict=True):
+                    for i, values in zip(rows, trainer.reference_logps(dataset, rows), strict=True):
                         # Saved after every batch, so that an interrupted command continues where it stopped.
-                        cache.add(keys[i], {"chosen": chosen, "rejected": rejected})
+                        cache.add(keys[i], values)
                     bar.update(len(rows))
 
     def _check(self, dataset, keys: dict[int, str]) -> None:
@@ -154,8 +156,8 @@ class ReferenceCache:
         # In nats: sums of log-probabilities are compared here, without beta.
         tolerance = STEP0_TOLERANCE["float32" if self.trainer.args.precision == "fp32" else "16-bit"]
         for i, now in zip(sample, self.trainer.reference_logps(dataset, sample), strict=True):
-            before = (self.known[keys[i]]["chosen"], self.known[keys[i]]["rejected"])
-            difference = max(abs(a - b) for a, b in zip(before, now, strict=True))
+            before, now = (np.hstack([values[name] for name in now]) for values in (self.known[keys[i]], now))
+            difference = np.abs(before - now).max()
             # Written so that NaN fails too.
             if not difference <= tolerance:
                 raise UserError(

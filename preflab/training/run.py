@@ -94,6 +94,7 @@ class TrainingRun:
         check_run_config(config, model_args)
         data_args.check()
         config.check()
+        config.adapt_data(data_args)
         # Making the config has set accelerate's state; the trainer is not made yet.
         keep_fsdp_on_cpu()
         notes = fit_global_batch(config)

@@ -88,6 +88,9 @@ class RunConfig:
             self.bf16 = not self.use_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         super().__post_init__()
 
+    def adapt_data(self, data_args) -> None:
+        """Set the data arguments that the objective decides; called before the run's arguments are recorded."""
+
     def keeps_reference_model(self, use_peft: bool) -> bool:
         """Whether a second copy of the weights is loaded as the reference."""
         return False

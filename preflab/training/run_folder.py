@@ -44,6 +44,7 @@ DEFAULTS_OF_OLD_RUNS = {
     "on_bad_row": "refuse",
     "gamma_beta_ratio": 0.5,
     "cpo_alpha": 1.0,
+    "lists": False,
     "template_date": None,
     "test_rows": 0,
     "prompt_format": "auto",

@@ -82,10 +82,13 @@ def load_pair_splits(args: DataArguments, config: DPORunConfig, tokenizer) -> Sp
         test = preferences.load_pairs(test_sources, **filters)
         # Overlapping prompts are removed from train, so that the test split is the same for every training set.
         train.pairs = without_overlap(train.pairs, test.pairs, args.train_test_overlap, train.dropped)
+    lists = config.uses_lists
     if test:
-        test_ids, _ = preferences.tokenize(test, tokenizer, *lengths, desc="test")
+        test_ids, _ = preferences.tokenize(test, tokenizer, *lengths, desc="test", lists=lists)
     # Only the train split's truncation is reported.
-    train_ids, truncation = preferences.tokenize(train, tokenizer, *lengths, desc="train")
+    train_ids, truncation = preferences.tokenize(train, tokenizer, *lengths, desc="train", lists=lists)
+    if lists:
+        config.sequences_a_row = max(len(scores) for ids in (train_ids, test_ids) if ids for scores in ids["scores"])
     if "sppo" in config.loss_type:
         check_win_probabilities(train, "train")
         if test:

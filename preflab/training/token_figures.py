@@ -4,6 +4,7 @@ import numpy as np
 
 from preflab.data.chat_template import ChatRenderer
 from preflab.data.tokenised_rows import count_other_than, ends_of, lengths
+from preflab.models.checks import largest_and_longest
 from utils.errors import UserError
 
 # Ids that are searched: for BOS tokens at the start of a sequence, for the end of a turn at its end (some templates put
@@ -19,6 +20,35 @@ def pair_lengths(dataset) -> list[np.ndarray]:
 def tokens_of_pairs(prompt: np.ndarray, chosen: np.ndarray, rejected: np.ndarray, shared_prompt: bool) -> np.ndarray:
     """Tokens that a forward computes for each pair; a prompt that is not shared counts with each answer."""
     return (1 if shared_prompt else 2) * prompt + chosen + rejected
+
+
+def tokens_of_rows(dataset, shared_prompt: bool) -> np.ndarray:
+    """Tokens that a forward computes for each row of pairs or lists, shape (rows,)."""
+    tokens = tokens_of_pairs(*pair_lengths(dataset), shared_prompt)
+    if "others_ids" in dataset.column_names:
+        prompts = 0 if shared_prompt else lengths(dataset, "prompt_ids") * lengths(dataset, "others_lengths")
+        tokens = tokens + lengths(dataset, "others_ids") + prompts
+    return tokens
+
+
+def list_figures(dataset, sequences: tuple) -> dict:
+    """Lists of a split: their number of answers, how many have answers of equal score, tokens; {} for pairs.
+
+    Args:
+        sequences: columns of each sequence (`largest_and_longest`).
+    """
+    if "scores" not in dataset.column_names:
+        return {}
+    answers, scores = lengths(dataset, "scores"), dataset["scores"]
+    return {
+        "answers_mean": float(answers.mean()),
+        "answers_min": int(answers.min()),
+        "answers_max": int(answers.max()),
+        "lists_with_ties": sum(len(set(values)) < len(values) for values in scores),
+        "longest_sequence": largest_and_longest(dataset, sequences)[1],
+        "tokens_per_epoch": int(tokens_of_rows(dataset, shared_prompt=False).sum()),
+        "tokens_stored_once": int(tokens_of_rows(dataset, shared_prompt=True).sum()),
+    }
 
 
 def pair_tokens(prompt: np.ndarray, chosen: np.ndarray, rejected: np.ndarray) -> dict:

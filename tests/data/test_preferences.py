@@ -285,7 +285,7 @@ def test_truncation_keeps_both_answers(n_prompt, n_chosen, n_rejected, bos):
         list(range(100, 100 + n_chosen)),
         list(range(200, 200 + n_rejected)),
     )
-    p, c, r = truncate(prompt, chosen, rejected, 20, 8, bos)
+    p, c, r = truncate(prompt, (chosen, rejected), 20, 8, bos)
     if n_prompt + max(n_chosen, n_rejected) <= 20:
         assert (p, c, r) == (prompt, chosen, rejected)
         return
@@ -364,7 +364,7 @@ def test_cut_prompt_keeps_one_bos_where_bos_opens_each_turn(smol_tokenizer, max_
     """SmolLM2's BOS is <|im_start|>: wherever the cut falls, also right before a turn, one BOS comes first."""
     bos, turns = smol_tokenizer.bos_token_id, [{"role": "user", "content": "one two three"}, GOOD] * 3
     prompt = smol_tokenizer.apply_chat_template([*turns, USER], add_generation_prompt=True)["input_ids"]
-    cut, *_ = truncate(prompt, [5] * 60, [6] * 60, 60, max_prompt_length, bos)
+    cut, *_ = truncate(prompt, ([5] * 60, [6] * 60), 60, max_prompt_length, bos)
     assert cut[-1] == prompt[-1] and len(cut) in (max_prompt_length - 1, max_prompt_length)
     leading = next((i for i, token in enumerate(cut) if token != bos), len(cut))
     assert leading == (1 if max_prompt_length > 1 else 0), cut

@@ -1,5 +1,7 @@
 """Faster preference pairs: each pair is one sequence [prompt | chosen | rejected], pairs back to back, no padding.
 
+Ranked lists are [prompt | answer 1 | ... | answer N]; a pair is the case N = 2.
+
 Speed: stock DPO computes a pair's prompt twice and pads both answers to the longest of the batch. Here the
 prompt is computed once and nothing is padded.
 
@@ -34,7 +36,7 @@ KEYS = ("packed_ids", "packed_positions", "packed_lengths", "unpack")
 # -------------------------------------------------------------------------------------------------------------- layout
 
 
-def pack(batch: dict, shared: list[int] | None = None) -> dict:
+def pack(batch: dict, shared: list[int] | None = None, groups: list[list[int]] | None = None) -> dict:
     """Lay out a padded batch as one row without padding.
 
         pair 0                          pair 1
@@ -44,32 +46,38 @@ def pack(batch: dict, shared: list[int] | None = None) -> dict:
     Args:
         batch: TRL's collated tensors: input_ids, attention_mask, completion_mask, shape (2 × pairs, length),
             right-padded, the chosen rows first.
-        shared: number of leading tokens that the two rows of each pair share (default: those outside completion_mask).
+        shared: number of leading tokens that the rows of each pair share (default: those outside completion_mask).
+        groups: the rows of the batch that form each group (default: row k and row k + pairs form pair k). Each group
+            has one prompt; its first answer takes the place of the chosen one.
 
     Returns:
-        packed_ids and packed_positions, shape (1, tokens); packed_lengths, (prompt, chosen, rejected) of each pair;
-        unpack, shape (2 × pairs, length): the column of the packed row for each position of the padded batch.
+        packed_ids and packed_positions, shape (1, tokens); packed_lengths, (prompt, chosen, rejected) of each pair, or
+        (prompt, *answers); unpack, shape (rows, length): the column of the packed row for each position of the batch.
     """
     sizes, length = batch["attention_mask"].sum(1).tolist(), batch["input_ids"].shape[1]
-    pairs, device = len(sizes) // 2, batch["input_ids"].device
+    device = batch["input_ids"].device
+    if groups is None:
+        groups = [[k, len(sizes) // 2 + k] for k in range(len(sizes) // 2)]
     if shared is None:
-        # From the chosen rows; the rejected ones have the same prompts.
-        shared = (batch["attention_mask"].sum(1) - batch["completion_mask"].sum(1)).tolist()[:pairs]
+        # From the first row of each group; the others have the same prompt.
+        prompts = (batch["attention_mask"].sum(1) - batch["completion_mask"].sum(1)).tolist()
+        shared = [prompts[rows[0]] for rows in groups]
     # Padding positions keep the value 0: they read the hidden state of column 0, which the masks then discard.
-    ids, positions, lengths, unpack, start = [], [], [], torch.zeros(2 * pairs, length, dtype=torch.long), 0
-    for k in range(pairs):
-        prompt, chosen, rejected = shared[k], sizes[k] - shared[k], sizes[pairs + k] - shared[k]
-        # The prompt and the chosen answer from the chosen row, the rejected answer alone from the other one.
-        ids += [batch["input_ids"][k, : prompt + chosen], batch["input_ids"][pairs + k, prompt : prompt + rejected]]
-        # The rejected answer's positions continue at the end of the prompt, as in the padded batch.
-        positions += [torch.arange(prompt + chosen), torch.arange(prompt, prompt + rejected)]
-        # Both rows of the pair read the same prompt.
-        unpack[k, : prompt + chosen] = torch.arange(start, start + prompt + chosen)
-        unpack[pairs + k, :prompt] = torch.arange(start, start + prompt)
-        after = start + prompt + chosen
-        unpack[pairs + k, prompt : prompt + rejected] = torch.arange(after, after + rejected)
-        lengths.append((prompt, chosen, rejected))
-        start = after + rejected
+    ids, positions, lengths, unpack, start = [], [], [], torch.zeros(len(sizes), length, dtype=torch.long), 0
+    for prompt, rows in zip(shared, groups, strict=True):
+        answers, after = [sizes[row] - prompt for row in rows], start + prompt
+        for i, (row, answer) in enumerate(zip(rows, answers, strict=True)):
+            # The prompt from the first row, from the others the answer alone. Its positions continue at the end of the
+            # prompt, as in the padded batch.
+            begin = 0 if i == 0 else prompt
+            ids.append(batch["input_ids"][row, begin : prompt + answer])
+            positions.append(torch.arange(begin, prompt + answer))
+            # All rows of the group read the same prompt.
+            unpack[row, :prompt] = torch.arange(start, start + prompt)
+            unpack[row, prompt : prompt + answer] = torch.arange(after, after + answer)
+            after += answer
+        lengths.append((prompt, *answers))
+        start = after
     return {
         "packed_ids": torch.cat(ids)[None],
         "packed_positions": torch.cat(positions)[None].to(device),
@@ -87,10 +95,10 @@ class PackingCollator:
 
     def __call__(self, examples: list[dict]) -> dict:
         batch = self.collator(examples)
-        return {**batch, **pack(batch)}
+        return {**batch, **pack(batch, groups=batch.get("groups"))}
 
 
-def rebatch(batches: list[dict], budget: int, collator, accelerator) -> list[dict]:
+def rebatch(batches: list[dict], budget: int, collator, accelerator, examples_of=None) -> list[dict]:
     """Divide the pairs of one optimizer step into new micro-batches of up to `budget` tokens, in the same order.
 
     All processes divide at the same places, where the largest of them reaches the budget. The number of entries does
@@ -99,13 +107,15 @@ def rebatch(batches: list[dict], budget: int, collator, accelerator) -> list[dic
     Args:
         batches: the step's micro-batches as configured, from `collator`.
         budget: tokens of a packed row.
+        examples_of: gives the examples of a batch (default: `split`, for pairs).
 
     Returns:
         Batches with `loss_weight`: their number of pairs over that of a configured batch, which keeps the step's mean.
         `batches` itself, if the budget would need more micro-batches than configured.
     """
-    examples = [example for batch in batches for example in split(batch)]
-    tokens = torch.tensor([sum(len(e[f"{part}_ids"]) for part in ("prompt", "chosen", "rejected")) for e in examples])
+    parts = [(examples_of or split)(batch) for batch in batches]
+    configured, examples = len(parts[0]), [example for part in parts for example in part]
+    tokens = torch.tensor([sum(len(ids) for name, ids in e.items() if name.endswith("_ids")) for e in examples])
     if accelerator.num_processes > 1:
         # (processes, examples): the k-th examples of all processes go into the same micro-batch.
         all_tokens = accelerator.gather(tokens.to(accelerator.device)[None])
@@ -117,7 +127,6 @@ def rebatch(batches: list[dict], budget: int, collator, accelerator) -> list[dic
             cuts.append(k)
             filled = 0
         filled += size
-    configured = len(batches[0]["input_ids"]) // 2
     cuts.append(len(examples))
     parts = [examples[start:end] for start, end in zip(cuts, cuts[1:], strict=False)]
     # A small --micro_batch_tokens can lead here; the number of micro-batches may not grow.
@@ -227,7 +236,7 @@ def _attention(configured, module, query, key, value, attention_mask, packed_len
     Args:
         configured: name of the attention for other calls.
         query: (1, heads, tokens, dim); key, value: (1, key heads, tokens, dim).
-        packed_lengths: (prompt, chosen, rejected) of each pair, or None for an ordinary call.
+        packed_lengths: (prompt, *answers) of each pair or list, or None for an ordinary call.
         packed_masks: from `_block_masks`, on a GPU.
 
     Returns:
@@ -247,15 +256,16 @@ def _attention(configured, module, query, key, value, attention_mask, packed_len
         key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
     settings["dropout"] = kwargs.get("dropout", 0.0)
     # One split instead of a slice per pair: the backward of every slice would allocate a full row of zeros.
-    sizes = [size for prompt, chosen, rejected in packed_lengths for size in (prompt + chosen, rejected)]
+    sizes = [size for prompt, first, *others in packed_lengths for size in (prompt + first, *others)]
     queries, keys, values = (x.split(sizes, dim=2) for x in (query, key, value))
     parts = []
-    for k, (prompt, _, _) in enumerate(packed_lengths):
-        # Prompt and chosen answer are an ordinary causal sequence; the rejected answer attends to prompt and itself.
-        first, second = 2 * k, 2 * k + 1
+    for prompt, *answers in packed_lengths:
+        # Prompt and first answer are an ordinary causal sequence; every other answer attends to prompt and itself.
+        first = len(parts)
         parts.append(_causal(queries[first], keys[first], values[first], **settings))
-        visible = [torch.cat([x[first][:, :, :prompt], x[second]], dim=2) for x in (keys, values)]
-        parts.append(_causal(queries[second], *visible, **settings))
+        for other in range(first + 1, first + len(answers)):
+            visible = [torch.cat([x[first][:, :, :prompt], x[other]], dim=2) for x in (keys, values)]
+            parts.append(_causal(queries[other], *visible, **settings))
     return torch.cat(parts, dim=2).transpose(1, 2), None
 
 
@@ -299,12 +309,15 @@ def mask_rule(packed_lengths, device, sliding_window: int | None = None):
 
     A token attends to earlier positions of its own pair, in the prompt or in its own part.
     """
-    # Per token: index of its pair; 0 prompt, 1 chosen, 2 rejected; position.
+    # Per token: index of its pair or list; 0 in the prompt, k in answer k (1 chosen, 2 rejected); position.
     pair, part, position = [], [], []
-    for k, (prompt, chosen, rejected) in enumerate(packed_lengths):
-        pair += [k] * (prompt + chosen + rejected)
-        part += [0] * prompt + [1] * chosen + [2] * rejected
-        position += [*range(prompt + chosen), *range(prompt, prompt + rejected)]
+    for k, (prompt, *answers) in enumerate(packed_lengths):
+        pair += [k] * (prompt + sum(answers))
+        part += [0] * prompt
+        position += range(prompt)
+        for number, answer in enumerate(answers, 1):
+            part += [number] * answer
+            position += range(prompt, prompt + answer)
     pair, part, position = (torch.tensor(x, device=device) for x in (pair, part, position))
 
     def rule(batch, head, q, k):
