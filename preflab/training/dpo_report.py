@@ -1,13 +1,24 @@
 """Printed table, verdict and warning of a preference-training run."""
 
-from preflab.evaluation.reward_table import accuracy_row, comparison_row, heading, margin_row, ranking_row
-from preflab.training.list_metrics import LIST_NOTE, list_rows_of_table
+from preflab.evaluation.reward_table import (
+    COIN_FLIP,
+    accuracy_row,
+    comparison_row,
+    heading,
+    margin_row,
+    minus_half,
+    ranking_row,
+)
 from preflab.training.training_table import DPO_FIGURES, render_training, with_kept_overlap
 from utils.power import power_sentence
 from utils.stage import Report, fits_terminal
 from utils.stats import direction
 from utils.tables import cell, difference, undecided
 from utils.tables import render as render_table
+
+LIST_NOTE = (
+    "A pair is a list's best and worst answer; the lines `all answers` compare every two answers of different score."
+)
 
 
 @fits_terminal
@@ -105,3 +116,17 @@ def table_lines(metrics: dict) -> list[tuple]:
         behind = difference(ahead, metrics["p_reward_accuracy_is_surface"], 100)
         lines.append((f"bag-of-words baseline {cell(baseline, 100)}%; tuned reward - baseline {behind}",))
     return lines + list_rows_of_table(metrics)
+
+
+def list_rows_of_table(metrics: dict) -> list[tuple]:
+    """Lines of the printed table about complete lists; none for pairs."""
+    if "list_accuracy" not in metrics:
+        return []
+    accuracy, tau = metrics["list_accuracy"], metrics["kendall_tau"]
+    ranking = (metrics[f"list_ranking_{key}"] for key in ("base", "tuned", "difference"))
+    change, p = minus_half(accuracy), metrics["p_list_accuracy_is_half"]
+    return [
+        comparison_row("all answers: pairs in order, %", COIN_FLIP, accuracy, change, p, 100),
+        comparison_row("all answers: Kendall's tau-b", "0 by def.", tau, tau, metrics["p_kendall_tau_is_0"], 1, 3),
+        comparison_row("all answers: likelier better, %", *ranking, metrics["p_list_ranking_difference"], 100),
+    ]

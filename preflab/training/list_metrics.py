@@ -3,7 +3,6 @@
 import numpy as np
 from scipy.stats import kendalltau
 
-from preflab.evaluation.reward_table import COIN_FLIP, comparison_row, minus_half
 from preflab.evaluation.rewards import prompts_of
 from utils.artifacts import metric
 from utils.power import with_power
@@ -67,22 +66,3 @@ def list_metrics(rows: list[dict], seed: int = 42) -> dict:
         "p_kendall_tau_is_0": p(tau),
         "p_list_ranking_difference": p(tuned - base),
     }
-
-
-def list_rows_of_table(metrics: dict) -> list[tuple]:
-    """Lines of the printed table about complete lists; none for pairs."""
-    if "list_accuracy" not in metrics:
-        return []
-    accuracy, tau = metrics["list_accuracy"], metrics["kendall_tau"]
-    ranking = (metrics[f"list_ranking_{key}"] for key in ("base", "tuned", "difference"))
-    change, p = minus_half(accuracy), metrics["p_list_accuracy_is_half"]
-    return [
-        comparison_row("all answers: pairs in order, %", COIN_FLIP, accuracy, change, p, 100),
-        comparison_row("all answers: Kendall's tau-b", "0 by def.", tau, tau, metrics["p_kendall_tau_is_0"], 1, 3),
-        comparison_row("all answers: likelier better, %", *ranking, metrics["p_list_ranking_difference"], 100),
-    ]
-
-
-LIST_NOTE = (
-    "A pair is a list's best and worst answer; the lines `all answers` compare every two answers of different score."
-)
