@@ -66,7 +66,7 @@ def test_micro_batch_tokens_depend_on_gpu_memory(tmp_path, monkeypatch):
         (2 * enough[8192] - 2, 4096),
         (2 * enough[4096] - 2, None),
     ]:
-        monkeypatch.setattr("preflab.training.dpo_config.card_bytes", lambda card=card: card)
+        monkeypatch.setattr("preflab.training.pair_config.card_bytes", lambda card=card: card)
         args = DPORunConfig(
             str(tmp_path), per_device_train_batch_size=2, gradient_accumulation_steps=64, max_length=50, bf16=False
         )
