@@ -27,10 +27,12 @@ The keys that matter (flags and YAML keys are the same, the command line wins; [
            --drop_ties   --min_score_margin X   --keep_duplicate_prompts
            --train_test_overlap refuse|drop|keep [refuse]   --prompt_format auto|chat|text [auto]
            --columns NAME=COLUMN ...   --on_bad_row refuse|skip [refuse]   --limit N
+           --lists (rows with several scored answers as pairs of the best and the worst)
            several datasets: a `datasets:` list in the YAML, each {path, split, test_split,
            fraction}
   loss     --loss_type NAME ... [sigmoid] (DPO's; also ipo hinge robust sppo_hard apo_zero simpo
-           sppo cpo orpo ...)   --beta X [0.1] (orpo: lambda)   --label_smoothing X [0]
+           sppo cpo orpo ...; on ranked lists all_pairs best_vs_rest plackett_luce)
+           --beta X [0.1] (orpo: lambda)   --label_smoothing X [0]
            --gamma_beta_ratio X [0.5] (simpo)   --cpo_alpha X [1] (cpo)
   length   --max_length N [1024]
            --max_prompt_length N (half of max_length; used only in longer pairs)
