@@ -22,6 +22,7 @@ The keys that matter (flags and YAML keys are the same, the command line wins; [
   model     --model_name_or_path ID|FOLDER|openai:MODEL@URL (a server)
             --adapter_path FOLDER (alone: on the base of its run)
             --dtype float32|bfloat16|float16   --engine auto|hf|vllm [auto]
+            --vllm_args KEY=VALUE ... (vLLM's settings, e.g. tensor_parallel_size=2)
             --training_config YAML: use the model (and adapter) that this training starts from, and
             write to the folder that its dataset_name names
   prompts   --dataset_name ID|FILE   --split NAME [train] ({part} in it is replaced by --part)
@@ -42,9 +43,17 @@ The keys that matter (flags and YAML keys are the same, the command line wins; [
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from preflab.evaluation.arguments import DatasetArguments, ModelArguments, OutputArguments, ServerArguments
+from preflab.evaluation.arguments import (
+    HELP_OF_ENGINE,
+    HELP_OF_VLLM_ARGS,
+    DatasetArguments,
+    ModelArguments,
+    OutputArguments,
+    ServerArguments,
+)
 from preflab.evaluation.run_list import print_runs
 from preflab.evaluation.servers import SERVER, model_and_url, model_of_server
+from preflab.models.vllm_environment import parse_args
 from preflab.pairs.folder import STAGES, open_folder
 from utils.artifacts import all_arguments, read_yaml, with_limit_suffix
 from utils.cli import option, run_name
@@ -68,11 +77,8 @@ class PairArguments(ModelArguments, DatasetArguments, OutputArguments, ServerArg
         choices=["float32", "bfloat16", "float16"],
     )
     # The engines sample different answers for the same seed, so the choice is part of the answers' cache.
-    engine: str = option(
-        "Engine that generates: auto is vLLM if it is installed, else transformers.",
-        "auto",
-        choices=["auto", "hf", "vllm"],
-    )
+    engine: str = option(HELP_OF_ENGINE, "auto", choices=["auto", "hf", "vllm"])
+    vllm_args: list[str] | None = option(HELP_OF_VLLM_ARGS)
     dataset_name: str | None = option("Prompts: hub id, file or folder, in any supported format.")
     split: str = option("Split of the prompts; {part} in it is replaced by --part.", "train")
     answers: str = option("own: the model answers; given: use the dataset's answers.", "own", choices=["own", "given"])
@@ -130,6 +136,7 @@ def check(args) -> None:
         if len(set(args.sampling_seeds)) < 2:
             raise UserError("--sampling_seeds: a pair needs two answers, so give at least two different seeds")
     args.check_server()
+    parse_args(args.vllm_args)
     if args.test_prompts < 0:
         raise UserError(f"--test_prompts {args.test_prompts}: must be at least 0")
     if "{part}" in args.split and args.part is None:

@@ -23,7 +23,8 @@ The keys that matter (flags and YAML keys are the same, the command line wins; [
              reference answers)   --limit N   --contamination RUN|DATASET (rates without those
              that are in its training data)
   generate   --max_new_tokens N [256]   --temperature X [0]   --top_p X [1]
-             --engine auto|hf|vllm [auto]   (both models may be openai:MODEL@URL, a server)
+             --engine auto|hf|vllm [auto]   --vllm_args KEY=VALUE ... (vLLM's settings)
+             (both models may be openai:MODEL@URL, a server)
   judge      --judge hf:MODEL|rm:MODEL|pair:MODEL|implicit:RUN|vllm:MODEL|openai:MODEL@URL|longer|
              random|<an evaluator of alpaca-eval> [hf:builtin:smollm2-135m-instruct]
              --order package|both [package]
@@ -47,6 +48,7 @@ from functools import partial
 from pathlib import Path
 
 from preflab.evaluation.arguments import (
+    HELP_OF_ENGINE,
     HELP_OF_PLAN,
     AuditedJudgeArguments,
     ComparisonArguments,
@@ -70,7 +72,7 @@ class AlpacaEvalArguments(AuditedJudgeArguments, ContaminationArguments):
     audit_annotations: list[str] | None = option(
         "Audit --judge on these annotations of another judge (GPT-4 Turbo's), one file per model, and stop."
     )
-    engine: str = option("Engine that generates answers: auto, hf or vllm.", "auto", choices=["auto", "hf", "vllm"])
+    engine: str = option(HELP_OF_ENGINE, "auto", choices=["auto", "hf", "vllm"])
     judge_prompt: str | None = option("YAML of the judge's prompt (default: alpaca-eval's own, alpaca_eval_clf).")
     order: str = option(
         "Order of the two outputs: alpaca-eval's random order, or both orders.", "package", choices=["package", "both"]

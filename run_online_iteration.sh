@@ -22,8 +22,8 @@
 #                            [NAME; NAME-LOSS where --loss differs from the recipe's]
 #     --configs DIR          folder of the recipe's YAML files [configs]
 #     --launch YAML          train under accelerate launch with this config; the pairs are made by the
-#                            same number of processes under configs/accelerate/multi_gpu.yaml, or by
-#                            one process if vLLM is installed
+#                            same number of processes under configs/accelerate/multi_gpu.yaml, each
+#                            with its own engine where vLLM generates (bash install_vllm.sh)
 #     --pairs "FLAGS"        further flags of generate_preference_pairs.py
 #     --train "FLAGS"        further flags of dpo_train_human_preference.py
 #
@@ -162,9 +162,7 @@ if [ -n "$launch" ]; then
     processes=$(sed -n 's/^num_processes: *\([0-9]*\).*/\1/p' "$launch")
     generate_config=configs/accelerate/multi_gpu.yaml
     ! grep -q '^use_cpu: *true' "$launch" || generate_config="$launch"
-    # vLLM uses all GPUs from one process.
-    "$python" -c 'import vllm' 2>/dev/null ||
-        generate+=(-m accelerate.commands.launch --config_file "$generate_config" --num_processes "${processes:-1}")
+    generate+=(-m accelerate.commands.launch --config_file "$generate_config" --num_processes "${processes:-1}")
 fi
 # shellcheck disable=SC2206
 generate+=(generate_preference_pairs.py --config "$sampling" --training_config "$training" --part "$iteration" "${pairs_flags[@]}" $pairs)

@@ -36,11 +36,11 @@ prepare_environment() { # arguments: further requirement files
     printf '%s\n' "$wanted" "$version $(cksum <requirements.txt)" >"$stamp"
 }
 
-create_venv() { # argument: the interpreter
-    local output
-    rm -rf .venv 2>/dev/null || fail "$PWD/.venv cannot be replaced: check its permissions"
-    output="$("$1" -m venv .venv 2>&1)" && return
-    rm -rf .venv
+create_venv() { # arguments: the interpreter, the folder [.venv]
+    local output folder="${2:-.venv}"
+    rm -rf "$folder" 2>/dev/null || fail "$PWD/$folder cannot be replaced: check its permissions"
+    output="$("$1" -m venv "$folder" 2>&1)" && return
+    rm -rf "$folder"
     case "$output" in
         *"No space left"* | *"quota exceeded"*) fail "the disk is full: the environment needs $DISK_NEEDED" ;;
         *"ermission denied"* | *"Read-only file system"*) fail "$PWD is not writable: clone into a folder of yours" ;;

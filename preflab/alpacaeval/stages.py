@@ -51,10 +51,10 @@ def generate(comparison, args, reference: list[dict], folder: Path) -> None:
             f"the chat template refuses {refused} of {len(prompts)} instructions; remove these from --reference"
         )
     sampling = args.sampling(c.seed)
-    engine, answers, work = choose_engine(args.engine, models), {}, {}
+    engine, answers, work = choose_engine(args.engine, models, [model.base for model in answering]), {}, {}
     for model in answering:
         with measured_work(f"answers-{model.name}") as entry:
-            answers[model.name] = answer_all(model, prompts, sampling, c, engine)
+            answers[model.name] = answer_all(model, prompts, sampling, c, engine, args.vllm_args)
         work[model.name] = {**entry, "of": len(prompts)}
     # Before any file is written, so that no outputs of a wrongly loaded model remain.
     ensure_answers_differ(answers, comparison)

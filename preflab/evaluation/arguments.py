@@ -5,6 +5,7 @@ Scripts import this for --help, so it imports neither torch nor transformers.
 
 from dataclasses import dataclass
 
+from preflab.models.vllm_environment import parse_args
 from utils.cli import option
 from utils.errors import UserError
 
@@ -16,13 +17,21 @@ HELP_OF_PLAN = (
     " judged first, or from the JSON of an earlier result."
 )
 
+HELP_OF_ENGINE = (
+    "Engine that generates answers: hf (transformers), vllm, or auto: vLLM where it is installed and there is a GPU."
+)
+HELP_OF_VLLM_ARGS = (
+    "Settings of vLLM's engine, KEY=VALUE each, such as tensor_parallel_size=2 (GPUs of one engine) or"
+    " max_model_len=4096."
+)
+
 
 # Topics of `--help_all`: {topic: regular expression of names}; what none names is the script's own.
 TOPICS = {
     "models": "(base|tuned)_(model|revision|adapter)|model_.*|adapter_path|allow_(other_base|identical)|checkpoints"
     "|dtype|load_in_4bit|attn_implementation|chat_template_path|template_date|trust_remote_code",
     "data": "contamination.*|dataset_.*|split|prompt_format|max_(prompt_)?length|limit",
-    "answers": "max_new_tokens|temperature|top_p|engine|sampling_seeds|server_.*",
+    "answers": "max_new_tokens|temperature|top_p|engine|vllm_args|sampling_seeds|server_.*",
     "judge": "judge.*|audit_.*",
     "batches": "batch_.*|shared_prompt",
     "run": "run_name|output_.*|eval_out|overwrite|seed",
@@ -185,6 +194,7 @@ class JudgeArguments(GenerationArguments):
     judge_attempts: int = option("Retries when an endpoint fails or its answer cannot be parsed.", 4)
     judge_timeout: float = option("Timeout per request to an endpoint, in seconds.", 120.0)
     judge_concurrency: int = option("Concurrent requests to an endpoint.", 8)
+    vllm_args: list[str] | None = option(HELP_OF_VLLM_ARGS)
     judge_max_new_tokens: int | None = option(
         "Maximum tokens of the judge's reply, thoughts included (default: the judge prompt's). With a prompt that"
         " compares label probabilities, the judge may think, and its reply is read."
@@ -206,6 +216,7 @@ class JudgeArguments(GenerationArguments):
         twice = [spec for spec in self.judges if self.judges.count(spec) > 1]
         if twice:
             raise UserError(f"--judge {twice[0]}: given twice; a panel is made of different judges")
+        parse_args(self.vllm_args)
         for key in ("judge_timeout", "judge_concurrency"):
             if not getattr(self, key) > 0:
                 raise UserError(f"--{key} {getattr(self, key)}: must be above 0")
@@ -229,6 +240,7 @@ class JudgeArguments(GenerationArguments):
             "trust_remote_code": comparison.trust_remote_code,
             "checkpoints": comparison.checkpoints,
             "eval_out": comparison.eval_out,
+            "vllm_args": self.vllm_args,
             **{key: getattr(self, f"judge_{key}") for key in ("attempts", "timeout", "concurrency", "max_new_tokens")},
         }
 

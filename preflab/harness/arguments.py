@@ -1,10 +1,10 @@
 """Flags of run_lm_eval.sh: which of them the user sets, and which of lm_eval's own are reserved."""
 
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 from preflab.evaluation.arguments import ComparisonArguments, ContaminationArguments
+from preflab.models.vllm_environment import INSTALL, has_package, require_python
 from utils.cli import option
 from utils.errors import UserError
 
@@ -71,9 +71,8 @@ def check(args: HarnessArguments, extra: list[str]) -> None:
         raise UserError("--load-in-4bit: lm-eval 0.4.13 cannot quantise a model under transformers 5; omit it")
     for argument in extra:
         ensure_not_reserved(argument)
-    # find_spec does not import vLLM, which is slow.
-    if args.backend == "vllm" and find_spec("vllm") is None:
-        raise UserError("--backend vllm: vLLM is not installed; install requirements/vllm.txt, or use --backend hf")
+    if args.backend == "vllm" and not has_package(require_python("--backend vllm", "--backend hf"), "lm_eval"):
+        raise UserError(f"--backend vllm: the environment of vLLM has no lm_eval; {INSTALL} makes one that has")
 
 
 def _documents(limit: float) -> int | float:

@@ -24,6 +24,7 @@ from preflab.evaluation.comparison import Comparison, resolve
 from preflab.evaluation.two_models import TwoModels
 from preflab.harness.suites import Suite
 from preflab.harness.tasks import hash_of_local_tasks
+from preflab.models import vllm_environment
 from preflab.models.loading import load_tokenizer, locate
 from preflab.models.vllm_engine import lora_rank
 from utils.artifacts import dumps, read_json, write_json
@@ -189,6 +190,8 @@ def call_options(suite: Suite, args, documents: int, extra: list[str]) -> dict:
         "tasks_sha256": hash_of_local_tasks(suite),
         "device": "cuda" if gpus else "cpu",
         "extra": extra,
+        # Those of the environment that answers, in which other versions are installed than here.
+        "engine_versions": vllm_environment.versions() if args.backend == "vllm" else None,
     }
 
 
@@ -232,7 +235,7 @@ def plan(
         arguments: from `model_arguments`. identity: of the model's weights and precision.
         options: backend, batch_size, limit, seed, apply_chat_template, fewshot_as_multiturn, num_fewshot,
             gen_kwargs, include_path, tasks_sha256 (of local task files), processes, device, extra (arguments after
-            `--`).
+            `--`), engine_versions (with vLLM).
         cache: the folder of response caches. lm_eval looks responses up by request alone, so each model, precision,
             backend, length and batch size needs its own.
     """
@@ -246,6 +249,8 @@ def plan(
     # request.
     setting = {"arguments": arguments, "identity": identity, "versions": versions(), "extra": o["extra"]}
     setting |= {key: o[key] for key in ("backend", "batch_size", "processes", "device")}
+    if o["backend"] == "vllm":
+        setting["engine_versions"] = o["engine_versions"]
     # A changed chat template or tokenizer changes responses, but not the hash of the weights.
     setting["files"] = _model_files(arguments)
     responses = cache / f"lm_eval-{sha256_of(dumps(setting))[:16]}" / "responses"
@@ -275,7 +280,7 @@ def _launcher(o: dict) -> list[str]:
         config = ROOT / "configs" / "accelerate" / ("cpu_2proc.yaml" if o["device"] == "cpu" else "multi_gpu.yaml")
         launch = ["--config_file", str(config), "--num_processes", str(o["processes"])]
         return [sys.executable, "-m", "accelerate.commands.launch", *launch, "-m", "lm_eval"]
-    return [sys.executable, "-m", "lm_eval"]
+    return [vllm_environment.find_python() if o["backend"] == "vllm" else sys.executable, "-m", "lm_eval"]
 
 
 def _harness(o: dict, arguments: dict, tasks: list[str], shots: int | None) -> list[str]:
@@ -330,7 +335,8 @@ def execute(call: Call, title: str, cwd: Path) -> None:
 def _run(command: list[str], log: Path, cwd: Path) -> tuple[int, str]:
     """Run a command of the harness with its output in `log`. Returns (exit code, the end of its stderr)."""
     # The user's own environment variables take precedence.
-    environment = {"LMEVAL_LOG_LEVEL": "WARNING", "TOKENIZERS_PARALLELISM": "false", **os.environ}
+    inherited = vllm_environment.environment() if command[command.index("--model") + 1] == "vllm" else os.environ
+    environment = {"LMEVAL_LOG_LEVEL": "WARNING", "TOKENIZERS_PARALLELISM": "false", **inherited}
     with log.open("wb") as out:
         # A new session, so that Ctrl-C reaches the harness and its children once, through killpg below.
         process = subprocess.Popen(

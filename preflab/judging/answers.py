@@ -27,6 +27,7 @@ from preflab.models.loading import (
     locate_adapter,
     tokenizer_home,
 )
+from preflab.models.vllm_environment import answer_settings
 from utils.cache import ResultCache, cache_key
 from utils.errors import UserError, is_main_process
 from utils.progress import progress
@@ -193,13 +194,25 @@ def answerable(answering: list[AnsweringModel], prompts: list[Prompt]) -> tuple[
 GENERATION_BATCH_FACTOR = 4
 
 
-def answer_all(model: AnsweringModel, prompts: list[Prompt], settings: dict, args, engine: str = "hf") -> list[dict]:
+def answer_all(
+    model: AnsweringModel,
+    prompts: list[Prompt],
+    settings: dict,
+    args,
+    engine: str = "hf",
+    vllm_args: list[str] | None = None,
+) -> list[dict]:
     """One answer per prompt: `answer_each` with a single setting."""
-    return answer_each(model, prompts, [settings], args, engine)[0]
+    return answer_each(model, prompts, [settings], args, engine, vllm_args)[0]
 
 
 def answer_each(
-    model: AnsweringModel, prompts: list[Prompt], settings_list: list[dict], args, engine: str = "hf"
+    model: AnsweringModel,
+    prompts: list[Prompt],
+    settings_list: list[dict],
+    args,
+    engine: str = "hf",
+    vllm_args: list[str] | None = None,
 ) -> list[list[dict]]:
     """Answer every prompt under each of several settings, on every process.
 
@@ -210,6 +223,7 @@ def answer_each(
         settings_list: max_new_tokens, temperature, top_p and seed of each setting.
         args: eval_out, overwrite; batch_tokens and batch_size, which affect speed only.
         engine: hf or vllm; the engines' answers differ, so they are cached apart.
+        vllm_args: further settings of vLLM, KEY=VALUE each.
 
     Returns:
         Per setting, `{text, tokens, finish_reason}` of every prompt in order.
@@ -222,7 +236,7 @@ def answer_each(
         for number, settings in enumerate(settings_list, 1):
             # Opening a cache synchronises the processes, so each of them does it for every setting, even if its share
             # is empty.
-            cache = _answer_cache(model, settings, args, engine)
+            cache = _answer_cache(model, settings, args, engine, vllm_args)
             caches.append(cache)
             # By key, so that equal prompts are answered once.
             todo = list({key: i for i, key in enumerate(keys) if key not in cache.finished}.values())
@@ -232,7 +246,7 @@ def answer_each(
             if not own:
                 continue
             # Loaded at the first missing answer, and used for all later settings.
-            generate_answers = generate_answers or opened.enter_context(engine_of(model, engine))
+            generate_answers = generate_answers or opened.enter_context(engine_of(model, engine, vllm_args))
             title = f"{model.name} answers"
             title += f" {number}/{len(settings_list)}" if len(settings_list) > 1 else ""
             with progress(len(own), title, "prompt") as bar:
@@ -255,7 +269,7 @@ def answer_notes(answers: list[dict]) -> list[str]:
     return [*notes_of(answers, "answers"), *([f"no text ({empty} of {len(answers)} answers)"] if empty else [])]
 
 
-def _answer_cache(model: AnsweringModel, settings: dict, args, engine: str) -> ResultCache:
+def _answer_cache(model: AnsweringModel, settings: dict, args, engine: str, vllm_args: list[str] | None) -> ResultCache:
     """The cache of a model's answers under one setting."""
     relevant = dict(settings)
     if not settings["temperature"]:
@@ -264,6 +278,7 @@ def _answer_cache(model: AnsweringModel, settings: dict, args, engine: str) -> R
     if engine != "hf" and model.endpoint is None:
         # Absent for hf, so that the identity of its caches does not change.
         relevant["engine"] = engine
+        relevant |= answer_settings(vllm_args)
     return ResultCache(args.eval_out, f"answers-{model.name}", {**model.identity, **relevant}, args.overwrite)
 
 
@@ -295,11 +310,12 @@ def engine_name(model: AnsweringModel, engine: str) -> str:
 
 
 @contextmanager
-def engine_of(model: AnsweringModel, engine: str):
+def engine_of(model: AnsweringModel, engine: str, vllm_args: list[str] | None = None):
     """Load a model. Yields a function of (conversations, **settings) that generates answers with it.
 
     Args:
         engine: hf (preflab.models.generation) or vllm.
+        vllm_args: further settings of vLLM.
     """
     if model.endpoint:
         yield lambda prompts, **settings: model.endpoint.generate(prompts, model.tokenizer, **settings)
@@ -308,11 +324,11 @@ def engine_of(model: AnsweringModel, engine: str):
         # vLLM has no autocast: it computes in the dtype that autocast would use.
         dtype = model.identity["autocast"] or model.identity["dtype"]
         options = {"revision": revision, "trust_remote_code": model.remote_code}
-        llm, lora = vllm_engine.load_engine(locate(model.base, revision), dtype, model.adapter, **options)
+        llm = vllm_engine.Engine(locate(model.base, revision), dtype, model.adapter, vllm_args, **options)
         try:
-            yield lambda prompts, **settings: vllm_engine.generate(llm, lora, model.tokenizer, prompts, **settings)
+            yield lambda prompts, **settings: vllm_engine.generate(llm, model.tokenizer, prompts, **settings)
         finally:
-            vllm_engine.close(llm)
+            llm.close()
     else:
         with model.open() as loaded:
             yield lambda prompts, **settings: generate(loaded, model.tokenizer, prompts, **settings)

@@ -13,8 +13,10 @@ from preflab.models import vllm_engine
 from preflab.models.batching import pad_right, token_batches
 from preflab.models.checks import UNLIMITED, context_length
 from preflab.models.generation import generate, not_a_number
+from preflab.models.gguf_model import gguf_path
 from preflab.models.loading import identify, load_model, load_tokenizer, locate
 from preflab.models.logprobs import captured_hidden, head_logits
+from preflab.models.vllm_environment import answer_settings, parse_args, require_python
 from utils.errors import UserError
 
 
@@ -131,30 +133,41 @@ class LocalJudge:
 
 
 class VllmJudge(LocalJudge):
-    """A causal LM under vLLM. Label probabilities come from the 20 likeliest tokens; a label below has none."""
+    """A causal LM under vLLM."""
 
     kind = "vllm"
 
+    def __init__(self, model: str, prompt: JudgePrompt, options: dict):
+        if gguf_path(model):
+            raise UserError(f"judge vllm:{model}: a GGUF file runs with llama.cpp; use hf:{model}")
+        # Before answers are generated for it.
+        require_python(f"judge vllm:{model}", f"hf:{model}")
+        parse_args(options.get("vllm_args"))
+        super().__init__(model, prompt, options)
+
+    def identity(self) -> dict:
+        settings = answer_settings(self.options.get("vllm_args"))
+        return {**super().identity(), **({"vllm_args": settings} if settings else {})}
+
     def load(self) -> None:
-        vllm_engine.choose_engine("vllm")
         if self.model is None:
-            self.model, _ = vllm_engine.load_engine(locate(self.model_name), self.options["dtype"])
+            words = self.options.get("vllm_args")
+            self.model = vllm_engine.Engine(locate(self.model_name), self.options["dtype"], words=words)
 
     def context_length(self) -> int:
-        return self.model.llm_engine.model_config.max_model_len
+        return self.model.max_model_len
 
     def _replies(self, conversations: list[list[dict]]) -> Iterator[dict]:
-        return vllm_engine.generate(self.model, None, self.tokenizer, conversations, self.prompt.max_new_tokens)
+        return vllm_engine.generate(self.model, self.tokenizer, conversations, self.prompt.max_new_tokens)
 
     def _by_logprob(self, questions: list[tuple[int, str, list[int]]]) -> Iterator[tuple[int, Verdict]]:
         labels = self._label_ids(questions[0][1])
         rows = vllm_engine.label_logprobs(self.model, [ids for _, _, ids in questions], labels)
-        for (i, _, _), logprobs in zip(questions, rows, strict=True):
-            yield i, self.prompt.weigh(logprobs)
+        for k, logprobs in rows:
+            yield questions[k][0], self.prompt.weigh(logprobs)
 
     def close(self) -> None:
-        """Release the GPU's memory."""
-        # vLLM holds its GPU memory until its engine process ends.
+        """End the engine's process, which frees the GPU's memory."""
         if self.model is not None:
-            vllm_engine.close(self.model)
+            self.model.close()
             self.model = None

@@ -105,11 +105,20 @@ def answer_room(model, prompt_ids: list[list[int]], max_new_tokens: int) -> list
     limit = context_length(model)
     if limit is None:
         return [max_new_tokens] * len(prompt_ids)
+    return room_within(limit, prompt_ids, max_new_tokens, name_of(model), "its config")
+
+
+def room_within(limit: int, prompt_ids: list[list[int]], max_new_tokens: int, name: str, reason: str) -> list[int]:
+    """As `answer_room`, for a longest context of `limit` tokens.
+
+    Args:
+        name: the model's. reason: what sets the limit.
+    """
     for i, ids in enumerate(prompt_ids):
         if len(ids) >= limit:
             raise UserError(
-                f"prompt {i + 1} of {len(prompt_ids)} has {len(ids)} tokens, but {name_of(model)} reads at most {limit}"
-                " (its config), answer included: shorten or remove the prompt"
+                f"prompt {i + 1} of {len(prompt_ids)} has {len(ids)} tokens, but {name} reads at most {limit}"
+                f" ({reason}), answer included: shorten or remove the prompt"
             )
     return [min(max_new_tokens, limit - len(ids)) for ids in prompt_ids]
 

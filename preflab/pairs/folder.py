@@ -41,6 +41,7 @@ ARGUMENTS_NOT_IN_IDENTITY = {
     "eval_out",
     "run_name",
     "engine",
+    "vllm_args",
     "trust_remote_code",
     "server_timeout",
     "server_concurrency",

@@ -317,6 +317,9 @@ class JudgeScorer:
                         questions.append(Item(item.prompt, first, second))
                         positions.append((k, i, j))
         verdicts = judge_all(self.judge, questions, eval_out, overwrite)
+        # A vLLM judge holds the GPU's memory, which the next scorer needs.
+        if hasattr(self.judge, "close"):
+            self.judge.close()
         # P(i beats j) starts at 1/2; each of the two orders moves it by half of what its verdict says beyond 1/2.
         beats = [[[0.5] * len(item.answers) for _ in item.answers] for item in items]
         errors = {}

@@ -31,6 +31,7 @@ def make_scorers(args) -> list:
         "seed": args.seed,
         "trust_remote_code": args.trust_remote_code,
         "eval_out": args.eval_out,
+        "vllm_args": args.vllm_args,
     }
     # dict.fromkeys drops a repeated scorer and keeps the order: the first one ranks.
     return [make_scorer(spec, options) for spec in dict.fromkeys([args.scorer, *args.also_score])]
@@ -82,9 +83,10 @@ def _own_answers(args, source: dict) -> tuple[list[Sampled], dict, dict]:
         data["left_out"]["template_refused"] = refused
     held_out = held_out_prompts(args, prompts)
     settings = {key: getattr(args, key) for key in ("max_new_tokens", "temperature", "top_p")}
-    engine = choose_engine(args.engine)
+    engine = choose_engine(args.engine, bases=[model.base])
     # One list of answers per seed, in the prompts' order; the next loop regroups them by prompt.
-    by_seed = answer_each(model, prompts, [{**settings, "seed": seed} for seed in args.sampling_seeds], args, engine)
+    by_setting = [{**settings, "seed": seed} for seed in args.sampling_seeds]
+    by_seed = answer_each(model, prompts, by_setting, args, engine, args.vllm_args)
     samples = []
     for k, prompt in enumerate(prompts):
         answers = [{**answers[k], "seed": seed} for seed, answers in zip(args.sampling_seeds, by_seed, strict=True)]

@@ -18,15 +18,12 @@ from preflab.alpacaeval.files import annotate, llm_comparator, read_annotations,
 from preflab.alpacaeval.metrics import summarise, summarise_file
 from preflab.alpacaeval.report import SIDES, render_file
 from preflab.alpacaeval.stages import audit_judges
-from preflab.data.chat_template import ChatRenderer
 from preflab.data.pair_rows import Pair
 from preflab.data.prompts import Prompt
 from preflab.evaluation.arguments import ComparisonArguments
 from preflab.judging.audit import against_longer, audit, audit_items, passes
 from preflab.judging.judge_prompt import Item, Verdict
 from preflab.judging.judges import LongerJudge, RandomJudge, judge_all
-from preflab.models import vllm_engine
-from preflab.models.generation import prompt_seed
 from run_alpacaeval_local import AlpacaEvalArguments
 from utils.artifacts import read_json
 from utils.cli import parse
@@ -746,38 +743,6 @@ def test_presets_equal_package_settings():
         kwargs = config["completions_kwargs"]
         assert preset["tuned_model"] == kwargs["model_name"] and preset["temperature"] == kwargs["temperature"]
         assert preset["max_new_tokens"] == kwargs["max_new_tokens"] and preset["top_p"] == kwargs["top_p"]
-
-
-# -------------------------------------------------------------------------------------------------------------- vLLM
-
-
-def test_vllm_gets_same_prompts_stops_and_seeds(monkeypatch, smol_tokenizer):
-    """vLLM itself needs a GPU: a fake records its arguments."""
-    fake = types.ModuleType("vllm")
-    fake.SamplingParams = lambda **kwargs: kwargs
-    monkeypatch.setitem(sys.modules, "vllm", fake)
-    end = smol_tokenizer.eos_token_id
-
-    class Engine:
-        def generate(self, prompts, settings, lora_request=None):
-            self.arguments = (prompts, settings, lora_request)
-            ids = smol_tokenizer(" Blue.")["input_ids"]
-            answer = types.SimpleNamespace(token_ids=[*ids, end], finish_reason="stop")
-            return [types.SimpleNamespace(outputs=[answer]) for _ in prompts]
-
-    engine, messages = Engine(), [{"role": "user", "content": "A colour?"}]
-    (answer,) = vllm_engine.generate(engine, None, smol_tokenizer, [messages], 8, 0.7, 0.9, 3, batch_tokens=1)
-    assert answer == {
-        "index": 0,
-        "text": "Blue.",
-        "tokens": len(smol_tokenizer(" Blue.")["input_ids"]),
-        "finish_reason": "stop",
-    }
-    prompts, settings, _ = engine.arguments
-    chat = ChatRenderer(smol_tokenizer)
-    assert prompts == [{"prompt_token_ids": chat.ids([chat.prompt_text(messages)])[0]}]
-    assert settings[0]["seed"] == prompt_seed(3, messages) % 2**31 and end in settings[0]["stop_token_ids"]
-    assert (settings[0]["temperature"], settings[0]["top_p"], settings[0]["max_tokens"]) == (0.7, 0.9, 8)
 
 
 # ------------------------------------------------------------------------------------------------ public judgements

@@ -42,6 +42,7 @@ CASES = {
     "generate_preference_pairs.py": [
         (("--temperature", "0"), ("--temperature",)),
         (("--sampling_seeds", "3"), ("--sampling_seeds",)),
+        (("--vllm_args", "half"), ("--vllm_args half", "KEY=VALUE")),
         (("--parts", "3"), ("--parts 3", "--part")),
         (("--parts", "3", "--part", "4"), ("--part",)),
         (("--split", "train_{part}"), ("--split train_{part}", "--part")),
@@ -91,7 +92,7 @@ CASES = {
         (("--stage", "dream"), ("--stage", "generate")),
         (("--reference", "gone.jsonl"), ("gone.jsonl",)),
         (("--judge", "oracle"), ("--judge oracle",)),
-        (("--engine", "vllm"), ("--engine vllm",)),
+        (("--vllm_args", "model=other"), ("--vllm_args model=other",)),
         (("--stage", "judge"), ("model_outputs_base.json", "--stage generate")),
         (("--stage", "score"), ("annotations_base.json", "--stage judge")),
         (("--temperature", "-1"), ("--temperature",)),

@@ -35,6 +35,7 @@ SHELL_PAGES = {
     "run_tests.sh": ("bash run_tests.sh", "--fast"),
     "doctor.sh": ("bash doctor.sh", "--clean"),
     "install_gguf.sh": ("bash install_gguf.sh", "requirements/gguf.txt"),
+    "install_vllm.sh": ("bash install_vllm.sh", "--cpu", "requirements/vllm-env.txt"),
 }
 # Flags that are answered before the keys are read.
 BEFORE_PARSING = {"list", "help_all", "config"}

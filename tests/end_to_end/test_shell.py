@@ -19,7 +19,16 @@ def bash(command: str, cwd=ROOT, **env) -> subprocess.CompletedProcess:
 
 @pytest.mark.parametrize(
     "script",
-    [*SCRIPTS, *ITERATIONS, "run_lm_eval.sh", "doctor.sh", "install_gguf.sh", "utils/env.sh", ".ci/run"],
+    [
+        *SCRIPTS,
+        *ITERATIONS,
+        "run_lm_eval.sh",
+        "doctor.sh",
+        "install_gguf.sh",
+        "install_vllm.sh",
+        "utils/env.sh",
+        ".ci/run",
+    ],
 )
 def test_scripts_parse(script):
     assert bash(f"bash -n {script}").returncode == 0
@@ -187,3 +196,32 @@ def test_quickstart_ends_with_the_report_of_its_folders(flags, folders, tmp_path
     last = done.stdout.splitlines()[-1]
     assert last.startswith("-m utils.in_turn dpo_train_human_preference.py --config configs/quickstart.yaml")
     assert last.endswith(f"--then report.py{folders}")
+
+
+def test_vllm_environment_is_installed_once(tmp_path):
+    """With a venv and a pip that do nothing: the stamp is written last, and a second call does nothing."""
+    for name in ("install_vllm.sh", "utils/env.sh", "requirements/vllm-env.txt", "requirements/vllm-env-cpu.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    python = tmp_path / "python"
+
+    def install(flag: str, pip: str) -> subprocess.CompletedProcess:
+        # As `python -m venv FOLDER`, `python -m pip install ...`, and what reads a program from stdin.
+        inner = f'#!/bin/sh\ncase "$*" in *pip*install*) echo "$*" >> {tmp_path}/pip; {pip};; esac\n'
+        (tmp_path / "inner").write_text(inner)
+        (tmp_path / "inner").chmod(0o755)
+        stub_python(python, f'[ "$2" != venv ] || {{ mkdir -p "$3/bin" && cp {tmp_path}/inner "$3/bin/python"; }}')
+        return bash(f"bash install_vllm.sh {flag}", cwd=tmp_path, PYTHON=str(python))
+
+    stamp = tmp_path / ".vllm/requirements.stamp"
+    broken = install("--cpu", 'echo "ERROR: No space left on device" >&2; exit 1')
+    assert broken.returncode == 2 and "the disk is full" in broken.stderr and "Traceback" not in broken.stderr
+    assert len(broken.stderr.splitlines()) == 1 and not stamp.exists()
+    done = install("--cpu", "true")
+    assert done.returncode == 0 and stamp.read_text().startswith("cpu "), done.stderr
+    calls = (tmp_path / "pip").read_text()
+    assert "requirements/vllm-env-cpu.txt" in calls and "vllm-env.txt" not in calls
+    assert "up to date (cpu)" in install("--cpu", "exit 1").stdout
+    # The other build replaces it.
+    assert install("--gpu", "true").returncode == 0 and stamp.read_text().startswith("gpu ")
+    assert "-r requirements/vllm-env.txt" in (tmp_path / "pip").read_text()

@@ -8,6 +8,7 @@ from functools import partial
 from importlib.metadata import version
 from types import SimpleNamespace
 
+import fake_vllm
 import numpy as np
 import pytest
 from conftest import write_jsonl
@@ -52,6 +53,7 @@ from preflab.harness.suites import (
     suites,
 )
 from preflab.harness.tasks import expand, missing, task_manager
+from preflab.models import vllm_environment
 from utils.artifacts import metric, write_json
 from utils.errors import UserError
 from utils.progress import LineProgress
@@ -691,7 +693,7 @@ def test_model_arguments_of_vllm(tmp_path):
 OPTIONS = {
     "backend": "hf", "batch_size": "8", "limit": None, "seed": 1234, "num_fewshot": None, "apply_chat_template": False,
     "fewshot_as_multiturn": False, "include_path": None, "processes": 1, "device": "cpu", "extra": [],
-    "tasks_sha256": "",
+    "tasks_sha256": "", "engine_versions": None,
 }  # fmt: skip
 
 
@@ -857,7 +859,6 @@ def test_lm_eval_still_detects_batch_sizes():
     ({"num_fewshot": -1}, [], "--num-fewshot -1"),
     ({"output_json": "x"}, [], "--output-dir"),
     ({"load_in_4bit": True}, [], "--load-in-4bit|--load_in_4bit"),
-    ({"backend": "vllm"}, [], "vllm|vLLM"),
     ({}, ["--use_cache", "x"], "-- --use_cache"),
     ({}, ["-L", "10"], "-- -L"),
     ({}, ["--lim=10"], "-- --lim"),
@@ -866,6 +867,22 @@ def test_lm_eval_still_detects_batch_sizes():
 def test_bad_options(overrides, extra, words):
     with pytest.raises(UserError, match=words):
         check(HarnessArguments(**overrides), extra)
+
+
+def test_vllm_backend_needs_its_environment(tmp_path, monkeypatch):
+    """The harness runs under the interpreter there; its versions are part of the cache's key."""
+    monkeypatch.delenv("VLLM_PYTHON", raising=False)
+    monkeypatch.setattr(vllm_environment, "FOLDER", tmp_path / "none")
+    with pytest.raises(UserError, match="--backend vllm: vLLM is not installed; run bash install_vllm.sh"):
+        check(HarnessArguments(backend="vllm"), [])
+    python = fake_vllm.make(tmp_path / "fake")
+    monkeypatch.setenv("VLLM_PYTHON", str(python))
+    check(HarnessArguments(backend="vllm"), [])
+    (first, *_), (second, *_) = (
+        planned(tmp_path, backend="vllm", engine_versions={"vllm": number}) for number in ("1", "2")
+    )
+    assert first.command[:3] == [str(python), "-m", "lm_eval"] and first.folder != second.folder
+    assert vllm_environment.versions()["torch"] == version("torch")
 
 
 @pytest.mark.parametrize(

@@ -391,6 +391,7 @@ def test_local_and_vllm_judges_parse_as_endpoints(tiny, tmp_path, monkeypatch, k
 
     monkeypatch.setattr("preflab.judging.local_judges.generate", scripted)
     monkeypatch.setattr("preflab.models.vllm_engine.generate", scripted)
+    monkeypatch.setattr("preflab.judging.local_judges.require_python", lambda *_: "python")
     judge = make_judge(f"{kind}:{tiny}", prompt_file(tmp_path, max_new_tokens=4), OPTIONS)
     monkeypatch.setattr(judge, "load", lambda: setattr(judge, "model", judge.model))
     monkeypatch.setattr(judge, "context_length", lambda: 2048)
