@@ -272,7 +272,7 @@ class ResumableDPOTrainer(ResumableMixin, PairBatchesMixin, DPOTrainer):
     def _compute_trl_loss(self, model, inputs, return_outputs, captured: list):
         """TRL's loss; a sharded model's first micro-batch is also checked for rewards of 0."""
         result = super()._compute_loss(model, inputs, return_outputs)
-        if not self.args.reference_free:
+        if self.is_sharded and not self.args.reference_free:
             # Both terms have shape (2 x pairs,), so that chosen and rejected answers are covered.
             reference = torch.cat(tuple(reference_of(captured, inputs)))
             self.check_sharded_step0(self.args.beta * (captured[0].detach() - reference))
