@@ -28,6 +28,7 @@ def bash(command: str, cwd=ROOT, **env) -> subprocess.CompletedProcess:
         "install_vllm.sh",
         "utils/env.sh",
         ".ci/run",
+        *(f"configs/slurm/{name}" for name in ("slurm.sh", "train.sbatch", "sppo.sbatch", "eval.sbatch")),
     ],
 )
 def test_scripts_parse(script):
