@@ -38,6 +38,8 @@ The keys that matter (flags and YAML keys are the same, the command line wins; [
            --warmup_steps N [0]
   run      --run_name NAME   --output_dir DIR [checkpoints]   --eval_out DIR [eval_out]
            --resume auto|PATH|never [auto]   --overwrite   --preflight_only
+           --plan HARDWARE (only memory, time, disk; 1x24GB, 2x8x80GB or cpu:24GB)
+           --plan_tflops X (with --plan)
            --allow_fatal (train although the preflight found the run useless)   --list (all runs)
            --eval_strategy no|steps|epoch [no]   --eval_steps N   --save_steps N [500]
            --report_to NAME [none] (tensorboard, trackio, wandb)

@@ -122,6 +122,8 @@ def one_way(args) -> dict:
     from preflab.models.checks import largest_and_longest
     from preflab.training.dpo_config import DPORunConfig
     from preflab.training.dpo_trainer import ResumableDPOTrainer
+    from preflab.training.memory import card_bytes
+    from preflab.training.memory_parts import Weights
     from utils.artifacts import RowFile
     from utils.provenance import peak_memory_gib
 
@@ -177,7 +179,8 @@ def one_way(args) -> dict:
         log = RowFile(Path(folder) / "log.jsonl")
         config = DPORunConfig(**settings, micro_batch_tokens=args.micro_batch_tokens)
         longest = largest_and_longest(ids, ResumableDPOTrainer.SEQUENCES)[1]
-        config.choose_micro_batch_tokens(model, 0 if peft else backbone, longest, peft is None)
+        weights = Weights(model.config, args.dtype, peft, reference_beside=peft is None)
+        config.choose_micro_batch_tokens(weights, config.largest_row(ids), longest, card_bytes())
         trainer = ResumableDPOTrainer(model, args=config, row_log=log, **common)
     clock = Clock()
     trainer.add_callback(clock)

@@ -12,6 +12,9 @@ from utils.errors import UserError
 from utils.suggestions import choose_from
 
 F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
+# Losses whose value depends on which pairs share a micro-batch (sorted or running statistics, means over tokens);
+# their micro-batches are never rebatched.
+BATCH_DEPENDENT_LOSSES = {"aot", "aot_unpaired", "bco_pair", "sft"}
 # Keys of TRL's own losses, each with the value that has no effect.
 KEYS_OF_TRL_LOSSES = (("ld_alpha", None), ("use_weighting", False), ("f_divergence_type", "reverse_kl"))
 
@@ -66,6 +69,16 @@ class DPORunConfig(PairRunConfig, DPOConfig):
         With LoRA the reference is the policy with its adapter switched off.
         """
         return not (use_peft or self.precompute_ref_log_probs)
+
+    @property
+    def merges_micro_batches(self) -> bool:
+        """Whether the pairs of a step may be divided into micro-batches by their tokens."""
+        return not BATCH_DEPENDENT_LOSSES & set(self.loss_type)
+
+    def reference_in_step(self) -> bool:
+        """Whether every step computes the reference's forward."""
+        cached = self.reference_cache or self.precompute_ref_log_probs
+        return not self.reference_free and (not cached or self.ld_alpha is not None)
 
     def check(self) -> None:
         """Raise UserError for values that do not fit together; fill in the default of `max_prompt_length`."""

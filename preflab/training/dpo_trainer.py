@@ -31,9 +31,6 @@ WINS = tuple(WIN_KEYS)
 REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
 # TRL's metrics that are differences to the reference.
 RATIOS = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
-# Losses whose value depends on which pairs share a micro-batch (sorted or running statistics, means over tokens);
-# their micro-batches are never rebatched.
-BATCH_DEPENDENT_LOSSES = {"aot", "aot_unpaired", "bco_pair", "sft"}
 # Keys of a scored pair, in the order in which `score` reads the forwards.
 SCORE_KEYS = ("chosen", "rejected", "ref_chosen", "ref_rejected")
 
@@ -131,7 +128,7 @@ class ResumableDPOTrainer(ResumableMixin, PairBatchesMixin, DPOTrainer):
     @property
     def rebatches(self) -> bool:
         """Whether the pairs of a step are divided into micro-batches by their tokens."""
-        return super().rebatches and not BATCH_DEPENDENT_LOSSES & set(self.loss_types)
+        return super().rebatches and self.args.merges_micro_batches
 
     def unknown_reference(self, row: dict) -> dict:
         """The columns of the reference as during training, with values that do not matter."""

@@ -214,7 +214,7 @@ def evaluations_during_training(config, steps: int, epochs: float) -> int:
 
 def estimate_text(estimate: dict) -> str:
     """The estimate as printed in the preflight."""
-    memory = f"{estimate['memory_gib']} GiB (rough)"
+    memory = f"{estimate['memory_gib']} GiB {'(rough)' if estimate.get('memory_is_rough') else 'at the peak'}"
     if "minutes" not in estimate:
         return f"time unknown (a sharded model exists only inside training), {memory}"
     phases = ", ".join(f"{name} {minutes:.1f}" for name, minutes in estimate["phases"].items())

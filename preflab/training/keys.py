@@ -2,8 +2,8 @@
 
 # {topic: regular expression of names}; the first that matches counts.
 TOPICS = {
-    "run": "run_name|output_dir|eval_out|resume.*|overwrite|preflight_only|allow_fatal|seed|data_seed|limit|published"
-    "|sample_prompts|full_determinism",
+    "run": "run_name|output_dir|eval_out|resume.*|overwrite|preflight_only|plan(_tflops)?|allow_fatal|seed|data_seed"
+    "|limit|published|sample_prompts|full_determinism",
     "model": "model_.*|base_hub_id|dtype|attn_implementation|trust_remote_code|chat_template_path|template_date"
     "|pad_token|eos_token"
     "|use_cache|router_aux_loss_coef|disable_dropout",

@@ -1,10 +1,10 @@
-"""Rough estimate of the memory that training needs, and of the memory that is free."""
+"""The memory that training needs, computed from the model's config, and the memory that is free."""
 
 # The training scripts import OUT_OF_MEMORY at their top, so this module imports torch inside its functions.
 
 import os
-from dataclasses import dataclass
 
+from preflab.training.memory_parts import Batch, Counts, Memory, Weights
 from utils.machine import free_memory
 
 OUT_OF_MEMORY = (
@@ -16,45 +16,61 @@ OUT_OF_MEMORY = (
 GPU_MICRO_BATCH_TOKENS = (8192, 4096)
 
 
-@dataclass
-class Memory:
-    """Bytes: `resident` stays throughout a step, `activations` live between a micro-batch's forward and backward."""
+# Share of the memory that training may use: the rest is for fragmentation, which differs between allocators.
+USABLE_SHARE = 0.9
+# Values that an optimizer stores per trained weight, and bytes of each; None: the bytes of the weight.
+OPTIMIZER_STATES = {
+    "adamw_torch": (2, None), "adamw_torch_fused": (2, None), "adamw_anyprecision": (2, None), "sgd": (0, None),
+    "adagrad": (1, None), "rmsprop": (1, None), "lion_32bit": (1, 4), "lion_8bit": (1, 1), "paged_lion_8bit": (1, 1),
+    "adamw_bnb_8bit": (2, 1), "adamw_8bit": (2, 1), "paged_adamw_8bit": (2, 1), "paged_adamw_32bit": (2, 4),
+    "paged_adamw": (2, 4), "adafactor": (0, None),
+}  # fmt: skip
 
-    resident: float
-    activations: float
 
-    def total(self, checkpointing: bool) -> float:
-        """The sum; checkpointing stores about a sixteenth of the activations and recomputes the others."""
-        return self.resident + (self.activations / 16 if checkpointing else self.activations)
-
-
-def needed(model, args, trained: int, longest: int, reference_beside: bool) -> Memory:
-    """Estimate the memory of training, as an order of magnitude.
-
-    Weights as loaded; 12 bytes per trained parameter (gradient and two Adam moments in float32); per layer and token
-    about 16 values of the model's width and 6 of its feed-forward's (after Korthikanti et al. 2022, arXiv 2205.05198,
-    whose 34 values of the width assume a feed-forward of 4 widths and no gate). Materialised attention scores (eager
-    attention on padded batches) are not counted.
+def needed(weights: Weights, args, batch: Batch, accumulates: bool, *, checkpointing: bool, reference_in_step=False,
+           cuda: bool = False, shards=None) -> Memory:  # fmt: skip
+    """The memory of training, from the model's config alone (`preflab.training.traced_memory`).
 
     Args:
-        args: a RunConfig with `sequences_a_row` and `token_budget`.
-        trained: trained parameters.
-        longest: tokens of the longest sequence.
-        reference_beside: whether a second copy of the weights is loaded.
+        args: a RunConfig.
+        batch: the largest batch (`RunConfig.largest_batch`).
+        accumulates: whether a step has several forwards.
+        reference_in_step: whether the reference is computed in every step.
+        shards: how training is divided over processes (`preflab.training.sharding.Shards`); None for one process.
     """
-    weights = sum(p.numel() * p.element_size() for p in model.parameters()) * (1 + reference_beside)
-    # Multimodal configs keep these sizes in a nested config; for others this is the config itself.
-    config = model.config.get_text_config()
-    row = args.sequences_a_row * longest
-    # Tokens of one optimizer step on this process.
-    step = row * args.per_device_train_batch_size * args.gradient_accumulation_steps
-    # A micro-batch holds at least one row and never more than one optimizer step.
-    tokens = max(row, min(args.token_budget(longest), step))
-    # GPT-2's config, for example, has no intermediate_size; its feed-forward has 4 widths.
-    feed_forward = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    values = tokens * config.num_hidden_layers * (16 * config.hidden_size + 6 * feed_forward)
-    # Bytes per activation value: 4 in float32, 2 in 16 bits.
-    return Memory(weights + 12 * trained, values * (4 if args.precision == "fp32" else 2))
+    # Its import takes seconds, and the scripts import this module for --help.
+    from preflab.training.traced_memory import Step, counts_of, traced
+
+    counts = counts_of(weights)
+    half = args.precision != "fp32"
+    # Engines that shard store or gather 16-bit copies of the weights themselves; autocast then makes none.
+    dtype = "bfloat16" if half and shards is not None and shards.kind != "ddp" else weights.dtype
+    step = Step(
+        dtype, half, weights.lora, checkpointing, reference_in_step, cuda,
+        fused_lora=shards is None or not shards.parameters,
+    )  # fmt: skip
+    run = traced(weights.config, step, batch)
+    # bitsandbytes dequantises one linear layer at a time.
+    dequantised = counts.largest_linear * (4 if args.precision == "fp32" else 2) if weights.bits else 0
+    memory = Memory(
+        weights=counts.base_bytes + counts.adapter_bytes,
+        reference=counts.base_bytes if weights.reference_beside else 0.0,
+        gradients=counts.trained_bytes,
+        buckets=0.0,
+        optimizer=optimizer_bytes(counts, args),
+        gathered=0.0,
+        activations=run.peak + dequantised,
+        after_layers=run.last,
+        accumulates=accumulates,
+        exact=run.exact,
+    )
+    return shards.of(memory, counts, weights, args) if shards else memory
+
+
+def optimizer_bytes(counts: Counts, args) -> float:
+    """Bytes of the optimizer's state; of an unknown optimizer as for Adam. `args`: a RunConfig."""
+    values, size = OPTIMIZER_STATES.get(str(getattr(args.optim, "value", args.optim)), (2, None))
+    return values * (counts.trained_bytes if size is None else counts.trained * size)
 
 
 def gpu_micro_batch_tokens(estimate, usual: int, card: float) -> int | None:
@@ -95,11 +111,15 @@ def free_bytes(model) -> float:
     return free + sum(p.numel() * p.element_size() for p in model.parameters() if p.device.type == kind)
 
 
-def reason_for_checkpointing(memory: Memory, free: float) -> str | None:
-    """Why gradient checkpointing is needed, as a sentence; None where a tenth of the memory stays free without it."""
-    if memory.total(False) <= 0.9 * free:
+def reason_for_checkpointing(without: float, free: float) -> str | None:
+    """Why gradient checkpointing is needed, as a sentence; None where a tenth of the memory stays free without it.
+
+    Args:
+        without: bytes needed without it. free: bytes that the process may use.
+    """
+    if without <= USABLE_SHARE * free:
         return None
     return (
-        f"gradient checkpointing is on: without it about {memory.total(False) / 2**30:.1f} GiB are needed, and"
+        f"gradient checkpointing is on: without it about {without / 2**30:.1f} GiB are needed, and"
         f" {free / 2**30:.1f} GiB are free (--gradient_checkpointing false turns it off)"
     )

@@ -2,11 +2,15 @@
 
 from copy import copy
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 from accelerate.utils import gather_object
 
-from preflab.training.memory import card_bytes, gpu_micro_batch_tokens, needed
+from preflab.models.fast.shared_prompt import unsupported_reason
+from preflab.training.memory import card_bytes, gpu_micro_batch_tokens
+from preflab.training.memory_parts import Batch, Weights, packed_pairs
 from preflab.training.run_config import RunConfig
+from preflab.training.token_figures import pair_lengths
 
 
 @dataclass
@@ -36,25 +40,54 @@ class PairRunConfig(RunConfig):
         sequences = self.sequences_a_row * self.per_device_train_batch_size
         return self.micro_batch_tokens or sequences * (self.max_length or longest)
 
-    def fit_memory(self, model, trained: int, longest: int, reference_beside: bool) -> str | None:
-        """Choose micro-batch tokens, then gradient checkpointing; arguments and return as `RunConfig.fit_memory`."""
-        self.choose_micro_batch_tokens(model, trained, longest, reference_beside)
-        return super().fit_memory(model, trained, longest, reference_beside)
+    @property
+    def merges_micro_batches(self) -> bool:
+        """Whether the pairs of a step may be divided into micro-batches by their tokens."""
+        return True
 
-    def choose_micro_batch_tokens(self, model, trained: int, longest: int, reference_beside: bool) -> None:
+    def largest_row(self, dataset) -> tuple[int, int, int]:
+        """Tokens of prompt, chosen and rejected answer of the largest pair of a tokenised split."""
+        sizes = pair_lengths(dataset)
+        return tuple(int(part[sum(sizes).argmax()]) for part in sizes)
+
+    def largest_batch(self, row: tuple[int, int, int], longest: int, model_config) -> tuple[Batch, bool]:
+        """The largest batch of a forward, and whether a step has several of them.
+
+        Args:
+            row: from `largest_row`. longest: tokens of the longest sequence.
+            model_config: transformers' config, which decides whether prompts can be shared.
+        """
+        rows, accumulation = self.per_device_train_batch_size, self.gradient_accumulation_steps
+        if not self.shared_prompt or unsupported_reason(SimpleNamespace(config=model_config)):
+            return Batch((), 2 * rows, longest, rows * (row[1] + row[2])), accumulation > 1
+        if not self.merges_micro_batches:
+            return packed_pairs(row, rows * sum(row), rows), accumulation > 1
+        batch = packed_pairs(row, self.token_budget(longest), rows * accumulation)
+        return batch, rows * accumulation * sum(row) > batch.tokens
+
+    def fit_memory(self, weights: Weights, row: tuple[int, ...], longest: int, free: float, shards=None) -> str | None:
+        """Choose micro-batch tokens, then gradient checkpointing; arguments and return as `RunConfig.fit_memory`."""
+        self.choose_micro_batch_tokens(weights, row, longest, card_bytes(), shards)
+        return super().fit_memory(weights, row, longest, free, shards)
+
+    def choose_micro_batch_tokens(self, weights: Weights, row, longest: int, card: float | None, shards=None) -> None:
         """Set `micro_batch_tokens`, unless the user did, to more tokens on a GPU with enough memory.
 
-        All processes choose the same value. Arguments as `fit_memory`.
+        All processes choose the same value.
+
+        Args:
+            card: bytes of the GPU, None without one.
+            weights, row, longest, shards: as for `RunConfig.memory`.
         """
-        card = card_bytes()
         if self.micro_batch_tokens or not self.shared_prompt or card is None:
             return
 
         def estimate(tokens: int) -> float:
-            # `needed` reads the budget from the config, so each candidate is set in a copy.
+            # The budget is read from the config, so each candidate is set in a copy.
             args = copy(self)
             args.micro_batch_tokens = tokens
-            return needed(model, args, trained, longest, reference_beside).total(bool(self.gradient_checkpointing))
+            checkpointing = bool(self.gradient_checkpointing)
+            return args.memory(weights, row, longest, checkpointing=checkpointing, cuda=True, shards=shards).total
 
         chosen = gpu_micro_batch_tokens(estimate, self.token_budget(longest), card)
         if self.world_size > 1:

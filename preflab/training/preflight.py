@@ -9,10 +9,11 @@ from preflab.data import reading_report
 from preflab.data.messages import transcript
 from preflab.data.tokenised_rows import lengths
 from preflab.training.estimate import Speed, Work, estimate_text, estimated_minutes, speed_of
-from preflab.training.memory import needed
+from preflab.training.memory_parts import Weights
 from preflab.training.plan import plan_training, reached_rows
 from preflab.training.preflight_checks import check_flight, repetition, tokenised
 from preflab.training.preflight_text import decoded_conversation, decoded_pair, dropped_rows, excerpt, wrapped
+from preflab.training.sharding import Shards
 from preflab.training.step0 import step0_line, step0_loss, step0_margins
 from preflab.training.token_figures import (
     conversation_tokens,
@@ -77,8 +78,13 @@ def run_preflight(describe_rows, trainer, splits, args: list, notes: list[str]) 
     facts = describe_rows(trainer, splits, data_args, config, plan)
     plan |= {name: round(plan["rows_seen"] * tokens / rows) for name, tokens in facts.tokens_per_epoch.items()}
     parameters = count_parameters(trainer.model)
-    beside = config.keeps_reference_model(model_args.use_peft)
-    memory = needed(trainer.model, config, parameters["trainable"], facts.longest, beside)
+    memory = config.memory(
+        Weights.of(trainer.model.config, config, model_args),
+        config.largest_row(splits.train_ids),
+        facts.longest,
+        checkpointing=bool(config.gradient_checkpointing),
+        shards=Shards.of_process(),
+    )
     flight = {
         **facts.sections,
         **splits.summary,
@@ -89,7 +95,8 @@ def run_preflight(describe_rows, trainer, splits, args: list, notes: list[str]) 
         "gradient_checkpointing": config.gradient_checkpointing,
         "plan": plan,
         "estimate": {
-            "memory_gib": round(memory.total(config.gradient_checkpointing) / 2**30, 2),
+            "memory_gib": round(memory.total / 2**30, 2),
+            "memory_is_rough": not memory.exact,
             **estimated_minutes(facts.work, facts.speed, plan, config, rows),
         },
         "repetition": facts.repetition,

@@ -22,12 +22,16 @@ from preflab.models.loading import (
 )
 from preflab.models.start_adapter import StartAdapter, merge_start_adapter, resolve_start_adapter
 from preflab.training.lora_targets import check_targets
+from preflab.training.memory import free_bytes
+from preflab.training.memory_parts import Weights
 from preflab.training.next_steps import next_commands
 from preflab.training.plan import part_of_epoch
+from preflab.training.planner import publish_plan
 from preflab.training.preflight import run_preflight
 from preflab.training.preflight_checks import refuse_fatal
 from preflab.training.run_config import RunConfig, check_run_config, fit_global_batch
 from preflab.training.run_folder import RunFolders, checkpoint_to_resume, claim_run, run_identity
+from preflab.training.sharding import Shards
 from preflab.training.splits import Splits
 from preflab.training.throughput import (
     REFERENCE_OPERATIONS,
@@ -80,6 +84,8 @@ class TrainingRun:
     def open(cls, name: str, page: str, data_type: type, config_type: type) -> "TrainingRun":
         """Parse and check the command line, then claim the run's folders, before anything large is loaded.
 
+        With --plan it prints the plan instead and exits.
+
         Args:
             name: the stage's name in artifacts.
             page: the script's docstring.
@@ -95,11 +101,15 @@ class TrainingRun:
         data_args.check()
         config.check()
         config.adapt_data(data_args)
+        suffix = "-".join(config.objectives)
+        if config.plan is not None:
+            planned = run_name(config.run_name, model_args.model_name_or_path, suffix, data_args.limit)
+            publish_plan(stage, data_args, config, model_args, planned)
+            sys.exit(0)
         # Making the config has set accelerate's state; the trainer is not made yet.
         keep_fsdp_on_cpu()
         notes = fit_global_batch(config)
         published = read_published(config.published, list) if config.published else None
-        suffix = "-".join(config.objectives)
         # Before resolve_start_adapter, which replaces the model's name by that of the merged folder.
         config.run_name = run_name(config.run_name, model_args.model_name_or_path, suffix, data_args.limit)
         # A wrong model or adapter name fails here, before the data are read.
@@ -192,8 +202,6 @@ class TrainingRun:
             policy = load_for_training(config, model_args)
             if model_args.use_peft and not self.continues_adapter:
                 check_targets(policy, model_args)
-            # The adapter does not exist yet; its parameters are few beside the base's and not counted here.
-            trained = 0 if model_args.use_peft else sum(p.numel() for p in policy.parameters())
             # {split: (its largest token id, tokens of its longest sequence)}.
             sizes = {
                 name: largest_and_longest(ids, trainer_type.SEQUENCES)
@@ -201,7 +209,14 @@ class TrainingRun:
                 if ids is not None
             }
             # Decided before the trainer is made, since its constructor reads gradient_checkpointing.
-            note = config.fit_memory(policy, trained, sizes["train"][1], keeps_reference)
+            weights = Weights.of(policy.config, config, model_args)
+            note = config.fit_memory(
+                weights,
+                config.largest_row(splits.train_ids),
+                sizes["train"][1],
+                free_bytes(policy),
+                Shards.of_process(),
+            )
             self.notes += [note] if note else []
             if self.continues_adapter:
                 # The loaded adapter becomes the policy; TRL freezes a copy of it as the reference.

@@ -9,7 +9,8 @@ from trl import ModelConfig
 from preflab.training.decisions import REFUSED, check_decisions
 from preflab.training.keys import TOPICS
 from preflab.training.lora_targets import as_names
-from preflab.training.memory import free_bytes, needed, reason_for_checkpointing
+from preflab.training.memory import needed, reason_for_checkpointing
+from preflab.training.memory_parts import Memory, Weights
 from utils.errors import UserError
 
 # Keys of ModelConfig that only LoRA reads.
@@ -52,6 +53,16 @@ class RunConfig:
     resume: str = field(default="auto", metadata={"help": "auto, never, or the path of a checkpoint."})
     overwrite: bool = field(default=False, metadata={"help": "Delete what an earlier run of this name wrote."})
     preflight_only: bool = field(default=False, metadata={"help": "Stop after the preflight."})
+    plan: str | None = field(
+        default=None,
+        metadata={
+            "help": "Only plan the run on this hardware (1x24GB, 8x80GB, 2x8x80GB, cpu:24GB): memory, time, disk."
+        },
+    )
+    plan_tflops: float | None = field(
+        default=None,
+        metadata={"help": "TFLOP/s of matrix products per GPU of --plan (default: of a usual card of that memory)."},
+    )
     allow_fatal: bool = field(
         default=False, metadata={"help": "Train even if the preflight finds the run useless (lines marked fatal)."}
     )
@@ -83,7 +94,8 @@ class RunConfig:
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         # None would make it depend on transformers' log level, which the scripts set to ERROR.
         self.disable_tqdm = bool(self.disable_tqdm)
-        if self.bf16 is None and not self.fp16:
+        self.precision_is_open = self.bf16 is None and not self.fp16
+        if self.precision_is_open:
             # TRL defaults to bf16 on every device; here CPU runs default to float32.
             self.bf16 = not self.use_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         super().__post_init__()
@@ -95,23 +107,51 @@ class RunConfig:
         """Whether a second copy of the weights is loaded as the reference."""
         return False
 
-    def fit_memory(self, model, trained: int, longest: int, reference_beside: bool) -> str | None:
+    def reference_in_step(self) -> bool:
+        """Whether every step computes the reference's forward."""
+        return False
+
+    def memory(
+        self,
+        weights: Weights,
+        row: tuple[int, ...],
+        longest: int,
+        *,
+        checkpointing: bool,
+        cuda: bool | None = None,
+        shards=None,
+    ) -> Memory:
+        """The memory of a training step of one process.
+
+        Args:
+            row: the tokens of the largest row of the data (`largest_row`).
+            longest: tokens of the longest sequence in the data.
+            checkpointing: whether activations are computed twice.
+            cuda: whether training runs on a GPU (default: as this process).
+            shards: how training is divided over processes, None for one process.
+        """
+        batch, accumulates = self.largest_batch(row, longest, weights.config)
+        return needed(
+            weights, self, batch, accumulates, checkpointing=checkpointing, reference_in_step=self.reference_in_step(),
+            cuda=not self.use_cpu if cuda is None else cuda, shards=shards,
+        )  # fmt: skip
+
+    def fit_memory(self, weights: Weights, row: tuple[int, ...], longest: int, free: float, shards=None) -> str | None:
         """Turn on gradient checkpointing if memory requires it and neither YAML nor command line set it.
 
         All processes choose the same: if one of them is short of memory, all recompute their activations.
 
         Args:
-            trained: trained parameters.
-            longest: tokens of the longest sequence in the data.
-            reference_beside: whether a second copy of the weights is loaded.
+            free: bytes that this process may use.
+            row, longest, shards: as for `memory`.
 
         Returns:
             The reason as a sentence, or None where nothing was turned on.
         """
         if not self.checkpointing_is_open:
             return None
-        estimate = needed(model, self, trained, longest, reference_beside)
-        reason = reason_for_checkpointing(estimate, free_bytes(model))
+        without = self.memory(weights, row, longest, checkpointing=False, shards=shards).total
+        reason = reason_for_checkpointing(without, free)
         if self.world_size > 1:
             # The first process that is short of memory gives the reason for all.
             reason = next((r for r in gather_object([reason]) if r), None)
@@ -169,8 +209,11 @@ def check_run_config(config: RunConfig, model) -> None:
         raise UserError("--start_adapter_use continue needs --use_peft: it trains an adapter further")
 
 
-def fit_global_batch(config: RunConfig) -> list[str]:
+def fit_global_batch(config: RunConfig, processes: int | None = None) -> list[str]:
     """Derive the gradient accumulation (and, where needed, the per-device batch) from `global_batch_size`.
+
+    Args:
+        processes: default: those of this run.
 
     Returns:
         Notes for the preflight: how the batch changed with the number of processes.
@@ -179,7 +222,7 @@ def fit_global_batch(config: RunConfig) -> list[str]:
         UserError: the global batch is not a multiple of the number of processes.
     """
     # Invariant: per-device batch x accumulation x processes = global batch.
-    world, global_batch = config.world_size, config.global_batch_size
+    world, global_batch = processes or config.world_size, config.global_batch_size
     before = config.per_device_train_batch_size, config.gradient_accumulation_steps
     if global_batch is None:
         single = before[0] * before[1]

@@ -30,7 +30,8 @@ from utils.provenance import local_path, sha256_of_files
 ARGUMENTS_NOT_IN_IDENTITY = {
     # The hash of the start adapter's weights is part of the identity, its path is not: the adapter may be moved.
     "start_adapter",
-    "output_dir", "eval_out", "run_name", "resume", "overwrite", "preflight_only", "allow_fatal", "sample_prompts",
+    "output_dir", "eval_out", "run_name", "resume", "overwrite", "preflight_only", "plan", "plan_tflops", "allow_fatal",
+    "sample_prompts",
     "report_to", "disable_tqdm", "dataloader_num_workers", "dataset_num_proc", "save_total_limit",
     "resume_from_checkpoint",
     "logging_dir", "local_rank", "accelerator_config", "parallelism_config", "deepspeed", "fsdp", "fsdp_config",

@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 
 from trl import SFTConfig
 
+from preflab.data.tokenised_rows import lengths
+from preflab.training.memory_parts import Batch
 from preflab.training.run_config import RunConfig
 from utils.errors import UserError
 from utils.suggestions import choose_from
@@ -33,6 +35,21 @@ class SFTRunConfig(RunConfig, SFTConfig):
         # A packed row is filled up to max_length; a padded one is as long as the longest conversation at most.
         width = self.max_length if self.packing else min(longest, self.max_length or longest)
         return self.per_device_train_batch_size * width
+
+    def largest_row(self, dataset) -> tuple[int, int]:
+        """Tokens of the longest conversation of a tokenised split, and how many of them are trained on at most."""
+        longest = int(lengths(dataset, "input_ids").max())
+        return longest, longest
+
+    def largest_batch(self, row: tuple[int, int], longest: int, model_config) -> tuple[Batch, bool]:
+        """The largest batch of a forward, and whether a step has several of them.
+
+        Args:
+            row: from `largest_row`. longest: tokens of the longest conversation.
+        """
+        rows, length = self.per_device_train_batch_size, self.token_budget(longest) // self.per_device_train_batch_size
+        scored = length if self.packing else row[1]
+        return Batch((), rows, length, rows * scored), self.gradient_accumulation_steps > 1
 
     def check(self) -> None:
         """Raise UserError for values that do not fit together."""

@@ -1,0 +1,25 @@
+"""Shapes of published models, for figures that do not depend on the weights: no download is needed."""
+
+import transformers
+
+# transformers' class of the config, and its keys (the models' own config.json).
+SHAPES = {
+    "mistral-7b": ("Mistral", {
+        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 32000, "tie_word_embeddings": False,
+    }),
+    "gemma-2-9b": ("Gemma2", {
+        "hidden_size": 3584, "intermediate_size": 14336, "num_hidden_layers": 42, "num_attention_heads": 16,
+        "num_key_value_heads": 8, "head_dim": 256, "vocab_size": 256000,
+    }),
+    "llama-3-70b": ("Llama", {
+        "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
+        "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256, "tie_word_embeddings": False,
+    }),
+}  # fmt: skip
+
+
+def config_of(name: str):
+    """transformers' config of a shape."""
+    kind, keys = SHAPES[name]
+    return getattr(transformers, f"{kind}Config")(**keys, max_position_embeddings=8192)
