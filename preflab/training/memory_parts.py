@@ -12,13 +12,13 @@ class Batch:
     """What one forward computes.
 
     Attributes:
-        pairs: (prompt, chosen, rejected) tokens of pairs in one packed row; () for padded sequences.
+        pairs: (prompt, *answers) tokens of pairs or lists in one packed row; () for padded sequences.
         rows: padded sequences; 0 for packed pairs.
         length: tokens of a padded sequence, and of the longest sequence of packed pairs.
         scored: positions whose log-probability is computed.
     """
 
-    pairs: tuple[tuple[int, int, int], ...] = ()
+    pairs: tuple[tuple[int, ...], ...] = ()
     rows: int = 0
     length: int = 0
     scored: int = 0
@@ -29,21 +29,21 @@ class Batch:
         return sum(map(sum, self.pairs)) or self.rows * self.length
 
 
-def packed_pairs(pair: tuple[int, int, int], budget: int, most: int) -> Batch:
-    """As many copies of a pair as `budget` tokens hold, and at most `most`; at least one.
+def packed_rows(row: tuple[int, ...], budget: int, most: int) -> Batch:
+    """As many copies of a pair or list as `budget` tokens hold, and at most `most`; at least one.
 
-    The last one is shortened, since smaller pairs would fill the budget.
+    The last one is shortened, since smaller rows would fill the budget.
 
     Args:
-        pair: tokens of prompt, chosen and rejected answer.
+        row: tokens of the prompt and of each answer.
     """
-    tokens = max(sum(pair), min(budget, most * sum(pair)))
-    count, rest = divmod(tokens, sum(pair))
-    pairs = [pair] * count
+    tokens = max(sum(row), min(budget, most * sum(row)))
+    count, rest = divmod(tokens, sum(row))
+    rows = [row] * count
     if rest:
-        chosen, rejected = (part * rest // sum(pair) for part in pair[1:])
-        pairs.append((rest - chosen - rejected, chosen, rejected))
-    return Batch(tuple(pairs), 0, pair[0] + max(pair[1:]), sum(chosen + rejected for _, chosen, rejected in pairs))
+        answers = [answer * rest // sum(row) for answer in row[1:]]
+        rows.append((rest - sum(answers), *answers))
+    return Batch(tuple(rows), 0, row[0] + max(row[1:]), sum(sum(answers) for _, *answers in rows))
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from accelerate.utils import gather_object
 
 from preflab.models.fast.shared_prompt import unsupported_reason
 from preflab.training.memory import card_bytes, gpu_micro_batch_tokens
-from preflab.training.memory_parts import Batch, Weights, packed_pairs
+from preflab.training.memory_parts import Batch, Weights, packed_rows
 from preflab.training.run_config import RunConfig
-from preflab.training.token_figures import pair_lengths
+from preflab.training.token_figures import pair_lengths, tokens_of_rows
 
 
 @dataclass
@@ -45,12 +45,13 @@ class PairRunConfig(RunConfig):
         """Whether the pairs of a step may be divided into micro-batches by their tokens."""
         return True
 
-    def largest_row(self, dataset) -> tuple[int, int, int]:
-        """Tokens of prompt, chosen and rejected answer of the largest pair of a tokenised split."""
-        sizes = pair_lengths(dataset)
-        return tuple(int(part[sum(sizes).argmax()]) for part in sizes)
+    def largest_row(self, dataset) -> tuple[int, ...]:
+        """Tokens of the prompt and of each answer of the largest row of a tokenised split."""
+        largest = int(tokens_of_rows(dataset, shared_prompt=True).argmax())
+        others = dataset[largest]["others_lengths"] if "others_lengths" in dataset.column_names else []
+        return (*(int(part[largest]) for part in pair_lengths(dataset)), *others)
 
-    def largest_batch(self, row: tuple[int, int, int], longest: int, model_config) -> tuple[Batch, bool]:
+    def largest_batch(self, row: tuple[int, ...], longest: int, model_config) -> tuple[Batch, bool]:
         """The largest batch of a forward, and whether a step has several of them.
 
         Args:
@@ -59,10 +60,10 @@ class PairRunConfig(RunConfig):
         """
         rows, accumulation = self.per_device_train_batch_size, self.gradient_accumulation_steps
         if not self.shared_prompt or unsupported_reason(SimpleNamespace(config=model_config)):
-            return Batch((), 2 * rows, longest, rows * (row[1] + row[2])), accumulation > 1
+            return Batch((), rows * len(row[1:]), longest, rows * sum(row[1:])), accumulation > 1
         if not self.merges_micro_batches:
-            return packed_pairs(row, rows * sum(row), rows), accumulation > 1
-        batch = packed_pairs(row, self.token_budget(longest), rows * accumulation)
+            return packed_rows(row, rows * sum(row), rows), accumulation > 1
+        batch = packed_rows(row, self.token_budget(longest), rows * accumulation)
         return batch, rows * accumulation * sum(row) > batch.tokens
 
     def fit_memory(self, weights: Weights, row: tuple[int, ...], longest: int, free: float, shards=None) -> str | None:

@@ -15,6 +15,7 @@ from transformers import AutoConfig
 from preflab.data import conversations, preferences
 from preflab.data.preferences import DataArguments
 from preflab.data.prompt_format import PromptFormat
+from preflab.models.checks import largest_and_longest
 from preflab.models.loading import LOAD_ERRORS, load_error, load_tokenizer, locate
 from preflab.training.lora_targets import check_targets
 from preflab.training.memory import USABLE_SHARE, optimizer_bytes
@@ -24,7 +25,7 @@ from preflab.training.planner_report import command_with, render
 from preflab.training.run_config import fit_global_batch
 from preflab.training.sharding import Shards
 from preflab.training.throughput import REFERENCE_OPERATIONS, STEP_OPERATIONS, matmul_rate
-from preflab.training.token_figures import pair_lengths
+from preflab.training.token_figures import tokens_of_rows
 from preflab.training.traced_memory import counts_of, skeleton
 from utils.artifacts import check_writable, metric
 from utils.errors import UserError, first_line
@@ -363,9 +364,11 @@ def _sampled_rows(data_args, config, model_args) -> Rows:
             data_args.limit,
         )  # fmt: skip
         count, data.pairs = len(data.pairs), _spread(data.pairs)
-        ids, _ = preferences.tokenize(data, tokenizer, config.max_length, config.max_prompt_length, desc="train")
-        prompt, chosen, rejected = pair_lengths(ids)
-        mean, longest = float((prompt + chosen + rejected).mean()), int((prompt + [*map(max, chosen, rejected)]).max())
+        lengths = config.max_length, config.max_prompt_length
+        ids, _ = preferences.tokenize(data, tokenizer, *lengths, desc="train", lists=config.uses_lists)
+        mean = float(tokens_of_rows(ids, shared_prompt=True).mean())
+        answers = [name for name in ("chosen_ids", "rejected_ids", "others_ids") if name in ids.column_names]
+        longest = largest_and_longest(ids, tuple(("prompt_ids", name) for name in answers))[1]
     else:
         data = conversations.load_conversations(sources, data_args.limit, prompt_format)
         count, data.conversations = len(data.conversations), _spread(data.conversations)

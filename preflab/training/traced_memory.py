@@ -329,7 +329,7 @@ def _inputs(batch: Batch) -> dict:
         "packed_ids": ids,
         "packed_positions": torch.zeros_like(ids),
         "packed_lengths": batch.pairs,
-        "unpack": torch.zeros(2 * len(batch.pairs), batch.length, dtype=torch.long),
+        "unpack": torch.zeros(sum(len(answers) for _, *answers in batch.pairs), batch.length, dtype=torch.long),
     }
 
 

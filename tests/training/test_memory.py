@@ -14,7 +14,7 @@ from peft import LoraConfig
 
 from benchmarks.plan_check import Case, measure
 from preflab.training.memory import optimizer_bytes, reason_for_checkpointing
-from preflab.training.memory_parts import QUANTISED_BYTES, Batch, Counts, Memory, Weights, packed_pairs
+from preflab.training.memory_parts import QUANTISED_BYTES, Batch, Counts, Memory, Weights, packed_rows
 from preflab.training.sharding import Shards
 from preflab.training.traced_memory import Live, Step, _run, counts_of, traced
 
@@ -42,13 +42,15 @@ def test_live_tensors_by_hand():
     assert (live.now, live.peak) == (0, 12000)
 
 
-def test_packed_pairs_by_hand():
+def test_packed_rows_by_hand():
     # A step of 3 pairs of 100 tokens under a budget of 250: two pairs and a half; without a limit all three.
-    batch = packed_pairs((50, 30, 20), 250, 3)
+    batch = packed_rows((50, 30, 20), 250, 3)
     assert batch == Batch(((50, 30, 20), (50, 30, 20), (25, 15, 10)), 0, 80, 125) and batch.tokens == 250
-    assert packed_pairs((50, 30, 20), 9999, 3).tokens == 300
+    assert packed_rows((50, 30, 20), 9999, 3).tokens == 300
+    # A list of three answers.
+    assert packed_rows((5, 10, 20, 30), 100, 2).pairs == ((5, 10, 20, 30), (4, 5, 10, 16))
     # At least one pair, whatever the budget.
-    assert packed_pairs((50, 30, 20), 10, 3).pairs == ((50, 30, 20),)
+    assert packed_rows((50, 30, 20), 10, 3).pairs == ((50, 30, 20),)
 
 
 def test_peak_is_where_the_backward_begins_or_ends():
@@ -98,7 +100,7 @@ def test_zero_stages_of_the_paper():
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_few_layers_give_all_layers(checkpointing):
-    batch = packed_pairs((20, 30, 30), 200, 4)
+    batch = packed_rows((20, 30, 30), 200, 4)
     for config, lora in ((llama(), LoraConfig(r=2, target_modules=["q_proj"])), (llama(), None)):
         step = Step("float32", True, lora, checkpointing)
         exact, quick = _run(config, step, batch, 6), traced(config, step, batch)
@@ -149,7 +151,7 @@ def test_largest_batch_of_pairs(tmp_path):
     args = DPORunConfig(str(tmp_path), per_device_train_batch_size=3, gradient_accumulation_steps=2, max_length=40)
     pair = (10, 20, 30)
     # A budget of 2 x 3 x 40 tokens holds four of the step's six pairs.
-    assert args.largest_batch(pair, 40, llama()) == (packed_pairs(pair, 240, 6), True)
+    assert args.largest_batch(pair, 40, llama()) == (packed_rows(pair, 240, 6), True)
     assert args.largest_batch(pair, 40, transformers.GPT2Config()) == (Batch((), 6, 40, 150), True)
     args.loss_type = ["bco_pair"]
     assert args.largest_batch(pair, 40, llama())[0].pairs == (pair,) * 3
