@@ -79,11 +79,11 @@ def main():
     if training.config.preflight_only:
         return print_main(f"\n{training.describe_preflight_only()}")
     # Before the first step, since no copy of the base is kept beside the model that is trained.
-    base = score_base(training, trainer, splits)
+    score_base(training, trainer, splits)
     # Unlike DPOTrainer, SFTTrainer keeps no copy of a start adapter that it trains further.
     keep_reference(training.start_adapter, training.config.output_dir)
     training.train(trainer, flight)
-    rows, metrics = evaluate_conversations(trainer, splits, base, training.config.seed)
+    rows, metrics = evaluate_conversations(trainer, splits, training.config.seed)
     samples = write_conversation_samples(training, trainer, splits)
     title = training.title(splits, "conversations")
     report = sft_report.render(metrics, title, training.row_log.read(), samples, splits.kept_overlap)

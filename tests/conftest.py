@@ -345,6 +345,21 @@ def inputs(tiny, trained, prefs, tmp_path_factory):
     return Inputs(tiny, trained, prefs, *files)
 
 
+@pytest.fixture
+def shipped_config(tmp_path):
+    """A config of configs/accelerate, changed only to run on two CPU processes."""
+
+    import yaml
+
+    def make(name: str) -> Path:
+        config = yaml.safe_load((ROOT / "configs" / "accelerate" / f"{name}.yaml").read_text())
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump({**config, "num_processes": 2, "use_cpu": True}))
+        return path
+
+    return make
+
+
 NO_BROWSER = "no browser: pip install -r requirements/browser-tests.txt; Debian: apt-get install chromium"
 
 

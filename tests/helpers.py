@@ -1,6 +1,8 @@
 """Helpers that tests of several rooms share; fixtures are in conftest.py."""
 
+import signal
 import sys
+import time
 from html.parser import HTMLParser
 from types import SimpleNamespace
 
@@ -8,6 +10,7 @@ import torch
 from conftest import ROOT, eval_args, lora_args, make_pairs
 from processes import run_two_processes
 
+from preflab.evaluation.runs import is_complete
 from preflab.models.loading import load_model
 from utils.artifacts import RowFile
 
@@ -53,6 +56,16 @@ def assert_shared(eval_out, count, *kinds):
     for kind in kinds:
         shards = {p.name: len(RowFile(p).read()) for p in (eval_out / ".cache").glob(f"{kind}-[0-9a-f]*/rows-*.jsonl")}
         assert set(shards) == {"rows-0.jsonl", "rows-1.jsonl"} and sum(shards.values()) == count, (kind, shards)
+
+
+def kill_after(ranks: list, checkpoint) -> None:
+    """Send SIGKILL to all ranks of a launch as soon as the checkpoint is complete."""
+    while not is_complete(checkpoint) and all(rank.poll() is None for rank in ranks):
+        time.sleep(0.01)
+    for rank in ranks:
+        rank.send_signal(signal.SIGKILL)
+    results = [rank.result() for rank in ranks]
+    assert {done.returncode for done in results} == {-signal.SIGKILL}, results[0].stderr[-3000:]
 
 
 def instructions(count: int, offset: int = 0) -> list[dict]:

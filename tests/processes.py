@@ -84,13 +84,42 @@ def run_script(script: str, *args, **kwargs) -> subprocess.CompletedProcess:
     return Script(script, *args, **kwargs).result()
 
 
-def run_two_processes(script: str, *args) -> subprocess.CompletedProcess:
-    """The script as ranks 0 and 1 on the CPU, in the environment that accelerate's launcher gives its ranks."""
+def launch_environment(config: Path) -> dict[str, str]:
+    """The variables by which accelerate's launcher passes a config file's content to its ranks."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+
+    parsed = launch_command_parser().parse_args(["--config_file", str(config), "--main_process_port", "0", "script.py"])
+    args, defaults, _ = _validate_launch_command(parsed)
+    if not args.use_deepspeed:
+        return prepare_multi_gpu_env(args)
+    args.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
+    return prepare_deepspeed_cmd_env(args)[1]
+
+
+def start_processes(count: int, script: str, *args, config: Path | None = None) -> list[Script]:
+    """The script as ranks 0 to count - 1 on the CPU, in the environment that accelerate's launcher gives its ranks.
+
+    Args:
+        config: accelerate's config file (default: DDP).
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    ranks = [Script(script, *args, env={**shared, "RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(2)]
+    shared = launch_environment(config) if config else {}
+    shared |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [Script(script, *args, env={**shared, "RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(count)]
+
+
+def run_two_processes(script: str, *args, config: Path | None = None) -> subprocess.CompletedProcess:
+    """The script on two processes, to its end."""
+    return run_processes(2, script, *args, config=config)
+
+
+def run_processes(count: int, script: str, *args, config: Path | None = None) -> subprocess.CompletedProcess:
+    """The script on `count` processes, to its end (see `start_processes`)."""
+    ranks = start_processes(count, script, *args, config=config)
     while any(rank.poll() is None for rank in ranks):
         if any(rank.poll() for rank in ranks):  # like the launcher: after one rank failed, end the others
             time.sleep(1)

@@ -7,6 +7,37 @@ import warnings
 from utils.errors import UserError
 from utils.hub import report_retries_once
 
+# What accelerate's launcher passes on from its config file although the run decides it: {variable: (the key there, the
+# value that leaves the decision to the run or saves its weights as one file, None to remove it)}.
+DECIDED_BY_THE_RUN = {
+    "ACCELERATE_MIXED_PRECISION": ("mixed_precision", "no"),
+    "ACCELERATE_DYNAMO_BACKEND": ("dynamo_backend", "no"),
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("gradient_accumulation_steps", None),
+    "ACCELERATE_GRADIENT_CLIPPING": ("gradient_clipping", None),
+    "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": ("zero3_save_16bit_model", "true"),
+    "FSDP_STATE_DICT_TYPE": ("fsdp_state_dict_type", "FULL_STATE_DICT"),
+}
+
+
+def settle_launch() -> list[str]:
+    """Let the run decide what belongs to it, whatever a file of `accelerate config` says. Call before parsing.
+
+    Returns:
+        Notes about the values that are not used.
+    """
+    notes = []
+    for variable, (key, value) in DECIDED_BY_THE_RUN.items():
+        before = os.environ.get(variable)
+        if before is None or before.lower() == str(value).lower():
+            continue
+        if value is None:
+            del os.environ[variable]
+        else:
+            os.environ[variable] = value
+        instead = "the run's own is" if value in (None, "no") else f"{value} is"
+        notes.append(f"{key} {before} of accelerate's config file is not used; {instead}")
+    return notes
+
 
 def keep_fsdp_on_cpu() -> None:
     """Shard an FSDP launch on CPU processes too, where accelerate silently falls back to DDP.

@@ -1,6 +1,8 @@
 """Download one file of a hub repository, with readable errors."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from utils.errors import UserError, first_line
@@ -87,3 +89,30 @@ def why_unreachable(error: Exception | None = None) -> str:
         )
     detail = f" ({first_line(error)})" if error else ""
     return f"the hub {constants.ENDPOINT} cannot be reached{detail}: check the network, HTTPS_PROXY and HF_ENDPOINT"
+
+
+@contextmanager
+def upload_errors(what: str, fix: str) -> Iterator[None]:
+    """Around an upload: its failure in one line.
+
+    Args:
+        what: the flag with its repository.
+        fix: what continues a failed upload.
+
+    Raises:
+        UserError: no access, or no network.
+    """
+    from huggingface_hub import constants, errors
+
+    if constants.HF_HUB_OFFLINE:
+        raise UserError(f"{what}: {why_unreachable()}")
+    try:
+        yield
+    except errors.HfHubHTTPError as error:
+        status = error.response.status_code if error.response is not None else None
+        if status in (401, 403):
+            login = "run `hf auth login` with a token that may write there, or name a repository of your own"
+            raise UserError(f"{what}: the hub refuses it ({status}): {login}") from None
+        raise UserError(f"{what}: the upload failed ({first_line(error)}); {fix}") from None
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"{what}: {why_unreachable(error)}; {fix}") from None

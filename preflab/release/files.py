@@ -1,6 +1,5 @@
 """The upload-ready folder: weights linked, small files copied, and nothing of this machine in it."""
 
-import fnmatch
 import json
 import os
 import re
@@ -9,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from preflab.models.public_names import HUB_ID, PublicName
+from preflab.models.weight_files import SMALL, WEIGHTS, matches
 from preflab.release.sources import MACHINE_PATH
 from utils.artifacts import dumps, holds_files, read_json, remove_folder, write_text
 from utils.errors import UserError
@@ -16,11 +16,6 @@ from utils.secrets_in_text import without_secrets
 
 # The file that marks a folder as one that this script wrote.
 MARK = "card_sources.json"
-WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin")
-SMALL = (
-    "adapter_config.json", "config.json", "generation_config.json", "*.safetensors.index.json", "*.bin.index.json",
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*", "*.model",
-)  # fmt: skip
 # Keys of configs that name where the model was loaded from.
 NAMES = ("base_model_name_or_path", "_name_or_path", "name_or_path")
 # Files of words, in which "/home" is a token.
@@ -53,9 +48,9 @@ class ReleaseFolder:
         # The mark first: what an interrupted call leaves may then be deleted by the next one.
         write_text(self.staging / MARK, "{}\n")
         for path in sorted(weights.iterdir()):
-            if path.is_file() and _matches(path.name, WEIGHTS):
+            if path.is_file() and matches(path.name, WEIGHTS):
                 link_or_copy(path, self.staging / path.name)
-            elif path.is_file() and _matches(path.name, SMALL):
+            elif path.is_file() and matches(path.name, SMALL):
                 self._copy(path, base)
         for name, path in pictures.items():
             shutil.copyfile(path, self.staging / name)
@@ -71,7 +66,7 @@ class ReleaseFolder:
 
     def _copy(self, path: Path, base: PublicName) -> None:
         target = self.staging / path.name
-        if not _matches(path.name, ("adapter_config.json", "config.json", "tokenizer_config.json")):
+        if not matches(path.name, ("adapter_config.json", "config.json", "tokenizer_config.json")):
             shutil.copyfile(path, target)
             return
         content = read_json(path)
@@ -90,7 +85,7 @@ def has_weights(folder: Path) -> bool:
     """Whether a folder holds a complete adapter or model."""
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     configured = "adapter_config.json" in names or "config.json" in names
-    return configured and any(_matches(name, WEIGHTS) for name in names)
+    return configured and any(matches(name, WEIGHTS) for name in names)
 
 
 def link_or_copy(source: Path, target: Path) -> None:
@@ -116,7 +111,7 @@ def ensure_public(path: Path, folder: Path) -> None:
         raise UserError(f"{name}: holds a token, key or login; remove it from the file that it was made from")
     places = {str(Path.cwd()), str(folder.parent.resolve()), str(Path.home())} - {"/", "/root", "/home"}
     local = next((place for place in sorted(places) if place in text), None)
-    if local is None and not _matches(path.name, VOCABULARIES):
+    if local is None and not matches(path.name, VOCABULARIES):
         local = next((match for match in _paths(text) if Path(match).is_absolute() and Path(match).exists()), None)
     if local:
         raise UserError(f"{name}: names the path {local} of this machine; load the model by its hub id (--base_hub_id)")
@@ -126,10 +121,6 @@ def _paths(text: str) -> Iterator[str]:
     # Addresses are no paths.
     text = re.sub(r"\w+://\S+", " ", text)
     return (match[0].strip() for match in MACHINE_PATH.finditer(text))
-
-
-def _matches(name: str, patterns: tuple) -> bool:
-    return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
 
 
 def sources_text(entries: list[dict], run: str) -> str:

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from preflab.release.files import files_of
-from utils.errors import UserError, first_line
-from utils.hub import why_unreachable
+from utils.hub import upload_errors
 from utils.tables import number, render
 
 
@@ -38,12 +37,10 @@ def push(folder: Path, repository: str, private: bool) -> list[Upload]:
     Raises:
         UserError: no access, or no network. What was uploaded before is in the repository.
     """
-    from huggingface_hub import HfApi, constants, errors
+    from huggingface_hub import HfApi
 
-    if constants.HF_HUB_OFFLINE:
-        raise UserError(f"--push {repository}: {why_unreachable()}")
     api, uploads = HfApi(), uploads_of(folder)
-    try:
+    with upload_errors(f"--push {repository}", "the same command continues"):
         api.create_repo(repository, private=private, exist_ok=True)
         there = _remote(api, repository)
         for upload in uploads:
@@ -56,16 +53,6 @@ def push(folder: Path, repository: str, private: bool) -> list[Upload]:
                 allow_patterns=missing,
                 commit_message=f"Release of {folder.name}",
             )
-    except errors.HfHubHTTPError as error:
-        status = error.response.status_code if error.response is not None else None
-        if status in (401, 403):
-            fix = "run `hf auth login` with a token that may write there, or name a repository of your own"
-            raise UserError(f"--push {repository}: the hub refuses it ({status}): {fix}") from None
-        raise UserError(
-            f"--push {repository}: the upload failed ({first_line(error)}); the same command continues"
-        ) from None
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"--push {repository}: {why_unreachable(error)}; the same command continues") from None
     return uploads
 
 

@@ -27,6 +27,7 @@ HONOURED = frozenset(
     gradient_checkpointing_kwargs activation_offloading torch_empty_cache_steps
     eval_strategy eval_steps eval_delay eval_on_start metric_for_best_model greater_is_better
     save_strategy save_steps save_total_limit
+    push_to_hub hub_model_id hub_strategy hub_private_repo hub_always_push
     logging_strategy logging_steps logging_first_step logging_nan_inf_filter disable_tqdm debug
     ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout
     fsdp fsdp_config deepspeed
@@ -36,7 +37,6 @@ HONOURED = frozenset(
 )
 
 NOT_COMPILED = "the shared prompts and the fused output layer are not compiled"
-NOT_PUSHED = "the run writes its model card after training; upload the finished folder with `hf upload`"
 OWN_ROWS = "rows are read and tokenised by this project (docs/data.md)"
 ONE_OUTPUT_LAYER = "the fused output layer does this already"
 # {key: why it must keep its default, and what to use instead}.
@@ -79,13 +79,8 @@ REFUSED = {
     "torch_compile": NOT_COMPILED,
     "torch_compile_backend": NOT_COMPILED,
     "torch_compile_mode": NOT_COMPILED,
-    "push_to_hub": NOT_PUSHED,
-    "hub_token": NOT_PUSHED,
-    "hub_private_repo": NOT_PUSHED,
-    "hub_model_id": NOT_PUSHED,
-    "hub_strategy": NOT_PUSHED,
-    "hub_always_push": NOT_PUSHED,
-    "hub_revision": NOT_PUSHED,
+    "hub_token": "a token in a command or a file is easily published; use `hf auth login` or HF_TOKEN",
+    "hub_revision": "uploads go to the branch main",
 }
 # Honoured in SFT, refused for pairs.
 REFUSED_FOR_PAIRS = {"neftune_noise_alpha": "the noise would be part of policy and reference, and so of every reward"}

@@ -1,11 +1,14 @@
 """Rows and metrics of the held-out split after training."""
 
+from functools import partial
+
 import numpy as np
 
 from preflab.evaluation.perplexity import add_power, section_metrics
 from preflab.evaluation.rewards import number_prompts, prompts_of, reward_metrics, reward_rows
 from preflab.evaluation.surface_baseline import bag_of_words_scores
 from preflab.training.list_metrics import add_list_scores, list_metrics
+from preflab.training.resumable import BeforeFirstStep
 from preflab.training.run import TrainingRun
 
 
@@ -34,33 +37,33 @@ def evaluate_pairs(trainer, splits, config) -> tuple[list[dict], dict]:
     return rows, reward_metrics(rows, bag_of_words_scores(*texts, seed=config.seed), config.seed) | of_lists
 
 
-def score_base(training: TrainingRun, trainer, splits) -> list[float] | None:
-    """Negative log-likelihood of each test conversation before training, in nats, cached on disk.
+def score_base(training: TrainingRun, trainer, splits) -> None:
+    """Score each test conversation before training, cached on disk, into `trainer.base_nll`.
 
-    None without a test split, and for a sharded model, which cannot be scored before training.
+    A sharded model exists only inside training: there it is scored at the first step.
     """
-    if not splits.test or trainer.is_sharded:
-        return None
+    if not splits.test:
+        return
     start = training.start_adapter.describe() if training.start_adapter else None
     # A merged adapter is named here too, beside the merged weights that model_identity describes.
     identity = {**training.model_identity(trainer), "start": start}
-    nll = trainer.score_base(splits.test_ids, training.config.eval_out, identity)
+    score = partial(trainer.score_base, splits.test_ids, training.config.eval_out, identity)
+    if trainer.is_sharded:
+        trainer.add_callback(BeforeFirstStep(trainer, score))
+        return
+    score()
     training.end_phase("base on held-out rows")
-    return nll
 
 
-def evaluate_conversations(trainer, splits, base: list[float] | None, seed: int) -> tuple[list[dict], dict]:
+def evaluate_conversations(trainer, splits, seed: int) -> tuple[list[dict], dict]:
     """Score the test conversations with the tuned model and compare with the base.
-
-    Args:
-        base: each conversation's negative log-likelihood before training, in nats; None where it was not scored.
 
     Returns:
         (rows, metrics), the rows in the order of the conversations; both empty without a test split.
     """
     if not splits.test:
         return [], {}
-    rows = heldout_rows(splits.test, splits.test_ids, base, trainer.score(splits.test_ids))
+    rows = heldout_rows(splits.test, splits.test_ids, trainer.base_nll, trainer.score(splits.test_ids))
     return rows, heldout_metrics(rows, seed)
 
 

@@ -143,6 +143,11 @@ class ResumableMixin:
     def create_model_card(self, *args, **kwargs):
         """Do nothing: preflab.models.card writes the card once, at the end, with the results in it."""
 
+    def init_hf_repo(self, *args, **kwargs):
+        """Do nothing: preflab.training.hub_uploads uploads, after the checkpoint is complete and the card written."""
+
+    _push_from_checkpoint = push_to_hub = init_hf_repo
+
     def train(self, *args, **kwargs):
         """transformers' train, timed."""
         self.started = time.monotonic()
@@ -182,6 +187,8 @@ class ResumableMixin:
                 num_tokens=self._total_train_tokens,
                 seconds=self.seconds,
                 not_yet_logged=not_yet_logged,
+                sharding=self.args.sharding,
+                processes=self.accelerator.num_processes,
             )
             _make_newest(folder)
             rotate_checkpoints(str(folder.parent), limit, self.state.best_model_checkpoint, use_mtime=True)
@@ -227,6 +234,18 @@ def _make_newest(checkpoint: Path) -> None:
     latest = max((p.stat().st_mtime for p in checkpoints(checkpoint.parent) if p != checkpoint), default=0.0)
     if checkpoint.stat().st_mtime <= latest:
         os.utime(checkpoint, (latest + 2, latest + 2))
+
+
+class BeforeFirstStep(TrainerCallback):
+    """Calls `compute` when training begins: a sharded model exists from here. Its time is not counted as training."""
+
+    def __init__(self, trainer, compute: Callable[[], None]):
+        self.trainer, self.compute = trainer, compute
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        before = time.monotonic()
+        self.compute()
+        self.trainer.started += time.monotonic() - before
 
 
 class RowLog(TrainerCallback):

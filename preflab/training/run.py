@@ -21,6 +21,7 @@ from preflab.models.loading import (
     quantised_as,
 )
 from preflab.models.start_adapter import StartAdapter, merge_start_adapter, resolve_start_adapter
+from preflab.training.hub_uploads import HubUploads
 from preflab.training.lora_targets import check_targets
 from preflab.training.memory import free_bytes
 from preflab.training.memory_parts import Weights
@@ -30,7 +31,7 @@ from preflab.training.planner import publish_plan
 from preflab.training.preflight import run_preflight
 from preflab.training.preflight_checks import refuse_fatal
 from preflab.training.run_config import RunConfig, check_run_config, fit_global_batch
-from preflab.training.run_folder import RunFolders, checkpoint_to_resume, claim_run, run_identity
+from preflab.training.run_folder import Launch, RunFolders, checkpoint_to_resume, claim_run, run_identity
 from preflab.training.sharding import Shards
 from preflab.training.splits import Splits
 from preflab.training.throughput import (
@@ -44,7 +45,7 @@ from preflab.training.training_table import first_and_last_tenth
 from utils import stage as stages
 from utils.artifacts import RowFile, all_arguments, read_json, read_published, write_json, write_rows
 from utils.cli import run_name
-from utils.distributed import keep_fsdp_on_cpu, on_main_process
+from utils.distributed import keep_fsdp_on_cpu, on_main_process, settle_launch
 from utils.errors import Stopped, UserError, exit_code, first_line, is_main_process
 from utils.stage import Report, Stage, print_main
 from utils.tables import paragraphs, terminal_width
@@ -64,6 +65,7 @@ class TrainingRun:
         start_adapter: the adapter that training starts from, or None.
         published: published results for the model card, or None.
         notes: sentences that the preflight shows.
+        uploads: to the hub, or None.
         tokenizer: None until `load_splits`.
         phases: {name of a phase before the first step: its seconds}, in order.
     """
@@ -77,6 +79,7 @@ class TrainingRun:
     start_adapter: StartAdapter | None
     published: dict | None
     notes: list[str]
+    uploads: HubUploads | None
     tokenizer: object = None
     phases: dict[str, float] = field(default_factory=dict)
 
@@ -94,6 +97,7 @@ class TrainingRun:
         Raises:
             UserError: bad arguments, or folders that belong to something else.
         """
+        launch_notes = settle_launch()
         stage, data_args, config, model_args = stages.start(
             name, page, data_type, config_type, ModelConfig, runs_bare=False
         )
@@ -108,7 +112,7 @@ class TrainingRun:
             sys.exit(0)
         # Making the config has set accelerate's state; the trainer is not made yet.
         keep_fsdp_on_cpu()
-        notes = fit_global_batch(config)
+        notes = launch_notes + fit_global_batch(config)
         published = read_published(config.published, list) if config.published else None
         # Before resolve_start_adapter, which replaces the model's name by that of the merged folder.
         config.run_name = run_name(config.run_name, model_args.model_name_or_path, suffix, data_args.limit)
@@ -121,10 +125,17 @@ class TrainingRun:
         claim = (config.run_name, config.output_dir, config.eval_out, identity, config.resume, config.overwrite)
         # Rank 0 claims the folders and checks the checkpoint; its error is raised on every rank.
         folders = on_main_process(lambda: claim_run(*claim))
-        checkpoint = on_main_process(lambda: None if folders.finished else checkpoint_to_resume(folders, config.resume))
+        launch = Launch(config.sharding, config.world_size)
+        checkpoint = on_main_process(
+            lambda: None if folders.finished else checkpoint_to_resume(folders, config.resume, launch)
+        )
+        uploads = HubUploads(config, model_args.model_name_or_path) if config.push_to_hub else None
+        if uploads and not (config.preflight_only or folders.finished):
+            # A missing login shows here, before a model is loaded.
+            on_main_process(uploads.create)
         # The trainer writes its checkpoints below output_dir; identity and claim above use the parent folder.
         config.output_dir = str(folders.weights)
-        run = cls(stage, data_args, config, model_args, folders, checkpoint, start_adapter, published, notes)
+        run = cls(stage, data_args, config, model_args, folders, checkpoint, start_adapter, published, notes, uploads)
         run.end_phase("start")
         return run
 
@@ -310,6 +321,8 @@ class TrainingRun:
         if self.checkpoint:
             print_main(f"resuming from {self.checkpoint}")
         trainer.continue_from(self.checkpoint)
+        if self.uploads:
+            trainer.add_callback(self.uploads)
         with trainer.stopper:
             trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
         if trainer.stopper.stopped_by:
@@ -394,6 +407,8 @@ class TrainingRun:
         print_main(paragraphs(places, width=terminal_width()))
         print_main(f"training took {trainer.seconds:.0f} s, the command in total {self.stage.seconds:.0f} s")
         self.print_next(held_out=splits.test_ids is not None)
+        if self.uploads:
+            print_main(self.uploads.finish(self.folders.weights))
 
     def print_next(self, held_out: bool) -> None:
         """Print the commands that evaluate, compare or continue this run."""

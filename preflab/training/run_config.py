@@ -1,9 +1,12 @@
 """Keys that every training stage has beside TRL's own, their checks, and what is derived from them."""
 
+import importlib.util
+import os
 from dataclasses import dataclass, field
 
 import torch
-from accelerate.utils import gather_object
+from accelerate import PartialState
+from accelerate.utils import DistributedType, gather_object
 from trl import ModelConfig
 
 from preflab.training.decisions import REFUSED, check_decisions
@@ -23,6 +26,8 @@ POSITIVE = (
     "learning_rate", "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
     "global_batch_size", "max_length",
 )  # fmt: skip
+# Trackers of --report_to in requirements/tracking.txt; the others of transformers are passed on unchecked.
+TRACKERS = ("tensorboard", "trackio", "wandb")
 # Maximum tokens of an answer in samples.md.
 SAMPLE_TOKENS = 64
 
@@ -160,6 +165,17 @@ class RunConfig:
         return reason
 
     @property
+    def sharding(self) -> str | None:
+        """What spreads parameters or optimizer state over processes, as an error names it; None without sharding."""
+        plugin = self.deepspeed_plugin
+        if plugin is not None:
+            return f"DeepSpeed ZeRO-{plugin.zero_stage}"
+        if PartialState().distributed_type == DistributedType.NO:
+            # A single CPU process, where accelerate ignores FSDP.
+            return None
+        return "FSDP" if self.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true" else None
+
+    @property
     def precision(self) -> str:
         """The precision of the forward pass: bf16, fp16 or fp32."""
         return "bf16" if self.bf16 else "fp16" if self.fp16 else "fp32"
@@ -177,6 +193,19 @@ def check_positive(*holders_and_keys: tuple[object, tuple[str, ...]]) -> None:
             value = getattr(holder, key)
             if value is not None and not value > 0:
                 raise UserError(f"--{key} {value}: must be above 0")
+
+
+def check_trackers(names: list[str]) -> None:
+    """Raise UserError for a tracker of --report_to that transformers does not know, or that is not installed."""
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    for name in names:
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise UserError(f"--report_to {name}: unknown; choose from none, all, {', '.join(INTEGRATION_TO_CALLBACK)}")
+        if name in TRACKERS and importlib.util.find_spec(name) is None:
+            raise UserError(
+                f"--report_to {name}: the package is not installed: pip install -r requirements/tracking.txt"
+            )
 
 
 def check_run_config(config: RunConfig, model) -> None:
@@ -200,6 +229,7 @@ def check_run_config(config: RunConfig, model) -> None:
                 f"--{key}: has no effect without --use_peft, since all weights are trained; add or remove it"
             )
     check_decisions(config, model)
+    check_trackers(config.report_to)
     if (config.start_adapter is None) != (config.start_adapter_use is None):
         raise UserError(
             "--start_adapter and --start_adapter_use must be given together: merge puts the adapter into the base and"

@@ -38,6 +38,7 @@ ARGUMENTS_NOT_IN_IDENTITY = {
     "global_batch_size", "per_device_train_batch_size", "gradient_accumulation_steps", "per_device_eval_batch_size",
     "gradient_checkpointing", "gradient_checkpointing_kwargs", "activation_checkpointing", "use_cpu",
     "shared_prompt", "micro_batch_tokens", "reference_cache", "published", "base_hub_id",
+    "push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo", "hub_always_push",
     "save_strategy", "save_steps", "eval_strategy", "eval_steps", "logging_strategy", "logging_steps",
 }  # fmt: skip
 # Keys that earlier versions did not record, with the value that their runs used.
@@ -59,6 +60,32 @@ MODEL_PARTS = {
 }
 # A results folder has at least one of these.
 RESULTS = ("train.json", "train_log.jsonl", "preflight.json")
+
+
+@dataclasses.dataclass
+class Launch:
+    """How a call is launched, as far as its checkpoints depend on it.
+
+    Attributes:
+        sharding: of `preflab.training.run_config.RunConfig.sharding`.
+        processes: their number.
+    """
+
+    sharding: str | None = None
+    processes: int = 1
+
+    def __str__(self) -> str:
+        count = f"{self.processes} process{'' if self.processes == 1 else 'es'}"
+        return f"{self.sharding or 'no sharding'} on {count}"
+
+    def reads(self, saved: "Launch") -> bool:
+        """Whether a checkpoint of the launch `saved` can be resumed in this one.
+
+        DeepSpeed stores a part of the optimizer state per process. FSDP stores all of it in one file, unsharded runs
+        in another, so the number of processes may differ, but not the kind.
+        """
+        per_process = "DeepSpeed" in (saved.sharding or "")
+        return self.sharding == saved.sharding and (self.processes == saved.processes or not per_process)
 
 
 @dataclasses.dataclass
@@ -257,16 +284,37 @@ def write_manifest(checkpoint: Path, **state) -> None:
     write_json(checkpoint / MANIFEST, {**state, "files": files, "sha256": hashes})
 
 
-def checkpoint_to_resume(run: RunFolders, resume: str) -> Path | None:
+def checkpoint_to_resume(run: RunFolders, resume: str, launch: Launch | None = None) -> Path | None:
     """The checkpoint to start from, None for step 0. Reads every byte of it: rank 0 only.
 
     Args:
         resume: "auto" (the newest complete and undamaged checkpoint; the others are named on stderr), "never", or a
             path.
+        launch: of this call (default: one process without sharding).
 
     Raises:
-        UserError: the path is not a complete and undamaged checkpoint of this run.
+        UserError: the path is not a complete and undamaged checkpoint of this run, or the checkpoint was saved under
+            a launch that this one cannot read.
     """
+    checkpoint = _undamaged_checkpoint(run, resume)
+    if checkpoint is not None:
+        _ensure_readable(checkpoint, launch or Launch())
+    return checkpoint
+
+
+def _ensure_readable(checkpoint: Path, launch: Launch) -> None:
+    manifest = read_json(checkpoint / MANIFEST)
+    # Manifests of earlier versions do not say how their run was launched.
+    saved = Launch(manifest["sharding"], manifest["processes"]) if "sharding" in manifest else launch
+    if not launch.reads(saved):
+        raise UserError(
+            f"{checkpoint}: saved under {saved}, and this call has {launch}, which cannot read it: launch the command"
+            " as before (accelerate's --config_file and --num_processes), or start over with --overwrite"
+        )
+
+
+def _undamaged_checkpoint(run: RunFolders, resume: str) -> Path | None:
+    """`checkpoint_to_resume`, whatever its launch."""
     if resume == "never":
         return None
     if resume != "auto":

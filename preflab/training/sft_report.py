@@ -7,7 +7,9 @@ from utils.stats import direction
 from utils.tables import cell, decimals_of, difference, p_equals, undecided
 from utils.tables import render as render_table
 
-SHARDED = "No claim: a sharded model cannot be scored before training; use eval_perplexity.py to compare."
+NO_BASE = (
+    "No claim: this sharded run was resumed without the cache of its base's figures; use eval_perplexity.py to compare."
+)
 
 
 @fits_terminal
@@ -58,7 +60,7 @@ def verdict_of(metrics: dict) -> tuple[bool, str]:
     Both the 95% interval of the ratio and the permutation test must agree.
     """
     if "heldout_ppl_base" not in metrics:
-        return False, SHARDED
+        return False, NO_BASE
     ratio, p = metrics["heldout_ppl_ratio"], metrics["p_heldout_nll_difference"]["value"]
     if ratio["ci95"] is None:
         return False, "No claim: one held-out conversation is too few for an interval."

@@ -18,6 +18,9 @@ class ResumableSFTTrainer(ResumableMixin, SFTTrainer):
     # Columns of the token ids of a row's sequence.
     SEQUENCES = (("input_ids",),)
 
+    # Negative log-likelihood of each test conversation under the base, in nats (`score_base`); None where unknown.
+    base_nll: list[float] | None = None
+
     def __init__(self, *args, row_log: RowFile, **kwargs):
         fused_head.install()
         # The tokenizer already has its template; TRL would read the file again, or take its path for a model id.
@@ -69,8 +72,10 @@ class ResumableSFTTrainer(ResumableMixin, SFTTrainer):
             by_place = dict(gather_object(list(by_place.items())))
         return [by_place[place] for place in range(len(indices))]
 
-    def score_base(self, dataset, eval_out: str, identity: dict) -> list[float]:
-        """`score` of every row before the first step, cached on disk, so that a resumed run has it too.
+    def score_base(self, dataset, eval_out: str, identity: dict) -> None:
+        """`score` of every row before the first step, as `base_nll`; cached on disk, so that a resumed run has it too.
+
+        `base_nll` remains None for a sharded run that is resumed without that cache: its weights are trained already.
 
         Args:
             identity: what identifies the base: weights, precision, quantisation, start adapter.
@@ -79,9 +84,12 @@ class ResumableSFTTrainer(ResumableMixin, SFTTrainer):
         keys = [cache_key(row["input_ids"], row["labels"]) for row in dataset]
         # `finished` is equal on every process, so all of them score the same rows.
         missing = [i for i, key in enumerate(keys) if key not in cache.finished]
+        # Only a sharded model is scored inside training, where a resumed run has its checkpoint's weights.
+        if missing and self.state.global_step > 0:
+            return
         for i, nll in zip(missing, self.score(dataset, missing) if missing else [], strict=True):
             # `score` returns all rows on every process, so one of them saves them.
             if self.accelerator.is_main_process:
                 cache.add(keys[i], {"nll": nll})
         cached = cache.gather()
-        return [cached[key]["nll"] for key in keys]
+        self.base_nll = [cached[key]["nll"] for key in keys]

@@ -1,5 +1,6 @@
-"""Two CPU processes, DDP and FSDP2 with LoRA: the single process's losses at the same global batch."""
+"""Two CPU processes (DDP, FSDP2, files of `accelerate config`) with LoRA: one process's losses at the same batch."""
 
+import importlib.util
 import os
 import re
 import signal
@@ -8,10 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
-import yaml
-from conftest import ROOT, made_once, train_args
-from helpers import ACCELERATE, CPU
-from processes import run_script, run_two_processes
+from accelerate.commands.config.config_args import ClusterConfig
+from conftest import ROOT, assert_one_line, made_once, train_args, write_jsonl
+from helpers import ACCELERATE, CPU, instructions, kill_after
+from processes import run_processes, run_script, run_two_processes, start_processes
 
 from preflab.evaluation.runs import checkpoints, is_complete
 from utils.artifacts import RowFile, read_json
@@ -26,19 +27,6 @@ def launch(config: Path, *args) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env, timeout=600)
 
 
-@pytest.fixture
-def shipped_config(tmp_path):
-    """A config of configs/accelerate, changed only to run on two CPU processes."""
-
-    def make(name: str) -> Path:
-        config = yaml.safe_load((ROOT / "configs" / "accelerate" / f"{name}.yaml").read_text())
-        path = tmp_path / f"{name}.yaml"
-        path.write_text(yaml.safe_dump({**config, "num_processes": 2, "use_cpu": True}))
-        return path
-
-    return make
-
-
 def rows(folder, split):
     return [r for r in RowFile(folder / "out/r/train_log.jsonl").read() if r["split"] == split]
 
@@ -48,19 +36,103 @@ def single(tiny, prefs, tmp_path_factory):
     """The single-process run: global batch 4."""
 
     def make(folder):
-        extra = ("--global_batch_size", 4, "--eval_strategy", "steps", "--eval_steps", 4)
-        done = run_script(SCRIPT, *train_args(tiny, prefs, folder, *extra))
+        done = run_script(SCRIPT, *train_args(tiny, prefs, folder, *SAME_BATCH))
         assert done.returncode == 0, done.stderr
 
     return made_once(tmp_path_factory, "single", make)
 
 
+SAME_BATCH = ("--global_batch_size", 4, "--eval_strategy", "steps", "--eval_steps", 4)
+
+
 # multi_gpu launches as cpu_2proc does.
-@pytest.mark.parametrize("name", ["cpu_2proc", pytest.param("multi_gpu", marks=pytest.mark.slow), "fsdp2"])
+@pytest.mark.parametrize("name", ["cpu_2proc", pytest.param("multi_gpu", marks=pytest.mark.slow)])
 def test_two_processes_equal_one(tiny, prefs, tmp_path, single, shipped_config, name):
-    extra = ("--global_batch_size", 4, "--eval_strategy", "steps", "--eval_steps", 4)
-    done = launch(shipped_config(name), *train_args(tiny, prefs, tmp_path, *extra))
+    done = launch(shipped_config(name), *train_args(tiny, prefs, tmp_path, *SAME_BATCH))
     assert done.returncode == 0, done.stderr[-3000:]
+    assert_equals_one(tmp_path, single, sharded=False)
+
+
+@pytest.mark.parametrize("name", ["fsdp2", pytest.param("fsdp2_offload", marks=pytest.mark.slow)])
+def test_shards_equal_one_process(tiny, prefs, tmp_path, single, shipped_config, name):
+    args = train_args(tiny, prefs, tmp_path, *SAME_BATCH)
+    done = run_two_processes(SCRIPT, *args, config=shipped_config(name))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_equals_one(tmp_path, single, sharded=True)
+
+
+# As `accelerate config` writes them, with its own defaults, and answers that contradict the run's settings.
+FSDP_MADE = dict(
+    fsdp_version=2, fsdp_auto_wrap_policy="TRANSFORMER_BASED_WRAP", fsdp_activation_checkpointing=False,
+    fsdp_cpu_ram_efficient_loading=True, fsdp_offload_params=False, fsdp_reshard_after_forward=True,
+    fsdp_state_dict_type="SHARDED_STATE_DICT",
+)  # fmt: skip
+DEEPSPEED_MADE = dict(
+    deepspeed_multinode_launcher="standard", zero_stage=3, offload_optimizer_device="none", offload_param_device="none",
+    zero3_init_flag=False, zero3_save_16bit_model=False, gradient_accumulation_steps=8, gradient_clipping=0.1,
+)  # fmt: skip
+needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="no deepspeed")
+MADE = [
+    pytest.param("MULTI_GPU", {}, (), marks=pytest.mark.slow),
+    pytest.param("FSDP", {"fsdp_config": FSDP_MADE}, ("fsdp_state_dict_type SHARDED_STATE_DICT",)),
+    pytest.param(
+        "DEEPSPEED",
+        {"deepspeed_config": DEEPSPEED_MADE},
+        ("gradient_accumulation_steps 8", "gradient_clipping 0.1", "zero3_save_16bit_model false"),
+        marks=[pytest.mark.slow, needs_deepspeed],
+    ),
+]
+
+
+@pytest.mark.parametrize(("kind", "section", "words"), MADE)
+def test_files_of_accelerate_config(tiny, prefs, tmp_path, single, kind, section, words):
+    path = tmp_path / "made.yaml"
+    ClusterConfig(
+        compute_environment="LOCAL_MACHINE", distributed_type=kind, mixed_precision="bf16", use_cpu=True, debug=False,
+        num_processes=2, **section,
+    ).to_yaml_file(str(path))  # fmt: skip
+    done = run_two_processes(SCRIPT, *train_args(tiny, prefs, tmp_path, *SAME_BATCH), config=path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_equals_one(tmp_path, single, sharded=kind != "MULTI_GPU")
+    notes = "\n".join(read_json(tmp_path / "out/r/preflight.json")["notes"])
+    for word in ("mixed_precision bf16", *words):
+        assert word in notes
+
+
+@pytest.mark.slow
+def test_fsdp_resumes_on_three_processes(tiny, prefs, tmp_path, shipped_config):
+    """Its checkpoint is whole, so the number of processes may change; without FSDP it is refused."""
+    config, batch = shipped_config("fsdp2"), ("--global_batch_size", 6, "--max_steps", 8, "--save_steps", 2)
+    done = run_script(SCRIPT, *train_args(tiny, prefs, tmp_path / "one", *batch))
+    assert done.returncode == 0, done.stderr[-3000:]
+    args = train_args(tiny, prefs, tmp_path, *batch)
+    kill_after(start_processes(2, SCRIPT, *args, config=config), tmp_path / "ck/r/checkpoint-2")
+    done = run_two_processes(SCRIPT, *args)
+    assert done.returncode == 2
+    assert_one_line(done.stderr, "FSDP on 2 processes", "no sharding on 2 processes", "--overwrite")
+    done = run_processes(3, SCRIPT, *args, config=config)
+    assert done.returncode == 0 and "resuming from" in done.stdout, done.stderr[-3000:]
+    for a, b in zip(rows(tmp_path, "train"), rows(tmp_path / "one", "train"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5), a["step"]
+
+
+@pytest.mark.slow
+def test_sft_under_fsdp_has_base_figures(tiny, tmp_path, shipped_config):
+    write_jsonl(tmp_path / "rows/train.jsonl", instructions(24))
+    metrics = {}
+    for name, config in (("one", None), ("two", shipped_config("fsdp2"))):
+        args = train_args(tiny, tmp_path / "rows", tmp_path / name, "--global_batch_size", 4, "--test_rows", 8)
+        done = run_processes(
+            1 + (name == "two"), "sft_train_instruction.py", *args, "--lora_dropout", "0", config=config
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        metrics[name] = read_json(tmp_path / name / "out/r/train.json")["metrics"]
+    for key in ("heldout_ppl_base", "heldout_ppl_tuned", "heldout_ppl_ratio"):
+        assert metrics["two"][key]["value"] == pytest.approx(metrics["one"][key]["value"], rel=1e-4), key
+
+
+def assert_equals_one(tmp_path, single, sharded: bool):
+    """The run in `tmp_path` on two processes has the figures of the single process's."""
     summary = read_json(tmp_path / "out/r/train.json")
     assert summary["run"]["world_size"] == 2 and summary["plan"]["batch"]["processes"] == 2
     assert summary["plan"]["global_batch_size"] == 4
@@ -75,7 +147,7 @@ def test_two_processes_equal_one(tiny, prefs, tmp_path, single, shipped_config, 
     assert (tmp_path / "ck/r/adapter_model.safetensors").exists()
     step0 = read_json(tmp_path / "out/r/preflight.json")["step0"]
     assert step0["largest_reward"] <= 1e-3
-    assert ("first micro-batch" in step0["checked"]) == (name == "fsdp2")
+    assert ("first micro-batch" in step0["checked"]) == sharded
 
 
 def test_changed_global_batch_is_noted(tiny, prefs, tmp_path):

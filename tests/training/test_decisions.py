@@ -16,7 +16,7 @@ CONFIGS = {"pairs": DPORunConfig, "sft": SFTRunConfig}
 OTHER_VALUES = {
     "train_sampling_strategy": "group_by_length", "truncation_mode": "keep_end", "model_init_kwargs": {"a": 1},
     "dataset_kwargs": {"skip_prepare_dataset": True}, "liger_kernel_config": {"rope": False}, "label_names": ["x"],
-    "completion_only_loss": False, "neftune_noise_alpha": 5.0, "hub_private_repo": True, "hub_strategy": "end",
+    "completion_only_loss": False, "neftune_noise_alpha": 5.0,
 }  # fmt: skip
 
 
@@ -70,7 +70,7 @@ def test_defaults_are_accepted_and_refused_keys_are_not(stage, tmp_path):
             ("--load_best_model_at_end", "--eval_strategy", "steps", "--save_steps", "2", "--eval_steps", "2"),
             ("--load_best_model_at_end", "eval_win_rate.py"),
         ),
-        (("--push_to_hub", "--hub_token", "hf_x"), ("not supported", "hf upload")),
+        (("--push_to_hub", "--hub_token", "hf_x"), ("--hub_token", "not supported", "hf auth login")),
         (("--neftune_noise_alpha", "5"), ("--neftune_noise_alpha",)),
         (("--accelerator_config", '{"split_batches": true}'), ("--accelerator_config",)),
         (("--train_sampling_strategy", "group_by_length"), ("group_by_length", "random, sequential")),
