@@ -31,7 +31,14 @@ from preflab.training.planner import publish_plan
 from preflab.training.preflight import run_preflight
 from preflab.training.preflight_checks import refuse_fatal
 from preflab.training.run_config import RunConfig, check_run_config, fit_global_batch
-from preflab.training.run_folder import Launch, RunFolders, checkpoint_to_resume, claim_run, run_identity
+from preflab.training.run_folder import (
+    Launch,
+    RunFolders,
+    checkpoint_to_resume,
+    claim_run,
+    launch_of,
+    run_identity,
+)
 from preflab.training.sharding import Shards
 from preflab.training.splits import Splits
 from preflab.training.throughput import (
@@ -42,6 +49,7 @@ from preflab.training.throughput import (
     slower_than_float32,
 )
 from preflab.training.training_table import first_and_last_tenth
+from preflab.training.universal_checkpoint import convert, load_converted
 from utils import stage as stages
 from utils.artifacts import RowFile, all_arguments, read_json, read_published, write_json, write_rows
 from utils.cli import run_name
@@ -125,10 +133,7 @@ class TrainingRun:
         claim = (config.run_name, config.output_dir, config.eval_out, identity, config.resume, config.overwrite)
         # Rank 0 claims the folders and checks the checkpoint; its error is raised on every rank.
         folders = on_main_process(lambda: claim_run(*claim))
-        launch = Launch(config.sharding, config.world_size)
-        checkpoint = on_main_process(
-            lambda: None if folders.finished else checkpoint_to_resume(folders, config.resume, launch)
-        )
+        checkpoint = None if folders.finished else checkpoint_for(folders, config, notes)
         uploads = HubUploads(config, model_args.model_name_or_path) if config.push_to_hub else None
         if uploads and not (config.preflight_only or folders.finished):
             # A missing login shows here, before a model is loaded.
@@ -414,6 +419,17 @@ class TrainingRun:
         """Print the commands that evaluate, compare or continue this run."""
         kind = {"pairs": self.stage.name != "sft", "held_out": held_out, "lora": self.model_args.use_peft}
         print_main(f"\n{next_commands(self.folders.weights, self.folders.results, **kind)}")
+
+
+def checkpoint_for(folders: RunFolders, config: RunConfig, notes: list[str]) -> Path | None:
+    """The checkpoint to resume from, converted where this launch needs it (which is noted); None for step 0."""
+    launch = Launch(config.sharding, config.world_size)
+    checkpoint = on_main_process(lambda: checkpoint_to_resume(folders, config.resume, launch))
+    if checkpoint and launch.converts(launch_of(checkpoint) or launch):
+        on_main_process(lambda: convert(checkpoint))
+        load_converted(config)
+        notes.append(f"{checkpoint}, saved under {launch_of(checkpoint)}, is converted for {launch}")
+    return checkpoint
 
 
 def training_summary(trainer, flight: dict, unit: str, tokens: int, reference_in_step: bool = False) -> dict:

@@ -81,11 +81,15 @@ class Launch:
     def reads(self, saved: "Launch") -> bool:
         """Whether a checkpoint of the launch `saved` can be resumed in this one.
 
-        DeepSpeed stores a part of the optimizer state per process. FSDP stores all of it in one file, unsharded runs
-        in another, so the number of processes may differ, but not the kind.
+        FSDP stores the optimizer state in one file, unsharded runs in another, so the number of processes may differ,
+        but not the kind. DeepSpeed stores a part per process, which ZeRO-3 can convert.
         """
-        per_process = "DeepSpeed" in (saved.sharding or "")
-        return self.sharding == saved.sharding and (self.processes == saved.processes or not per_process)
+        fixed_count = "DeepSpeed" in (saved.sharding or "") and not self.converts(saved)
+        return self.sharding == saved.sharding and (self.processes == saved.processes or not fixed_count)
+
+    def converts(self, saved: "Launch") -> bool:
+        """Whether a checkpoint of the launch `saved` is converted first (preflab.training.universal_checkpoint)."""
+        return self.sharding == saved.sharding == "DeepSpeed ZeRO-3" and self.processes != saved.processes
 
 
 @dataclasses.dataclass
@@ -302,10 +306,14 @@ def checkpoint_to_resume(run: RunFolders, resume: str, launch: Launch | None = N
     return checkpoint
 
 
-def _ensure_readable(checkpoint: Path, launch: Launch) -> None:
+def launch_of(checkpoint: Path) -> Launch | None:
+    """The launch that saved a checkpoint; None in those of earlier versions, which do not say it."""
     manifest = read_json(checkpoint / MANIFEST)
-    # Manifests of earlier versions do not say how their run was launched.
-    saved = Launch(manifest["sharding"], manifest["processes"]) if "sharding" in manifest else launch
+    return Launch(manifest["sharding"], manifest["processes"]) if "sharding" in manifest else None
+
+
+def _ensure_readable(checkpoint: Path, launch: Launch) -> None:
+    saved = launch_of(checkpoint) or launch
     if not launch.reads(saved):
         raise UserError(
             f"{checkpoint}: saved under {saved}, and this call has {launch}, which cannot read it: launch the command"

@@ -90,19 +90,27 @@ def test_equals_one_process(tiny, data, tmp_path, shipped_config, config, case):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["dpo-lora", "sft-full"])
-def test_resumes_after_kill_9(tiny, data, tmp_path, shipped_config, case):
-    config = shipped_config("deepspeed_zero3")
-    extra = ("--max_steps", 12, "--save_steps", 2)
+@pytest.mark.parametrize(("case", "processes"), [("dpo-lora", 2), ("sft-full", 2), ("dpo-lora", 1), ("dpo-full", 4)])
+def test_resumes_after_kill_9(tiny, data, tmp_path, shipped_config, case, processes):
+    """Also on another number of processes, for which ZeRO-3's checkpoint is converted."""
+    config, extra = shipped_config("deepspeed_zero3"), ("--max_steps", 6, "--save_steps", 2)
     done = run_processes(2, *arguments(case, tiny, data, tmp_path / "unbroken", *extra), config=config)
     assert done.returncode == 0, done.stderr[-3000:]
     args = arguments(case, tiny, data, tmp_path / "killed", *extra)
     kill_after(start_processes(2, *args, config=config), tmp_path / "killed/ck/r/checkpoint-2")
-    # Neither another number of processes nor an unsharded run can read DeepSpeed's optimizer state.
-    for count, other in ((1, config), (2, None)):
+    done = run_processes(processes, *args, config=config)
+    assert done.returncode == 0 and "resuming from" in done.stdout, done.stderr[-3000:]
+    assert ("is converted for" in done.stdout) == (processes != 2)
+    assert_same(tmp_path / "killed", tmp_path / "unbroken")
+
+
+@pytest.mark.slow
+def test_checkpoints_of_another_launch_are_refused(tiny, data, tmp_path, shipped_config):
+    config = shipped_config("deepspeed_zero2")
+    args = arguments("dpo-lora", tiny, data, tmp_path, "--save_steps", 2)
+    kill_after(start_processes(2, *args, config=config), tmp_path / "ck/r/checkpoint-2")
+    # Neither another number of processes, nor another stage, nor an unsharded run can read ZeRO-2's optimizer state.
+    for count, other in ((1, config), (2, shipped_config("deepspeed_zero3")), (2, None)):
         done = run_processes(count, *args, config=other)
         assert done.returncode == 2
-        assert_one_line(done.stderr, "DeepSpeed ZeRO-3 on 2 processes", "--num_processes", "--overwrite")
-    done = run_processes(2, *args, config=config)
-    assert done.returncode == 0 and "resuming from" in done.stdout, done.stderr[-3000:]
-    assert_same(tmp_path / "killed", tmp_path / "unbroken")
+        assert_one_line(done.stderr, "DeepSpeed ZeRO-2 on 2 processes", "--num_processes", "--overwrite")
