@@ -21,9 +21,11 @@ from processes import Script, run_script
 from preflab.evaluation.runs import checkpoints, is_complete
 from preflab.models.loading import _version
 from preflab.training.run_folder import (
+    Launch,
     RunFolders,
     checkpoint_to_resume,
     claim_run,
+    launch_of,
     write_manifest,
 )
 from utils.artifacts import TEMPORARY, RowFile, atomic_write, read_json, write_json
@@ -220,6 +222,40 @@ def test_out_of_memory_names_flags(tiny, prefs, tmp_path):
     )
     assert done.returncode == 2, done.stderr
     assert_one_line(done.stderr, "out of memory", "--per_device_train_batch_size", "--max_length")
+
+
+ZERO2, ZERO3 = "DeepSpeed ZeRO-2", "DeepSpeed ZeRO-3"
+
+
+@pytest.mark.parametrize(
+    ("saved", "now", "reads", "converts"),
+    [
+        ((None, 1), (None, 4), True, False),
+        (("FSDP", 8), ("FSDP", 4), True, False),
+        (("FSDP", 2), (None, 2), False, False),
+        ((None, 2), (ZERO3, 2), False, False),
+        ((ZERO3, 2), (ZERO3, 2), True, False),
+        ((ZERO3, 8), (ZERO3, 4), True, True),
+        ((ZERO3, 2), (ZERO2, 2), False, False),
+        ((ZERO2, 2), (ZERO2, 2), True, False),
+        ((ZERO2, 2), (ZERO2, 1), False, False),
+    ],
+)
+def test_checkpoint_under_another_launch(tmp_path, saved, now, reads, converts):
+    folder = tmp_path / "checkpoint-2"
+    folder.mkdir()
+    write_json(folder / "trainer_state.json", {"global_step": 2})
+    write_manifest(folder, step=2, sharding=saved[0], processes=saved[1])
+    saved, now, run = Launch(*saved), Launch(*now), RunFolders("r", tmp_path, tmp_path)
+    assert launch_of(folder) == saved and now.converts(saved) == converts
+    if reads:
+        assert checkpoint_to_resume(run, "auto", now) == folder
+    else:
+        with pytest.raises(UserError, match=f"{saved}, and this call has {now}"):
+            checkpoint_to_resume(run, "auto", now)
+    # Earlier versions did not record it.
+    write_manifest(folder, step=2)
+    assert launch_of(folder) is None and checkpoint_to_resume(run, "auto", now) == folder
 
 
 def test_incomplete_checkpoints_are_skipped(tmp_path, capsys):
