@@ -114,5 +114,7 @@ def upload_errors(what: str, fix: str) -> Iterator[None]:
             login = "run `hf auth login` with a token that may write there, or name a repository of your own"
             raise UserError(f"{what}: the hub refuses it ({status}): {login}") from None
         raise UserError(f"{what}: the upload failed ({first_line(error)}); {fix}") from None
+    except errors.HFValidationError as error:
+        raise UserError(f"{what}: not a name of a repository ({first_line(error)}): OWNER/NAME") from None
     except (OSError, RuntimeError) as error:
         raise UserError(f"{what}: {why_unreachable(error)}; {fix}") from None

@@ -79,6 +79,12 @@ def test_refused_before_a_model_is_loaded(train, tiny, prefs, tmp_path, hub):
     assert_one_line(err, "--push_to_hub me/run", "403", "hf auth login")
 
 
+def test_bad_name(train, tiny, prefs, tmp_path, hub):
+    code, _, err = train(*push_args(tiny, prefs, tmp_path, "--hub_model_id", "me/my model"))
+    assert code == 2 and not hub.repositories
+    assert_one_line(err, "--push_to_hub me/my model", "OWNER/NAME")
+
+
 def test_without_a_network(train, tiny, prefs, tmp_path):
     code, _, err = train(*push_args(tiny, prefs, tmp_path))
     assert code == 2
