@@ -222,6 +222,11 @@ def check_run_config(config: RunConfig, model) -> None:
         raise UserError("--model_name_or_path is missing: a hub id, a folder, or builtin:smollm2-135m-instruct")
     if (model.load_in_4bit or model.load_in_8bit) and not model.use_peft:
         raise UserError("--load_in_4bit and --load_in_8bit need --use_peft: quantised weights cannot be trained")
+    if (model.load_in_4bit or model.load_in_8bit) and config.sharding == "DeepSpeed ZeRO-3":
+        raise UserError(
+            "--load_in_4bit and --load_in_8bit: DeepSpeed ZeRO-3 cannot shard quantised weights; launch with"
+            " configs/accelerate/fsdp2.yaml and --bnb_4bit_quant_storage bfloat16"
+        )
     model.lora_target_modules = as_names(model.lora_target_modules)
     for key in () if model.use_peft else KEYS_OF_LORA:
         if getattr(model, key) != ModelConfig.__dataclass_fields__[key].default:

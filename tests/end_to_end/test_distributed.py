@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
 from accelerate.commands.config.config_args import ClusterConfig
 from conftest import ROOT, assert_one_line, made_once, train_args, write_jsonl
 from helpers import ACCELERATE, CPU, instructions, kill_after
@@ -53,12 +55,36 @@ def test_two_processes_equal_one(tiny, prefs, tmp_path, single, shipped_config, 
     assert_equals_one(tmp_path, single, sharded=False)
 
 
-@pytest.mark.parametrize("name", ["fsdp2", pytest.param("fsdp2_offload", marks=pytest.mark.slow)])
+NO_PINNED_MEMORY = pytest.mark.skipif(
+    not torch.accelerator.is_available(), reason="FSDP pins offloaded parameters, which needs an accelerator"
+)
+
+
+@pytest.mark.parametrize("name", ["fsdp2", pytest.param("fsdp2_offload", marks=[pytest.mark.slow, NO_PINNED_MEMORY])])
 def test_shards_equal_one_process(tiny, prefs, tmp_path, single, shipped_config, name):
     args = train_args(tiny, prefs, tmp_path, *SAME_BATCH)
     done = run_two_processes(SCRIPT, *args, config=shipped_config(name))
     assert done.returncode == 0, done.stderr[-3000:]
     assert_equals_one(tmp_path, single, sharded=True)
+
+
+def test_offload_differs_from_fsdp2_in_one_key():
+    folder = ROOT / "configs" / "accelerate"
+    plain, offload = (yaml.safe_load((folder / f"{name}.yaml").read_text()) for name in ("fsdp2", "fsdp2_offload"))
+    assert offload["fsdp_config"].pop("fsdp_offload_params") and not plain["fsdp_config"].pop("fsdp_offload_params")
+    assert offload == plain
+
+
+@pytest.mark.slow
+def test_qlora_under_fsdp2_equals_one_process(tiny, prefs, tmp_path, shipped_config):
+    args = (*SAME_BATCH, "--load_in_4bit", "--bnb_4bit_quant_storage", "float32")
+    done = run_script(SCRIPT, *train_args(tiny, prefs, tmp_path / "one", *args))
+    assert done.returncode == 0, done.stderr[-3000:]
+    done = run_two_processes(SCRIPT, *train_args(tiny, prefs, tmp_path, *args), config=shipped_config("fsdp2"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    for a, b in zip(rows(tmp_path, "train"), rows(tmp_path / "one", "train"), strict=True):
+        for key in ("loss", "grad_norm"):
+            assert a[key] == pytest.approx(b[key], abs=1e-5), (a["step"], key)
 
 
 # As `accelerate config` writes them, with its own defaults, and answers that contradict the run's settings.
