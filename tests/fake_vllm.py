@@ -37,17 +37,17 @@ class LLM:
         if "unknown" in arguments:
             raise TypeError("LLM.__init__() got an unexpected keyword argument 'unknown'")
         self.dies = arguments.get("dies")
-        self.llm_engine, self.queue = self, []
+        self.llm_engine, self.queue, self.noted = self, [], False
         self.model_config = SimpleNamespace(max_model_len=64)
 
     def add_lora(self, request):
         note(adapter=[request.number, request.path])
 
-    def enqueue(self, prompts, settings, lora_request=None, use_tqdm=True):
-        settings = [s.settings for s in settings]
-        note(prompts=prompts, settings=settings, adapter=lora_request and lora_request.path)
-        self.queue = [(str(100 + k), p["prompt_token_ids"], s) for k, (p, s) in enumerate(zip(prompts, settings))]
-        return [request for request, _, _ in self.queue]
+    def add_request(self, request, prompt, settings, lora_request=None):
+        self.queue.append((request, prompt["prompt_token_ids"], settings.settings))
+        # As vLLM: what it returns is not the id of the output.
+        self.adapter = lora_request and lora_request.path
+        return f"{request}-0123"
 
     def has_unfinished_requests(self):
         return bool(self.queue)
@@ -56,8 +56,12 @@ class LLM:
         if self.dies and len(self.queue[0][1]) > 3:
             print("(EngineCore pid=1) ERROR [core.py:1] RuntimeError: cuda out of reach", file=sys.stderr, flush=True)
             os._exit(1)
+        if not self.noted:
+            prompts = [{"prompt_token_ids": ids} for _, ids, _ in self.queue]
+            note(prompts=prompts, settings=[s for _, _, s in self.queue], adapter=self.adapter)
         # The last request ends first.
         request, ids, settings = self.queue.pop()
+        self.noted = bool(self.queue)
         stop = settings.get("stop_token_ids", [0])[-1]
         tokens = [*ids[-5:-2], stop][: settings["max_tokens"]]
         wanted = settings.get("logprob_token_ids") or ([7] if "logprobs" in settings else [])

@@ -5,6 +5,7 @@ tokenizer; the process (preflab/models/vllm_worker.py) gets and returns token id
 this process however that ends, so that the GPU's memory is free for the next model.
 """
 
+import atexit
 import gc
 import json
 import math
@@ -164,6 +165,8 @@ class Engine:
                 encoding="utf-8",
             )
         at_end(self.close)
+        # In a notebook or a test, which no script ends.
+        atexit.register(self.close)
         adapter = str(Path(adapter).resolve()) if adapter else None
         self._send({"engine": settings, "adapter": adapter})
         try:

@@ -82,17 +82,17 @@ def answer(llm, adapter, job: dict, send) -> None:
     """Generate for all prompts of a job at once; every answer is sent when it is finished."""
     from vllm import SamplingParams
 
-    prompts = [{"prompt_token_ids": ids} for ids in job["prompts"]]
-    # Text is decoded by the reader, with the project's tokenizer.
-    settings = [SamplingParams(**values, detokenize=False) for values in job["settings"]]
-    requests = llm.enqueue(prompts, settings, lora_request=adapter, use_tqdm=False)
-    index = {request: k for k, request in enumerate(requests)}
+    for index, (ids, values) in enumerate(zip(job["prompts"], job["settings"], strict=True)):
+        # Text is decoded by the reader, with the project's tokenizer.
+        settings = SamplingParams(**values, detokenize=False)
+        # Not LLM.enqueue: the ids that it returns are not those of the outputs.
+        llm.llm_engine.add_request(str(index), {"prompt_token_ids": ids}, settings, lora_request=adapter)
     while llm.llm_engine.has_unfinished_requests():
         # LLM.generate would return all answers together, at the end.
         for output in llm.llm_engine.step():
             if output.finished:
-                send({"index": index[output.request_id], **answer_of(output.outputs[0])})
-    send({"done": len(prompts)})
+                send({"index": int(output.request_id), **answer_of(output.outputs[0])})
+    send({"done": len(job["prompts"])})
 
 
 def answer_of(output) -> dict:
