@@ -190,8 +190,9 @@ def answerable(answering: list[AnsweringModel], prompts: list[Prompt]) -> tuple[
     return accepted, len(prompts) - len(accepted)
 
 
-# Generation decodes one token per step over a key-value cache, so a batch holds more tokens than in scoring.
-GENERATION_BATCH_FACTOR = 4
+# Generation decodes one token per step over a key-value cache, so more tokens fit than in scoring. On a CPU, the part
+# of the cache that is never written takes no memory, and many answers end long before their limit.
+GENERATION_BATCH_FACTOR = {"cpu": 8}
 
 
 def answer_all(
@@ -229,7 +230,8 @@ def answer_each(
         Per setting, `{text, tokens, finish_reason}` of every prompt in order.
     """
     keys = [cache_key(prompt.messages) for prompt in prompts]
-    batches = {"batch_tokens": GENERATION_BATCH_FACTOR * args.batch_tokens, "batch_size": args.batch_size}
+    factor = GENERATION_BATCH_FACTOR.get(PartialState().device.type, 4)
+    batches = {"batch_tokens": factor * args.batch_tokens, "batch_size": args.batch_size}
     caches = []
     with ExitStack() as opened:
         generate_answers = None

@@ -1,8 +1,9 @@
 """Generation with transformers, for every stage: prompts in, answers with token counts and finish reasons out."""
 
-import json
+from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
@@ -10,9 +11,19 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from preflab.data.chat_template import ChatRenderer, neutralise
 from preflab.models.batching import token_batches
 from preflab.models.checks import answer_room, check_ids, fit_pad_token
+from preflab.models.fast.packed_linear import packed
+from preflab.models.fast.row_cache import RowCache, Step, next_logits, rounded, supports
 from preflab.models.logprobs import without_adapter_shell
+from preflab.models.sampling import Sampled, Sampler, prompt_seed
 from utils.errors import UserError
-from utils.provenance import sha256_of
+
+# Prompt tokens that are computed in one forward pass, unless one prompt is longer.
+JOINING_TOKENS = 2048
+# Packing the weights takes the time that it saves in about this number of steps.
+WORTH_PACKING = 16
+# On a GPU the tokens are read once in this number of steps, because reading waits for the device. Tokens after an end
+# token are then computed in vain.
+STEPS_PER_READ = 8
 
 
 def generate(
@@ -28,22 +39,24 @@ def generate(
     top_k: int = 0,
     on_text: Callable[[int, str], None] | None = None,
 ) -> Iterator[dict]:
-    """Answer conversations in batches, longest first.
+    """Answer conversations together, longest first.
 
-    An answer does not depend on the other prompts of its batch: padding is masked, and every sampled answer has its own
-    random generator, seeded from `seed` and the prompt. Special tokens that a prompt spells out are treated as text.
+    An answer does not depend on the other prompts: rows are computed without padding, or padding is masked, and every
+    sampled answer has its own random generator, seeded from `seed` and the prompt. Special tokens that a prompt spells
+    out are treated as text. The model must not be used otherwise until all answers are there.
 
     Args:
         prompts: conversations that end with a user turn.
         temperature: 0 decodes greedily; above 0 samples.
-        batch_tokens: maximum of prompt and answer tokens per batch, padding included.
-        batch_size: maximum of prompts per batch.
+        batch_tokens: maximum of prompt and answer tokens (their longest possible length) in memory at once; a prompt
+            that needs more is answered alone.
+        batch_size: maximum of prompts at once.
         top_k: sample among this many most likely tokens; 0 for all.
         on_text: called after every token with a prompt's index and its answer so far, for display. Does not change
             the answers.
 
     Yields:
-        `{"index", "text", "tokens", "finish_reason"}` per prompt, batch by batch (`index` into `prompts`);
+        `{"index", "text", "tokens", "finish_reason"}` per prompt, as they end (`index` into `prompts`);
         `finish_reason` is "stop" after an end-of-turn token, "length" if truncated at `max_new_tokens` or at the
         model's longest context.
 
@@ -56,10 +69,172 @@ def generate(
     fit_pad_token(model, tokenizer)
     check_ids(model, tokenizer, max((max(ids) for ids in prompt_ids), default=0))
     room = answer_room(model, prompt_ids, max_new_tokens)
+    sampler = Sampler(temperature, top_p, top_k) if temperature else None
+    generators = [
+        torch.Generator(model.device).manual_seed(prompt_seed(seed, messages)) if sampler else None
+        for messages in prompts
+    ]
+    requests = [Request(*given) for given in zip(range(len(prompts)), prompt_ids, room, generators, strict=True)]
+    stops = end_tokens(model, tokenizer, chat)
+    show = _reporter(tokenizer, stops, on_text) if on_text else None
+    answers = answers_by_row if supports(model) else answers_by_batch
+    was_training = model.training
+    model.eval()
+    try:
+        for request in answers(model, tokenizer, requests, stops, sampler, batch_tokens, batch_size, show):
+            # The end token is not counted as part of the answer.
+            ended = request.tokens[-1:] and request.tokens[-1] in stops
+            tokens = request.tokens[:-1] if ended else request.tokens
+            yield {
+                "index": request.index,
+                "text": tokenizer.decode(tokens, skip_special_tokens=True).strip(),
+                "tokens": len(tokens),
+                "finish_reason": "stop" if ended else "length",
+            }
+    finally:
+        model.train(was_training)
+
+
+@dataclass
+class Request:
+    """A prompt and its answer so far.
+
+    Attributes:
+        index: of the prompt.
+        ids: the prompt's tokens.
+        room: longest answer in tokens.
+        generator: random numbers of a sampled answer.
+        tokens: the answer so far, its end token included.
+        start: its span's place in the cache, while it is being answered.
+    """
+
+    index: int
+    ids: list[int]
+    room: int
+    generator: torch.Generator | None
+    tokens: list[int] = field(default_factory=list)
+    start: int = -1
+
+    @property
+    def span(self) -> int:
+        """Tokens of the cache that it needs."""
+        return rounded(len(self.ids) + self.room)
+
+    def add(self, tokens: list[int], stops: set[int]) -> bool:
+        """Add new tokens up to the first end token. Returns whether the answer is complete."""
+        for token in tokens:
+            self.tokens.append(token)
+            if token in stops:
+                return True
+        return len(self.tokens) >= self.room
+
+
+def end_tokens(model, tokenizer, chat: ChatRenderer) -> set[int]:
+    """The ids that end an answer."""
     # Some instruct models name only the end of the text in their generation config, not the template's end of turn.
-    stops = {tokenizer.eos_token_id, *chat.end_ids()}
     eos = model.generation_config.eos_token_id
-    stops |= set(eos if isinstance(eos, list) else [eos]) - {None}
+    return ({tokenizer.eos_token_id, *chat.end_ids()} | set(eos if isinstance(eos, list) else [eos])) - {None}
+
+
+def _reporter(tokenizer, stops: set[int], on_text: Callable[[int, str], None]) -> Callable[[int, list[int]], None]:
+    """A function that reports an answer's text, given its index and its tokens so far."""
+
+    def show(index: int, tokens: list[int]) -> None:
+        ended = tokens[-1] in stops
+        text = tokenizer.decode(tokens[:-1] if ended else tokens, skip_special_tokens=True).strip()
+        # Bytes of a character that is not complete yet decode to replacement characters.
+        on_text(index, text if ended else text.rstrip("\ufffd"))
+
+    return show
+
+
+# ------------------------------------------------------------------------------------------------------ without padding
+
+
+def answers_by_row(model, tokenizer, requests, stops, sampler, batch_tokens, batch_size, show) -> Iterator[Request]:
+    """Decode all rows that fit together; a row that ends makes room for the next prompt (continuous batching).
+
+    Args as `generate`'s; show: called with an index and its tokens after every token, or None.
+
+    Yields:
+        Requests with their complete answers.
+    """
+    # Longest first, so that a prompt too large for the memory fails at once, and later ones fit into the spans that
+    # become free.
+    waiting = deque(sorted(requests, key=lambda r: (-len(r.ids), r.index)))
+    if not waiting:
+        return
+    needed = [request.span for request in requests]
+    cache = RowCache(min(sum(needed), max(batch_tokens, *needed)))
+    live: list[Request] = []
+    long = max(request.room for request in requests) >= WORTH_PACKING
+    with packed(model) if long else nullcontext():
+        while waiting or live:
+            live.sort(key=lambda r: r.start)
+            joining = _join(waiting, cache, batch_size - len(live) if batch_size else len(waiting))
+            rows = live + joining
+            # No row may exceed its span.
+            steps = min(1 if show else steps_per_read(model.device), *(r.room - len(r.tokens) for r in rows))
+            for request, new in zip(rows, _decode(model, cache, live, joining, sampler, steps), strict=True):
+                complete = request.add(new, stops)
+                if show:
+                    show(request.index, request.tokens)
+                if complete:
+                    cache.spans.give_back(request.start, request.span)
+                    yield request
+            live = [r for r in rows if len(r.tokens) < r.room and r.tokens[-1] not in stops]
+
+
+def steps_per_read(device) -> int:
+    """How many tokens are drawn before they are read, where nothing shows them."""
+    return 1 if device.type == "cpu" else STEPS_PER_READ
+
+
+def _join(waiting: deque, cache: RowCache, most: int) -> list[Request]:
+    """Take the next prompts that fit, give them spans of the cache, and return them."""
+    joining, tokens = [], 0
+    while waiting and len(joining) < most and (not joining or tokens + len(waiting[0].ids) <= JOINING_TOKENS):
+        start = cache.spans.take(waiting[0].span)
+        if start is None:
+            break
+        waiting[0].start = start
+        tokens += len(waiting[0].ids)
+        joining.append(waiting.popleft())
+    return joining
+
+
+def _decode(model, cache: RowCache, live, joining, sampler, steps: int) -> list[list[int]]:
+    """The next `steps` tokens of the rows in `live`, then of the prompts in `joining`.
+
+    Raises:
+        UserError: the model's outputs are NaN.
+    """
+    device, rows = model.device, live + joining
+    ids = torch.tensor([r.tokens[-1] for r in live] + [token for r in joining for token in r.ids], device=device)
+    drawn, damaged = [], torch.zeros((), dtype=torch.bool, device=device)
+    with torch.inference_mode():
+        for number in range(steps):
+            decoded = rows if number else live
+            # The last token of an answer is not in the cache yet.
+            places = [(r.start, len(r.ids) + len(r.tokens) + number) for r in decoded]
+            prompts = [] if number else [(r.start, len(r.ids)) for r in joining]
+            logits = next_logits(model, ids, Step(cache, places, prompts, device)).float()
+            damaged |= logits.isnan().any()
+            ids = sampler(logits, [r.generator for r in rows]) if sampler else logits.argmax(-1)
+            drawn.append(ids)
+    # One read for all steps.
+    tokens = torch.stack(drawn, 1).tolist()
+    # argmax and sampling would still give tokens.
+    if bool(damaged):
+        raise UserError(not_a_number(getattr(model.config, "_name_or_path", "") or "the model"))
+    return tokens
+
+
+# ----------------------------------------------------------------------------------------------------------- in batches
+
+
+def answers_by_batch(model, tokenizer, requests, stops, sampler, batch_tokens, batch_size, show) -> Iterator[Request]:
+    """As `answers_by_row`, with transformers' `generate`, batch by batch, for every other architecture."""
     settings = GenerationConfig(
         eos_token_id=sorted(stops),
         pad_token_id=tokenizer.pad_token_id,
@@ -67,83 +242,62 @@ def generate(
         # Sampling is left to the logits processor below, so that each row has its own generator.
         do_sample=False,
     )
-    was_training = model.training
-    model.eval()
-    try:
-        for batch in batches_with_room(prompt_ids, room, max_new_tokens, batch_tokens, batch_size):
-            settings.max_new_tokens = room[batch[0]]
-            # Left padding, so that all answers start in the same column: shape (rows, longest prompt).
-            # Batches are sorted by length, so the first prompt is the longest.
-            width = len(prompt_ids[batch[0]])
-            ids = torch.full((len(batch), width), tokenizer.pad_token_id, device=model.device)
-            mask = torch.zeros_like(ids)
-            for row, i in enumerate(batch):
-                ids[row, width - len(prompt_ids[i]) :] = torch.tensor(prompt_ids[i])
-                mask[row, width - len(prompt_ids[i]) :] = 1
-            # First, so that it sees the model's own scores.
-            checked = NotANumber()
-            sampling = LogitsProcessorList([checked])
-            if temperature:
-                seeds = [prompt_seed(seed, prompts[i]) for i in batch]
-                sampling.append(seeded_sampling(seeds, temperature, top_p, model.device, top_k))
-            watch = StoppingCriteriaList([AnswersSoFar(batch, width, stops, tokenizer, on_text)] if on_text else [])
-            with torch.no_grad(), only_settings(settings, model):
-                out = model.generate(
-                    input_ids=ids,
-                    attention_mask=mask,
-                    generation_config=settings,
-                    logits_processor=sampling,
-                    stopping_criteria=watch,
-                )
-            checked.ensure_none(getattr(model.config, "_name_or_path", "") or "the model")
-            for i, answer in zip(batch, out[:, width:].tolist(), strict=True):
-                # Rows that end earlier are filled with pad tokens up to the longest answer.
-                stop = next((k for k, token in enumerate(answer) if token in stops), None)
-                # The end token is not counted as part of the answer.
-                tokens = answer if stop is None else answer[:stop]
-                yield {
-                    "index": i,
-                    "text": tokenizer.decode(tokens, skip_special_tokens=True).strip(),
-                    "tokens": len(tokens),
-                    "finish_reason": "length" if stop is None else "stop",
-                }
-    finally:
-        model.train(was_training)
+    for batch in _batches_with_room(requests, batch_tokens, batch_size):
+        settings.max_new_tokens = batch[0].room
+        # Left padding, so that all answers start in the same column: shape (rows, longest prompt).
+        # Batches are sorted by length, so the first prompt is the longest.
+        width = len(batch[0].ids)
+        ids = torch.full((len(batch), width), tokenizer.pad_token_id, device=model.device)
+        mask = torch.zeros_like(ids)
+        for row, request in enumerate(batch):
+            ids[row, width - len(request.ids) :] = torch.tensor(request.ids)
+            mask[row, width - len(request.ids) :] = 1
+        # First, so that it sees the model's own scores.
+        checked = NotANumber()
+        processors = [checked, *([Sampled(sampler, [r.generator for r in batch])] if sampler else [])]
+        watch = StoppingCriteriaList([AnswersSoFar(batch, width, stops, show)] if show else [])
+        with torch.no_grad(), only_settings(settings, model):
+            out = model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                generation_config=settings,
+                logits_processor=LogitsProcessorList(processors),
+                stopping_criteria=watch,
+            )
+        checked.ensure_none(getattr(model.config, "_name_or_path", "") or "the model")
+        for request, answer in zip(batch, out[:, width:].tolist(), strict=True):
+            # Rows that end earlier are filled with pad tokens up to the longest answer.
+            request.add(answer, stops)
+            yield request
 
 
 class AnswersSoFar(StoppingCriteria):
     """Reports each answer of a batch after every token, and stops none.
 
     Args:
-        batch: the prompts' indices. width: tokens of the padded prompts. stops: ids that end an answer.
-        on_text: called with (index, text of the answer so far); once more where an end token came.
+        batch: requests. width: tokens of the padded prompts. stops: ids that end an answer.
+        show: called with an index and its tokens, the end token included.
     """
 
-    def __init__(self, batch: list[int], width: int, stops: set[int], tokenizer, on_text: Callable[[int, str], None]):
-        self.batch, self.width, self.stops, self.tokenizer, self.on_text = batch, width, stops, tokenizer, on_text
-        self.ended = set()
+    def __init__(self, batch: list[Request], width: int, stops: set[int], show: Callable[[int, list[int]], None]):
+        self.batch, self.width, self.stops, self.show, self.ended = batch, width, stops, show, set()
 
     def __call__(self, input_ids, scores, **_):
-        for index, answer in zip(self.batch, input_ids[:, self.width :].tolist(), strict=True):
-            if index in self.ended:
-                continue
-            if answer[-1] in self.stops:
-                self.ended.add(index)
-                answer.pop()
-            # Bytes of a character that is not complete yet decode to replacement characters.
-            text = self.tokenizer.decode(answer, skip_special_tokens=True).strip()
-            self.on_text(index, text if index in self.ended else text.rstrip("\ufffd"))
+        for request, answer in zip(self.batch, input_ids[:, self.width :].tolist(), strict=True):
+            if request.index not in self.ended:
+                self.show(request.index, answer)
+                if answer[-1] in self.stops:
+                    self.ended.add(request.index)
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
-def batches_with_room(
-    prompt_ids: list[list[int]], room: list[int], max_new_tokens: int, batch_tokens: int, batch_size: int | None
-) -> list[list[int]]:
+def _batches_with_room(requests: list[Request], batch_tokens: int, batch_size: int | None) -> list[list[Request]]:
     """`token_batches` of the prompts with room for complete answers; each of the others is batched alone."""
     # With a shared batch, a short answer limit of one prompt would cut the others' answers.
-    full = [i for i, tokens in enumerate(room) if tokens == max_new_tokens]
-    batches = token_batches([len(prompt_ids[i]) + max_new_tokens for i in full], batch_tokens, batch_size)
-    return [[i] for i, tokens in enumerate(room) if tokens < max_new_tokens] + [[full[k] for k in b] for b in batches]
+    most = max((r.room for r in requests), default=0)
+    full = [r for r in requests if r.room == most]
+    batches = token_batches([len(r.ids) + most for r in full], batch_tokens, batch_size)
+    return [[r] for r in requests if r.room < most] + [[full[k] for k in batch] for batch in batches]
 
 
 @contextmanager
@@ -189,75 +343,6 @@ class NotANumber(LogitsProcessor):
             raise UserError(not_a_number(name))
 
 
-def prompt_seed(seed: int, messages: list[dict]) -> int:
-    """The seed of one prompt's sampled answer."""
-    # 15 hexadecimal digits are 60 bits, within the seed range of torch.Generator.
-    return int(sha256_of(str(seed), json.dumps(messages))[:15], 16)
-
-
 def as_plain_text(messages: list[dict], tokenizer) -> list[dict]:
     """`messages` in which spelled-out special tokens are plain text (`neutralise`)."""
     return [{**m, "content": neutralise(m["content"], tokenizer)} for m in messages]
-
-
-# Number of most likely tokens to search for the nucleus first: sorting a complete vocabulary can take longer than a
-# small model's forward pass.
-TOP_TOKENS = 256
-
-
-def seeded_sampling(seeds: list[int], temperature: float, top_p: float, device, top_k: int = 0) -> LogitsProcessor:
-    """A logits processor that makes greedy decoding sample, with one random generator per row.
-
-    Gumbel-max trick: argmax_i (z_i - log E_i) with E_i ~ Exp(1) is distributed as softmax(z). Top-p keeps the most
-    likely tokens up to the one at which their probabilities reach `top_p` (Holtzman et al. 2019, arXiv 1904.09751).
-
-    Args:
-        seeds: one per row of the batch.
-        top_k: sample among this many most likely tokens, before `top_p` (as transformers orders them); 0 for all.
-    """
-    generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
-
-    def sample(scores, generator):
-        """The index of a sample from softmax(scores), scores of shape (tokens,)."""
-        return (scores - torch.empty_like(scores).exponential_(generator=generator).log()).argmax()
-
-    def sample_nucleus(scores, mass_before, generator):
-        """As `sample`, among the tokens whose more likely tokens have less than `top_p` probability together."""
-        return sample(scores.masked_fill(mass_before >= top_p, float("-inf")), generator)
-
-    class SeededSampling(LogitsProcessor):
-        """Sets the sampled token's score to 0 and all others to -inf."""
-
-        def __call__(self, input_ids, scores):
-            scores = scores.float() / temperature  # (rows, vocab)
-            if 0 < top_k < scores.shape[1]:
-                scores = scores.masked_fill(scores < scores.topk(top_k).values[:, -1:], float("-inf"))
-            if top_p < 1:
-                sampled = self.nucleus(scores)
-            else:
-                sampled = torch.stack([sample(row, g) for row, g in zip(scores, generators, strict=True)])
-            # With one finite score per row, greedy decoding picks the sampled token.
-            return torch.full_like(scores, float("-inf")).scatter_(1, sampled[:, None], 0.0)
-
-        def nucleus(self, scores):
-            """One token per row, sampled from its nucleus: shape (rows,)."""
-            # Normalised over the complete vocabulary, so that probabilities of the top tokens are exact.
-            log_z = scores.logsumexp(-1, keepdim=True)
-            top_scores, top_ids = scores.topk(min(TOP_TOKENS, scores.shape[1]))  # (rows, TOP_TOKENS), descending
-            p = (top_scores - log_z).exp()
-            mass = p.cumsum(-1)
-            complete = (mass[:, -1] >= top_p).tolist()
-            tokens = []
-            for row, generator in enumerate(generators):
-                if complete[row]:
-                    # mass - p is the probability of all more likely tokens.
-                    k = sample_nucleus(top_scores[row], mass[row] - p[row], generator)
-                    tokens.append(top_ids[row, k])
-                else:
-                    # A flat distribution: its nucleus has more than TOP_TOKENS tokens.
-                    all_scores, order = scores[row].sort(descending=True)
-                    all_p = (all_scores - log_z[row]).exp()
-                    tokens.append(order[sample_nucleus(all_scores, all_p.cumsum(-1) - all_p, generator)])
-            return torch.stack(tokens)
-
-    return SeededSampling()

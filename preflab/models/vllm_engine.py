@@ -23,8 +23,9 @@ from accelerate import PartialState
 
 from preflab.data.chat_template import ChatRenderer
 from preflab.models.checks import room_within
-from preflab.models.generation import as_plain_text, not_a_number, prompt_seed
+from preflab.models.generation import as_plain_text, not_a_number
 from preflab.models.gguf_model import gguf_path
+from preflab.models.sampling import prompt_seed
 from preflab.models.vllm_environment import environment, find_python, parse_args, require_python
 from utils.artifacts import read_json
 from utils.errors import UserError, at_end, explain

@@ -6,15 +6,17 @@ import torch
 from scipy.special import softmax
 from scipy.stats import chisquare
 
-from preflab.models.generation import generate, seeded_sampling
+from preflab.models.generation import generate
 from preflab.models.loading import load_model, load_tokenizer
+from preflab.models.sampling import Sampled, Sampler
 
 LOGITS = np.array([2.0, 1.0, 0.5, 0.0, -1.0, -2.0])
 
 
 def drawn(seeds, steps=1, temperature=1.0, top_p=1.0, logits=LOGITS, top_k=0) -> np.ndarray:
     """Sampled tokens, shape (steps, rows)."""
-    sampling = seeded_sampling(list(seeds), temperature, top_p, "cpu", top_k)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    sampling = Sampled(Sampler(temperature, top_p, top_k), generators)
     scores = torch.tensor(logits, dtype=torch.float32).expand(len(seeds), -1)
     return np.stack([sampling(None, scores.clone()).argmax(-1).numpy() for _ in range(steps)])
 

@@ -19,7 +19,7 @@ from preflab.data.prompts import Prompt
 from preflab.judging.judge_prompt import Item, JudgePrompt
 from preflab.judging.judges import make_judge
 from preflab.models import vllm_engine, vllm_environment
-from preflab.models.generation import prompt_seed
+from preflab.models.sampling import prompt_seed
 from preflab.models.vllm_engine import Engine, cause_of, choose_engine, devices_of_process, lora_rank, memory_share
 from preflab.models.vllm_environment import answer_settings, environment, find_python, parse_args
 from utils.errors import UserError

@@ -262,10 +262,10 @@ def _attention(configured, module, query, key, value, attention_mask, packed_len
     for prompt, *answers in packed_lengths:
         # Prompt and first answer are an ordinary causal sequence; every other answer attends to prompt and itself.
         first = len(parts)
-        parts.append(_causal(queries[first], keys[first], values[first], **settings))
+        parts.append(causal_attention(queries[first], keys[first], values[first], **settings))
         for other in range(first + 1, first + len(answers)):
             visible = [torch.cat([x[first][:, :, :prompt], x[other]], dim=2) for x in (keys, values)]
-            parts.append(_causal(queries[other], *visible, **settings))
+            parts.append(causal_attention(queries[other], *visible, **settings))
     return torch.cat(parts, dim=2).transpose(1, 2), None
 
 
@@ -276,7 +276,7 @@ def _attention_function(name: str, module):
     return ALL_ATTENTION_FUNCTIONS[name]
 
 
-def _causal(query, key, value, scaling, softcap, sliding_window, dropout):
+def causal_attention(query, key, value, scaling, softcap, sliding_window, dropout):
     """Causal attention of the last `queries` positions of a sequence over all its keys.
 
     Shapes: query (1, heads, queries, dim), key and value (1, heads, keys, dim); returns the shape of query.
