@@ -1,17 +1,16 @@
-"""How fast are scoring and generation, compared with plain loops over single rows?
+"""How fast is scoring, compared with lm-evaluation-harness on the same requests?
 
     python benchmarks/eval_throughput.py                                     # the latest run, 40 pairs
     python benchmarks/eval_throughput.py --run_name NAME --pairs 200 [--dataset_name ID --split NAME ...]
 
-The plain loops are the simplest implementation. Scoring: for each answer one forward of base and one of tuned over
-prompt and answer, log_softmax of all logits, the answer's entries summed. Generation: greedy model.generate, prompt by
-prompt, --max_new_tokens each. The implementations alternate, --rounds times. Prints tokens per second of each, the
-ratio with its range over rounds, and the largest difference of a sum; --json FILE writes them. --profile runs each way
-of scoring once more and prints its matrix products' share of the time, their number of operations, and their rate
-relative to the machine's: the remaining potential.
+The peer is the harness's own model class (HFLM): log-likelihoods of the same token ids, in batches of 8, once under
+base and once under tuned. The implementations alternate, --rounds times. Prints tokens per second of each, the ratio
+with its range over rounds, and the largest difference of a sum; --json FILE writes them. --profile runs each way once
+more and prints its matrix products' share of the time, their number of operations, and their rate relative to the
+machine's: the remaining potential. Answers are measured by generation_throughput.py.
 
-Tokens are counted as in the plain loop, so computation that is avoided counts as done. The third way of scoring does
-more than the loop: full texts, and KL over the vocabulary.
+Tokens are counted as in the peer, so computation that is avoided counts as done. The third way of scoring does more
+than the peer: full texts, and KL over the vocabulary.
 """
 
 import sys
@@ -32,28 +31,29 @@ class BenchmarkArguments:
     """Keys of this benchmark."""
 
     pairs: int = option("Held-out pairs to score.", 40)
-    prompts: int = option("Held-out prompts to answer; 0 skips generation.", 16)
-    max_new_tokens: int = option("Tokens per answer.", 64)
+    harness_batch: int = option("Rows per batch of the harness.", 8)
     rounds: int = option("Timed runs of each implementation.", 3)
-    profile: bool = option("Also profile each way of scoring.", False)
+    profile: bool = option("Also profile each way.", False)
     json: str | None = option("Write the figures here.")
 
 
-def plain_loop(models, sequences):
-    """[base, tuned] summed log-probability of each sequence's answer, one row at a time."""
-    import torch
+def harness(models, sequences, batch: int):
+    """[base, tuned] summed log-probability of each sequence's answer, from lm-evaluation-harness."""
+    from lm_eval.models.huggingface import HFLM
 
-    sums = []
-    with torch.inference_mode():
-        for s in sequences:
-            ids = torch.tensor([s.ids], device=models.device)
-            row = []
-            for side in models.sides:
-                with models.side(side) as model:
-                    logps = model(input_ids=ids, use_cache=False).logits[0, :-1].float().log_softmax(-1)
-                row.append(logps.gather(1, ids[0, 1:, None])[s.start - 1 :, 0].sum().item())
-            sums.append(row)
-    return sums
+    from preflab.models.logprobs import without_adapter_shell
+
+    longest = max(len(s.ids) for s in sequences)
+    # ((context, continuation) as texts, which are only part of cache keys, and both as token ids).
+    requests = [(("", str(i)), s.ids[: s.start], s.ids[s.start :]) for i, s in enumerate(sequences)]
+    by_side = []
+    for side in models.sides:
+        with models.side(side) as model:
+            # Adapter layers stay active inside the transformers model.
+            inner = without_adapter_shell(model)
+            peer = HFLM(pretrained=inner, tokenizer=models.tokenizer, batch_size=batch, max_length=longest)
+            by_side.append([total for total, _ in peer._loglikelihood_tokens(requests, disable_tqdm=True)])
+    return [list(sums) for sums in zip(*by_side, strict=True)]
 
 
 def batched(models, sequences, args):
@@ -65,32 +65,6 @@ def batched(models, sequences, args):
         for i, scores in zip(batch, score_batch(models, [sequences[i] for i in batch]), strict=True):
             sums[i] = [float(scores.base.sum()), float(scores.tuned.sum())]
     return sums
-
-
-def plain_answers(models, prompts, limit):
-    """Token counts of the tuned model's greedy answers, one prompt at a time."""
-    import torch
-
-    from preflab.data.chat_template import ChatRenderer
-
-    chat, counts = ChatRenderer(models.tokenizer), []
-    with torch.inference_mode(), models.tuned() as model:
-        for messages in prompts:
-            ids = torch.tensor(chat.ids([chat.prompt_text(messages)]), device=models.device)
-            settings = dict(do_sample=False, max_new_tokens=limit, eos_token_id=sorted(chat.end_ids()))
-            new = model.generate(ids, pad_token_id=models.tokenizer.pad_token_id, **settings)
-            # Without the token that ends the turn, as preflab.models.generation counts.
-            counts.append(new.shape[1] - ids.shape[1] - (int(new[0, -1]) in chat.end_ids()))
-    return counts
-
-
-def batched_answers(models, prompts, limit):
-    """The same from preflab.models.generation."""
-    from preflab.models.generation import generate
-
-    with models.tuned() as model:
-        answers = sorted(generate(model, models.tokenizer, prompts, limit), key=lambda answer: answer["index"])
-    return [answer["tokens"] for answer in answers]
 
 
 def alternate(ways: dict, rounds: int) -> tuple[dict, dict]:
@@ -128,28 +102,28 @@ def profiled(way, rate: float) -> dict:
 
 def print_profiles(profiles: dict, rate: float) -> None:
     """Print the results of `profiled` by way; operations are relative to the first one's."""
-    plain = next(iter(profiles.values()))
+    first = next(iter(profiles.values()))
     print(f"profile (this machine's rate of matrix products: {rate / 1e9:.0f} GFLOP/s)")
     for name, m in profiles.items():
         left = 1 - m["products_share"] - m["attention_share"]
         print(
             f"  {name:<50} products {m['products_share']:.0%} at {m['of_the_machines']:.0%} of the rate, attention"
-            f" {m['attention_share']:.0%}, other {left:.0%}; {m['operations'] / plain['operations']:.2f} times"
-            " the loop's operations"
+            f" {m['attention_share']:.0%}, other {left:.0%}; {m['operations'] / first['operations']:.2f} times"
+            " the harness's operations"
         )
 
 
 def table(title: str, tokens: int, seconds: dict) -> dict:
     """Print and return tokens per second and the ratio to the first way, with its range over rounds."""
     print(title)
-    plain, figures = next(iter(seconds.values())), {}
+    first, figures = next(iter(seconds.values())), {}
     for name, times in seconds.items():
-        ratios = [a / b for a, b in zip(plain, times, strict=True)]
-        speed, ratio = tokens * len(times) / sum(times), sum(plain) / sum(times)
+        ratios = [a / b for a, b in zip(first, times, strict=True)]
+        speed, ratio = tokens * len(times) / sum(times), sum(first) / sum(times)
         figures[name] = {"seconds": times, "tokens_per_second": speed, "ratio": ratio}
         figures[name] |= {"ratio_min": min(ratios), "ratio_max": max(ratios)}
         spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
-        print(f"  {name:<50} {speed:7.0f} tokens/s  {ratio:.2f} times the loop ({spread})")
+        print(f"  {name:<50} {speed:7.0f} tokens/s  {ratio:.2f} times the harness ({spread})")
     return figures
 
 
@@ -164,13 +138,13 @@ def main():
     from utils.distributed import join_processes
     from utils.provenance import run_record
 
-    if benchmark.rounds < 1 or benchmark.pairs < 1:
-        raise UserError("--rounds and --pairs must be at least 1")
+    if min(benchmark.rounds, benchmark.pairs, benchmark.harness_batch) < 1:
+        raise UserError("--rounds, --pairs and --harness_batch must be at least 1")
     args.limit = benchmark.pairs
     comparison = resolve(args)
     join_processes()
     models = TwoModels(comparison)
-    data, ids, _ = held_out_pairs(comparison, models.tokenizer)
+    _, ids, _ = held_out_pairs(comparison, models.tokenizer)
     models.load()
     answers, with_kl = [], []
     for row in ids:
@@ -179,14 +153,16 @@ def main():
             answers.append(Sequence(row["prompt_ids"] + row[f"{side}_ids"], answer_start))
             with_kl.append(Sequence(row["prompt_ids"] + row[f"{side}_ids"], 1, answer_start))
     ways = {
-        "plain loop, one row at a time": lambda: plain_loop(models, answers),
+        f"lm-evaluation-harness, batch {benchmark.harness_batch}": lambda: harness(
+            models, answers, benchmark.harness_batch
+        ),
         "eval_win_rate.py's scoring": lambda: batched(models, answers, args),
         "eval_perplexity.py's scoring, full texts and KL": lambda: batched(models, with_kl, args),
     }
     tokens = sum(len(s.ids) for s in answers)
     seconds, results = alternate(ways, benchmark.rounds)
-    plain, scored, _ = results.values()
-    largest = max(abs(a - b) for x, y in zip(plain, scored, strict=True) for a, b in zip(x, y, strict=True))
+    peer, scored, _ = results.values()
+    largest = max(abs(a - b) for x, y in zip(peer, scored, strict=True) for a, b in zip(x, y, strict=True))
     title = f"scoring {len(answers)} answers, {tokens} tokens, each scored by base and tuned"
     figures = {"scoring": table(title, tokens, seconds), "max_logp_difference": largest}
     print(f"largest difference of a summed log-probability: {largest:.2g} nats")
@@ -196,16 +172,6 @@ def main():
         rate = matmul_rate(models.dtype, models.device.type)
         figures["profile"] = {name: profiled(way, rate) for name, way in ways.items()}
         print_profiles(figures["profile"], rate)
-    prompts = [pair.messages for pair in data.pairs if pair.messages][: benchmark.prompts]
-    if prompts:
-        ways = {
-            "plain loop, one prompt at a time": lambda: plain_answers(models, prompts, benchmark.max_new_tokens),
-            "preflab.models.generation": lambda: batched_answers(models, prompts, benchmark.max_new_tokens),
-        }
-        seconds, results = alternate(ways, benchmark.rounds)
-        counts = [sum(result) for result in results.values()]
-        title = f"greedy answers of the tuned model to {len(prompts)} prompts, {counts[0]} and {counts[1]} tokens"
-        figures["generation"] = table(title, counts[0], seconds)
     if benchmark.json:
         record = {"args": args.__dict__, "benchmark": benchmark.__dict__, "run": run_record(42, stage.seconds)}
         write_json(benchmark.json, {**figures, **record})
