@@ -39,10 +39,14 @@ class BenchmarkArguments:
 
 def harness(models, sequences, batch: int):
     """[base, tuned] summed log-probability of each sequence's answer, from lm-evaluation-harness."""
+    import logging
+
     from lm_eval.models.huggingface import HFLM
 
     from preflab.models.logprobs import without_adapter_shell
 
+    # It warns that some of its own arguments do not apply to a loaded model.
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     longest = max(len(s.ids) for s in sequences)
     # ((context, continuation) as texts, which are only part of cache keys, and both as token ids).
     requests = [(("", str(i)), s.ids[: s.start], s.ids[s.start :]) for i, s in enumerate(sequences)]

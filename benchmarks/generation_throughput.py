@@ -2,21 +2,20 @@
 
     python benchmarks/generation_throughput.py                             # both workloads, base and LoRA, two rounds
     python benchmarks/generation_throughput.py --workloads mixed --models base --rounds 3
-    VLLM_PYTHON=PATH/bin/python python benchmarks/generation_throughput.py # vLLM's interpreter: a peer for the base
 
 Two workloads of greedy answers: "mixed", prompts of 17 to 970 tokens (evenly in the logarithm) with 64 new tokens
 each; "ends", prompts of 17 to 300 tokens whose answers end after 8 to 512 tokens. An end is forced: no way of
 computing knows it beforehand, except generate_batch and vLLM, which get each answer's length as its limit.
 
 Peers: `model.generate` with the prompts sorted by length, in batches of 4, 8, 16 and 32, of which the fastest in the
-first round counts and is repeated; `model.generate_batch`'s manager (continuous batching, paged attention); vLLM. The
-LoRA model has random adapters (r16, all projections). Prints tokens per second, the ratio to the best of `generate`
-with its range over rounds, and how many answers have the same tokens; --json FILE writes the figures.
+first round counts and is repeated; `model.generate_batch`'s manager (continuous batching, paged attention); vLLM on the
+base model, where its environment exists (install_vllm.sh, or VLLM_PYTHON). The LoRA model has random adapters (r16, all
+projections). Prints tokens per second, the ratio to the best of `generate` with its range over rounds, and how many
+answers have the same tokens; --json FILE writes the figures.
 """
 
 import json
 import math
-import os
 import random
 import subprocess
 import sys
@@ -50,6 +49,7 @@ class GenerationArguments:
     rounds: int = option("Timed runs of each.", 2)
     dtype: str = option("Precision.", "float32")
     continuous: bool = option("Run transformers' generate_batch.", True)
+    vllm: bool = option("Run vLLM on the base model, if it is installed.", True)
     before: bool = option("Also run the loop that other architectures use: generate, batched by token budget.", False)
     profile: bool = option("Also profile this project's pass.", False)
     json: str | None = option("Write the figures here.")
@@ -174,10 +174,14 @@ def generate_batch(model, tokenizer, prompts, lengths, longest):
 
 def vllm_seconds(python: str, model: str, prompts, lengths, args) -> list[float] | str:
     """Seconds of each of vLLM's rounds, loading excluded, or why there are none."""
+    from preflab.models.vllm_environment import environment
+
     job = {"model": model, "dtype": args.dtype, "prompts": prompts, "lengths": lengths, "rounds": args.rounds}
     job["longest"] = max(len(p) + n for p, n in zip(prompts, lengths, strict=True)) + 1
     worker = Path(__file__).with_name("vllm_peer.py")
-    done = subprocess.run([python, str(worker)], input=json.dumps(job), capture_output=True, text=True)
+    done = subprocess.run(
+        [python, str(worker)], input=json.dumps(job), capture_output=True, text=True, env=environment()
+    )
     lines = [line for line in done.stdout.splitlines() if line.startswith("seconds ")]
     return (
         json.loads(lines[-1].removeprefix("seconds ")) if lines else (done.stderr.strip().splitlines() or [FAILED])[-1]
@@ -193,6 +197,9 @@ def timed(way) -> tuple[float, object]:
 
 def compare(model, tokenizer, name: str, workload: str, args) -> dict:
     """Time all ways on one workload and print their table."""
+    from preflab.models.loading import locate
+    from preflab.models.vllm_environment import find_python
+
     prompts, lengths, longest = requests_of(workload, tokenizer, args)
     given = (model, tokenizer, prompts, lengths, longest)
     tokens, padded = sum(lengths), {}
@@ -219,10 +226,8 @@ def compare(model, tokenizer, name: str, workload: str, args) -> dict:
                 continue
             elapsed, results[way] = timed(ways[way])
             seconds.setdefault(way, []).append(elapsed)
-    python = os.environ.get("VLLM_PYTHON")
+    python = find_python() if args.vllm else None
     if python and name == "base":
-        from preflab.models.loading import locate
-
         vllm = vllm_seconds(python, locate(args.model), prompts, lengths, args)
         if isinstance(vllm, str):
             print(f"    vLLM: {vllm}")

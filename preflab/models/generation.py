@@ -19,7 +19,7 @@ from utils.errors import UserError
 
 # Prompt tokens that are computed in one forward pass, unless one prompt is longer.
 JOINING_TOKENS = 2048
-# Packing the weights takes the time that it saves in about this number of steps.
+# Packing the weights takes the time that it saves in about this number of steps. For a single row it saves none.
 WORTH_PACKING = 16
 # On a GPU the tokens are read once in this number of steps, because reading waits for the device. Tokens after an end
 # token are then computed in vain.
@@ -167,8 +167,8 @@ def answers_by_row(model, tokenizer, requests, stops, sampler, batch_tokens, bat
     needed = [request.span for request in requests]
     cache = RowCache(min(sum(needed), max(batch_tokens, *needed)))
     live: list[Request] = []
-    long = max(request.room for request in requests) >= WORTH_PACKING
-    with packed(model) if long else nullcontext():
+    worth_packing = len(requests) > 1 and max(request.room for request in requests) >= WORTH_PACKING
+    with packed(model) if worth_packing else nullcontext():
         while waiting or live:
             live.sort(key=lambda r: r.start)
             joining = _join(waiting, cache, batch_size - len(live) if batch_size else len(waiting))
