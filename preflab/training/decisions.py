@@ -36,7 +36,8 @@ HONOURED = frozenset(
     """.split()
 )
 
-NOT_COMPILED = "the shared prompts and the fused output layer are not compiled"
+NOT_COMPILED = "it compiles the whole model, whose packed rows change at every step; use --compile_layers"
+NO_LIGER = "TRL is removing it; the output layer is fused already, and --compile_layers fuses norms and activations"
 OWN_ROWS = "rows are read and tokenised by this project (docs/data.md)"
 ONE_OUTPUT_LAYER = "the fused output layer does this already"
 # {key: why it must keep its default, and what to use instead}.
@@ -58,7 +59,6 @@ REFUSED = {
     "model_init_kwargs": "TRL does not load the model here; use --dtype, --attn_implementation, --model_revision",
     "lora_task_type": "the model is a causal language model",
     "truncation_mode": "prompts are cut at their start and answers at their end, see --max_prompt_length",
-    "padding_free": "use --shared_prompt, or --packing for SFT",
     "pad_token": "padding is masked, so its token changes nothing",
     "eos_token": "the chat template ends an answer",
     "dataset_text_field": OWN_ROWS,
@@ -74,8 +74,8 @@ REFUSED = {
     "ref_model_sync_steps": "it belongs to --sync_ref_model, which is not supported",
     "bf16_full_eval": "evaluations run in the precision of training",
     "fp16_full_eval": "evaluations run in the precision of training",
-    "use_liger_kernel": ONE_OUTPUT_LAYER,
-    "liger_kernel_config": ONE_OUTPUT_LAYER,
+    "use_liger_kernel": NO_LIGER,
+    "liger_kernel_config": NO_LIGER,
     "torch_compile": NOT_COMPILED,
     "torch_compile_backend": NOT_COMPILED,
     "torch_compile_mode": NOT_COMPILED,
@@ -83,7 +83,10 @@ REFUSED = {
     "hub_revision": "uploads go to the branch main",
 }
 # Honoured in SFT, refused for pairs.
-REFUSED_FOR_PAIRS = {"neftune_noise_alpha": "the noise would be part of policy and reference, and so of every reward"}
+REFUSED_FOR_PAIRS = {
+    "neftune_noise_alpha": "the noise would be part of policy and reference, and so of every reward",
+    "padding_free": "use --shared_prompt, which has no padding either",
+}
 # Key -> the values that keep the run's promises.
 ALLOWED = {"train_sampling_strategy": ("random", "sequential")}
 # {key: why any value is accepted although nothing here depends on it}.

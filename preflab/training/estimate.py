@@ -135,6 +135,9 @@ def measure_speed(trainer, tokens: list[int]) -> Speed | None:
     # Equal on every process, since the forwards are collective.
     order = np.random.default_rng(0).permutation(len(tokens)).tolist()
     batches = [order[k : k + size] for k in range(0, len(order), size)][:TIMED_BATCHES]
+    if trainer.args.compile_layers:
+        # The first step compiles.
+        trainer.time_step(batches[0])
     decode, steps, elapsed = _time_decoding(trainer), [], 0.0
     forward = trainer.time_forward(batches[0]) / sum(tokens[i] for i in batches[0])
     for rows in batches:

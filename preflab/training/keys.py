@@ -17,7 +17,8 @@ TOPICS = {
     "|max_grad_norm|train_sampling_strategy|average_tokens_.*",
     "batches": "(per_device_train|global)_batch_size|gradient_accumulation_steps|micro_batch_tokens|shared_prompt"
     "|auto_find_batch_size",
-    "precision and memory": "bf16.*|fp16.*|tf32|.*_checkpointing.*|activation_offloading|torch_.*|.*liger.*|use_cpu",
+    "precision and memory": "bf16.*|fp16.*|tf32|.*_checkpointing.*|activation_offloading|torch_.*"
+    "|compile_layers|.*liger.*|use_cpu",
     "evaluation": "eval_.*|per_device_eval_batch_size|prediction_loss_only|include_for_metrics|batch_eval_metrics"
     "|load_best_model_at_end|metric_for_best_model|greater_is_better|do_.*",
     "saving": "save_.*|enable_jit_checkpoint|ignore_data_skip|restore_callback_.*",

@@ -231,12 +231,18 @@ def describe_conversations(trainer, splits, data_args, config, plan: dict) -> Ro
     if config.packing:
         rows = len(trainer.train_dataset)
         packing = {"rows": rows, "filled": tokens["tokens_per_epoch"] / (rows * config.max_length)}
+        compute = f"{rows} packed rows, {packing['filled']:.0%} filled"
+    elif trainer.padded_because is None:
+        compute = "the conversations of a micro-batch in one row, without padding"
+    else:
+        compute = f"padded rows: {trainer.padded_because}"
     return RowFacts(
         sections={
             "first_conversation": pieces,
             "special_tokens": special,
             "tokens": tokens,
             "packing": packing,
+            "padded_because": trainer.padded_because,
             "step0": step0,
         },
         tokens_per_epoch={
@@ -253,7 +259,7 @@ def describe_conversations(trainer, splits, data_args, config, plan: dict) -> Ro
         ),
         unit="packed rows" if packing else "conversations",
         lines=conversation_lines(pieces, tokens, special, splits, data_args.loss_on),
-        compute=f"{packing['rows']} packed rows, {packing['filled']:.0%} filled" if packing else "padded rows",
+        compute=compute,
         step0_lines=[f"  step 0    loss {step0['loss']:.3f} nats per token over {step0['conversations']} conversations"]
         if step0
         else [],

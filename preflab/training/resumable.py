@@ -15,12 +15,13 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length, rotate_checkpoints
 
 from preflab.evaluation.runs import MANIFEST, checkpoints
-from preflab.models.fast import fused_lora
+from preflab.models.fast import compiled_layers, fused_lora, fused_norm
 from preflab.training.log_keys import TIES_HALF
 from preflab.training.run_folder import write_manifest
 from preflab.training.throughput import synchronize
 from utils.artifacts import RowFile, read_json
 from utils.errors import STOP_SIGNALS, UserError, is_main_process
+from utils.machine import keep_freed_memory
 from utils.progress import progress
 
 
@@ -57,10 +58,15 @@ class ResumableMixin:
             warn: returns a warning for the row of an evaluation, or None.
         """
         self.row_log = row_log
-        if not self.is_sharded:
+        if self.args.use_cpu:
+            keep_freed_memory()
+        if self.args.compile_layers:
+            self._compile_layers()
+        elif not self.is_sharded:
             # Sharding gathers a layer's LoRA matrices when they are called as modules; the fused kernel reads them
             # directly.
             fused_lora.attach(self.model)
+            fused_norm.attach(self.model)
         for param in self.model.parameters():
             # TRL casts QLoRA adapters to bf16. Its 8 significant bits round an Adam update of 2e-6 on a weight of 1e-2
             # to zero, so the adapters are kept in float32.
@@ -74,6 +80,14 @@ class ResumableMixin:
         self.add_callback(RowLog(row_log, warn, lambda: self.seconds))
         self.stopper = GracefulStop(self.accelerator)
         self.add_callback(self.stopper)
+
+    def _compile_layers(self) -> None:
+        """Compile the decoder layers of the policy, and of the reference model where there is one."""
+        models = [m for m in (self.model, getattr(self, "ref_model", None)) if m is not None]
+        # Only rows without padding are compiled.
+        reasons = [self.padded_because, *(compiled_layers.attach(self.accelerator.unwrap_model(m)) for m in models)]
+        if any(reasons):
+            raise UserError(f"--compile_layers: rows are padded here ({next(filter(None, reasons))}); remove it")
 
     @property
     def is_quantized(self) -> bool:

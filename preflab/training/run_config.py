@@ -9,6 +9,7 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType, gather_object
 from trl import ModelConfig
 
+from preflab.models.fast.compiled_layers import missing_compiler
 from preflab.training.decisions import REFUSED, check_decisions
 from preflab.training.keys import TOPICS
 from preflab.training.lora_targets import as_names
@@ -74,6 +75,10 @@ class RunConfig:
     gradient_checkpointing: bool | None = field(
         default=None,
         metadata={"help": "Recompute activations instead of storing them (default: only if memory requires it)."},
+    )
+    compile_layers: bool = field(
+        default=False,
+        metadata={"help": "Compile the decoder layers: faster steps after a first one of a minute or more."},
     )
     template_date: str | None = field(
         default=None,
@@ -235,6 +240,7 @@ def check_run_config(config: RunConfig, model) -> None:
             )
     check_decisions(config, model)
     check_trackers(config.report_to)
+    _check_compiler(config, model)
     if (config.start_adapter is None) != (config.start_adapter_use is None):
         raise UserError(
             "--start_adapter and --start_adapter_use must be given together: merge puts the adapter into the base and"
@@ -242,6 +248,19 @@ def check_run_config(config: RunConfig, model) -> None:
         )
     if config.start_adapter_use == "continue" and not model.use_peft:
         raise UserError("--start_adapter_use continue needs --use_peft: it trains an adapter further")
+
+
+def _check_compiler(config: RunConfig, model) -> None:
+    """Raise UserError where --compile_layers cannot work."""
+    if not config.compile_layers:
+        return
+    if model.load_in_4bit or model.load_in_8bit:
+        raise UserError("--compile_layers: not with quantised weights, whose layers are not compiled; remove it")
+    if config.fsdp or config.deepspeed or os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        raise UserError("--compile_layers: not with a sharded model (FSDP, DeepSpeed); remove it")
+    reason = missing_compiler(config.use_cpu)
+    if reason:
+        raise UserError(f"--compile_layers: {reason}; install g++ or remove it")
 
 
 def fit_global_batch(config: RunConfig, processes: int | None = None) -> list[str]:

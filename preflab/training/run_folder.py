@@ -37,7 +37,8 @@ ARGUMENTS_NOT_IN_IDENTITY = {
     "logging_dir", "local_rank", "accelerator_config", "parallelism_config", "deepspeed", "fsdp", "fsdp_config",
     "global_batch_size", "per_device_train_batch_size", "gradient_accumulation_steps", "per_device_eval_batch_size",
     "gradient_checkpointing", "gradient_checkpointing_kwargs", "activation_checkpointing", "use_cpu",
-    "shared_prompt", "micro_batch_tokens", "reference_cache", "published", "base_hub_id",
+    "shared_prompt", "padding_free", "compile_layers", "micro_batch_tokens", "reference_cache", "published",
+    "base_hub_id",
     "push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo", "hub_always_push",
     "save_strategy", "save_steps", "eval_strategy", "eval_steps", "logging_strategy", "logging_steps",
 }  # fmt: skip

@@ -24,6 +24,10 @@ class SFTRunConfig(RunConfig, SFTConfig):
         default=False,
         metadata={"help": "Pack the test split in the trainer's evaluations; held-out metrics never pack."},
     )
+    padding_free: bool = field(
+        default=True,
+        metadata={"help": "Compute the conversations of a micro-batch without padding; results are the same."},
+    )
 
     # A conversation is one sequence.
     sequences_a_row = 1

@@ -5,7 +5,7 @@ from accelerate.utils import gather_object
 from trl import SFTTrainer
 
 from preflab.models.batching import pad_right, token_batches
-from preflab.models.fast import fused_head
+from preflab.models.fast import fused_head, shared_prompt
 from preflab.models.logprobs import apply_adapters_to_head, token_logps, without_adapter_shell
 from preflab.training.resumable import ResumableMixin, in_eval_mode
 from utils.artifacts import RowFile
@@ -24,13 +24,31 @@ class ResumableSFTTrainer(ResumableMixin, SFTTrainer):
     def __init__(self, *args, row_log: RowFile, **kwargs):
         fused_head.install()
         # The tokenizer already has its template; TRL would read the file again, or take its path for a model id.
+        # It also refuses padding_free together with max_length, and rows are padding-free here without its collator.
         config = kwargs["args"]
-        template, config.chat_template_path = config.chat_template_path, None
+        own = {"chat_template_path": config.chat_template_path, "padding_free": config.padding_free}
+        config.chat_template_path, config.padding_free = None, False
         super().__init__(*args, **kwargs)
         if hasattr(self.model, "peft_config"):
             apply_adapters_to_head(without_adapter_shell(self.model))
-        config.chat_template_path = template
+        for key, value in own.items():
+            setattr(config, key, value)
+        self._compute_without_padding()
         self.set_up(row_log)
+
+    def _compute_without_padding(self) -> None:
+        """Compute each conversation of a batch by itself in one row, unless the run or its model forbids it.
+
+        Sets `padded_because`: why not, for the preflight; None where nothing is padded.
+        """
+        self.padded_because = "--no_padding_free"
+        if self.args.padding_free:
+            self.padded_because = shared_prompt.unsupported_reason(self.model, self.aux_loss_enabled)
+        if "flash" in without_adapter_shell(self.model).config._attn_implementation:
+            self.padded_because = "--attn_implementation: flash attention has its own kernels for packed rows"
+        if self.padded_because is None:
+            shared_prompt.attach(self.accelerator.unwrap_model(self.model))
+            self.data_collator = shared_prompt.PackingCollator(self.data_collator, shared_prompt.pack_sequences)
 
     @torch.no_grad()
     @in_eval_mode

@@ -191,7 +191,8 @@ def test_flex_attention_equals_cpu_attention(window, softcap, key_heads, monkeyp
     monkeypatch.setattr(shared_prompt, "_compiled_flex", lambda: flex_attention)
     settings = {"scaling": 0.8, "softcap": softcap, "sliding_window": window}
     result = shared_prompt._flex(query, key, value, masks, **settings)
-    expected, _ = shared_prompt._attention("sdpa", None, query, key, value, None, packed_lengths=lengths, **settings)
+    layout = shared_prompt.Layout(lengths, {})
+    expected, _ = shared_prompt._attention("sdpa", None, query, key, value, None, layout=layout, **settings)
     assert torch.allclose(result, expected, atol=1e-5)
 
 

@@ -8,9 +8,11 @@ from conftest import ROOT, assert_one_line, interrupted_at, make_pairs, write_js
 from datasets import Dataset
 from helpers import instructions, sft_args
 from peft import LoraConfig
+from transformers import AutoConfig
 from trl import SFTConfig, SFTTrainer
 
 from preflab.data.conversations import load_conversations, tokenize
+from preflab.models.fast import shared_prompt
 from preflab.models.loading import load_model, load_tokenizer
 from preflab.training.held_out import heldout_metrics
 from preflab.training.sft_config import SFTRunConfig
@@ -106,13 +108,37 @@ def test_packed_conversations_do_not_interact(kind, request, tmp_path):
     folder = request.getfixturevalue(kind)
     path = write_jsonl(tmp_path / "x.jsonl", [{"messages": r["chosen"]} for r in make_pairs(12)])
     one_step = {"max_steps": 1, "gradient_accumulation_steps": 1, "learning_rate": 1e-3}
-    packed = ours(folder, path, tmp_path, per_device_train_batch_size=12, packing=True, **one_step)
-    padded = ours(folder, path, tmp_path, per_device_train_batch_size=12, **one_step)
-    singly = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 12}
+    together = {"per_device_train_batch_size": 12, **one_step}
+    packed = ours(folder, path, tmp_path, packing=True, **together)
+    without_padding = ours(folder, path, tmp_path, **together)
+    singly = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 12, "padding_free": False}
     alone = ours(folder, path, tmp_path, **{**one_step, **singly})
-    for other in (padded, alone):
-        for key in ("loss", "grad_norm"):
-            assert packed[0][key] == pytest.approx(other[0][key], rel=1e-4), key
+    # The last two as TRL computes them: with padding, and with one mask over a packed row.
+    others = [ours(folder, path, tmp_path, packing=p, padding_free=False, **together) for p in (False, True)]
+    for other in (packed, without_padding, *others):
+        for key in ("loss", "grad_norm", "num_tokens"):
+            assert other[0][key] == pytest.approx(alone[0][key], rel=1e-5), key
+        # Logged as means over micro-batches, so only those of one batch are comparable.
+        for key in KEYS:
+            assert other[0][key] == pytest.approx(packed[0][key], rel=1e-5), key
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_each_conversation_has_its_own_attention(packing, tiny, tmp_path, monkeypatch):
+    """No product over a padded batch or a packed row: each call has the queries of one conversation."""
+    path = write_jsonl(tmp_path / "x.jsonl", [{"messages": r["chosen"]} for r in make_pairs(6)])
+    lengths = []
+    causal = shared_prompt._causal
+
+    def recorded(query, key, value, **settings):
+        lengths.append(query.shape[2])
+        assert query.shape[:1] == (1,) and key.shape[2] == query.shape[2]
+        return causal(query, key, value, **settings)
+
+    monkeypatch.setattr(shared_prompt, "_causal", recorded)
+    row = ours(tiny, path, tmp_path, packing=packing, max_steps=1, per_device_train_batch_size=6)[0]
+    layers = AutoConfig.from_pretrained(tiny).num_hidden_layers
+    assert len(lengths) >= 6 * layers and sum(lengths) == layers * row["num_tokens"]
 
 
 def test_scores_do_not_depend_on_batch(tiny, tmp_path):

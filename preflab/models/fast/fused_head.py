@@ -138,6 +138,14 @@ def _in_tile(targets, start: int, size: int):
     return tokens, targets[tokens] - start
 
 
+def _row_products(a, b, buffer):
+    """Scalar product of each row of `a` with that of `b`, shape (tokens, 1); a and b are (tokens, tile), as `buffer`.
+
+    torch.linalg.vecdot would round both to 16 bits under autocast.
+    """
+    return torch.mul(a, b, out=buffer[:, : a.shape[1]]).sum(1, keepdim=True)
+
+
 def _forward(layer: _Layer, hidden, targets, extra, slope):
     """Online softmax over the tiles of the vocabulary (Milakov & Gimelshein 2018).
 
@@ -157,6 +165,7 @@ def _forward(layer: _Layer, hidden, targets, extra, slope):
     others, weighted, squares, total = (torch.zeros(n, 1) for _ in range(4))
     first = torch.zeros(n, dtype=torch.bool)
     spare = torch.empty(n, min(VOCABULARY, vocabulary))
+    product = torch.empty_like(spare) if {"entropy", "log_sum_sq_probs"} & set(extra) else None
     for start, rows, z, curve in layer.tiles(hidden, slopes=slope is not None):
         tokens, column = _in_tile(targets, start, len(rows))
         before, highest = highest, torch.maximum(highest, z.amax(1, keepdim=True))
@@ -172,10 +181,10 @@ def _forward(layer: _Layer, hidden, targets, extra, slope):
         e = torch.sub(z, highest, out=spare[:, : len(rows)]).exp_()  # (tokens, tile)
         # These two sums include the target, so they come before its entry is set to 0.
         if "entropy" in extra:
-            weighted.mul_(rescale).add_(torch.linalg.vecdot(e, z)[:, None])
+            weighted.mul_(rescale).add_(_row_products(e, z, product))
         if "log_sum_sq_probs" in extra:
             # e^2z is relative to twice the maximum, so its factor is squared.
-            squares.mul_(rescale.square()).add_(torch.linalg.vecdot(e, e)[:, None])
+            squares.mul_(rescale.square()).add_(_row_products(e, e, product))
         # The target is summed separately: W[y] - p(y) W[y] would cancel catastrophically for a likely target.
         e[tokens, column] = 0
         others.mul_(rescale).add_(e.sum(1, keepdim=True))

@@ -18,11 +18,12 @@ import sys
 
 import torch
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from preflab.models.fast import cpu_attention
 from preflab.models.logprobs import without_adapter_shell
 
 # Architectures whose attention uses transformers' attention interface and only the masks that this module handles.
@@ -87,15 +88,51 @@ def pack(batch: dict, shared: list[int] | None = None, groups: list[list[int]] |
     }
 
 
-class PackingCollator:
-    """TRL's collator, whose batches also have the packed layout (`pack`)."""
+def pack_groups(batch: dict) -> dict:
+    """`pack`, with the groups that the collator made where rows are not pairs."""
+    return pack(batch, groups=batch.get("groups"))
 
-    def __init__(self, collator):
-        self.collator = collator
+
+def pack_sequences(batch: dict) -> dict:
+    """Lay out single sequences as one row without padding; each is a pair with a prompt and an empty answer.
+
+    Args:
+        batch: tensors of TRL's collator for SFT: input_ids and attention_mask, shape (rows, length), right-padded, or
+            a row that it concatenated already (padding_free), with cu_seq_lens_q, its sequences' starts and its end.
+
+    Returns:
+        As `pack`; unpack is None where the batch itself is the packed row.
+    """
+    ids, mask = batch["input_ids"], batch.get("attention_mask")
+    sizes = batch["cu_seq_lens_q"].diff() if mask is None else mask.sum(1)
+    positions = torch.cat([torch.arange(size) for size in sizes.tolist()])[None].to(ids.device)
+    lengths = tuple((size, 0) for size in sizes.tolist())
+    if mask is None:
+        return {"packed_ids": ids, "packed_positions": positions, "packed_lengths": lengths, "unpack": None}
+    starts = sizes.cumsum(0) - sizes
+    # Padding positions read column 0, as in `pack`.
+    unpack = (starts[:, None] + torch.arange(ids.shape[1], device=ids.device)) * mask
+    return {
+        "packed_ids": ids[mask.bool()][None],
+        "packed_positions": positions,
+        "packed_lengths": lengths,
+        "unpack": unpack,
+    }
+
+
+class PackingCollator:
+    """TRL's collator, whose batches also have the packed layout.
+
+    Args:
+        layout: `pack_groups` for pairs and lists, `pack_sequences` for single sequences.
+    """
+
+    def __init__(self, collator, layout=pack_groups):
+        self.collator, self.layout = collator, layout
 
     def __call__(self, examples: list[dict]) -> dict:
         batch = self.collator(examples)
-        return {**batch, **pack(batch, groups=batch.get("groups"))}
+        return {**batch, **self.layout(batch)}
 
 
 def rebatch(batches: list[dict], budget: int, collator, accelerator, examples_of=None) -> list[dict]:
@@ -178,6 +215,20 @@ def unsupported_reason(model, aux_loss: bool = False) -> str | None:
 # ----------------------------------------------------------------------------------------------------------- attention
 
 
+class Layout:
+    """A packed row, as the attention of every layer reads it.
+
+    An object, since a compiled layer would be compiled again for every new tuple of lengths.
+
+    Attributes:
+        lengths: (prompt, *answers) of each pair or list.
+        masks: on a GPU, FlexAttention's block masks: {sliding window or None: mask}; on a CPU empty.
+    """
+
+    def __init__(self, lengths: tuple, masks: dict):
+        self.lengths, self.masks = lengths, masks
+
+
 def attach(model) -> None:
     """Make `model` compute batches with a packed layout packed; other batches are computed as before.
 
@@ -197,14 +248,22 @@ def attach(model) -> None:
     def forward(*args, packed_ids=None, packed_positions=None, packed_lengths=None, unpack=None, **kwargs):
         if packed_ids is None:
             return original(*args, **kwargs)
-        # transformers passes a 4-D mask on unchanged; the attention below uses only the lengths.
+        tokens = packed_ids.shape[1]
+        missing = -tokens % getattr(backbone, "row_multiple", 1)
+        if missing:
+            # One more sequence, whose hidden states are not read.
+            packed_ids = pad(packed_ids, (0, missing))
+            positions = torch.arange(missing, device=packed_ids.device)[None]
+            packed_positions = torch.cat([packed_positions, positions], dim=1)
+            packed_lengths = (*packed_lengths, (missing, 0))
+        # transformers passes a 4-D mask on unchanged; the attention below uses only the layout.
         no_mask = torch.zeros((1, 1, 1, 1), device=packed_ids.device)
         kwargs |= {"input_ids": packed_ids, "position_ids": packed_positions, "attention_mask": no_mask}
-        output = original(
-            **kwargs, packed_lengths=packed_lengths, **_block_masks(backbone.config, packed_lengths, packed_ids)
-        )
-        # (1, tokens, hidden) -> (2 × pairs, length, hidden)
-        output.last_hidden_state = output.last_hidden_state[0][unpack]
+        layout = Layout(packed_lengths, _block_masks(backbone.config, packed_lengths, packed_ids))
+        output = original(**kwargs, layout=layout)
+        # (1, tokens, hidden) -> (rows of the padded batch, length, hidden), or the packed row itself
+        hidden = output.last_hidden_state
+        output.last_hidden_state = hidden[:, :tokens] if unpack is None else hidden[0][unpack]
         return output
 
     backbone.forward = forward
@@ -230,36 +289,31 @@ def register(config) -> None:
     config._attn_implementation = name
 
 
-def _attention(configured, module, query, key, value, attention_mask, packed_lengths=None, packed_masks=None, **kwargs):
+def _attention(configured, module, query, key, value, attention_mask, layout: Layout | None = None, **kwargs):
     """transformers' attention interface, for packed rows.
 
     Args:
         configured: name of the attention for other calls.
         query: (1, heads, tokens, dim); key, value: (1, key heads, tokens, dim).
-        packed_lengths: (prompt, *answers) of each pair or list, or None for an ordinary call.
-        packed_masks: from `_block_masks`, on a GPU.
+        layout: None for an ordinary call.
 
     Returns:
         (output, None), output of shape (1, tokens, heads, dim).
     """
-    if packed_lengths is None:
+    if layout is None:
         return _attention_function(configured, module)(module, query, key, value, attention_mask, **kwargs)
     # Query and key already have their rotary embeddings, from packed_positions.
     settings = {name: kwargs.get(name) for name in ("scaling", "softcap", "sliding_window")}
     if settings["scaling"] is None:
         settings["scaling"] = query.shape[-1] ** -0.5
     if query.device.type == "cuda":
-        return _flex(query, key, value, packed_masks, **settings), None
-    # Grouped-query attention: repeat each key head for its query heads.
-    repeats = query.shape[1] // key.shape[1]
-    if repeats > 1:
-        key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
+        return _flex(query, key, value, layout.masks, **settings), None
     settings["dropout"] = kwargs.get("dropout", 0.0)
     # One split instead of a slice per pair: the backward of every slice would allocate a full row of zeros.
-    sizes = [size for prompt, first, *others in packed_lengths for size in (prompt + first, *others)]
+    sizes = [size for prompt, first, *others in layout.lengths for size in (prompt + first, *others)]
     queries, keys, values = (x.split(sizes, dim=2) for x in (query, key, value))
     parts = []
-    for prompt, *answers in packed_lengths:
+    for prompt, *answers in layout.lengths:
         # Prompt and first answer are an ordinary causal sequence; every other answer attends to prompt and itself.
         first = len(parts)
         parts.append(causal_attention(queries[first], keys[first], values[first], **settings))
@@ -279,10 +333,16 @@ def _attention_function(name: str, module):
 def causal_attention(query, key, value, scaling, softcap, sliding_window, dropout):
     """Causal attention of the last `queries` positions of a sequence over all its keys.
 
-    Shapes: query (1, heads, queries, dim), key and value (1, heads, keys, dim); returns the shape of query.
+    Shapes: query (1, heads, queries, dim), key and value (1, key heads, keys, dim); returns the shape of query.
     """
     queries, keys = query.shape[2], key.shape[2]
     windowed = sliding_window is not None and keys > sliding_window
+    if not windowed and softcap is None and cpu_attention.fits(query, dropout):
+        return cpu_attention.CausalAttention.apply(query, key, value, scaling)
+    # Grouped-query attention: repeat each key head for its query heads.
+    repeats = query.shape[1] // key.shape[1]
+    if repeats > 1:
+        key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
     if queries == keys and not windowed and softcap is None:
         return scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True, scale=scaling)
     # Query i is at position keys - queries + i: distance (queries, keys) is how far back a key is.
@@ -335,7 +395,7 @@ def _block_masks(config, packed_lengths, packed_ids) -> dict:
         return {}
     # Gemma 2 and 3 have layers with a sliding window and layers without.
     windows = {None, getattr(config, "sliding_window", None)}
-    return {"packed_masks": {w: _block_mask(packed_lengths, packed_ids.device, w) for w in windows}}
+    return {w: _block_mask(packed_lengths, packed_ids.device, w) for w in windows}
 
 
 # Policy and reference compute the same rows one after the other, so the last masks are reused.
