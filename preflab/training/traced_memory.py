@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_iter
 from transformers import AttentionInterface, AutoModelForCausalLM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
-from preflab.models.fast import fused_head, fused_lora, shared_prompt
+from preflab.models.fast import fused_head, fused_lora, fused_norm, shared_prompt
 from preflab.models.logprobs import without_adapter_shell
 from preflab.training.memory_parts import QUANTISED_BYTES, Batch, Counts, Weights
 
@@ -230,6 +230,8 @@ def _run(config, step: Step, batch: Batch, layers: int) -> Traced:
     model = skeleton(config, step.dtype, step.lora, layers)
     if step.lora and step.fused_lora:
         fused_lora.attach(model)
+    if step.fused_lora and not step.cuda:
+        fused_norm.attach(model)
     if batch.pairs:
         shared_prompt.attach(model)
         if step.cuda:
