@@ -27,7 +27,7 @@ The keys that matter (flags and YAML keys are the same, the command line wins; [
              (both models may be openai:MODEL@URL, a server)
   judge      --judge hf:MODEL|rm:MODEL|pair:MODEL|implicit:RUN|vllm:MODEL|openai:MODEL@URL|longer|
              random|<an evaluator of alpaca-eval> [hf:builtin:smollm2-135m-instruct]
-             --order package|both [package]
+             (several are a panel: each is audited)   --order package|both [package]
              --judge_prompt FILE (configs/judges/alpacaeval_text.yaml: for judges that write)
   audit      --audit_dataset ID|FILE (default: the run's held-out pairs)   --audit_split NAME [test]
              --audit_limit N [200]
@@ -91,8 +91,6 @@ def check(args, c) -> None:
     args.check()
     if args.audit_annotations and (args.annotations or args.plan or not args.audit_limit):
         raise UserError("--audit_annotations: audits a judge and stops; remove --annotations, --plan, --audit_limit 0")
-    if len(args.judges) > 1 and not args.audit_annotations:
-        raise UserError(f"--judge {' '.join(args.judges)}: give one judge; panels are for eval_win_rate.py --battle")
     if args.plan and (args.annotations or args.stage != "all"):
         raise UserError("--plan: works on all stages of both models; remove --annotations and --stage")
     # A standard error needs two refits.
@@ -195,15 +193,15 @@ def main():
     training = TrainingText.read(args, comparison_args.checkpoints)
     # Made before the answers, so that an unknown judge fails at once.
     judging = args.stage in ("judge", "all")
-    judge = stages.load_judge(args, comparison_args) if judging else None
+    judges = stages.load_judges(args, comparison_args) if judging else []
 
     if args.stage in ("generate", "all"):
         files.ensure_outputs_may_be_replaced(folder, comparison_args.overwrite)
         stages.generate(comparison, args, reference, folder)
     # Rank 0 writes the answers that every rank reads.
     processes.wait_for_everyone()
-    if judge:
-        stages.judge_outputs(comparison, args, judge, reference, folder)
+    if judges:
+        stages.judge_outputs(comparison, args, judges, reference, folder)
     # Scoring only reads files, so one process does it.
     if args.stage not in ("score", "all") or not is_main_process():
         return stages.report_files(args.stage, folder)
@@ -217,11 +215,13 @@ def main():
         settings = (training, eval_out, seed, args.lc_resamples)
         results["contamination"] = metrics.instructions_without_overlap(sides, results, *settings)
     # What made the files, which may be an earlier call with other defaults.
-    models, judges = stages.origins(folder)
+    models, origins = stages.origins(folder)
+    if panel := origins["base"].get("panel"):
+        results["panel"] = stages.panel_section(folder, controls, panel, seed)
     title = f"{comparison.name}: AlpacaEval, judged by {results['judge']}"
     summary = stage.publish(
         folder / "alpacaeval.json",
-        {**models, "judge": judges["base"].get("judge")},
+        {**models, "judge": origins["base"].get("judge")},
         results["metrics"],
         report.render(results, published, audit, title, trained_on).noted(comparison.identical),
         run={"run_name": comparison.name, "limit": comparison_args.limit},
@@ -233,13 +233,14 @@ def main():
             folder / "llm_comparator.json": files.llm_comparator(sides["tuned"], "llm_comparator.json"),
         },
         length_control=results["length_control"],
-        order=judges["base"].get("order"),
+        order=origins["base"].get("order"),
         trained_on=trained_on,
         **({"contamination": results["contamination"]} if training else {}),
         audit=audit,
+        **({"panel": results["panel"]} if panel else {}),
         published=published,
-        seconds=stages.timings(models, judges, audit, time.monotonic() - scoring_started),
-        work=stages.work(models, judges),
+        seconds=stages.timings(models, origins, audit, time.monotonic() - scoring_started),
+        work=stages.work(models, origins),
     )
     if args.plan:
         plan.publish_plan(stage, summary, folder / "alpacaeval.json", seed)

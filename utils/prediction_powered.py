@@ -12,7 +12,7 @@ import numpy as np
 
 from utils.artifacts import metric
 
-# Rows of each pair of an outcome and a prediction, 0 or 1, that are added to estimate variances: Agresti & Min (2005,
+# Rows of each pair of an outcome and a prediction, 0 or 1, that are added for the interval: Agresti & Min (2005,
 # Biometrics 61, 515-523) add half a row to each cell of matched pairs. Otherwise few rows on which all predictions are
 # right would say that predictions are never wrong.
 ADDED = 0.5
@@ -47,8 +47,8 @@ def prediction_powered(outcomes, predictions, further) -> Powered:
     Returns:
         The mean of the outcomes + weight × (mean of `further` - mean of `predictions`), whose variance is
         var(outcome - weight × prediction) / n + weight² var(prediction) / N. The weight is the one that minimises it,
-        between 0 and 1. Variances of the n rows include the rows of ADDED and two degrees of freedom less; the
-        interval has Student's quantile and is cut to [0, 1]. For fewer than four outcomes it is None.
+        between 0 and 1. Variances of the n rows, and the interval's centre, include the rows of ADDED; the interval has
+        Student's quantile with n - 2 degrees of freedom and is cut to [0, 1]. For fewer than four outcomes it is None.
     """
     from scipy.stats import t
 
@@ -70,8 +70,12 @@ def prediction_powered(outcomes, predictions, further) -> Powered:
     value = float(y.mean() + (weight * (g.mean() - f.mean()) if len(g) else 0.0))
     stderr = math.sqrt(of_rows / n + weight**2 * of_further)
     half = float(t.ppf(0.975, n - 2)) * stderr
+    # The added rows move the interval's centre towards one half: that of a rate near 0 or 1 is skewed.
+    mean_y, mean_f = np.average(rows, 0, weights)
+    centre = float(mean_y + weight * ((g.mean() if len(g) else mean_f) - mean_f))
     # A correction may leave the range that a rate has.
     value = min(1.0, max(0.0, value))
-    rate = metric(value, stderr, (max(0.0, value - half), min(1.0, value + half)), n)
-    p = 2 * float(t.sf(abs(value - 0.5) / stderr, n - 2))
+    low, high = max(0.0, min(value, centre - half)), min(1.0, max(value, centre + half))
+    rate = metric(value, stderr, (low, high), n)
+    p = 2 * float(t.sf(abs(centre - 0.5) / stderr, n - 2))
     return Powered(rate, metric(p, n=n), weight, float(covariance[0, 0] / stderr**2))

@@ -4,7 +4,9 @@ import csv
 import io
 
 from preflab.alpacaeval import package
+from preflab.alpacaeval.panel import panel_table
 from preflab.evaluation.contamination import overlap_table
+from preflab.judging.audit import left_out_judges
 from utils.artifacts import read_published
 from utils.errors import UserError
 from utils.plots import CHOSEN, NEUTRAL, figure, interval_lengths, rate_bars, save, shorten
@@ -69,10 +71,12 @@ def render(results: dict, rows: dict, audit: dict | None, title: str, trained_on
     # A part of AlpacaEval is easier or harder than all of it.
     if results["alpacaeval"] and n != ALPACAEVAL_SIZE:
         blocks.append(f"ONLY {n} OF ALPACAEVAL'S {ALPACAEVAL_SIZE} INSTRUCTIONS: not comparable with the leaderboard.")
+    if "panel" in results:
+        blocks.append(panel_table(results["panel"], audit))
     blocks.append(published_table(rows, results["leaderboards_judge"]))
     if audit:
         blocks += [audit["table"], audit["verdict"]]
-    verdict = verdict_of(results, audit)
+    verdict = verdict_of(results, audit) + left_out_judges(audit)
     if trained_on and trained_on["count"]:
         part = "" if trained_on["count"] == trained_on["of"] else "PARTLY "
         verdict = (

@@ -5,6 +5,7 @@ Each stage reads its input from files in the run's AlpacaEval folder, so that ev
 
 from pathlib import Path
 
+from preflab.alpacaeval import panel
 from preflab.alpacaeval.files import (
     annotate,
     ensure_same_judge,
@@ -29,6 +30,7 @@ from preflab.judging.answers import (
 )
 from preflab.judging.audit_run import audit_judges, labelled_pairs
 from preflab.judging.judges import make_judge
+from preflab.judging.panel import Panel, close
 from preflab.models.vllm_engine import choose_engine
 from utils.artifacts import read_json, write_json
 from utils.cache import measured_work
@@ -73,14 +75,15 @@ def report_files(stage: str, folder: Path) -> None:
         print_main(f"stage {stage}: its files are in {folder}; next: the same command with --stage {following}")
 
 
-def load_judge(args, comparison_args):
-    """The judge under AlpacaEval's own prompt or --judge_prompt, or a named evaluator that the package ships."""
+def load_judges(args, comparison_args) -> list:
+    """The judges under AlpacaEval's own prompt or --judge_prompt, or one named evaluator that the package ships."""
     # Names with a colon are this project's judges (hf:MODEL); reading the package's folder would cost an import.
-    if ":" not in args.judge and args.judge in shipped_evaluators():
-        if args.judge_prompt:
-            raise UserError(f"--judge_prompt: the evaluator {args.judge} of alpaca-eval has its own prompt")
-        return PackageEvaluator(args.judge)
-    return make_judge(args.judge, args.judge_prompt or clf_prompt(), args.judge_options(comparison_args))
+    shipped = [name for name in args.judges if ":" not in name and name in shipped_evaluators()]
+    if shipped and len(args.judges) > 1:
+        raise UserError(f"--judge {shipped[0]}: an evaluator of alpaca-eval judges alone; a panel is of other judges")
+    if shipped and args.judge_prompt:
+        raise UserError(f"--judge_prompt: the evaluator {shipped[0]} of alpaca-eval has its own prompt")
+    return [PackageEvaluator(shipped[0])] if shipped else judges_and_controls(args, comparison_args)[0]
 
 
 def judges_and_controls(args, c) -> tuple[list, list]:
@@ -90,18 +93,30 @@ def judges_and_controls(args, c) -> tuple[list, list]:
     return [make_judge(spec, prompt, options) for spec in args.judges], controls
 
 
-def judge_outputs(comparison, args, judge, reference: list[dict], folder: Path) -> None:
+def judge_outputs(comparison, args, judges: list, reference: list[dict], folder: Path) -> None:
     """Judge both models' outputs against the reference and audit the judge; all files are written at the end.
 
-    The control judges `longer` and `random` get the same questions.
+    The control judges `longer` and `random` get the same questions. Several judges are a panel of those that pass their
+    audit (of all, where none does); each has its own annotations too, as `base_judge1`, `tuned_judge2`, ...
     """
     c, models = comparison.args, TwoModels(comparison)
     controls = [make_judge(name, "", args.judge_options(c)) for name in CONTROLS]
+    judge_audit, judge, members = None, judges[0], {}
+    if len(judges) > 1:
+        # Before the judging, because it decides who has a vote.
+        judge_audit = _audit(comparison, args, judges, controls)
+        passed = {name for name, member in (judge_audit or {}).get("members", {}).items() if member["passed"]}
+        voting = [each for each in judges if each.name in passed] or judges
+        judge = Panel(voting, c.eval_out, c.overwrite)
+        members = {"judges": [each.name for each in judges], "voting": [each.name for each in voting]}
+    named = {f"judge{number}": each for number, each in enumerate(judges, 1)} if members else {}
     files = {}
-    for side in models.sides:
-        # The expected origin guards a separate --stage judge against outputs of another model or other sampling.
-        outputs = read_outputs(folder, side, reference, {**models.answering_identity(side), **args.sampling(c.seed)})
-        for current in (judge, *controls):
+    # A judge after the other, and the panel last: its verdicts are theirs, from the cache.
+    for name, current in {**named, "": judge, **{each.name: each for each in controls}}.items():
+        for side in models.sides:
+            # The expected origin guards a separate --stage judge against outputs of another model or other sampling.
+            expected = {**models.answering_identity(side), **args.sampling(c.seed)}
+            outputs = read_outputs(folder, side, reference, expected)
             with measured_work("judgements") as entry:
                 annotations = annotate(current, reference, outputs, args.order, c.eval_out, c.overwrite)
             entry["of"] = 0 if current.instant else sum(len(row["orders"]) for row in annotations)
@@ -111,13 +126,16 @@ def judge_outputs(comparison, args, judge, reference: list[dict], folder: Path) 
                 "reference_sha256": outputs_hash(reference),
                 "outputs_sha256": outputs_hash(outputs),
                 **about_work(entry),
+                **({"panel": members} if members and not name else {}),
             }
             # Controls as `base_longer`, `tuned_random`, ...
-            files[side if current is judge else f"{side}_{current.name}"] = (annotations, origin)
-    judge_audit = audit_judges(labelled_pairs(comparison, args), [judge], controls, c) if args.audit_limit else None
-    # A vLLM judge holds the GPU's memory until it is closed.
-    if hasattr(judge, "close"):
-        judge.close()
+            files[f"{side}_{name}" if name else side] = (annotations, origin)
+        # A vLLM judge holds the GPU's memory until it is closed.
+        if name in named:
+            close([current])
+    if not members:
+        judge_audit = _audit(comparison, args, judges, controls)
+    close([judge])
     # Written together, so that an interrupted call leaves no mixture of two judges.
     for name, (annotations, origin) in files.items():
         write_annotations(folder, name, annotations, origin)
@@ -125,12 +143,20 @@ def judge_outputs(comparison, args, judge, reference: list[dict], folder: Path) 
         write_json(folder / "judge_audit.json", judge_audit)
 
 
+def _audit(comparison, args, judges: list, controls: list) -> dict | None:
+    if not args.audit_limit:
+        return None
+    return audit_judges(labelled_pairs(comparison, args), judges, controls, comparison.args)
+
+
 def read_judged(folder: Path, with_audit: bool) -> tuple[dict, dict, dict | None]:
-    """(annotations of both sides, those of the control judges, the judge audit or None), all of one judge.
+    """(annotations of both sides, those of controls and of a panel's judges, the judge audit or None), of one judge.
 
     Raises UserError where a file is missing, damaged, or of another judge, order, reference or set of answers.
     """
-    names = [*SIDES, *(f"{side}_{control}" for side in SIDES for control in CONTROLS)]
+    members = read_origin(folder / f"annotations_{SIDES[0]}.json").get("panel", {}).get("judges", [])
+    further = [*CONTROLS, *(f"judge{number}" for number in range(1, len(members) + 1))]
+    names = [*SIDES, *(f"{side}_{name}" for side in SIDES for name in further)]
     annotations = {name: read_annotations(folder / f"annotations_{name}.json") for name in names}
     audit_file = folder / "judge_audit.json"
     judge_audit = read_json(audit_file) if audit_file.exists() and with_audit else None
@@ -138,6 +164,13 @@ def read_judged(folder: Path, with_audit: bool) -> tuple[dict, dict, dict | None
     ensure_same_judge(folder, annotations, judge_audit)
     sides = {side: annotations.pop(side) for side in SIDES}
     return sides, annotations, judge_audit
+
+
+def panel_section(folder: Path, annotations: dict[str, list[dict]], about: dict, seed: int) -> dict:
+    """`preflab.alpacaeval.panel.panel_section` of the files in `folder`; `annotations`: those beside the panel's."""
+    names = [name for name in annotations if name.partition("_")[2].startswith("judge")]
+    origins = {name: read_origin(folder / f"annotations_{name}.json") for name in names}
+    return panel.panel_section({name: annotations[name] for name in names}, origins, about, seed)
 
 
 def trained_instructions(comparison, reference: list[dict]) -> dict:

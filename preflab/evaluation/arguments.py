@@ -183,7 +183,7 @@ class JudgeArguments(GenerationArguments):
     """How models answer prompts, and the judge that compares the answers."""
 
     judge: list[str] = option(
-        "hf:MODEL, vllm:MODEL, openai:MODEL@BASE_URL, rm:MODEL, pair:MODEL, implicit:RUN, longer or random; in battles"
+        "hf:MODEL, vllm:MODEL, openai:MODEL@BASE_URL, rm:MODEL, pair:MODEL, implicit:RUN, longer or random;"
         " several are a panel, of which each is audited.",
         [DEFAULT_JUDGE],
     )

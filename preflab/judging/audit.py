@@ -193,6 +193,15 @@ def members_verdict(members: dict[str, dict], panel: str) -> str:
     return f"Judge audit passed by the {panel}: {passed}.{left_out}"
 
 
+def left_out_judges(audit: dict | None) -> str:
+    """A sentence that names the judges of a panel without a vote; "" where all have one, or none passed."""
+    members = (audit or {}).get("members", {})
+    failed = [name for name, member in members.items() if not member["passed"]]
+    if not failed or len(failed) == len(members):
+        return ""
+    return f" Left out of the panel, because their audit failed: {', '.join(failed)}."
+
+
 def audit_table(audits: dict[str, dict], labels: str) -> str:
     """One row per metric, one column per judge.
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from preflab.evaluation.contamination import overlap_table
+from preflab.judging.audit import left_out_judges
 from utils.plots import CHOSEN, EVAL, NEUTRAL, empty_panel, figure, name_bars, rate_bars, save, shorten
 from utils.power import power_sentence
 from utils.stage import Report, fits_terminal
@@ -66,10 +67,7 @@ def verdict_of(sections: dict) -> str:
     if audit and not audit["passed"] and not result.startswith("No claim"):
         failed = "every judge of the panel failed its audit" if panel else "the judge failed its audit"
         return f"No claim: {failed}. ({result})"
-    left_out = [name for name, member in (audit or {}).get("members", {}).items() if not member["passed"]]
-    if left_out:
-        result += f" Left out of the panel, because their audit failed: {', '.join(left_out)}."
-    return result
+    return result + left_out_judges(audit)
 
 
 def _outcome(sections: dict, judge: str) -> str:

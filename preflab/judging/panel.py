@@ -177,7 +177,7 @@ def panel_agreement(members: list[Member], voting: list[Member], seed: int) -> d
         return {}
     prompts = [row["prompt"] for row in members[0].rows]
     of = {"alpha": members, **({"alpha_voting": voting} if 1 < len(voting) < len(members) else {})}
-    return {name: krippendorff_alpha(ratings(judges), "ordinal", seed, prompts, 1000) for name, judges in of.items()}
+    return {name: krippendorff_alpha(ratings(judges), "ordinal", seed, prompts, 500) for name, judges in of.items()}
 
 
 def krippendorff_alpha(

@@ -36,7 +36,8 @@ def test_mean_and_weight_by_hand():
     assert 0 < weight < 1 and result.weight == pytest.approx(weight)
     assert result.rate["value"] == pytest.approx(value) and result.rate["stderr"] == pytest.approx(stderr)
     half = t.ppf(0.975, n - 2) * stderr
-    assert result.rate["ci95"] == pytest.approx([max(0, value - half), min(1, value + half)])
+    centre = mean_y + weight * (np.mean(g) - mean_f)
+    assert result.rate["ci95"] == pytest.approx([max(0, centre - half), min(1, centre + half)])
     assert result.as_precise_as == pytest.approx(var_y / stderr**2) and result.rate["n"] == n
 
 
