@@ -6,8 +6,6 @@ from preflab.alpacaeval.metrics import win_rate_difference
 from preflab.alpacaeval.package import prompt_groups
 from preflab.judging.panel import krippendorff_alpha
 from utils.stats import share
-from utils.tables import cell, difference, estimate
-from utils.tables import render as render_table
 
 SIDES = ("base", "tuned")
 
@@ -75,29 +73,3 @@ def _difference(rows: np.ndarray, seed: int, groups: list[str]) -> dict:
     both = ~np.isnan(rows).any(1)
     figures = win_rate_difference(rows[both][:, ::-1], seed, [g for g, k in zip(groups, both, strict=True) if k])
     return {"difference": figures["difference_win_rate"], "p": figures["p_difference_win_rate"]}
-
-
-def panel_table(panel: dict, audit: dict | None) -> str:
-    """A line per judge: its audit, its win rates, the panel's difference without it, and what its verdicts cost."""
-    audited = (audit or {}).get("members", {})
-    lines = [("", "agrees, %", "audit", "base, %", "tuned, %", "tuned - base", "panel without it", "verdicts", "s")]
-    names = []
-    for number, (name, m) in enumerate(panel["members"].items(), 1):
-        checked, cost = audited.get(name), m["cost"]
-        lines.append(
-            (
-                str(number),
-                cell(checked["audit"]["agreement"], 100) if checked else "-",
-                ("passed" if checked["passed"] else "FAILED, no vote") if checked else "-",
-                cell(m["base"]),
-                cell(m["tuned"]),
-                difference(m["difference"]),
-                difference(m["without"]["difference"]) if "without" in m else "-",
-                f"{cost['computed']}/{cost['of']}",
-                f"{cost['seconds']:.0f}",
-            )
-        )
-        names.append(f"{number}: {name}")
-    alpha = estimate(panel["agreement"]["alpha"], 1, 2)
-    notes = [*names, f"Wins, ties and losses of each judge; Krippendorff's alpha of the judges: {alpha}."]
-    return "\n".join([render_table("judges of the panel", lines), *notes])

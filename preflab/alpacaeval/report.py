@@ -4,9 +4,8 @@ import csv
 import io
 
 from preflab.alpacaeval import package
-from preflab.alpacaeval.panel import panel_table
 from preflab.evaluation.contamination import overlap_table
-from preflab.judging.audit import left_out_judges
+from preflab.judging.panel_report import audit_result, left_out_judges
 from utils.artifacts import read_published
 from utils.errors import UserError
 from utils.plots import CHOSEN, NEUTRAL, figure, interval_lengths, rate_bars, save, shorten
@@ -170,6 +169,32 @@ def _optional(m: dict, key: str, label: str, scale: float, digits: int = 1) -> l
 
 def _both_sides(m: dict, key: str) -> tuple[str, str]:
     return tuple(estimate(m[f"{side}_{key}"]) for side in SIDES)
+
+
+def panel_table(panel: dict, audit: dict | None) -> str:
+    """A line per judge: its audit, its win rates, the panel's difference without it, and what its verdicts cost."""
+    audited = (audit or {}).get("members", {})
+    lines = [("", "agrees, %", "audit", "base, %", "tuned, %", "tuned - base", "panel without it", "verdicts", "s")]
+    names = []
+    for place, (name, m) in enumerate(panel["members"].items(), 1):
+        checked, cost = audited.get(name), m["cost"]
+        lines.append(
+            (
+                str(place),
+                cell(checked["audit"]["agreement"], 100) if checked else "-",
+                audit_result(checked["passed"] if checked else None, m["votes"]),
+                cell(m["base"]),
+                cell(m["tuned"]),
+                difference(m["difference"]),
+                difference(m["without"]["difference"]) if "without" in m else "-",
+                f"{cost['computed']}/{cost['of']}",
+                f"{cost['seconds']:.0f}",
+            )
+        )
+        names.append(f"{place}: {name}")
+    alpha = estimate(panel["agreement"]["alpha"], 1, 2)
+    notes = [*names, f"Wins, ties and losses of each judge; Krippendorff's alpha of the judges: {alpha}."]
+    return "\n".join([render_table("judges of the panel", lines), *notes])
 
 
 def published_table(rows: dict, same_judge: bool) -> str:

@@ -7,6 +7,7 @@ from preflab.data.pair_rows import Pair
 from preflab.data.prompts import Prompt
 from preflab.evaluation.reward_slices import calibration_error, calibration_error_if_calibrated
 from preflab.judging.judge_prompt import Item, Verdict
+from preflab.judging.panel_report import heading_of
 from preflab.judging.style import markdown_counts
 from utils.artifacts import metric
 from utils.stats import direction, mean_test, share
@@ -171,37 +172,6 @@ def verdict_of(name: str, metrics: dict, comparison: dict) -> str:
     return f"JUDGE AUDIT FAILED: {result}; it does not beat the length-only baseline `longer`, so ignore its win rates."
 
 
-def members_verdict(members: dict[str, dict], panel: str) -> str:
-    """The audit of a panel's judges in two sentences: who has a vote, and who is left out of the claim.
-
-    Args:
-        members: per judge `audit`, `against_longer` and `passed`. panel: the name of the panel of those that pass.
-    """
-
-    def described(passed: bool) -> str:
-        return "; ".join(
-            f"{name} ({estimate(member['audit']['agreement'], 100)}% of the labels,"
-            f" {estimate(member['against_longer']['difference'], 100)} points more than `longer`)"
-            for name, member in members.items()
-            if member["passed"] == passed
-        )
-
-    passed, failed = described(True), described(False)
-    if not passed:
-        return f"JUDGE AUDIT FAILED by every judge of the panel: {failed}; ignore their win rates."
-    left_out = f" LEFT OUT OF THE PANEL, audit failed: {failed}." if failed else ""
-    return f"Judge audit passed by the {panel}: {passed}.{left_out}"
-
-
-def left_out_judges(audit: dict | None) -> str:
-    """A sentence that names the judges of a panel without a vote; "" where all have one, or none passed."""
-    members = (audit or {}).get("members", {})
-    failed = [name for name, member in members.items() if not member["passed"]]
-    if not failed or len(failed) == len(members):
-        return ""
-    return f" Left out of the panel, because their audit failed: {', '.join(failed)}."
-
-
 def audit_table(audits: dict[str, dict], labels: str) -> str:
     """One row per metric, one column per judge.
 
@@ -221,9 +191,8 @@ def audit_table(audits: dict[str, dict], labels: str) -> str:
         "calibration_error": "calibration error, %",
         "calibration_error_if_calibrated": "... of a calibrated judge, %",
     }
-    # The judge's name can be long: it is in the title, and its column is headed `judge`.
     judge, *controls = audits
-    lines = [("", "judge", *controls)]
+    lines = [("", heading_of(judge), *controls)]
     lines.append(("labelled pairs", *(str(metrics["agreement"]["n"]) for metrics in audits.values())))
     for key, label in rows.items():
         text_of = estimate if key == "agreement" else cell

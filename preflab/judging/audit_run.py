@@ -12,7 +12,6 @@ from preflab.judging.audit import (
     audit,
     audit_items,
     audit_table,
-    members_verdict,
     passes,
     sample_pairs,
     verdict_of,
@@ -20,7 +19,8 @@ from preflab.judging.audit import (
 )
 from preflab.judging.judge_prompt import Judge, Verdict
 from preflab.judging.judges import judge_all
-from preflab.judging.panel import close, panel_name, vote
+from preflab.judging.panel import close, vote
+from preflab.judging.panel_report import members_verdict, panel_name
 from utils.errors import UserError
 
 Labelled = tuple[list[Pair], str, dict]

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from preflab.evaluation.contamination import overlap_table
-from preflab.judging.audit import left_out_judges
+from preflab.judging.panel_report import audit_result, heading_of, left_out_judges
 from utils.plots import CHOSEN, EVAL, NEUTRAL, empty_panel, figure, name_bars, rate_bars, save, shorten
 from utils.power import power_sentence
 from utils.stage import Report, fits_terminal
@@ -111,36 +111,50 @@ def power_note(m: dict) -> str:
     return "" if direction(rate, p, null) else power_sentence(rate)
 
 
-def panel_table(panel: dict, audit: dict | None) -> str:
+def panel_lines(panel: dict, audit: dict | None) -> list[tuple]:
     """A line per judge: its audit, its win rate, the panel's without it, and what its verdicts cost in this call."""
-    members, audited = panel["members"], (audit or {}).get("members", {})
+    audited = (audit or {}).get("members", {})
     lines = [("", "agrees with labels, %", "audit", "win rate, %", "panel without it, %", "verdicts", "seconds")]
-    names = []
-    for number, (name, m) in enumerate(members.items(), 1):
+    for number, (name, m) in enumerate(panel["members"].items(), 1):
         checked = audited.get(name)
         without = m.get("without", {}).get("win_rate")
         lines.append(
             (
                 str(number),
                 estimate(checked["audit"]["agreement"], 100) if checked else "-",
-                ("passed" if checked["passed"] else "FAILED, no vote") if checked else "-",
+                audit_result(checked["passed"] if checked else None, m["votes"]),
                 estimate(m["win_rate"], 100) if "win_rate" in m else "-",
                 estimate(without, 100) if without else "-",
                 f"{m['cost']['computed']} of {m['cost']['of']}",
                 f"{m['cost']['seconds']:.1f}",
             )
         )
-        tokens = ", ".join(f"{m['cost'][k]:,} {k.replace('_', ' ')}" for k in ("tokens_read", "tokens_written")
-                           if m["cost"].get(k))  # fmt: skip
-        names.append(f"{number}: {name}" + (f" ({tokens})" if tokens else ""))
-    notes = [*names, "verdicts: computed in this call, the others were cached."]
-    if panel["agreement"]:
-        alphas = panel["agreement"]
+    return lines
+
+
+def panel_notes(panel: dict) -> list[str]:
+    """The judges' names by number, with a server's tokens, and their agreement."""
+    notes = []
+    for number, (name, m) in enumerate(panel["members"].items(), 1):
+        tokens = ", ".join(
+            f"{m['cost'][key]:,} {key.replace('_', ' ')}"
+            for key in ("tokens_read", "tokens_written")
+            if m["cost"].get(key)
+        )
+        notes.append(f"{number}: {name}" + (f" ({tokens})" if tokens else ""))
+    notes.append("verdicts: computed in this call, the others were cached.")
+    alphas = panel["agreement"]
+    if alphas:
         shown = f"Krippendorff's alpha of the judges: {estimate(alphas['alpha'], 1, 2)}"
         if "alpha_voting" in alphas:
             shown += f"; of those with a vote {estimate(alphas['alpha_voting'], 1, 2)}"
         notes.append(f"{shown} (1: they agree; 0: as chance would).")
-    return "\n".join([render_table("judges of the panel", lines), *notes])
+    return notes
+
+
+def panel_table(panel: dict, audit: dict | None) -> str:
+    """The judges of a panel as text."""
+    return "\n".join([render_table("judges of the panel", panel_lines(panel, audit)), *panel_notes(panel)])
 
 
 def stopping_note(stopping: dict) -> str:
@@ -234,8 +248,7 @@ def judge_lines(judges: dict[str, dict]) -> list[tuple]:
         "verdict changes with order, %": percent("flip_rate"),
         "first answer wins, %": percent("first_slot_wins"),
     }
-    # The judge's own name is in the title: it can be long.
-    names = ["judge", *list(judges)[1:]]
+    names = [heading_of(next(iter(judges))), *list(judges)[1:]]
     lines = [("", *names)]
     for label, text_of in rows.items():
         lines.append((label, *(text_of(m) if "win_rate" in m else "-" for m in judges.values())))

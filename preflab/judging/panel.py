@@ -16,6 +16,7 @@ from preflab.judging.battle_metrics import win_rate
 from preflab.judging.battles import combine_orders, judge_rows
 from preflab.judging.judge_prompt import Item, Judge, Verdict, unparsed
 from preflab.judging.judges import judge_all
+from preflab.judging.panel_report import panel_name
 from utils.artifacts import metric
 from utils.cache import measured_work
 from utils.stats import bootstrap
@@ -38,11 +39,6 @@ def vote(verdicts: list[Verdict]) -> Verdict:
         label="identical" if all(verdict.label == "identical" for verdict in verdicts) else None,
         note=f"{missing} of {len(verdicts)} judges had no verdict" if missing else None,
     )
-
-
-def panel_name(members: list[str]) -> str:
-    """The name of a panel in tables and artifacts."""
-    return f"panel of {len(members)} judge{'s' if len(members) > 1 else ''}"
 
 
 class Panel:

@@ -84,7 +84,10 @@ def section_of(artifact: Artifact, run: RunArtifacts, sources: Sources) -> Secti
     claim = sources.text(document, "claim") if has_claim else ""
     judge = None
     if artifact.args.get("judge"):
-        judge = sources.name(public_text(str(artifact.args["judge"])), document, "args", "judge")
+        # Several are a panel.
+        judges = artifact.args["judge"]
+        judges = ", ".join(judges) if isinstance(judges, list) else str(judges)
+        judge = sources.name(public_text(judges), document, "args", "judge")
     return Section(
         title=sources.name(title_of(artifact), document),
         question=STAGES[artifact.stage].question,

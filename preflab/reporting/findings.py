@@ -235,4 +235,5 @@ BATTLE_AUDIT = "not audited (--audit_dataset); the controls and the flip rate ar
 
 
 def _judge(artifact: Artifact) -> str:
-    return str(artifact.args.get("judge") or "?")
+    judges = artifact.args.get("judge") or "?"
+    return ", ".join(judges) if isinstance(judges, list) else str(judges)

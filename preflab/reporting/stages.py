@@ -9,7 +9,7 @@ from preflab.evaluation.perplexity_report import SECTIONS
 from preflab.evaluation.reward_table import SIDES, comparison_row
 from preflab.evaluation.win_rate_report import table_lines as win_rate_lines
 from preflab.gguf.report import table_lines as gguf_lines
-from preflab.judging.battle_report import judge_lines
+from preflab.judging.battle_report import judge_lines, panel_lines, panel_notes
 from preflab.pairs.report import pair_lines
 from preflab.reporting.artifacts import Artifact
 from preflab.training.dpo_report import table_lines as dpo_lines
@@ -142,6 +142,11 @@ def _battle(artifact: Artifact) -> list[Table]:
         judge = next(iter(match["judges"]))
         note = f"judge: {judge}; longer and random are controls that do not read the answers"
         tables.append(Table(judge_lines(match["judges"]), f"{match['a']} against {match['b']}", note))
+    panel, audit = artifact.summary.get("panel"), artifact.summary.get("audit")
+    if panel:
+        tables.append(Table(panel_lines(panel, audit), "judges of the panel", "; ".join(panel_notes(panel))))
+    if audit:
+        tables.append(Table(audit_lines(audit), "judge audit"))
     return [*tables, Table(answer_lines(artifact.summary["answers"]))]
 
 
