@@ -11,7 +11,8 @@
         --scorer columns                                                # ranked or scored lists
 
 Question: which of the model's own answers does a scorer prefer, by how much, and would another
-scorer agree? This is the data half of an online iteration (run_online_iteration.sh runs both halves).
+scorer agree? This is the data half of an online iteration
+(run_online_iteration.sh runs both halves).
 Writes to eval_out/<run_name>/: samples.jsonl, scores.jsonl, the pairs as train.jsonl and test.jsonl
 (with win_chosen and win_rejected, ready for dpo_train_human_preference.py), preference_pairs.json
 and preference_pairs.png; manifest.json lists the finished stages.
