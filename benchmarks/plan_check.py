@@ -15,6 +15,7 @@ import sys
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -75,10 +76,18 @@ CASES = {
 }  # fmt: skip
 
 
+# Tokens of the largest forward, pairs and their parts in a step, and the measured peak in GiB (torch's allocator).
+RECORDED = {
+    "gemma-2b LoRA on an H200, a step in one forward": (8192, 8, (152, 250, 250), 20.05),
+    "gemma-2b LoRA on an H200, 2,048 tokens together": (2048, 8, (152, 250, 250), 10.84),
+}
+
+
 @dataclass
 class CheckArguments:
     """Keys of this benchmark."""
 
+    recorded: bool = option("Plan the recorded GPU runs instead.", False)
     only: str | None = option("Only the configurations whose name contains this.")
     json: str | None = option("Write the figures here.")
     case: str | None = option("Internal: measure one configuration and print its figures.")
@@ -212,10 +221,33 @@ def child(name: str) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def recorded() -> dict:
+    """Planned parts of the recorded GPU runs, beside their measured peaks, in bytes."""
+    import transformers
+
+    from preflab.training.memory import needed
+    from preflab.training.memory_parts import Weights, packed_rows
+
+    config = transformers.GemmaConfig(
+        hidden_size=2048, intermediate_size=16384, num_hidden_layers=18, num_attention_heads=8, num_key_value_heads=1,
+        head_dim=256, vocab_size=256000,
+    )  # fmt: skip
+    weights = Weights(config, "bfloat16", lora(CASES["llama LoRA"]))
+    args, results = SimpleNamespace(precision="bf16", optim="adamw_torch_fused"), {}
+    for name, (budget, pairs, pair, measured) in RECORDED.items():
+        batch = packed_rows(pair, budget, pairs)
+        accumulates = batch.tokens < pairs * sum(pair)
+        memory = needed(weights, args, batch, accumulates, checkpointing=False, reference_in_step=True, cuda=True)
+        results[name] = {"planned": {**asdict(memory), "total": memory.total}, "measured": measured * 2**30}
+    return results
+
+
 def main():
     stage, args = start("plan_check", __doc__, CheckArguments)
     if args.case:
         return print(json.dumps(measure(CASES[args.case], args.instrument))) if is_main_process() else None
+    if args.recorded:
+        return print(table(recorded(), "torch's allocator"))
     chosen = [name for name in CASES if args.only is None or args.only in name]
     if not chosen:
         raise UserError(f"--only {args.only}: no such configuration; choose from {', '.join(CASES)}")
@@ -240,7 +272,7 @@ def table(results: dict, instrument: str) -> str:
         figures = [planned[part] for part in parts]
         sizes = [f"{value / 2**20:,.0f}" for value in (*figures, planned["total"], measured)]
         lines.append((name, *sizes, f"{planned['total'] / measured:.2f}"))
-    what = "peak resident memory" if instrument == "rss" else "most live tensors"
+    what = {"rss": "peak resident memory", "tensors": "most live tensors"}.get(instrument, instrument)
     return render(f"planned and measured memory of training in MiB ({what})", lines)
 
 
