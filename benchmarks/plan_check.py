@@ -3,7 +3,7 @@
     python benchmarks/plan_check.py                       # ten configurations, CPU, about 5 minutes
     python benchmarks/plan_check.py --only gemma --json plan_check.json
 
-Random models of different shapes take three optimizer steps on random token ids, each in its own process. Measured is
+Random models of different shapes take two optimizer steps on random token ids, each in its own process. Measured is
 the peak of the process's resident memory during training, minus what it had after a training step of a tiny model, so
 that libraries and threads do not count. Planned is `preflab.training.memory.needed`, which reads the model's config
 only. Prints both, with the plan's parts.
@@ -43,7 +43,7 @@ class Case:
     vocabulary: int
     pair: tuple[int, ...]
     batch: int
-    accumulation: int = 2
+    accumulation: int = 1
     lora: int = 16
     dtype: str = "float32"
     bf16: bool = False
@@ -60,22 +60,20 @@ class Case:
 
 
 # Of each case the peak is at least some hundred MiB, so that the allocator's rounding is small beside it.
+PAIR = (200, 150, 162)
 CASES = {
-    "llama LoRA": Case("Llama", 576, 1536, 12, 9, 3, 49152, (200, 150, 162), 2),
-    "llama LoRA, long": Case("Llama", 512, 1408, 8, 8, 2, 49152, (600, 700, 724), 1, accumulation=1),
-    "llama LoRA, bf16 over float32": Case("Llama", 768, 2048, 10, 12, 4, 49152, (200, 150, 162), 2, bf16=True),
-    "llama LoRA, bf16 weights": Case("Llama", 768, 2048, 10, 12, 4, 49152, (200, 150, 162), 4, dtype="bfloat16",
-                                     bf16=True),
-    "llama LoRA, checkpointing": Case("Llama", 768, 2048, 12, 12, 4, 49152, (300, 350, 374), 3, checkpointing=True),
-    "llama full": Case("Llama", 512, 1408, 8, 8, 8, 49152, (200, 150, 162), 2, lora=0, tied=False),
-    "llama full, bf16, checkpointing": Case("Llama", 512, 1408, 10, 8, 8, 49152, (200, 150, 162), 4, lora=0,
-                                            bf16=True, checkpointing=True),
-    "gemma LoRA": Case("Gemma", 512, 4096, 6, 4, 1, 128000, (200, 150, 162), 2),
-    "qwen3 SFT, full": Case("Qwen3", 512, 1536, 8, 8, 4, 49152, (512, 400), 4, lora=0),
-    "gemma2 SFT, LoRA, bf16": Case("Gemma2", 512, 2048, 8, 4, 2, 64000, (512, 400), 4, bf16=True),
+    "llama LoRA": Case("Llama", 256, 704, 10, 4, 2, 49152, PAIR, 2),
+    "llama LoRA, long": Case("Llama", 256, 704, 8, 4, 2, 49152, (600, 700, 724), 1),
+    "llama LoRA, bf16 over float32": Case("Llama", 384, 1024, 8, 6, 2, 49152, PAIR, 2, bf16=True),
+    "llama LoRA, bf16 weights": Case("Llama", 384, 1024, 8, 6, 2, 49152, PAIR, 4, dtype="bfloat16", bf16=True),
+    "llama LoRA, checkpointing": Case("Llama", 384, 1024, 12, 6, 2, 49152, (300, 350, 374), 2, checkpointing=True),
+    "llama full": Case("Llama", 256, 704, 8, 4, 4, 49152, PAIR, 2, lora=0, tied=False),
+    "llama full, bf16, checkpointing": Case("Llama", 256, 704, 10, 4, 4, 49152, PAIR, 4, lora=0, bf16=True,
+                                            checkpointing=True),
+    "gemma LoRA": Case("Gemma", 256, 2048, 6, 4, 1, 128000, PAIR, 2, accumulation=2),
+    "qwen3 SFT, full": Case("Qwen3", 256, 768, 8, 4, 2, 49152, (512, 400), 2, lora=0, accumulation=2),
+    "gemma2 SFT, LoRA, bf16": Case("Gemma2", 256, 1024, 8, 4, 2, 64000, (512, 400), 2, bf16=True),
 }  # fmt: skip
-
-
 # Tokens of the largest forward, pairs and their parts in a step, and the measured peak in GiB (torch's allocator).
 RECORDED = {
     "gemma-2b LoRA on an H200, a step in one forward": (8192, 8, (152, 250, 250), 20.05),
@@ -161,7 +159,7 @@ def lora(case: Case):
 
 
 def make_trainer(case: Case, folder: str):
-    """This project's trainer of random token ids, for three steps."""
+    """This project's trainer of random token ids, for two steps."""
     import torch
     import transformers
     from datasets import Dataset
@@ -173,7 +171,7 @@ def make_trainer(case: Case, folder: str):
     from preflab.training.sft_trainer import ResumableSFTTrainer
     from utils.artifacts import RowFile
 
-    pairs, steps, dtype = len(case.pair) == 3, 3, getattr(torch, case.dtype)
+    pairs, steps, dtype = len(case.pair) == 3, 2, getattr(torch, case.dtype)
     settings = dict(
         output_dir=folder, per_device_train_batch_size=case.batch, gradient_accumulation_steps=case.accumulation,
         max_steps=steps, learning_rate=1e-4, max_length=4096, bf16=case.bf16, use_cpu=True,
