@@ -7,12 +7,14 @@ import time
 from pathlib import Path
 
 import torch
+import transformers
 from accelerate import PartialState
 from peft import LoraConfig
 from transformers import TrainerCallback
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from benchmarks.operation_times import time_by_kind
+from benchmarks.shapes import SHAPES, config_of
 from preflab.data import conversations, preferences
 from preflab.models.checks import largest_and_longest
 from preflab.training.dpo_config import DPORunConfig
@@ -25,17 +27,6 @@ from utils.artifacts import RowFile
 from utils.errors import UserError
 from utils.provenance import peak_memory_gib
 
-# Real shapes with random weights, for machines without the model: the cost of a step does not depend on the weights.
-SHAPES = {
-    "gemma-2b": {
-        "kind": "Gemma", "hidden_size": 2048, "intermediate_size": 16384, "num_hidden_layers": 18,
-        "num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 256, "vocab_size": 256000,
-    },
-    "llama-3-8b": {
-        "kind": "Llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
-        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256,
-    },
-}  # fmt: skip
 # Figures of a draw that are summed over a run.
 TOTALS = ("seconds", "processor_seconds", "pairs", "tokens", "padded_tokens")
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -47,15 +38,13 @@ def load(args):
 
     if not args.model.startswith("shape:"):
         return load_tokenizer(args.model), load_model(args.model, dtype=args.dtype)
-    import transformers
-
-    if args.model.removeprefix("shape:") not in SHAPES:
+    name = args.model.removeprefix("shape:")
+    if name not in SHAPES:
         raise UserError(f"--model {args.model}: no such shape; available: {', '.join(SHAPES)}")
-    shape = dict(SHAPES[args.model.removeprefix("shape:")])
-    kind = shape.pop("kind")
     torch.manual_seed(0)
+    # Random weights, for machines without the model: the cost of a step does not depend on them.
     with torch.device(args.device):
-        config = getattr(transformers, f"{kind}Config")(**shape, max_position_embeddings=8192, dtype=args.dtype)
+        config = config_of(name, dtype=args.dtype)
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, args.dtype))
     return load_tokenizer(args.tokenizer), model
 

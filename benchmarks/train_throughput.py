@@ -45,7 +45,7 @@ class BenchmarkArguments:
     """Keys of this benchmark."""
 
     stage: str = option("dpo or sft.", "dpo", choices=["dpo", "sft"])
-    model: str = option("builtin:smollm2-135m-instruct, a hub id or folder, or shape:gemma-2b, shape:llama-3-8b.",
+    model: str = option("builtin:smollm2-135m-instruct, a hub id or folder, or shape:NAME of benchmarks/shapes.py.",
                         "builtin:smollm2-135m-instruct")  # fmt: skip
     tokenizer: str = option("Tokenizer for a shape; its ids must be in the shape's vocabulary.",
                             "builtin:smollm2-135m-instruct")  # fmt: skip

@@ -6,10 +6,9 @@ import re
 
 import pytest
 import torch
-import transformers
 from conftest import assert_one_line, train_args
-from trl.trainer.dpo_trainer import DataCollatorForPreference
 
+from benchmarks.shared_prompt_check import ARCHITECTURES, collated, errors_of, is_exact, logps, pairs, tiny
 from preflab.models.fast.shared_prompt import (
     KEYS,
     PackingCollator,
@@ -21,60 +20,6 @@ from preflab.models.fast.shared_prompt import (
     unsupported_reason,
 )
 from preflab.models.logprobs import attach_head, sequence_logps
-
-SIZE = {
-    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 120, "max_position_embeddings": 256,
-    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
-}  # fmt: skip
-ARCHITECTURES = {
-    "Llama": {},
-    "Gemma": {},
-    "Gemma2": {"sliding_window": 8, "attn_logit_softcapping": 0.5, "attn_implementation": "eager"},
-    "Gemma3Text": {"sliding_window": 8},
-    "Qwen3": {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 2},
-    "Mistral": {"sliding_window": 8},
-    "Qwen2": {},
-    "Phi3": {"sliding_window": 8},
-    "Olmo2": {},
-    "SmolLM3": {},
-}
-
-
-def tiny(kind: str, seed: int = 0, **extra):
-    config_class = getattr(transformers, f"{kind}Config")
-    implementation = ARCHITECTURES[kind].get("attn_implementation", "sdpa")
-    more = {k: v for k, v in ARCHITECTURES[kind].items() if k != "attn_implementation"}
-    config = config_class(**{**SIZE, **more, **extra})
-    config._attn_implementation = implementation
-    torch.manual_seed(seed)
-    name = {"Gemma3Text": "Gemma3ForCausalLM"}.get(kind, f"{kind}ForCausalLM")
-    model = getattr(transformers, name)(config).eval()
-    for name, parameter in model.named_parameters():
-        # Larger than the initialisation, so that attention is far from uniform.
-        parameter.data.mul_(12 if "q_proj" in name or "k_proj" in name else 3)
-    return model
-
-
-def pairs(count: int = 3, seed: int = 1) -> list[dict]:
-    generator = torch.Generator().manual_seed(seed)
-
-    def ids(low, high):
-        size = int(torch.randint(low, high, (1,), generator=generator))
-        return torch.randint(3, 120, (size,), generator=generator).tolist()
-
-    return [{"prompt_ids": ids(3, 30), "chosen_ids": ids(1, 25), "rejected_ids": ids(1, 25)} for _ in range(count)]
-
-
-def collated(rows) -> dict:
-    return DataCollatorForPreference(pad_token_id=0)(rows)
-
-
-def logps(model, batch, packed: bool):
-    extra = pack(batch) if packed else {}
-    labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
-    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], **extra}
-    return model(**inputs, labels=labels, use_cache=False, fused_lm_head=True).log_probs
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
@@ -110,6 +55,12 @@ def test_gradients_equal_padded(kind, checkpointing):
     for name, gradient in gradients["stock"].items():
         difference = (gradients["packed"][name] - gradient).abs().max()
         assert difference <= 1e-4 * max(1.0, gradient.abs().max().item()), name
+
+
+def test_errors_on_the_cpu_are_rounding():
+    errors = errors_of("Gemma2", "cpu")
+    assert 0 < errors["shared"]["log_probs"] < 1e-4 and is_exact(errors)
+    assert not is_exact({**errors, "shared": {"log_probs": 0.01, "gradients": 0.0}})
 
 
 def test_window_and_softcap_change_results():
@@ -200,39 +151,8 @@ def test_flex_attention_equals_cpu_attention(window, softcap, key_heads, monkeyp
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_gpu_error_is_at_most_that_of_padding(kind, checkpointing):
-    """Kernels round differently, so both are compared with transformers in float64 on the CPU."""
-    # FlexAttention needs heads of at least 16 dimensions.
-    exact, batch = tiny(kind, head_dim=16), collated(pairs())
-    models = {"padded": copy.deepcopy(exact).cuda(), "packed": copy.deepcopy(exact).cuda()}
-    result = {}
-    for name, model in models.items():
-        attach_head(model)
-        if name == "packed":
-            attach(model)
-        model.train()
-        if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        result[name] = logps(model, {k: v.cuda() for k, v in batch.items()}, name == "packed").sum(1)
-    exact.double()
-    sums = []
-    for ids, mask, answer in zip(batch["input_ids"], batch["attention_mask"], batch["completion_mask"], strict=True):
-        row, start = ids[None, : mask.sum()], int((mask.sum() - answer.sum()) - 1)
-        row_logps = exact(row, use_cache=False).logits[:, :-1].log_softmax(-1).gather(2, row[:, 1:, None])
-        sums.append(row_logps[0, start:, 0].sum())
-    result["exact"] = torch.stack(sums)
-    for summed in result.values():
-        better, worse = summed.chunk(2)
-        (-torch.nn.functional.logsigmoid(0.1 * (better - worse)).mean()).backward()
-
-    def errors(name):
-        nats = (result[name].cpu().double() - result["exact"]).abs().max().item()
-        of = dict(models[name].named_parameters())
-        slopes = {n: (of[n].grad.cpu() - p.grad).abs().max() / p.grad.abs().max() for n, p in exact.named_parameters()}
-        return nats, max(slopes.values()).item()
-
-    packed, padded = errors("packed"), errors("padded")
-    print(f"{kind}: nats {packed[0]:.2g} (padded {padded[0]:.2g}), gradient {packed[1]:.2g} (padded {padded[1]:.2g})")
-    assert packed[0] <= max(1e-4, 4 * padded[0]) and packed[1] <= max(1e-4, 4 * padded[1])
+    errors = errors_of(kind, "cuda", checkpointing)
+    assert is_exact(errors), errors
 
 
 # --------------------------------------------------------------------------------------------------------- token budget
