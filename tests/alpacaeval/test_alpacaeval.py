@@ -17,11 +17,11 @@ from preflab.alpacaeval import package
 from preflab.alpacaeval.files import annotate, llm_comparator, read_annotations, read_outputs, read_reference, samples
 from preflab.alpacaeval.metrics import summarise, summarise_file
 from preflab.alpacaeval.report import SIDES, render_file
-from preflab.alpacaeval.stages import audit_judges
 from preflab.data.pair_rows import Pair
 from preflab.data.prompts import Prompt
 from preflab.evaluation.arguments import ComparisonArguments
 from preflab.judging.audit import against_longer, audit, audit_items, passes
+from preflab.judging.audit_run import audit_judges, labelled_pairs
 from preflab.judging.judge_prompt import Item, Verdict
 from preflab.judging.judges import LongerJudge, RandomJudge, judge_all
 from run_alpacaeval_local import AlpacaEvalArguments
@@ -617,7 +617,8 @@ def test_audit_pairs_are_read_with_columns_and_on_bad_row(tmp_path):
     columns = ["prompt=task", "chosen=good", "rejected=bad"]
     c = types.SimpleNamespace(columns=columns, on_bad_row="skip", eval_out=str(tmp_path), seed=1, overwrite=False)
     args = types.SimpleNamespace(audit_dataset=str(path), audit_split="test", audit_limit=9)
-    result = audit_judges(types.SimpleNamespace(args=c), args, [LongerJudge(), RandomJudge(1)])
+    labelled = labelled_pairs(types.SimpleNamespace(args=c), args)
+    result = audit_judges(labelled, [LongerJudge()], [RandomJudge(1)], c)
     assert result["data"]["sampled"] == 4 and result["audits"]["longer"]["agreement"]["value"] == 1
 
 
