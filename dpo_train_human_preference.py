@@ -31,9 +31,11 @@ The keys that matter (flags and YAML keys are the same, the command line wins; [
            several datasets: a `datasets:` list in the YAML, each {path, split, test_split,
            fraction}
   loss     --loss_type NAME ... [sigmoid] (DPO's; also ipo hinge robust sppo_hard apo_zero simpo
-           sppo cpo orpo ...; on ranked lists all_pairs best_vs_rest plackett_luce)
+           sppo cpo orpo ...; on ranked lists all_pairs best_vs_rest plackett_luce;
+           on answers with a thumb up or down kto)
            --beta X [0.1] (orpo: lambda)   --label_smoothing X [0]
            --gamma_beta_ratio X [0.5] (simpo)   --cpo_alpha X [1] (cpo)
+           --desirable_weight X [1]   --undesirable_weight X [1] (kto)
   length   --max_length N [1024]
            --max_prompt_length N (half of max_length; used only in longer pairs)
   steps    --per_device_train_batch_size N [8]   --gradient_accumulation_steps N [1]
@@ -62,24 +64,22 @@ def main():
 
     # Heavy imports only now: --help is answered before torch is imported.
     from preflab.data.preferences import DataArguments
-    from preflab.training import dpo_report, reference_cache
-    from preflab.training.curves import dpo_curves
+    from preflab.training import reference_cache
     from preflab.training.dpo_config import DPORunConfig
-    from preflab.training.held_out import evaluate_pairs
-    from preflab.training.list_trainer import trainer_type
-    from preflab.training.preflight import describe_pairs
+    from preflab.training.families import family_of
     from preflab.training.run import TrainingRun, training_summary
     from preflab.training.samples import write_pair_samples
-    from preflab.training.splits import load_pair_splits
     from preflab.training.step0 import check_step0_margins
 
     training = TrainingRun.open("train", __doc__, DataArguments, DPORunConfig)
     # The same command, called again after the end, prints the results.
     if training.folders.finished:
         return training.print_results()
-    splits = training.load_splits(load_pair_splits)
-    trainer = training.build_trainer(trainer_type(training.config), splits)
-    flight = training.preflight(trainer, splits, describe_pairs)
+    # Pairs, ranked lists, or answers with thumbs, as the loss reads them.
+    family = family_of(training.config)
+    splits = training.load_splits(family.load_splits)
+    trainer = training.build_trainer(family.trainer, splits)
+    flight = training.preflight(trainer, splits, family.describe)
     # Policy and reference are the same model before the first step, so every reward and margin must be 0.
     check_step0_margins(flight["step0"], training.config)
     if training.config.preflight_only:
@@ -87,10 +87,10 @@ def main():
     # After the preflight, whose step-0 rewards are thus computed with the reference itself.
     reference = reference_cache.prepare(training, trainer, flight["plan"])
     training.train(trainer, flight)
-    rows, metrics = evaluate_pairs(trainer, splits, training.config)
+    rows, metrics = family.evaluate(trainer, splits, training.config)
     samples = write_pair_samples(training, trainer, splits)
-    title = training.title(splits, "lists" if training.config.uses_lists else "pairs")
-    report = dpo_report.render(metrics, title, training.row_log.read(), samples, splits.kept_overlap)
+    title = training.title(splits, family.unit)
+    report = family.render(metrics, title, training.row_log.read(), samples, splits.kept_overlap)
     tokens, reference_in_step = flight["plan"]["tokens_stored_once"], "in_every_step_because" in reference
     speed = training_summary(trainer, flight, "pairs", tokens, reference_in_step)
     training.publish(
@@ -101,7 +101,7 @@ def main():
         rows,
         report,
         title=title,
-        curves=dpo_curves,
+        curves=family.curves,
         curves_name="dpo_training_curves.png",
         training={**speed, "reference": reference},
         flight_keys=("padded_because",),

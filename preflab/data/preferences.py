@@ -275,8 +275,11 @@ def _tokenise_batch(
         parts = (full[0][:answer], *(tokens[answer:] for tokens in full))
         cut = truncate(parts[0], parts[1:], *lengths, tokenizer.bos_token_id)
         thoughtless = _count_lost(outcome.counts, pair, texts[start : start + 3], chat)
-        for name, before, after in zip((*PARTS, *["other"] * len(pair.others)), parts, cut, strict=True):
-            outcome.counts[f"truncated_{name}"] += len(after) < len(before)
+        shorter = [len(after) < len(before) for before, after in zip(parts, cut, strict=True)]
+        for name, is_cut in zip(PARTS, shorter, strict=False):
+            outcome.counts[f"truncated_{name}"] += is_cut
+        if pair.others:
+            outcome.counts["truncated_other"] += any(shorter[len(PARTS) :])
         # Equal answers have a loss without gradient; an empty prompt leaves the first answer token without a context.
         if not cut[0] or cut[1] == cut[2]:
             outcome.dropped[_reason(parts, cut, thoughtless)] += 1

@@ -4,8 +4,15 @@ from collections import Counter
 
 from preflab.data import prompt_format
 
+# What an item of a split can be, in the plural: keys of a split's summary.
+UNITS = ("pairs", "thumbs", "conversations")
 # Columns that are named; the others are counted.
 NAMED = 8
+
+
+def unit_of(split: dict) -> str:
+    """What an item of a split is, in the plural, from its summary."""
+    return next(unit for unit in UNITS if unit in split)
 
 
 def unused_line(unused: dict) -> list[str]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from preflab.data.reading_report import unit_of
 from preflab.models.loading import BUILTIN, BUILTIN_GGUF, BUILTIN_INSTALL
 from preflab.models.public_names import PublicName, public_name, public_source
 from utils.markdown import code_block, code_span, escaped, sentence, visible
@@ -31,9 +32,9 @@ SFT_COLUMNS = (
 DIGITS = {"step": 0, "epoch": 2}
 
 HYPERPARAMETERS = (
-    "loss_type", "beta", "gamma_beta_ratio", "cpo_alpha", "label_smoothing", "learning_rate", "lr_scheduler_type",
-    "warmup_steps", "optim", "weight_decay", "max_length", "max_prompt_length", "seed", "use_peft", "lora_r",
-    "lora_alpha", "lora_target_modules", "load_in_4bit", "dtype",
+    "loss_type", "beta", "gamma_beta_ratio", "cpo_alpha", "desirable_weight", "undesirable_weight", "label_smoothing",
+    "learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "max_length", "max_prompt_length",
+    "seed", "use_peft", "lora_r", "lora_alpha", "lora_target_modules", "load_in_4bit", "dtype",
 )  # fmt: skip
 
 
@@ -52,9 +53,10 @@ def model_card(
     """
     base, start = public_name(summary["model"]["name"], base_hub_id), summary["start"]
     args, published, preference = summary["args"], summary["published"], summary["stage"] == "train"
-    columns = PREFERENCE_COLUMNS if preference else SFT_COLUMNS
+    columns, unit = PREFERENCE_COLUMNS if preference else SFT_COLUMNS, unit_of(summary["data"]["train"])
     if preference:
-        objective = f"preference pairs with the {' + '.join(args['loss_type'])} loss"
+        data = "answers with thumbs" if unit == "thumbs" else "preference pairs"
+        objective = f"{data} with the {' + '.join(args['loss_type'])} loss"
     else:
         objective = f"conversations, with a loss on {args['loss_on']}"
     evaluated = any(row["split"] == "eval" for row in rows)
@@ -72,7 +74,7 @@ def model_card(
         batch=summary["plan"]["batch"],
         objective=objective,
         method=("LoRA" if peft else "full fine-tuning") + (" on a 4-bit base" if args["load_in_4bit"] else ""),
-        unit="pairs" if preference else "conversations",
+        unit=unit,
         usage=usage(folder, base if peft else None, text),
         metrics=[_metric_cells(name, metric) for name, metric in summary["metrics"].items()],
         columns=[heading for heading, _ in columns],

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from preflab.data.reading_report import unit_of
 from preflab.models.card import HYPERPARAMETERS, PREFERENCE_COLUMNS, SFT_COLUMNS, machine
 from preflab.models.loading import BUILTIN
 from preflab.models.public_names import PublicName, public_source
@@ -74,7 +75,8 @@ def release_card(release: Release, folder: Path, sources: Sources) -> str:
     sources.section = "head"
     name = sources.name(run.name, document, "run", "run_name")
     losses = sources.value(document, "args", "loss_type") if preference else None
-    data = f"preference pairs with the {losses} loss" if preference else "conversations"
+    rows = "answers with thumbs" if "thumbs" in release.training.summary["data"]["train"] else "preference pairs"
+    data = f"{rows} with the {losses} loss" if preference else "conversations"
     method = "LoRA" if trained.get("use_peft") else "full fine-tuning"
     method += " on a 4-bit base" if trained.get("load_in_4bit") else ""
     form = "the adapter" if release.peft else "merged into its base" if args.merged else "all weights"
@@ -277,10 +279,10 @@ def _hyperparameters(release: Release, sources: Sources) -> dict[str, str]:
 def _data(release: Release, sources: Sources) -> list[str]:
     sources.section = "data"
     document, lines = document_of(release.training, release.run), []
-    unit = "pairs" if release.training.stage == "train" else "conversations"
     for name, split in release.training.summary["data"].items():
         if not split:
             continue
+        unit = unit_of(split)
         counts = [sources.value(document, "data", name, key) for key in (unit, "rows")]
         names = "; ".join(sources.name(line, document, "data", name) for line in _plain(split))
         lines.append(f"{name}: {counts[0]} {unit} of {counts[1]} rows; {names}")

@@ -13,6 +13,7 @@ from preflab.judging.battle_report import judge_lines, panel_lines, panel_notes
 from preflab.pairs.report import pair_lines
 from preflab.reporting.artifacts import Artifact
 from preflab.training.dpo_report import table_lines as dpo_lines
+from preflab.training.kto_report import table_lines as kto_lines
 from preflab.training.sft_report import table_lines as sft_lines
 from utils.tables import cell, difference, estimate, number, p_value
 
@@ -98,7 +99,8 @@ def title_of(artifact: Artifact) -> str:
 
 def _train(artifact: Artifact) -> list[Table]:
     # Without a held-out split there are no metrics; the claim says so.
-    return [Table(dpo_lines(artifact.metrics))] if artifact.metrics else []
+    lines_of = dpo_lines if "reward_accuracy" in artifact.metrics else kto_lines
+    return [Table(lines_of(artifact.metrics))] if artifact.metrics else []
 
 
 def _sft(artifact: Artifact) -> list[Table]:

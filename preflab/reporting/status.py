@@ -63,7 +63,7 @@ def missing_commands(run: RunArtifacts, done: set[str]) -> Iterator[tuple[str, s
     training = run.training
     if not training or not run.run.state.startswith("finished"):
         return
-    kind = {"pairs": training.stage == "train", "held_out": bool(training.metrics)}
+    kind = {"pairs": training.stage == "train", "held_out": "reward_accuracy" in training.metrics}
     lora = (run.weights / "adapter_config.json").exists()
     for command, _ in commands_for(run.weights, run.run.results, **kind, lora=lora):
         stages = [stage for stage in STAGES if command.startswith(STAGES[stage].command.partition(" --score")[0])]

@@ -107,6 +107,32 @@ def sft_curves(path, rows: list[dict], title: str, warning: str | None = None) -
     _save(fig, path, warning)
 
 
+def kto_curves(path, rows: list[dict], title: str, warning: str | None = None) -> None:
+    """Draw a KTO run's six panels: loss, rewards, log-probs, KL, entropy, learning rate. Rank 0 only.
+
+    Args:
+        rows: of train_log.jsonl. Nothing is drawn where no step was logged.
+        warning: a sentence below the panels.
+    """
+    if not (train := _drawn_steps(rows)):
+        return
+    fig, axes = figure(2, 3, title)
+    _curve(axes[0], rows, "loss", NEUTRAL, "loss")
+    _finish(axes[0], "Loss", "loss per answer")
+    for side, name, colour in (("chosen", "thumb up", CHOSEN), ("rejected", "thumb down", REJECTED)):
+        _curve(axes[1], rows, f"rewards/{side}", colour, name)
+        _curve(axes[2], rows, f"logps/{side}", colour, name)
+    axes[1].axhline(0, color="grey", ls=":", lw=1)
+    _finish(axes[1], "Rewards", "beta × log ratio (beta × nats)")
+    _finish(axes[2], "Log-probabilities", "summed over the answer (nats)")
+    _curve(axes[3], rows, "kl", NEUTRAL, "KL")
+    _finish(axes[3], "Estimated KL to the reference", "nats")
+    _curve(axes[4], rows, "entropy", NEUTRAL, "entropy")
+    _finish(axes[4], "Entropy of the next token", "nats")
+    _rate_and_norm(axes[5], train)
+    _save(fig, path, warning)
+
+
 def dpo_curves(path, rows: list[dict], title: str, warning: str | None = None) -> None:
     """Draw a preference run's six panels: loss, accuracy, margin, rewards, log-probs, learning rate. Rank 0 only.
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from trl import DPOConfig
 
 from preflab.training.decisions import REFUSED, REFUSED_FOR_PAIRS
-from preflab.training.loss_names import LIST_LOSSES, OWN_LOSSES, check_names, reference_free
+from preflab.training.loss_names import LIST_LOSSES, OWN_LOSSES, THUMB_LOSSES, check_names, reference_free
 from preflab.training.pair_config import PairRunConfig
 from preflab.training.run_config import check_positive
 from utils.errors import UserError
@@ -19,7 +19,10 @@ BATCH_DEPENDENT_LOSSES = {"aot", "aot_unpaired", "bco_pair", "sft"}
 KEYS_OF_TRL_LOSSES = (("ld_alpha", None), ("use_weighting", False), ("f_divergence_type", "reverse_kl"))
 
 # Own losses without label smoothing.
-UNSMOOTHED = {"sppo": ", whose win probabilities express label noise", **dict.fromkeys(("orpo", *LIST_LOSSES), "")}
+UNSMOOTHED = {
+    "sppo": ", whose win probabilities express label noise",
+    **dict.fromkeys(("orpo", *LIST_LOSSES, *THUMB_LOSSES), ""),
+}
 
 
 @dataclass
@@ -32,6 +35,8 @@ class DPORunConfig(PairRunConfig, DPOConfig):
     cpo_alpha: float = field(
         default=1.0, metadata={"help": "cpo: weight of the chosen answer's negative log-likelihood."}
     )
+    desirable_weight: float = field(default=1.0, metadata={"help": "kto: weight of answers with a thumb up."})
+    undesirable_weight: float = field(default=1.0, metadata={"help": "kto: weight of answers with a thumb down."})
     max_prompt_length: int | None = field(
         default=None,
         metadata={
@@ -58,6 +63,11 @@ class DPORunConfig(PairRunConfig, DPOConfig):
     def uses_lists(self) -> bool:
         """Whether the loss compares all answers of a row."""
         return bool(set(self.loss_type) & set(LIST_LOSSES))
+
+    @property
+    def uses_thumbs(self) -> bool:
+        """Whether the loss reads single answers with a label."""
+        return bool(set(self.loss_type) & set(THUMB_LOSSES))
 
     def adapt_data(self, data_args) -> None:
         """Read rows with several answers, where the loss is made for them."""
@@ -114,7 +124,7 @@ class DPORunConfig(PairRunConfig, DPOConfig):
         # At 0.5 `robust` divides by 1 - 2 x 0.5 = 0; above, every smoothed loss would prefer the rejected answer.
         if not 0 <= self.label_smoothing < 0.5:
             raise UserError(f"--label_smoothing {self.label_smoothing}: must be at least 0 and below 0.5")
-        own = [loss for loss in self.loss_type if loss in (*OWN_LOSSES, *LIST_LOSSES)]
+        own = [loss for loss in self.loss_type if loss in (*OWN_LOSSES, *LIST_LOSSES, *THUMB_LOSSES)]
         if own:
             for key, unused in KEYS_OF_TRL_LOSSES:
                 if getattr(self, key) != unused:
@@ -124,6 +134,7 @@ class DPORunConfig(PairRunConfig, DPOConfig):
                     raise UserError(f"--label_smoothing: has no effect on {loss}{UNSMOOTHED[loss]}; remove it")
         if self.uses_lists:
             self._check_list_loss()
+        self._check_thumb_loss()
         # The loss has a term log(label_smoothing) (Ji et al. 2024, arXiv 2402.00856, eq. 16).
         if "exo_pair" in self.loss_type and self.label_smoothing == 0:
             raise UserError("--loss_type exo_pair needs --label_smoothing above 0 (its paper recommends 1e-3)")
@@ -139,4 +150,27 @@ class DPORunConfig(PairRunConfig, DPOConfig):
             raise UserError(
                 f"--precompute_ref_log_probs: TRL's precomputation reads pairs; --loss_type {self.loss_type[0]} caches"
                 " its reference without it"
+            )
+
+    def _check_thumb_loss(self) -> None:
+        """Refuse what KTO cannot be combined with, and its weights with other losses."""
+        weights = {key: getattr(self, key) for key in ("desirable_weight", "undesirable_weight")}
+        for key, value in weights.items():
+            if not self.uses_thumbs and value != 1:
+                raise UserError(f"--{key}: only --loss_type kto has weights of thumbs; remove it")
+            if not value > 0:
+                raise UserError(f"--{key} {value:g}: must be above 0")
+        if not self.uses_thumbs:
+            return
+        if len(self.loss_type) > 1 or self.loss_weights:
+            raise UserError(
+                f"--loss_type {' '.join(self.loss_type)}: {' and '.join(THUMB_LOSSES)} read single answers and are not"
+                " combined with other losses or --loss_weights"
+            )
+        if self.precompute_ref_log_probs:
+            raise UserError("--precompute_ref_log_probs: not supported with --loss_type kto; remove it")
+        if self.per_device_train_batch_size < 2 and self.loss_type == ["kto"]:
+            raise UserError(
+                "--per_device_train_batch_size 1: kto estimates the KL divergence from the other answers of the"
+                " micro-batch, so at least 2 are needed"
             )

@@ -9,17 +9,11 @@ import torch
 from preflab.models.logprobs import sum_logps
 from preflab.training import list_losses
 from preflab.training.dpo_trainer import ResumableDPOTrainer
-from preflab.training.loss_names import LIST_LOSSES
 
 # Keys of a batch that the model does not take.
 NOT_FOR_THE_MODEL = ("completion_mask", "groups", "scores", "ref_logps")
 # The column of the reference's log-probabilities, one per answer.
 REFERENCE = "ref_logps"
-
-
-def trainer_type(config) -> type[ResumableDPOTrainer]:
-    """The trainer of a run's losses."""
-    return RankedListTrainer if set(config.loss_type) & set(LIST_LOSSES) else ResumableDPOTrainer
 
 
 class RankedListTrainer(ResumableDPOTrainer):

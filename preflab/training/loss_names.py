@@ -16,7 +16,9 @@ TRL_LOSSES = (
 OWN_LOSSES = ("simpo", "sppo", "cpo", "orpo")
 # Losses of preflab.training.list_losses, on rows with several scored answers.
 LIST_LOSSES = ("all_pairs", "best_vs_rest", "plackett_luce")
-LOSS_TYPES = (*TRL_LOSSES, *OWN_LOSSES, *LIST_LOSSES)
+# Losses of TRL's KTOTrainer, on answers with a thumb up or down.
+THUMB_LOSSES = ("kto", "apo_zero_unpaired")
+LOSS_TYPES = (*TRL_LOSSES, *OWN_LOSSES, *LIST_LOSSES, *THUMB_LOSSES)
 # Losses whose steps need no reference model; TRL's `sft` may be added to them.
 REFERENCE_FREE = {"simpo", "cpo", "orpo"}
 # Names of methods, and the loss that each of them is.

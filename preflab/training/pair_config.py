@@ -33,6 +33,8 @@ class PairRunConfig(RunConfig):
     sequences_a_row = 2
     # Whether the loss compares all answers of a row, not only two.
     uses_lists = False
+    # Whether the loss reads single answers with a label.
+    uses_thumbs = False
 
     def token_budget(self, longest: int) -> int:
         """Maximum tokens per forward. `longest`: tokens of the longest sequence in the data."""

@@ -14,7 +14,7 @@ from preflab.training.plan import plan_training, reached_rows
 from preflab.training.preflight_checks import check_flight, repetition, tokenised
 from preflab.training.preflight_text import decoded_conversation, decoded_pair, dropped_rows, excerpt, wrapped
 from preflab.training.sharding import Shards
-from preflab.training.step0 import step0_line, step0_loss, step0_margins
+from preflab.training.step0 import step0_line, step0_loss, step0_margins, step0_rewards
 from preflab.training.token_figures import (
     conversation_tokens,
     leading_bos,
@@ -204,6 +204,86 @@ def pair_lines(pair: dict, tokens: dict, special: dict, splits) -> list[str]:
         f" pairs; end token kept in {special['chosen_with_end_token']:.1%} of chosen,"
         f" {special['rejected_with_end_token']:.1%} of rejected",
     ]
+
+
+def describe_thumbs(trainer, splits, data_args, config, plan: dict) -> RowFacts:
+    """Facts about answers with thumbs: the first one decoded, labels and their weights, rewards before step 1."""
+    dataset, tokenizer = splits.train_ids, trainer.processing_class
+    sizes = lengths(dataset, "prompt_ids") + lengths(dataset, "completion_ids")
+    special = special_tokens(dataset, "prompt_ids", {"answers": "completion_ids"}, tokenizer)
+    step0 = step0_rewards(trainer, sizes.tolist())
+    tokens = {
+        "thumbs": len(dataset),
+        "longest_sequence": int(sizes.max()),
+        "tokens_per_epoch": int(sizes.sum()),
+        "answer_tokens_mean": float(lengths(dataset, "completion_ids").mean()),
+    }
+    first, test_ids = dataset[0], splits.test_ids
+    test_tokens = int((lengths(test_ids, "prompt_ids") + lengths(test_ids, "completion_ids")).sum()) if test_ids else 0
+    return RowFacts(
+        sections={
+            "first_answer": {"prompt": tokenizer.decode(first["prompt_ids"]), "label": first["label"]},
+            "special_tokens": special,
+            "tokens": tokens,
+            "padded_because": trainer.padded_because,
+            "step0": step0,
+        },
+        tokens_per_epoch={
+            "tokens_seen": tokens["tokens_per_epoch"],
+            "tokens_stored_once": tokens["tokens_per_epoch"],
+        },
+        longest=tokens["longest_sequence"],
+        speed=speed_of(trainer, sizes.tolist()),
+        work=Work(
+            epoch_tokens=tokens["tokens_per_epoch"],
+            once_tokens={},
+            held_out_tokens=2 * test_tokens,
+            sampling_models=2 if splits.test and any(thumb.messages for thumb in splits.test.pairs) else 0,
+        ),
+        unit="thumbs",
+        lines=thumb_lines(first, tokens, special, splits, config, tokenizer),
+        compute=f"padded answers: {trainer.padded_because}",
+        step0_lines=[step0_line(step0)],
+        repetition=repetition(
+            (thumb.prompt_key for thumb in splits.train.pairs),
+            ((thumb.prompt_text, thumb.chosen, thumb.label) for thumb in splits.train.pairs),
+        ),
+    )
+
+
+def thumb_lines(first: dict, tokens: dict, special: dict, splits, config, tokenizer) -> list[str]:
+    """Printed lines about the answers with thumbs of a run."""
+    train, test = splits.summary["train"], splits.summary["test"]
+    held_out = f"{test['thumbs']} test answers; dropped: {dropped_rows(test)}" if test else "no test split"
+    dropped = dropped_rows(train)
+
+    def truncated(part):
+        return f"{splits.truncation.get(f'truncated_{part}', 0) / tokenised(train):.1%}"
+
+    prompt, answer = (tokenizer.decode(first[f"{part}_ids"]) for part in ("prompt", "completion"))
+    return [
+        f"  prompt    {len(first['prompt_ids']):>4} tokens, not scored | {excerpt(prompt, end=True)}",
+        f"  answer    {len(first['completion_ids']):>4} tokens, thumb {'up' if first['label'] else 'down'} |"
+        f" {excerpt(answer)}",
+        *reading_report.pair_lines(train, splits.truncation),
+        f"  data      {train['rows']} rows, {train['thumbs']} train answers; dropped: {dropped}; {held_out}",
+        f"  thumbs    {train['up']} up, {train['down']} down; {weights_text(train['up'], train['down'], config)}",
+        f"  lengths   {tokens['answer_tokens_mean']:.0f} tokens per answer on average; order shuffled with the seed",
+        f"  truncated prompt {truncated('prompt')}, answer {truncated('answer')} of answers; end token kept in"
+        f" {special['answers_with_end_token']:.1%}",
+    ]
+
+
+def weights_text(up: int, down: int, config) -> str:
+    """The weights of the two labels, and those that KTO's paper (arXiv 2402.01306, eq. 8) advises for their numbers."""
+    weights = f"weights {config.desirable_weight:g} and {config.undesirable_weight:g}"
+    if not up or not down:
+        return f"{weights}; one label only: the rewards cannot be separated"
+    ratio = config.desirable_weight * up / (config.undesirable_weight * down)
+    if 1 <= round(ratio, 2) <= 1.33:
+        return f"{weights}, within the paper's advice"
+    low, high = (config.undesirable_weight * down / up * factor for factor in (1, 4 / 3))
+    return f"{weights}; the paper advises --desirable_weight {low:.3g} to {high:.3g} for these numbers"
 
 
 def list_line(tokens: dict) -> list[str]:

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable
 
+from preflab.data.reading_report import unit_of
 from utils.errors import UserError
 
 # Shares from which a finding is a warning, and from which it is fatal.
@@ -70,7 +71,7 @@ def _truncation(flight: dict, config) -> Iterable[tuple[str, str]]:
     total = tokenised(train)
     # Per part of a pair; the most frequent part counts.
     cut, part = max((n, name) for name, n in {"": 0, **counts}.items() if not name or name.startswith("truncated"))
-    unit = "pairs" if "pairs" in train else "conversations"
+    unit = unit_of(train)
     severity = _severity(cut / total, TRUNCATED)
     if severity:
         name = part.removeprefix("truncated").replace("_", " ").strip()
@@ -185,8 +186,8 @@ def repetition(prompts: Iterable, rows: Iterable) -> dict:
 
 def tokenised(split: dict) -> int:
     """Rows of a split that were tokenised, those dropped only then included, from its summary."""
-    dropped = ("identical_after_truncation", "empty_prompt") if "pairs" in split else ("nothing_left_to_train_on",)
-    return split["pairs" if "pairs" in split else "conversations"] + sum(split["dropped"].get(k, 0) for k in dropped)
+    dropped = ("identical_after_truncation", "empty_prompt", "nothing_left_to_train_on")
+    return split[unit_of(split)] + sum(split["dropped"].get(k, 0) for k in dropped)
 
 
 def _severity(share: float, limits: tuple[float, float]) -> str | None:

@@ -2,6 +2,7 @@
 
 import textwrap
 
+from preflab.data.reading_report import unit_of
 from utils.tables import terminal_width
 
 # Columns of a line before its text; further lines of the same text begin there.
@@ -45,7 +46,7 @@ def excerpt(text: str, end: bool = False) -> str:
 
 def dropped_rows(split: dict) -> str:
     """The rows that the filters dropped from a split, as text, from its summary."""
-    count = split["pairs"] if "pairs" in split else split["conversations"]
+    count = split[unit_of(split)]
     # Rows beyond --limit, or moved to the test split.
     rest = split["rows"] - count - sum(split["dropped"].values())
     text = ", ".join(f"{k} {v}" for k, v in split["dropped"].items()) or "nothing"

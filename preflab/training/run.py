@@ -170,7 +170,7 @@ class TrainingRun:
             f"{self.folders.weights} is finished, nothing to train; from {self.folders.results}/train.json:\n\n"
             f"{results['text']}"
         )
-        self.print_next(held_out=bool(results["data"].get("test")))
+        self.print_next(held_out="pairs" in (results["data"].get("test") or {}))
 
     def load_splits(self, load: Callable[..., Splits]) -> Splits:
         """Load the tokenizer and both splits, and tie the run to its data.
@@ -411,7 +411,8 @@ class TrainingRun:
         places = f"weights and tokenizer are in {self.folders.weights}/, all results in {results}/"
         print_main(paragraphs(places, width=terminal_width()))
         print_main(f"training took {trainer.seconds:.0f} s, the command in total {self.stage.seconds:.0f} s")
-        self.print_next(held_out=splits.test_ids is not None)
+        # Evaluations of held-out rows read pairs; those of thumbs are evaluated at the end of training.
+        self.print_next(held_out="pairs" in (splits.summary["test"] or {}))
         if self.uploads:
             print_main(self.uploads.finish(self.folders.weights))
 

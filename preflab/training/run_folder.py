@@ -48,6 +48,8 @@ DEFAULTS_OF_OLD_RUNS = {
     "gamma_beta_ratio": 0.5,
     "cpo_alpha": 1.0,
     "lists": False,
+    "desirable_weight": 1.0,
+    "undesirable_weight": 1.0,
     "template_date": None,
     "test_rows": 0,
     "prompt_format": "auto",

@@ -5,7 +5,7 @@ from functools import cached_property
 
 from datasets import Dataset
 
-from preflab.data import conversations, preferences
+from preflab.data import conversations, preferences, thumbs
 from preflab.data.conversations import ConversationData, SFTArguments
 from preflab.data.preferences import DataArguments, PreferenceData
 from preflab.data.prompt_format import PromptFormat
@@ -93,6 +93,37 @@ def load_pair_splits(args: DataArguments, config: DPORunConfig, tokenizer) -> Sp
         check_win_probabilities(train, "train")
         if test:
             check_win_probabilities(test, "test")
+    facts = {"prompt_format": prompt_format.choice}
+    return Splits(train, train_ids, test, test_ids, truncation, facts, held_out_rows)
+
+
+def load_thumb_splits(args: DataArguments, config: DPORunConfig, tokenizer) -> Splits:
+    """Read and tokenise the answers with thumbs of both splits, the train split in a random order of the run's seed.
+
+    Raises:
+        UserError: unreadable rows, no rows left, prompts in both splits, or filters that need pairs.
+    """
+    for flag in ("drop_ties", "min_score_margin", "lists"):
+        if getattr(args, flag):
+            raise UserError(f"--{flag}: rows with thumbs have one answer and no score; remove it")
+    prompt_format = PromptFormat.of(args.prompt_format, tokenizer)
+    train_sources, test_sources = args.sources()
+    lengths = config.max_length, config.max_prompt_length
+    train, test, test_ids, held_out_rows = (
+        thumbs.load_thumbs(train_sources, prompt_format, args.limit),
+        None,
+        None,
+        None,
+    )
+    if args.held_out_rows:
+        test, held_out_rows = thumbs.hold_out_thumbs(train, args.held_out_rows, train_sources)
+    elif test_sources:
+        test = thumbs.load_thumbs(test_sources, prompt_format, args.limit)
+        train.pairs = without_overlap(train.pairs, test.pairs, args.train_test_overlap, train.dropped)
+    if test:
+        test_ids, _ = thumbs.tokenize(test, tokenizer, *lengths, desc="test")
+    thumbs.shuffle(train, config.seed)
+    train_ids, truncation = thumbs.tokenize(train, tokenizer, *lengths, desc="train")
     facts = {"prompt_format": prompt_format.choice}
     return Splits(train, train_ids, test, test_ids, truncation, facts, held_out_rows)
 

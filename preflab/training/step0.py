@@ -36,6 +36,18 @@ def step0_margins(trainer, row_tokens: list[int]) -> dict:
     }
 
 
+def step0_rewards(trainer, row_tokens: list[int]) -> dict:
+    """`step0_margins` of single answers with thumbs, which have rewards only."""
+    step0 = {"largest_margin": None, "largest_reward": None, "pairs": 0, "tolerance": step0_tolerance(trainer.args)}
+    if trainer.is_sharded:
+        return {**step0, "checked": "not checked: a sharded model exists only in training"}
+    checked = short_rows(row_tokens, CHECKED_ROWS * trainer.accelerator.num_processes)
+    rows = trainer.score(trainer.train_dataset, checked)
+    largest = max(trainer.args.beta * abs(row["tuned"] - row["base"]) for row in rows)
+    return {**step0, "largest_margin": largest, "largest_reward": largest, "pairs": len(checked),
+            "checked": "before training"}  # fmt: skip
+
+
 def short_rows(row_tokens: list[int], count: int) -> list[int]:
     """The `count` shortest of the first rows, in their order."""
     first = range(min(len(row_tokens), max(FIRST_ROWS, count)))
