@@ -6,8 +6,10 @@ from trl import DPOConfig
 
 from preflab.training.decisions import REFUSED, REFUSED_FOR_PAIRS
 from preflab.training.loss_names import LIST_LOSSES, OWN_LOSSES, THUMB_LOSSES, check_names, reference_free
+from preflab.training.memory_parts import Batch
 from preflab.training.pair_config import PairRunConfig
 from preflab.training.run_config import check_positive
+from preflab.training.token_figures import tokens_of_rows
 from utils.errors import UserError
 from utils.suggestions import choose_from
 
@@ -72,6 +74,20 @@ class DPORunConfig(PairRunConfig, DPOConfig):
     def adapt_data(self, data_args) -> None:
         """Read rows with several answers, where the loss is made for them."""
         data_args.lists = data_args.lists or self.uses_lists
+
+    def largest_row(self, dataset) -> tuple[int, ...]:
+        """As for pairs; of answers with thumbs the tokens of prompt and answer."""
+        if not self.uses_thumbs:
+            return super().largest_row(dataset)
+        row = dataset[int(tokens_of_rows(dataset, shared_prompt=False).argmax())]
+        return len(row["prompt_ids"]), len(row["completion_ids"])
+
+    def largest_batch(self, row: tuple[int, ...], longest: int, model_config) -> tuple[Batch, bool]:
+        """As for pairs; answers with thumbs are computed padded."""
+        if not self.uses_thumbs:
+            return super().largest_batch(row, longest, model_config)
+        rows = self.per_device_train_batch_size
+        return Batch((), rows, longest, rows * row[1]), self.gradient_accumulation_steps > 1
 
     def keeps_reference_model(self, use_peft: bool) -> bool:
         """Whether a second copy of the weights is loaded as the reference.

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 
 from transformers import AutoConfig
 
-from preflab.data import conversations, preferences
+from preflab.data import conversations, preferences, thumbs
 from preflab.data.preferences import DataArguments
 from preflab.data.prompt_format import PromptFormat
 from preflab.models.checks import largest_and_longest
@@ -359,15 +359,21 @@ def _sampled_rows(data_args, config, model_args) -> Rows:
     prompt_format = PromptFormat.of(data_args.prompt_format, tokenizer)
     sources, _ = data_args.sources()
     if isinstance(data_args, DataArguments):
-        data = preferences.load_pairs(
-            sources, data_args.drop_ties, data_args.min_score_margin, data_args.keep_duplicate_prompts, prompt_format,
-            data_args.limit,
-        )  # fmt: skip
+        filters = data_args.drop_ties, data_args.min_score_margin, data_args.keep_duplicate_prompts
+        if config.uses_thumbs:
+            data = thumbs.load_thumbs(sources, prompt_format, data_args.limit)
+        else:
+            data = preferences.load_pairs(sources, *filters, prompt_format, data_args.limit)
         count, data.pairs = len(data.pairs), _spread(data.pairs)
         lengths = config.max_length, config.max_prompt_length
-        ids, _ = preferences.tokenize(data, tokenizer, *lengths, desc="train", lists=config.uses_lists)
+        if config.uses_thumbs:
+            ids, _ = thumbs.tokenize(data, tokenizer, *lengths, desc="train")
+        else:
+            ids, _ = preferences.tokenize(data, tokenizer, *lengths, desc="train", lists=config.uses_lists)
         mean = float(tokens_of_rows(ids, shared_prompt=True).mean())
-        answers = [name for name in ("chosen_ids", "rejected_ids", "others_ids") if name in ids.column_names]
+        answers = [
+            name for name in ("chosen_ids", "rejected_ids", "others_ids", "completion_ids") if name in ids.column_names
+        ]
         longest = largest_and_longest(ids, tuple(("prompt_ids", name) for name in answers))[1]
     else:
         data = conversations.load_conversations(sources, data_args.limit, prompt_format)

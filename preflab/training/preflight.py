@@ -209,7 +209,7 @@ def pair_lines(pair: dict, tokens: dict, special: dict, splits) -> list[str]:
 def describe_thumbs(trainer, splits, data_args, config, plan: dict) -> RowFacts:
     """Facts about answers with thumbs: the first one decoded, labels and their weights, rewards before step 1."""
     dataset, tokenizer = splits.train_ids, trainer.processing_class
-    sizes = lengths(dataset, "prompt_ids") + lengths(dataset, "completion_ids")
+    sizes = tokens_of_rows(dataset, shared_prompt=False)
     special = special_tokens(dataset, "prompt_ids", {"answers": "completion_ids"}, tokenizer)
     step0 = step0_rewards(trainer, sizes.tolist())
     tokens = {
@@ -219,7 +219,7 @@ def describe_thumbs(trainer, splits, data_args, config, plan: dict) -> RowFacts:
         "answer_tokens_mean": float(lengths(dataset, "completion_ids").mean()),
     }
     first, test_ids = dataset[0], splits.test_ids
-    test_tokens = int((lengths(test_ids, "prompt_ids") + lengths(test_ids, "completion_ids")).sum()) if test_ids else 0
+    test_tokens = int(tokens_of_rows(test_ids, shared_prompt=False).sum()) if test_ids else 0
     return RowFacts(
         sections={
             "first_answer": {"prompt": tokenizer.decode(first["prompt_ids"]), "label": first["label"]},

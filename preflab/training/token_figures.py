@@ -23,7 +23,9 @@ def tokens_of_pairs(prompt: np.ndarray, chosen: np.ndarray, rejected: np.ndarray
 
 
 def tokens_of_rows(dataset, shared_prompt: bool) -> np.ndarray:
-    """Tokens that a forward computes for each row of pairs or lists, shape (rows,)."""
+    """Tokens that a forward computes for each row of pairs, lists or answers with thumbs, shape (rows,)."""
+    if "completion_ids" in dataset.column_names:
+        return lengths(dataset, "prompt_ids") + lengths(dataset, "completion_ids")
     tokens = tokens_of_pairs(*pair_lengths(dataset), shared_prompt)
     if "others_ids" in dataset.column_names:
         prompts = 0 if shared_prompt else lengths(dataset, "prompt_ids") * lengths(dataset, "others_lengths")
