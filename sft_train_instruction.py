@@ -32,7 +32,7 @@ The keys that matter (flags and YAML keys are the same, the command line wins; [
            --chat_template_path FILE (default: the model's own; configs/templates has alpaca.jinja
            and llama3.jinja for base models)   --loss_on responses|everything [responses]
   length   --max_length N [1024]   --packing   --packing_strategy bfd|bfd_split [bfd]
-           --no_padding_free (padded micro-batches; slower, with the same results)
+           (rows without padding; --no_padding_free: padded ones, slower, with the same results)
   steps    --per_device_train_batch_size N [8]   --gradient_accumulation_steps N [1]
            --global_batch_size N (instead of the accumulation)   --num_train_epochs X [3]
            --max_steps N   --learning_rate X [2e-5]   --lr_scheduler_type NAME [linear]

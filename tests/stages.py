@@ -77,7 +77,7 @@ ARGUMENTS = {
 }
 # Shell scripts that run two other stages.
 ITERATIONS = ("run_online_iteration.sh", "run_sppo_iteration.sh")
-NO_STAGES = {"quickstart.sh", "run_tests.sh", "doctor.sh", "install_gguf.sh"}
+NO_STAGES = {"quickstart.sh", "run_tests.sh", "doctor.sh", "install_gguf.sh", "install_vllm.sh"}
 SCRIPTS = sorted({stage.split()[0] for stage in STAGES})
 
 

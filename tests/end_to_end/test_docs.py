@@ -38,6 +38,8 @@ PLACEHOLDERS |= {"my_votes.jsonl", "people.jsonl", "prompts.txt", "ann_votes.jso
 PLACEHOLDERS |= {"ann.jsonl", "bob.jsonl", "gpt4-*.json", "gpt4-gemma.json", "gpt4-zephyr.json", "gpt4-llama.json"}
 # Programs whose arguments are not checked.
 OTHER_PROGRAMS = {
+    "tensorboard",
+    ".vllm/bin/vllm",
     "git",
     "cd",
     "source",
