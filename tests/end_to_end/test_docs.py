@@ -296,7 +296,7 @@ SOURCE = re.compile(r"<!-- source: (.+) -->\s*\Z")
 # published figures, data files whose rows are counted below, or definitions (settings, layouts), which are not results.
 KINDS = (
     r"example_run/(train|win_rate|perplexity|battle|lm_eval_quick|sppo_trait)\.json",
-    r"measured(, since| at) [0-9a-f]{7}: (python|bash) \S+.*",
+    r"(measured|computed)(, since| at) [0-9a-f]{7}: (python|bash) \S+.*",
     r"published: .+",
     r"the list of example_run",
     r"the tables of docs/performance\.md",
