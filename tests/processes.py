@@ -87,10 +87,16 @@ def run_script(script: str, *args, **kwargs) -> subprocess.CompletedProcess:
 def launch_environment(config: Path) -> dict[str, str]:
     """The variables by which accelerate's launcher passes a config file's content to its ranks."""
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-    from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+    from accelerate.utils.launch import (
+        prepare_deepspeed_cmd_env,
+        prepare_multi_gpu_env,
+        prepare_simple_launcher_cmd_env,
+    )
 
     parsed = launch_command_parser().parse_args(["--config_file", str(config), "--main_process_port", "0", "script.py"])
     args, defaults, _ = _validate_launch_command(parsed)
+    if not (args.use_deepspeed or args.use_fsdp or args.multi_gpu):
+        return prepare_simple_launcher_cmd_env(args)[1]
     if not args.use_deepspeed:
         return prepare_multi_gpu_env(args)
     args.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)

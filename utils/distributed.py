@@ -17,6 +17,8 @@ DECIDED_BY_THE_RUN = {
     "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": ("zero3_save_16bit_model", "true"),
     "FSDP_STATE_DICT_TYPE": ("fsdp_state_dict_type", "FULL_STATE_DICT"),
 }
+# Set in each of several processes, by torch's launcher or by MPI.
+NUMBER_OF_PROCESSES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
 def settle_launch() -> list[str]:
@@ -26,6 +28,13 @@ def settle_launch() -> list[str]:
         Notes about the values that are not used.
     """
     notes = []
+    # accelerate's launcher sets a port for more than one process, also where it then starts the script only once.
+    launched = {"ACCELERATE_MIXED_PRECISION", "MASTER_PORT"} <= os.environ.keys()
+    if launched and not os.environ.keys() & set(NUMBER_OF_PROCESSES):
+        notes.append(
+            "num_processes of accelerate's config file is not used; this is a single process: accelerate starts several"
+            " for MULTI_GPU, FSDP and DEEPSPEED (configs/accelerate/cpu_2proc.yaml), and for MULTI_CPU with MPI only"
+        )
     for variable, (key, value) in DECIDED_BY_THE_RUN.items():
         before = os.environ.get(variable)
         if before is None or before.lower() == str(value).lower():

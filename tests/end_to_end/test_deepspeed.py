@@ -114,3 +114,11 @@ def test_checkpoints_of_another_launch_are_refused(tiny, data, tmp_path, shipped
         done = run_processes(count, *args, config=other)
         assert done.returncode == 2
         assert_one_line(done.stderr, "DeepSpeed ZeRO-2 on 2 processes", "--num_processes", "--overwrite")
+
+
+@pytest.mark.slow
+def test_quantised_weights_are_refused(tiny, data, tmp_path, shipped_config):
+    args = arguments("dpo-lora", tiny, data, tmp_path, "--load_in_4bit")
+    done = run_processes(2, *args, config=shipped_config("deepspeed_zero3"))
+    assert done.returncode == 2 and not (tmp_path / "ck").exists()
+    assert_one_line(done.stderr, "--load_in_4bit", "ZeRO-3", "fsdp2.yaml")

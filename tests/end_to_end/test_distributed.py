@@ -14,9 +14,10 @@ import yaml
 from accelerate.commands.config.config_args import ClusterConfig
 from conftest import ROOT, assert_one_line, made_once, train_args, write_jsonl
 from helpers import ACCELERATE, CPU, instructions, kill_after
-from processes import run_processes, run_script, run_two_processes, start_processes
+from processes import launch_environment, run_processes, run_script, run_two_processes, start_processes
 
 from preflab.evaluation.runs import checkpoints, is_complete
+from preflab.training.run_config import RunConfig
 from utils.artifacts import RowFile, read_json
 
 SCRIPT = "dpo_train_human_preference.py"
@@ -87,6 +88,15 @@ def test_qlora_under_fsdp2_equals_one_process(tiny, prefs, tmp_path, shipped_con
             assert a[key] == pytest.approx(b[key], abs=1e-5), (a["step"], key)
 
 
+@pytest.mark.parametrize("flag", ["--load_in_4bit", "--load_in_8bit"])
+def test_qlora_under_zero3_is_refused(train, tiny, prefs, tmp_path, monkeypatch, flag):
+    """Before a model is loaded; tests/end_to_end/test_deepspeed.py launches it."""
+    monkeypatch.setattr(RunConfig, "sharding", "DeepSpeed ZeRO-3")
+    code, _, err = train(*train_args(tiny, prefs, tmp_path, flag))
+    assert code == 2 and not (tmp_path / "ck").exists()
+    assert_one_line(err, flag, "ZeRO-3", "fsdp2.yaml", "--bnb_4bit_quant_storage bfloat16")
+
+
 # As `accelerate config` writes them, with its own defaults, and answers that contradict the run's settings.
 FSDP_MADE = dict(
     fsdp_version=2, fsdp_auto_wrap_policy="TRANSFORMER_BASED_WRAP", fsdp_activation_checkpointing=False,
@@ -110,13 +120,17 @@ MADE = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "section", "words"), MADE)
-def test_files_of_accelerate_config(tiny, prefs, tmp_path, single, kind, section, words):
-    path = tmp_path / "made.yaml"
+def made_file(folder: Path, kind: str, **section) -> Path:
     ClusterConfig(
         compute_environment="LOCAL_MACHINE", distributed_type=kind, mixed_precision="bf16", use_cpu=True, debug=False,
         num_processes=2, **section,
-    ).to_yaml_file(str(path))  # fmt: skip
+    ).to_yaml_file(str(folder / "made.yaml"))  # fmt: skip
+    return folder / "made.yaml"
+
+
+@pytest.mark.parametrize(("kind", "section", "words"), MADE)
+def test_files_of_accelerate_config(tiny, prefs, tmp_path, single, kind, section, words):
+    path = made_file(tmp_path, kind, **section)
     done = run_two_processes(SCRIPT, *train_args(tiny, prefs, tmp_path, *SAME_BATCH), config=path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert_equals_one(tmp_path, single, sharded=kind != "MULTI_GPU")
@@ -125,18 +139,32 @@ def test_files_of_accelerate_config(tiny, prefs, tmp_path, single, kind, section
         assert word in notes
 
 
+def test_files_of_multi_cpu_start_one_process(train, tiny, prefs, tmp_path, monkeypatch):
+    """accelerate's launcher starts the script once, without a warning; the run says so."""
+    for name, value in launch_environment(made_file(tmp_path, "MULTI_CPU")).items():
+        monkeypatch.setenv(name, value)
+    code, out, err = train(*train_args(tiny, prefs, tmp_path, *SAME_BATCH, "--preflight_only"))
+    assert code == 0, err
+    preflight = read_json(tmp_path / "out/r/preflight.json")
+    (note,) = [line for line in preflight["notes"] if "num_processes" in line]
+    assert "single process" in note and "cpu_2proc.yaml" in note and note in " ".join(out.split())
+    assert preflight["plan"]["batch"]["processes"] == 1 and preflight["plan"]["global_batch_size"] == 4
+
+
 @pytest.mark.slow
-def test_fsdp_resumes_on_three_processes(tiny, prefs, tmp_path, shipped_config):
-    """Its checkpoint is whole, so the number of processes may change; without FSDP it is refused."""
-    config, batch = shipped_config("fsdp2"), ("--global_batch_size", 6, "--max_steps", 8, "--save_steps", 2)
+@pytest.mark.parametrize(("name", "processes"), [("fsdp2", 3), ("multi_gpu", 1)])
+def test_resumes_on_one_or_three_processes(tiny, prefs, tmp_path, shipped_config, name, processes):
+    """After kill -9 on two: the checkpoint is whole; FSDP's is refused without FSDP."""
+    config, batch = shipped_config(name), ("--global_batch_size", 6, "--max_steps", 8, "--save_steps", 2)
     done = run_script(SCRIPT, *train_args(tiny, prefs, tmp_path / "one", *batch))
     assert done.returncode == 0, done.stderr[-3000:]
     args = train_args(tiny, prefs, tmp_path, *batch)
     kill_after(start_processes(2, SCRIPT, *args, config=config), tmp_path / "ck/r/checkpoint-2")
-    done = run_two_processes(SCRIPT, *args)
-    assert done.returncode == 2
-    assert_one_line(done.stderr, "FSDP on 2 processes", "no sharding on 2 processes", "--overwrite")
-    done = run_processes(3, SCRIPT, *args, config=config)
+    if name == "fsdp2":
+        done = run_two_processes(SCRIPT, *args)
+        assert done.returncode == 2
+        assert_one_line(done.stderr, "FSDP on 2 processes", "no sharding on 2 processes", "--overwrite")
+    done = run_processes(processes, SCRIPT, *args, config=config)
     assert done.returncode == 0 and "resuming from" in done.stdout, done.stderr[-3000:]
     for a, b in zip(rows(tmp_path, "train"), rows(tmp_path / "one", "train"), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-5), a["step"]
