@@ -30,7 +30,7 @@ from preflab.training.plan import part_of_epoch
 from preflab.training.planner import publish_plan
 from preflab.training.preflight import run_preflight
 from preflab.training.preflight_checks import refuse_fatal
-from preflab.training.run_config import RunConfig, check_run_config, fit_global_batch
+from preflab.training.run_config import RunConfig, check_run_config, fit_global_batch, unsharded_base
 from preflab.training.run_folder import (
     Launch,
     RunFolders,
@@ -120,7 +120,7 @@ class TrainingRun:
             sys.exit(0)
         # Making the config has set accelerate's state; the trainer is not made yet.
         keep_fsdp_on_cpu()
-        notes = launch_notes + fit_global_batch(config)
+        notes = launch_notes + fit_global_batch(config) + unsharded_base(config, model_args)
         published = read_published(config.published, list) if config.published else None
         # Before resolve_start_adapter, which replaces the model's name by that of the merged folder.
         config.run_name = run_name(config.run_name, model_args.model_name_or_path, suffix, data_args.limit)

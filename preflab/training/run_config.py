@@ -256,11 +256,21 @@ def _check_compiler(config: RunConfig, model) -> None:
         return
     if model.load_in_4bit or model.load_in_8bit:
         raise UserError("--compile_layers: not with quantised weights, whose layers are not compiled; remove it")
-    if config.fsdp or config.deepspeed or os.environ.get("ACCELERATE_USE_FSDP") == "true":
+    if config.sharding is not None:
         raise UserError("--compile_layers: not with a sharded model (FSDP, DeepSpeed); remove it")
     reason = missing_compiler(config.use_cpu)
     if reason:
         raise UserError(f"--compile_layers: {reason}; install g++ or remove it")
+
+
+def unsharded_base(config: RunConfig, model) -> list[str]:
+    """Return a note where accelerate leaves the quantised base unsharded under FSDP: its warning is silenced."""
+    if config.sharding != "FSDP" or not model.load_in_4bit or model.bnb_4bit_quant_storage not in (None, "uint8"):
+        return []
+    return [
+        "FSDP does not shard 4-bit weights in their default storage: every process holds the whole base;"
+        f" --bnb_4bit_quant_storage {config.dtype_name} shards them"
+    ]
 
 
 def fit_global_batch(config: RunConfig, processes: int | None = None) -> list[str]:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,9 +16,10 @@ from accelerate.commands.config.config_args import ClusterConfig
 from conftest import ROOT, assert_one_line, made_once, train_args, write_jsonl
 from helpers import ACCELERATE, CPU, instructions, kill_after
 from processes import launch_environment, run_processes, run_script, run_two_processes, start_processes
+from trl import ModelConfig
 
 from preflab.evaluation.runs import checkpoints, is_complete
-from preflab.training.run_config import RunConfig
+from preflab.training.run_config import RunConfig, unsharded_base
 from utils.artifacts import RowFile, read_json
 
 SCRIPT = "dpo_train_human_preference.py"
@@ -56,6 +58,7 @@ def test_two_processes_equal_one(tiny, prefs, tmp_path, single, shipped_config, 
     assert_equals_one(tmp_path, single, sharded=False)
 
 
+QUANTISED = ("--load_in_4bit", "--load_in_8bit")
 NO_PINNED_MEMORY = pytest.mark.skipif(
     not torch.accelerator.is_available(), reason="FSDP pins offloaded parameters, which needs an accelerator"
 )
@@ -88,13 +91,27 @@ def test_qlora_under_fsdp2_equals_one_process(tiny, prefs, tmp_path, shipped_con
             assert a[key] == pytest.approx(b[key], abs=1e-5), (a["step"], key)
 
 
-@pytest.mark.parametrize("flag", ["--load_in_4bit", "--load_in_8bit"])
-def test_qlora_under_zero3_is_refused(train, tiny, prefs, tmp_path, monkeypatch, flag):
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [
+        *((flag, ("ZeRO-3", "fsdp2.yaml", "--bnb_4bit_quant_storage bfloat16")) for flag in QUANTISED),
+        ("--compile_layers", ("sharded model",)),
+    ],
+)
+def test_refused_under_zero3(train, tiny, prefs, tmp_path, monkeypatch, flag, words):
     """Before a model is loaded; tests/end_to_end/test_deepspeed.py launches it."""
     monkeypatch.setattr(RunConfig, "sharding", "DeepSpeed ZeRO-3")
     code, _, err = train(*train_args(tiny, prefs, tmp_path, flag))
     assert code == 2 and not (tmp_path / "ck").exists()
-    assert_one_line(err, flag, "ZeRO-3", "fsdp2.yaml", "--bnb_4bit_quant_storage bfloat16")
+    assert_one_line(err, flag, *words)
+
+
+@pytest.mark.parametrize(("storage", "noted"), [(None, True), ("uint8", True), ("bfloat16", False)])
+def test_unsharded_base_is_noted(storage, noted):
+    config = SimpleNamespace(sharding="FSDP", dtype_name="bfloat16")
+    notes = unsharded_base(config, ModelConfig(load_in_4bit=True, bnb_4bit_quant_storage=storage))
+    assert bool(notes) == noted and all("--bnb_4bit_quant_storage bfloat16" in note for note in notes)
+    assert not unsharded_base(SimpleNamespace(sharding=None), ModelConfig(load_in_4bit=True))
 
 
 # As `accelerate config` writes them, with its own defaults, and answers that contradict the run's settings.
