@@ -253,7 +253,7 @@ def answer_each(
             title += f" {number}/{len(settings_list)}" if len(settings_list) > 1 else ""
             with progress(len(own), title, "prompt") as bar:
                 for answer in generate_answers([prompts[i].messages for i in own], **settings, **batches):
-                    # `index` counts within this process's share; answers come batch by batch, not in order.
+                    # `index` counts within this process's share; answers come as they end, not in order.
                     cache.add(keys[own[answer.pop("index")]], answer)
                     bar.update()
     # After all settings: `gather` is a barrier, and one per setting would make fast processes wait each time.

@@ -675,7 +675,7 @@ def test_bad_reference_rows_are_named(tmp_path):
 
 def test_system_and_history_of_reference_rows_are_turns(call, trained, smol_tokenizer, tmp_path, monkeypatch):
     """Base and tuned answer under the chat template with all turns; files and judge have them as one text per row."""
-    from transformers import GenerationMixin
+    from preflab.models import generation
 
     system, user = {"role": "system", "content": "Be brief."}, {"role": "user", "content": "And blue?"}
     earlier = [{"role": "user", "content": "Is red warm?"}, {"role": "assistant", "content": "Yes."}]
@@ -689,13 +689,13 @@ def test_system_and_history_of_reference_rows_are_turns(call, trained, smol_toke
     asked = {**user, "content": "And blue?\n\nOf the sky"}
     expected = [[system, *earlier, user], [*earlier, user], [system, user], [asked], [user]]
     reference = write_jsonl(tmp_path / "reference.jsonl", [{**row, "output": "It is cool."} for row in rows])
-    prompts, usual = [], GenerationMixin.generate
+    prompts, usual = [], generation.answers_by_row
 
-    def generate(self, *args, input_ids, attention_mask, **kwargs):
-        prompts.extend(ids[mask.bool()].tolist() for ids, mask in zip(input_ids, attention_mask, strict=True))
-        return usual(self, *args, input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+    def answers(model, tokenizer, requests, *args):
+        prompts.extend(request.ids for request in requests)
+        return usual(model, tokenizer, requests, *args)
 
-    monkeypatch.setattr(GenerationMixin, "generate", generate)
+    monkeypatch.setattr(generation, "answers_by_row", answers)
     flags = ("--reference", reference, "--judge", "longer", "--audit_limit", 0, "--max_new_tokens", 4)
     # Scoring needs more rows than these.
     for stage in ("generate", "judge"):
