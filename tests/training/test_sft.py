@@ -128,14 +128,14 @@ def test_each_conversation_has_its_own_attention(packing, tiny, tmp_path, monkey
     """No product over a padded batch or a packed row: each call has the queries of one conversation."""
     path = write_jsonl(tmp_path / "x.jsonl", [{"messages": r["chosen"]} for r in make_pairs(6)])
     lengths = []
-    causal = shared_prompt._causal
+    causal = shared_prompt.causal_attention
 
     def recorded(query, key, value, **settings):
         lengths.append(query.shape[2])
         assert query.shape[:1] == (1,) and key.shape[2] == query.shape[2]
         return causal(query, key, value, **settings)
 
-    monkeypatch.setattr(shared_prompt, "_causal", recorded)
+    monkeypatch.setattr(shared_prompt, "causal_attention", recorded)
     row = ours(tiny, path, tmp_path, packing=packing, max_steps=1, per_device_train_batch_size=6)[0]
     layers = AutoConfig.from_pretrained(tiny).num_hidden_layers
     assert len(lengths) >= 6 * layers and sum(lengths) == layers * row["num_tokens"]
