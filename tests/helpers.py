@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 from types import SimpleNamespace
 
 import torch
-from conftest import ROOT, eval_args, lora_args, make_pairs
+from conftest import ROOT, eval_args, lora_args, make_pairs, train_args
 from processes import run_two_processes
 
 from preflab.evaluation.runs import is_complete
@@ -108,6 +108,11 @@ def sft_args(model, data, folder, *extra) -> list[str]:
         "--allow_fatal",
         *("--output_dir", str(folder / "ck"), "--eval_out", str(folder / "out"), "--run_name", "r", *map(str, extra)),
     ]
+
+
+def reward_args(model, data, folder, *extra) -> list[str]:
+    """Arguments of a small reward model's training."""
+    return train_args(model, data, folder, *extra)
 
 
 def pair_args(model, prompts, folder, *extra) -> list[str]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from conftest import ROOT, eval_args, train_args
-from helpers import alpaca_args, pair_args, sft_args
+from helpers import alpaca_args, pair_args, reward_args, sft_args
 
 
 @dataclass
@@ -26,10 +26,14 @@ class Inputs:
 # The arguments of a small call, given the inputs and a folder for its output.
 STAGES = {
     "dpo_train_human_preference.py": lambda i, folder: train_args(i.tiny, i.prefs, folder),
+    "train_reward_model.py": lambda i, folder: reward_args(i.tiny, i.prefs, folder),
     "sft_train_instruction.py": lambda i, folder: sft_args(i.tiny, i.conversations, folder),
     "generate_preference_pairs.py": lambda i, folder: pair_args(i.tiny, i.prompts, folder / "out"),
     "merge_adapter.py": lambda i, folder: eval_args(i.trained, folder / "out", "--merged_dir", folder / "merged"),
     "export_gguf.py": lambda i, folder: eval_args(i.trained, folder / "out", "--gguf_dir", folder / "gguf"),
+    "eval_reward_model.py": lambda i, folder: [
+        *("--scorer", f"judge:hf:{i.tiny}", "--dataset_name", i.prefs, "--eval_out", folder / "out", "--run_name", "r")
+    ],
     "eval_win_rate.py": lambda i, folder: eval_args(i.trained, folder / "out"),
     "eval_win_rate.py --battle": lambda i, folder: eval_args(i.trained, folder / "out", "--battle"),
     "eval_perplexity.py": lambda i, folder: eval_args(i.trained, folder / "out"),
@@ -63,9 +67,13 @@ ARGUMENTS = {
     "sft_train_instruction.py": _of(
         "preflab.data.conversations:SFTArguments", "preflab.training.sft_config:SFTRunConfig", "trl:ModelConfig"
     ),
+    "train_reward_model.py": _of(
+        "preflab.data.preferences:PairFilters", "preflab.training.reward_config:RewardRunConfig", "trl:ModelConfig"
+    ),
     "generate_preference_pairs.py": _of("generate_preference_pairs:PairArguments"),
     "merge_adapter.py": _of(COMPARISON, "merge_adapter:MergeArguments"),
     "export_gguf.py": _of(COMPARISON, "export_gguf:GgufArguments"),
+    "eval_reward_model.py": _of("eval_reward_model:RewardEvalArguments"),
     "eval_win_rate.py": _of(COMPARISON, "eval_win_rate:WinRateArguments"),
     "eval_perplexity.py": _of(COMPARISON, "eval_perplexity:PerplexityArguments"),
     "run_alpacaeval_local.py": _of(COMPARISON, "run_alpacaeval_local:AlpacaEvalArguments"),

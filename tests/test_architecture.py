@@ -14,6 +14,7 @@ FLOORS = [
     {"evaluation"},
     {"training", "judging", "harness", "doctor", "gguf"},
     {"pairs", "alpacaeval", "human", "chat"},
+    {"rewards"},
     {"reporting"},
     {"release"},
     {"scripts", "benchmarks"},

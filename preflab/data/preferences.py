@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
+import numpy as np
 import pyarrow as pa
 
 from preflab.data.chat_template import (
@@ -24,7 +25,7 @@ from preflab.data.prompt_format import AS_TEXT, PromptFormat
 from preflab.data.row_fields import WIN_KEYS
 from preflab.data.sources import SourceArguments, marked_as_held_out, read_sources, split_off
 from preflab.data.split_data import SplitData, read_items
-from preflab.data.tokenised_rows import IDS, Outcome, identity_of, tokenise
+from preflab.data.tokenised_rows import IDS, Outcome, identity_of, lengths, tokenise
 from utils.errors import UserError
 from utils.provenance import sha256_of
 
@@ -35,13 +36,12 @@ LIST_COLUMNS = {"others_ids": IDS, "others_lengths": IDS, "scores": pa.list_(pa.
 
 
 @dataclass
-class DataArguments(SourceArguments):
+class PairFilters(SourceArguments):
     """Flags that choose preference data and filters."""
 
     drop_ties: bool = field(default=False, metadata={"help": "Drop pairs with equal scores."})
     min_score_margin: float | None = field(default=None, metadata={"help": "Drop pairs with a smaller score margin."})
     keep_duplicate_prompts: bool = field(default=False, metadata={"help": "Keep pairs that share a prompt."})
-    chat_template_path: str | None = field(default=None, metadata={"help": "Jinja file that replaces the template."})
     lists: bool = field(
         default=False,
         metadata={"help": "Read rows with several scored answers; losses on pairs take their best and worst answer."},
@@ -56,6 +56,13 @@ class DataArguments(SourceArguments):
         if self.dataset_test_split is None:
             self.dataset_test_split = "none" if self.test_rows else self.default_test_split
         self.test_rows = self.test_rows or 0
+
+
+@dataclass
+class DataArguments(PairFilters):
+    """PairFilters, and the chat template where TRL's config has no key for it."""
+
+    chat_template_path: str | None = field(default=None, metadata={"help": "Jinja file that replaces the template."})
 
 
 @dataclass(kw_only=True)
@@ -245,6 +252,31 @@ def tokenize(
         if all(getattr(pair, name) is not None for pair in data.pairs):
             ids = ids.add_column(name, [getattr(pair, name) for pair in data.pairs])
     return ids, dict(outcome.counts)
+
+
+def drop_longer(data: PreferenceData, ids, max_length: int | None, desc: str = ""):
+    """The token ids without pairs of which a sequence exceeds `max_length`; `data` loses those pairs too.
+
+    A reward is read at the end of an answer, so a cut answer would be judged as if it ended there.
+
+    Args:
+        ids: from `tokenize`.
+        desc: the split's name, for errors.
+
+    Raises:
+        UserError: no pair is left.
+    """
+    if max_length is None:
+        return ids
+    prompt, *answers = (lengths(ids, f"{part}_ids") for part in PARTS)
+    fits = (prompt + np.maximum(*answers) <= max_length).nonzero()[0]
+    if len(fits) == len(ids):
+        return ids
+    data.dropped["longer_than_max_length"] += len(ids) - len(fits)
+    data.pairs = [data.pairs[i] for i in fits]
+    if not data.pairs:
+        raise UserError(f"{desc} pairs: all are longer than --max_length {max_length}: raise it")
+    return ids.select(fits).remove_columns("pair").add_column("pair", list(range(len(fits))))
 
 
 def _tokenise_batch(

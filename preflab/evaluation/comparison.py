@@ -17,6 +17,7 @@ from preflab.evaluation.runs import (
     HELD_OUT_ROWS,
     WEIGHTS,
     data_of_run,
+    is_reward_model,
     latest_run,
     newest_checkpoint,
     read_manifest,
@@ -179,6 +180,11 @@ def resolve(args: ComparisonArguments, answers_only: bool = False, alone: bool =
     if alone and args.base_model and not any(getattr(args, key) for key in tuned_flags):
         return _one_model(args, servers)
     folder = _tuned_folder(args)
+    if folder and is_reward_model(folder):
+        raise UserError(
+            f"{folder} is a reward model, which answers no prompt: `python eval_reward_model.py --scorer rm:{folder}`"
+            " evaluates it, and rm: makes it a judge or scorer"
+        )
     trained = _run_arguments(folder) if folder else {}
     _note_unfinished(folder)
     # A folder without adapter_config.json holds a fully tuned model.

@@ -16,6 +16,7 @@ HEADLINES = (
     ("train", "reward accuracy, %", "reward_accuracy", 100, 1),
     ("train", "reward margin", "reward_margin", 1, 3),
     ("train", "perplexity of held-out answers", "heldout_ppl_tuned", 1, 2),
+    ("reward_model", "accuracy on labelled pairs, %", "reward_accuracy", 100, 1),
     ("win_rate", "win rate by reward, %", "win_rate_ties_half", 100, 1),
     ("perplexity", "perplexity of chosen answers", "response_chosen_ppl_tuned", 1, 2),
     ("perplexity", "perplexity of plain text", "text_ppl_tuned", 1, 2),

@@ -71,6 +71,9 @@ def latest_run(folder: str | os.PathLike) -> str:
     """
     finished, unfinished = [], []
     for manifest in sorted(Path(folder).glob("*/run.json")):
+        if is_reward_model(manifest.parent):
+            # It answers no prompt, so evaluations of answers do not choose it.
+            continue
         try:
             ended = finished_at(manifest)
         except UserError as error:
@@ -89,6 +92,18 @@ def latest_run(folder: str | os.PathLike) -> str:
             " --base_model and --adapter_path"
         )
     return max(finished)[2]
+
+
+def is_reward_model(folder: Path) -> bool:
+    """Whether the weights in a folder give rewards instead of tokens: a sequence classifier, or an adapter of one."""
+    try:
+        if (folder / "adapter_config.json").exists():
+            return read_json(folder / "adapter_config.json").get("task_type") == "SEQ_CLS"
+        kinds = read_json(folder / "config.json").get("architectures") if (folder / "config.json").exists() else []
+    except (UserError, AttributeError):
+        # Damaged files are named where they are read.
+        return False
+    return any(str(kind).endswith("ForSequenceClassification") for kind in kinds or [])
 
 
 def checkpoints(folder: str | os.PathLike) -> list[Path]:
@@ -232,6 +247,8 @@ def _objective(args: dict) -> str:
     # Losses with another name than DPO; only SFT has loss_on.
     named = {"simpo": "SimPO", "sppo": "SPPO", "sppo_hard": "SPPO hard"}
     loss = "SFT" if "loss_on" in args else " + ".join(named.get(name, f"DPO {name}") for name in losses)
+    # Only the training of reward models has it.
+    loss = "reward model" if "margin_per_point" in args else loss
     quantised = "Q" if args.get("load_in_4bit") else "8-bit " if args.get("load_in_8bit") else ""
     return f"{loss}, {quantised}LoRA" if args.get("use_peft") else f"{loss}, full"
 

@@ -85,7 +85,7 @@ def trained_prompts(comparison: Comparison, own: bool = False) -> set[str]:
         if not args or (place == evaluated and own and args.get("train_test_overlap") != "keep"):
             continue
         try:
-            keys |= _prompts_of_run(args, home)
+            keys |= prompts_of_run(args, home)
         except UserError as error:
             unread.append(f"{place}: {error}")
     if unread and is_main_process():
@@ -94,7 +94,7 @@ def trained_prompts(comparison: Comparison, own: bool = False) -> set[str]:
     return keys
 
 
-def _prompts_of_run(args: dict, folder: Path) -> set[str]:
+def prompts_of_run(args: dict, folder: Path) -> set[str]:
     """The keys of the prompts that a run was trained on, without those that it held out."""
     data = data_of_run(args)
     train, test = data.sources()

@@ -9,11 +9,23 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from preflab.data.chat_template import ChatRenderer, TemplateRefused, neutralise
 from preflab.data.prompts import Prompt
+from preflab.evaluation.comparison import base_of
 from preflab.judging.armorm import ARCHITECTURE, END_OF_PROMPT, ArmoRM
 from preflab.judging.judge_prompt import NOT_FINITE, Item, Verdict, unparsed
+from preflab.models.adapter_files import adapter_sha256
 from preflab.models.batching import pad_right, token_batches
 from preflab.models.checks import UNLIMITED, context_length
-from preflab.models.loading import LOAD_ERRORS, identify, load_error, load_tokenizer, locate
+from preflab.models.loading import (
+    LOAD_ERRORS,
+    identify,
+    load_adapter,
+    load_error,
+    load_model,
+    load_tokenizer,
+    locate,
+)
+from preflab.models.logprobs import without_adapter_shell
+from preflab.models.reward_head import reward_adapter
 from utils.errors import UserError
 
 
@@ -57,19 +69,25 @@ class RewardModel(ScoringJudge):
 
     def __init__(self, model: str, options: dict):
         self.name, self.model_name, self.options = f"rm:{model}", model, options
-        locate(model)
+        # A run of train_reward_model.py with LoRA is an adapter on its base.
+        self.adapter = reward_adapter(model)
+        self.base = base_of(self.adapter) if self.adapter else model
+        locate(self.base)
         self.gated, self.custom_code = self._check_head()
         self.tokenizer, self.model = load_tokenizer(model, trust_remote_code=self.custom_code), None
         self.chat = ChatRenderer(self.tokenizer)
 
     def identity(self) -> dict:
-        return {"judge": self.name, **identify(self.model_name, self.tokenizer), "dtype": self.options["dtype"]}
+        adapter = {"adapter_sha256": adapter_sha256(self.adapter)} if self.adapter else {}
+        return {"judge": self.name, **identify(self.base, self.tokenizer), **adapter, "dtype": self.options["dtype"]}
 
     def _check_head(self) -> tuple[bool, bool]:
         """(whether the model is an ArmoRM, whether it runs its own code).
 
         Raises UserError, before any work, if it has no single score.
         """
+        if self.adapter:
+            return False, False
         try:
             # Reading the config must not run the model's own code before --trust_remote_code allows it.
             config = AutoConfig.from_pretrained(locate(self.model_name), trust_remote_code=False)
@@ -89,6 +107,10 @@ class RewardModel(ScoringJudge):
     def load(self) -> None:
         """Load the weights on first use."""
         if self.model is not None:
+            return
+        if self.adapter:
+            model = load_model(self.base, dtype=self.options["dtype"], reward=True)
+            self.model = load_adapter(model, self.adapter).to(PartialState().device).eval()
             return
         try:
             load = (ArmoRM if self.gated else AutoModelForSequenceClassification).from_pretrained
@@ -131,7 +153,8 @@ class RewardModel(ScoringJudge):
             last_tokens = {rows[i][-1] for i in batch_indices}
             # One of n + 1 ids is not among n last tokens.
             pad = next(t for t in range(len(last_tokens) + 1) if t not in last_tokens)
-            self.model.config.get_text_config().pad_token_id = self.model.config.pad_token_id = pad
+            config = without_adapter_shell(self.model).config
+            config.get_text_config().pad_token_id = config.pad_token_id = pad
             ids, mask = pad_right([rows[i] for i in batch_indices], pad, self.model.device)
             with torch.inference_mode():
                 output = self.model(input_ids=ids, attention_mask=mask, **self._further_inputs())

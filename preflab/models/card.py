@@ -28,13 +28,23 @@ SFT_COLUMNS = (
     ("Training Loss", "train_loss"), ("Epoch", "epoch"), ("Step", "step"), ("Validation Loss", "loss"),
     ("Token accuracy", "mean_token_accuracy"), ("Entropy", "entropy"),
 )  # fmt: skip
+REWARD_COLUMNS = (
+    ("Training Loss", "train_loss"), ("Epoch", "epoch"), ("Step", "step"), ("Validation Loss", "loss"),
+    ("Accuracy", "accuracy"), ("Margin", "margin"), ("Mean reward", "mean_reward"),
+)  # fmt: skip
+TAGS = {
+    "train": ["dpo", "preference-tuning"], "sft": ["sft", "instruction-tuning"],
+    "reward_model": ["reward-trainer", "reward-model"],
+}  # fmt: skip
+COLUMNS = {"train": PREFERENCE_COLUMNS, "sft": SFT_COLUMNS, "reward_model": REWARD_COLUMNS}
 # Decimal places of a column; 4 for all others.
 DIGITS = {"step": 0, "epoch": 2}
 
 HYPERPARAMETERS = (
     "loss_type", "beta", "gamma_beta_ratio", "cpo_alpha", "desirable_weight", "undesirable_weight", "label_smoothing",
-    "learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "max_length", "max_prompt_length",
-    "seed", "use_peft", "lora_r", "lora_alpha", "lora_target_modules", "load_in_4bit", "dtype",
+    "margin_per_point", "center_rewards_coefficient", "learning_rate", "lr_scheduler_type", "warmup_steps", "optim",
+    "weight_decay", "max_length", "max_prompt_length", "seed", "use_peft", "lora_r", "lora_alpha",
+    "lora_target_modules", "load_in_4bit", "dtype",
 )  # fmt: skip
 
 
@@ -52,13 +62,8 @@ def model_card(
         base_hub_id: the hub id of a base that is a local folder, where its config has none.
     """
     base, start = public_name(summary["model"]["name"], base_hub_id), summary["start"]
-    args, published, preference = summary["args"], summary["published"], summary["stage"] == "train"
-    columns, unit = PREFERENCE_COLUMNS if preference else SFT_COLUMNS, unit_of(summary["data"]["train"])
-    if preference:
-        data = "answers with thumbs" if unit == "thumbs" else "preference pairs"
-        objective = f"{data} with the {' + '.join(args['loss_type'])} loss"
-    else:
-        objective = f"conversations, with a loss on {args['loss_on']}"
+    args, published, stage = summary["args"], summary["published"], summary["stage"]
+    columns, unit = COLUMNS[stage], unit_of(summary["data"]["train"])
     evaluated = any(row["split"] == "eval" for row in rows)
     card = ModelCard.from_template(
         card_data=_card_data(summary, peft, base_hub_id),
@@ -72,10 +77,10 @@ def model_card(
         warning=sentence(summary["warning"]) if summary["warning"] else None,
         plan=summary["plan"],
         batch=summary["plan"]["batch"],
-        objective=objective,
+        objective=_objective(stage, args, unit),
         method=("LoRA" if peft else "full fine-tuning") + (" on a 4-bit base" if args["load_in_4bit"] else ""),
         unit=unit,
-        usage=usage(folder, base if peft else None, text),
+        usage=usage(folder, base if peft else None, text, rewards=stage == "reward_model"),
         metrics=[_metric_cells(name, metric) for name, metric in summary["metrics"].items()],
         columns=[heading for heading, _ in columns],
         # A run without evaluations shows an empty table next to the published one.
@@ -136,6 +141,16 @@ def merged_card(
     return str(card).rstrip() + "\n"
 
 
+def _objective(stage: str, args: dict, unit: str) -> str:
+    """What a model was trained on and how, in words. `unit`: what a row is."""
+    if stage == "reward_model":
+        return "preference pairs as a reward model, with the Bradley-Terry loss"
+    if stage == "sft":
+        return f"conversations, with a loss on {args['loss_on']}"
+    data = "answers with thumbs" if unit == "thumbs" else "preference pairs"
+    return f"{data} with the {' + '.join(args['loss_type'])} loss"
+
+
 def _start(start: dict, base_hub_id: str | None) -> dict:
     """The base and adapter that training started from, as the card names them."""
     names = {"base": public_name(start["base"], base_hub_id).shown, "adapter": public_name(start["adapter"]).shown}
@@ -156,18 +171,23 @@ def _card_data(summary: dict, peft: bool, base_hub_id: str | None) -> ModelCardD
     # After a merge the model is a local folder; the Hub's base model is the one that was merged into.
     base, args = (summary["start"] or {}).get("base", summary["model"]["name"]), summary["args"]
     sources = [source for split in summary["data"].values() if split for source in split["sources"]]
-    kind = ["dpo", "preference-tuning"] if summary["stage"] == "train" else ["sft", "instruction-tuning"]
+    kind = TAGS[summary["stage"]]
     losses = args["loss_type"] if summary["stage"] == "train" else []
     return ModelCardData(
         base_model=public_name(base, base_hub_id).hub_id,
         # A hub dataset has a revision and can be linked; a local file has a hash.
         datasets=sorted({visible(source["name"]) for source in sources if "revision" in source}) or None,
         library_name="peft" if peft else "transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag=_task(summary),
         tags=["trl", *kind, *(["lora"] if peft else []), *losses],
         model_name=visible(summary["run"]["run_name"]),
         eval_results=_eval_results(summary) or None,
     )
+
+
+def _task(summary: dict) -> str:
+    """The Hub's name of what the model does."""
+    return "text-classification" if summary["stage"] == "reward_model" else "text-generation"
 
 
 def _eval_results(summary: dict) -> list[EvalResult]:
@@ -176,7 +196,7 @@ def _eval_results(summary: dict) -> list[EvalResult]:
     name = visible(", ".join(map(public_source, sources))) or "held-out rows"
     return [
         EvalResult(
-            task_type="text-generation",
+            task_type=_task(summary),
             dataset_type=name,
             dataset_name=name,
             # An entry of the model index has one split, so a mix of datasets has none.
@@ -252,6 +272,16 @@ tokenizer = AutoTokenizer.from_pretrained(name)
 model = AutoModelForCausalLM.from_pretrained(name)
 """
 
+REWARD_CHAT = """
+messages = [
+    {"role": "user", "content": "Why is the sky blue?"},
+    {"role": "assistant", "content": "Air scatters blue light more than red light."},
+]
+inputs = tokenizer.apply_chat_template(messages, return_dict=True, return_tensors="pt")
+# Higher is better; only differences between answers to one prompt mean something. One conversation at a time, since
+# the reward is read at the last token.
+print(model(**inputs).logits.item())"""
+
 CHAT = """
 messages = [{"role": "user", "content": "Why is the sky blue?"}]
 inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
@@ -278,13 +308,14 @@ model = PeftModel.from_pretrained(base, adapter)
 ```"""
 
 
-def usage(folder: str, base: PublicName | None, text: bool) -> str:
+def usage(folder: str, base: PublicName | None, text: bool, rewards: bool = False) -> str:
     """Markdown of how to load the model and answer one prompt, with transformers and peft only.
 
     Args:
         folder: the folder of the weights.
         base: the model that an adapter was trained on; None for a complete model.
         text: whether it was trained on plain text, without a chat template.
+        rewards: whether it is a reward model.
     """
     name = json.dumps(visible(Path(folder).name), ensure_ascii=False)
     if base is None:
@@ -293,6 +324,9 @@ def usage(folder: str, base: PublicName | None, text: bool) -> str:
         note = "" if base.hub_id else f"  # the {visible(base.shown)}: its path"
         loads = json.dumps(visible(base.loads), ensure_ascii=False)
         load = ADAPTER_SNIPPET.format(folder=name, base=loads, base_note=note)
-    block = code_block(load + (TEXT if text else CHAT), "python")
+    if rewards:
+        load = load.replace("AutoModelForCausalLM", "AutoModelForSequenceClassification")
+        load = load.replace("from_pretrained(base)", "from_pretrained(base, num_labels=1)")
+    block = code_block(load + (REWARD_CHAT if rewards else TEXT if text else CHAT), "python")
     install = f"`pip install torch transformers{' peft' if base else ''}`, then:"
     return "\n\n".join([install, block, *([BUILTIN_NOTE] if base and base.shown == BUILTIN else [])])

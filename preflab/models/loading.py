@@ -16,7 +16,14 @@ from filelock import FileLock
 from huggingface_hub import snapshot_download
 from peft import PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GgufConfig,
+    set_seed,
+)
 
 from preflab.data.template_date import template_date
 from preflab.models.adapter_files import ADAPTER_FILES
@@ -303,13 +310,15 @@ def load_model(
     quantization_config=None,
     adapter: str | None = None,
     trust_remote_code: bool = False,
+    reward: bool = False,
 ):
-    """Load a causal LM, on this process's device if it has an adapter or is quantized.
+    """Load a causal LM, or a reward model, on this process's device if it has an adapter or is quantized.
 
     Args:
         dtype: precision of the weights, "auto" for that of the files.
         quantization_config: from `quantization`.
         adapter: a LoRA folder to apply.
+        reward: load a reward model; where the files have no reward layer, it is initialised at random.
 
     Raises:
         UserError: what `locate` raises, an architecture that is not a causal LM, or an adapter that does not fit.
@@ -318,14 +327,18 @@ def load_model(
     device = PartialState().device
     gguf = gguf_path(name)
     if gguf:
+        if reward:
+            raise UserError(f"model {name}: a GGUF file cannot be trained; give the model that it was made of")
         if adapter or quantization_config is not None:
             raise UserError(f"model {name}: a GGUF file is quantised and merged already; give no adapter and no 4 bits")
         return GgufModel(gguf)
     # Absent, not None: that would make transformers ignore the quantisation of a folder that is quantised already.
     quantized = {} if quantization_config is None else {"quantization_config": quantization_config}
+    kind = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model = kind.from_pretrained(
             location,
+            **({"num_labels": 1} if reward else {}),
             revision=revision,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
             attn_implementation=attn_implementation,
@@ -359,6 +372,10 @@ def load_for_training(args, model_args):
         args: RunConfig, for the precision.
         model_args: TRL's ModelConfig.
     """
+    reward = args.task_type == "SEQ_CLS"
+    if reward:
+        # As TRL does: a new reward layer is drawn at random while loading.
+        set_seed(args.seed)
     quantized = quantization(
         model_args.load_in_4bit,
         model_args.load_in_8bit,
@@ -367,6 +384,9 @@ def load_for_training(args, model_args):
         getattr(torch, args.dtype_name),
         model_args.bnb_4bit_quant_storage,
     )
+    if reward and quantized is not None:
+        # The reward layer is trained itself, so it is not quantised.
+        quantized.llm_int8_skip_modules = ["score"]
     return load_model(
         model_args.model_name_or_path,
         model_args.model_revision if model_args.model_revision != "main" else None,
@@ -374,6 +394,7 @@ def load_for_training(args, model_args):
         model_args.attn_implementation,
         quantized,
         trust_remote_code=args.trust_remote_code,
+        reward=reward,
     )
 
 

@@ -17,6 +17,7 @@ from preflab.judging.judge_prompt import NOT_FINITE, Item
 from preflab.judging.judges import judge_all, make_judge
 from preflab.judging.pairrm import PairRanker
 from preflab.judging.reward_model import RewardModel, ScoringJudge
+from preflab.models.loading import default_dtype
 from utils.cache import ResultCache, cache_key
 from utils.errors import UserError
 from utils.progress import progress
@@ -105,6 +106,24 @@ def mean_wins(matrix: list[list[float]], counts: list[int]) -> list[float]:
     # Weighted by counts: the opponent is a random sample of the policy, not a random distinct answer.
     total = sum(counts)
     return [sum(c * p for c, p in zip(counts, row, strict=True)) / total for row in matrix]
+
+
+def scorer_options(args) -> dict:
+    """The options of `make_scorer` out of a script's arguments, which have ModelArguments and the scorer's flags."""
+    return {
+        "dtype": args.scorer_dtype or default_dtype(),
+        "judge_prompt": args.judge_prompt,
+        "attempts": 4,
+        "timeout": 120.0,
+        "concurrency": 8,
+        "batch_tokens": args.batch_tokens,
+        "batch_size": args.batch_size,
+        "attn_implementation": args.attn_implementation,
+        "seed": args.seed,
+        "trust_remote_code": args.trust_remote_code,
+        "eval_out": args.eval_out,
+        "vllm_args": args.vllm_args,
+    }
 
 
 def make_scorer(spec: str, options: dict) -> Scorer:

@@ -8,33 +8,18 @@ from preflab.data.candidates import load_candidates
 from preflab.data.prompts import load_prompts
 from preflab.data.sources import reading
 from preflab.judging.answers import answer_each, answerable, engine_name, policy_model
-from preflab.models.loading import default_dtype
 from preflab.models.vllm_engine import choose_engine
 from preflab.pairs.folder import PairsFolder
 from preflab.pairs.pairing import Pairs, Sampled, candidates_of, held_out_keys, pairs_of, part_of, shuffled
-from preflab.pairs.scorers import Candidates, Scores, make_scorer
+from preflab.pairs.scorers import Candidates, Scores, make_scorer, scorer_options
 from utils.artifacts import write_rows
 from utils.errors import UserError
 
 
 def make_scorers(args) -> list:
     """The scorers of --scorer and --also_score, the main one first. Raises UserError for one that cannot be made."""
-    options = {
-        "dtype": args.scorer_dtype or default_dtype(),
-        "judge_prompt": args.judge_prompt,
-        "attempts": 4,
-        "timeout": 120.0,
-        "concurrency": 8,
-        "batch_tokens": args.batch_tokens,
-        "batch_size": args.batch_size,
-        "attn_implementation": args.attn_implementation,
-        "seed": args.seed,
-        "trust_remote_code": args.trust_remote_code,
-        "eval_out": args.eval_out,
-        "vllm_args": args.vllm_args,
-    }
     # dict.fromkeys drops a repeated scorer and keeps the order: the first one ranks.
-    return [make_scorer(spec, options) for spec in dict.fromkeys([args.scorer, *args.also_score])]
+    return [make_scorer(spec, scorer_options(args)) for spec in dict.fromkeys([args.scorer, *args.also_score])]
 
 
 # ----------------------------------------------------------------------------------------------------------- sampling

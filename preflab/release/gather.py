@@ -24,6 +24,11 @@ def gather(name: str, args: ReleaseArguments) -> tuple[Path, Release, list[str]]
     run = select(runs, [name], "--run_name")[0]
     if run.training is None or not run.run.state.startswith("finished"):
         raise UserError(f"--run_name {name}: is not a finished training run ({run.run.state}); finish it first")
+    if run.training.stage == "reward_model":
+        raise UserError(
+            f"--run_name {name}: is a reward model; its folder {run.weights} is complete, with its card:"
+            f" `hf upload OWNER/NAME {run.weights}` uploads it"
+        )
     weights = run.weights.with_name(f"{name}-merged") if args.merged else run.weights
     if not has_weights(weights):
         fix = "run merge_adapter.py first" if args.merged else "train it again, or name another run"

@@ -9,7 +9,7 @@ from huggingface_hub import EvalResult, EvalResultEntry, eval_result_entries_to_
 from preflab.models.public_names import public_source
 from preflab.release.figures import MARK, Figure, figures_of, metric_at
 from preflab.release.sources import Document, Sources, name_in, public_text
-from preflab.reporting.artifacts import Artifact, RunArtifacts
+from preflab.reporting.artifacts import TRAINING, Artifact, RunArtifacts
 from preflab.reporting.findings import doubt_about_judge
 from preflab.reporting.stages import STAGES, title_of
 from preflab.reporting.status import stale_reasons
@@ -50,7 +50,7 @@ def used(run: RunArtifacts) -> tuple[list[Artifact], list[str]]:
             continue
         stale = stale_reasons(artifact, run)
         # Training's data may have changed since: the weights are still those of that training.
-        if stale and artifact.stage not in ("train", "sft"):
+        if stale and artifact.stage not in TRAINING:
             left_out.append(f"{artifact.path}: stale: {'; '.join(stale)}")
             continue
         try:
@@ -80,7 +80,7 @@ def section_of(artifact: Artifact, run: RunArtifacts, sources: Sources) -> Secti
         ]
         lines.append([sources.name(figure.label, document), *cells, _p(figure, artifact, document, sources)])
     # The verdict of training is at the top of the card.
-    has_claim = artifact.summary.get("claim") and artifact.stage not in ("train", "sft")
+    has_claim = artifact.summary.get("claim") and artifact.stage not in TRAINING
     claim = sources.text(document, "claim") if has_claim else ""
     judge = None
     if artifact.args.get("judge"):

@@ -16,12 +16,15 @@ from utils.artifacts import RowFile, read_json
 from utils.errors import UserError
 from utils.markdown import visible
 
+# The stages that train; their summary is train.json.
+TRAINING = ("train", "sft", "reward_model")
 # Where the summaries of a run are. lm_eval's own files, below base-* and tuned-*, are no summaries.
 PATTERNS = ("*.json", "alpacaeval*/alpacaeval.json", "lm_eval/*/lm_eval.json")
 # Files of these names are summaries, or once were: without their sections, they are damaged. `_LIMITN` may follow.
 SUMMARIES = (
     "train",
     "preference_pairs",
+    "reward_model",
     "win_rate",
     "battle",
     "perplexity",
@@ -109,12 +112,12 @@ class Artifact:
         Raises:
             UserError: a row is not valid JSON. Names the file.
         """
-        name = "heldout_rows" if self.stage in ("train", "sft") else f"{self.path.stem}_rows"
+        name = "heldout_rows" if self.stage in TRAINING else f"{self.path.stem}_rows"
         return read_rows_file(self.path.with_name(f"{name}.jsonl"))
 
     def picture(self) -> Path | None:
         """The stage's picture, if there is one."""
-        names = {"train": "dpo_training_curves", "sft": "sft_training_curves"}
+        names = {"train": "dpo_training_curves", "sft": "sft_training_curves", "reward_model": "reward_training_curves"}
         path = self.path.with_name(f"{names.get(self.stage, self.path.stem)}.png")
         return path if path.is_file() else None
 
@@ -151,8 +154,8 @@ class RunArtifacts:
 
     @property
     def training(self) -> Artifact | None:
-        """train.json, of preference training or SFT, if it can be read."""
-        return next((a for a in self.artifacts if a.stage in ("train", "sft") and not a.problem), None)
+        """train.json, if it can be read."""
+        return next((a for a in self.artifacts if a.stage in TRAINING and not a.problem), None)
 
     def of_stage(self, stage: str, trials: bool = False) -> list[Artifact]:
         """Its readable summaries of a stage; without trials unless `trials`."""
@@ -220,8 +223,8 @@ def read_artifacts(run: Run, weights: Path) -> RunArtifacts:
 
 # The stages in the order in which they are usually run.
 ORDER = (
-    "preference_pairs", "train", "sft", "merge", "gguf", "win_rate", "perplexity", "battle", "alpacaeval",
-    "human_eval_dump", "human_eval", "lm_eval", "release",
+    "preference_pairs", "train", "sft", "reward_model", "reward_eval", "merge", "gguf", "win_rate", "perplexity",
+    "battle", "alpacaeval", "human_eval_dump", "human_eval", "lm_eval", "release",
 )  # fmt: skip
 
 

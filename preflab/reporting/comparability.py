@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from preflab.reporting.artifacts import Artifact, part
+from preflab.reporting.artifacts import TRAINING, Artifact, part
 from preflab.reporting.findings import not_held_out
 
 LENGTHS = ("max_length", "max_prompt_length", "prompt_format", "chat_template_path")
@@ -13,6 +13,7 @@ ANSWERS = ("max_new_tokens", "temperature", "top_p", "seed")
 SETTINGS = {
     "train": (*LENGTHS, "beta"),
     "sft": ("max_length", "chat_template_path", "loss_on"),
+    "reward_model": ("max_length", "prompt_format", "chat_template_path"),
     "win_rate": (*LENGTHS, "beta"),
     "perplexity": (*LENGTHS, "window", "stride", "bos"),
     "battle": ("judge", "judge_prompt", *ANSWERS),
@@ -92,7 +93,7 @@ def basis_of(artifact: Artifact, rewards: bool = False) -> Basis:
 
 def _data(artifact: Artifact) -> tuple[str, str]:
     data, args, stage = artifact.part("data"), artifact.args, artifact.stage
-    if stage in ("train", "sft"):
+    if stage in TRAINING:
         section = part(data, "test")
         return _sources(section, "rows"), _identity(section)
     if stage == "win_rate":
@@ -148,11 +149,11 @@ def _base(artifact: Artifact) -> tuple[tuple[str, str], tuple[str, str]]:
     """(the base with its adapter, the base alone), each as short text and what identifies it."""
     model = artifact.part("model")
     start = artifact.part("start")
-    base = model if artifact.stage in ("train", "sft") else part(model, "base")
+    base = model if artifact.stage in TRAINING else part(model, "base")
     adapter = base.get("adapter_sha256")
     name = weights = Path(str(base.get("name", "?"))).name
     # The reference of a run that continues an adapter is the model with that adapter.
-    if artifact.stage in ("train", "sft") and start.get("use") == "continue":
+    if artifact.stage in TRAINING and start.get("use") == "continue":
         adapter, name = start.get("adapter_sha256"), f"{name} + {Path(str(start.get('adapter'))).name}"
     version = base.get("weights_sha256") or base.get("revision") or base.get("name")
     kind = [base.get("dtype"), base.get("quantized")]

@@ -117,6 +117,19 @@ def _pair_values(column: Callable[[dict], np.ndarray]) -> Callable[[Artifact], V
     return values
 
 
+def _margins(column: Callable[[np.ndarray], np.ndarray]) -> Callable[[Artifact], Values]:
+    """Rows of a reward model's held-out pairs: a value per pair from their margins."""
+
+    def values(artifact: Artifact) -> Values:
+        rows = artifact.rows
+        if not rows:
+            raise KeyError("rows")
+        margins = np.array([row["margin"] for row in rows], float)
+        return Values([(row.get("where"), row["row"]) for row in rows], column(margins), prompts_of(rows))
+
+    return values
+
+
 PAIR_COLUMNS = ("chosen", "rejected", "ref_chosen", "ref_rejected", "margin")
 _REWARDS = (
     Kind(
@@ -198,6 +211,18 @@ def _alpacaeval_values(artifact: Artifact) -> Values:
 KINDS = {
     "train": _REWARDS,
     "sft": (Kind("loss, nats per token", _ratio_values(_conversation_nll), "ratio", 1, 4, False, against=WEIGHTS),),
+    "reward_model": (
+        Kind(
+            "reward model: chosen ranked higher, %",
+            _margins(lambda m: pairwise_correct(m, np.zeros(len(m)))),
+            "share",
+            100,
+            1,
+            True,
+            against=NOTHING,
+        ),
+        Kind("reward model: margin, log-odds", _margins(lambda m: m), "mean", 1, 3, True, against=NOTHING),
+    ),
     "win_rate": _REWARDS,
     "perplexity": (
         Kind("loss of chosen, nats per token", _ratio_values(_answer_nll("chosen")), "ratio", 1, 4, against=WEIGHTS),

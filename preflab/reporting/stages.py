@@ -12,8 +12,11 @@ from preflab.gguf.report import table_lines as gguf_lines
 from preflab.judging.battle_report import judge_lines, panel_lines, panel_notes
 from preflab.pairs.report import pair_lines
 from preflab.reporting.artifacts import Artifact
+from preflab.rewards.report import best_of_lines
+from preflab.rewards.report import pair_lines as scorer_lines
 from preflab.training.dpo_report import table_lines as dpo_lines
 from preflab.training.kto_report import table_lines as kto_lines
+from preflab.training.reward_report import table_lines as reward_lines
 from preflab.training.sft_report import table_lines as sft_lines
 from utils.tables import cell, difference, estimate, number, p_value
 
@@ -105,6 +108,21 @@ def _train(artifact: Artifact) -> list[Table]:
 
 def _sft(artifact: Artifact) -> list[Table]:
     return [Table(sft_lines(artifact.metrics))] if artifact.metrics else []
+
+
+def _reward_model(artifact: Artifact) -> list[Table]:
+    return [Table(reward_lines(artifact.metrics))] if artifact.metrics else []
+
+
+def _reward_eval(artifact: Artifact) -> list[Table]:
+    m = artifact.metrics
+    tables = [Table(scorer_lines(m))] if "reward_accuracy" in m else []
+    named = {name.partition("/")[2]: value for name, value in m.items() if name.startswith("benchmark/")}
+    if named:
+        tables.append(Table([("benchmark", "score, %"), *((name, estimate(v, 100)) for name, v in named.items())]))
+    if points := artifact.summary.get("best_of"):
+        tables.append(Table(best_of_lines(points), "best of n samples"))
+    return tables
 
 
 def _pairs(artifact: Artifact) -> list[Table]:
@@ -276,6 +294,18 @@ STAGES = {
         "Does the model predict held-out answers better?",
         "python sft_train_instruction.py",
         _sft,
+    ),
+    "reward_model": Stage(
+        "Reward model",
+        "Does it rank held-out answers better than length, words and the base model's likelihood?",
+        "python train_reward_model.py",
+        _reward_model,
+    ),
+    "reward_eval": Stage(
+        "Scorer on labelled answers",
+        "Does it score the better answer higher than length alone would?",
+        "python eval_reward_model.py",
+        _reward_eval,
     ),
     "merge": Stage("Merge", "Is the merged folder the same model?", "python merge_adapter.py", _merge),
     "gguf": Stage("GGUF files", "What does each quantisation lose?", "python export_gguf.py", _gguf),

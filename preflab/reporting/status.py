@@ -11,7 +11,7 @@ from preflab.evaluation.run_list import disk, disk_use
 from preflab.evaluation.runs import checkpoints as checkpoints_of
 from preflab.evaluation.runs import folder_size
 from preflab.models.adapter_files import adapter_sha256
-from preflab.reporting.artifacts import Artifact, RunArtifacts, part
+from preflab.reporting.artifacts import TRAINING, Artifact, RunArtifacts, part
 from preflab.reporting.stages import STAGES, title_of
 from preflab.training.next_steps import commands_for
 from utils.provenance import ROOT, sha256_of, sha256_of_files
@@ -63,13 +63,13 @@ def missing_commands(run: RunArtifacts, done: set[str]) -> Iterator[tuple[str, s
     training = run.training
     if not training or not run.run.state.startswith("finished"):
         return
-    kind = {"pairs": training.stage == "train", "held_out": "reward_accuracy" in training.metrics}
+    kind = {"stage": training.stage, "held_out": "reward_accuracy" in training.metrics}
     lora = (run.weights / "adapter_config.json").exists()
     for command, _ in commands_for(run.weights, run.run.results, **kind, lora=lora):
         stages = [stage for stage in STAGES if command.startswith(STAGES[stage].command.partition(" --score")[0])]
         # `eval_win_rate.py --battle` starts like `eval_win_rate.py`; training on top is another run.
         stage = max(stages, key=lambda name: len(STAGES[name].command), default=None)
-        if stage is None or stage in ("train", "sft") or command.endswith("--list") or "--list " in command:
+        if stage is None or stage in TRAINING or command.endswith("--list") or "--list " in command:
             continue
         # The page for people is made by the call whose summary is human_eval_dump.
         stage = "human_eval_dump" if stage == "human_eval" else stage
@@ -139,7 +139,7 @@ def _changed_models(artifact: Artifact, run: RunArtifacts) -> Iterator[str]:
         "the policy's adapter": (artifact.args.get("adapter_path"), part(model, "policy").get("adapter_sha256")),
         "the base's adapter": (artifact.args.get("base_adapter"), part(model, "base").get("adapter_sha256")),
     }
-    if artifact.stage not in ("train", "sft", "preference_pairs"):
+    if artifact.stage not in (*TRAINING, "preference_pairs"):
         tuned = part(model, "tuned")
         # The run may have been renamed or moved since: its own weights come first.
         folder = run.weights if (run.weights / "adapter_config.json").is_file() else tuned.get("name")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from preflab.evaluation.run_list import HEADLINES, disk, figures_of
 from preflab.reporting.answers import Answers, answers_of
-from preflab.reporting.artifacts import Artifact, RunArtifacts, part
+from preflab.reporting.artifacts import TRAINING, Artifact, RunArtifacts, part
 from preflab.reporting.comparability import BASE, NOTHING, WEIGHTS, basis_of
 from preflab.reporting.findings import Audit, Finding, audits_of, findings_of
 from preflab.reporting.lineage import Node, path_to
@@ -200,7 +200,7 @@ def cost_lines(run: RunArtifacts) -> list[tuple]:
         record = artifact.run
         memory = part(record, "peak_memory_gib")
         seconds = record.get("wall_seconds")
-        if artifact.stage in ("train", "sft") and run.run.seconds is not None:
+        if artifact.stage in TRAINING and run.run.seconds is not None:
             # Over all calls of a run that was resumed.
             seconds = max(seconds or 0, run.run.seconds)
         lines.append(

@@ -1,4 +1,6 @@
-"""Training curves of DPO and SFT runs."""
+"""Training curves of DPO, SFT and reward-model runs."""
+
+from math import log
 
 from preflab.training.log_keys import PAIR_MEAN, TIES_HALF
 from utils.errors import is_main_process
@@ -103,6 +105,32 @@ def sft_curves(path, rows: list[dict], title: str, warning: str | None = None) -
             # Around equal values, matplotlib's limits would leave 0 to 1.
             low, high = ax.get_ylim()
             ax.set_ylim(max(low, -0.02), min(high, 1.02))
+    _rate_and_norm(axes[3], train)
+    _save(fig, path, warning)
+
+
+def reward_curves(path, rows: list[dict], title: str, warning: str | None = None) -> None:
+    """Draw a reward model's four panels: loss, accuracy, margin with rewards, learning rate. Rank 0 only.
+
+    Args:
+        rows: of train_log.jsonl. Nothing is drawn where no step was logged.
+        warning: a sentence below the panels.
+    """
+    if not (train := _drawn_steps(rows)):
+        return
+    fig, axes = figure(2, 2, title)
+    _curve(axes[0], rows, "loss", NEUTRAL, "loss")
+    # The loss of equal rewards.
+    axes[0].axhline(log(2), color="grey", ls=":", lw=1)
+    _finish(axes[0], "Loss", "nats per pair")
+    _curve(axes[1], rows, "accuracy", NEUTRAL, "accuracy")
+    axes[1].axhline(0.5, color="grey", ls=":", lw=1)
+    axes[1].set_ylim(-0.02, 1.02)
+    _finish(axes[1], "Accuracy", "share of pairs, chosen ranked higher")
+    _curve(axes[2], rows, "margin", CHOSEN, "margin")
+    _curve(axes[2], rows, "mean_reward", NEUTRAL, "mean reward")
+    axes[2].axhline(0, color="grey", ls=":", lw=1)
+    _finish(axes[2], "Margin and mean reward", "reward (log-odds)")
     _rate_and_norm(axes[3], train)
     _save(fig, path, warning)
 

@@ -1,7 +1,7 @@
-"""What a run does with each key of TRL's DPOConfig, SFTConfig and ModelConfig: honoured, refused or irrelevant.
+"""What a run does with each key of TRL's configs: honoured, refused or irrelevant.
 
-A refused key must keep its default. Every key of the three classes has exactly one decision, which a test checks, so
-that a key of a new TRL version is noticed.
+A refused key must keep its default. Every key of DPOConfig, SFTConfig, RewardConfig and ModelConfig has exactly one
+decision, which a test checks, so that a key of a new TRL version is noticed.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ HONOURED = frozenset(
     router_aux_loss_coef
     use_peft lora_r lora_alpha lora_dropout lora_target_modules lora_target_parameters lora_modules_to_save use_rslora
     use_dora load_in_8bit load_in_4bit bnb_4bit_quant_type use_bnb_nested_quant bnb_4bit_quant_storage
-    max_length packing packing_strategy eval_packing
+    max_length packing packing_strategy eval_packing center_rewards_coefficient
     loss_type loss_weights beta label_smoothing ld_alpha f_divergence_type f_alpha_divergence_coef use_weighting
     discopop_tau precompute_ref_log_probs precompute_ref_batch_size
     learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps num_train_epochs max_steps optim optim_args
@@ -57,7 +57,7 @@ REFUSED = {
     "parallelism_config": "tensor and context parallelism do not fit the shared prompts; use FSDP or DeepSpeed",
     # Without an effect here, where a user would expect one.
     "model_init_kwargs": "TRL does not load the model here; use --dtype, --attn_implementation, --model_revision",
-    "lora_task_type": "the model is a causal language model",
+    "lora_task_type": "the training script decides it",
     "truncation_mode": "prompts are cut at their start and answers at their end, see --max_prompt_length",
     "pad_token": "padding is masked, so its token changes nothing",
     "eos_token": "the chat template ends an answer",
@@ -82,10 +82,13 @@ REFUSED = {
     "hub_token": "a token in a command or a file is easily published; use `hf auth login` or HF_TOKEN",
     "hub_revision": "uploads go to the branch main",
 }
-# Honoured in SFT, refused for pairs.
+# Honoured in SFT, refused for pairs and for reward models.
 REFUSED_FOR_PAIRS = {
     "neftune_noise_alpha": "the noise would be part of policy and reference, and so of every reward",
     "padding_free": "use --shared_prompt, which has no padding either",
+}
+REFUSED_FOR_REWARDS = {
+    "neftune_noise_alpha": "its scale depends on the length of a row, which shared prompts change",
 }
 # Key -> the values that keep the run's promises.
 ALLOWED = {"train_sampling_strategy": ("random", "sequential")}

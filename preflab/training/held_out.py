@@ -5,6 +5,7 @@ from functools import partial
 import numpy as np
 
 from preflab.evaluation.perplexity import add_power, section_metrics
+from preflab.evaluation.reward_accuracy import accuracy_metrics, longer_scores
 from preflab.evaluation.rewards import number_prompts, prompts_of, reward_metrics, reward_rows
 from preflab.evaluation.surface_baseline import bag_of_words_scores
 from preflab.training.list_metrics import add_list_scores, list_metrics
@@ -35,6 +36,33 @@ def evaluate_pairs(trainer, splits, config) -> tuple[list[dict], dict]:
     # The baseline is fitted on the texts of the train pairs and scores those of the test pairs.
     texts = [[(pair.chosen, pair.rejected) for pair in split.pairs] for split in (splits.train, splits.test)]
     return rows, reward_metrics(rows, bag_of_words_scores(*texts, seed=config.seed), config.seed) | of_lists
+
+
+def evaluate_rewards(trainer, splits, base: list[dict] | None, seed: int) -> tuple[list[dict], dict]:
+    """Score the test pairs with the reward model and compare with length, words and the base's likelihood.
+
+    Args:
+        base: from `rank_by_likelihood`.
+
+    Returns:
+        (rows, metrics), the rows in the order of the pairs; both empty without a test split.
+    """
+    if not splits.test:
+        return [], {}
+    rows = []
+    for i, (scored, pair) in enumerate(zip(trainer.score(trainer.eval_dataset), splits.test.pairs, strict=True)):
+        rewards = {f"reward_{side}": scored[side] for side in ("chosen", "rejected")}
+        lengths = {"chars_chosen": len(pair.chosen), "chars_rejected": len(pair.rejected)}
+        likelihood = {f"base_logp_{side}": base[i][side] for side in ("chosen", "rejected")} if base else {}
+        margin = scored["chosen"] - scored["rejected"]
+        rows.append({"row": i, "where": pair.source, **rewards, "margin": margin, **lengths, **likelihood})
+    number_prompts(rows, splits.test.pairs)
+    # The baseline is fitted on the texts of the train pairs and scores those of the test pairs.
+    texts = [[(pair.chosen, pair.rejected) for pair in split.pairs] for split in (splits.train, splits.test)]
+    baselines = {"surface": bag_of_words_scores(*texts, seed=seed), "longer": longer_scores(rows)}
+    if base:
+        baselines["base_ranking"] = np.array([row["base_logp_chosen"] - row["base_logp_rejected"] for row in rows])
+    return rows, accuracy_metrics(rows, baselines, seed)
 
 
 def score_base(training: TrainingRun, trainer, splits) -> None:

@@ -11,8 +11,10 @@ TOPICS = {
     "data": "dataset.*|test_.*|train_test_overlap|drop_ties|min_score_margin|lists|keep_duplicate_prompts|prompt_format"
     "|columns|on_bad_row|shuffle_dataset|remove_unused_columns|label_names|length_column_name",
     "length and packing": "max_(prompt_)?length|truncation_mode|(eval_)?packing.*|padding_free|pad_to_.*",
-    "loss": "loss_.*|beta|label_smoothing.*|gamma_beta_ratio|cpo_alpha|(un)?desirable_weight|ld_alpha|f_.*"
-    "|use_weighting|discopop_tau|sync_ref_model|ref_model_.*|reference_cache|precompute_.*|completion_only_loss|assistant_only_loss|neftune.*",
+    "loss": "margin_per_point|center_rewards_coefficient|base_ranking"
+    "|loss_.*|beta|label_smoothing.*|gamma_beta_ratio|cpo_alpha|(un)?desirable_weight|ld_alpha|f_.*"
+    "|use_weighting|discopop_tau|sync_ref_model|ref_model_.*|reference_cache|precompute_.*"
+    "|completion_only_loss|assistant_only_loss|neftune.*",
     "optimisation": "learning_rate|lr_.*|warmup.*|num_train_epochs|max_steps|optim.*|weight_decay|adam_.*"
     "|max_grad_norm|train_sampling_strategy|average_tokens_.*",
     "batches": "(per_device_train|global)_batch_size|gradient_accumulation_steps|micro_batch_tokens|shared_prompt"

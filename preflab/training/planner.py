@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from transformers import AutoConfig
 
 from preflab.data import conversations, preferences, thumbs
-from preflab.data.preferences import DataArguments
+from preflab.data.preferences import PairFilters
 from preflab.data.prompt_format import PromptFormat
 from preflab.models.checks import largest_and_longest
 from preflab.models.loading import LOAD_ERRORS, load_error, load_tokenizer, locate
@@ -161,7 +161,7 @@ class Planner:
 
     def __init__(self, data_args, config, model_args, rows: Rows | None = None):
         self.data_args, self.config, self.model_args = data_args, config, model_args
-        self.pairs = isinstance(data_args, DataArguments)
+        self.pairs = isinstance(data_args, PairFilters)
         if config.precision_is_open and not config.plan.lower().startswith("cpu"):
             # The default on a GPU, which this machine may not have.
             config.bf16 = True
@@ -336,7 +336,7 @@ def read_rows(data_args, config, model_args) -> Rows:
     except UserError as error:
         longest = config.max_length or 1024
         reason = first_line(error)
-    unit = "pairs" if isinstance(data_args, DataArguments) else "conversations"
+    unit = "pairs" if isinstance(data_args, PairFilters) else "conversations"
     mean = min(UNREAD_TOKENS[unit], longest)
     largest = (
         (longest, longest)
@@ -358,18 +358,21 @@ def _sampled_rows(data_args, config, model_args) -> Rows:
     )  # fmt: skip
     prompt_format = PromptFormat.of(data_args.prompt_format, tokenizer)
     sources, _ = data_args.sources()
-    if isinstance(data_args, DataArguments):
+    if isinstance(data_args, PairFilters):
         filters = data_args.drop_ties, data_args.min_score_margin, data_args.keep_duplicate_prompts
         if config.uses_thumbs:
             data = thumbs.load_thumbs(sources, prompt_format, data_args.limit)
         else:
             data = preferences.load_pairs(sources, *filters, prompt_format, data_args.limit)
         count, data.pairs = len(data.pairs), _spread(data.pairs)
-        lengths = config.max_length, config.max_prompt_length
+        # A reward model's pairs are left out where they are too long, and not cut.
+        cut = hasattr(config, "max_prompt_length")
+        lengths = (config.max_length, config.max_prompt_length) if cut else (None, None)
         if config.uses_thumbs:
             ids, _ = thumbs.tokenize(data, tokenizer, *lengths, desc="train")
         else:
             ids, _ = preferences.tokenize(data, tokenizer, *lengths, desc="train", lists=config.uses_lists)
+            ids = ids if cut else preferences.drop_longer(data, ids, config.max_length, "train")
         mean = float(tokens_of_rows(ids, shared_prompt=True).mean())
         answers = [
             name for name in ("chosen_ids", "rejected_ids", "others_ids", "completion_ids") if name in ids.column_names
@@ -382,7 +385,7 @@ def _sampled_rows(data_args, config, model_args) -> Rows:
         longest = config.largest_row(ids)[0]
         mean = sum(map(len, ids["input_ids"])) / len(ids)
     sampled = "all" if len(ids) == count else f"{len(ids):,}"
-    unit = "pairs" if isinstance(data_args, DataArguments) else "conversations"
+    unit = "pairs" if isinstance(data_args, PairFilters) else "conversations"
     return Rows(
         count, mean, config.largest_row(ids), longest,
         f"{count:,} {unit}, {mean:.0f} tokens on average and {longest:,} in the longest sequence of {sampled} of them",

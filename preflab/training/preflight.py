@@ -3,6 +3,7 @@
 `run_preflight` gives what all objectives share; `describe_pairs` and `describe_conversations` what differs.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from preflab.data import reading_report
@@ -14,7 +15,14 @@ from preflab.training.plan import plan_training, reached_rows
 from preflab.training.preflight_checks import check_flight, repetition, tokenised
 from preflab.training.preflight_text import decoded_conversation, decoded_pair, dropped_rows, excerpt, wrapped
 from preflab.training.sharding import Shards
-from preflab.training.step0 import step0_line, step0_loss, step0_margins, step0_rewards
+from preflab.training.step0 import (
+    step0_line,
+    step0_loss,
+    step0_margins,
+    step0_reward_model,
+    step0_reward_model_line,
+    step0_rewards,
+)
 from preflab.training.token_figures import (
     conversation_tokens,
     leading_bos,
@@ -134,17 +142,46 @@ def report(flight: dict, facts: RowFacts) -> str:
 
 def describe_pairs(trainer, splits, data_args, config, plan: dict) -> RowFacts:
     """Facts about preference pairs: the first one decoded, lengths, special tokens, margins before the first step."""
+    facts, row_tokens = pair_facts(trainer, splits, step0_margins, step0_line, ("not scored", "scored"))
+    cached, test_tokens = trainer.uncached_reference_because is None, facts.work.held_out_tokens
+    facts.work.once_tokens = reference_tokens(trainer, plan, row_tokens, test_tokens) if cached else {}
+    # Where the reference is not cached, its forward comes on top of the policy's.
+    facts.work.held_out_tokens = test_tokens * (2 - cached)
+    if splits.test and any(pair.messages for pair in splits.test.pairs):
+        facts.work.sampling_models = 2
+    return facts
+
+
+def describe_reward_pairs(trainer, splits, data_args, config, plan: dict) -> RowFacts:
+    """Facts about a reward model's pairs: those of `describe_pairs`, and rewards before the first step."""
+    return pair_facts(trainer, splits, step0_reward_model, step0_reward_model_line, ("read", "rewarded"))[0]
+
+
+def pair_facts(
+    trainer,
+    splits,
+    measure_step0: Callable[[object, list[int]], dict],
+    line_of: Callable[[dict], str],
+    verbs: tuple[str, str],
+) -> tuple[RowFacts, list[int]]:
+    """What all objectives on pairs say about their rows, and the tokens that a forward computes for each train pair.
+
+    Args:
+        measure_step0: gives the figures before the first step, from the trainer and the tokens of every row.
+        line_of: the printed line about them.
+        verbs: what happens to the prompt's and to the answers' tokens.
+    """
     dataset, tokenizer = splits.train_ids, trainer.processing_class
     # Of lists, the best and the worst answer are the pair; `list_figures` counts all answers.
     tokens = pair_tokens(*pair_lengths(dataset)) | list_figures(dataset, trainer.SEQUENCES)
     special = special_tokens(dataset, "prompt_ids", {"chosen": "chosen_ids", "rejected": "rejected_ids"}, tokenizer)
-    pair = decoded_pair(dataset, tokenizer)
-    padded_because, cached = trainer.padded_because, trainer.uncached_reference_because is None
+    pair, padded_because = decoded_pair(dataset, tokenizer), trainer.padded_because
     shared = padded_because is None
     row_tokens = tokens_of_rows(dataset, shared).tolist()
-    step0 = step0_margins(trainer, row_tokens)
+    # A first forward, which includes warm-up, before the speed is measured.
+    step0 = measure_step0(trainer, row_tokens)
     test_tokens = int(tokens_of_rows(splits.test_ids, shared).sum()) if splits.test else 0
-    return RowFacts(
+    facts = RowFacts(
         sections={
             "first_pair": pair,
             "special_tokens": special,
@@ -158,22 +195,17 @@ def describe_pairs(trainer, splits, data_args, config, plan: dict) -> RowFacts:
         },
         longest=tokens["longest_sequence"],
         speed=speed_of(trainer, row_tokens),
-        work=Work(
-            epoch_tokens=sum(row_tokens),
-            once_tokens=reference_tokens(trainer, plan, row_tokens, test_tokens) if cached else {},
-            # Where the reference is not cached, its forward comes on top of the policy's.
-            held_out_tokens=test_tokens * (2 - cached),
-            sampling_models=2 if splits.test and any(pair.messages for pair in splits.test.pairs) else 0,
-        ),
-        unit="lists" if config.uses_lists else "pairs",
-        lines=pair_lines(pair, tokens, special, splits),
+        work=Work(epoch_tokens=sum(row_tokens), once_tokens={}, held_out_tokens=test_tokens, sampling_models=0),
+        unit="lists" if trainer.args.uses_lists else "pairs",
+        lines=pair_lines(pair, tokens, special, splits, verbs),
         compute="each prompt once, without padding" if shared else f"padded pairs: {padded_because}",
-        step0_lines=[step0_line(step0)],
+        step0_lines=[line_of(step0)],
         repetition=repetition(
             (pair.prompt_key for pair in splits.train.pairs),
             ((pair.prompt_text, pair.chosen, pair.rejected, *pair.others) for pair in splits.train.pairs),
         ),
     )
+    return facts, row_tokens
 
 
 def reference_tokens(trainer, plan: dict, row_tokens: list[int], test_tokens: int) -> dict[str, int]:
@@ -182,8 +214,9 @@ def reference_tokens(trainer, plan: dict, row_tokens: list[int], test_tokens: in
     return {"reference": reached, "reference of test pairs": test_tokens}
 
 
-def pair_lines(pair: dict, tokens: dict, special: dict, splits) -> list[str]:
-    """Printed lines about the pairs of a run."""
+def pair_lines(pair: dict, tokens: dict, special: dict, splits, verbs: tuple[str, str]) -> list[str]:
+    """Printed lines about the pairs of a run. `verbs`: as for `pair_facts`."""
+    before, after = (f"tokens, {verb:<10}" for verb in verbs)
     train, test = splits.summary["train"], splits.summary["test"]
 
     def truncated(part):
@@ -192,9 +225,9 @@ def pair_lines(pair: dict, tokens: dict, special: dict, splits) -> list[str]:
     size = pair["tokens"]
     held_out = f"{test['pairs']} test pairs; dropped: {dropped_rows(test)}" if test else "no test split"
     return [
-        f"  prompt    {size['prompt']:>4} tokens, not scored | {excerpt(pair['prompt_not_scored'], end=True)}",
-        f"  chosen    {size['chosen']:>4} tokens, scored     | {excerpt(pair['chosen_scored'])}",
-        f"  rejected  {size['rejected']:>4} tokens, scored     | {excerpt(pair['rejected_scored'])}",
+        f"  prompt    {size['prompt']:>4} {before} | {excerpt(pair['prompt_not_scored'], end=True)}",
+        f"  chosen    {size['chosen']:>4} {after} | {excerpt(pair['chosen_scored'])}",
+        f"  rejected  {size['rejected']:>4} {after} | {excerpt(pair['rejected_scored'])}",
         *reading_report.pair_lines(train, splits.truncation),
         f"  data      {train['rows']} rows, {train['pairs']} train pairs; dropped: {dropped_rows(train)}; {held_out}",
         *list_line(tokens),

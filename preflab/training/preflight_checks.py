@@ -22,6 +22,8 @@ RATES = {
     "SimPO, full": (3e-7, 1e-6, "configs/gemma-2-9b-it-simpo.yaml, arXiv 2405.14734"),
     "SPPO, LoRA": (5e-7, 4e-4, "configs/quickstart-sppo-iter1.yaml"),
     "SPPO, full": (5e-7, 5e-7, "configs/gemma-2-9b-it-sppo-iter1.yaml"),
+    "reward, LoRA": (1e-5, 2e-4, "arXiv 2406.10216 (GRM), TRL's default"),
+    "reward, full": (5e-7, 9e-6, "configs/llama-3-8b-rm.yaml, OpenRLHF's example"),
     "SFT, LoRA": (2e-5, 2e-4, "configs/llama3-8b-alpaca-sft.yaml, TRL's default"),
     "SFT, full": (5e-6, 2e-5, "arXiv 2411.15124 (Tulu 3), TRL's default"),
 }
@@ -77,6 +79,13 @@ def _truncation(flight: dict, config) -> Iterable[tuple[str, str]]:
         name = part.removeprefix("truncated").replace("_", " ").strip()
         of = f"of {unit} the {name} was" if name else f"of {unit} were"
         yield severity, f"in {cut / total:.0%} {of} truncated to --max_length {config.max_length}: raise it"
+    longer = train["dropped"].get("longer_than_max_length", 0)
+    severity = _severity(longer / total, TRUNCATED)
+    if severity:
+        yield (
+            severity,
+            f"{longer} of {total} pairs were left out, being longer than --max_length {config.max_length}: raise it",
+        )
     identical = train["dropped"].get("identical_after_truncation", 0)
     severity = _severity(identical / total, TRUNCATED)
     if severity:
@@ -122,6 +131,7 @@ def rate_kind(config, use_peft: bool) -> str:
     losses = set(config.objectives)
     name = "SFT" if losses == {"sft"} and not hasattr(config, "beta") else "DPO"
     name = "SimPO" if losses == {"simpo"} else "SPPO" if losses == {"sppo"} else name
+    name = "reward" if losses == {"reward"} else name
     return f"{name}, {'LoRA' if use_peft else 'full'}"
 
 
@@ -186,7 +196,7 @@ def repetition(prompts: Iterable, rows: Iterable) -> dict:
 
 def tokenised(split: dict) -> int:
     """Rows of a split that were tokenised, those dropped only then included, from its summary."""
-    dropped = ("identical_after_truncation", "empty_prompt", "nothing_left_to_train_on")
+    dropped = ("identical_after_truncation", "empty_prompt", "nothing_left_to_train_on", "longer_than_max_length")
     return split[unit_of(split)] + sum(split["dropped"].get(k, 0) for k in dropped)
 
 

@@ -64,7 +64,7 @@ class TrainingRun:
     """A training run: its arguments, its folders, and what it starts from.
 
     Attributes:
-        stage: name in artifacts ("train" for preference training, "sft"), arguments and clock.
+        stage: name in artifacts ("train" for preference training, "sft", "reward_model"), arguments and clock.
         data_args: which rows are trained on.
         config: the stage's RunConfig; `output_dir` is the run's own folder once the run is open.
         model_args: TRL's ModelConfig; names the merged model where a start adapter is merged.
@@ -176,7 +176,7 @@ class TrainingRun:
         """Load the tokenizer and both splits, and tie the run to its data.
 
         Args:
-            load: `load_pair_splits` or `load_conversation_splits`.
+            load: `load_pair_splits`, `load_reward_splits` or `load_conversation_splits`.
         """
         home = self.model_args.model_name_or_path, self.model_args.model_revision
         self.tokenizer = load_tokenizer(
@@ -270,7 +270,8 @@ class TrainingRun:
         """Check everything that can be known before the first step; write preflight.json and print it.
 
         Args:
-            describe_rows: `describe_pairs` or `describe_conversations` of preflab.training.preflight.
+            describe_rows: of preflab.training.preflight: `describe_pairs`, `describe_reward_pairs` or
+                `describe_conversations`.
 
         Raises:
             UserError: a fatal finding, without --allow_fatal.
@@ -348,7 +349,8 @@ class TrainingRun:
     def title(self, splits: Splits, unit: str) -> str:
         """The title of tables and pictures. `unit`: what a row is, in the plural."""
         method = "LoRA" if self.model_args.use_peft else "full fine-tuning"
-        objective = "SFT" if self.stage.name == "sft" else "+".join(self.config.objectives)
+        names = {"sft": "SFT", "reward_model": "reward model"}
+        objective = names.get(self.stage.name) or "+".join(self.config.objectives)
         model = self.model_args.model_name_or_path
         return f"{self.config.run_name}: {model}, {method}, {objective}, {len(splits.train_ids)} {unit}"
 
@@ -418,7 +420,7 @@ class TrainingRun:
 
     def print_next(self, held_out: bool) -> None:
         """Print the commands that evaluate, compare or continue this run."""
-        kind = {"pairs": self.stage.name != "sft", "held_out": held_out, "lora": self.model_args.use_peft}
+        kind = {"stage": self.stage.name, "held_out": held_out, "lora": self.model_args.use_peft}
         print_main(f"\n{next_commands(self.folders.weights, self.folders.results, **kind)}")
 
 

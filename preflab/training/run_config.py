@@ -37,6 +37,8 @@ SAMPLE_TOKENS = 64
 class RunConfig:
     """Keys of this project that every training stage has beside TRL's own. Put before TRL's config in the bases."""
 
+    # PEFT's type of the trained model.
+    task_type = "CAUSAL_LM"
     # Both of all dataclasses of a training stage, for --help_all and `check_decisions`.
     topics, unsupported = TOPICS, REFUSED
 
@@ -241,6 +243,7 @@ def check_run_config(config: RunConfig, model) -> None:
     check_decisions(config, model)
     check_trackers(config.report_to)
     _check_compiler(config, model)
+    model.lora_task_type = config.task_type
     if (config.start_adapter is None) != (config.start_adapter_use is None):
         raise UserError(
             "--start_adapter and --start_adapter_use must be given together: merge puts the adapter into the base and"

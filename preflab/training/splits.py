@@ -7,10 +7,11 @@ from datasets import Dataset
 
 from preflab.data import conversations, preferences, thumbs
 from preflab.data.conversations import ConversationData, SFTArguments
-from preflab.data.preferences import DataArguments, PreferenceData
+from preflab.data.preferences import DataArguments, PairFilters, PreferenceData
 from preflab.data.prompt_format import PromptFormat
 from preflab.data.sources import without_overlap
 from preflab.training.dpo_config import DPORunConfig
+from preflab.training.reward_config import RewardRunConfig
 from preflab.training.sft_config import SFTRunConfig
 from utils.errors import UserError
 from utils.provenance import sha256_of
@@ -65,24 +66,8 @@ def load_pair_splits(args: DataArguments, config: DPORunConfig, tokenizer) -> Sp
     Raises:
         UserError: unreadable rows, no rows left, prompts in both splits, or win probabilities that sppo needs.
     """
-    prompt_format = PromptFormat.of(args.prompt_format, tokenizer)
-    filters = {
-        "drop_ties": args.drop_ties,
-        "min_score_margin": args.min_score_margin,
-        "keep_duplicate_prompts": args.keep_duplicate_prompts,
-        "prompt_format": prompt_format,
-        "limit": args.limit,
-    }
-    train_sources, test_sources = args.sources()
-    lengths = config.max_length, config.max_prompt_length
-    train, test, test_ids, held_out_rows = preferences.load_pairs(train_sources, **filters), None, None, None
-    if args.held_out_rows:
-        test, held_out_rows = preferences.hold_out_pairs(train, args.held_out_rows, train_sources)
-    elif test_sources:
-        test = preferences.load_pairs(test_sources, **filters)
-        # Overlapping prompts are removed from train, so that the test split is the same for every training set.
-        train.pairs = without_overlap(train.pairs, test.pairs, args.train_test_overlap, train.dropped)
-    lists = config.uses_lists
+    train, test, held_out_rows, facts = _read_pairs(args, tokenizer)
+    lengths, lists, test_ids = (config.max_length, config.max_prompt_length), config.uses_lists, None
     if test:
         test_ids, _ = preferences.tokenize(test, tokenizer, *lengths, desc="test", lists=lists)
     # Only the train split's truncation is reported.
@@ -93,7 +78,6 @@ def load_pair_splits(args: DataArguments, config: DPORunConfig, tokenizer) -> Sp
         check_win_probabilities(train, "train")
         if test:
             check_win_probabilities(test, "test")
-    facts = {"prompt_format": prompt_format.choice}
     return Splits(train, train_ids, test, test_ids, truncation, facts, held_out_rows)
 
 
@@ -126,6 +110,59 @@ def load_thumb_splits(args: DataArguments, config: DPORunConfig, tokenizer) -> S
     train_ids, truncation = thumbs.tokenize(train, tokenizer, *lengths, desc="train")
     facts = {"prompt_format": prompt_format.choice}
     return Splits(train, train_ids, test, test_ids, truncation, facts, held_out_rows)
+
+
+def load_reward_splits(args: PairFilters, config: RewardRunConfig, tokenizer) -> Splits:
+    """Read, filter and tokenise the pairs of both splits for a reward model, without those that are too long.
+
+    Raises:
+        UserError: as `load_pair_splits`; a pair without scores where the loss has margins.
+    """
+    train, test, held_out_rows, facts = _read_pairs(args, tokenizer)
+    ids, truncation = {}, {}
+    for name, data in (("test", test), ("train", train)):
+        if data:
+            # Without a limit: `drop_longer` removes what would be truncated.
+            tokens, truncation = preferences.tokenize(data, tokenizer, None, None, desc=name)
+            tokens = preferences.drop_longer(data, tokens, config.max_length, name)
+            ids[name] = with_margins(data, tokens, config.margin_per_point)
+    return Splits(train, ids["train"], test, ids.get("test"), truncation, facts, held_out_rows)
+
+
+def with_margins(data: PreferenceData, ids: Dataset, per_point: float | None) -> Dataset:
+    """The token ids with a column `margin`: `per_point` × (score_chosen - score_rejected). None adds no column.
+
+    Raises:
+        UserError: a pair without scores.
+    """
+    if per_point is None:
+        return ids
+    scores = [(pair.score_chosen, pair.score_rejected) for pair in data.pairs]
+    missing = [pair.source for pair, pair_scores in zip(data.pairs, scores, strict=True) if None in pair_scores]
+    if missing:
+        raise UserError(f"{missing[0]}: --margin_per_point needs 'score_chosen' and 'score_rejected' in every row")
+    return ids.add_column("margin", [per_point * (chosen - rejected) for chosen, rejected in scores])
+
+
+def _read_pairs(args: PairFilters, tokenizer) -> tuple[PreferenceData, PreferenceData | None, list[dict] | None, dict]:
+    """The pairs of both splits (train, test), the held-out rows, and facts, as `Splits` has them."""
+    prompt_format = PromptFormat.of(args.prompt_format, tokenizer)
+    filters = {
+        "drop_ties": args.drop_ties,
+        "min_score_margin": args.min_score_margin,
+        "keep_duplicate_prompts": args.keep_duplicate_prompts,
+        "prompt_format": prompt_format,
+        "limit": args.limit,
+    }
+    train_sources, test_sources = args.sources()
+    train, test, held_out_rows = preferences.load_pairs(train_sources, **filters), None, None
+    if args.held_out_rows:
+        test, held_out_rows = preferences.hold_out_pairs(train, args.held_out_rows, train_sources)
+    elif test_sources:
+        test = preferences.load_pairs(test_sources, **filters)
+        # Overlapping prompts are removed from train, so that the test split is the same for every training set.
+        train.pairs = without_overlap(train.pairs, test.pairs, args.train_test_overlap, train.dropped)
+    return train, test, held_out_rows, {"prompt_format": prompt_format.choice}
 
 
 def check_win_probabilities(data: PreferenceData, split: str) -> None:

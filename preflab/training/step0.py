@@ -1,5 +1,7 @@
 """Figures of a few rows before the first step. Policy and reference are the same model then: all rewards are 0."""
 
+from math import exp, log1p
+
 from preflab.evaluation.rewards import reward_rows
 from preflab.training.dpo_config import DPORunConfig
 from utils.errors import UserError
@@ -91,6 +93,32 @@ def step0_tolerance(config: DPORunConfig) -> float:
         return STEP0_TOLERANCE["float32"]
     # A reward is beta x nats, so a tolerance in nats is multiplied by beta; it is never stricter than in float32.
     return max(STEP0_TOLERANCE["float32"], config.beta * STEP0_TOLERANCE["16-bit"])
+
+
+def step0_reward_model(trainer, row_tokens: list[int]) -> dict:
+    """Loss and rewards of a few short train pairs before the first step. Arguments as `step0_margins`.
+
+    The reward layer of a language model is new and random: the loss is near log 2 = 0.693. None for a sharded model,
+    which exists only inside training.
+    """
+    if trainer.is_sharded:
+        return {"loss": None, "smallest_reward": None, "largest_reward": None, "pairs": 0}
+    checked = short_rows(row_tokens, CHECKED_ROWS * trainer.accelerator.num_processes)
+    rows = trainer.score(trainer.train_dataset, checked)
+    rewards = [row[side] for row in rows for side in ("chosen", "rejected")]
+    margins = [row["chosen"] - row["rejected"] for row in rows]
+    loss = sum(log1p(exp(-abs(m))) + max(-m, 0.0) for m in margins) / len(margins)
+    return {"loss": loss, "smallest_reward": min(rewards), "largest_reward": max(rewards), "pairs": len(checked)}
+
+
+def step0_reward_model_line(step0: dict) -> str:
+    """The printed line about the rewards before the first step."""
+    if step0["loss"] is None:
+        return "  step 0    not measured: a sharded model exists only inside training"
+    return (
+        f"  step 0    loss {step0['loss']:.3f} over {step0['pairs']} pairs (0.693 for equal rewards), rewards"
+        f" {step0['smallest_reward']:.2f} to {step0['largest_reward']:.2f}"
+    )
 
 
 def step0_loss(trainer, dataset) -> dict | None:

@@ -13,6 +13,12 @@ DPO_FIGURES = (
     ("log-prob of chosen, nats", "logps/chosen", 1, 2),
     ("log-prob of rejected, nats", "logps/rejected", 1, 2),
 )
+REWARD_FIGURES = (
+    ("loss per pair", "loss", 1, 4),
+    ("chosen ranked higher, %", "accuracy", 100, 1),
+    ("margin, chosen - rejected, log-odds", "margin", 1, 4),
+    ("mean reward", "mean_reward", 1, 4),
+)
 SFT_FIGURES = (
     ("loss, nats per token", "loss", 1, 4),
     ("token ranked first, %", "mean_token_accuracy", 100, 1),
@@ -48,7 +54,7 @@ def render_training(title: str, rows: list[dict], figures: tuple, samples: str |
 
     Args:
         rows: of train_log.jsonl.
-        figures: DPO_FIGURES or SFT_FIGURES.
+        figures: DPO_FIGURES, REWARD_FIGURES or SFT_FIGURES.
         samples: the path of samples.md; None where none was written.
     """
     steps = sum(row["split"] == "train" for row in rows)

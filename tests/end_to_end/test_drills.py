@@ -76,8 +76,10 @@ SHORT = ("--max_new_tokens", 6, *STEP_BY_STEP)
 CASES = {
     "dpo_train_human_preference.py": (EVERY_STEP, check_training),
     "sft_train_instruction.py": (EVERY_STEP, check_training),
+    "train_reward_model.py": (EVERY_STEP, check_training),
     "generate_preference_pairs.py": (STEP_BY_STEP, check_pairs),
     "merge_adapter.py": ((), check_merge),
+    "eval_reward_model.py": (STEP_BY_STEP, check_metrics("reward_model.json")),
     "eval_win_rate.py": (MANY, check_metrics("win_rate.json")),
     "eval_win_rate.py --battle": (("--judge", "hf:TINY", *SHORT), check_metrics("battle.json")),
     "eval_perplexity.py": (MANY, check_metrics("perplexity.json")),

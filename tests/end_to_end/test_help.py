@@ -16,9 +16,11 @@ from utils.keys import Key, keys_of
 PAGES = {
     "dpo_train_human_preference.py": ("accelerate launch", "--beta"),
     "sft_train_instruction.py": ("accelerate launch", "--loss_on"),
+    "train_reward_model.py": ("accelerate launch", "--margin_per_point"),
     "generate_preference_pairs.py": ("accelerate launch", "--scorer"),
     "merge_adapter.py": ("--merged_dir",),
     "export_gguf.py": ("bash install_gguf.sh", "--types"),
+    "eval_reward_model.py": ("accelerate launch", "--best_of"),
     "eval_win_rate.py": ("accelerate launch", "--battle"),
     "eval_perplexity.py": ("accelerate launch", "--text_file"),
     "run_alpacaeval_local.py": ("--reference", "--judge"),

@@ -37,6 +37,24 @@ def check_win_rate(one, two):
     assert_shared(two / "out", 16, "win-rate")
 
 
+def check_rewards(one, two):
+    single, shared = (RowFile(folder / "out/r/heldout_rows.jsonl").read() for folder in (one, two))
+    assert len(single) == 8
+    for a, b in zip(single, shared, strict=True):
+        keys = ("reward_chosen", "reward_rejected", "base_logp_chosen", "base_logp_rejected")
+        assert [a[key] for key in keys] == pytest.approx([b[key] for key in keys], abs=1e-3)
+    logs = [RowFile(folder / "out/r/train_log.jsonl").read() for folder in (one, two)]
+    losses = [[row["loss"] for row in log if row["split"] == "train"] for log in logs]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+
+
+def check_scorer(one, two):
+    single, shared = (RowFile(folder / "out/r/reward_model_rows.jsonl").read() for folder in (one, two))
+    assert len(single) == 8
+    assert [row["margin"] for row in single] == pytest.approx([row["margin"] for row in shared], abs=1e-3)
+    assert_shared(two / "out", 16, "judgements")
+
+
 def check_battle(one, two):
     single, shared = (RowFile(folder / "out/r/battle_rows.jsonl").read() for folder in (one, two))
     assert len(single) == 8
@@ -65,7 +83,9 @@ BATTLE = ("--judge", "hf:TINY", "--max_new_tokens", 6, "--temperature")
 CASES = [
     # Dropout masks differ between one process and two.
     ("sft_train_instruction.py", ("--global_batch_size", 4, "--lora_dropout", 0), check_sft),
+    ("train_reward_model.py", ("--global_batch_size", 4), check_rewards),
     ("generate_preference_pairs.py", ("--also_score", "random"), check_pairs),
+    ("eval_reward_model.py", (), check_scorer),
     ("eval_win_rate.py", ("--expected", "TRAINED/out/r/train_log.jsonl", "--batch_size", 3), check_win_rate),
     ("eval_win_rate.py --battle", (*BATTLE, 0), check_battle),
     ("eval_win_rate.py --battle", (*BATTLE, 1.0), check_battle),

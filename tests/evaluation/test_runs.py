@@ -154,6 +154,8 @@ def test_units():
         ("run_lm_eval.sh", "--checkpoints"),
         ("dpo_train_human_preference.py", "--output_dir"),
         ("sft_train_instruction.py", "--output-dir"),
+        ("train_reward_model.py", "--output_dir"),
+        ("eval_reward_model.py", "--checkpoints"),
     ],
 )
 def test_every_script_lists_runs_at_once(script, flag, tmp_path):

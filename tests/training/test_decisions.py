@@ -4,14 +4,24 @@ import dataclasses
 
 import pytest
 from conftest import assert_one_line, train_args
-from trl import DPOConfig, ModelConfig, SFTConfig
+from trl import DPOConfig, ModelConfig, RewardConfig, SFTConfig
 
-from preflab.training.decisions import ALLOWED, HONOURED, IRRELEVANT, REFUSED, REFUSED_FOR_PAIRS, check_decisions
+from preflab.training.decisions import (
+    ALLOWED,
+    HONOURED,
+    IRRELEVANT,
+    REFUSED,
+    REFUSED_FOR_PAIRS,
+    REFUSED_FOR_REWARDS,
+    check_decisions,
+)
 from preflab.training.dpo_config import DPORunConfig
+from preflab.training.reward_config import RewardRunConfig
 from preflab.training.sft_config import SFTRunConfig
 from utils.errors import UserError
 
-CONFIGS = {"pairs": DPORunConfig, "sft": SFTRunConfig}
+CONFIGS = {"pairs": DPORunConfig, "sft": SFTRunConfig, "rewards": RewardRunConfig}
+REFUSED_IN = {"pairs": REFUSED_FOR_PAIRS, "sft": {}, "rewards": REFUSED_FOR_REWARDS}
 # Values that are not the default, where the default's type does not give one.
 OTHER_VALUES = {
     "train_sampling_strategy": "group_by_length", "truncation_mode": "keep_end", "model_init_kwargs": {"a": 1},
@@ -25,10 +35,11 @@ def names(*types) -> set[str]:
 
 
 def test_every_key_has_one_decision():
-    keys = names(DPOConfig, SFTConfig, ModelConfig)
+    keys = names(DPOConfig, SFTConfig, RewardConfig, ModelConfig)
     tables = [HONOURED, set(REFUSED), set(IRRELEVANT), set(REFUSED_FOR_PAIRS)]
     assert set().union(*tables) == keys, set().union(*tables) ^ keys
     assert sum(map(len, tables)) == len(keys), "a key has two decisions"
+    assert set(REFUSED_FOR_REWARDS) <= set(REFUSED_FOR_PAIRS)
     assert set(ALLOWED) <= HONOURED
 
 
@@ -42,7 +53,7 @@ def other_value(name: str, default):
 def test_defaults_are_accepted_and_refused_keys_are_not(stage, tmp_path):
     config, model = CONFIGS[stage](output_dir=str(tmp_path)), ModelConfig()
     check_decisions(config, model)
-    refused = {**REFUSED, **(REFUSED_FOR_PAIRS if stage == "pairs" else {})}
+    refused = {**REFUSED, **REFUSED_IN[stage]}
     checked = 0
     for holder in (config, model):
         for field in dataclasses.fields(holder):

@@ -8,7 +8,7 @@ import pytest
 
 from preflab.training.next_steps import next_commands
 
-ALL = {"pairs": True, "held_out": True, "lora": True}
+ALL = {"stage": "train", "held_out": True, "lora": True}
 
 
 def commands(text: str) -> list[list[str]]:
@@ -27,11 +27,11 @@ def test_default_folders_are_not_repeated():
     [
         ({"held_out": False}, "human_eval.py", "eval_perplexity.py"),
         ({"lora": False}, "eval_perplexity.py", "merge_adapter.py"),
-        ({"pairs": False}, "--start_adapter checkpoints/r", "eval_perplexity.py"),
+        ({"stage": "sft"}, "--start_adapter checkpoints/r", "eval_perplexity.py"),
         # Without held-out pairs, the merge is checked on the shipped ones.
         ({"held_out": False}, "merge_adapter.py", "eval_perplexity.py"),
-        ({"pairs": False}, "merge_adapter.py", "eval_perplexity.py"),
-        ({"pairs": False, "lora": False}, "export_gguf.py", "merge_adapter.py"),
+        ({"stage": "sft"}, "merge_adapter.py", "eval_perplexity.py"),
+        ({"stage": "sft", "lora": False}, "export_gguf.py", "merge_adapter.py"),
     ],
 )
 def test_commands_fit_the_run(kind, present, absent):

@@ -83,7 +83,7 @@ def test_recipes_are_within_the_range_of_their_kind():
     for path in sorted((ROOT / "configs").glob("*.yaml")):
         recipe = yaml.safe_load(path.read_text())
         if "learning_rate" in recipe:
-            losses = recipe.get("loss_type", "sft")
+            losses = recipe.get("loss_type", "reward" if "rm" in path.stem.split("-") else "sft")
             objective = {"objectives": [losses] if isinstance(losses, str) else losses}
             preference = {} if "loss_type" not in recipe else {"beta": recipe.get("beta", 0.1)}
             kind = rate_kind(SimpleNamespace(**objective, **preference), recipe.get("use_peft", False))

@@ -10,6 +10,7 @@ SPPO = tuple(f"gemma-2-9b-it-sppo-iter{t}" for t in (1, 2, 3))
 ZEPHYR = ("zephyr-7b-dpo-lora", "zephyr-7b-dpo-qlora", "juanako-7b-v1-dpo-1", "juanako-7b-v1-dpo-2")
 PREFERENCE = ("gemma-2b-it-dpo", "gemma-2-9b-it-dpo", "gemma-2-9b-it-simpo", *SPPO, *ZEPHYR)
 SFT = ("llama3-8b-alpaca-sft",)
+REWARD = ("llama-3-8b-rm", "llama-3.1-tulu-3-8b-rm-skywork")
 # What a machine without the hub, a GPU or hours must change: model, data, precision, and the number of steps.
 OVERRIDDEN = {
     "model_name_or_path", "start_adapter", "dataset_name", "dataset_train_split", "dataset_test_split", "bf16", "dtype",
@@ -87,6 +88,17 @@ def test_published_sft_recipe_runs(name, call, tiny, tmp_path):
     assert "### Instruction:" in (tmp_path / "ck" / "r" / "chat_template.jinja").read_text()
 
 
+@pytest.mark.parametrize("name", REWARD)
+def test_published_reward_recipe_runs(name, call, tiny, tmp_path):
+    # The recipes hold 500 rows out by prompt, so that more are needed.
+    data = write_jsonl(tmp_path / "data" / "train.jsonl", make_pairs(700)).parent
+    recipe = yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text())
+    run = lambda *args: call("train_reward_model", *args)  # noqa: E731
+    summary = run_recipe(run, name, tiny, data, tmp_path)
+    assert_keys_arrived(recipe, summary["args"])
+    assert abs(summary["data"]["test"]["pairs"] - 500) < 50 and summary["metrics"]["base_ranking_accuracy"]["n"] > 400
+
+
 def test_sppo_pairs_recipe_keys_arrive():
     from generate_preference_pairs import PairArguments
     from utils.cli import parse
@@ -124,7 +136,7 @@ def test_juanako_published_table_is_complete():
         assert set(row) >= {key for _, key in PREFERENCE_COLUMNS if key != "train_loss"}
 
 
-@pytest.mark.parametrize("name", [*PREFERENCE, *SFT, "pairs/gemma-2-9b-it-sppo"])
+@pytest.mark.parametrize("name", [*PREFERENCE, *SFT, *REWARD, "pairs/gemma-2-9b-it-sppo"])
 def test_recipe_numbers_have_sources(name):
     lines = (ROOT / "configs" / f"{name}.yaml").read_text().splitlines()
     keys = [line for line in lines if line and not line.startswith("#")]

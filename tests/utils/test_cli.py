@@ -260,7 +260,9 @@ def test_training_configs_parse():
     assert {path.stem for path in set(texts) - set(configs)} == {"battle_arena_hard", "alpacaeval"}
     assert len(configs) >= 2
     for config in configs:
-        script = "sft_train_instruction.py" if "sft" in config.stem else "dpo_train_human_preference.py"
+        kinds = {"sft": "sft_train_instruction.py", "rm": "train_reward_model.py"}
+        parts = config.stem.split("-")
+        script = next((kinds[part] for part in parts if part in kinds), "dpo_train_human_preference.py")
         data, args, model = parse(ARGUMENTS[script](), ["--config", str(config), "--no_bf16"])
         assert model.model_name_or_path and data.dataset_name, config
 
