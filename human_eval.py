@@ -69,7 +69,7 @@ class HumanEvalArguments(JudgeArguments):
     key: str | None = option("Key of the votes' study (default: the one below --eval_out).")
     pairs: str | None = option("JSON lines file for preference pairs out of the scored votes.")
     judge: list[str] | None = option(
-        "Score: a judge of all pairs, whose verdicts help few votes (prediction-powered); several are averaged."
+        "Score: a judge of all pairs, whose verdicts help few votes (prediction-powered); several are averaged.",
     )
     judge_prompt: str = option("YAML of the judge's prompt.", "configs/judges/pairwise.yaml")
     min_agreement: float = option("Share of a pair's votes that must prefer the chosen answer of --pairs.", 0.5)

@@ -124,7 +124,9 @@ def pair_args(model, prompts, folder, *extra) -> list[str]:
 
 
 def alpaca_args(trained, tmp_path, reference, tiny, *extra):
-    own = ("--reference", reference, "--judge", f"hf:{tiny}", "--max_new_tokens", 6, "--lc_resamples", 3)
+    own = ("--reference", reference, "--max_new_tokens", 6, "--lc_resamples", 3)
+    # A second --judge would make a panel.
+    own = own if "--judge" in extra else (*own, "--judge", f"hf:{tiny}")
     return eval_args(trained, tmp_path / "out", *own, *extra)
 
 

@@ -111,8 +111,8 @@ def normalised(argv: list[str], keys: dict[str, Key]) -> list[str]:
         elif key.is_list:
             values = values or _take(rest, len(rest))
             _check_values(flag, key, values)
-            # argparse would use the last of several flags; `--judge A --judge B` is a list of two.
-            lists.setdefault(key.name, []).extend(values)
+            # Of several flags the last counts, as for other keys, but `--judge A --judge B` is a list of two.
+            lists[key.name] = [*(lists.get(key.name, []) if key.is_repeatable else []), *values]
         elif not values and bool in key.members and (not rest or rest[0].startswith("--")):
             result.append(f"--{key.name}=true")
         else:

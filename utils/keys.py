@@ -6,6 +6,9 @@ import types
 import typing
 from dataclasses import dataclass
 
+# Lists that several flags make together. Not in the fields' metadata, which goes to argparse.
+REPEATABLE = {"judge"}
+
 
 @dataclass(frozen=True)
 class Key:
@@ -34,6 +37,11 @@ class Key:
     def is_list(self) -> bool:
         """Whether a flag takes several words: the type is a list and nothing else."""
         return len(self.members) == 1 and typing.get_origin(self.members[0]) is list
+
+    @property
+    def is_repeatable(self) -> bool:
+        """Whether several flags of a list make one list, instead of the last one replacing the others."""
+        return self.name in REPEATABLE
 
     @property
     def choices(self) -> list[str]:

@@ -546,7 +546,8 @@ def test_files_of_different_judges_are_not_mixed(call, trained, tiny, reference,
     folder = tmp_path / "out/r/alpacaeval"
     assert call("run_alpacaeval_local", *args)[0] == 0
     saved = {name: (folder / name).read_text() for name in ("annotations_tuned.json", "annotations_tuned.about.json")}
-    assert call("run_alpacaeval_local", *args, "--judge", "longer", "--stage", "judge", "--audit_limit", 0)[0] == 0
+    other = alpaca_args(trained, tmp_path, reference, tiny, "--judge", "longer", "--stage", "judge", "--audit_limit", 0)
+    assert call("run_alpacaeval_local", *other)[0] == 0
     code, _, err = call("run_alpacaeval_local", *args, "--stage", "score")
     assert code == 2
     assert_one_line(err, "judge_audit.json", "--stage judge")

@@ -328,3 +328,15 @@ def test_errors_are_wrapped_between_words_on_a_terminal(monkeypatch, capfd):
         lines = for_terminal(line).split("\n")
     os.close(ours)
     assert " ".join(lines) == line and max(map(len, lines[:-1])) <= 40 and lines[-1].startswith("/a/path")
+
+
+def test_lists_are_replaced_or_joined():
+    """Of several flags the last counts; of `--judge`, whose flags make a panel, all do."""
+    from preflab.evaluation.arguments import JudgeArguments
+    from utils.cli import normalised
+    from utils.keys import keys_of
+
+    keys = keys_of((Small, JudgeArguments))
+    assert normalised(["--names", "a", "b", "--names", "c"], keys) == ["--names", "c"]
+    assert normalised(["--judge", "a", "--judge=b", "--judge", "c", "d"], keys) == ["--judge", "a", "b", "c", "d"]
+    assert JudgeArguments(judge=["a"]).judge == "a" and JudgeArguments(judge=["a", "b"]).judges == ["a", "b"]
