@@ -13,6 +13,7 @@ import copy
 import logging
 import warnings
 import weakref
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from transformers import AttentionInterface, AutoModelForCausalLM
+from transformers.integrations import deepspeed
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
 from preflab.models.fast import fused_head, fused_lora, fused_norm, shared_prompt
@@ -297,9 +299,21 @@ def skeleton(config, dtype: str, lora: LoraConfig | None, layers: int | None = N
     if attention:
         # Flash attention, which may not be installed here, keeps the tensors that torch's own attention keeps.
         config._attn_implementation = attention if attention in ("eager", "sdpa") else "sdpa"
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
-    return get_peft_model(model, copy.deepcopy(lora)) if lora else model
+    with _without_zero3():
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+        return get_peft_model(model, copy.deepcopy(lora)) if lora else model
+
+
+@contextmanager
+def _without_zero3():
+    """Make models as without DeepSpeed: under ZeRO-3 transformers shards them and initialises tensors on `meta`."""
+    before = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = before
 
 
 def _make_fake(model) -> None:

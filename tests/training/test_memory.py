@@ -5,18 +5,20 @@ import re
 import time
 from dataclasses import replace
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
 import transformers
 from conftest import train_args
 from peft import LoraConfig
+from transformers.integrations import deepspeed
 
 from benchmarks.plan_check import Case, measure
 from preflab.training.memory import optimizer_bytes, reason_for_checkpointing
 from preflab.training.memory_parts import QUANTISED_BYTES, Batch, Counts, Memory, Weights, packed_rows
 from preflab.training.sharding import Shards
-from preflab.training.traced_memory import Live, Step, _run, counts_of, traced
+from preflab.training.traced_memory import Live, Step, _run, counts_of, skeleton, traced
 
 NOTHING = Memory(0, 0, 0, 0, 0, 0, 0, 0, False)
 
@@ -51,6 +53,18 @@ def test_packed_rows_by_hand():
     assert packed_rows((5, 10, 20, 30), 100, 2).pairs == ((5, 10, 20, 30), (4, 5, 10, 16))
     # At least one pair, whatever the budget.
     assert packed_rows((50, 30, 20), 10, 3).pairs == ((50, 30, 20),)
+
+
+def test_model_on_meta_is_made_without_zero3():
+    """transformers shards every model that is made while a ZeRO-3 launch is active."""
+    launch = Mock(is_zero3=lambda: True, config={})
+    deepspeed.set_hf_deepspeed_config(launch)
+    try:
+        model = skeleton(llama(), "float32", LoraConfig(target_modules=["q_proj"]))
+        assert deepspeed.is_deepspeed_zero3_enabled()
+    finally:
+        deepspeed.unset_hf_deepspeed_config()
+    assert all(p.is_meta and p.numel() for p in model.parameters())
 
 
 def test_peak_is_where_the_backward_begins_or_ends():
