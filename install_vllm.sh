@@ -33,11 +33,13 @@ base="${PYTHON:-python3}"
 python="$folder/bin/python"
 check_python "$base"
 version="$("$base" -c 'import sys; print(sys.version.replace("\n", " "))')"
-wanted="$build $version $(cksum <"$requirements")"
+# The stages compare its text with the file (preflab/models/vllm_environment.py).
+wanted="$(printf '%s\n' "$build $version" && cat "$requirements")"
 if [ -f "$folder/requirements.stamp" ] && [ "$(cat "$folder/requirements.stamp")" = "$wanted" ]; then
     echo "vLLM: $folder is up to date ($build)"
     exit
 fi
+[ ! -f "$folder/requirements.stamp" ] || echo "vLLM: $folder is of another build, Python or state of the requirements: making it again"
 echo "vLLM: installing $requirements into $folder (minutes)"
 # Another build or version has other packages; what is left of them could be imported by accident.
 create_venv "$base" "$folder"

@@ -184,6 +184,16 @@ def check_disk(folders: dict[str, Path], needed: dict[str, float]) -> Iterator[F
             yield Finding("disk", OK, text)
 
 
+def check_vllm() -> Iterator[Finding]:
+    """The environment of vLLM, where `bash install_vllm.sh` made one."""
+    from preflab.models.vllm_environment import FOLDER, outdated
+
+    if (FOLDER / "requirements.stamp").exists():
+        command = outdated()
+        state, text = (WARNING, f"outdated, its requirement file has changed: run {command}") if command else (OK, "")
+        yield Finding("vllm", state, f"{FOLDER.name} {text or 'has the versions of its requirement file'}")
+
+
 def check_accelerate() -> Iterator[Finding]:
     """The user's default configuration of `accelerate launch` against the GPUs of this machine."""
     import torch

@@ -58,6 +58,7 @@ def findings(args: argparse.Namespace) -> Iterable[Finding]:
     yield from checks.check_quantisation()
     yield from checks.check_memory()
     yield from checks.check_accelerate()
+    yield from checks.check_vllm()
 
     # They import the hub's client and transformers.
     from huggingface_hub import constants

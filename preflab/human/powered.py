@@ -11,7 +11,7 @@ from preflab.human.study import COLUMN_OF
 from preflab.judging.battles import both_orders
 from preflab.judging.judge_prompt import Judge
 from preflab.judging.judges import make_judge
-from preflab.judging.panel import judge_with_members
+from preflab.judging.panel import close, judge_with_members
 from utils.errors import UserError
 from utils.prediction_powered import prediction_powered
 from utils.stats import share
@@ -50,6 +50,7 @@ def judged_pairs(judges: list[Judge], candidates: list[dict], about: dict, c) ->
     different = [k for k, row in enumerate(rows) if row["answer_a"]["text"] != row["answer_b"]["text"]]
     items, rows = [item for k in different for item in items[2 * k : 2 * k + 2]], [rows[k] for k in different]
     members = judge_with_members(judges, items, rows, c)
+    close(judges)
     scores = {}
     for of_row in zip(*(member.rows for member in members), strict=True):
         values = [row["probability"] if row["probability"] is not None else row["average"] for row in of_row]

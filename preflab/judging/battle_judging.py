@@ -7,7 +7,7 @@ import numpy as np
 from preflab.judging.audit_run import Labelled, audit_judges
 from preflab.judging.battles import Battle, both_orders, judge_rows, rows_with_controls
 from preflab.judging.judge_prompt import Judge
-from preflab.judging.panel import Member, Panel, judge_with_members, panel_rows, panel_section, with_members
+from preflab.judging.panel import Member, Panel, close, judge_with_members, panel_rows, panel_section, with_members
 from utils.cache import ResultCache, cache_key, measured_work
 from utils.confidence_sequence import Sequence, confidence_sequence
 from utils.errors import is_main_process
@@ -57,6 +57,7 @@ def judge_battle(
         voting = [judge for judge in judges if judge.name in passed] or judges
     with measured_work("judgements") as work:
         members, stopping = _in_batches(battle, judges, voting, stop_when, c)
+    close(judges)
     work["of"] = sum(member.cost["of"] for member in members)
     if stopping:
         sections["stopping"] = stopping

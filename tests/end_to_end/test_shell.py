@@ -223,6 +223,11 @@ def test_vllm_environment_is_installed_once(tmp_path):
     calls = (tmp_path / "pip").read_text()
     assert "requirements/vllm-env-cpu.txt" in calls and "vllm-env.txt" not in calls
     assert "up to date (cpu)" in install("--cpu", "exit 1").stdout
+    # What preflab.models.vllm_environment.outdated compares.
+    assert stamp.read_text().partition("\n")[2] == (ROOT / "requirements/vllm-env-cpu.txt").read_text()
+    with (tmp_path / "requirements/vllm-env-cpu.txt").open("a") as file:
+        file.write("another\n")
+    assert "making it again" in install("--cpu", "true").stdout
     # The other build replaces it.
     assert install("--gpu", "true").returncode == 0 and stamp.read_text().startswith("gpu ")
     assert "-r requirements/vllm-env.txt" in (tmp_path / "pip").read_text()

@@ -16,12 +16,15 @@ from helpers import pair_args
 
 from preflab.data.chat_template import ChatRenderer
 from preflab.data.prompts import Prompt
+from preflab.doctor.checks import check_vllm
+from preflab.judging.battles import both_orders
 from preflab.judging.judge_prompt import Item, JudgePrompt
 from preflab.judging.judges import make_judge
+from preflab.judging.panel import close, judge_with_members
 from preflab.models import vllm_engine, vllm_environment
 from preflab.models.sampling import prompt_seed
 from preflab.models.vllm_engine import Engine, cause_of, choose_engine, devices_of_process, lora_rank, memory_share
-from preflab.models.vllm_environment import answer_settings, environment, find_python, parse_args
+from preflab.models.vllm_environment import answer_settings, environment, find_python, parse_args, require_python
 from utils.errors import UserError
 
 
@@ -179,8 +182,34 @@ def test_interpreter_is_chosen_or_found(fake, tmp_path, monkeypatch):
     assert find_python() is None
     with pytest.raises(UserError, match="--engine vllm: vLLM is not installed; run bash install_vllm.sh"):
         choose_engine("vllm")
-    (tmp_path / "v" / "requirements.stamp").touch()
+    stamp(tmp_path / "v", "cpu")
     assert find_python() == str(tmp_path / "v" / "bin" / "python") and choose_engine("vllm") == "vllm"
+
+
+def stamp(folder: Path, build: str, text: str = "") -> None:
+    """Write what install_vllm.sh writes last (tests/end_to_end/test_shell.py compares both), or another text."""
+    text = text or vllm_environment.REQUIREMENTS[build].read_text()
+    folder.mkdir(exist_ok=True)
+    (folder / "requirements.stamp").write_text(f"{build} 3.11.7 (main)\n{text}")
+
+
+@pytest.mark.parametrize("build", ["cpu", "gpu"])
+def test_outdated_environment_is_reported_once(build, tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("VLLM_PYTHON", raising=False)
+    monkeypatch.setattr(vllm_environment, "FOLDER", tmp_path / ".vllm")
+    assert list(check_vllm()) == []
+    stamp(tmp_path / ".vllm", build)
+    vllm_environment.warn_if_outdated.cache_clear()
+    assert require_python("x", "y") and capsys.readouterr().err == ""
+    assert [finding.state for finding in check_vllm()] == ["ok"]
+    stamp(tmp_path / ".vllm", build, "vllm==0.1\n")
+    vllm_environment.warn_if_outdated.cache_clear()
+    assert require_python("x", "y") and require_python("x", "y")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: .vllm is outdated") and line.endswith(f"bash install_vllm.sh --{build}")
+    (finding,) = check_vllm()
+    assert finding.state == "warning" and f"--{build}" in finding.text
+    vllm_environment.warn_if_outdated.cache_clear()
 
 
 def test_launcher_is_not_inherited(fake, monkeypatch):
@@ -271,6 +300,40 @@ def test_judge_reads_labels_by_question(fake, tiny, monkeypatch):
     monkeypatch.setattr(vllm_engine, "label_logprobs", logprobs)
     verdicts = dict(judge.judge(items))
     assert [verdicts[k].first for k in range(2)] == [0.0, 1.0] and len(received["prompts"]) == 2
+
+
+def test_judges_of_a_panel_have_one_engine_at_a_time(fake, tiny, monkeypatch, tmp_path):
+    """Each takes the GPU's memory. A single judge reads several batches with one engine."""
+    opened, closed = [], []
+
+    class OneEngine:
+        max_model_len = 10**6
+
+        def __init__(self, model, dtype, words):
+            assert len(opened) == len(closed)
+            opened.append(dtype)
+
+        def close(self):
+            closed.append(True)
+
+    def logprobs(engine, prompts, labels):
+        return ((k, dict.fromkeys(labels, -1.0)) for k in range(len(prompts)))
+
+    monkeypatch.setattr(vllm_engine, "Engine", OneEngine)
+    monkeypatch.setattr(vllm_engine, "label_logprobs", logprobs)
+    prompt = JudgePrompt.read(str(ROOT / "configs/judges/pairwise.yaml"))
+    judges = [make_judge(f"vllm:{tiny}", prompt, {"dtype": dtype}) for dtype in ("float32", "bfloat16")]
+    answers = {name: [{"text": name}] * len(MESSAGES) for name in ("tuned", "base")}
+    parts = [both_orders([Prompt(MESSAGES[k], "row")], answers, [("tuned", "base")]) for k in range(2)]
+    settings = SimpleNamespace(eval_out=str(tmp_path), overwrite=False)
+    members = judge_with_members(judges, *parts[0], settings)
+    assert opened == ["float32", "bfloat16"] and len(closed) == 2 and all(member.cost["of"] == 2 for member in members)
+    judge = make_judge(f"vllm:{tiny}", prompt, {"dtype": "float16"})
+    for part in parts:
+        judge_with_members([judge], *part, settings)
+    assert opened[2:] == ["float16"] and len(closed) == 2
+    close([judge])
+    assert len(closed) == 3
 
 
 def test_judge_without_vllm_fails_before_answers(tiny, monkeypatch, tmp_path):
