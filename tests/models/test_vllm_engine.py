@@ -1,9 +1,9 @@
 """vLLM's process against a stand-in (tests/fake_vllm.py), and its settings; end_to_end/test_vllm.py runs vLLM."""
 
 import json
+import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -127,15 +127,22 @@ def test_answers_left_unread_are_not_mixed_with_the_next(fake):
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_engine_ends_with_the_script(fake, number):
-    code = (
-        "import time; from preflab.models.vllm_engine import Engine; e = Engine('m', 'float32'); print(1, flush=True)"
-    )
-    command = [sys.executable, "-c", f"{code}; time.sleep(600)"]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as script:
-        assert script.stdout.readline() == b"1\n"
-        pids = fake()[0]["pids"]
-        assert len(running(pids)) == 2
-        script.send_signal(number)
+    def script(ready):
+        engine = Engine("m", "float32")
+        ready.send(engine.process.pid)
+        time.sleep(600)
+
+    # Forked: a new interpreter would import torch for seconds.
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=script, args=(sender,))
+    process.start()
+    assert receiver.poll(60)
+    pids = fake()[0]["pids"]
+    assert receiver.recv() == pids[0] and len(running(pids)) == 2
+    os.kill(process.pid, number)
+    process.join(10)
+    assert process.exitcode == -number
     wait_until_ended(pids)
 
 
