@@ -129,7 +129,7 @@ def test_answers_left_unread_are_not_mixed_with_the_next(fake):
 def test_engine_ends_with_the_script(fake, number):
     def script(ready):
         engine = Engine("m", "float32")
-        ready.send(engine.process.pid)
+        ready.send((engine.process.pid, engine.log))
         time.sleep(600)
 
     # Forked: a new interpreter would import torch for seconds.
@@ -139,11 +139,13 @@ def test_engine_ends_with_the_script(fake, number):
     process.start()
     assert receiver.poll(60)
     pids = fake()[0]["pids"]
-    assert receiver.recv() == pids[0] and len(running(pids)) == 2
+    pid, log = receiver.recv()
+    assert pid == pids[0] and len(running(pids)) == 2
     os.kill(process.pid, number)
     process.join(10)
     assert process.exitcode == -number
     wait_until_ended(pids)
+    log.unlink()
 
 
 def test_errors_are_one_line_with_the_log(fake):
