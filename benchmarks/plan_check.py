@@ -9,6 +9,7 @@ that libraries and threads do not count. Planned is `preflab.training.memory.nee
 only. Prints both, with the plan's parts.
 """
 
+import ctypes
 import json
 import subprocess
 import sys
@@ -90,26 +91,39 @@ class CheckArguments:
     json: str | None = option("Write the figures here.")
     case: str | None = option("Internal: measure one configuration and print its figures.")
     instrument: str = option(
-        "rss: peak resident memory. tensors: the largest sum of live tensors, without the allocator's overhead.",
+        "rss: peak resident memory. tensors: the largest sum of live tensors, without the allocator's overhead."
+        " heap: the growth of the free pieces in glibc's heap at the peak.",
         "rss",
-        choices=["rss", "tensors"],
+        choices=["rss", "tensors", "heap"],
     )
 
 
 def measure(case: Case, instrument: str) -> dict:
     """Planned parts and measured peak of one configuration, in bytes."""
-    if instrument == "rss":
+    if instrument != "tensors":
         make_trainer(Case("Llama", 64, 128, 2, 2, 2, 49152, case.pair, 1), tempfile.mkdtemp()).train()
-    before = resident("VmRSS")
+    before, free_before = resident("VmRSS"), free_in_heap()
     trainer = make_trainer(case, tempfile.mkdtemp())
     planned = plan(case, trainer)
-    if instrument == "tensors":
+    if instrument != "rss":
         from preflab.training.traced_memory import Live
 
         weights = [tensor for model in models(trainer) for tensor in (*model.parameters(), *model.buffers())]
         stored = {tensor.untyped_storage(): tensor.untyped_storage().nbytes() for tensor in weights}
-        with Live(weights) as live:
+
+        class Watched(Live):
+            """Notes the free pieces whenever the live tensors have a new peak."""
+
+            def __torch_dispatch__(self, *args):
+                peak, results = self.peak, super().__torch_dispatch__(*args)
+                if self.peak > peak:
+                    self.free = free_in_heap()
+                return results
+
+        with Watched(weights) as live:
             trainer.train()
+        if instrument == "heap":
+            return {"planned": {**planned, "total": planned["holes"]}, "measured": live.free - free_before}
         return {"planned": planned, "measured": live.peak + sum(stored.values())}
     # Linux: 5 sets the peak back to the present use.
     Path("/proc/self/clear_refs").write_text("5")
@@ -121,6 +135,24 @@ def models(trainer) -> list:
     """The policy, and the reference beside it where there is one."""
     reference = getattr(trainer, "ref_model", None)
     return [trainer.model, *([reference] if reference is not None else [])]
+
+
+class MallocInfo(ctypes.Structure):
+    """glibc's struct mallinfo2 (malloc.h, since 2.33)."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
+    ]
+
+
+def free_in_heap() -> int:
+    """Bytes of the free pieces in the heap of this process; 0 where libc is not glibc."""
+    function = getattr(ctypes.CDLL(None), "mallinfo2", None)
+    if function is None:
+        return 0
+    function.restype = MallocInfo
+    return function().fordblks
 
 
 def resident(key: str) -> int:
@@ -138,7 +170,7 @@ def plan(case: Case, trainer) -> dict:
         model_config(case), case.dtype, lora(case), reference_beside=len(case.pair) == 3 and not case.lora
     )
     longest = case.pair[0] + max(case.pair[1:]) if len(case.pair) == 3 else case.pair[0]
-    memory = config.memory(weights, case.pair, longest, checkpointing=case.checkpointing)
+    memory = config.memory(weights, case.pair, longest, checkpointing=case.checkpointing, alike=True)
     return {**asdict(memory), "total": memory.total}
 
 
@@ -263,14 +295,14 @@ def main():
 
 def table(results: dict, instrument: str) -> str:
     """Planned beside measured memory in MiB."""
-    parts = ("weights", "reference", "gradients", "optimizer", "activations")
+    parts = ("weights", "reference", "gradients", "optimizer", "activations", "holes", "kernels")
     lines = [("configuration", *parts, "planned", "measured", "plan / measured")]
     for name, result in results.items():
         planned, measured = result["planned"], result["measured"]
         figures = [planned[part] for part in parts]
         sizes = [f"{value / 2**20:,.0f}" for value in (*figures, planned["total"], measured)]
         lines.append((name, *sizes, f"{planned['total'] / measured:.2f}"))
-    what = {"rss": "peak resident memory", "tensors": "most live tensors"}.get(instrument, instrument)
+    what = {"rss": "peak resident memory", "tensors": "most live tensors", "heap": "holes"}.get(instrument, instrument)
     return render(f"planned and measured memory of training in MiB ({what})", lines)
 
 

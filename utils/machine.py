@@ -8,6 +8,8 @@ from pathlib import Path
 GROUP = Path("/sys/fs/cgroup")
 # Parameters of glibc's mallopt (malloc.h).
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+# glibc takes smaller allocations from its heap, others directly from the system (the largest allowed value).
+HEAP_LIMIT = 32 * 2**20
 
 
 def usable_cores() -> int:
@@ -30,9 +32,9 @@ def keep_freed_memory() -> None:
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        # Never return the end of the heap, and take everything below 32 MiB (the largest allowed value) from the heap.
+        # Never return the end of the heap, and take all smaller allocations from the heap.
         mallopt(M_TRIM_THRESHOLD, -1)
-        mallopt(M_MMAP_THRESHOLD, 32 * 2**20)
+        mallopt(M_MMAP_THRESHOLD, HEAP_LIMIT)
 
 
 def _container_limit() -> float:

@@ -25,10 +25,15 @@ OPTIMIZER_STATES = {
     "adamw_bnb_8bit": (2, 1), "adamw_8bit": (2, 1), "paged_adamw_8bit": (2, 1), "paged_adamw_32bit": (2, 4),
     "paged_adamw": (2, 4), "adafactor": (0, None),
 }  # fmt: skip
+# On a CPU, measured once with a Llama of 10 layers in plain torch (docs/planning.md): free pieces in glibc's heap at
+# the peak of a training step, as a share of the tensors in it; 28% in float32, 18% in bfloat16.
+HOLES = 0.23
+# oneDNN and torch each keep the code of 1,024 products in 16 bits; bytes of one in both.
+KERNEL_BYTES, MOST_KERNELS = 0.53 * 2**20, 1024
 
 
 def needed(weights: Weights, args, batch: Batch, accumulates: bool, *, checkpointing: bool, reference_in_step=False,
-           cuda: bool = False, shards=None) -> Memory:  # fmt: skip
+           cuda: bool = False, shards=None, alike: bool = False) -> Memory:  # fmt: skip
     """The memory of training, from the model's config alone (`preflab.training.traced_memory`).
 
     Args:
@@ -37,6 +42,7 @@ def needed(weights: Weights, args, batch: Batch, accumulates: bool, *, checkpoin
         accumulates: whether a step has several forwards.
         reference_in_step: whether the reference is computed in every step.
         shards: how training is divided over processes (`preflab.training.sharding.Shards`); None for one process.
+        alike: whether all batches have the lengths of the largest.
     """
     # Its import takes seconds, and the scripts import this module for --help.
     from preflab.training.traced_memory import Step, counts_of, traced
@@ -63,6 +69,9 @@ def needed(weights: Weights, args, batch: Batch, accumulates: bool, *, checkpoin
         after_layers=run.last,
         accumulates=accumulates,
         exact=run.exact,
+        holes=0.0 if cuda else HOLES * run.heap,
+        # Other lengths are other shapes, and any run has more lengths than are kept.
+        kernels=0.0 if cuda or not run.products else KERNEL_BYTES * (run.products if alike else MOST_KERNELS),
     )
     return shards.of(memory, counts, weights, args) if shards else memory
 

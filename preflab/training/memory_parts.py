@@ -129,6 +129,8 @@ class Memory:
         accumulates: whether gradients exist during the forward.
         exact: whether the activations are those of the model's own code, instead of an order of magnitude.
         host: what offload moves to the host's memory.
+        holes: on a CPU, free pieces between the activations in the heap, too small for what is allocated next.
+        kernels: on a CPU, the code that its library compiles for products in 16 bits and keeps.
     """
 
     weights: float
@@ -142,11 +144,14 @@ class Memory:
     accumulates: bool
     exact: bool = True
     host: float = 0.0
+    holes: float = 0.0
+    kernels: float = 0.0
 
     @property
     def total(self) -> float:
         """The peak."""
-        resident = self.weights + self.reference + self.buckets + self.optimizer + self.gathered
+        resident = self.weights + self.reference + self.buckets + self.optimizer + self.gathered + self.kernels
         # Gradients grow as activations are freed, so the peak is where the backward begins or where it ends.
         begin = self.activations + (self.gradients if self.accumulates else 0)
-        return resident + max(begin, self.gradients + self.after_layers)
+        # The heap does not shrink when it is emptied.
+        return resident + self.holes + max(begin, self.gradients + self.after_layers)

@@ -14,6 +14,7 @@ LAUNCH = {"ddp": "multi_gpu", "fsdp2": "fsdp2", "zero2": "deepspeed_zero2", "zer
 PARTS = {
     "weights": "weights", "reference": "reference", "gradients": "gradients", "buckets": "gradient buckets",
     "optimizer": "optimizer state", "gathered": "gathered layers", "activations": "activations",
+    "holes": "holes in the heap", "kernels": "compiled products",
 }  # fmt: skip
 
 

@@ -132,6 +132,7 @@ class RunConfig:
         checkpointing: bool,
         cuda: bool | None = None,
         shards=None,
+        alike: bool = False,
     ) -> Memory:
         """The memory of a training step of one process.
 
@@ -141,11 +142,12 @@ class RunConfig:
             checkpointing: whether activations are computed twice.
             cuda: whether training runs on a GPU (default: as this process).
             shards: how training is divided over processes, None for one process.
+            alike: whether all batches have the same lengths.
         """
         batch, accumulates = self.largest_batch(row, longest, weights.config)
         return needed(
             weights, self, batch, accumulates, checkpointing=checkpointing, reference_in_step=self.reference_in_step(),
-            cuda=not self.use_cpu if cuda is None else cuda, shards=shards,
+            cuda=not self.use_cpu if cuda is None else cuda, shards=shards, alike=alike,
         )  # fmt: skip
 
     def fit_memory(self, weights: Weights, row: tuple[int, ...], longest: int, free: float, shards=None) -> str | None:

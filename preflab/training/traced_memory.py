@@ -28,6 +28,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from preflab.models.fast import fused_head, fused_lora, fused_norm, shared_prompt
 from preflab.models.logprobs import without_adapter_shell
 from preflab.training.memory_parts import QUANTISED_BYTES, Batch, Counts, Weights
+from utils.machine import HEAP_LIMIT
 
 # Layers that are run. The first is unlike the others where the embedding is frozen: no gradient leaves it.
 FEW, MORE = 2, 3
@@ -35,6 +36,9 @@ FEW, MORE = 2, 3
 TRACED = "traced_flex_attention"
 # Tile of TRL's output layer on a GPU (trl.kernels): positions, vocabulary entries.
 GPU_TILE = (4096, 32768)
+# For products in these precisions a CPU's library compiles a kernel per shape.
+HALF = (torch.bfloat16, torch.float16)
+PRODUCTS = {torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_, torch.ops.aten.bmm, torch.ops.aten.baddbmm}
 
 
 @dataclass(frozen=True)
@@ -68,15 +72,19 @@ class Traced:
         peak: the highest during forward and backward.
         last: the highest once the gradient has passed all layers, the embedding's own gradient included.
         exact: whether the model's own code was run.
+        heap: of `peak`, what is in tensors that a C library's heap holds (`HEAP_LIMIT`).
+        products: different shapes of matrix products in 16 bits.
     """
 
     peak: float
     last: float
     exact: bool = True
+    heap: float = 0.0
+    products: int = 0
 
 
 class Live(TorchDispatchMode):
-    """Adds up the bytes of all storages that operations have made and that are still alive.
+    """Adds up the bytes of all storages that operations have made and that are still alive; notes products in 16 bits.
 
     Args:
         known: tensors that do not count.
@@ -86,12 +94,21 @@ class Live(TorchDispatchMode):
         super().__init__()
         self.sizes = weakref.WeakKeyDictionary({tensor.untyped_storage(): 0 for tensor in known})
         self.now = self.peak = 0
+        # Of both what is in tensors below HEAP_LIMIT.
+        self.heap = self.heap_at_peak = 0
+        self.products: set[tuple] = set()
 
     def _freed(self, size: int) -> None:
         self.now -= size
+        self.heap -= size * (size < HEAP_LIMIT)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         results = function(*args, **(kwargs or {}))
+        if function.overloadpacket in PRODUCTS:
+            factors = [tensor for tensor in args if isinstance(tensor, torch.Tensor)]
+            if factors[-1].dtype in HALF:
+                # Strides: a transposed factor takes another kernel.
+                self.products.add((function, *((tensor.shape, tensor.stride()) for tensor in factors)))
         for tensor in tree_iter(results):
             if isinstance(tensor, torch.Tensor):
                 self._count(tensor.untyped_storage())
@@ -103,7 +120,9 @@ class Live(TorchDispatchMode):
             size = storage.nbytes()
             self.sizes[storage] = size
             self.now += size
-            self.peak = max(self.peak, self.now)
+            self.heap += size * (size < HEAP_LIMIT)
+            if self.now > self.peak:
+                self.peak, self.heap_at_peak = self.now, self.heap
             weakref.finalize(storage, self._freed, size)
 
 
@@ -206,7 +225,8 @@ def _traced(config, step: Step, batch: Batch, layers: int) -> Traced:
     def all_layers(a: float, b: float) -> float:
         return a + (b - a) * (layers - FEW) / (MORE - FEW)
 
-    return Traced(all_layers(few.peak, more.peak), all_layers(few.last, more.last))
+    heap = all_layers(few.heap, more.heap)
+    return Traced(all_layers(few.peak, more.peak), all_layers(few.last, more.last), True, heap, more.products)
 
 
 _results: dict = {}
@@ -249,13 +269,13 @@ def _run(config, step: Step, batch: Batch, layers: int) -> Traced:
             model.enable_input_require_grads()
     with FakeTensorMode(allow_non_fake_inputs=True):
         _make_fake(model)
-        embedded: list[float] = []
+        embedded: list[tuple[float, float]] = []
         live = Live([*model.parameters(), *model.buffers()])
 
         def passed(gradient):
             # The gradient has passed all layers: from here a new peak counts.
-            embedded.append(live.peak)
-            live.peak = live.now
+            embedded.append((live.peak, live.heap_at_peak))
+            live.peak, live.heap_at_peak = live.now, live.heap
 
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -277,7 +297,8 @@ def _run(config, step: Step, batch: Batch, layers: int) -> Traced:
                         _scores(model, inputs, batch, step)
             loss.backward()
     # With a frozen embedding no gradient reaches it: the last layer that is passed ends the backward.
-    return Traced(embedded[0], live.peak) if embedded else Traced(live.peak, 0.0)
+    (peak, heap), last = (embedded[0], live.peak) if embedded else ((live.peak, live.heap_at_peak), 0.0)
+    return Traced(peak, last, True, heap, len(live.products))
 
 
 def skeleton(config, dtype: str, lora: LoraConfig | None, layers: int | None = None):

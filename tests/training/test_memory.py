@@ -12,10 +12,18 @@ import torch
 import transformers
 from conftest import train_args
 from peft import LoraConfig
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.integrations import deepspeed
 
 from benchmarks.plan_check import Case, measure
-from preflab.training.memory import optimizer_bytes, reason_for_checkpointing
+from preflab.training.memory import (
+    HOLES,
+    KERNEL_BYTES,
+    MOST_KERNELS,
+    needed,
+    optimizer_bytes,
+    reason_for_checkpointing,
+)
 from preflab.training.memory_parts import QUANTISED_BYTES, Batch, Counts, Memory, Weights, packed_rows
 from preflab.training.sharding import Shards
 from preflab.training.traced_memory import Live, Step, _run, counts_of, skeleton, traced
@@ -42,6 +50,31 @@ def test_live_tensors_by_hand():
         assert live.now == 4000
         del view
     assert (live.now, live.peak) == (0, 12000)
+
+
+def test_heap_and_compiled_products_by_hand():
+    with FakeTensorMode(), Live() as live:
+        large, small = torch.zeros(40 * 2**18), torch.zeros(2**18)  # 40 MiB, 1 MiB
+        assert (live.peak, live.heap_at_peak) == (41 * 2**20, 2**20)
+        x = small.view(512, 512).bfloat16()
+        for _ in range(3):
+            x @ x, x @ x.t(), small[:8, None] @ small[None, :8]
+        # Equal shapes count once, a transposed factor is another shape, float32 does not count.
+        assert len(live.products) == 2
+        del large
+        assert live.heap == live.now
+
+
+def test_heap_and_compiled_products_count_on_a_cpu_only():
+    args, batch = SimpleNamespace(precision="bf16", optim="adamw_torch"), packed_rows((20, 30, 30), 200, 4)
+    weights = Weights(llama(), "float32", LoraConfig(r=2, target_modules=["q_proj"]))
+    memory = needed(weights, args, batch, False, checkpointing=False, alike=True)
+    varied = needed(weights, args, batch, False, checkpointing=False)
+    on_gpu = needed(weights, args, batch, False, checkpointing=False, cuda=True)
+    assert memory.holes == pytest.approx(HOLES * memory.activations) and 0 < memory.kernels < 60 * KERNEL_BYTES
+    assert varied.kernels == MOST_KERNELS * KERNEL_BYTES and on_gpu.holes == on_gpu.kernels == 0
+    args.precision = "fp32"
+    assert needed(weights, args, batch, False, checkpointing=False).kernels == 0
 
 
 def test_packed_rows_by_hand():
@@ -72,6 +105,7 @@ def test_peak_is_where_the_backward_begins_or_ends():
     assert memory.total == 250 + 70
     assert replace(memory, after_layers=60.0).total == 250 + 40 + 60
     assert replace(memory, accumulates=True).total == 250 + 70 + 40
+    assert replace(memory, holes=9.0, kernels=5.0).total == 250 + 70 + 14
 
 
 def test_counts_by_hand():
@@ -145,7 +179,8 @@ SMALL = Case("Llama", 128, 384, 5, 4, 2, 49152, (40, 60, 70), 2)
 )
 def test_planned_equals_live_tensors_of_real_steps(case):
     result = measure(case, "tensors")
-    assert result["planned"]["total"] == pytest.approx(result["measured"], rel=0.1)
+    planned = result["planned"]
+    assert planned["total"] - planned["holes"] - planned["kernels"] == pytest.approx(result["measured"], rel=0.1)
 
 
 def test_token_budget(tmp_path):
