@@ -294,12 +294,15 @@ def main():
 
 
 def table(results: dict, instrument: str) -> str:
-    """Planned beside measured memory in MiB."""
-    parts = ("weights", "reference", "gradients", "optimizer", "activations", "holes", "kernels")
-    lines = [("configuration", *parts, "planned", "measured", "plan / measured")]
+    """Planned beside measured memory in MiB. Weights with the reference's; training: gradients and optimizer state."""
+    columns = {
+        "weights": ("weights", "reference"), "training": ("gradients", "optimizer"), "activations": ("activations",),
+        "heap": ("holes",), "kernels": ("kernels",),
+    }  # fmt: skip
+    lines = [("configuration", *columns, "planned", "measured", "ratio")]
     for name, result in results.items():
         planned, measured = result["planned"], result["measured"]
-        figures = [planned[part] for part in parts]
+        figures = [sum(planned[part] for part in parts) for parts in columns.values()]
         sizes = [f"{value / 2**20:,.0f}" for value in (*figures, planned["total"], measured)]
         lines.append((name, *sizes, f"{planned['total'] / measured:.2f}"))
     what = {"rss": "peak resident memory", "tensors": "most live tensors", "heap": "holes"}.get(instrument, instrument)

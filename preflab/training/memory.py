@@ -66,7 +66,8 @@ def needed(weights: Weights, args, batch: Batch, accumulates: bool, *, checkpoin
         optimizer=optimizer_bytes(counts, args),
         gathered=0.0,
         activations=run.peak + dequantised,
-        after_layers=run.last,
+        # Where gradients are summed over forwards, the embedding has one already.
+        after_layers=run.last if accumulates else max(0.0, run.last - run.embedding),
         accumulates=accumulates,
         exact=run.exact,
         holes=0.0 if cuda else HOLES * run.heap,

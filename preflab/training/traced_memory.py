@@ -74,6 +74,7 @@ class Traced:
         exact: whether the model's own code was run.
         heap: of `peak`, what is in tensors that a C library's heap holds (`HEAP_LIMIT`).
         products: different shapes of matrix products in 16 bits.
+        embedding: of `last`, what becomes the gradient of the embedding; 0 where it is frozen.
     """
 
     peak: float
@@ -81,6 +82,7 @@ class Traced:
     exact: bool = True
     heap: float = 0.0
     products: int = 0
+    embedding: float = 0.0
 
 
 class Live(TorchDispatchMode):
@@ -226,7 +228,8 @@ def _traced(config, step: Step, batch: Batch, layers: int) -> Traced:
         return a + (b - a) * (layers - FEW) / (MORE - FEW)
 
     heap = all_layers(few.heap, more.heap)
-    return Traced(all_layers(few.peak, more.peak), all_layers(few.last, more.last), True, heap, more.products)
+    last = all_layers(few.last, more.last)
+    return Traced(all_layers(few.peak, more.peak), last, True, heap, more.products, more.embedding)
 
 
 _results: dict = {}
@@ -297,8 +300,11 @@ def _run(config, step: Step, batch: Batch, layers: int) -> Traced:
                         _scores(model, inputs, batch, step)
             loss.backward()
     # With a frozen embedding no gradient reaches it: the last layer that is passed ends the backward.
-    (peak, heap), last = (embedded[0], live.peak) if embedded else ((live.peak, live.heap_at_peak), 0.0)
-    return Traced(peak, last, True, heap, len(live.products))
+    if not embedded:
+        return Traced(live.peak, 0.0, True, live.heap_at_peak, len(live.products))
+    weight = model.get_input_embeddings().weight
+    own = weight.nbytes if weight.requires_grad else 0
+    return Traced(embedded[0][0], live.peak, True, embedded[0][1], len(live.products), own)
 
 
 def skeleton(config, dtype: str, lora: LoraConfig | None, layers: int | None = None):

@@ -168,7 +168,7 @@ def test_an_error_is_not_requeued(cluster):
 @pytest.mark.slow
 def test_two_nodes_stopped_and_requeued_equal_one_process(tiny, prefs, tmp_path, cluster):
     """The sbatch file itself: two launchers on loopback (gloo), SIGUSR1, the requeued job continues."""
-    extra = ("--global_batch_size", 4, "--max_steps", 8, "--lora_dropout", 0)
+    extra = ("--global_batch_size", 4, "--max_steps", 24, "--lora_dropout", 0, "--learning_rate", 1e-3)
     done = run_script("dpo_train_human_preference.py", *train_args(tiny, prefs, tmp_path / "one", *extra))
     assert done.returncode == 0, done.stderr
     config = tmp_path / "nodes.yaml"
@@ -182,12 +182,12 @@ def test_two_nodes_stopped_and_requeued_equal_one_process(tiny, prefs, tmp_path,
     args = ["dpo_train_human_preference.py", *train_args(tiny, prefs, tmp_path / "two", *extra)]
     log = tmp_path / "two/out/r/train_log.jsonl"
     first = start("train.sbatch", *args, env=env)
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 600
     while not log.exists() or not log.read_text().strip():
         assert time.monotonic() < deadline and first.poll() is None, first.communicate()[0]
         time.sleep(0.05)
     first.send_signal(signal.SIGUSR1)
-    output, _ = first.communicate(timeout=300)
+    output, _ = first.communicate(timeout=600)
     assert first.returncode == 0 and calls(env)[-1].startswith("requeue"), output
     second = sbatch("train.sbatch", *args, env={**env, "SLURM_RESTART_COUNT": "1"})
     assert second.returncode == 0, second.stderr
