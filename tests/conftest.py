@@ -293,6 +293,18 @@ def trained(tiny, prefs, tmp_path_factory):
     return made_once(tmp_path_factory, "trained", make)
 
 
+@pytest.fixture(scope="session")
+def trained_reward(tiny, prefs, tmp_path_factory):
+    """Folder of a finished tiny LoRA reward model, `ck/r` and `out/r`, evaluated after each epoch on 8 pairs."""
+
+    def make(folder):
+        arguments = train_args(tiny, prefs, folder, "--eval_strategy", "epoch")
+        done = processes.run_script("train_reward_model.py", *arguments)
+        assert done.returncode == 0, done.stderr[-3000:]
+
+    return made_once(tmp_path_factory, "trained-reward", make)
+
+
 @pytest.fixture
 def root(tmp_path):
     """A folder with one run of docs/example_run, `ck/quickstart` and `out/quickstart`."""

@@ -92,6 +92,8 @@ CASES = [
     ("eval_perplexity.py", TEXT, check_perplexity),
     ("run_alpacaeval_local.py", (), check_alpacaeval),
 ]
+# The gradients of several processes are also compared in test_distributed.py, with the same base class.
+SLOW = {"train_reward_model.py"}
 ELSEWHERE = {
     "dpo_train_human_preference.py": "test_distributed.py, under accelerate's launcher",
     "run_lm_eval.sh": "tests/harness/test_run_lm_eval.py: lm_eval starts its own processes",
@@ -110,7 +112,13 @@ def test_every_script_has_an_entry():
     assert_covers_all_scripts([stage for stage, *_ in CASES], ELSEWHERE)
 
 
-@pytest.mark.parametrize(("stage", "flags", "check"), CASES, ids=[f"{s} {f[-1] if f else ''}" for s, f, _ in CASES])
+@pytest.mark.parametrize(
+    ("stage", "flags", "check"),
+    [
+        pytest.param(s, f, c, id=f"{s} {f[-1] if f else ''}", marks=[pytest.mark.slow] if s in SLOW else [])
+        for s, f, c in CASES
+    ],
+)
 def test_two_processes_equal_one(stage, flags, check, inputs, tmp_path):
     flags = [str(f).replace("TINY", str(inputs.tiny)).replace("TRAINED", str(inputs.trained)) for f in flags]
     one, two = tmp_path / "one", tmp_path / "two"

@@ -261,16 +261,12 @@ def test_best_of_reads_samples_and_their_repetitions(evaluate, pairs, tmp_path):
 # ------------------------------------------------------------------------------------------------------------- held out
 
 
-def test_rows_of_the_scorers_own_training_are_left_out(evaluate, tiny, prefs, call, tmp_path):
-    from helpers import reward_args
-
-    code, _, err = call("train_reward_model", *reward_args(tiny, prefs, tmp_path, "--no_base_ranking"))
-    assert code == 0, err
-    scorer = f"rm:{tmp_path / 'ck/r'}"
+def test_rows_of_the_scorers_own_training_are_left_out(evaluate, trained_reward, prefs, tmp_path):
+    scorer = f"rm:{trained_reward / 'ck/r'}"
     code, out, err = evaluate("--scorer", scorer)
     assert code == 0, err
     metrics = summary_of(tmp_path, "r")["metrics"]
-    trained = read_json(tmp_path / "out/r/train.json")["metrics"]
+    trained = read_json(trained_reward / "out/r/train.json")["metrics"]
     # The run's own held-out pairs, and its own figures.
     for key in ("reward_accuracy", "longer_accuracy"):
         assert metrics[key]["value"] == pytest.approx(trained[key]["value"]) and metrics[key]["n"] == 8
