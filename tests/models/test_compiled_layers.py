@@ -51,7 +51,8 @@ def assert_compiled_equals(kind: str):
     graphs = []
     for batch, wanted in zip(batches, expected, strict=True):
         for value, other in zip(results(model, batch), wanted, strict=True):
-            assert torch.allclose(value, other, rtol=1e-4, atol=1e-5 * max(1.0, other.abs().max().item()))
+            # The model's weights are exaggerated, so that float32 rounding is up to 3e-5 of a gradient.
+            assert (value - other).norm() <= 1e-4 * other.norm()
         graphs.append(counters["stats"]["unique_graphs"])
     assert graphs[0] > 0 and graphs[-1] == graphs[0]
 
