@@ -41,18 +41,26 @@ def results(model, batch) -> list:
     return [policy.detach(), reference, *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
 
 
+def errors(own: list, exact: list) -> list[float]:
+    """Relative errors of the policy's log-probabilities, of the reference's, and of all gradients together."""
+    flat = [[*values[:2], torch.cat([gradient.flatten() for gradient in values[2:]])] for values in (own, exact)]
+    return [((x.double() - y).norm() / y.norm()).item() for x, y in zip(*flat, strict=True)]
+
+
 def assert_compiled_equals(kind: str):
+    """Against float64: the model's weights are exaggerated, so that float32 alone is off by up to 0.0006."""
     batches = [collated(pairs(count, seed=count)) for count in (2, 3, 4)]
     model = adapted(kind)
-    expected = [results(model, batch) for batch in batches]
+    plain = [results(model, batch) for batch in batches]
+    double = adapted(kind).double()
+    exact = [results(double, batch) for batch in batches]
     assert compiled_layers.attach(model) is None
     torch._dynamo.reset()
     counters.clear()
     graphs = []
-    for batch, wanted in zip(batches, expected, strict=True):
-        for value, other in zip(results(model, batch), wanted, strict=True):
-            # The model's weights are exaggerated, so that float32 rounding is up to 3e-5 of a gradient.
-            assert (value - other).norm() <= 1e-4 * other.norm()
+    for batch, uncompiled, right in zip(batches, plain, exact, strict=True):
+        for own, other in zip(errors(results(model, batch), right), errors(uncompiled, right), strict=True):
+            assert own <= 2 * other + 1e-6
         graphs.append(counters["stats"]["unique_graphs"])
     assert graphs[0] > 0 and graphs[-1] == graphs[0]
 
