@@ -92,8 +92,8 @@ CASES = [
     ("eval_perplexity.py", TEXT, check_perplexity),
     ("run_alpacaeval_local.py", (), check_alpacaeval),
 ]
-# The gradients of several processes are also compared in test_distributed.py, with the same base class.
-SLOW = {"train_reward_model.py"}
+# Their code for several processes is that of DPO's training (test_distributed.py) and of the battle's judgements.
+SLOW = {"train_reward_model.py", "eval_reward_model.py"}
 ELSEWHERE = {
     "dpo_train_human_preference.py": "test_distributed.py, under accelerate's launcher",
     "run_lm_eval.sh": "tests/harness/test_run_lm_eval.py: lm_eval starts its own processes",

@@ -91,6 +91,7 @@ def test_second_call_keeps_and_refuses(evaluate, pairs, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_rows_are_independent_of_order(evaluate, scorer, pairs, tmp_path):
     lines = pairs.read_text().splitlines(keepends=True)
     other = tmp_path / "reversed.jsonl"

@@ -95,7 +95,9 @@ def ours(folder, tmp_path, rows, peft, per_point=None, **extra) -> list[dict]:
 # ----------------------------------------------------------------------------------------------------------------- TRL
 
 
-@pytest.mark.parametrize("case", ["lora, margins, centred", "padded", "gemma2, full"])
+@pytest.mark.parametrize(
+    "case", ["lora, margins, centred", "gemma2, full", pytest.param("padded", marks=pytest.mark.slow)]
+)
 def test_twenty_losses_equal_stock_trl(case, tiny, tiny_gemma2, tmp_path):
     folder, rows = tiny_gemma2 if "gemma2" in case else tiny, make_pairs(24)
     peft = None if "full" in case else lora()
