@@ -6,7 +6,7 @@
     python eval_reward_model.py --scorer rm:checkpoints/mine \\
         --dataset_name allenai/reward-bench-2 --split test --benchmark rewardbench2
     python eval_reward_model.py --scorer rm:checkpoints/mine --against rm:checkpoints/other \\
-        --dataset_name pairs.jsonl                                      # paired comparison of two
+        --dataset_name my_pairs.jsonl                                   # paired comparison of two
     python eval_reward_model.py --scorer rm:checkpoints/quickstart-rm \\
         --best_of eval_out/quickstart-sppo-iter1-pairs                  # reward against KL
     accelerate launch --config_file configs/accelerate/multi_gpu.yaml \\

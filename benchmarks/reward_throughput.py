@@ -13,13 +13,12 @@ import json
 import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.train_throughput import compare, drawn, padded, print_result
+from benchmarks.train_throughput import compare, print_result
 from preflab.training.memory import OUT_OF_MEMORY
 from utils.cli import option
 from utils.errors import UserError, run
@@ -51,21 +50,15 @@ def one_way(args) -> dict:
     """Train with stock TRL or this project's trainer (--way): seconds, losses and tokens of each draw, and memory."""
     from accelerate import PartialState
     from peft import LoraConfig
-    from transformers import TrainerCallback, set_seed
+    from transformers import set_seed
     from trl import RewardConfig, RewardTrainer
 
+    from benchmarks.timed_training import TOTALS, Clock, drawn, part_of_run
     from preflab.data.preferences import load_pairs, tokenize
     from preflab.models.loading import load_model, load_tokenizer
     from preflab.training.reward_config import RewardRunConfig
     from preflab.training.reward_trainer import ResumableRewardTrainer
     from utils.artifacts import RowFile
-    from utils.provenance import peak_memory_gib
-
-    class Clock(TrainerCallback):
-        times = []
-
-        def on_step_end(self, *others, **named):
-            self.times.append(time.monotonic())
 
     PartialState(cpu=args.device == "cpu")
     # The reward layer of a language model is drawn while loading.
@@ -103,28 +96,20 @@ def one_way(args) -> dict:
         trainer = ResumableRewardTrainer(
             model, args=RewardRunConfig(**settings), train_dataset=ids, eval_dataset=None, row_log=log, **common
         )
-    clock = Clock()
+    clock = Clock(args.device, profiles=False)
     trainer.add_callback(clock)
     trainer.train()
-    losses, per_draw = [row["loss"] for row in trainer.state.log_history if "loss" in row], []
-    for k, seed in enumerate(range(args.seed, args.seed + args.draws)):
-        # Step 0 is the untimed one.
-        first, end = 1 + k * args.steps, 1 + (k + 1) * args.steps
-        times, rows = clock.times[first - 1 : end], ids.select(range(step * first, step * end))
-        per_draw.append({
-            "seed": seed,
-            "seconds": times[-1] - times[0],
-            "step_seconds": [after - before for before, after in itertools.pairwise(times)],
-            "pairs": len(rows),
-            "tokens": sum(len(row[f"{part}_ids"]) for row in rows for part in ("prompt", "chosen", "rejected")),
-            "padded_tokens": padded(rows, args.batch),
-            "losses": losses[first:end],
-        })  # fmt: skip
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    # Step 0 is the untimed one.
+    per_draw = [
+        part_of_run(args, args.seed + k, clock, losses, ids, 1 + k * args.steps, 1 + (k + 1) * args.steps)
+        for k in range(args.draws)
+    ]
     return {
         "draws": per_draw,
-        **{name: sum(draw[name] for draw in per_draw) for name in ("seconds", "pairs", "tokens", "padded_tokens")},
+        **{name: sum(draw[name] for draw in per_draw) for name in TOTALS},
         "parameters": backbone,
-        "peak_memory_gib": peak_memory_gib(),
+        "peak_memory_gib": clock.peak,
         "time_by_kind": None,
         "padded_because": getattr(trainer, "padded_because", None),
         "micro_batch_tokens": getattr(trainer.args, "micro_batch_tokens", None),
@@ -158,7 +143,7 @@ def main():
             runs[way].append(child(way))
             print(f"round {number + 1}, {way}: {runs[way][-1]['seconds']:.1f} s", file=sys.stderr)
             rates.append(matmul_rate(args.dtype, args.device))
-    result = compare(runs, max(rates))
+    result = compare(runs, max(rates), "reward")
     print_result(result, args.rounds)
     if args.json:
         write_json(args.json, {**result, "args": {**args.__dict__, "json": None}, "run": run_record(42, stage.seconds)})

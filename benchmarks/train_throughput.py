@@ -114,7 +114,7 @@ def compare(runs: dict[str, list[dict]], rate: float, stage: str) -> dict:
 
     Args:
         runs: from `one_way`, by trainer (WAYS), one per round. rate: of this machine's matrix products, FLOP/s.
-        stage: "dpo" or "sft".
+        stage: "dpo", "sft" or "reward".
     """
     draws = [
         compare_draw({way: [run["draws"][k] for run in runs[way]] for way in ("stock", "ours")})

@@ -1,6 +1,7 @@
 """Calls of lm-evaluation-harness through its command line: one per model and number of shots, resumable."""
 
 import ctypes
+import itertools
 import json
 import os
 import re
@@ -335,7 +336,8 @@ def execute(call: Call, title: str, cwd: Path) -> None:
 def _run(command: list[str], log: Path, cwd: Path) -> tuple[int, str]:
     """Run a command of the harness with its output in `log`. Returns (exit code, the end of its stderr)."""
     # The user's own environment variables take precedence.
-    inherited = vllm_environment.environment() if command[command.index("--model") + 1] == "vllm" else os.environ
+    uses_vllm = any(pair == ("--model", "vllm") for pair in itertools.pairwise(command))
+    inherited = vllm_environment.environment() if uses_vllm else os.environ
     environment = {"LMEVAL_LOG_LEVEL": "WARNING", "TOKENIZERS_PARALLELISM": "false", **inherited}
     with log.open("wb") as out:
         # A new session, so that Ctrl-C reaches the harness and its children once, through killpg below.

@@ -6,7 +6,7 @@ from helpers import instructions
 
 from preflab.data.preferences import to_pair
 from preflab.data.prompts import Prompt
-from preflab.evaluation.trained_prompts import _prompts_of_run, key_of
+from preflab.evaluation.trained_prompts import key_of, prompts_of_run
 from utils.artifacts import read_json
 
 
@@ -72,7 +72,7 @@ def test_prompts_of_a_run_are_those_it_trained_on(tmp_path):
     args = {"dataset_name": str(tmp_path / "d"), "dataset_test_split": "test", "train_test_overlap": "drop"}
 
     def numbers(**changed) -> set[int]:
-        return {int(key.rstrip(".").split()[-1]) for key in _prompts_of_run(args | changed, tmp_path)}
+        return {int(key.rstrip(".").split()[-1]) for key in prompts_of_run(args | changed, tmp_path)}
 
     assert numbers() == set(range(8))
     assert numbers(train_test_overlap="keep") == set(range(10))
@@ -85,8 +85,8 @@ def test_prompts_of_a_run_are_those_it_trained_on(tmp_path):
 def test_prompts_of_an_sft_run(tmp_path):
     write_jsonl(tmp_path / "d/train.jsonl", instructions(6))
     args = {"dataset_name": str(tmp_path / "d"), "dataset_test_split": None, "test_rows": 2, "loss_on": "responses"}
-    keys = _prompts_of_run(args, tmp_path)
-    everything = _prompts_of_run(args | {"test_rows": 0}, tmp_path)
+    keys = prompts_of_run(args, tmp_path)
+    everything = prompts_of_run(args | {"test_rows": 0}, tmp_path)
     assert (len(keys), len(everything)) == (4, 6) and keys < everything
     row = instructions(6)[0]
     asked = Prompt([{"role": "user", "content": f"{row['instruction']}\n\n{row['input']}"}], "")

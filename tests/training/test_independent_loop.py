@@ -73,6 +73,9 @@ def loop(policy, tokenizer, rows, loss: str) -> list[dict]:
         optimizer.step()
         optimizer.zero_grad()
         rewards = {"rewards/chosen": BETA * sides.w.mean(), "rewards/margins": BETA * (sides.w - sides.l).mean()}
+        if loss == "simpo":
+            # It has no reference: what it compares are means per token.
+            rewards = {"simpo/chosen": BETA * sides.pw.mean(), "simpo/rejected": BETA * sides.pl.mean()}
         log.append({"loss": value, "grad_norm": norm, "logps/rejected": logps[1].mean(), **rewards})
     return [{name: float(number.detach()) for name, number in row.items()} for row in log]
 
