@@ -101,7 +101,7 @@ def test_resume_needs_only_the_rest(train, tiny, prefs, tmp_path, nothing_in_the
 def test_equal_pairs_are_computed_where_they_are_reached_first(tmp_path, monkeypatch):
     """Rows 2 and 0 are equal: of the order 2, 1, 0, 3 the first is computed first, and the equal one not again."""
     ids = {"prompt_ids": [[1], [2], [1], [3]], "chosen_ids": [[4]] * 4, "rejected_ids": [[5]] * 4}
-    names = {name: getattr(ResumableDPOTrainer, name) for name in ("KEYED", "REFERENCE_COLUMNS")}
+    names = {name: getattr(ResumableDPOTrainer, name) for name in ("KEYED", "REFERENCE_COLUMNS", "UNKNOWN")}
     trainer = SimpleNamespace(train_dataset=Dataset.from_dict(ids), **names)
     computed = []
 
