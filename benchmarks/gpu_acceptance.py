@@ -5,7 +5,7 @@
     bash benchmarks/gpu_acceptance.sh --only dpo_lora kill_and_resume
     bash benchmarks/gpu_acceptance.sh --device cpu          # the same steps, as far as they go
 
-Each step is a command of its own process, so that one failure leaves the others. A step that cannot run on this machine
+Each step is a separate process, so that one failure does not stop the others. A step that cannot run on this machine
 is skipped with the reason, and so is one for which no time is left; steps are ordered by importance. Writes
 gpu_acceptance.json and gpu_acceptance.md after every step. Exit code 1 if a step failed.
 """

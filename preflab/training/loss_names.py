@@ -35,7 +35,7 @@ def reference_free(names: list[str]) -> bool:
 
 
 def check_names(names: list[str], flag: str = "--loss_type") -> None:
-    """Raise UserError for the first name that is no loss; names of methods are answered with their loss."""
+    """Raise UserError for the first name that is not a loss; for the name of a method it names the loss."""
     for name in names:
         if name in LOSS_TYPES:
             continue
