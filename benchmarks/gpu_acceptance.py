@@ -37,6 +37,8 @@ PASSED, FAILED, SKIPPED = "passed", "failed", "skipped"
 POLL = 0.2
 # Optimizer steps of a training step here, and the step after whose checkpoint the killed run ends.
 STEPS, KILLED_AFTER = 6, 2
+# Rows of a training run and of an evaluation, prompts of generated pairs. Names of runs and files say such limits.
+TRAINED_ROWS, EVALUATED_ROWS, PROMPTS = 48, 16, 8
 # Tokens per forward of the random models.
 SHAPE_TOKENS = 4096
 # Largest difference of two losses that are computed twice in the same way, by precision.
@@ -82,7 +84,7 @@ class Machine:
         return ["--output_dir", str(self.folder / "checkpoints"), "--eval_out", str(self.folder / "eval_out")]
 
     def summary(self, run_name: str, name: str) -> dict:
-        """A summary that a stage wrote for a run."""
+        """A summary that a stage wrote for a run. `run_name`: the name of its folder."""
         return json.loads((self.folder / "eval_out" / run_name / f"{name}.json").read_text())
 
 
@@ -128,12 +130,29 @@ class StepFailed(Exception):
 # ----------------------------------------------------------------------------------------------- commands of the steps
 
 
+def folder_of(run_name: str, rows: int = TRAINED_ROWS) -> str:
+    """The name of the folders of a run that is limited to `rows`."""
+    return f"{run_name}_LIMIT{rows}"
+
+
 def training(script: str, name: str, *flags, config: str = "configs/quickstart.yaml") -> Callable[[Machine], list]:
     """A short training run of the quickstart's recipe."""
 
     def command(machine: Machine) -> list:
         return [
-            *(script, "--config", config, "--run_name", name, "--limit", 48, "--max_steps", STEPS, "--save_steps", 2),
+            *(
+                script,
+                "--config",
+                config,
+                "--run_name",
+                name,
+                "--limit",
+                TRAINED_ROWS,
+                "--max_steps",
+                STEPS,
+                "--save_steps",
+                2,
+            ),
             *("--sample_prompts", 2, *machine.folders(), *machine.precision, *flags),
         ]
 
@@ -145,8 +164,8 @@ def evaluation(script: str, *flags) -> Callable[[Machine], list]:
 
     def command(machine: Machine) -> list:
         return [
-            *(script, "--run_name", "dpo_lora", "--checkpoints", machine.folder / "checkpoints"),
-            *("--eval_out", machine.folder / "eval_out", "--limit", 16, "--dtype", machine.dtype, *flags),
+            *(script, "--run_name", folder_of("dpo_lora"), "--checkpoints", machine.folder / "checkpoints"),
+            *("--eval_out", machine.folder / "eval_out", "--limit", EVALUATED_ROWS, "--dtype", machine.dtype, *flags),
         ]
 
     return command
@@ -155,7 +174,7 @@ def evaluation(script: str, *flags) -> Callable[[Machine], list]:
 def pairs(machine: Machine) -> list:
     """Preference pairs from the model's own answers, ranked by their words."""
     return [
-        *("generate_preference_pairs.py", "--config", "configs/pairs/quickstart-sppo.yaml", "--limit", 8),
+        *("generate_preference_pairs.py", "--config", "configs/pairs/quickstart-sppo.yaml", "--limit", PROMPTS),
         *("--base_model", "builtin:smollm2-135m-instruct", "--run_name", "pairs", "--test_prompts", 2),
         *("--eval_out", machine.folder / "eval_out", "--dtype", machine.dtype),
     ]
@@ -181,7 +200,7 @@ def training_figures(run_name: str) -> Callable[[Machine, str], dict]:
     """Losses, speed and memory from a run's artifacts."""
 
     def read(machine: Machine, _: str) -> dict:
-        summary, losses = machine.summary(run_name, "train"), losses_of(machine, run_name)
+        summary, losses = machine.summary(folder_of(run_name), "train"), losses_of(machine, run_name)
         if not all(abs(loss) < 100 for loss in losses):
             raise StepFailed(f"losses {losses}: not finite")
         peak = summary["run"]["peak_memory_gib"]
@@ -192,7 +211,7 @@ def training_figures(run_name: str) -> Callable[[Machine, str], dict]:
 
 def losses_of(machine: Machine, run_name: str) -> list[float]:
     """The loss of every step of a run."""
-    log = machine.folder / "eval_out" / run_name / "train_log.jsonl"
+    log = machine.folder / "eval_out" / folder_of(run_name) / "train_log.jsonl"
     rows = [json.loads(line) for line in log.read_text().splitlines()]
     return [row["loss"] for row in rows if row.get("split") == "train" and "loss" in row]
 
@@ -200,6 +219,11 @@ def losses_of(machine: Machine, run_name: str) -> list[float]:
 def claim_of(run_name: str, name: str) -> Callable[[Machine, str], dict]:
     """The verdict of an evaluation."""
     return lambda machine, _: {"verdict": machine.summary(run_name, name)["claim"]}
+
+
+def evaluated(name: str) -> Callable[[Machine, str], dict]:
+    """The verdict of an evaluation of the first run."""
+    return claim_of(folder_of("dpo_lora"), f"{name}_LIMIT{EVALUATED_ROWS}")
 
 
 def ratio(model: str) -> Callable[[Machine, str], dict]:
@@ -234,7 +258,7 @@ def kill_and_resume(machine: Machine, seconds: float) -> str:
         StepFailed: the run ended before it could be killed, or the losses differ.
     """
     command = training("dpo_train_human_preference.py", "killed")(machine)
-    checkpoint = machine.folder / "checkpoints" / "killed" / f"checkpoint-{KILLED_AFTER}"
+    checkpoint = machine.folder / "checkpoints" / folder_of("killed") / f"checkpoint-{KILLED_AFTER}"
     deadline = time.monotonic() + seconds
     process = subprocess.Popen(
         [sys.executable, *map(str, command)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -353,35 +377,40 @@ STEPS_OF_PAGE = [
         training(SFT, "sft", config="configs/quickstart-sft.yaml"),
         training_figures("sft"),
     ),
-    Step("pairs", "answers of the model, sampled and ranked", pairs, claim_of("pairs", "preference_pairs")),
+    Step(
+        "pairs",
+        "answers of the model, sampled and ranked",
+        pairs,
+        claim_of(folder_of("pairs", PROMPTS), "preference_pairs"),
+    ),
     Step(
         "sppo",
         "SPPO on these pairs",
         lambda machine: training(
             *(DPO, "sppo", "--loss_type", "sppo", "--beta", 0.001),
-            *("--dataset_name", machine.folder / "eval_out" / "pairs", "--allow_fatal"),
+            *("--dataset_name", machine.folder / "eval_out" / folder_of("pairs", PROMPTS), "--allow_fatal"),
         )(machine),
         training_figures("sppo"),
         needs="pairs",
     ),
-    Step("win_rate", "win rate by rewards", evaluation("eval_win_rate.py"), claim_of("dpo_lora", "win_rate_LIMIT16")),
+    Step("win_rate", "win rate by rewards", evaluation("eval_win_rate.py"), evaluated("win_rate")),
     Step(
         "perplexity",
         "perplexity and KL",
         evaluation("eval_perplexity.py"),
-        claim_of("dpo_lora", "perplexity_LIMIT16"),
+        evaluated("perplexity"),
     ),
     Step(
         "battle",
         "greedy answers of base and tuned, compared by length",
         evaluation("eval_win_rate.py", "--battle", "--judge", "longer", "--max_new_tokens", 64),
-        claim_of("dpo_lora", "battle_LIMIT16"),
+        evaluated("battle"),
     ),
     Step(
         "merge",
         "merging the adapter, log-probabilities compared",
         evaluation("merge_adapter.py"),
-        claim_of("dpo_lora", "merge_LIMIT16"),
+        evaluated("merge"),
     ),
     Step(
         "flash_attention",
