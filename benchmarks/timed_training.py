@@ -11,7 +11,7 @@ import transformers
 from accelerate import PartialState
 from peft import LoraConfig
 from transformers import TrainerCallback
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
 from benchmarks.operation_times import time_by_kind
 from benchmarks.shapes import SHAPES, config_of
@@ -21,6 +21,8 @@ from preflab.training.dpo_config import DPORunConfig
 from preflab.training.dpo_trainer import ResumableDPOTrainer
 from preflab.training.memory import card_bytes
 from preflab.training.memory_parts import Weights
+from preflab.training.reward_config import RewardRunConfig
+from preflab.training.reward_trainer import ResumableRewardTrainer
 from preflab.training.sft_config import SFTRunConfig
 from preflab.training.sft_trainer import ResumableSFTTrainer
 from utils.artifacts import RowFile
@@ -33,19 +35,23 @@ LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 
 
 def load(args):
-    """(tokenizer, model) of --model in --dtype."""
+    """(tokenizer, model) of --model in --dtype; a reward model's has a new reward layer."""
     from preflab.models.loading import load_model, load_tokenizer
 
+    # The reward layer is drawn while loading: every run draws the same one.
+    transformers.set_seed(42)
+    reward = args.stage == "reward"
     if not args.model.startswith("shape:"):
-        return load_tokenizer(args.model), load_model(args.model, dtype=args.dtype)
+        return load_tokenizer(args.model), load_model(args.model, dtype=args.dtype, reward=reward)
     name = args.model.removeprefix("shape:")
     if name not in SHAPES:
         raise UserError(f"--model {args.model}: no such shape; available: {', '.join(SHAPES)}")
     torch.manual_seed(0)
     # Random weights, for machines without the model: the cost of a step does not depend on them.
     with torch.device(args.device):
-        config = config_of(name, dtype=args.dtype)
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, args.dtype))
+        config = config_of(name, dtype=args.dtype, **({"num_labels": 1} if reward else {}))
+        kind = transformers.AutoModelForSequenceClassification if reward else transformers.AutoModelForCausalLM
+        model = kind.from_config(config, dtype=getattr(torch, args.dtype))
     return load_tokenizer(args.tokenizer), model
 
 
@@ -54,6 +60,18 @@ class StockDPO(DPOTrainer):
 
     def _prepare_dataset(self, dataset, *others):
         return dataset
+
+
+# TRL's trainer and config of each stage.
+STOCK = {"dpo": (StockDPO, DPOConfig), "sft": (SFTTrainer, SFTConfig), "reward": (RewardTrainer, RewardConfig)}
+
+
+def complete_sequences(ids):
+    """Pairs in the layout of TRL's RewardTrainer: each answer with its prompt."""
+    return ids.map(
+        lambda row: {f"{side}_ids": row["prompt_ids"] + row[f"{side}_ids"] for side in ("chosen", "rejected")},
+        remove_columns=["prompt_ids"],
+    )
 
 
 class Clock(TrainerCallback):
@@ -87,7 +105,7 @@ def draw_rows(args, tokenizer, step: int):
         step: rows of an optimizer step.
     """
     source = [{"name": args.data, "split": args.split}]
-    if args.stage == "dpo":
+    if args.stage != "sft":
         data = preferences.load_pairs(source, keep_duplicate_prompts=True)
         data.pairs[:] = [data.pairs[k] for k in order_of(args, len(data.pairs), step)]
         return preferences.tokenize(data, tokenizer, args.max_length, args.max_length // 2)[0]
@@ -129,14 +147,21 @@ def make_trainer(args, tokenizer, model, ids, steps: int):
         **({"packing": packed} if args.stage == "sft" else {}),
         **({"compile_layers": args.way == "compiled"} if own else {}),
     )  # fmt: skip
-    peft = LoraConfig(r=args.lora_r, lora_alpha=2 * args.lora_r, target_modules=LINEAR) if args.lora_r else None
+    peft = None
+    if args.lora_r:
+        task = {"task_type": "SEQ_CLS"} if args.stage == "reward" else {}
+        peft = LoraConfig(r=args.lora_r, lora_alpha=2 * args.lora_r, target_modules=LINEAR, **task)
     common = {"train_dataset": ids, "processing_class": tokenizer, "peft_config": peft}
     if not own:
-        kind, config = (StockDPO, DPOConfig) if args.stage == "dpo" else (SFTTrainer, SFTConfig)
+        if args.stage == "reward":
+            common["train_dataset"] = complete_sequences(ids)
+        kind, config = STOCK[args.stage]
         return kind(model, args=config(**settings), **common)
     common["row_log"] = RowFile(Path(folder) / "log.jsonl")
     if args.stage == "sft":
         return ResumableSFTTrainer(model, args=SFTRunConfig(**settings), **common)
+    if args.stage == "reward":
+        return ResumableRewardTrainer(model, args=RewardRunConfig(**settings), eval_dataset=None, **common)
     config = DPORunConfig(**settings, micro_batch_tokens=args.micro_batch_tokens)
     longest = largest_and_longest(ids, ResumableDPOTrainer.SEQUENCES)[1]
     weights = Weights(model.config, args.dtype, peft, reference_beside=peft is None)

@@ -3,6 +3,7 @@
     python benchmarks/train_throughput.py                              # SmolLM2, the shipped pairs, float32, CPU
     python benchmarks/train_throughput.py --data HuggingFaceH4/ultrafeedback_binarized --split train_prefs
     python benchmarks/train_throughput.py --stage sft --data HuggingFaceH4/ultrafeedback_binarized --split train_prefs
+    python benchmarks/train_throughput.py --stage reward
     python benchmarks/train_throughput.py --model shape:gemma-2b --device cuda --dtype bfloat16 --compile_layers
 
 All trainers get the same model, the same token ids in the same order and the same steps. Their runs alternate, each in
@@ -19,6 +20,7 @@ rows of draw 0 of seed s + k.
 operations per parameter and token: forward, the backward of activations, and the reference's forward.
 --stage sft: the chosen answers; MFU counts 4 operations. Two more runs train on packed rows (--packing), stock and
 this project's. Their steps have other rows, so they are compared by tokens per second over all draws.
+--stage reward: a reward model's loss on the pairs of --stage dpo, with the same new reward layer; 4 operations.
 --compile_layers adds a run of this project with compiled decoder layers.
 --profile runs one more step of each trainer under the profiler, after the timed ones, and prints how its time divides.
 """
@@ -37,14 +39,18 @@ from utils.errors import UserError, is_main_process, run
 from utils.stage import start
 
 # The trainers of each stage, in the order of the first round; those named -packed train on packed rows.
-WAYS = {"dpo": ["stock", "ours"], "sft": ["stock", "ours", "stock-packed", "ours-packed"]}
+WAYS = {
+    "dpo": ["stock", "ours"],
+    "sft": ["stock", "ours", "stock-packed", "ours-packed"],
+    "reward": ["stock", "ours"],
+}
 
 
 @dataclass
 class BenchmarkArguments:
     """Keys of this benchmark."""
 
-    stage: str = option("dpo or sft.", "dpo", choices=["dpo", "sft"])
+    stage: str = option("dpo, sft or reward.", "dpo", choices=[*WAYS])
     model: str = option("builtin:smollm2-135m-instruct, a hub id or folder, or shape:NAME of benchmarks/shapes.py.",
                         "builtin:smollm2-135m-instruct")  # fmt: skip
     tokenizer: str = option("Tokenizer for a shape; its ids must be in the shape's vocabulary.",
@@ -164,7 +170,7 @@ def processor_ratio(runs: dict[str, list[dict]]) -> float:
 
 def print_result(result: dict, rounds: int) -> None:
     """Print the comparison: a line per draw, then the totals, then a line per trainer."""
-    unit, stored = ("pairs", "tokens stored once") if result["stage"] == "dpo" else ("rows", "tokens")
+    unit, stored = ("rows", "tokens") if result["stage"] == "sft" else ("pairs", "tokens stored once")
     stock_speed = result["ways"]["stock"]["tokens_per_second"]
     for draw in [*result["draws"], result]:
         name = f"draw {draw['seed']}" if "seed" in draw else "together"
