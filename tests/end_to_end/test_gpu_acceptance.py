@@ -6,19 +6,8 @@ import subprocess
 import pytest
 from conftest import ROOT, assert_one_line
 
-from benchmarks.gpu_acceptance import (
-    FAILED,
-    PASSED,
-    SKIPPED,
-    STEPS_OF_PAGE,
-    Machine,
-    Result,
-    Step,
-    StepFailed,
-    execute,
-    page,
-    perform,
-)
+from benchmarks.acceptance_steps import STEPS_OF_PAGE, Machine, Step, StepFailed, execute
+from benchmarks.gpu_acceptance import FAILED, PASSED, SKIPPED, Result, page, perform
 
 
 @pytest.fixture
