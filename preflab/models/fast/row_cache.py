@@ -16,7 +16,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from preflab.models.fast.shared_prompt import KNOWN, causal_attention
+from preflab.models.fast.shared_prompt import causal_attention, unsupported_reason
 from preflab.models.logprobs import without_adapter_shell
 
 NAME = "rows_of_a_step"
@@ -26,11 +26,9 @@ CALL_TOKENS = 128
 
 def supports(model) -> bool:
     """Whether the rows of this model can be decoded without padding."""
-    base = without_adapter_shell(model)
-    # In these two, the rotary embedding of all rows depends on the longest.
-    rope = str(getattr(base.config, "rope_parameters", None))
-    virtual = any(getattr(peft, "is_prompt_learning", False) for peft in getattr(model, "peft_config", {}).values())
-    return base.config.model_type in KNOWN and not virtual and "dynamic" not in rope and "longrope" not in rope
+    # As in a packed row; with longrope, too, the rotary embedding of all rows depends on the longest.
+    rope = str(getattr(without_adapter_shell(model).config, "rope_parameters", None))
+    return unsupported_reason(model) is None and "longrope" not in rope
 
 
 def rounded(tokens: int) -> int:
@@ -212,11 +210,9 @@ def _attention(module, query, key, value, attention_mask, step: Step | None = No
         # Grouped-query attention: the query heads of a key head take the place of query positions.
         last = query[0, :, :n].unflatten(0, (heads, -1)).permute(2, 0, 1, 3)  # (rows, key heads, group, dim)
         parts.append(_decode(last, *step.cache.layers[module.layer_idx], step, scaling, softcap, window))
-    start, repeats = n, query.shape[1] // heads
+    start = n
     for _, size in step.prompts:
         q, k, v = (x[:, :, start : start + size] for x in (query, key, value))
-        if repeats > 1:
-            k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
         parts.append(causal_attention(q, k, v, scaling, softcap, window, 0.0)[0].transpose(0, 1))
         start += size
     return torch.cat(parts)[None], None
