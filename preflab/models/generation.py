@@ -10,7 +10,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from preflab.data.chat_template import ChatRenderer, neutralise
 from preflab.models.batching import token_batches
-from preflab.models.checks import answer_room, check_ids, fit_pad_token
+from preflab.models.checks import answer_room, check_ids, fit_pad_token, name_of
 from preflab.models.fast.packed_linear import packed
 from preflab.models.fast.row_cache import RowCache, Step, next_logits, rounded, supports
 from preflab.models.logprobs import without_adapter_shell
@@ -175,14 +175,16 @@ def answers_by_row(model, tokenizer, requests, stops, sampler, batch_tokens, bat
             rows = live + joining
             # No row may exceed its span.
             steps = min(1 if show else steps_per_read(model.device), *(r.room - len(r.tokens) for r in rows))
-            for request, new in zip(rows, _decode(model, cache, live, joining, sampler, steps), strict=True):
+            decoded, live = _decode(model, cache, live, joining, sampler, steps), []
+            for request, new in zip(rows, decoded, strict=True):
                 complete = request.add(new, stops)
                 if show:
                     show(request.index, request.tokens)
                 if complete:
                     cache.spans.give_back(request.start, request.span)
                     yield request
-            live = [r for r in rows if len(r.tokens) < r.room and r.tokens[-1] not in stops]
+                else:
+                    live.append(request)
 
 
 def steps_per_read(device) -> int:
@@ -226,7 +228,7 @@ def _decode(model, cache: RowCache, live, joining, sampler, steps: int) -> list[
     tokens = torch.stack(drawn, 1).tolist()
     # argmax and sampling would still give tokens.
     if bool(damaged):
-        raise UserError(not_a_number(getattr(model.config, "_name_or_path", "") or "the model"))
+        raise UserError(not_a_number(name_of(model)))
     return tokens
 
 
@@ -264,7 +266,7 @@ def answers_by_batch(model, tokenizer, requests, stops, sampler, batch_tokens, b
                 logits_processor=LogitsProcessorList(processors),
                 stopping_criteria=watch,
             )
-        checked.ensure_none(getattr(model.config, "_name_or_path", "") or "the model")
+        checked.ensure_none(name_of(model))
         for request, answer in zip(batch, out[:, width:].tolist(), strict=True):
             # Rows that end earlier are filled with pad tokens up to the longest answer.
             request.add(answer, stops)
