@@ -7,14 +7,13 @@ with 8 pairs per step. Prints a table, writes it to --json and draws a figure to
 train_throughput.py.
 """
 
-import json
-import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.child import figures_of_child
 from utils.cli import option
 from utils.errors import UserError, run
 from utils.stage import start
@@ -42,7 +41,7 @@ class GrowthArguments:
 
 def measure(args, length: int, processes: int) -> dict:
     """One run of this project's trainer: the figures that train_throughput.py prints."""
-    launch = [sys.executable]
+    launch = []
     if processes > 1:
         kind = "cpu_2proc" if args.device == "cpu" else "multi_gpu"
         config = SCRIPT.parent.parent / "configs" / "accelerate" / f"{kind}.yaml"
@@ -52,12 +51,7 @@ def measure(args, length: int, processes: int) -> dict:
     settings |= {key: getattr(args, key) for key in ("data", "split", "steps", "dtype", "device", "model")}
     settings["micro_batch_tokens"] = args.micro_batch_tokens
     flags = [part for key, value in settings.items() for part in (f"--{key}", str(value))]
-    done = subprocess.run([*launch, str(SCRIPT), *flags], capture_output=True, text=True)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    if done.returncode or not lines:
-        last = [line for line in done.stderr.splitlines() if line.strip()][-1:]
-        raise UserError(f"max_length {length} on {processes} processes failed: {' '.join(last)}")
-    return json.loads(lines[-1])
+    return figures_of_child([*launch, str(SCRIPT), *flags], f"max_length {length} on {processes} processes")
 
 
 def draw(path, rows: list[dict], title: str) -> None:

@@ -11,7 +11,6 @@ only. Prints both, with the plan's parts.
 
 import ctypes
 import json
-import subprocess
 import sys
 import tempfile
 from dataclasses import asdict, dataclass
@@ -20,6 +19,7 @@ from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.child import figures_of_child
 from utils.cli import option
 from utils.errors import UserError, is_main_process, run
 from utils.stage import start
@@ -242,15 +242,6 @@ def make_trainer(case: Case, folder: str):
     )
 
 
-def child(name: str) -> dict:
-    """The figures of one configuration, in its own process."""
-    done = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--case", name], capture_output=True, text=True)
-    if done.returncode:
-        sys.stderr.write(done.stderr)
-        raise UserError(f"{name}: the run failed")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def recorded() -> dict:
     """Planned parts of the recorded GPU runs, beside their measured peaks, in bytes."""
     import transformers
@@ -283,7 +274,7 @@ def main():
         raise UserError(f"--only {args.only}: no such configuration; choose from {', '.join(CASES)}")
     results = {}
     for name in chosen:
-        results[name] = child(name)
+        results[name] = figures_of_child([__file__, *sys.argv[1:], "--case", name], name)
         print(f"{name}: measured {results[name]['measured'] / 2**20:.0f} MiB", file=sys.stderr)
     print(table(results, args.instrument))
     if args.json:

@@ -26,13 +26,13 @@ this project's. Their steps have other rows, so they are compared by tokens per 
 """
 
 import json
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.child import figures_of_child
 from preflab.training.memory import OUT_OF_MEMORY
 from utils.cli import option
 from utils.errors import UserError, is_main_process, run
@@ -74,17 +74,6 @@ class BenchmarkArguments:
     way: str | None = option("Internal: run one trainer and print its figures.", choices=[*WAYS["sft"], "compiled"])
 
 
-def child(way: str) -> dict:
-    """The figures of one run, in its own process."""
-    done = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--way", way], capture_output=True, text=True)
-    if done.returncode:
-        last = [line for line in done.stderr.splitlines() if line.strip()][-1:]
-        if not last or not last[0].startswith("error: "):
-            sys.stderr.write(done.stderr)
-        raise UserError(f"the {way} run failed: {' '.join(last).removeprefix('error: ')}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def main():
     stage, args = start("train_throughput", __doc__, BenchmarkArguments)
     if args.way:
@@ -105,7 +94,7 @@ def main():
     for number in range(args.rounds):
         # Alternate the order too, so that a machine that warms up favours neither.
         for way in list(runs)[:: -1 if number % 2 else 1]:
-            runs[way].append(child(way))
+            runs[way].append(figures_of_child([__file__, *sys.argv[1:], "--way", way], f"the {way} run"))
             print(f"round {number + 1}, {way}: {runs[way][-1]['seconds']:.1f} s", file=sys.stderr)
             rates.append(matmul_rate(args.dtype, args.device))
     # The highest of the run: other work on the machine can only lower it.

@@ -3,6 +3,7 @@
 import pytest
 
 from benchmarks import timed_training, train_throughput
+from benchmarks.child import figures_of_child
 from utils.errors import UserError
 
 
@@ -44,3 +45,18 @@ def test_each_draw_has_its_ratio_and_its_padding(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert "1.50" in lines[0] and "2.00" in lines[0] and "2.00" in lines[1] and "4.00" in lines[1]
     assert max(map(len, lines)) <= 100
+
+
+def test_figures_of_a_child_process(capsys):
+    printed = "print('{}'); print('a launcher'); print('{\"seconds\": 1.5}'); print('its end')"
+    assert figures_of_child(["-c", printed], "the run") == {"seconds": 1.5}
+    error = "import sys; print('{}'); print('error: --data x: no such file', file=sys.stderr); sys.exit(2)"
+    with pytest.raises(UserError, match="^the run failed: --data x: no such file$"):
+        figures_of_child(["-c", error], "the run")
+    assert capsys.readouterr().err == ""
+    # Of an error without a line for users, all of it is shown.
+    with pytest.raises(UserError, match="^the run failed: KeyError: 'a'$"):
+        figures_of_child(["-c", "{}['a']"], "the run")
+    assert "Traceback" in capsys.readouterr().err
+    with pytest.raises(UserError, match="^the run failed: it printed no figures$"):
+        figures_of_child(["-c", "print(1)"], "the run")
