@@ -185,9 +185,10 @@ def lora(case: Case):
     """PEFT's config of a case, None where every weight is trained."""
     from peft import LoraConfig
 
-    linear = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    from benchmarks.shapes import LINEAR
+
     # In SFT, TRL leaves the dropout on.
-    return LoraConfig(r=case.lora, lora_alpha=2 * case.lora, target_modules=linear) if case.lora else None
+    return LoraConfig(r=case.lora, lora_alpha=2 * case.lora, target_modules=LINEAR) if case.lora else None
 
 
 def make_trainer(case: Case, folder: str):
@@ -244,16 +245,11 @@ def make_trainer(case: Case, folder: str):
 
 def recorded() -> dict:
     """Planned parts of the recorded GPU runs, beside their measured peaks, in bytes."""
-    import transformers
-
+    from benchmarks.shapes import config_of
     from preflab.training.memory import needed
     from preflab.training.memory_parts import Weights, packed_rows
 
-    config = transformers.GemmaConfig(
-        hidden_size=2048, intermediate_size=16384, num_hidden_layers=18, num_attention_heads=8, num_key_value_heads=1,
-        head_dim=256, vocab_size=256000,
-    )  # fmt: skip
-    weights = Weights(config, "bfloat16", lora(CASES["llama LoRA"]))
+    weights = Weights(config_of("gemma-2b"), "bfloat16", lora(CASES["llama LoRA"]))
     args, results = SimpleNamespace(precision="bf16", optim="adamw_torch_fused"), {}
     for name, (budget, pairs, pair, measured) in RECORDED.items():
         batch = packed_rows(pair, budget, pairs)

@@ -44,13 +44,13 @@ def model_with_adapter(args):
     from peft import LoraConfig, get_peft_model
     from trl.trainer.utils import add_fused_lm_head
 
+    from benchmarks.shapes import LINEAR
     from preflab.models.loading import load_model
 
     model = load_model(args.model, dtype=args.dtype).to(args.device).eval()
     add_fused_lm_head(model)
-    linear = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     torch.manual_seed(0)
-    model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules=linear))
+    model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules=LINEAR))
     for name, p in model.named_parameters():
         if "lora_B" in name:
             p.data = (torch.randint(2, p.shape).mul(2).sub(1) * ENTRY_OF_B).to(p)

@@ -2,6 +2,8 @@
 
 import transformers
 
+# The projections of all shapes, for LoRA.
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 # transformers' class of the config, and its keys (the models' own config.json).
 SHAPES = {
     "qwen2.5-0.5b": ("Qwen2", {

@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
 from benchmarks.operation_times import time_by_kind
-from benchmarks.shapes import SHAPES, config_of
+from benchmarks.shapes import LINEAR, SHAPES, config_of
 from preflab.data import conversations, preferences
 from preflab.models.checks import largest_and_longest
 from preflab.training.dpo_config import DPORunConfig
@@ -31,7 +31,6 @@ from utils.provenance import peak_memory_gib
 
 # Figures of a draw that are summed over a run.
 TOTALS = ("seconds", "processor_seconds", "pairs", "tokens", "padded_tokens")
-LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 def load(args):
