@@ -1,5 +1,6 @@
-"""Training curves of DPO, SFT and reward-model runs."""
+"""Training curves of preference, SFT and reward-model runs."""
 
+from collections.abc import Callable
 from math import log
 
 from preflab.training.log_keys import PAIR_MEAN, TIES_HALF
@@ -71,127 +72,104 @@ def _rate_and_norm(ax, train: list[dict]) -> None:
     _titles(ax, "Learning rate and gradient norm", lines)
 
 
-def _drawn_steps(rows: list[dict]) -> list[dict]:
-    """The logged training steps; none on ranks that draw nothing."""
-    return [row for row in rows if row["split"] == "train"] if is_main_process() else []
+def picture(columns: int, loss_unit: str) -> Callable:
+    """Decorate a function that draws panels, to make a picture of two rows of them that is saved. Rank 0 only.
 
-
-def _save(fig, path, warning: str | None) -> None:
-    """Save the picture, with the warning, if any, below the panels."""
-    if warning:
-        # The layout engine keeps the panels above the figure's label.
-        fig.supxlabel(f"Warning: {warning}", color=REJECTED, fontsize=9)
-    save(fig, path)
-
-
-def sft_curves(path, rows: list[dict], title: str, warning: str | None = None) -> None:
-    """Draw an SFT run's four panels: loss, token accuracy, entropy, learning rate and gradient norm. Rank 0 only.
+    The first panel shows the loss, the last one learning rate and gradient norm. The picture is made with
+    `(path, rows, title, warning=None)`: `rows` of train_log.jsonl, `warning` a sentence below the panels. Nothing is
+    drawn where no step was logged.
 
     Args:
-        rows: of train_log.jsonl. Nothing is drawn where no step was logged.
-        warning: a sentence below the panels.
+        columns: panels of a row. loss_unit: unit of the loss.
     """
-    if not (train := _drawn_steps(rows)):
-        return
-    fig, axes = figure(2, 2, title)
-    for ax, key, name, unit in (
-        (axes[0], "loss", "Loss", "nats per trained token"),
-        (axes[1], "mean_token_accuracy", "Token accuracy", "share of tokens ranked first"),
-        (axes[2], "entropy", "Entropy of the next token", "nats"),
-    ):
-        _curve(ax, rows, key, NEUTRAL, name.lower())
-        _finish(ax, name, unit)
-        if key == "mean_token_accuracy":
-            # Around equal values, matplotlib's limits would leave 0 to 1.
-            low, high = ax.get_ylim()
-            ax.set_ylim(max(low, -0.02), min(high, 1.02))
-    _rate_and_norm(axes[3], train)
-    _save(fig, path, warning)
+
+    def decorate(draw_panels: Callable) -> Callable:
+        def draw(path, rows: list[dict], title: str, warning: str | None = None) -> None:
+            train = [row for row in rows if row["split"] == "train"]
+            if not train or not is_main_process():
+                return
+            fig, axes = figure(2, columns, title)
+            _curve(axes[0], rows, "loss", NEUTRAL, "loss")
+            _finish(axes[0], "Loss", loss_unit)
+            draw_panels(axes, rows)
+            _rate_and_norm(axes[-1], train)
+            if warning:
+                # The layout engine keeps the panels above the figure's label.
+                fig.supxlabel(f"Warning: {warning}", color=REJECTED, fontsize=9)
+            save(fig, path)
+
+        # Without `__wrapped__`, whose arguments are others.
+        draw.__name__, draw.__doc__ = draw_panels.__name__, draw_panels.__doc__
+        return draw
+
+    return decorate
 
 
-def reward_curves(path, rows: list[dict], title: str, warning: str | None = None) -> None:
-    """Draw a reward model's four panels: loss, accuracy, margin with rewards, learning rate. Rank 0 only.
+def _answers(reward_ax, logp_ax, rows: list[dict], names: tuple[str, str]) -> None:
+    """Draw rewards and log-probabilities of both kinds of answers. `names`: of the better and the worse ones."""
+    for side, name, colour in zip(("chosen", "rejected"), names, (CHOSEN, REJECTED), strict=True):
+        _curve(reward_ax, rows, f"rewards/{side}", colour, name)
+        _curve(logp_ax, rows, f"logps/{side}", colour, name)
+    reward_ax.axhline(0, color="grey", ls=":", lw=1)
+    _finish(reward_ax, "Rewards", "beta × log ratio (beta × nats)")
+    _finish(logp_ax, "Log-probabilities", "summed over the answer (nats)")
 
-    Args:
-        rows: of train_log.jsonl. Nothing is drawn where no step was logged.
-        warning: a sentence below the panels.
-    """
-    if not (train := _drawn_steps(rows)):
-        return
-    fig, axes = figure(2, 2, title)
-    _curve(axes[0], rows, "loss", NEUTRAL, "loss")
+
+def _accuracy(ax, rows: list[dict], key: str, name: str, unit: str) -> None:
+    """Draw a share of pairs beside chance."""
+    _curve(ax, rows, key, NEUTRAL, "accuracy")
+    # 0.5 is chance.
+    ax.axhline(0.5, color="grey", ls=":", lw=1)
+    # Accuracies of exactly 0 and 1 stay visible.
+    ax.set_ylim(-0.02, 1.02)
+    _finish(ax, name, unit)
+
+
+@picture(columns=2, loss_unit="nats per trained token")
+def sft_curves(axes: list, rows: list[dict]) -> None:
+    """Draw an SFT run's four panels: loss, token accuracy, entropy, learning rate and gradient norm."""
+    _curve(axes[1], rows, "mean_token_accuracy", NEUTRAL, "token accuracy")
+    _finish(axes[1], "Token accuracy", "share of tokens ranked first")
+    # Around equal values, matplotlib's limits would leave 0 to 1.
+    low, high = axes[1].get_ylim()
+    axes[1].set_ylim(max(low, -0.02), min(high, 1.02))
+    _curve(axes[2], rows, "entropy", NEUTRAL, "entropy of the next token")
+    _finish(axes[2], "Entropy of the next token", "nats")
+
+
+@picture(columns=2, loss_unit="nats per pair")
+def reward_curves(axes: list, rows: list[dict]) -> None:
+    """Draw a reward model's four panels: loss, accuracy, margin with rewards, learning rate."""
     # The loss of equal rewards.
     axes[0].axhline(log(2), color="grey", ls=":", lw=1)
-    _finish(axes[0], "Loss", "nats per pair")
-    _curve(axes[1], rows, "accuracy", NEUTRAL, "accuracy")
-    axes[1].axhline(0.5, color="grey", ls=":", lw=1)
-    axes[1].set_ylim(-0.02, 1.02)
-    _finish(axes[1], "Accuracy", "share of pairs, chosen ranked higher")
+    _accuracy(axes[1], rows, "accuracy", "Accuracy", "share of pairs, chosen ranked higher")
     _curve(axes[2], rows, "margin", CHOSEN, "margin")
     _curve(axes[2], rows, "mean_reward", NEUTRAL, "mean reward")
     axes[2].axhline(0, color="grey", ls=":", lw=1)
     _finish(axes[2], "Margin and mean reward", "reward (log-odds)")
-    _rate_and_norm(axes[3], train)
-    _save(fig, path, warning)
 
 
-def kto_curves(path, rows: list[dict], title: str, warning: str | None = None) -> None:
-    """Draw a KTO run's six panels: loss, rewards, log-probs, KL, entropy, learning rate. Rank 0 only.
-
-    Args:
-        rows: of train_log.jsonl. Nothing is drawn where no step was logged.
-        warning: a sentence below the panels.
-    """
-    if not (train := _drawn_steps(rows)):
-        return
-    fig, axes = figure(2, 3, title)
-    _curve(axes[0], rows, "loss", NEUTRAL, "loss")
-    _finish(axes[0], "Loss", "loss per answer")
-    for side, name, colour in (("chosen", "thumb up", CHOSEN), ("rejected", "thumb down", REJECTED)):
-        _curve(axes[1], rows, f"rewards/{side}", colour, name)
-        _curve(axes[2], rows, f"logps/{side}", colour, name)
-    axes[1].axhline(0, color="grey", ls=":", lw=1)
-    _finish(axes[1], "Rewards", "beta × log ratio (beta × nats)")
-    _finish(axes[2], "Log-probabilities", "summed over the answer (nats)")
+@picture(columns=3, loss_unit="loss per answer")
+def kto_curves(axes: list, rows: list[dict]) -> None:
+    """Draw a KTO run's six panels: loss, rewards, log-probs, KL, entropy, learning rate."""
+    _answers(axes[1], axes[2], rows, ("thumb up", "thumb down"))
     _curve(axes[3], rows, "kl", NEUTRAL, "KL")
     _finish(axes[3], "Estimated KL to the reference", "nats")
     _curve(axes[4], rows, "entropy", NEUTRAL, "entropy")
     _finish(axes[4], "Entropy of the next token", "nats")
-    _rate_and_norm(axes[5], train)
-    _save(fig, path, warning)
 
 
-def dpo_curves(path, rows: list[dict], title: str, warning: str | None = None) -> None:
-    """Draw a preference run's six panels: loss, accuracy, margin, rewards, log-probs, learning rate. Rank 0 only.
+@picture(columns=3, loss_unit="loss per pair")
+def dpo_curves(axes: list, rows: list[dict]) -> None:
+    """Draw a preference run's six panels: loss, accuracy, margin, rewards, log-probs, learning rate.
 
     Thin lines are single logged steps, thick lines their running mean, dots the test split.
-
-    Args:
-        rows: of train_log.jsonl. Nothing is drawn where no step was logged.
-        warning: a sentence below the panels.
     """
-    if not (train := _drawn_steps(rows)):
-        return
-    fig, axes = figure(2, 3, title)
-
-    _curve(axes[0], rows, "loss", NEUTRAL, "loss")
-    _finish(axes[0], "Loss", "loss per pair")
     # Logs of earlier versions have TRL's accuracy only, in which ties are wrong.
     ties_half = any(TIES_HALF in row for row in rows)
-    _curve(axes[1], rows, TIES_HALF if ties_half else "rewards/accuracies", NEUTRAL, "accuracy")
-    # 0.5 is chance.
-    axes[1].axhline(0.5, color="grey", ls=":", lw=1)
-    # Accuracies of exactly 0 and 1 stay visible.
-    axes[1].set_ylim(-0.02, 1.02)
-    _finish(axes[1], "Reward accuracy", f"chosen above rejected (ties {'half' if ties_half else 'wrong'})")
+    unit = f"chosen above rejected (ties {'half' if ties_half else 'wrong'})"
+    _accuracy(axes[1], rows, TIES_HALF if ties_half else "rewards/accuracies", "Reward accuracy", unit)
     _curve(axes[2], rows, "rewards/margins", NEUTRAL, "margin")
     axes[2].axhline(0, color="grey", ls=":", lw=1)
     _finish(axes[2], "Reward margin", "chosen − rejected (beta × nats)")
-    for side, colour in (("chosen", CHOSEN), ("rejected", REJECTED)):
-        _curve(axes[3], rows, f"rewards/{side}", colour, side)
-        _curve(axes[4], rows, f"logps/{side}", colour, side)
-    axes[3].axhline(0, color="grey", ls=":", lw=1)
-    _finish(axes[3], "Rewards", "beta × log ratio (beta × nats)")
-    _finish(axes[4], "Log-probabilities", "summed over the answer (nats)")
-    _rate_and_norm(axes[5], train)
-    _save(fig, path, warning)
+    _answers(axes[3], axes[4], rows, ("chosen", "rejected"))
