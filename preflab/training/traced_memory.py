@@ -14,7 +14,7 @@ import logging
 import warnings
 import weakref
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -218,8 +218,7 @@ def _written_down(config, step: Step, batch: Batch, layers: int) -> Traced:
 
 
 def _traced(config, step: Step, batch: Batch, layers: int) -> Traced:
-    # Configs and LoraConfigs are not hashable; their texts are.
-    key = (config.to_json_string(use_diff=False), repr(step), batch)
+    key = (_identity(config), repr(step), batch)
     if layers <= MORE:
         return _trace(config, step, batch, layers, key)
     few, more = (_trace(config, step, batch, count, key) for count in (FEW, MORE))
@@ -230,6 +229,21 @@ def _traced(config, step: Step, batch: Batch, layers: int) -> Traced:
     heap = all_layers(few.heap, more.heap)
     last = all_layers(few.last, more.last)
     return Traced(all_layers(few.peak, more.peak), last, True, heap, more.products, more.embedding)
+
+
+def _identity(config) -> tuple[str, str]:
+    """A config as part of a cache's key: trainers change its `use_cache` and attention, which changes no figure here.
+
+    As text, since configs and LoraConfigs are not hashable.
+    """
+    return repr({**config.to_dict(), "use_cache": None}), _attention_of(config)
+
+
+def _attention_of(config) -> str:
+    """The attention that a skeleton of this config has; "" for transformers' default."""
+    attention = (config._attn_implementation or "").removeprefix("packed_")
+    # Flash attention, which may not be installed here, keeps the tensors that torch's own attention keeps.
+    return attention if attention in ("", "eager", "sdpa") else "sdpa"
 
 
 _results: dict = {}
@@ -322,10 +336,9 @@ def skeleton(config, dtype: str, lora: LoraConfig | None, layers: int | None = N
             if isinstance(value, list) and len(value) == count:
                 setattr(text, name, value[:layers])
         text.num_hidden_layers = layers
-    attention = (config._attn_implementation or "").removeprefix("packed_")
+    attention = _attention_of(config)
     if attention:
-        # Flash attention, which may not be installed here, keeps the tensors that torch's own attention keeps.
-        config._attn_implementation = attention if attention in ("eager", "sdpa") else "sdpa"
+        config._attn_implementation = attention
     with _without_zero3():
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
@@ -392,7 +405,9 @@ _counts: dict = {}
 
 def counts_of(weights: Weights) -> Counts:
     """Parameters and bytes of a run's model, from its config; cached."""
-    key = (weights.config.to_json_string(use_diff=False), repr(weights))
+    # Not repr(weights), which names the config as it is now.
+    parts = {field.name: getattr(weights, field.name) for field in fields(weights) if field.name != "config"}
+    key = (_identity(weights.config), repr(parts))
     if key not in _counts:
         _counts[key] = _count(weights)
     return _counts[key]

@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.integrations import deepspeed
 
 from benchmarks.plan_check import Case, measure
+from preflab.training import traced_memory
 from preflab.training.memory import (
     HOLES,
     KERNEL_BYTES,
@@ -241,6 +242,30 @@ def checkpointing(train, tiny, prefs, folder, *flags):
     code, out, err = train(*base[:at], *base[at + 2 :], *flags)
     assert code == 0, err
     return out, json.loads((folder / "out" / "r" / "preflight.json").read_text())
+
+
+def test_preflight_traces_a_batch_once(train, tiny, prefs, tmp_path, monkeypatch):
+    traces = []
+
+    def run(config, step, batch, layers):
+        traces.append((step, batch, layers))
+        return _run(config, step, batch, layers)
+
+    monkeypatch.setattr(traced_memory, "_results", {})
+    monkeypatch.setattr(traced_memory, "_run", run)
+    # The choice of checkpointing and the preflight's estimate need the same figures.
+    _, flight = checkpointing(train, tiny, prefs, tmp_path)
+    assert len(traces) == 1 and not flight["gradient_checkpointing"] and not flight["estimate"]["memory_is_rough"]
+
+
+def test_trace_depends_on_the_attention():
+    config, step, batch = llama(num_hidden_layers=1), Step("float32", False, None), Batch((), 2, 200, 60)
+    peaks = {}
+    for name in ("sdpa", "eager", "packed_eager"):
+        config._attn_implementation = name
+        peaks[name] = traced(config, step, batch).peak
+    # Eager attention keeps its weights, 2 x 4 x 200 x 200 values of 4 bytes, at least.
+    assert peaks["eager"] - peaks["sdpa"] >= 2 * 4 * 200 * 200 * 4 and peaks["packed_eager"] == peaks["eager"]
 
 
 def test_checkpointing_default_and_flag(train, tiny, prefs, tmp_path, monkeypatch):
