@@ -85,7 +85,7 @@ def main():
     training.train(trainer, flight)
     rows, metrics = evaluate_rewards(trainer, splits, base, training.config.seed)
     title = training.title(splits, "pairs")
-    report = reward_report.render(metrics, title, training.row_log.read(), splits.kept_overlap)
+    report = reward_report.render(metrics, title, training.row_log.read(), kept=splits.kept_overlap)
     training.publish(
         trainer,
         splits,

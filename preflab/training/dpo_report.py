@@ -9,37 +9,13 @@ from preflab.evaluation.reward_table import (
     minus_half,
     ranking_row,
 )
-from preflab.training.training_table import DPO_FIGURES, render_training, with_kept_overlap
-from utils.power import power_sentence
-from utils.stage import Report, fits_terminal
+from preflab.training.training_table import DPO_FIGURES, accuracy_power, run_report
 from utils.stats import direction
 from utils.tables import cell, difference, undecided
-from utils.tables import render as render_table
 
 LIST_NOTE = (
     "A pair is a list's best and worst answer; the lines `all answers` compare every two answers of different score."
 )
-
-
-@fits_terminal
-def render(
-    metrics: dict, title: str, log: list[dict] | None = None, samples: str | None = None, kept: int = 0
-) -> Report:
-    """The table with verdict and warning below it; without a test split, that of the training log.
-
-    Args:
-        metrics: from `reward_metrics`, empty without a test split.
-        log: rows of train_log.jsonl.
-        samples: the path of samples.md, if it was written.
-        kept: train rows whose prompts are in the test split (--train_test_overlap keep).
-    """
-    if not metrics:
-        return render_training(title, log or [], DPO_FIGURES, samples)
-    verdict, warning = with_kept_overlap(verdict_of(metrics)[1], kept), displacement(metrics)
-    parts = [render_table(title, table_lines(metrics)), verdict, power_note(metrics)]
-    parts += [LIST_NOTE] if "list_accuracy" in metrics else []
-    parts += [f"warning: {warning}"] if warning else []
-    return Report("\n\n".join(filter(None, parts)), verdict, warning)
 
 
 def verdict_of(metrics: dict) -> tuple[bool, str]:
@@ -56,13 +32,6 @@ def verdict_of(metrics: dict) -> tuple[bool, str]:
     if above < 0:
         return False, f"Training hurt: {finding}, below 50%: the rewards prefer the rejected answers."
     return False, f"Inconclusive: {finding}, {undecided(accuracy, p, 0.5, '50%')}."
-
-
-def power_note(metrics: dict) -> str:
-    """What these held-out pairs could have shown, where the verdict is inconclusive; else ""."""
-    accuracy = metrics["reward_accuracy"]
-    decided = direction(accuracy, metrics["p_reward_accuracy_is_half"]["value"], 0.5)
-    return "" if decided else power_sentence(accuracy)
 
 
 def surface_caveat(metrics: dict) -> str:
@@ -130,3 +99,11 @@ def list_rows_of_table(metrics: dict) -> list[tuple]:
         comparison_row("all answers: Kendall's tau-b", "0 by def.", tau, tau, metrics["p_kendall_tau_is_0"], 1, 3),
         comparison_row("all answers: likelier better, %", *ranking, metrics["p_list_ranking_difference"], 100),
     ]
+
+
+def notes_of(metrics: dict) -> list[str]:
+    """Sentences below the verdict; "" where there is nothing to say."""
+    return [accuracy_power(metrics), LIST_NOTE if "list_accuracy" in metrics else ""]
+
+
+render = run_report(DPO_FIGURES, table_lines, verdict_of, notes_of, displacement)

@@ -1,40 +1,11 @@
 """Printed table and verdict of a KTO run: do the implicit rewards separate answers with thumbs up and down?"""
 
 from preflab.evaluation.reward_table import COIN_FLIP, NO_REWARD, comparison_row, minus_half
-from preflab.training.training_table import render_training, with_kept_overlap
-from utils.stage import Report, fits_terminal
+from preflab.training.training_table import KTO_FIGURES, run_report
 from utils.stats import direction
-from utils.tables import render as render_table
 from utils.tables import undecided
 
-# Label, key of train_log.jsonl, scale, digits.
-KTO_FIGURES = (
-    ("loss per answer", "loss", 1, 4),
-    ("estimated KL, nats", "kl", 1, 3),
-    ("reward of thumbs up, beta x nats", "rewards/chosen", 1, 4),
-    ("reward of thumbs down, beta x nats", "rewards/rejected", 1, 4),
-    ("log-prob of thumbs up, nats", "logps/chosen", 1, 2),
-    ("log-prob of thumbs down, nats", "logps/rejected", 1, 2),
-)
 ONE_LABEL = "No claim: the held-out answers have one label only, so nothing can be separated."
-
-
-@fits_terminal
-def render(
-    metrics: dict, title: str, log: list[dict] | None = None, samples: str | None = None, kept: int = 0
-) -> Report:
-    """The table with the verdict below it; without held-out answers, that of the training log.
-
-    Args:
-        metrics: from `thumb_metrics`, empty without held-out answers.
-        log: rows of train_log.jsonl.
-        samples: the path of samples.md, if it was written.
-        kept: train rows whose prompts are in the test split (--train_test_overlap keep).
-    """
-    if not metrics:
-        return render_training(title, log or [], KTO_FIGURES, samples)
-    verdict = with_kept_overlap(verdict_of(metrics)[1], kept)
-    return Report(f"{render_table(title, table_lines(metrics))}\n\n{verdict}", verdict)
 
 
 def verdict_of(metrics: dict) -> tuple[bool, str]:
@@ -72,3 +43,6 @@ def table_lines(metrics: dict) -> list[tuple]:
             base, tuned, change = (metrics[f"logps_{name}_{key}"] for key in ("base", "tuned", "difference"))
             lines.append(comparison_row(f"log-prob of {name}, nats", base, tuned, change, p, digits=2))
     return lines
+
+
+render = run_report(KTO_FIGURES, table_lines, verdict_of)

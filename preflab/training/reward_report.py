@@ -1,12 +1,9 @@
 """Printed table and verdict of a reward model's training: held-out accuracy beside what needs no training."""
 
 from preflab.evaluation.reward_table import minus_half
-from preflab.training.training_table import REWARD_FIGURES, render_training, with_kept_overlap
-from utils.power import power_sentence
-from utils.stage import Report, fits_terminal
+from preflab.training.training_table import REWARD_FIGURES, accuracy_power, run_report
 from utils.stats import direction
 from utils.tables import cell, difference, estimate, undecided
-from utils.tables import render as render_table
 
 # Name in the metrics, label in the table, name in sentences.
 BASELINES = (
@@ -14,22 +11,6 @@ BASELINES = (
     ("surface", "bag of words and length, %", "the bag-of-words and length baseline"),
     ("longer", "longer answer, %", "the longer answer"),
 )
-
-
-@fits_terminal
-def render(metrics: dict, title: str, log: list[dict] | None = None, kept: int = 0) -> Report:
-    """The table with the verdict below it; without a test split, that of the training log.
-
-    Args:
-        metrics: from `accuracy_metrics`, empty without a test split.
-        log: rows of train_log.jsonl.
-        kept: train rows whose prompts are in the test split (--train_test_overlap keep).
-    """
-    if not metrics:
-        return render_training(title, log or [], REWARD_FIGURES, None)
-    verdict = with_kept_overlap(verdict_of(metrics)[1], kept)
-    parts = [render_table(title, table_lines(metrics)), verdict, power_note(metrics)]
-    return Report("\n\n".join(filter(None, parts)), verdict)
 
 
 def verdict_of(metrics: dict) -> tuple[bool, str]:
@@ -57,13 +38,6 @@ def is_ahead(metrics: dict, baseline: str) -> bool:
     return ahead is None or direction(ahead, metrics[f"p_reward_accuracy_is_{baseline}"]["value"]) > 0
 
 
-def power_note(metrics: dict) -> str:
-    """What these held-out pairs could have shown, where the verdict is inconclusive; else ""."""
-    accuracy = metrics["reward_accuracy"]
-    decided = direction(accuracy, metrics["p_reward_accuracy_is_half"]["value"], 0.5)
-    return "" if decided else power_sentence(accuracy)
-
-
 def table_lines(metrics: dict) -> list[tuple]:
     """The lines of the printed table, its head first."""
     accuracy = metrics["reward_accuracy"]
@@ -83,3 +57,6 @@ def table_lines(metrics: dict) -> list[tuple]:
     lines.append(("margin, chosen - rejected, log-odds", cell(margin, 1, 3), ""))
     ece, floor = metrics["calibration_ece"], metrics["calibration_ece_if_calibrated"]
     return [*lines, (f"calibration error {cell(ece, 100)}%; of a calibrated model {cell(floor, 100)}%",)]
+
+
+render = run_report(REWARD_FIGURES, table_lines, verdict_of, lambda metrics: [accuracy_power(metrics)])

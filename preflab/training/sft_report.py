@@ -1,34 +1,13 @@
 """Printed table and verdict of an SFT run: held-out perplexity of base and tuned model."""
 
 from preflab.evaluation.perplexity_report import change_power
-from preflab.training.training_table import SFT_FIGURES, render_training, with_kept_overlap
-from utils.stage import Report, fits_terminal
+from preflab.training.training_table import SFT_FIGURES, run_report
 from utils.stats import direction
 from utils.tables import cell, decimals_of, difference, p_equals, undecided
-from utils.tables import render as render_table
 
 NO_BASE = (
     "No claim: this sharded run was resumed without the cache of its base's figures; use eval_perplexity.py to compare."
 )
-
-
-@fits_terminal
-def render(
-    metrics: dict, title: str, log: list[dict] | None = None, samples: str | None = None, kept: int = 0
-) -> Report:
-    """The table with the verdict below it; without held-out conversations, that of the training log.
-
-    Args:
-        metrics: from `heldout_metrics`, empty without held-out conversations.
-        log: rows of train_log.jsonl.
-        samples: the path of samples.md, if it was written.
-        kept: train rows whose prompts are in the test split (--train_test_overlap keep).
-    """
-    if not metrics:
-        return render_training(title, log or [], SFT_FIGURES, samples)
-    verdict = with_kept_overlap(verdict_of(metrics)[1], kept)
-    parts = [render_table(title, table_lines(metrics)), verdict, power_note(metrics)]
-    return Report("\n\n".join(filter(None, parts)), verdict)
 
 
 def power_note(metrics: dict) -> str:
@@ -74,3 +53,6 @@ def verdict_of(metrics: dict) -> tuple[bool, str]:
         verdict = "hurt" if rose > 0 else "helped"
         return rose < 0, f"Training {verdict}: {finding}, permutation test {p_equals(p)})."
     return False, f"Inconclusive: {finding}), {undecided(ratio, p, 1, 'no change')}."
+
+
+render = run_report(SFT_FIGURES, table_lines, verdict_of, lambda metrics: [power_note(metrics)])

@@ -1,7 +1,11 @@
-"""The end of a run without held-out rows: what its training log shows, and how to hold rows out."""
+"""The end of a training run: table and verdict on held-out rows; without them, what the training log shows."""
+
+from collections.abc import Callable
 
 from preflab.training.log_keys import TIES_HALF
-from utils.stage import Report
+from utils.power import power_sentence
+from utils.stage import Report, fits_terminal
+from utils.stats import direction
 from utils.tables import number, paragraphs
 from utils.tables import render as render_table
 
@@ -12,6 +16,14 @@ DPO_FIGURES = (
     ("reward margin, beta x nats", "rewards/margins", 1, 4),
     ("log-prob of chosen, nats", "logps/chosen", 1, 2),
     ("log-prob of rejected, nats", "logps/rejected", 1, 2),
+)
+KTO_FIGURES = (
+    ("loss per answer", "loss", 1, 4),
+    ("estimated KL, nats", "kl", 1, 3),
+    ("reward of thumbs up, beta x nats", "rewards/chosen", 1, 4),
+    ("reward of thumbs down, beta x nats", "rewards/rejected", 1, 4),
+    ("log-prob of thumbs up, nats", "logps/chosen", 1, 2),
+    ("log-prob of thumbs down, nats", "logps/rejected", 1, 2),
 )
 REWARD_FIGURES = (
     ("loss per pair", "loss", 1, 4),
@@ -49,12 +61,56 @@ def first_and_last_tenth(rows: list[dict], key: str) -> tuple[float, float] | No
     return (sum(values[:tenth]) / tenth, sum(values[-tenth:]) / tenth) if values else None
 
 
+def run_report(
+    figures: tuple,
+    table_lines: Callable[[dict], list[tuple]],
+    verdict_of: Callable[[dict], tuple[bool, str]],
+    notes_of: Callable[[dict], list[str]] = lambda metrics: [],
+    warning_of: Callable[[dict], str | None] = lambda metrics: None,
+) -> Callable[..., Report]:
+    """The `render` of a training stage, from its own parts.
+
+    Args:
+        figures: of `render_training`.
+        table_lines, verdict_of, notes_of, warning_of: give the table, the verdict, the sentences below it ("" is left
+            out) and a warning, from the metrics of held-out rows.
+    """
+
+    @fits_terminal
+    def render(
+        metrics: dict, title: str, log: list[dict] | None = None, samples: str | None = None, kept: int = 0
+    ) -> Report:
+        """The table with verdict, notes and warning below it; without held-out rows, that of the training log.
+
+        Args:
+            metrics: of held-out rows, empty without them.
+            log: rows of train_log.jsonl.
+            samples: the path of samples.md, if it was written.
+            kept: train rows whose prompts are in the test split (--train_test_overlap keep).
+        """
+        if not metrics:
+            return render_training(title, log or [], figures, samples)
+        verdict, warning = with_kept_overlap(verdict_of(metrics)[1], kept), warning_of(metrics)
+        parts = [render_table(title, table_lines(metrics)), verdict, *notes_of(metrics)]
+        parts += [f"warning: {warning}"] if warning else []
+        return Report("\n\n".join(filter(None, parts)), verdict, warning)
+
+    return render
+
+
+def accuracy_power(metrics: dict) -> str:
+    """What these held-out pairs could have shown, where their reward accuracy is inconclusive; else ""."""
+    accuracy = metrics["reward_accuracy"]
+    decided = direction(accuracy, metrics["p_reward_accuracy_is_half"]["value"], 0.5)
+    return "" if decided else power_sentence(accuracy)
+
+
 def render_training(title: str, rows: list[dict], figures: tuple, samples: str | None) -> Report:
     """The table of a run without held-out rows.
 
     Args:
         rows: of train_log.jsonl.
-        figures: DPO_FIGURES, REWARD_FIGURES or SFT_FIGURES.
+        figures: DPO_FIGURES, KTO_FIGURES, REWARD_FIGURES or SFT_FIGURES.
         samples: the path of samples.md; None where none was written.
     """
     steps = sum(row["split"] == "train" for row in rows)
