@@ -31,6 +31,8 @@ from utils.stage import start
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKLOADS, MODELS = ("mixed", "ends"), ("base", "lora")
+# Tokens of the shortest answer of the workload `ends`.
+SHORTEST_ANSWER = 8
 # Reported as the pass without a result.
 FAILED = "failed"
 
@@ -90,7 +92,7 @@ def requests_of(workload: str, tokenizer, args) -> tuple[list[list[int]], list[i
     rng = random.Random(0)
     longest = 64 if workload == "mixed" else args.longest_answer
     sizes = evenly(17, 970 if workload == "mixed" else 300, args.prompts)
-    lengths = [64] * args.prompts if workload == "mixed" else evenly(8, longest, args.prompts)
+    lengths = [64] * args.prompts if workload == "mixed" else evenly(SHORTEST_ANSWER, longest, args.prompts)
     # Independent of each other: neither order says where an answer ends.
     rng.shuffle(lengths)
     prompts = []
@@ -286,6 +288,8 @@ def main():
             raise UserError(f"--{key} {unknown.pop()}: choose from {', '.join(known)}")
     if min(args.rounds, args.prompts, *args.batches) < 1:
         raise UserError("--rounds, --prompts and --batches must be at least 1")
+    if args.longest_answer < SHORTEST_ANSWER:
+        raise UserError(f"--longest_answer {args.longest_answer}: must be at least {SHORTEST_ANSWER}")
     join_processes()
     tokenizer = load_tokenizer(args.model)
     figures = {}

@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils.cli import option
-from utils.errors import run
+from utils.errors import UserError, run
 from utils.stage import start
 from utils.tables import render
 
@@ -33,6 +33,15 @@ class ListArguments:
     rounds: int = option("Rounds; one more is not timed.", 5)
     max_length: int = option("As in training.", 512)
     json: str | None = option("Write the figures here.")
+
+
+def check(args) -> None:
+    """Raise UserError for values that make no lists."""
+    for key in ("lists", "rounds"):
+        if getattr(args, key) < 1:
+            raise UserError(f"--{key} {getattr(args, key)}: must be at least 1")
+    if len(args.answers) < 2 or min(args.answers) < 2:
+        raise UserError(f"--answers {' '.join(map(str, args.answers))}: give two numbers or more, each at least 2")
 
 
 def trainer_of(args, rows: list[dict], folder: str):
@@ -61,12 +70,22 @@ def trainer_of(args, rows: list[dict], folder: str):
 
 
 def rows_of(args) -> dict[int, list[dict]]:
-    """{number of answers: tokenised lists}, all with the same prompts."""
+    """{number of answers: tokenised lists}, all with the same prompts.
+
+    Raises:
+        UserError: too few rows for complete lists.
+    """
     from preflab.data.preferences import load_pairs, tokenize
     from preflab.models.loading import load_tokenizer
 
     data = load_pairs([{"name": args.data, "split": args.split}], limit=args.lists + max(args.answers) // 2)
     ids, _ = tokenize(data, load_tokenizer(args.model), args.max_length, args.max_length // 2)
+    # The last list has the answers of its own row and of those after it.
+    needed = args.lists - 1 + (max(args.answers) + 1) // 2
+    if len(ids) < needed:
+        raise UserError(
+            f"--lists {args.lists}: needs {needed} rows of {args.data}, but {len(ids)} are usable; lower it"
+        )
     pool = [row[f"{side}_ids"] for row in ids for side in ("chosen", "rejected")]
     lists = {}
     for number in args.answers:
@@ -89,6 +108,7 @@ def listed(prompt: list[int], answers: list[list[int]]) -> dict:
 
 def main():
     _, args = start("ranked_lists", __doc__, ListArguments)
+    check(args)
     from tempfile import TemporaryDirectory
 
     import numpy as np

@@ -84,6 +84,8 @@ def main():
     for key in ("draws", "steps", "rounds", "batch", "accumulation", "max_length"):
         if getattr(args, key) < 1:
             raise UserError(f"--{key} {getattr(args, key)}: must be at least 1")
+    if args.lora_r < 0:
+        raise UserError(f"--lora_r {args.lora_r}: must be at least 0")
 
     from preflab.training.throughput import matmul_rate
     from utils.artifacts import write_json

@@ -1,6 +1,9 @@
 """The training benchmark: its draws of rows, and the ratios of its report."""
 
+import runpy
+
 import pytest
+from conftest import ROOT, assert_one_line
 
 from benchmarks import timed_training, train_throughput
 from benchmarks.child import figures_of_child
@@ -60,3 +63,22 @@ def test_figures_of_a_child_process(capsys):
     assert "Traceback" in capsys.readouterr().err
     with pytest.raises(UserError, match="^the run failed: it printed no figures$"):
         figures_of_child(["-c", "print(1)"], "the run")
+
+
+@pytest.mark.parametrize(
+    ("command", "named"),
+    [
+        ("ranked_lists.py --answers 2", "--answers 2"),
+        ("ranked_lists.py --answers 1 4", "--answers 1 4"),
+        ("ranked_lists.py --rounds 0", "--rounds 0"),
+        ("ranked_lists.py --lists 1000", "--lists 1000"),
+        ("train_throughput.py --lora_r -1", "--lora_r -1"),
+    ],
+)
+def test_bad_values_are_one_line(command, named, capsys, monkeypatch):
+    script, *flags = command.split()
+    monkeypatch.setattr("sys.argv", [script, *flags])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / "benchmarks" / script), run_name="__main__")
+    assert end.value.code == 2
+    assert_one_line(capsys.readouterr().err, named)
