@@ -32,7 +32,7 @@ def rank_by_likelihood(training, splits) -> list[dict] | None:
     config, model_args = training.config, training.model_args
     if not splits.test or not config.base_ranking:
         return None
-    if str(PartialState().distributed_type).rpartition(".")[2] in ("FSDP", "DEEPSPEED"):
+    if config.sharding is not None:
         training.notes.append("the base's likelihood ranking is left out: training shards the model")
         return None
     start = training.start_adapter

@@ -91,7 +91,7 @@ def run_preflight(describe_rows, trainer, splits, args: list, notes: list[str]) 
         config.largest_row(splits.train_ids),
         facts.longest,
         checkpointing=bool(config.gradient_checkpointing),
-        shards=Shards.of_process(),
+        shards=Shards.of_run(config),
     )
     flight = {
         **facts.sections,

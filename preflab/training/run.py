@@ -231,7 +231,7 @@ class TrainingRun:
                 config.largest_row(splits.train_ids),
                 sizes["train"][1],
                 free_bytes(policy),
-                Shards.of_process(),
+                Shards.of_run(config),
             )
             self.notes += [note] if note else []
             if self.continues_adapter:

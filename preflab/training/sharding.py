@@ -26,22 +26,26 @@ class Shards:
     offload: bool = False
 
     @classmethod
-    def of_process(cls) -> "Shards | None":
-        """How this process's training is divided, from accelerate's state; None for one process."""
-        from accelerate.state import AcceleratorState, is_initialized
+    def of_run(cls, args) -> "Shards | None":
+        """How the training of this launch is divided; None for one process.
 
-        state = AcceleratorState() if is_initialized() and AcceleratorState._shared_state else None
-        if state is None or state.num_processes == 1:
+        Args:
+            args: a RunConfig. Accelerate's own state knows of FSDP only once the trainer is made, which is too late for
+                the choice of gradient checkpointing.
+        """
+        from accelerate.utils import parse_flag_from_env
+
+        if args.world_size == 1:
             return None
-        kind = state.distributed_type.value
-        if kind == "DEEPSPEED":
-            plugin = state.deepspeed_plugin
-            stage, device = plugin.zero_stage, getattr(plugin, "offload_optimizer_device", None)
-            return cls(f"zero{min(stage, 3)}", state.num_processes, device not in (None, "none"))
-        if kind == "FSDP":
-            offloaded = bool(getattr(state.fsdp_plugin, "cpu_offload", False))
-            return cls("fsdp2", state.num_processes, offloaded)
-        return cls("ddp", state.num_processes)
+        plugin = args.deepspeed_plugin
+        if plugin is not None:
+            device = getattr(plugin, "offload_optimizer_device", None)
+            return cls(f"zero{min(plugin.zero_stage, 3)}", args.world_size, device not in (None, "none"))
+        if args.sharding is not None:
+            # The run's own --fsdp_config, or the launcher's.
+            offload = (args.fsdp_plugin_args or {}).get("cpu_offload") or parse_flag_from_env("FSDP_OFFLOAD_PARAMS")
+            return cls("fsdp2", args.world_size, offload)
+        return cls("ddp", args.world_size)
 
     @property
     def parameters(self) -> bool:

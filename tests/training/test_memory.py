@@ -147,6 +147,23 @@ def test_zero_stages_of_the_paper():
     assert gigabytes("zero3") == pytest.approx(1.9, abs=0.05)
 
 
+def test_division_of_a_launch(monkeypatch):
+    def of(processes=2, **keys):
+        none = {"deepspeed_plugin": None, "sharding": None, "fsdp_plugin_args": None}
+        return Shards.of_run(SimpleNamespace(world_size=processes, **(none | keys)))
+
+    assert of(1) is None and of(1, sharding="FSDP") is None and of() == Shards("ddp", 2)
+    assert of(4, sharding="FSDP") == Shards("fsdp2", 4)
+    assert of(sharding="FSDP", fsdp_plugin_args={"cpu_offload": True}) == Shards("fsdp2", 2, True)
+    plugin = SimpleNamespace(zero_stage=3, offload_optimizer_device="cpu")
+    assert of(8, deepspeed_plugin=plugin, sharding="DeepSpeed ZeRO-3") == Shards("zero3", 8, True)
+    plugin = SimpleNamespace(zero_stage=2, offload_optimizer_device="none")
+    assert of(8, deepspeed_plugin=plugin, sharding="DeepSpeed ZeRO-2") == Shards("zero2", 8)
+    monkeypatch.setenv("FSDP_OFFLOAD_PARAMS", "true")
+    assert of(sharding="FSDP") == Shards("fsdp2", 2, True)
+    assert of(sharding="FSDP", fsdp_plugin_args={"fsdp_version": 2}) == Shards("fsdp2", 2, True)
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_few_layers_give_all_layers(checkpointing):
     batch = packed_rows((20, 30, 30), 200, 4)

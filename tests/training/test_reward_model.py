@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from preflab.data.prompts import Prompt
 from preflab.judging.reward_model import RewardModel
 from preflab.models.loading import load_model, load_tokenizer
 from preflab.models.reward_head import padding_that_ends_nothing
+from preflab.training.base_ranking import rank_by_likelihood
 from preflab.training.reward_config import RewardRunConfig
 from preflab.training.reward_trainer import ResumableRewardTrainer, RewardCollator, at_last_tokens
 from utils.artifacts import RowFile, read_json
@@ -209,6 +211,13 @@ def test_base_ranking_is_the_causal_models_log_probability(run, tiny, prefs):
         with torch.no_grad():
             expected = slow_logp(model, pair["prompt_ids"], pair["rejected_ids"])
         assert row["base_logp_rejected"] == pytest.approx(expected, abs=1e-3)
+
+
+def test_sharded_training_loads_no_whole_base_for_its_ranking():
+    config = SimpleNamespace(base_ranking=True, sharding="FSDP")
+    training = SimpleNamespace(config=config, model_args=None, notes=[])
+    assert rank_by_likelihood(training, SimpleNamespace(test=True)) is None
+    assert training.notes == ["the base's likelihood ranking is left out: training shards the model"]
 
 
 def test_second_call_prints_the_results_and_evaluations_refuse_a_reward_model(run, tiny, prefs, reward, call):
