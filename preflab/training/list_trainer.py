@@ -6,6 +6,7 @@ preflab.training.list_losses compare the rewards of all answers of a list. A lis
 
 import torch
 
+from preflab.models.batching import pad_right
 from preflab.models.logprobs import sum_logps
 from preflab.training import list_losses
 from preflab.training.dpo_trainer import ResumableDPOTrainer
@@ -156,13 +157,8 @@ class ListCollator:
             answers = answers_of(example)
             groups.append(list(range(len(rows), len(rows) + len(answers))))
             rows += [(example["prompt_ids"], answer) for answer in answers]
-        length = max(len(prompt) + len(answer) for prompt, answer in rows)
-        ids = torch.full((len(rows), length), self.pad_token_id)
-        attention, completion = torch.zeros_like(ids), torch.zeros_like(ids)
-        for k, (prompt, answer) in enumerate(rows):
-            end = len(prompt) + len(answer)
-            ids[k, :end] = torch.tensor([*prompt, *answer])
-            attention[k, :end], completion[k, len(prompt) : end] = 1, 1
+        ids, attention = pad_right([[*prompt, *answer] for prompt, answer in rows], self.pad_token_id, "cpu")
+        completion, _ = pad_right([[0] * len(prompt) + [1] * len(answer) for prompt, answer in rows], 0, "cpu")
         batch = {"input_ids": ids, "attention_mask": attention, "completion_mask": completion, "groups": groups}
         batch["scores"] = torch.tensor([score for example in examples for score in example["scores"]])
         if REFERENCE in examples[0]:
