@@ -73,6 +73,10 @@ def require_python(place: str, alternative: str) -> str:
     if python is None:
         raise UserError(f"{place}: vLLM is not installed; run {INSTALL}, or use {alternative}")
     if python == str(FOLDER / "bin" / "python"):
+        if not Path(python).exists():
+            # A link to the Python that it was made with.
+            fix = f"delete that folder and run {INSTALL}, or use {alternative}"
+            raise UserError(f"{place}: the Python that {FOLDER} was made with is gone; {fix}")
         warn_if_outdated()
     return python
 

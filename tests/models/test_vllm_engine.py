@@ -193,12 +193,18 @@ def test_interpreter_is_chosen_or_found(fake, tmp_path, monkeypatch):
         choose_engine("vllm")
     stamp(tmp_path / "v", "cpu")
     assert find_python() == str(tmp_path / "v" / "bin" / "python") and choose_engine("vllm") == "vllm"
+    # A link to a Python that was removed.
+    (tmp_path / "v" / "bin" / "python").unlink()
+    (tmp_path / "v" / "bin" / "python").symlink_to(tmp_path / "removed")
+    with pytest.raises(UserError, match="--engine vllm: the Python .* is gone; delete that folder and run bash"):
+        choose_engine("vllm")
 
 
 def stamp(folder: Path, build: str, text: str = "") -> None:
     """Write what install_vllm.sh writes last (tests/end_to_end/test_shell.py compares both), or another text."""
     text = text or vllm_environment.REQUIREMENTS[build].read_text()
-    folder.mkdir(exist_ok=True)
+    (folder / "bin").mkdir(parents=True, exist_ok=True)
+    (folder / "bin" / "python").touch()
     (folder / "requirements.stamp").write_text(f"{build} 3.11.7 (main)\n{text}")
 
 
